@@ -1,0 +1,88 @@
+"""What Lightning and our callbacks cost: images/s of a run against a bare loop over the same tensors, same precision and layout.
+
+python benchmarks/trainer_overhead.py [--rounds 3] [overrides of train, such as data=simpsons_mnist model=resnet18]
+Both sides use the same network, batch size, augmentation, optimizer and cached pixels, in one process, in turn.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+from image_classifier import settings  # noqa: E402
+from image_classifier.dataset.cache import open_cache  # noqa: E402
+from image_classifier.dataset.run import prepare_from  # noqa: E402
+from image_classifier.images import Preprocess  # noqa: E402
+from image_classifier.training import run as root  # noqa: E402
+from image_classifier.training.callbacks import RunHistory, StopOnBadLoss, Throughput  # noqa: E402
+from image_classifier.training.datamodule import ImageDataModule  # noqa: E402
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=3)
+    options, overrides = parser.parse_known_args()
+    with tempfile.TemporaryDirectory() as folder:
+        config = settings.compose("train", ["logger=none", f"run_dir={folder}", *overrides])
+        manifest, data = prepare_from(config)
+        cache = open_cache(manifest, Preprocess(data.image_size, data.resize, data.interpolation, data.crop_fraction), data.cache)
+        pairs = [(_bare(config, manifest, data, cache), _lightning(config, manifest, data, cache, Path(folder))) for _ in range(options.rounds)]
+    ratios = [ours / bare for bare, ours in pairs]
+    print(f"bare loop images/s {statistics.median(pair[0] for pair in pairs):.1f}, train images/s {statistics.median(pair[1] for pair in pairs):.1f}")
+    print(f"images/s, train / bare loop: median {statistics.median(ratios):.3f}, pair by pair {[round(ratio, 3) for ratio in ratios]}")
+
+
+def _parts(config: Any, manifest: Any, data: Any, cache: Any) -> tuple[Any, ImageDataModule]:
+    rows = {split: manifest.indices(split) for split in ("train", "val", "test")}
+    augment = settings.instantiate(config.augment) if config.augment.get("_target_") else None
+    datamodule = ImageDataModule(cache, manifest.targets, rows, data.batch_size, augment, config.seed)
+    preprocess = Preprocess(data.image_size, data.resize, data.interpolation, data.crop_fraction)
+    return root.build_module(config, manifest, cache, rows, preprocess), datamodule
+
+
+def _bare(config: Any, manifest: Any, data: Any, cache: Any) -> float:
+    module, datamodule = _parts(config, manifest, data, cache)
+    precision = root.choose_precision(config.trainer.precision, config.trainer.accelerator).value
+    loader, generator = datamodule.train_dataloader(), torch.Generator()
+    optimizer = module.make_optimizer(module.classifier.parameters())
+    images, seconds, warmup = 0, 0.0, 3
+    for epoch in range(config.trainer.max_epochs):
+        loader.sampler.set_epoch(epoch)
+        start = time.perf_counter()
+        for pixels, targets in loader:
+            if datamodule.augment:
+                pixels = datamodule.augment(pixels, generator)
+            with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16-mixed"):
+                loss = module.criterion(module.classifier(pixels), targets)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            now = time.perf_counter()
+            if warmup > 0:
+                warmup -= 1
+            else:
+                images, seconds = images + len(targets), seconds + now - start
+            start = now
+    return images / seconds
+
+
+def _lightning(config: Any, manifest: Any, data: Any, cache: Any, folder: Path) -> float:
+    module, datamodule = _parts(config, manifest, data, cache)
+    throughput = Throughput()
+    trainer = root.build_trainer(config, [RunHistory(folder / "metrics.csv"), throughput, StopOnBadLoss()])
+    trainer.fit(module, datamodule=datamodule)
+    return throughput.images_per_second
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,83 @@
+"""The command line: `python commands.py VERB [key=value | --key value ...]`.
+
+Fire owns the verbs; what follows the verb goes to a real @hydra.main function (Hydra's shell completion looks for that word here).
+"""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from collections.abc import Callable
+from typing import Any
+
+from image_classifier import __version__
+from image_classifier.command_line import CONF_DIR, did_you_mean, exit_code, overview, summaries, verb_help
+from image_classifier.errors import ConfigError
+
+PROGRAM = "commands.py"
+
+
+class Commands:
+    """A folder of images in, a classifier that can be trusted out."""
+
+    def __init__(self, arguments: list[str]) -> None:
+        self._arguments = arguments
+
+    def prepare(self) -> None:
+        """Find the images of a data set, check and split them, and write manifest.csv."""
+        self._run("prepare", "image_classifier.dataset.run:prepare_and_report")
+
+    def train(self) -> None:
+        """Train a classifier and leave a bundle in models/NAME/."""
+        self._run("train", "image_classifier.training.run:train")
+
+    def test(self) -> None:
+        """Measure a bundle or a checkpoint on images it never saw."""
+        self._run("test", "image_classifier.inference.test:test")
+
+    def infer(self) -> None:
+        """Say what images show, with a bundle, a checkpoint or an ONNX file."""
+        self._run("infer", "image_classifier.inference.infer:infer")
+
+    def _run(self, verb: str, worker: str) -> None:
+        if {"--help", "-h"} & set(self._arguments):
+            print(verb_help(PROGRAM, verb, summaries(Commands)[verb], CONF_DIR))
+        else:
+            from image_classifier.settings import run_verb
+
+            run_verb(verb, self._arguments, _imported(worker))
+
+
+def _imported(worker: str) -> Callable[[Any], object]:
+    """A task that imports its worker when it runs, after the command line was found to be right."""
+
+    def task(config: Any) -> object:
+        module, _, function = worker.partition(":")
+        return getattr(importlib.import_module(module), function)(config)
+
+    return task
+
+
+def main() -> None:
+    """Dispatch on the verb; Fire sees nothing else of the line."""
+    verb, *arguments = sys.argv[1:] or ["--help"]
+    verbs = summaries(Commands)
+    if verb in ("--help", "-h", "help"):
+        print(overview(PROGRAM, verbs))
+    elif verb == "--version":
+        print(f"image_classifier {__version__}")
+    elif verb in ("-sc", "--shell-completion"):
+        from image_classifier.settings import complete
+
+        complete(arguments, list(verbs))
+    elif verb not in verbs:
+        hint = "write the verb first. " if "=" in verb or verb.startswith("-") else did_you_mean(verb, verbs)
+        raise ConfigError(f"{verb!r} is not a verb", f"{hint}The verbs are {', '.join(verbs)}")
+    else:
+        import fire
+
+        fire.Fire(Commands(arguments), command=[verb], name=PROGRAM)
+
+
+if __name__ == "__main__":
+    sys.exit(exit_code(main))

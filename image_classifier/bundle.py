@@ -1,0 +1,135 @@
+"""The bundle: one folder with all that serving needs, never a pickle; and finding one by name."""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+from image_classifier.errors import CheckpointError
+from image_classifier.files import write_text
+
+SCHEMA_VERSION = 1
+INFO_NAME = "bundle.json"
+
+
+@dataclass(frozen=True)
+class BundleInfo:
+    """What `bundle.json` says: everything a client must know to ask the model, and where it came from.
+
+    `preprocess` makes pixels of an image; `normalise` (mean and std of pixels in 0..1) happens inside the model;
+    probabilities are softmax(logits / temperature); `files` maps each file of the bundle to its sha256.
+    """
+
+    name: str
+    classes: tuple[str, ...]
+    preprocess: Mapping[str, Any]
+    normalise: Mapping[str, Any]
+    metrics: Mapping[str, Any]
+    provenance: Mapping[str, Any]
+    temperature: float = 1.0
+    threshold: float = 0.0
+    files: Mapping[str, str] = field(default_factory=dict)
+    schema_version: int = SCHEMA_VERSION
+
+
+@dataclass(frozen=True)
+class Bundle:
+    """A bundle on disk."""
+
+    directory: Path
+    info: BundleInfo
+
+    def path(self, name: str) -> Path:
+        """One of the bundle's files; CheckpointError where it is missing."""
+        path = self.directory / name
+        if not path.is_file():
+            raise CheckpointError(f"the bundle {str(self.directory)!r} has no {name}", "train again, or choose another --backend")
+        return path
+
+    def verify(self, names: Iterable[str] | None = None) -> None:
+        """Compare files with the hashes in bundle.json; CheckpointError names the first that differs."""
+        for name in names or self.info.files:
+            if sha256_of(self.path(name)) != self.info.files.get(name):
+                raise CheckpointError(f"{name} of the bundle {str(self.directory)!r} is damaged", "its sha256 differs from bundle.json: copy it anew")
+
+
+def seal(directory: Path, info: BundleInfo) -> Bundle:
+    """Write `bundle.json` over the files that lie in `directory`, with the hash of each."""
+    files = {path.relative_to(directory).as_posix(): sha256_of(path) for path in sorted(directory.rglob("*")) if path.is_file()}
+    sealed = BundleInfo(**{**_shallow(info), "files": files})
+    write_text(directory / INFO_NAME, json.dumps(asdict(sealed), indent=2, ensure_ascii=False) + "\n")
+    return Bundle(directory, sealed)
+
+
+def read_bundle(directory: Path) -> Bundle:
+    """Read a bundle's `bundle.json`; CheckpointError where it is not one or from a newer version."""
+    try:
+        content = json.loads((directory / INFO_NAME).read_text(encoding="utf-8"))
+        version = content["schema_version"]
+        known = {item.name for item in fields(BundleInfo)}
+        info = BundleInfo(**{key: value for key, value in content.items() if key in known})
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{str(directory)!r} is not a bundle ({type(error).__name__}: {error})", "it needs a whole bundle.json") from error
+    if version > SCHEMA_VERSION:
+        raise CheckpointError(f"{str(directory)!r} has bundle schema {version}, this version reads up to {SCHEMA_VERSION}", "update image_classifier")
+    return Bundle(directory, BundleInfo(**{**_shallow(info), "classes": tuple(info.classes)}))
+
+
+def find_checkpoint(name: str, models_dir: Path) -> Path:
+    """The bundle folder, `.ckpt` or `.onnx` that a name means: a path, or a name anywhere under the models folder.
+
+    Raises:
+        CheckpointError: Nothing has that name (the nearest is suggested), or several things do (all are listed).
+    """
+    given = Path(name).expanduser()
+    if _is_checkpoint(given):
+        return given
+    if given.exists():
+        raise CheckpointError(f"{name!r} is no bundle, .ckpt or .onnx", "give a folder with bundle.json, or one such file")
+    known = _checkpoints_under(models_dir)
+    found = [path for path in known if name in _names(path, models_dir)]
+    exact = [path for path in found if path.relative_to(models_dir).as_posix() == name]
+    if len(exact or found) == 1:
+        return (exact or found)[0]
+    if found:
+        raise CheckpointError(f"{name!r} names {len(found)} checkpoints", f"write the path of one: {', '.join(map(str, found))}")
+    raise CheckpointError(f"there is no checkpoint {name!r} under {str(models_dir)!r}", _suggestion(name, known, models_dir))
+
+
+def _is_checkpoint(path: Path) -> bool:
+    return (path / INFO_NAME).is_file() or (path.is_file() and path.suffix in (".ckpt", ".onnx"))
+
+
+def _checkpoints_under(models_dir: Path) -> list[Path]:
+    bundles = {path.parent for path in models_dir.rglob(INFO_NAME)}
+    files = (path for suffix in ("ckpt", "onnx") for path in models_dir.rglob(f"*.{suffix}") if path.parent not in bundles)
+    return sorted(path for path in (*bundles, *files) if not any(part.startswith(".") for part in path.relative_to(models_dir).parts))
+
+
+def _names(path: Path, models_dir: Path) -> set[str]:
+    relative = path.relative_to(models_dir)
+    names = {path.name, relative.as_posix()}
+    return names if (path / INFO_NAME).exists() else names | {path.stem, relative.with_suffix("").as_posix()}
+
+
+def _suggestion(name: str, known: list[Path], models_dir: Path) -> str:
+    names = [path.relative_to(models_dir).as_posix() for path in known]
+    if not names:
+        return "train one first: python commands.py train"
+    near = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
+    return f"did you mean {near[0]}?" if near else f"there are {', '.join(names[:10])}"
+
+
+def _shallow(info: BundleInfo) -> dict[str, Any]:
+    return {item.name: getattr(info, item.name) for item in fields(BundleInfo)}
+
+
+def sha256_of(path: Path) -> str:
+    """The sha256 of a file's bytes, in hexadecimal."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,0 +1,227 @@
+"""The command line as text: options to Hydra overrides, help pages, shell completion's words, exit codes. Loads neither Hydra nor torch."""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+import os
+import re
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from image_classifier.errors import ClassifierError, ConfigError
+
+CONF_DIR = Path(__file__).resolve().parents[1] / "conf"
+
+# Values that are text and never Hydra's grammar, for each verb: names and paths. `--KEY VALUE` keeps them to the letter.
+_DATA_TEXT = frozenset({"data.dir", "data.archive", "data.manifest_path", "data.test_dir", "data.cache.dir"})
+TEXT_KEYS: dict[str, frozenset[str]] = {
+    "prepare": _DATA_TEXT,
+    "train": _DATA_TEXT | {"name", "models_dir", "plots_dir", "runs_dir", "resume", "logger.tracking_uri"},
+    "test": frozenset({"checkpoint_name", "test_dir", "output_dir", "models_dir", "plots_dir"}),
+    "infer": frozenset({"checkpoint_name", "output", "models_dir"}),
+}
+LIST_KEYS: dict[str, frozenset[str]] = {"infer": frozenset({"images"})}
+
+# Hydra's own flags that stand alone, and those that take a value.
+_ALONE = ("--help", "-h", "--hydra-help", "--version", "--resolve", "--run", "-r", "--multirun", "-m", "--shell-completion", "-sc")
+_VALUED = ("--cfg", "-c", "--package", "-p", "--config-path", "-cp", "--config-name", "-cn", "--config-dir", "-cd", "--experimental-rerun")
+_INFO = ("all", "config", "defaults", "defaults-tree", "plugins", "searchpath")
+_LONG = {"-h": "--help", "-c": "--cfg", "-p": "--package", "-r": "--run", "-m": "--multirun", "-sc": "--shell-completion", "-i": "--info"}
+_LONG |= {"-cp": "--config-path", "-cn": "--config-name", "-cd": "--config-dir"}
+
+_OVERRIDE = re.compile(r"(\+{1,2}|~)?[\w$][\w$.@/:-]*=|~[\w$][\w$.@/:-]*$")
+
+
+@dataclass(frozen=True)
+class CommandLine:
+    """What follows the verb: Hydra's own flags, each with its value, and the overrides."""
+
+    flags: tuple[tuple[str, str | None], ...] = ()
+    overrides: tuple[str, ...] = ()
+
+    def has(self, *flags: str) -> bool:
+        """Whether one of the flags was given."""
+        return any(name in flags for name, _ in self.flags)
+
+    def value(self, flag: str) -> str | None:
+        """The flag's value, or None."""
+        return dict(self.flags).get(flag)
+
+    def argv(self) -> list[str]:
+        """The line for Hydra: flags first, as argparse takes overrides from one place only."""
+        return [part for name, value in self.flags for part in ((name,) if value is None else (name, value))] + list(self.overrides)
+
+
+def translate(verb: str, arguments: Sequence[str]) -> CommandLine:
+    """`--key value` and `--key=value` to `key=value`; Hydra's own flags and overrides stay as they are.
+
+    Raises:
+        ConfigError: A word that is neither a flag, an option nor an override.
+    """
+    flags: list[tuple[str, str | None]] = []
+    overrides: list[str] = []
+    rest = list(arguments)
+    while rest:
+        word = rest.pop(0)
+        name, equals, value = word.partition("=")
+        if name in (*_ALONE, *_VALUED, "--info", "-i"):
+            flags.append((_LONG.get(name, name), _flag_value(name, value if equals else None, rest)))
+        elif word.startswith("--") and len(name) > 2:
+            overrides.append(_option(verb, name[2:], value if equals else None, rest))
+        elif word.startswith("-"):
+            raise ConfigError(f"{word!r} is not an option", "write --key value, key=value, or see --help")
+        elif _is_override(word) or "--shell-completion" in dict(flags):
+            overrides.append(_listed(verb, word))
+        else:
+            raise ConfigError(f"{word!r} is not key=value", "write key=value or --key value")
+    return CommandLine(tuple(flags), tuple(overrides))
+
+
+def _flag_value(name: str, value: str | None, rest: list[str]) -> str | None:
+    if name in ("--info", "-i"):
+        return value or (rest.pop(0) if rest and rest[0] in _INFO else "all")
+    if name in _ALONE:
+        return None
+    if value is None and not rest:
+        raise ConfigError(f"{name} needs a value")
+    value = rest.pop(0) if value is None else value
+    return os.path.abspath(value) if name in ("--config-path", "-cp") and "://" not in value else value
+
+
+def _option(verb: str, key: str, value: str | None, rest: list[str]) -> str:
+    """One `--key …` as an override; takes its values from the front of `rest`."""
+    if key in LIST_KEYS.get(verb, ()):
+        values = [] if value is None else [value]
+        while rest and not _is_option(rest[0]):
+            values.append(rest.pop(0))
+        if not values:
+            raise ConfigError(f"--{key} needs at least one value")
+        return f"{key}=[{','.join(quoted(item) for item in values)}]"
+    text = key in TEXT_KEYS.get(verb, ())
+    if value is None and rest and not _is_option(rest[0]) and (text or not _is_override(rest[0])):
+        value = rest.pop(0)
+    if value is None and text:
+        raise ConfigError(f"--{key} needs a value")
+    return f"{key}={quoted(value or '') if text else 'true' if value is None else value}"
+
+
+def _listed(verb: str, override: str) -> str:
+    """`images=a.png` is a list of one; `[a.png,b.png]`, quotes and `${…}` stay Hydra's."""
+    key, _, value = override.partition("=")
+    plain = key in LIST_KEYS.get(verb, ()) and value and value[0] not in "[{('\"$" and "," not in value
+    return f"{key}=[{quoted(value)}]" if plain else override
+
+
+def _is_option(word: str) -> bool:
+    return len(word) > 1 and word.startswith("-") and not re.match(r"-[\d.]", word)
+
+
+def _is_override(word: str) -> bool:
+    return _OVERRIDE.match(word) is not None
+
+
+def quoted(text: str) -> str:
+    """Text as a value of Hydra's override grammar that comes out of the composed config to the letter."""
+    return "'" + re.sub(r"(\\*)'", r"\1\1\\'", re.sub(r"(\\+)\Z", r"\1\1", literal(text))) + "'"
+
+
+def literal(text: str) -> str:
+    """Text as OmegaConf must hold it to give it back to the letter: `${` starts no interpolation."""
+    return re.sub(r"(\\*)\$\{", r"\1\1\\${", text)
+
+
+def requoted(override: str) -> str | None:
+    """The same override with its value quoted, or None where the value was meant as Hydra's grammar."""
+    key, equals, value = override.partition("=")
+    if not equals or not value or value[0] in "[{('\"$":
+        return None
+    return f"{key}={quoted(value)}"
+
+
+def nearest(word: str, names: Iterable[str], cutoff: float = 0.6) -> str | None:
+    """The name most like `word`; the last part of a dotted key counts most."""
+
+    def likeness(name: str) -> float:
+        last = difflib.SequenceMatcher(None, word.rpartition(".")[2], name.rpartition(".")[2]).ratio()
+        return 0.7 * last + 0.3 * difflib.SequenceMatcher(None, word, name).ratio()
+
+    best = max(sorted(names), key=likeness, default=None)
+    return best if best is not None and likeness(best) >= cutoff else None
+
+
+def did_you_mean(word: str, names: Iterable[str]) -> str:
+    """`did you mean X? ` or nothing."""
+    near = nearest(word, names)
+    return f"did you mean {near}? " if near else ""
+
+
+def overview(program: str, verbs: dict[str, str]) -> str:
+    """The first help page: the verbs, one line each."""
+    width = max(map(len, verbs))
+    lines = [f"usage: python {program} VERB [key=value | --key value ...]", "", "verbs:"]
+    lines += [f"  {verb:<{width}}  {text}" for verb, text in verbs.items()]
+    lines += ["", "examples:", f"  python {program} train data=folder data.dir=PATH model=resnet18"]
+    lines += [f"  python {program} infer --checkpoint_name NAME --images PATH --format json", ""]
+    return "\n".join([*lines, f"python {program} VERB --help shows the keys of a verb."])
+
+
+def verb_help(program: str, verb: str, text: str, conf: Path) -> str:
+    """One verb's help page, read from its root file: what it does, its keys with their defaults, its groups with their choices."""
+    root = (conf / f"{verb}.yaml").read_text(encoding="utf-8")
+    examples = [line.lstrip("# ") for line in root.splitlines() if re.match(r"#\s+python commands\.py", line)]
+    keys = [line for line in root.splitlines() if re.match(r"[a-z_]+:", line) and not line.startswith(("defaults:", "run_dir:"))]
+    lines = [f"usage: python {program} {verb} [key=value | --key value ...]", "", text, "", "keys (default, meaning):"]
+    lines += [f"  {line}" for line in keys]
+    groups = re.findall(r"^  - (?:optional )?([a-z]+): *(\w+)", root, re.MULTILINE)
+    groups = [(group, chosen) for group, chosen in groups if group != "hydra"]
+    if groups:
+        lines += ["", "groups (default): choices; the keys of a choice are in conf/GROUP/CHOICE.yaml, write GROUP.KEY=VALUE"]
+    for group, chosen in groups:
+        lines.append(f"  {f'{group} ({chosen})':<24} {', '.join(choices(conf, group))}")
+    lines += ["", "examples:", *(f"  {example}" for example in examples)]
+    flags = f"Hydra's flags: -m (one run for each of model=a,b), --cfg job (show, do not run); the others: {verb} --hydra-help"
+    return "\n".join([*lines, "", flags])
+
+
+def choices(conf: Path, group: str) -> list[str]:
+    """The names of a group's files, without those that only others build on (_base.yaml)."""
+    return sorted(file.stem for file in (conf / group).glob("*.yaml") if not file.name.startswith("_"))
+
+
+def summaries(component: type) -> dict[str, str]:
+    """Each public method of a Fire component and the first line of its docstring."""
+    methods = {name: member for name, member in vars(component).items() if callable(member) and not name.startswith("_")}
+    return {name: (inspect.getdoc(member) or "").partition("\n")[0] for name, member in methods.items()}
+
+
+def exit_code(action: Callable[[], None]) -> int:
+    """Run the program: 0, or 2 and one line for what the user can mend, 130 for Ctrl-C; a bug keeps its traceback."""
+    try:
+        action()
+        sys.stdout.flush()
+    except ClassifierError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("stopped by Ctrl-C", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        if _stdout_works():
+            raise  # another pipe: a bug that must be seen
+        return 141
+    finally:
+        _stdout_works()
+    return 0
+
+
+def _stdout_works() -> bool:
+    """Flush standard output; where its reader has gone, send the rest nowhere so that Python stays quiet at exit."""
+    try:
+        sys.stdout.flush()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return False
+    return True

@@ -1,0 +1,1 @@
+"""From a folder of images to a split manifest and a pixel cache; no torch."""

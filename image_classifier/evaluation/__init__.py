@@ -1,0 +1,1 @@
+"""Torch-free evaluation: reads predictions, never a model."""

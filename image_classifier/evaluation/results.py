@@ -1,0 +1,62 @@
+"""What a judged part leaves behind: predictions, metrics.json and figures in one folder, and lines for a person."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+
+from image_classifier.evaluation.metrics import Metrics
+from image_classifier.evaluation.plots import plot_class_scores, plot_confusion_matrix, plot_samples
+from image_classifier.files import write_text
+from image_classifier.images import decode
+from image_classifier.records import Manifest, PredictionTable
+
+_NUM_SAMPLES = 24
+
+
+def write_evaluation(table: PredictionTable, metrics: Metrics, part: Manifest, directory: Path, title: str) -> None:
+    """Write predictions.csv, logits.npy, metrics.json and the figures of one part; the table's rows are the part's records."""
+    table.write(directory)
+    write_text(directory / "metrics.json", json.dumps(metrics.as_dict(), indent=2, ensure_ascii=False) + "\n")
+    plot_confusion_matrix(metrics.confusion, table.classes, directory / "confusion_matrix.png", title)
+    plot_class_scores(metrics.per_class, directory / "class_scores.png", title)
+    rows = _samples(table)
+    predicted = table.probabilities.argmax(axis=1)
+    plot_samples(
+        [decode(part.file(part.records[row])) for row in rows],
+        [table.classes[table.targets[row]] for row in rows],
+        [table.classes[predicted[row]] for row in rows],
+        [float(table.probabilities[row, predicted[row]]) for row in rows],
+        directory / "samples.png",
+        title,
+    )
+
+
+def _samples(table: PredictionTable) -> list[int]:
+    """Half of the grid for the most confident mistakes, the rest spread evenly over the part."""
+    predicted = table.probabilities.argmax(axis=1)
+    confidence = table.probabilities.max(axis=1)
+    wrong = np.flatnonzero(predicted != table.targets)
+    worst = wrong[np.argsort(-confidence[wrong], kind="stable")][: _NUM_SAMPLES // 2]
+    others = np.setdiff1d(np.arange(len(table.targets)), worst)
+    spread = others[np.unique(np.linspace(0, len(others) - 1, min(len(others), _NUM_SAMPLES - len(worst))).astype(int))] if len(others) else others
+    return [int(row) for row in (*worst, *spread)]
+
+
+def metrics_lines(metrics: Metrics, split: str) -> Iterator[str]:
+    """The metrics of one part for a terminal: the worst classes, then the numbers a script may look for."""
+    ranked = sorted((score for score in metrics.per_class if score.support), key=lambda score: score.f1)[:10]
+    width = max(5, *(len(score.label) for score in ranked)) if ranked else 5
+    if len(ranked) < len(metrics.per_class):
+        yield f"the {len(ranked)} classes with the lowest F1 of {len(metrics.per_class)}:"
+    yield f"{'class':<{width}}  precision  recall      f1  images"
+    for score in ranked:
+        yield f"{score.label:<{width}}  {score.precision:9.4f}  {score.recall:6.4f}  {score.f1:6.4f}  {score.support:6d}"
+    if metrics.absent:
+        yield f"no image in this part: {', '.join(metrics.absent)}"
+    yield f"{split} images {metrics.num_images}"
+    for name, value in metrics.scalars().items():
+        yield f"{split} {name} {value:.4f}"

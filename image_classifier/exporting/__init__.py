@@ -1,0 +1,1 @@
+"""Delivery: a trained classifier becomes files that answer the same elsewhere. Torch."""

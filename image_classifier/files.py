@@ -1,0 +1,97 @@
+"""Files and folders written whole or not at all: a sibling first, flushed to the disk, then renamed."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO
+
+from image_classifier.errors import StorageError, storage_errors
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a UTF-8 text file whole or not at all; StorageError where the disk refuses."""
+    write_bytes(path, text.encode("utf-8", "surrogateescape"))
+
+
+def write_bytes(path: Path, content: bytes) -> None:
+    """Write a file whole or not at all; StorageError where the disk refuses."""
+    with whole_file(path) as file:
+        file.write(content)
+
+
+@contextmanager
+def whole_file(path: Path) -> Iterator[IO[bytes]]:
+    """A binary file that takes `path`'s place when the block ends well; StorageError where the disk refuses."""
+    with storage_errors(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name[:50]}.", suffix=".part")
+        try:
+            with os.fdopen(handle, "wb") as file:
+                yield file
+                file.flush()
+                os.fsync(file.fileno())
+            os.chmod(name, 0o666 & ~_umask())
+            os.replace(name, path)
+            _flush_directory(path.parent)
+        except BaseException:
+            Path(name).unlink(missing_ok=True)
+            raise
+
+
+@contextmanager
+def whole_directory(path: Path, overwrite: bool = False) -> Iterator[Path]:
+    """A new folder that appears at `path` when the block ends well; an old one is replaced only with `overwrite`.
+
+    Raises:
+        StorageError: The disk refuses, or `path` exists and is not to be replaced.
+    """
+    with storage_errors(path):
+        if path.exists() and not overwrite:
+            raise StorageError(f"{str(path)!r} exists", "choose another name= or pass overwrite=true")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        part = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name[:50]}.", suffix=".part"))
+        try:
+            yield part
+            part.chmod(0o777 & ~_umask())
+            for file in part.rglob("*"):
+                _flush_directory(file) if file.is_dir() else _flush_file(file)
+            _take_place(part, path)
+            _flush_directory(path.parent)
+        except BaseException:
+            shutil.rmtree(part, ignore_errors=True)
+            raise
+
+
+def _take_place(part: Path, path: Path) -> None:
+    if not path.exists():
+        os.rename(part, path)
+        return
+    old = path.with_name(f".{path.name[:50]}.old")
+    shutil.rmtree(old, ignore_errors=True)
+    os.rename(path, old)
+    os.rename(part, path)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _flush_file(path: Path) -> None:
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
+
+
+def _flush_directory(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask

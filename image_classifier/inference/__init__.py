@@ -1,0 +1,1 @@
+"""Images to answers: one predictor, and a short file for each backend behind it."""

@@ -1,0 +1,59 @@
+"""A Lightning checkpoint behind the seam: the only file of this room that needs torch."""
+
+from __future__ import annotations
+
+import pickle
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from image_classifier import settings
+from image_classifier.errors import CheckpointError
+from image_classifier.modeling.classifier import Classifier, build_classifier
+
+
+def load_classifier(path: Path, trusted: Sequence[str] = ()) -> tuple[Classifier, dict[str, Any]]:
+    """The classifier of a `.ckpt` in evaluation mode, and its blueprint; nothing in the file is executed.
+
+    `trusted` names packages of the user's own that the network may come from: the file itself cannot say so.
+
+    Raises:
+        CheckpointError: The file is damaged, or was not written by this package.
+    """
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+        blueprint = content["hyper_parameters"]["blueprint"]
+        weights = {key.removeprefix("classifier."): value for key, value in content["state_dict"].items() if key.startswith("classifier.")}
+    except (OSError, RuntimeError, EOFError, KeyError, TypeError, pickle.UnpicklingError) as error:
+        reason = " ".join(str(error).split())[:120]
+        raise CheckpointError(f"{str(path)!r} is not a checkpoint of this package ({type(error).__name__}: {reason})", "train again") from error
+    backbone = settings.instantiate(_without_download(blueprint["backbone"]), trusted=trusted)
+    normalise = blueprint["normalise"]
+    classifier = build_classifier(
+        backbone, len(blueprint["classes"]), blueprint["preprocess"]["size"], normalise["mean"], normalise["std"], blueprint["head_dropout"]
+    )
+    try:
+        classifier.load_state_dict(weights)
+    except RuntimeError as error:
+        raise CheckpointError(f"the weights of {str(path)!r} do not fit its own network", "was timm or torchvision changed since?") from error
+    return classifier.eval(), blueprint
+
+
+def _without_download(backbone: dict[str, Any]) -> dict[str, Any]:
+    """The same network without fetching pretrained weights that the checkpoint's own would replace at once."""
+    nothing: dict[str, Any] = {"pretrained": False, "weights": None}
+    return {key: nothing.get(key, value) for key, value in backbone.items()}
+
+
+class CheckpointBackend:
+    """Runs a `.ckpt` with torch: pixels uint8 [N, 3, H, W] -> logits float32 [N, C]."""
+
+    def __init__(self, classifier: Classifier) -> None:
+        self.classifier = classifier.eval()
+
+    def logits(self, pixels: np.ndarray) -> np.ndarray:
+        with torch.inference_mode():
+            return self.classifier(torch.from_numpy(pixels)).numpy()

@@ -1,0 +1,61 @@
+"""From a bundle, a `.ckpt` or an `.onnx` to a Predictor."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from image_classifier.bundle import INFO_NAME, read_bundle
+from image_classifier.errors import CheckpointError, ConfigError
+from image_classifier.images import Preprocess
+from image_classifier.inference.predictor import Backend, Predictor
+
+BACKENDS = {"onnx": "model.onnx", "checkpoint": "model.ckpt"}
+
+
+def load_predictor(path: Path, backend: str | None = None, batch_size: int = 64, trusted: Sequence[str] = ()) -> Predictor:
+    """A predictor over what `bundle.find_checkpoint` found; `backend` null takes ONNX for a bundle, else what the file is.
+
+    `trusted` names packages of the user's own that a checkpoint's network may come from.
+
+    Raises:
+        ConfigError: The backend is unknown or does not fit the file.
+        CheckpointError: The file is damaged or says too little of itself.
+    """
+    if backend not in (None, *BACKENDS):
+        raise ConfigError(f"there is no backend {backend!r}", f"use one of {', '.join(BACKENDS)}")
+    if (path / INFO_NAME).is_file():
+        return _from_bundle(path, backend or "onnx", batch_size, trusted)
+    own = "checkpoint" if path.suffix == ".ckpt" else "onnx"
+    if backend not in (None, own):
+        raise ConfigError(f"{path.name} cannot be run by the backend {backend!r}", f"leave --backend out, or use --backend {own}")
+    runner, facts = _open(path, own, trusted)
+    return _predictor(runner, facts, batch_size, path)
+
+
+def _from_bundle(directory: Path, backend: str, batch_size: int, trusted: Sequence[str]) -> Predictor:
+    bundle = read_bundle(directory)
+    name = BACKENDS[backend]
+    bundle.verify([name])
+    runner, _ = _open(bundle.path(name), backend, trusted)
+    return _predictor(runner, {**vars(bundle.info)}, batch_size, directory)
+
+
+def _open(path: Path, backend: str, trusted: Sequence[str]) -> tuple[Backend, Mapping[str, Any]]:
+    if backend == "onnx":
+        from image_classifier.inference.onnx_runtime import OnnxBackend
+
+        runner = OnnxBackend(path)
+        return runner, runner.metadata()
+    from image_classifier.inference.checkpoint import CheckpointBackend, load_classifier
+
+    classifier, blueprint = load_classifier(path, trusted)
+    return CheckpointBackend(classifier), blueprint
+
+
+def _predictor(runner: Backend, facts: Mapping[str, Any], batch_size: int, path: Path) -> Predictor:
+    if "classes" not in facts or "preprocess" not in facts:
+        raise CheckpointError(f"{str(path)!r} does not say its classes and preprocessing", "use a model exported by this package, or its bundle")
+    preprocess = Preprocess.from_dict(facts["preprocess"])
+    return Predictor(runner, tuple(facts["classes"]), preprocess, float(facts.get("temperature", 1.0)), batch_size)

@@ -1,0 +1,33 @@
+"""ONNX Runtime behind the seam."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnxruntime
+
+from image_classifier.errors import CheckpointError
+
+
+class OnnxBackend:
+    """Runs a `model.onnx`: pixels uint8 [N, 3, H, W] -> logits float32 [N, C]."""
+
+    def __init__(self, path: Path) -> None:
+        options = onnxruntime.SessionOptions()
+        options.log_severity_level = 3
+        try:
+            self.session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+        except Exception as error:  # onnxruntime has no public base class for its errors
+            reason = " ".join(str(error).split())[:200]
+            raise CheckpointError(f"{str(path)!r} is not an ONNX model that can be run ({reason})", "export it again") from error
+
+    def logits(self, pixels: np.ndarray) -> np.ndarray:
+        return np.asarray(self.session.run(["logits"], {"pixels": pixels})[0])
+
+    def metadata(self) -> dict[str, Any]:
+        """What the file says of itself: classes, preprocess, temperature."""
+        found = self.session.get_modelmeta().custom_metadata_map
+        return {key: json.loads(value) for key, value in found.items() if key in ("classes", "preprocess", "temperature")}

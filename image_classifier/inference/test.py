@@ -1,0 +1,98 @@
+"""The verb `test`: judge a checkpoint on the test part it never saw, or on a folder of your own."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from image_classifier import settings
+from image_classifier.bundle import INFO_NAME, find_checkpoint, read_bundle
+from image_classifier.dataset.prepare import load_test_manifest
+from image_classifier.errors import CheckpointError, ConfigError, DataError
+from image_classifier.evaluation.metrics import Metrics, compute_metrics
+from image_classifier.evaluation.results import metrics_lines, write_evaluation
+from image_classifier.inference.load import load_predictor
+from image_classifier.inference.predictor import Predictor
+from image_classifier.records import SPLITS, Manifest
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class TestSettings:
+    """The keys of conf/test.yaml."""
+
+    __test__ = False  # not a test of pytest's
+
+    checkpoint_name: str
+    test_dir: str | None = None
+    split: str = "test"
+    backend: str | None = None
+    batch_size: int = 256
+    format: str = "table"
+    models_dir: str = "models"
+    plots_dir: str = "plots"
+    output_dir: str | None = None
+    trusted_packages: list[str] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        if self.split not in SPLITS:
+            raise ConfigError(f"there is no split {self.split!r}", f"use one of {', '.join(SPLITS)}")
+        if self.format not in ("table", "json"):
+            raise ConfigError(f"there is no format {self.format!r}", "use table or json")
+        if self.batch_size < 1:
+            raise ConfigError("batch_size must be at least 1")
+
+
+def test(config: Any) -> Metrics:
+    """Predict a labelled part, print the metrics and write predictions, metrics and plots."""
+    asked = settings.typed(TestSettings, config, "")
+    path = find_checkpoint(asked.checkpoint_name, Path(asked.models_dir))
+    manifest = load_test_manifest(Path(asked.test_dir)) if asked.test_dir else _own_part(path, asked.split)
+    predictor = load_predictor(path, asked.backend, asked.batch_size, asked.trusted_packages)
+    table = predictor.table([manifest.file(record) for record in manifest], [record.path for record in manifest], _targets(manifest, predictor))
+    metrics = compute_metrics(table)
+    directory = Path(asked.output_dir or Path(asked.plots_dir) / path.stem / asked.split)
+    write_evaluation(table, metrics, manifest, directory, f"{path.name}, {'folder ' + asked.test_dir if asked.test_dir else asked.split}")
+    print(json.dumps(metrics.as_dict(), ensure_ascii=False) if asked.format == "json" else "\n".join(metrics_lines(metrics, asked.split)))
+    log.info("predictions, metrics and plots: %s", directory)
+    return metrics
+
+
+test.__test__ = False  # type: ignore[attr-defined]
+
+
+def _own_part(path: Path, split: str) -> Manifest:
+    """One split of the data the bundle was made from, its files compared with the manifest."""
+    if not (path / INFO_NAME).is_file():
+        raise CheckpointError(f"{path.name!r} does not say which images it was tested on", "give a labelled folder with --test_dir=PATH")
+    bundle = read_bundle(path)
+    root = Path(bundle.info.provenance["data_root"])
+    manifest = Manifest.read(bundle.path("manifest.csv"), root)
+    part = Manifest(root, tuple(record for record in manifest if record.split == split))
+    if not len(part):
+        raise DataError(f"the data of {path.name!r} has no {split} part", "use --split val, or a labelled folder with --test_dir=PATH")
+    for record in part:
+        file = part.file(record)
+        if not file.is_file():
+            raise DataError(f"{str(file)!r} is gone", "run where the training data lies, or give a labelled folder with --test_dir=PATH")
+        if hashlib.sha256(file.read_bytes()).hexdigest() != record.sha256:
+            raise DataError(f"{str(file)!r} has changed since training", "restore it, or give a labelled folder with --test_dir=PATH")
+    return part
+
+
+def _targets(manifest: Manifest, predictor: Predictor) -> np.ndarray:
+    unknown = sorted(set(manifest.classes) - set(predictor.classes))
+    if unknown:
+        raise DataError(
+            f"{str(manifest.root)!r} has classes that the model does not know ({', '.join(unknown[:5])})",
+            f"its classes are {', '.join(predictor.classes[:10])}{' …' if len(predictor.classes) > 10 else ''}; unlabelled images: use infer",
+        )
+    index = {label: position for position, label in enumerate(predictor.classes)}
+    return np.array([index[record.label] for record in manifest], dtype=np.int64)

@@ -1,0 +1,1 @@
+"""Networks: backbones, and the classifier that wraps one with normalisation and a head. Torch, no Lightning."""

@@ -1,0 +1,301 @@
+"""Hydra and OmegaConf, known to this file and its two helpers only (command_line: text; targets: objects): verbs run, settings typed."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import logging
+import os
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import fields, is_dataclass
+from pathlib import Path
+from typing import Any, TypeVar, get_type_hints
+
+import hydra
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override, ValueType
+from hydra.errors import HydraException, OverrideParseException
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import ConfigKeyError, MissingMandatoryValue, OmegaConfBaseException
+
+from image_classifier.command_line import CONF_DIR, TEXT_KEYS, CommandLine, did_you_mean, literal, requoted, translate
+from image_classifier.errors import ClassifierError, ConfigError
+from image_classifier.files import write_text
+from image_classifier.refusal import explain, one_line
+from image_classifier.targets import check_targets, instantiate
+
+__all__ = ["check_targets", "complete", "configure_logging", "flatten", "instantiate", "run_verb", "save", "to_plain", "typed", "without"]
+
+Task = Callable[[DictConfig], object]
+T = TypeVar("T")
+
+
+class _Escape(BaseException):
+    """Carries an error of the task past Hydra, which would print and swallow an Exception."""
+
+    def __init__(self, error: Exception) -> None:
+        super().__init__(error)
+        self.error = error
+
+
+def run_verb(verb: str, arguments: list[str], task: Task) -> None:
+    """Check the command line, then run the task as a real Hydra application, with the full sys.argv back in place.
+
+    Raises:
+        ClassifierError: What the command line or the task refuses; other errors of the task pass as they are.
+    """
+    line = translate(verb, arguments)
+    if line.has("--shell-completion"):
+        return complete(list(line.overrides), [verb])
+    if not line.has("--hydra-help", "--version", "--experimental-rerun"):
+        line = _checked(verb, line)
+    if not line.has("--info"):  # which Hydra answers through its own log
+        configure_logging()
+    full = list(sys.argv)
+
+    def guarded(config: DictConfig) -> object:
+        sys.argv[:] = full  # Lightning starts its other ranks from sys.argv
+        try:
+            _check_complete(config, verb)
+            return task(config)
+        except Exception as error:
+            raise _Escape(error) from None
+
+    try:
+        _hydra(verb, line.argv(), guarded)
+    except _Escape as escape:
+        raise escape.error from escape.error.__cause__
+    finally:
+        sys.argv[:] = full
+
+
+def _hydra(verb: str, argv: list[str], task: Task) -> None:
+    sys.argv[1:] = argv
+    hydra.main(version_base="1.3", config_path=str(CONF_DIR), config_name=verb)(task)()
+
+
+def configure_logging() -> None:
+    """Messages of ours and of Hydra, and warnings of all others, as plain lines on standard error."""
+    root = logging.getLogger()
+    for handler in [handler for handler in root.handlers if handler.name == __name__]:
+        root.removeHandler(handler)
+    handler = logging.StreamHandler(sys.stderr)
+    handler.name = __name__
+    handler.setFormatter(logging.Formatter("%(message)s"))
+    root.addHandler(handler)
+    for name in ("image_classifier", "hydra"):
+        logging.getLogger(name).setLevel(logging.INFO)
+
+
+def _checked(verb: str, line: CommandLine) -> CommandLine:
+    """The line with its text quoted where Hydra's grammar needs it; ConfigError where Hydra would refuse it."""
+    if line.has("--resolve") and not line.has("--cfg"):
+        raise ConfigError("--resolve goes with --cfg", "write --cfg job --resolve")
+    parsed = [_parsed(override) for override in line.overrides]
+    line = CommandLine(line.flags, tuple(override.input_line or "" for override in parsed))
+    root, folder = line.value("--config-name") or verb, line.value("--config-dir")
+    conf = Path(line.value("--config-path") or CONF_DIR)
+    for name, place in (("--config-path", conf), ("--config-dir", Path(folder or "."))):
+        if not place.is_dir() and "://" not in str(place):
+            raise ConfigError(f"{name} {str(place)!r} is not a folder")
+    sweep = line.has("--multirun") or any(override.input_line == "hydra.mode=MULTIRUN" for override in parsed)
+    with _composer(conf):
+        for overrides in _jobs(parsed, sweep):
+            extra = [f"hydra.searchpath=[file://{os.path.abspath(folder)}]"] if folder else []
+            try:
+                hydra.compose(root, overrides + extra)
+            except (HydraException, OmegaConfBaseException, ValueError) as error:
+                raise explain(error, root, overrides, extra, verb) from error
+    return line
+
+
+@contextlib.contextmanager
+def _composer(conf: Path) -> Iterator[None]:
+    place = str(conf) if "://" not in str(conf) else str(CONF_DIR)
+    with hydra.initialize_config_dir(os.path.abspath(place), version_base="1.3"):
+        yield
+
+
+def _parsed(override: str) -> Override:
+    parser = OverridesParser.create()
+    try:
+        return parser.parse_overrides([override])[0]
+    except OverrideParseException as error:
+        again = requoted(override)
+        if again is None:
+            raise ConfigError(f"cannot read {override!r}", f"{one_line(error)} (quote it: 'key=\"value\"')") from error
+    try:
+        return parser.parse_overrides([again])[0]
+    except OverrideParseException as error:
+        raise ConfigError(f"cannot read {override!r}", "write key=value") from error
+
+
+def _jobs(parsed: list[Override], sweep: bool) -> list[list[str]]:
+    """The overrides to try: as they are, or, for a sweep, each choice of each group once beside the others' first."""
+    fixed = [override.input_line or "" for override in parsed if not override.is_sweep_override()]
+    swept = [override for override in parsed if override.is_sweep_override()]
+    if swept and not sweep:
+        line = swept[0].input_line or ""
+        key, _, value = line.partition("=")
+        hint = f"add -m to run each, write '{key}=[{value}]' for a list, or '{key}=\"{value}\"' for text"
+        raise ConfigError(f"{line} names several values", hint)
+    lists = [
+        [f"{override.get_key_element()}={value}" for value in override.sweep_string_iterator()]
+        for override in swept
+        if override.is_discrete_sweep() and override.value_type != ValueType.GLOB_CHOICE_SWEEP
+    ]
+    first = [values[0] for values in lists if values]
+    jobs = [fixed + first]
+    for position, values in enumerate(values for values in lists if values):
+        if "." not in values[0].partition("=")[0]:
+            jobs += [fixed + first[:position] + [value] + first[position + 1 :] for value in values[1:]]
+    return jobs
+
+
+def _check_complete(config: DictConfig, verb: str) -> None:
+    """Refuse a tree with a `???` or with an interpolation that leads nowhere."""
+    missing = sorted(OmegaConf.missing_keys(config))
+    if missing:
+        write = " ".join(f"{key}={_placeholder(key, verb)}" for key in missing)
+        raise ConfigError(f"{' and '.join(missing)} {'is' if len(missing) == 1 else 'are'} missing", f"write {write}")
+    try:
+        OmegaConf.to_container(config, resolve=True)
+    except OmegaConfBaseException as error:
+        raise ConfigError(f"cannot resolve {error.full_key or 'the configuration'}", one_line(error)) from error
+
+
+def _placeholder(key: str, verb: str) -> str:
+    if key.endswith(("dir", "path", "archive", "images")):
+        return "PATH"
+    return "NAME" if key in TEXT_KEYS.get(verb, ()) else "VALUE"
+
+
+def complete(arguments: list[str], verbs: list[str]) -> None:
+    """Shell completion: install and uninstall are Hydra's; a query finds its verb in COMP_LINE."""
+    command = next((word for word in arguments if "=" in word), "")
+    if not command.startswith("query="):
+        script = _completion(verbs[0], command)
+        print(script.replace('grep "@hydra.main" $file_path -q', 'grep "@hydra.main" $file_path -q || return'), end="")
+        return
+    line = os.environ.get("COMP_LINE", "")
+    words = line.partition(Path(sys.argv[0]).name)[2].split(" ")[1:]
+    words = [word for word in words[:-1] if word] + words[-1:]
+    separator = " " if command != "query=fish" else "\n"
+    if len(words) < 2:
+        print(separator.join(verb for verb in verbs if verb.startswith(words[0] if words else "")))
+    elif (CONF_DIR / f"{words[0]}.yaml").is_file():
+        print(separator.join(_candidates(words[0], words[1:-1], words[-1], command)))
+
+
+def _candidates(verb: str, earlier: list[str], word: str, command: str) -> list[str]:
+    """What may stand in the place of `word`: for `--key` as for `key`, and after `--key ` its values."""
+    prefix, strip = "", ""
+    if earlier and earlier[-1].startswith("--") and "=" not in earlier[-1] and not word.startswith("-"):
+        strip = earlier.pop()[2:] + "="
+        word = strip + word
+    elif word.startswith("--"):
+        prefix, word = "--", word[2:]
+    try:
+        known = translate(verb, earlier).argv()
+    except ClassifierError:
+        return []
+    os.environ["COMP_LINE"] = " ".join(["python", "commands.py", *known, word])
+    found = _completion(verb, command).split()
+    return [prefix + item.removeprefix(strip) for item in found if item.startswith(strip)]
+
+
+def _completion(verb: str, command: str) -> str:
+    """What Hydra prints for `-sc COMMAND`."""
+    full = list(sys.argv)
+    try:
+        with contextlib.redirect_stdout(io.StringIO()) as text:
+            _hydra(verb, ["-sc", command], lambda config: None)
+    except SystemExit:
+        return ""
+    finally:
+        sys.argv[:] = full
+    return text.getvalue()
+
+
+def typed(cls: type[T], node: DictConfig, key: str) -> T:
+    """The node as a checked dataclass; `key` is where it hangs in the tree, for messages.
+
+    Raises:
+        ConfigError: A wrong type, an unknown or a missing key; what `__post_init__` raises passes through.
+    """
+    plain = to_plain(node)
+    try:
+        merged = OmegaConf.merge(OmegaConf.structured(cls), _literal(plain))
+        return OmegaConf.to_object(merged)  # type: ignore[return-value]
+    except MissingMandatoryValue as error:
+        full = _join(key, str(error.full_key or ""))
+        raise ConfigError(f"{full} is missing", f"write {full}=VALUE") from error
+    except ConfigKeyError as error:
+        name = str(error.full_key or error.key)
+        hint = did_you_mean(name, (field.name for field in fields(cls)))  # type: ignore[arg-type]
+        raise ConfigError(f"{_join(key, name)} is not a key", hint) from error
+    except OmegaConfBaseException as error:
+        raise _wrong_type(cls, plain, key, error) from error
+
+
+def _wrong_type(cls: type, plain: Mapping[str, Any], key: str, error: OmegaConfBaseException) -> ConfigError:
+    path = str(error.full_key or "")
+    value: Any = plain
+    expected: Any = cls
+    for part in path.replace("[", ".").replace("]", "").split("."):
+        value = value[int(part)] if isinstance(value, list) else value.get(part) if isinstance(value, Mapping) else value
+        expected = get_type_hints(expected).get(part) if is_dataclass(expected) else expected
+    name = getattr(expected, "__name__", str(expected)) if not hasattr(expected, "__args__") else str(expected)
+    article = "an" if name[0] in "aeio" else "a"
+    if is_dataclass(expected):
+        article, name = "a", "group of keys"
+    return ConfigError(f"{_join(key, path) or 'the configuration'} must be {article} {name}, got {value!r}")
+
+
+def _join(*parts: str) -> str:
+    return ".".join(part for part in parts if part)
+
+
+def _literal(value: Any) -> Any:
+    """Plain values whose text holds no interpolation any more: `${x}` stays these four characters."""
+    if isinstance(value, dict):
+        return {key: _literal(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_literal(item) for item in value]
+    return literal(value) if isinstance(value, str) else value
+
+
+def to_plain(node: Any) -> dict[str, Any]:
+    """A node as resolved plain dicts, lists and scalars."""
+    try:
+        return OmegaConf.to_container(node, resolve=True) if OmegaConf.is_config(node) else dict(node)  # type: ignore[return-value]
+    except OmegaConfBaseException as error:
+        raise ConfigError(f"cannot resolve {error.full_key}", one_line(error)) from error
+
+
+def without(node: DictConfig, *keys: str) -> DictConfig:
+    """A copy of a node, at its place in the tree, that lacks some keys."""
+    copy = node.copy()
+    OmegaConf.set_struct(copy, False)
+    for key in keys:
+        copy.pop(key, None)
+    return copy
+
+
+def save(node: DictConfig, path: Path) -> None:
+    """Write a node as YAML with every interpolation resolved, whole or not at all."""
+    write_text(path, OmegaConf.to_yaml(OmegaConf.create(_literal(to_plain(node)))))
+
+
+def flatten(mapping: Mapping[str, Any], prefix: str = "") -> dict[str, str | int | float | bool | None]:
+    """Nested keys as dotted ones, for parameter logs; a list becomes its JSON text."""
+    flat: dict[str, str | int | float | bool | None] = {}
+    for key, value in mapping.items():
+        name = f"{prefix}{key}"
+        if isinstance(value, Mapping):
+            flat |= flatten(value, f"{name}.")
+        else:
+            flat[name] = value if value is None or isinstance(value, (str, int, float)) else json.dumps(value, default=str)
+    return flat

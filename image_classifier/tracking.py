@@ -1,0 +1,149 @@
+"""The only file that knows MLflow: a run that is logged where possible and never lost where not."""
+
+from __future__ import annotations
+
+import fcntl
+import logging
+import os
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from image_classifier.errors import ConfigError
+
+log = logging.getLogger(__name__)
+
+_RETRY_AFTER_S = 30.0
+_PARAMETERS_A_CALL = 100
+_REFUSALS = ("INVALID_PARAMETER_VALUE", "BAD_REQUEST", "RESOURCE_ALREADY_EXISTS")
+
+
+class Tracker:
+    """One MLflow run; when the store fails it warns once, keeps what it was told, and tries again later.
+
+    Args:
+        tracking_uri: `sqlite:///mlflow.db`, or the `http(s)://` address of a server.
+        experiment_name: The MLflow experiment, made where it does not exist.
+        run_name: The run's name in MLflow.
+        tags: Facts to find the run by.
+    """
+
+    def __init__(self, tracking_uri: str, experiment_name: str, run_name: str, tags: Mapping[str, str]) -> None:
+        if not tracking_uri.startswith(("sqlite:", "http://", "https://", "postgresql", "mysql", "mssql", "databricks")):
+            raise ConfigError(
+                f"logger.tracking_uri={tracking_uri!r} is not a store MLflow can use",
+                "use sqlite:///mlflow.db or the http:// address of a server (MLflow 3 refuses plain folders)",
+            )
+        self.tracking_uri, self.experiment_name, self.run_name, self.tags = tracking_uri, experiment_name, run_name, dict(tags)
+        self.run_id, self._experiment_id, self._client = "", "", None
+        self._waiting: list[Callable[[Any], None]] = []
+        self._retry_at = 0.0
+        self.lost_contact = False
+
+    def log_params(self, parameters: Mapping[str, Any]) -> None:
+        """Log the settings of the run."""
+        from mlflow.entities import Param
+
+        rows = [Param(key, str(value)[:6000]) for key, value in parameters.items()]
+        for start in range(0, len(rows), _PARAMETERS_A_CALL):
+            part = rows[start : start + _PARAMETERS_A_CALL]
+            self._do(lambda client, part=part: client.log_batch(self.run_id, params=part))
+
+    def log_metrics(self, metrics: Mapping[str, float], step: int) -> None:
+        """Log values under their names at one step."""
+        from mlflow.entities import Metric
+
+        now = int(time.time() * 1000)
+        rows = [Metric(name, float(value), now, step) for name, value in metrics.items()]
+        self._do(lambda client: client.log_batch(self.run_id, metrics=rows))
+
+    def log_artifacts(self, directory: Path, name: str) -> None:
+        """Copy a folder into the run's artifacts under `name`."""
+        self._do(lambda client: client.log_artifacts(self.run_id, str(directory), name))
+
+    def set_tags(self, tags: Mapping[str, str]) -> None:
+        """Set facts on the run."""
+        from mlflow.entities import RunTag
+
+        rows = [RunTag(key, str(value)) for key, value in tags.items()]
+        self._do(lambda client: client.log_batch(self.run_id, tags=rows))
+
+    def finish(self, status: str = "FINISHED") -> None:
+        """End the run (FINISHED, FAILED or KILLED) after one last try to log what is waiting."""
+        self._retry_at = 0.0
+        self._do(lambda client: client.set_terminated(self.run_id, status))
+        if self._waiting:
+            log.warning("%d calls to MLflow at %s were never answered; the run folder keeps everything", len(self._waiting), self.tracking_uri)
+
+    @property
+    def where(self) -> str:
+        """Where a person finds the run."""
+        if not self.run_id or self.lost_contact:
+            return f"not logged ({self.tracking_uri} did not answer)"
+        if self.tracking_uri.startswith("sqlite:"):
+            return f"run {self.run_id} in {self.tracking_uri}; look with: mlflow ui --backend-store-uri {self.tracking_uri}"
+        return f"{self.tracking_uri}/#/experiments/{self._experiment_id}/runs/{self.run_id}"
+
+    def _do(self, call: Callable[[Any], None]) -> None:
+        self._waiting.append(call)
+        if time.monotonic() < self._retry_at:
+            return
+        try:
+            client = self._connected()
+            while self._waiting:
+                self._send(client)
+            self.lost_contact = False
+        except Exception as error:  # whatever the store's trouble is, the training matters more
+            if not self.lost_contact:
+                log.warning("MLflow at %s fails (%s); training goes on, the run folder keeps everything", self.tracking_uri, _one_line(error))
+            self.lost_contact, self._retry_at = True, time.monotonic() + _RETRY_AFTER_S
+
+    def _send(self, client: Any) -> None:
+        """Make the oldest waiting call; one that the store refuses as wrong is dropped, or it would block all others."""
+        try:
+            self._waiting[0](client)
+        except Exception as error:
+            if getattr(error, "error_code", "") not in _REFUSALS:
+                raise
+            log.warning("MLflow refuses a value: %s", _one_line(error))
+        self._waiting.pop(0)
+
+    def _connected(self) -> Any:
+        if self._client is None:
+            _be_quick()
+            from mlflow.tracking import MlflowClient
+
+            with _one_at_a_time(self.tracking_uri):
+                client = MlflowClient(tracking_uri=self.tracking_uri)
+                experiment = client.get_experiment_by_name(self.experiment_name)
+                self._experiment_id = experiment.experiment_id if experiment else client.create_experiment(self.experiment_name)
+                self.run_id = client.create_run(self._experiment_id, tags=self.tags, run_name=self.run_name).info.run_id
+            self._client = client
+        return self._client
+
+
+def _be_quick() -> None:
+    """MLflow's own patience (7 tries of 120 s) would hold a run for minutes at a dead server; it takes these from nowhere else."""
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
+    logging.getLogger("mlflow").setLevel(logging.WARNING)
+    logging.getLogger("alembic").setLevel(logging.WARNING)
+
+
+@contextmanager
+def _one_at_a_time(tracking_uri: str) -> Iterator[None]:
+    """Two processes that both create the tables of a fresh SQLite file crash each other (mlflow#24321)."""
+    if not tracking_uri.startswith("sqlite:///"):
+        yield
+        return
+    path = Path(tracking_uri.removeprefix("sqlite:///") + ".lock")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())[:200]

@@ -1,0 +1,126 @@
+"""The end of a run: the bundle, written whole or not at all, its ONNX model compared with the trained one first."""
+
+from __future__ import annotations
+
+import json
+import logging
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from image_classifier import settings
+from image_classifier.bundle import BundleInfo, seal
+from image_classifier.dataset.cache import PixelCache
+from image_classifier.evaluation.metrics import Metrics
+from image_classifier.exporting.onnx import export_onnx
+from image_classifier.exporting.parity import check_parity
+from image_classifier.files import whole_directory
+from image_classifier.inference.checkpoint import CheckpointBackend
+from image_classifier.inference.onnx_runtime import OnnxBackend
+from image_classifier.modeling.classifier import Classifier
+from image_classifier.records import Manifest
+from image_classifier.tracking import Tracker
+from image_classifier.training.run_folder import RunFolder, provenance
+
+log = logging.getLogger(__name__)
+
+_NUM_PARITY_IMAGES = 256
+_NUM_GOLDEN_IMAGES = 8
+
+
+def deliver(
+    classifier: Classifier,
+    blueprint: dict[str, Any],
+    run: RunFolder,
+    manifest: Manifest,
+    cache: PixelCache,
+    metrics: dict[str, Metrics],
+    config: Any,
+    images_per_second: float,
+    tracker: Tracker | None,
+) -> None:
+    """Write `models/<name>/` and log it; ParityError where ONNX and torch disagree, and then nothing is written."""
+    classifier = classifier.cpu().to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
+    facts = provenance(
+        config.seed,
+        manifest_sha256=manifest.sha256,
+        data_root=str(manifest.root),
+        images_per_second=round(images_per_second, 1),
+        config=settings.to_plain(config),
+    )
+    with whole_directory(run.bundle, overwrite=config.overwrite) as directory:
+        _write_checkpoint(classifier, blueprint, directory / "model.ckpt")
+        export_onnx(classifier, blueprint["preprocess"]["size"], {**_plain(blueprint), "temperature": 1.0}, directory / "model.onnx")
+        difference = _gate(classifier, directory, manifest, cache)
+        facts["onnx_largest_difference"] = difference
+        log.info("ONNX agrees with torch: largest difference of a probability %.1e", difference)
+        manifest.write(directory / "manifest.csv")
+        settings.save(config, directory / "config.yaml")
+        info = BundleInfo(
+            name=run.name,
+            classes=manifest.classes,
+            preprocess=blueprint["preprocess"],
+            normalise=blueprint["normalise"],
+            metrics={split: values.scalars() for split, values in metrics.items()},
+            provenance=facts,
+        )
+        (directory / "MODEL_CARD.md").write_text(model_card(info, manifest), encoding="utf-8")
+        seal(directory, info)
+    if tracker:
+        for split, values in metrics.items():
+            tracker.log_metrics({f"{split}/{name}": value for name, value in values.scalars().items() if split == "test"}, config.trainer.max_epochs)
+        tracker.set_tags({"git_commit": str(facts["git"]), "bundle": str(run.bundle)})
+        tracker.log_artifacts(run.bundle, "bundle")
+        tracker.log_artifacts(run.plots, "plots")
+        tracker.finish()
+
+
+def _plain(blueprint: dict[str, Any]) -> dict[str, Any]:
+    return {key: blueprint[key] for key in ("classes", "preprocess", "normalise")}
+
+
+def _write_checkpoint(classifier: Classifier, blueprint: dict[str, Any], path: Path) -> None:
+    """Weights and what is needed to rebuild the network; loadable with weights_only=True."""
+    state = {f"classifier.{key}": value for key, value in classifier.state_dict().items()}
+    torch.save({"state_dict": state, "hyper_parameters": {"blueprint": blueprint}}, path)
+
+
+def _gate(classifier: Classifier, directory: Path, manifest: Manifest, cache: PixelCache) -> float:
+    """Compare ONNX with torch on real validation images, and keep some of them as golden answers."""
+    rows = manifest.indices("val")
+    rows = rows[np.unique(np.linspace(0, len(rows) - 1, min(len(rows), _NUM_PARITY_IMAGES)).astype(int))]
+    pixels = np.ascontiguousarray(cache.gather(rows).transpose(0, 3, 1, 2))
+    expected = _in_batches(CheckpointBackend(classifier), pixels)
+    actual = _in_batches(OnnxBackend(directory / "model.onnx"), pixels)
+    difference = check_parity(expected, actual, [manifest.records[row].path for row in rows], "ONNX Runtime")
+    golden = np.unique(np.linspace(0, len(rows) - 1, min(len(rows), _NUM_GOLDEN_IMAGES)).astype(int))
+    np.savez(directory / "golden.npz", pixels=pixels[golden], logits=expected[golden])
+    return difference
+
+
+def _in_batches(backend: CheckpointBackend | OnnxBackend, pixels: np.ndarray, size: int = 32) -> np.ndarray:
+    return np.concatenate([backend.logits(pixels[start : start + size]) for start in range(0, len(pixels), size)])
+
+
+def model_card(info: BundleInfo, manifest: Manifest) -> str:
+    """MODEL_CARD.md, from facts only."""
+    counts = {split: len(manifest.indices(split)) for split in ("train", "val", "test")}
+    rows = [f"| {split} | {name} | {value:.4f} |" for split, values in info.metrics.items() for name, value in values.items()]
+    facts = info.provenance
+    lines = [
+        f"# {info.name}",
+        f"An image classifier for {len(info.classes)} classes: {', '.join(info.classes)}.",
+        "## Data",
+        f"{len(manifest)} images ({', '.join(f'{count} {split}' for split, count in counts.items())}), manifest sha256 `{facts['manifest_sha256']}`.",
+        "## Input and output",
+        f"Pixels uint8 [batch, 3, {info.preprocess['size']}, {info.preprocess['size']}] after preprocessing `{json.dumps(info.preprocess)}`; "
+        "logits float32 [batch, classes]. Normalisation is inside the model.",
+        "## Results",
+        "| part | metric | value |\n|---|---|---|\n" + "\n".join(rows),
+        "## Origin",
+        f"Trained {facts['created']} by image_classifier {facts['version']} at commit `{facts['git']}`, seed {facts['seed']}, "
+        f"torch {facts['packages']['torch']}, Python {facts['python']}.",
+    ]
+    return "\n\n".join(lines) + "\n"

@@ -1,0 +1,92 @@
+"""The Lightning module: one training step, one validation pass judged by the same code as every report."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+from torch import nn
+from torchmetrics.classification import MulticlassAccuracy
+
+from image_classifier.evaluation.metrics import compute_metrics
+from image_classifier.modeling.classifier import Classifier
+from image_classifier.records import PredictionTable
+from image_classifier.training.datamodule import Batch
+
+OptimizerFactory = Callable[[Iterable[Any]], torch.optim.Optimizer]
+
+
+@dataclass(frozen=True)
+class SchedulerSettings:
+    """How the learning rate moves: `build` takes the optimizer (and the run's length under the name `length`)."""
+
+    build: Callable[..., Any] | None = None
+    interval: str = "epoch"
+    length: str | None = None
+    monitor: str | None = None
+
+
+class ClassifierModule(pl.LightningModule):
+    """Trains a classifier; logs train/loss, train/accuracy, val/loss, val/accuracy and val/f1_macro once an epoch."""
+
+    def __init__(
+        self,
+        classifier: Classifier,
+        criterion: nn.Module,
+        make_optimizer: OptimizerFactory,
+        scheduler: SchedulerSettings,
+        classes: tuple[str, ...],
+        blueprint: dict[str, Any],
+    ) -> None:
+        """`blueprint` is plain containers only: what `inference.checkpoint` needs to rebuild the classifier from a checkpoint."""
+        super().__init__()
+        self.classifier, self.criterion = classifier, criterion
+        self.make_optimizer, self.scheduler, self.classes = make_optimizer, scheduler, classes
+        self.save_hyperparameters({"blueprint": blueprint}, logger=False)
+        self.train_accuracy = MulticlassAccuracy(len(classes), average="micro", validate_args=False)
+        self._seen: list[tuple[torch.Tensor, torch.Tensor]] = []
+
+    def training_step(self, batch: Batch, batch_idx: int) -> torch.Tensor:
+        pixels, targets = batch
+        logits = self.classifier(pixels)
+        loss: torch.Tensor = self.criterion(logits, targets)
+        self.train_accuracy.update(logits.detach(), targets)
+        self.log("train/loss", loss.detach(), on_step=False, on_epoch=True, batch_size=len(targets))
+        return loss
+
+    def on_train_epoch_end(self) -> None:
+        self.log("train/accuracy", self.train_accuracy.compute())
+        self.train_accuracy.reset()
+
+    def validation_step(self, batch: Batch, batch_idx: int) -> None:
+        pixels, targets = batch
+        self._seen.append((self.classifier(pixels), targets))
+
+    def on_validation_epoch_end(self) -> None:
+        logits, targets = (torch.cat(parts) for parts in zip(*self._seen, strict=True))
+        self._seen.clear()
+        self.log("val/loss", self.criterion(logits, targets))
+        table = PredictionTable(("",) * len(targets), targets.cpu().numpy(), logits.float().cpu().numpy(), self.classes)
+        metrics = compute_metrics(table)
+        self.log_dict({"val/accuracy": metrics.accuracy, "val/f1_macro": metrics.f1_macro}, prog_bar=True)
+
+    def configure_optimizers(self) -> Any:
+        optimizer = self.make_optimizer(_decay_groups(self.classifier))
+        if self.scheduler.build is None:
+            return optimizer
+        length = {self.scheduler.length: max(2, int(self.trainer.estimated_stepping_batches))} if self.scheduler.length else {}
+        entry: dict[str, Any] = {"scheduler": self.scheduler.build(optimizer, **length), "interval": self.scheduler.interval}
+        if self.scheduler.monitor:
+            entry["monitor"] = self.scheduler.monitor
+        return {"optimizer": optimizer, "lr_scheduler": entry}
+
+
+def _decay_groups(model: nn.Module) -> list[dict[str, Any]]:
+    """Weight decay on matrices and kernels only: decayed norms and biases only hurt (He et al., 2019, section 3.1)."""
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    vectors = [parameter for parameter in parameters if parameter.ndim <= 1]
+    groups: list[dict[str, Any]] = [{"params": [parameter for parameter in parameters if parameter.ndim > 1]}]
+    return [*groups, {"params": vectors, "weight_decay": 0.0}] if vectors else groups

@@ -1,0 +1,57 @@
+"""The exported file answers as the classifier does, for every batch size, and the gate sees what does not."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from image_classifier.errors import ParityError
+from image_classifier.exporting.onnx import export_onnx
+from image_classifier.exporting.parity import check_parity
+from image_classifier.inference.checkpoint import CheckpointBackend
+from image_classifier.inference.onnx_runtime import OnnxBackend
+from image_classifier.modeling.classifier import build_classifier
+from image_classifier.modeling.convnet import ConvNet
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory: pytest.TempPathFactory) -> tuple[CheckpointBackend, OnnxBackend, Path]:
+    torch.manual_seed(0)
+    classifier = build_classifier(ConvNet(16, [8, 16]), 4, 16, [0.5] * 3, [0.2] * 3).eval()
+    path = tmp_path_factory.mktemp("onnx") / "model.onnx"
+    export_onnx(classifier, 16, {"classes": ["a", "кот", "c", "d"], "preprocess": {"size": 16}}, path)
+    return CheckpointBackend(classifier), OnnxBackend(path), path
+
+
+@pytest.mark.parametrize("count", [1, 2, 7, 64])
+def test_same_logits_for_any_batch(exported: tuple[CheckpointBackend, OnnxBackend, Path], count: int) -> None:
+    torch_backend, onnx_backend, _ = exported
+    pixels = np.random.default_rng(count).integers(0, 256, (count, 3, 16, 16), dtype=np.uint8)
+    expected, actual = torch_backend.logits(pixels), onnx_backend.logits(pixels)
+    assert actual.shape == (count, 4) and actual.dtype == np.float32
+    assert check_parity(expected, actual, [str(row) for row in range(count)], "onnx") < 1e-5
+
+
+def test_the_file_is_whole_and_says_what_it_is(exported: tuple[CheckpointBackend, OnnxBackend, Path]) -> None:
+    _, backend, path = exported
+    assert [file.name for file in path.parent.iterdir()] == ["model.onnx"]
+    assert backend.metadata() == {"classes": ["a", "кот", "c", "d"], "preprocess": {"size": 16}}
+
+
+def test_the_gate_names_the_image_that_differs() -> None:
+    expected = np.random.default_rng(0).normal(size=(5, 3)).astype(np.float32)
+    paths = [f"cat/{row}.png" for row in range(5)]
+    assert check_parity(expected, expected + 1e-7, paths, "onnx") < 1e-6
+    shifted = expected.copy()
+    shifted[3, 0] += 0.01
+    with pytest.raises(ParityError, match=r"cat/3\.png"):
+        check_parity(expected, shifted, paths, "onnx")
+    flipped = expected.copy()
+    flipped[2] = -flipped[2]
+    with pytest.raises(ParityError, match=r"another class on 1 of 5 images, first 'cat/2\.png'"):
+        check_parity(expected, flipped, paths, "onnx")
+    broken = expected.copy()
+    broken[1] = np.nan
+    with pytest.raises(ParityError):
+        check_parity(expected, broken, paths, "onnx")

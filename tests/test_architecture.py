@@ -1,0 +1,103 @@
+"""What docs/architecture.md promises and import-linter cannot see: what a verb really loads, and that every config composes."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from contextlib import suppress
+from pathlib import Path
+
+import pytest
+
+import image_classifier
+
+ROOT = Path(__file__).resolve().parents[1]
+COMMANDS = ROOT / "commands.py"
+CONF = ROOT / "conf"
+SOURCES = sorted([COMMANDS, *(ROOT / "image_classifier").rglob("*.py"), *(ROOT / "tests").rglob("*.py"), *(ROOT / "benchmarks").rglob("*.py")])
+TORCH_ZONE = ("torch", "torchvision", "lightning", "pytorch_lightning", "timm", "torchmetrics")
+
+# Runs commands.py as a shell would and then says, on the last line of stderr, what of the torch zone it loaded.
+PROBE = """
+import os, runpy, sys
+commands, zone, sys.argv = sys.argv[1], sys.argv[2].split(","), sys.argv[1:2] + sys.argv[3:]
+sys.path[0] = os.path.dirname(commands)
+code = 0
+try:
+    runpy.run_path(commands, run_name="__main__")
+except SystemExit as stop:
+    code = stop.code
+print("loaded:", *(name for name in zone if name in sys.modules), file=sys.stderr)
+sys.exit(code)
+"""
+
+
+def assert_torch_free(cwd: Path, *line: str) -> str:
+    """Run `commands.py *line` in `cwd`, without a torch import; returns what it printed."""
+    command = [sys.executable, "-c", PROBE, str(COMMANDS), ",".join(TORCH_ZONE), *line]
+    done = subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.splitlines()[-1].split() == ["loaded:"], f"{line} {done.stderr.splitlines()[-1]}"
+    return done.stdout
+
+
+@pytest.mark.parametrize("line", [(), ("--help",), ("train", "--help"), ("train", "--cfg", "job"), ("infer", "--help")], ids=" ".join)
+def test_help_loads_no_torch(line: tuple[str, ...], tmp_path: Path) -> None:
+    assert_torch_free(tmp_path, *line)
+
+
+def test_prepare_loads_no_torch(tmp_path: Path) -> None:
+    manifest_path = tmp_path / "manifest.csv"
+    assert_torch_free(tmp_path, "prepare", "data=digits", f"data.dir={tmp_path / 'digits'}", f"data.manifest_path={manifest_path}")
+    assert manifest_path.read_text(encoding="utf-8").startswith("path,label,split,group,sha256,width,height")
+
+
+def test_infer_with_an_onnx_bundle_loads_no_torch(digits_bundle: Path, tmp_path: Path) -> None:
+    from PIL import Image
+
+    image_path = tmp_path / "seven.png"
+    Image.new("RGB", (8, 8), "white").save(image_path)
+    printed = assert_torch_free(tmp_path, "infer", "--checkpoint_name", str(digits_bundle), "--images", str(image_path), "--format", "jsonl")
+    assert '"predicted_class"' in printed
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda path: path.relative_to(ROOT).as_posix())
+def test_a_source_file_is_short_and_named_after_what_it_holds(path: Path) -> None:
+    assert len(path.read_text(encoding="utf-8").splitlines()) < 400
+    assert path.stem not in {"utils", "util", "helpers", "helper", "common", "misc"}
+
+
+def test_the_changelog_knows_this_version() -> None:
+    changelog = (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
+    assert f"\n## [{image_classifier.__version__}] - " in changelog
+    assert f'\nversion = "{image_classifier.__version__}"\n' in (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+
+
+def overrides_for(path: Path) -> list[list[str]]:
+    """Ways to choose a group's option on the command line: replacing a default, or added to them."""
+    group = path.parent.relative_to(CONF).as_posix()
+    return [[f"{group}={path.stem}"], [f"+{group}={path.stem}"]]
+
+
+@pytest.mark.parametrize("path", sorted(CONF.rglob("*.yaml")), ids=lambda path: path.relative_to(CONF).as_posix())
+def test_every_config_composes(path: Path) -> None:
+    from hydra import compose, initialize_config_dir
+    from hydra.errors import ConfigCompositionException
+    from omegaconf import OmegaConf
+    from omegaconf.errors import InterpolationToMissingValueError
+
+    import image_classifier.settings  # noqa: F401  (registers what the files may refer to)
+
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        if path.parent == CONF:
+            config = compose(path.stem)
+        else:
+            replace, add = overrides_for(path)
+            try:
+                config = compose("train", replace)
+            except ConfigCompositionException as error:
+                if "Could not override" not in str(error):
+                    raise
+                config = compose("train", add)
+    with suppress(InterpolationToMissingValueError):  # a value only the user can give, such as data.dir of data=folder
+        OmegaConf.to_container(config, resolve=True)

@@ -1,0 +1,67 @@
+"""Files and folders appear whole or not at all."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from image_classifier.errors import StorageError
+from image_classifier.files import whole_directory, whole_file, write_text
+
+
+def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.json"
+    write_text(path, "old")
+    with pytest.raises(RuntimeError), whole_file(path) as file:
+        file.write(b"half of the new")
+        raise RuntimeError
+    assert path.read_text() == "old"
+    assert os.listdir(tmp_path) == ["metrics.json"]
+
+
+def test_a_full_disk_is_one_storage_error_and_the_old_file_stays(tmp_path: Path) -> None:
+    path = tmp_path / "model.ckpt"
+    path.write_bytes(b"good")
+    code = f"""
+import resource, signal
+from pathlib import Path
+from image_classifier.errors import StorageError
+from image_classifier.files import write_bytes
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))
+try:
+    write_bytes(Path({str(path)!r}), b"x" * 100_000)
+except StorageError as error:
+    print(error)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert "no space left" in done.stdout
+    assert path.read_bytes() == b"good"
+    assert os.listdir(tmp_path) == ["model.ckpt"]
+
+
+def test_a_failed_folder_never_appears(tmp_path: Path) -> None:
+    with pytest.raises(RuntimeError), whole_directory(tmp_path / "bundle") as directory:
+        (directory / "model.onnx").write_bytes(b"half")
+        raise RuntimeError
+    assert os.listdir(tmp_path) == []
+
+
+def test_a_folder_is_replaced_only_when_asked(tmp_path: Path) -> None:
+    target = tmp_path / "bundle"
+    for content in ("one", "two"):
+        with whole_directory(target, overwrite=True) as directory:
+            (directory / "name").write_text(content)
+    with pytest.raises(StorageError, match="overwrite=true"), whole_directory(target):
+        pass
+    assert (target / "name").read_text() == "two"
+    assert os.listdir(tmp_path) == ["bundle"]
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
+def test_no_permission_is_one_storage_error(tmp_path: Path) -> None:
+    tmp_path.chmod(0o500)
+    with pytest.raises(StorageError, match="no permission"):
+        write_text(tmp_path / "file", "")

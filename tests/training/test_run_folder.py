@@ -1,0 +1,56 @@
+"""A run claims its name alone, and leaves nothing behind when it never began."""
+
+from contextlib import ExitStack
+from pathlib import Path
+
+import pytest
+
+from image_classifier.errors import ConfigError, StorageError
+from image_classifier.training.run_folder import claim_run, provenance
+
+
+def claim(root: Path, name: str | None = None, overwrite: bool = False):  # type: ignore[no-untyped-def]
+    return claim_run(name, "digits-convnet", root / "runs", root / "models", root / "plots", overwrite)
+
+
+def test_unnamed_runs_are_numbered_even_when_they_run_at_once(tmp_path: Path) -> None:
+    with ExitStack() as stack:
+        names = [stack.enter_context(claim(tmp_path)).name for _ in range(3)]
+    assert names == ["digits-convnet", "digits-convnet-2", "digits-convnet-3"]
+
+
+def test_a_run_that_fails_before_a_checkpoint_leaves_no_folder(tmp_path: Path) -> None:
+    with pytest.raises(RuntimeError), claim(tmp_path) as run:
+        raise RuntimeError
+    assert not run.directory.exists()
+    with pytest.raises(RuntimeError), claim(tmp_path) as run:
+        (run.directory / "checkpoints").mkdir()
+        (run.directory / "checkpoints" / "last.ckpt").touch()
+        raise RuntimeError
+    assert (run.directory / "train.log").exists()
+
+
+def test_a_name_that_exists_is_refused_unless_overwritten(tmp_path: Path) -> None:
+    with claim(tmp_path, "mine") as run:
+        run.bundle.mkdir()
+    with pytest.raises(StorageError, match="overwrite=true"), claim(tmp_path, "mine"):
+        pass
+    with claim(tmp_path, "mine", overwrite=True) as run:
+        assert run.bundle.exists()  # the old one stays until the new one takes its place
+
+
+@pytest.mark.parametrize("name", ["a/b", "..", ".hidden", "", "x" * 200])
+def test_a_name_that_cannot_be_a_folder_is_refused(tmp_path: Path, name: str) -> None:
+    with pytest.raises(ConfigError, match="cannot be the name"), claim(tmp_path, name):
+        pass
+
+
+def test_a_folder_that_cannot_be_made_is_one_line(tmp_path: Path) -> None:
+    (tmp_path / "models").write_text("a file where the folder should be")
+    with pytest.raises(StorageError), claim(tmp_path):
+        pass
+
+
+def test_provenance_says_where_a_result_came_from() -> None:
+    facts = provenance(3, manifest_sha256="abc")
+    assert facts["seed"] == 3 and facts["manifest_sha256"] == "abc" and facts["packages"]["torch"]
