@@ -25,7 +25,7 @@ class Commands:
 
     def prepare(self) -> None:
         """Find the images of a data set, check and split them, and write manifest.csv."""
-        self._run("prepare", "image_classifier.dataset.run:prepare_and_report")
+        self._run("prepare", "image_classifier.dataset.run:prepare_from")
 
     def train(self) -> None:
         """Train a classifier and leave a bundle in models/NAME/."""

@@ -6,6 +6,7 @@ import difflib
 import inspect
 import os
 import re
+import select
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -28,6 +29,7 @@ LIST_KEYS: dict[str, frozenset[str]] = {"infer": frozenset({"images"})}
 # Hydra's own flags that stand alone, and those that take a value.
 _ALONE = ("--help", "-h", "--hydra-help", "--version", "--resolve", "--run", "-r", "--multirun", "-m", "--shell-completion", "-sc")
 _VALUED = ("--cfg", "-c", "--package", "-p", "--config-path", "-cp", "--config-name", "-cn", "--config-dir", "-cd", "--experimental-rerun")
+_CFG = ("job", "hydra", "all")
 _INFO = ("all", "config", "defaults", "defaults-tree", "plugins", "searchpath")
 _LONG = {"-h": "--help", "-c": "--cfg", "-p": "--package", "-r": "--run", "-m": "--multirun", "-sc": "--shell-completion", "-i": "--info"}
 _LONG |= {"-cp": "--config-path", "-cn": "--config-name", "-cd": "--config-dir"}
@@ -88,6 +90,8 @@ def _flag_value(name: str, value: str | None, rest: list[str]) -> str | None:
     if value is None and not rest:
         raise ConfigError(f"{name} needs a value")
     value = rest.pop(0) if value is None else value
+    if name in ("--cfg", "-c") and value not in _CFG:
+        raise ConfigError(f"{name} cannot show {value!r}", f"use one of {', '.join(_CFG)}")
     return os.path.abspath(value) if name in ("--config-path", "-cp") and "://" not in value else value
 
 
@@ -175,20 +179,30 @@ def verb_help(program: str, verb: str, text: str, conf: Path) -> str:
     keys = [line for line in root.splitlines() if re.match(r"[a-z_]+:", line) and not line.startswith(("defaults:", "run_dir:"))]
     lines = [f"usage: python {program} {verb} [key=value | --key value ...]", "", text, "", "keys (default, meaning):"]
     lines += [f"  {line}" for line in keys]
-    groups = re.findall(r"^  - (?:optional )?([a-z]+): *(\w+)", root, re.MULTILINE)
-    groups = [(group, chosen) for group, chosen in groups if group != "hydra"]
+    groups = root_groups(conf, verb)
     if groups:
         lines += ["", "groups (default): choices; the keys of a choice are in conf/GROUP/CHOICE.yaml, write GROUP.KEY=VALUE"]
-    for group, chosen in groups:
-        lines.append(f"  {f'{group} ({chosen})':<24} {', '.join(choices(conf, group))}")
+    for group, chosen in groups.items():
+        lines.append(f"  {f'{group} ({chosen})':<24} {', '.join(choices(conf, group)) or '(none yet)'}")
     lines += ["", "examples:", *(f"  {example}" for example in examples)]
     flags = f"Hydra's flags: -m (one run for each of model=a,b), --cfg job (show, do not run); the others: {verb} --hydra-help"
     return "\n".join([*lines, "", flags])
 
 
+def root_groups(conf: Path, verb: str) -> dict[str, str]:
+    """The groups of a verb's root file, each with its default choice."""
+    root = (conf / f"{verb}.yaml").read_text(encoding="utf-8")
+    return {group: chosen for group, chosen in re.findall(r"^  - (?:optional )?([a-z]+): *(\w+)", root, re.MULTILINE) if group != "hydra"}
+
+
 def choices(conf: Path, group: str) -> list[str]:
-    """The names of a group's files, without those that only others build on (_base.yaml)."""
-    return sorted(file.stem for file in (conf / group).glob("*.yaml") if not file.name.startswith("_"))
+    """The names of a group's files, without those that only others build on."""
+    return sorted(file.stem for file in (conf / group).glob("*.yaml") if not is_base(file.stem))
+
+
+def is_base(choice: str) -> bool:
+    """Whether a group's file is there for the others to build on."""
+    return choice == "base" or choice.startswith("_")
 
 
 def summaries(component: type) -> dict[str, str]:
@@ -209,19 +223,18 @@ def exit_code(action: Callable[[], None]) -> int:
         print("stopped by Ctrl-C", file=sys.stderr)
         return 130
     except BrokenPipeError:
-        if _stdout_works():
+        if not _reader_left():
             raise  # another pipe: a bug that must be seen
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python's last flush stays quiet
         return 141
-    finally:
-        _stdout_works()
     return 0
 
 
-def _stdout_works() -> bool:
-    """Flush standard output; where its reader has gone, send the rest nowhere so that Python stays quiet at exit."""
+def _reader_left() -> bool:
+    """Whether standard output is a pipe that nobody reads any more (`| head`)."""
     try:
-        sys.stdout.flush()
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        poll = select.poll()
+        poll.register(sys.stdout.fileno(), select.POLLOUT)
+        return any(event & select.POLLERR for _, event in poll.poll(0))
+    except (OSError, ValueError):  # no file behind it
         return False
-    return True

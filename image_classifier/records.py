@@ -103,7 +103,7 @@ class Manifest:
 
 def _record(row: Mapping[str, str], path: Path, line: int) -> Record:
     try:
-        record = Record(*(row[name] for name in _COLUMNS[:5]), int(row["width"]), int(row["height"]))
+        record = Record(row["path"], row["label"], row["split"], row["group"], row["sha256"], int(row["width"]), int(row["height"]))
     except (TypeError, ValueError) as error:
         raise DataError(f"line {line} of the manifest {str(path)!r} is not a record", "width and height are whole numbers") from error
     if record.split not in SPLITS:

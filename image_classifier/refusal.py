@@ -1,4 +1,4 @@
-"""Why Hydra refuses a command line, in one line with the nearest valid name and the file that defines it."""
+"""What Hydra would refuse, found before anything is loaded and said in one line: the nearest name and the file that defines it."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from hydra.core.config_loader import ConfigLoader
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.object_type import ObjectType
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import Override
-from hydra.errors import HydraException
+from hydra.core.override_parser.types import Override, ValueType
+from hydra.errors import HydraException, OverrideParseException
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from image_classifier.command_line import did_you_mean, nearest
+from image_classifier.command_line import TEXT_KEYS, did_you_mean, is_base, nearest, requoted
 from image_classifier.errors import ConfigError
 
 
@@ -27,8 +27,64 @@ def one_line(error: BaseException) -> str:
     """The error's own words and its cause's, without Hydra's advice and lay-out."""
     words = [str(error), str(error.__cause__ or "")]
     lines = [line.strip() for text in words for line in re.split(r"\n(?:Config )?[Ss]earch path:", text)[0].splitlines()]
-    noise = ("full_key", "object_type", "reference_type", "See https", "Set the environment")
+    noise = ("full_key", "object_type", "reference_type", "See https", "Set the environment", "To append")
     return "; ".join(dict.fromkeys(line for line in lines if line and not line.startswith(noise)))
+
+
+def parse(override: str) -> Override:
+    """One override as Hydra reads it, its value quoted where only that makes it readable; ConfigError for the others."""
+    parser = OverridesParser.create()
+    try:
+        return parser.parse_overrides([override])[0]
+    except OverrideParseException as error:
+        again = requoted(override)
+        if again is None:
+            raise ConfigError(f"cannot read {override!r}", f"{one_line(error)} (quote it: 'key=\"value\"')") from error
+    try:
+        return parser.parse_overrides([again])[0]
+    except OverrideParseException as error:
+        raise ConfigError(f"cannot read {override!r}", "write key=value") from error
+
+
+def jobs(parsed: list[Override], sweep: bool) -> list[list[str]]:
+    """The overrides to try: as they are, or, for a sweep, each choice of each group once beside the others' first."""
+    fixed = [override.input_line or "" for override in parsed if not override.is_sweep_override()]
+    swept = [override for override in parsed if override.is_sweep_override()]
+    if swept and not sweep:
+        line = swept[0].input_line or ""
+        key, _, value = line.partition("=")
+        hint = f"add -m to run each, write '{key}=[{value}]' for a list, or '{key}=\"{value}\"' for text"
+        raise ConfigError(f"{line} names several values", hint)
+    lists = [
+        [f"{override.get_key_element()}={value}" for value in override.sweep_string_iterator()]
+        for override in swept
+        if override.is_discrete_sweep() and override.value_type != ValueType.GLOB_CHOICE_SWEEP
+    ]
+    first = [values[0] for values in lists if values]
+    jobs = [fixed + first]
+    for position, values in enumerate(values for values in lists if values):
+        if "." not in values[0].partition("=")[0]:
+            jobs += [fixed + first[:position] + [value] + first[position + 1 :] for value in values[1:]]
+    return jobs
+
+
+def check_complete(config: DictConfig, verb: str) -> None:
+    """Refuse a tree with a `???` or with an interpolation that leads nowhere."""
+    try:
+        missing = sorted(OmegaConf.missing_keys(config))
+        if not missing:
+            OmegaConf.to_container(config, resolve=True)
+    except OmegaConfBaseException as error:
+        raise ConfigError(f"cannot resolve {error.full_key or 'the configuration'}", one_line(error)) from error
+    if missing:
+        write = " ".join(f"{key}={_placeholder(key, verb)}" for key in missing)
+        raise ConfigError(f"{' and '.join(missing)} {'is' if len(missing) == 1 else 'are'} missing", f"write {write}")
+
+
+def _placeholder(key: str, verb: str) -> str:
+    if key.endswith(("dir", "path", "archive", "images")):
+        return "PATH"
+    return "NAME" if key in TEXT_KEYS.get(verb, ()) else "VALUE"
 
 
 def explain(error: Exception, root: str, overrides: list[str], extra: list[str], verb: str) -> ConfigError:
@@ -61,7 +117,7 @@ def _split(loader: ConfigLoader, root: str, parsed: list[Override], extra: list[
 
 def _options(loader: ConfigLoader, root: str, group: str, extra: list[str]) -> list[str]:
     found: list[str] = loader.get_group_options(group, ObjectType.CONFIG, config_name=root, overrides=extra)
-    return [name for name in found if not name.startswith("_")]
+    return [name for name in found if not is_base(name)]
 
 
 def _chosen(loader: ConfigLoader, root: str, extra: list[str]) -> dict[str, Any]:

@@ -7,23 +7,22 @@ import io
 import json
 import logging
 import os
+import re
 import sys
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import fields, is_dataclass
+from dataclasses import is_dataclass
 from pathlib import Path
 from typing import Any, TypeVar, get_type_hints
 
 import hydra
-from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import Override, ValueType
-from hydra.errors import HydraException, OverrideParseException
+from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigKeyError, MissingMandatoryValue, OmegaConfBaseException
 
-from image_classifier.command_line import CONF_DIR, TEXT_KEYS, CommandLine, did_you_mean, literal, requoted, translate
+from image_classifier.command_line import CONF_DIR, CommandLine, did_you_mean, literal, root_groups, translate
 from image_classifier.errors import ClassifierError, ConfigError
 from image_classifier.files import write_text
-from image_classifier.refusal import explain, one_line
+from image_classifier.refusal import check_complete, explain, jobs, one_line, parse
 from image_classifier.targets import check_targets, instantiate
 
 __all__ = ["check_targets", "complete", "configure_logging", "flatten", "instantiate", "run_verb", "save", "to_plain", "typed", "without"]
@@ -58,7 +57,7 @@ def run_verb(verb: str, arguments: list[str], task: Task) -> None:
     def guarded(config: DictConfig) -> object:
         sys.argv[:] = full  # Lightning starts its other ranks from sys.argv
         try:
-            _check_complete(config, verb)
+            check_complete(config, verb)
             return task(config)
         except Exception as error:
             raise _Escape(error) from None
@@ -93,7 +92,7 @@ def _checked(verb: str, line: CommandLine) -> CommandLine:
     """The line with its text quoted where Hydra's grammar needs it; ConfigError where Hydra would refuse it."""
     if line.has("--resolve") and not line.has("--cfg"):
         raise ConfigError("--resolve goes with --cfg", "write --cfg job --resolve")
-    parsed = [_parsed(override) for override in line.overrides]
+    parsed = [parse(override) for override in line.overrides]
     line = CommandLine(line.flags, tuple(override.input_line or "" for override in parsed))
     root, folder = line.value("--config-name") or verb, line.value("--config-dir")
     conf = Path(line.value("--config-path") or CONF_DIR)
@@ -102,10 +101,12 @@ def _checked(verb: str, line: CommandLine) -> CommandLine:
             raise ConfigError(f"{name} {str(place)!r} is not a folder")
     sweep = line.has("--multirun") or any(override.input_line == "hydra.mode=MULTIRUN" for override in parsed)
     with _composer(conf):
-        for overrides in _jobs(parsed, sweep):
+        for overrides in jobs(parsed, sweep):
             extra = [f"hydra.searchpath=[file://{os.path.abspath(folder)}]"] if folder else []
             try:
-                hydra.compose(root, overrides + extra)
+                config = hydra.compose(root, overrides + extra)
+                if line.has("--resolve"):
+                    to_plain(config)
             except (HydraException, OmegaConfBaseException, ValueError) as error:
                 raise explain(error, root, overrides, extra, verb) from error
     return line
@@ -116,60 +117,6 @@ def _composer(conf: Path) -> Iterator[None]:
     place = str(conf) if "://" not in str(conf) else str(CONF_DIR)
     with hydra.initialize_config_dir(os.path.abspath(place), version_base="1.3"):
         yield
-
-
-def _parsed(override: str) -> Override:
-    parser = OverridesParser.create()
-    try:
-        return parser.parse_overrides([override])[0]
-    except OverrideParseException as error:
-        again = requoted(override)
-        if again is None:
-            raise ConfigError(f"cannot read {override!r}", f"{one_line(error)} (quote it: 'key=\"value\"')") from error
-    try:
-        return parser.parse_overrides([again])[0]
-    except OverrideParseException as error:
-        raise ConfigError(f"cannot read {override!r}", "write key=value") from error
-
-
-def _jobs(parsed: list[Override], sweep: bool) -> list[list[str]]:
-    """The overrides to try: as they are, or, for a sweep, each choice of each group once beside the others' first."""
-    fixed = [override.input_line or "" for override in parsed if not override.is_sweep_override()]
-    swept = [override for override in parsed if override.is_sweep_override()]
-    if swept and not sweep:
-        line = swept[0].input_line or ""
-        key, _, value = line.partition("=")
-        hint = f"add -m to run each, write '{key}=[{value}]' for a list, or '{key}=\"{value}\"' for text"
-        raise ConfigError(f"{line} names several values", hint)
-    lists = [
-        [f"{override.get_key_element()}={value}" for value in override.sweep_string_iterator()]
-        for override in swept
-        if override.is_discrete_sweep() and override.value_type != ValueType.GLOB_CHOICE_SWEEP
-    ]
-    first = [values[0] for values in lists if values]
-    jobs = [fixed + first]
-    for position, values in enumerate(values for values in lists if values):
-        if "." not in values[0].partition("=")[0]:
-            jobs += [fixed + first[:position] + [value] + first[position + 1 :] for value in values[1:]]
-    return jobs
-
-
-def _check_complete(config: DictConfig, verb: str) -> None:
-    """Refuse a tree with a `???` or with an interpolation that leads nowhere."""
-    missing = sorted(OmegaConf.missing_keys(config))
-    if missing:
-        write = " ".join(f"{key}={_placeholder(key, verb)}" for key in missing)
-        raise ConfigError(f"{' and '.join(missing)} {'is' if len(missing) == 1 else 'are'} missing", f"write {write}")
-    try:
-        OmegaConf.to_container(config, resolve=True)
-    except OmegaConfBaseException as error:
-        raise ConfigError(f"cannot resolve {error.full_key or 'the configuration'}", one_line(error)) from error
-
-
-def _placeholder(key: str, verb: str) -> str:
-    if key.endswith(("dir", "path", "archive", "images")):
-        return "PATH"
-    return "NAME" if key in TEXT_KEYS.get(verb, ()) else "VALUE"
 
 
 def complete(arguments: list[str], verbs: list[str]) -> None:
@@ -202,7 +149,8 @@ def _candidates(verb: str, earlier: list[str], word: str, command: str) -> list[
     except ClassifierError:
         return []
     os.environ["COMP_LINE"] = " ".join(["python", "commands.py", *known, word])
-    found = _completion(verb, command).split()
+    foreign = {path.name for path in CONF_DIR.iterdir() if path.is_dir()} - root_groups(CONF_DIR, verb).keys()
+    found = [item for item in _completion(verb, command).split() if re.split("[=./]", item)[0] not in foreign or word.startswith("hydra")]
     return [prefix + item.removeprefix(strip) for item in found if item.startswith(strip)]
 
 
@@ -227,31 +175,50 @@ def typed(cls: type[T], node: DictConfig, key: str) -> T:
     """
     plain = to_plain(node)
     try:
-        merged = OmegaConf.merge(OmegaConf.structured(cls), _literal(plain))
+        merged = OmegaConf.merge(_writable(OmegaConf.structured(cls)), _literal(plain))
         return OmegaConf.to_object(merged)  # type: ignore[return-value]
     except MissingMandatoryValue as error:
         full = _join(key, str(error.full_key or ""))
         raise ConfigError(f"{full} is missing", f"write {full}=VALUE") from error
     except ConfigKeyError as error:
-        name = str(error.full_key or error.key)
-        hint = did_you_mean(name, (field.name for field in fields(cls)))  # type: ignore[arg-type]
-        raise ConfigError(f"{_join(key, name)} is not a key", hint) from error
+        full = _join(key, str(error.full_key or error.key))
+        raise ConfigError(f"{full} is not a key", did_you_mean(full, _field_names(cls, key))) from error
     except OmegaConfBaseException as error:
         raise _wrong_type(cls, plain, key, error) from error
 
 
+def _writable(node: DictConfig) -> DictConfig:
+    """A structured node that takes values though its dataclasses are frozen."""
+    OmegaConf.set_readonly(node, False)
+    for _, value in node.items_ex(resolve=False):
+        if isinstance(value, DictConfig) and OmegaConf.get_type(value) not in (None, dict):
+            _writable(value)
+    return node
+
+
+def _field_names(cls: Any, prefix: str) -> Iterator[str]:
+    for name, kind in get_type_hints(cls).items():
+        yield _join(prefix, name)
+        if is_dataclass(kind):
+            yield from _field_names(kind, _join(prefix, name))
+
+
 def _wrong_type(cls: type, plain: Mapping[str, Any], key: str, error: OmegaConfBaseException) -> ConfigError:
-    path = str(error.full_key or "")
+    groups = [name for name, kind in get_type_hints(cls).items() if is_dataclass(kind) and not isinstance(plain.get(name, {}), Mapping)]
+    path = str(error.full_key or (groups or [""])[0])
     value: Any = plain
     expected: Any = cls
-    for part in path.replace("[", ".").replace("]", "").split("."):
+    for part in filter(None, path.replace("[", ".").replace("]", "").split(".")):
         value = value[int(part)] if isinstance(value, list) else value.get(part) if isinstance(value, Mapping) else value
         expected = get_type_hints(expected).get(part) if is_dataclass(expected) else expected
-    name = getattr(expected, "__name__", str(expected)) if not hasattr(expected, "__args__") else str(expected)
-    article = "an" if name[0] in "aeio" else "a"
+    return ConfigError(f"{_join(key, path) or 'the configuration'} must be {_article(expected)}, got {value!r}")
+
+
+def _article(expected: Any) -> str:
     if is_dataclass(expected):
-        article, name = "a", "group of keys"
-    return ConfigError(f"{_join(key, path) or 'the configuration'} must be {article} {name}, got {value!r}")
+        return "a group of keys"
+    name = expected.__name__ if isinstance(expected, type) and not hasattr(expected, "__args__") else str(expected)
+    return f"{'an' if name[0] in 'aeio' else 'a'} {name}"
 
 
 def _join(*parts: str) -> str:

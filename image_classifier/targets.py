@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import inspect
 import re
 from collections.abc import Callable, Iterable, Iterator
@@ -33,6 +34,7 @@ TRUSTED = (
     "torchmetrics.",
     "image_classifier.",
 )
+_FOREIGN = TRUSTED[:-1]
 _KEPT = ("_target_", "_partial_", "_recursive_", "_convert_", "_args_")
 
 
@@ -99,8 +101,8 @@ def _walk(plain: Any, key: str) -> Iterator[tuple[str, str, dict[str, Any]]]:
 def _located(key: str, target: str, allowed: tuple[str, ...]) -> Callable[..., Any]:
     """Import the target; what lies behind the name must be trusted too (torch.nn.init.torch.load is torch's loader)."""
     try:
-        found = hydra.utils.get_object(target)
-    except Exception as error:
+        found = _import(target)
+    except (ImportError, AttributeError, ValueError) as error:
         raise _import_failed(key, target, error) from error
     home = f"{getattr(found, '__module__', None) or target}."
     homes = (*(entry if entry.endswith(".") else f"{entry.partition('.')[0]}.models." for entry in allowed), "torch._C.")
@@ -109,16 +111,22 @@ def _located(key: str, target: str, allowed: tuple[str, ...]) -> Callable[..., A
     return found  # type: ignore[no-any-return]
 
 
+def _import(target: str) -> Any:
+    """The object a dotted name leads to; unlike Hydra's own it logs nothing."""
+    first, *parts = target.split(".")
+    found: Any = importlib.import_module(first)
+    path = first
+    for part in parts:
+        path = f"{path}.{part}"
+        found = getattr(found, part) if hasattr(found, part) or not inspect.ismodule(found) else importlib.import_module(path)
+    return found
+
+
 def _import_failed(key: str, target: str, error: Exception) -> ConfigError:
-    cause: BaseException | None = error
-    while cause is not None and not isinstance(cause, ModuleNotFoundError):
-        cause = cause.__cause__
-    missing = (getattr(cause, "name", None) or "").partition(".")[0]
-    package = target.partition(".")[0]
+    missing = (error.name or "") if isinstance(error, ModuleNotFoundError) else ""
     fact = f"{_join(key, '_target_')}: cannot import {target}"
-    if missing and (missing != package or "." not in target):
-        return ConfigError(fact, f"the package {missing} is not installed: pip install {missing}")
-    if missing == package and getattr(cause, "name", "") == package:
+    if missing and (missing == target.partition(".")[0] or not target.startswith(missing)):
+        package = missing.partition(".")[0]
         return ConfigError(fact, f"the package {package} is not installed: pip install {package}")
     parent, _, name = target.rpartition(".")
     return ConfigError(fact, f"{did_you_mean(name, _names(parent))}there is no {name} in {parent}")
@@ -126,7 +134,7 @@ def _import_failed(key: str, target: str, error: Exception) -> ConfigError:
 
 def _names(module: str) -> list[str]:
     try:
-        return [name for name in dir(hydra.utils.get_object(module)) if not name.startswith("_")]
+        return [name for name in dir(_import(module)) if not name.startswith("_")]
     except Exception:  # a name that cannot be imported has no neighbours to offer
         return []
 
@@ -162,7 +170,7 @@ def _explained(error: InstantiationException, node: Any) -> Exception:
     if isinstance(cause, ModuleNotFoundError):
         return ConfigError(f"cannot build {key} ({target})", f"the package {cause.name} is not installed: pip install {cause.name}")
     wrong = isinstance(cause, (TypeError, ValueError, RuntimeError)) or type(cause).__name__ == "MisconfigurationException"
-    if isinstance(cause, ClassifierError) or target.startswith("image_classifier.") or not wrong:
+    if isinstance(cause, ClassifierError) or not _is_trusted(target, _FOREIGN) or not wrong:
         return cause
     return ConfigError(f"{key}: {target} refuses its arguments", str(cause))
 

@@ -37,7 +37,8 @@ class Tracker:
                 "use sqlite:///mlflow.db or the http:// address of a server (MLflow 3 refuses plain folders)",
             )
         self.tracking_uri, self.experiment_name, self.run_name, self.tags = tracking_uri, experiment_name, run_name, dict(tags)
-        self.run_id, self._experiment_id, self._client = "", "", None
+        self.run_id, self._experiment_id = "", ""
+        self._client: Any = None
         self._waiting: list[Callable[[Any], None]] = []
         self._retry_at = 0.0
         self.lost_contact = False
@@ -47,9 +48,11 @@ class Tracker:
         from mlflow.entities import Param
 
         rows = [Param(key, str(value)[:6000]) for key, value in parameters.items()]
-        for start in range(0, len(rows), _PARAMETERS_A_CALL):
-            part = rows[start : start + _PARAMETERS_A_CALL]
-            self._do(lambda client, part=part: client.log_batch(self.run_id, params=part))
+        for part in (rows[start : start + _PARAMETERS_A_CALL] for start in range(0, len(rows), _PARAMETERS_A_CALL)):
+            self._do(self._parameters_call(part))
+
+    def _parameters_call(self, part: list[Any]) -> Callable[[Any], None]:
+        return lambda client: client.log_batch(self.run_id, params=part)
 
     def log_metrics(self, metrics: Mapping[str, float], step: int) -> None:
         """Log values under their names at one step."""

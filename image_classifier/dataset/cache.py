@@ -30,7 +30,8 @@ from image_classifier.records import Manifest, Record
 log = logging.getLogger(__name__)
 
 _FORMAT = 1
-_BLOCK = 64  # images a task; one task an image would cost more than a small image
+_BLOCK = 64  # at most so many images a task: one task an image would cost more than a small image,
+_BLOCK_BYTES = 2 * 2**20  # and not more pixels than this, for large ones are many and wait in memory to be written
 _COMMIT = 16_384  # images between two writes of the index: what a crash can lose
 _CHUNK_BYTES = 32 * 2**20
 
@@ -65,7 +66,8 @@ class PixelCache:
 
     def gather(self, indices: np.ndarray) -> np.ndarray:
         """A copy of the pixels of some records, uint8 [n, S, S, 3]; `indices` int64 [n] count the manifest's records."""
-        return np.asarray(self.pixels)[self.rows[indices]]
+        pixels: np.ndarray = np.asarray(self.pixels)[self.rows[indices]]
+        return pixels
 
     def mean_std(self, indices: np.ndarray) -> tuple[list[float], list[float]]:
         """Mean and standard deviation of each channel in 0..1 over some records; whole-number sums, so no order matters."""
@@ -224,11 +226,12 @@ def _decoded(
     Threads are enough: Pillow decodes and resizes outside the interpreter's lock, and nothing needs to be safe to fork or pickle.
     """
     workers = settings.workers or os.cpu_count() or 1
-    blocks = [todo[start : start + _BLOCK] for start in range(0, len(todo), _BLOCK)]
-    steps = track(range(0, len(blocks), 8 * workers), "decoding images", disable=not progress, transient=True)
+    length = max(1, min(_BLOCK, _BLOCK_BYTES // (3 * preprocess.size**2)))
+    blocks = [todo[start : start + length] for start in range(0, len(todo), length)]
+    steps = track(range(0, len(blocks), 4 * workers), "decoding images", disable=not progress, transient=True)
     with ThreadPoolExecutor(workers) as pool:
-        for start in steps:  # a few blocks at a time: finished pixels must not pile up before they are written
-            for block in pool.map(partial(_decode_block, manifest, preprocess), blocks[start : start + 8 * workers]):
+        for start in steps:  # a few blocks at a time, or finished pixels would pile up
+            for block in pool.map(partial(_decode_block, manifest, preprocess), blocks[start : start + 4 * workers]):
                 yield from block
 
 

@@ -36,6 +36,7 @@ class DataSettings:
     resize: str = "crop"
     interpolation: str = "bilinear"
     crop_fraction: float = 1.0
+    flip: bool = True
     dir: str | None = None
     archive: str | None = None
     manifest_path: str | None = None

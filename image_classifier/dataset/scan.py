@@ -66,8 +66,8 @@ def load_test_manifest(root: Path, progress: bool = False) -> Manifest:
     Raises:
         DataError: As `scan`, except that one class is enough: the caller compares the classes with the model's.
     """
-    folder = _listing(root)
-    test_folders = [name for name in folder.folders if SPLIT_FOLDERS.get(name.lower()) == "test" and _listing(root / name).folders]
+    folder = list_folder(root)
+    test_folders = [name for name in folder.folders if SPLIT_FOLDERS.get(name.lower()) == "test" and list_folder(root / name).folders]
     found = [image for name in test_folders for image in _find_classes(root, name, "test")] or _find(root)
     found = [_Found(image.path, image.label, "test") for image in sorted(found, key=lambda image: image.path)]
     return Manifest(root, _records(root, found, progress))
@@ -85,7 +85,7 @@ def unreadable(root: Path, failures: Sequence[UnreadableImage]) -> DataError:
 
 def _find(root: Path) -> list[_Found]:
     """Every image of the tree with its label and given split, sorted by path; DataError where the tree is not one."""
-    top = _listing(root)
+    top = list_folder(root)
     parts = _split_parts(root, top)
     if parts:
         ignored = [name for name in top.folders if name not in parts]
@@ -98,12 +98,12 @@ def _find(root: Path) -> list[_Found]:
     return sorted(found, key=lambda image: image.path)
 
 
-def _split_parts(root: Path, top: _Listing) -> dict[str, str]:
+def _split_parts(root: Path, top: Listing) -> dict[str, str]:
     """Folder name -> split where the tree is given in parts, else nothing: then a folder called "train" is a class of trains."""
     parts = {name: SPLIT_FOLDERS[name.lower()] for name in top.folders if name.lower() in SPLIT_FOLDERS}
     train = [name for name, split in parts.items() if split == "train"]
     alone = len(parts) == 1 and len(top.folders) > 1
-    if not train or alone or not all(_listing(root / name).folders for name in train):
+    if not train or alone or not all(list_folder(root / name).folders for name in train):
         return {}
     return parts
 
@@ -111,7 +111,7 @@ def _split_parts(root: Path, top: _Listing) -> dict[str, str]:
 def _find_classes(root: Path, part: str, split: str) -> list[_Found]:
     """The images of each class folder directly in `root/part`."""
     folder = root / part
-    top = _listing(folder)
+    top = list_folder(folder)
     if not top.folders:
         if top.images:
             raise DataError(f"the images lie directly in {str(folder)!r}, not in class folders", _TREE_HINT)
@@ -133,22 +133,23 @@ def _walk(folder: Path, relative: str, above: tuple[tuple[int, int], ...]) -> It
     identity = (status.st_dev, status.st_ino)
     if identity in above:
         return
-    listing = _listing(folder)
+    listing = list_folder(folder)
     yield from (f"{relative}/{name}" for name in listing.images)
     for name in listing.folders:
         yield from _walk(folder / name, f"{relative}/{name}", (*above, identity))
 
 
 @dataclass(frozen=True, slots=True)
-class _Listing:
+class Listing:
     """Names of the visible sub-folders and images of one folder, sorted."""
 
     folders: list[str]
     images: list[str]
 
 
-def _listing(folder: Path) -> _Listing:
-    listing = _Listing([], [])
+def list_folder(folder: Path) -> Listing:
+    """What `folder` itself shows of sub-folders and images; DataError where it cannot be read."""
+    listing = Listing([], [])
     try:
         with os.scandir(folder) as entries:
             for entry in entries:
@@ -160,7 +161,7 @@ def _listing(folder: Path) -> _Listing:
     return listing
 
 
-def _sort_in(entry: os.DirEntry[str], listing: _Listing) -> None:
+def _sort_in(entry: os.DirEntry[str], listing: Listing) -> None:
     if entry.name.startswith(".") or entry.name in _JUNK_FOLDERS:
         return
     if entry.is_dir():

@@ -20,7 +20,7 @@ def export_onnx(classifier: Classifier, image_size: int, metadata: Mapping[str, 
     """Write `classifier` (on the CPU, in float32) to `path`; `metadata` goes into the file as JSON values."""
     classifier = classifier.eval()
     example = torch.zeros(2, 3, image_size, image_size, dtype=torch.uint8)
-    with _quiet(), torch.inference_mode(mode=False):
+    with _Quiet(), torch.inference_mode(mode=False):
         program = torch.onnx.export(
             classifier,
             (example,),
@@ -36,7 +36,7 @@ def export_onnx(classifier: Classifier, image_size: int, metadata: Mapping[str, 
     program.save(str(path), external_data=False)
 
 
-class _quiet:
+class _Quiet:
     """The exporter warns about its own internals; what matters here, parity, is measured afterwards."""
 
     def __enter__(self) -> None:

@@ -25,7 +25,9 @@ def check_parity(expected: np.ndarray, actual: np.ndarray, paths: Sequence[str],
     wrong = expected.argmax(axis=1) != actual.argmax(axis=1)
     if wrong.any():
         worst = int(np.flatnonzero(wrong)[differences[wrong].argmax()])
-        raise ParityError(f"{backend} gives another class on {int(wrong.sum())} of {len(paths)} images, first {paths[worst]!r}", "nothing was exported")
+        raise ParityError(
+            f"{backend} gives another class on {int(wrong.sum())} of {len(paths)} images, first {paths[worst]!r}", "nothing was exported"
+        )
     worst = int(differences.argmax())
     if differences[worst] > tolerance:
         raise ParityError(

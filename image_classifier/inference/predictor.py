@@ -44,7 +44,7 @@ class Predictor:
 
     def table(self, paths: Sequence[Path], names: Sequence[str], targets: np.ndarray) -> PredictionTable:
         """Calibrated logits of labelled images, named `names`; UnreadableImage for the first that cannot be read."""
-        parts = [np.empty((0, len(self.classes)), np.float32)]
+        parts: list[np.ndarray] = [np.empty((0, len(self.classes)), np.float32)]
         for _, pixels in self._batches(paths):
             for item in pixels:
                 if isinstance(item, UnreadableImage):

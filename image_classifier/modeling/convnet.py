@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from itertools import pairwise
 
 import torch
 from torch import nn
@@ -59,7 +60,7 @@ class ConvNet(nn.Sequential):
 def _block(inputs: int, outputs: int, order: Sequence[str], activation: str, dropout: float) -> nn.Sequential:
     bias = order[(list(order).index("conv") + 1) % len(order)] != "norm"  # a norm right after it would cancel the bias
     normalised = outputs if list(order).index("conv") < (list(order).index("norm") if "norm" in order else 0) else inputs
-    parts = {
+    parts: dict[str, Callable[[], nn.Module]] = {
         "conv": lambda: nn.Conv2d(inputs, outputs, 3, padding=1, bias=bias),
         "norm": lambda: nn.BatchNorm2d(normalised),
         "activation": _ACTIVATIONS[activation],
@@ -102,7 +103,7 @@ class MLP(nn.Sequential):
     def __init__(self, image_size: int, hidden: Sequence[int] = (512, 256), dropout: float = 0.0) -> None:
         widths = (3 * image_size * image_size, *hidden)
         layers: list[nn.Module] = [nn.Flatten()]
-        for inputs, outputs in zip(widths, widths[1:], strict=False):
+        for inputs, outputs in pairwise(widths):
             layers += [nn.Linear(inputs, outputs), nn.ReLU(), *_dropout(dropout)]
         super().__init__(*layers)
 

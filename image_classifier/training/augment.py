@@ -61,7 +61,7 @@ class BatchAugment:
         return torch.stack(rows, dim=1).view(count, 2, 3)
 
     def _relight(self, images: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-        level, range_ = ((2 * torch.rand(2, len(images), 1, 1, 1, generator=generator) - 1)).to(images.device)
+        level, range_ = (2 * torch.rand(2, len(images), 1, 1, 1, generator=generator) - 1).to(images.device)
         mean = images.mean(dim=(1, 2, 3), keepdim=True)
         return (images - mean) * (1 + self.contrast * range_) + mean + 255 * self.brightness * level
 

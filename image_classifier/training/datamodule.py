@@ -22,7 +22,7 @@ class PixelBatches(Dataset[Batch]):
     def __init__(self, cache: PixelCache, targets: np.ndarray) -> None:
         self.cache, self.targets = cache, targets
 
-    def __getitem__(self, rows: np.ndarray) -> Batch:  # type: ignore[override]
+    def __getitem__(self, rows: np.ndarray) -> Batch:
         pixels = torch.from_numpy(self.cache.gather(rows)).permute(0, 3, 1, 2)
         return pixels, torch.from_numpy(self.targets[rows])
 
@@ -64,7 +64,7 @@ class ImageDataModule(pl.LightningDataModule):
     def in_order(self, split: str) -> DataLoader[Batch]:
         """All rows of one split in manifest order."""
         rows, size = self.rows[split], 4 * self.batch_size
-        return DataLoader(self.batches, sampler=[rows[start : start + size] for start in range(0, len(rows), size)], batch_size=None)  # type: ignore[arg-type]
+        return DataLoader(self.batches, sampler=[rows[start : start + size] for start in range(0, len(rows), size)], batch_size=None)
 
     def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
         if self.augment is None or self.trainer is None or not self.trainer.training:

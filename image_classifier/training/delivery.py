@@ -42,7 +42,7 @@ def deliver(
     tracker: Tracker | None,
 ) -> None:
     """Write `models/<name>/` and log it; ParityError where ONNX and torch disagree, and then nothing is written."""
-    classifier = classifier.cpu().to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
+    classifier = classifier.cpu().to(memory_format=torch.contiguous_format)
     facts = provenance(
         config.seed,
         manifest_sha256=manifest.sha256,

@@ -54,12 +54,9 @@ class ClassifierModule(pl.LightningModule):
         logits = self.classifier(pixels)
         loss: torch.Tensor = self.criterion(logits, targets)
         self.train_accuracy.update(logits.detach(), targets)
+        self.log("train/accuracy", self.train_accuracy, on_step=False, on_epoch=True, batch_size=len(targets))
         self.log("train/loss", loss.detach(), on_step=False, on_epoch=True, batch_size=len(targets))
         return loss
-
-    def on_train_epoch_end(self) -> None:
-        self.log("train/accuracy", self.train_accuracy.compute())
-        self.train_accuracy.reset()
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         pixels, targets = batch

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import sys
 import warnings
@@ -19,6 +20,7 @@ from image_classifier.errors import ConfigError
 from image_classifier.evaluation.metrics import Metrics, compute_metrics
 from image_classifier.evaluation.plots import plot_learning_curves
 from image_classifier.evaluation.results import metrics_lines, write_evaluation
+from image_classifier.files import write_text
 from image_classifier.images import Preprocess
 from image_classifier.modeling.backbones import pretrained_normalise
 from image_classifier.modeling.classifier import Classifier, build_classifier
@@ -91,7 +93,7 @@ def build_module(config: Any, manifest: Manifest, cache: PixelCache, rows: dict[
     }
     layout = choose_channels_last(config.trainer.channels_last, config.trainer.accelerator)
     if layout.value:
-        classifier = classifier.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        classifier = classifier.to(memory_format=torch.channels_last)
     log.info("memory layout: %s (%s)", "channels last" if layout.value else "channels first", layout.reason)
     criterion = settings.instantiate(config.loss, trusted=trusted)
     scheduler = SchedulerSettings(
@@ -127,7 +129,7 @@ def build_trainer(config: Any, callbacks: list[Any]) -> pl.Trainer:
     callbacks += [settings.instantiate(node, trusted=trusted) for node in (config.get("callbacks") or {}).values() if _given(node)]
     logger = settings.instantiate(config.logger, trusted=trusted) if _given(config.get("logger")) else False
     _quiet_lightning()
-    return settings.instantiate(  # type: ignore[no-any-return]
+    return settings.instantiate(
         settings.without(config.trainer, "channels_last"),
         trusted=trusted,
         precision=precision.value,
@@ -151,6 +153,7 @@ def _quiet_lightning() -> None:
         logging.getLogger(name).setLevel(logging.WARNING)
     # The pixels are cached and read in whole batches: loader workers would only take cores from the training.
     warnings.filterwarnings("ignore", message=".*does not have many workers.*")
+    warnings.filterwarnings("ignore", message=".*isinstance.treespec, LeafSpec.*", category=FutureWarning)  # Lightning's own, on torch 2.14
     warnings.filterwarnings("ignore", message=".*Checkpoint directory .* exists and is not empty.*")
 
 
@@ -175,13 +178,13 @@ def _predict(classifier: Classifier, datamodule: ImageDataModule, manifest: Mani
     with torch.inference_mode():
         parts = [classifier(pixels.to(device)).cpu() for pixels, _ in datamodule.in_order(split)]
     rows = datamodule.rows[split]
-    return PredictionTable(
-        tuple(manifest.records[row].path for row in rows), manifest.targets[rows], torch.cat(parts).numpy(), manifest.classes
-    )
+    return PredictionTable(tuple(manifest.records[row].path for row in rows), manifest.targets[rows], torch.cat(parts).numpy(), manifest.classes)
 
 
 def _write_results(run: RunFolder, manifest: Manifest, tables: dict[str, PredictionTable], metrics: dict[str, Metrics], history: RunHistory) -> None:
     plot_learning_curves(history.curves(), run.plots)
+    scores = {split: values.scalars() for split, values in metrics.items()}
+    write_text(run.plots / "metrics.json", json.dumps(scores, indent=2) + "\n")
     for split, table in tables.items():
         part = Manifest(manifest.root, tuple(record for record in manifest if record.split == split))
         write_evaluation(table, metrics[split], part, run.plots / split, f"{run.name}, {split}")

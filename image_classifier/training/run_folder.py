@@ -43,7 +43,7 @@ def claim_run(name: str | None, default: str, runs_dir: Path, models_dir: Path, 
         ConfigError: The name cannot be a folder's.
         StorageError: The name is taken and `overwrite` is false, or a folder may not be written.
     """
-    if name is not None and not re.fullmatch(r"[^/\\\0]{1,150}", name) or name in ("", ".", "..") or str(name).startswith("."):
+    if name is not None and (not re.fullmatch(r"[^/\\\0]{1,150}", name) or name.startswith(".")):
         raise ConfigError(f"name={name!r} cannot be the name of a folder", "use letters, digits, '-', '_' or '.'")
     for directory in (runs_dir, models_dir, plots_dir):
         _check_writable(directory)
@@ -106,7 +106,9 @@ def git_commit() -> str | None:
     """The commit of the code, with `-dirty` where files differ from it; None outside a repository."""
     root = Path(__file__).resolve().parents[2]
     try:
-        done = subprocess.run(["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"], cwd=root, capture_output=True, text=True, timeout=10)
+        done = subprocess.run(
+            ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"], cwd=root, capture_output=True, text=True, timeout=10
+        )
     except (OSError, subprocess.TimeoutExpired):
         return None
     return done.stdout.strip() or None
