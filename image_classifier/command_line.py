@@ -219,15 +219,22 @@ def exit_code(action: Callable[[], None]) -> int:
     except ClassifierError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    except KeyboardInterrupt:
-        print("stopped by Ctrl-C", file=sys.stderr)
-        return 130
     except BrokenPipeError:
         if not _reader_left():
             raise  # another pipe: a bug that must be seen
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python's last flush stays quiet
         return 141
+    except (KeyboardInterrupt, ImportError, SystemExit) as error:
+        if not _interrupted(error):
+            raise
+        print("stopped by Ctrl-C", file=sys.stderr)
+        return 130
     return 0
+
+
+def _interrupted(error: BaseException | None) -> bool:
+    """Whether Ctrl-C is behind the error: an import of a C extension turns it into ImportError, Lightning into exit code 1."""
+    return error is not None and (isinstance(error, KeyboardInterrupt) or _interrupted(error.__cause__ or error.__context__))
 
 
 def _reader_left() -> bool:

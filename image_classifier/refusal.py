@@ -26,7 +26,7 @@ from image_classifier.errors import ConfigError
 def one_line(error: BaseException) -> str:
     """The error's own words and its cause's, without Hydra's advice and lay-out."""
     words = [str(error), str(error.__cause__ or "")]
-    lines = [line.strip() for text in words for line in re.split(r"\n(?:Config )?[Ss]earch path:", text)[0].splitlines()]
+    lines = [line.strip() for text in words for line in re.split(r"(?i)\n(?:config )?search path:", text)[0].splitlines()]
     noise = ("full_key", "object_type", "reference_type", "See https", "Set the environment", "To append")
     return "; ".join(dict.fromkeys(line for line in lines if line and not line.startswith(noise)))
 

@@ -58,6 +58,7 @@ def run_verb(verb: str, arguments: list[str], task: Task) -> None:
         sys.argv[:] = full  # Lightning starts its other ranks from sys.argv
         try:
             check_complete(config, verb)
+            check_targets(config, config.get("trusted_packages") or ())
             return task(config)
         except Exception as error:
             raise _Escape(error) from None

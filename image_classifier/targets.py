@@ -169,8 +169,9 @@ def _explained(error: InstantiationException, node: Any) -> Exception:
         return _unknown_argument(key, target, unexpected.group(1), ())
     if isinstance(cause, ModuleNotFoundError):
         return ConfigError(f"cannot build {key} ({target})", f"the package {cause.name} is not installed: pip install {cause.name}")
-    wrong = isinstance(cause, (TypeError, ValueError, RuntimeError)) or type(cause).__name__ == "MisconfigurationException"
-    if isinstance(cause, ClassifierError) or not _is_trusted(target, _FOREIGN) or not wrong:
+    lightning = type(cause).__name__ == "MisconfigurationException"  # Lightning's word for a wrong setting
+    foreign = isinstance(cause, (TypeError, ValueError, RuntimeError)) and _is_trusted(target, _FOREIGN)
+    if isinstance(cause, ClassifierError) or not (lightning or foreign):
         return cause
     return ConfigError(f"{key}: {target} refuses its arguments", str(cause))
 

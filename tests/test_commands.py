@@ -54,7 +54,7 @@ def test_each_verb_has_a_root_file_and_a_help_page(verb: str, monkeypatch: pytes
     [
         (["infer", "--checkpoint_nam", "x"], "checkpoint_nam is not a key: did you mean checkpoint_name (conf/infer.yaml)?"),
         (["infer"], "checkpoint_name and images are missing: write checkpoint_name=NAME images=PATH"),
-        (["trian"], "did you mean train?"),
+        (["trainn"], "did you mean train?"),
         (["data=folder"], "write the verb first"),
     ],
 )
@@ -87,6 +87,9 @@ def test_exit_codes(capsys: pytest.CaptureFixture[str]) -> None:
     assert exit_code(lambda: fail(DataError("two\nlines"))) == 2
     assert exit_code(lambda: fail(KeyboardInterrupt())) == 130
     assert capsys.readouterr().err == "error: wrong: mend it\nerror: two lines\nstopped by Ctrl-C\n"
+    half_imported = ImportError("initialization failed")
+    half_imported.__cause__ = KeyboardInterrupt()
+    assert exit_code(lambda: fail(half_imported)) == 130
     with pytest.raises(ZeroDivisionError):
         exit_code(lambda: fail(ZeroDivisionError()))
     with pytest.raises(BrokenPipeError):  # not standard output's

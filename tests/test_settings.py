@@ -114,7 +114,7 @@ def test_typed_and_saved_settings_keep_the_text(tmp_path_factory: pytest.TempPat
     file = tmp_path_factory.getbasetemp() / "saved.yaml"
     if value.isprintable():
         settings.save(node, file)
-        assert OmegaConf.load(file).name == value  # type: ignore[union-attr]
+        assert OmegaConf.load(file).name == value
 
 
 @pytest.mark.parametrize(
@@ -195,20 +195,21 @@ def test_another_config_folder_and_root(run: Any, tmp_path: Path) -> None:
         (["--data.imagesize", "3"], ["data.image_size (", "/data/digits.yaml)"]),
         (["experiment=quick", "model.depht=3"], ["model.depth (", "/model/large.yaml)"]),
         (["sede=3"], ["seed (", "/train.yaml)"]),
-        (["modle=large"], ["modle is not a key: did you mean model (", "/model/)"]),
-        (["model=larg"], ["larg is not a choice of model: did you mean large?", "/model/ has large, small"]),
-        (["-m", "model=small,larg"], ["larg is not a choice of model"]),
+        (["modl=large"], ["modl is not a key: did you mean model (", "/model/)"]),
+        (["model=lage"], ["lage is not a choice of model: did you mean large?", "/model/ has large, small"]),
+        (["-m", "model=small,lage"], ["lage is not a choice of model"]),
         (["-m", "sede=1,2"], ["did you mean seed"]),
         (["model=small,large"], ["several values", "-m"]),
         (["model=[a"], ["cannot read 'model=[a'"]),
         (["data=folder"], ["data.dir is missing: write data.dir=PATH"]),
         (["model.width=${nope}"], ["cannot resolve model.width", "'nope' not found"]),
-        (["~modell"], ["did you mean model"]),
+        (["~mdel"], ["did you mean model"]),
         (["+model=large"], ["write model=large without +"]),
         (["+seed=1"], ["write seed=1 without +"]),
         (["hydra.run.dri=x"], ["'dri' not in 'RunDir'"]),
         (["--config-name", "nope"], ["Cannot find primary config 'nope'"]),
         (["--config-dir", "nope"], ["--config-dir 'nope' is not a folder"]),
+        (["+x._target_=os.system"], ["x._target_ names os.system", "trusted_packages=[os]"]),
         (["--resolve"], ["--resolve goes with --cfg"]),
     ],
 )
