@@ -79,7 +79,7 @@ def decode(source: Path | bytes, limits: DecodeLimits = DEFAULT_LIMITS) -> np.nd
     with _opened(source, limits) as (image, content):
         image.load()
         turn = _TRANSPOSE.get(_orientation(image, content))
-        pixels = _to_rgb(image.transpose(turn) if turn else image)
+        pixels = _to_rgb(image if turn is None else image.transpose(turn))
     return pixels
 
 

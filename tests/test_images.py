@@ -29,6 +29,16 @@ def encoded(image: Image.Image, format_: str, **options: object) -> bytes:
     return buffer.getvalue()
 
 
+def attempted(source, read=decode):
+    """What `read` gives, or None and its one line; any other exception fails the test."""
+    try:
+        return read(source), ""
+    except UnreadableImage as error:
+        line = str(error)
+    assert "\n" not in line
+    return None, line
+
+
 def test_every_real_dirty_file_gives_pixels_or_the_one_error(shared_data, tmp_path):
     archive = shared_data / "dirty-images.tar.gz"
     if not archive.exists():
@@ -37,11 +47,9 @@ def test_every_real_dirty_file_gives_pixels_or_the_one_error(shared_data, tmp_pa
         tar.extractall(tmp_path, filter="data")
     read = 0
     for path in (path for path in tmp_path.rglob("*") if path.is_file()):
-        try:
-            pixels = decode(path)
-        except UnreadableImage as error:
-            assert path.name in str(error) or repr(path.name)[1:-1] in str(error)
-            assert "\n" not in str(error)
+        pixels, error = attempted(path)
+        if pixels is None:
+            assert repr(path.name)[1:-1] in error
             continue
         read += 1
         assert pixels.dtype == np.uint8
@@ -131,10 +139,7 @@ def test_damage_is_never_another_error(format_, data):
         content[data.draw(st.integers(0, len(content) - 1))] = data.draw(st.integers(0, 255))
     del content[data.draw(st.integers(1, len(content))) :]
     for read in (decode, read_size):
-        try:
-            read(bytes(content))
-        except UnreadableImage as error:
-            assert "\n" not in str(error)
+        attempted(bytes(content), read)
 
 
 def test_half_a_jpeg_is_refused():
@@ -172,7 +177,13 @@ SHAPES = st.tuples(st.integers(1, 120), st.integers(1, 120))
 
 
 @settings(deadline=None)
-@given(SHAPES, st.integers(1, 40), st.sampled_from(["crop", "squash", "pad"]), st.sampled_from(["bilinear", "bicubic"]), st.sampled_from([1.0, 0.875, 0.3]))
+@given(
+    SHAPES,
+    st.integers(1, 40),
+    st.sampled_from(["crop", "squash", "pad"]),
+    st.sampled_from(["bilinear", "bicubic"]),
+    st.sampled_from([1.0, 0.875, 0.3]),
+)
 def test_preprocess_gives_the_square_and_keeps_a_flat_colour(shape, size, mode, interpolation, crop_fraction):
     pixels = Preprocess(size, mode, interpolation, crop_fraction)(np.full((*shape, 3), 77, np.uint8))
     assert pixels.shape == (size, size, 3)

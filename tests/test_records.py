@@ -12,7 +12,9 @@ from image_classifier.errors import DataError
 from image_classifier.records import SPLITS, Manifest, Prediction, PredictionTable, Record, softmax
 
 # Any name a file system can give: spaces, quotes, newlines, and bytes that are not UTF-8 (lone surrogates \udc80..\udcff).
-NAMES = st.text(st.characters(codec="utf-8", exclude_characters="\0\r") | st.characters(min_codepoint=0xDC80, max_codepoint=0xDCFF, categories=["Cs"]), min_size=1)
+NAMES = st.text(
+    st.characters(codec="utf-8", exclude_characters="\0\r") | st.characters(min_codepoint=0xDC80, max_codepoint=0xDCFF, categories=["Cs"]), min_size=1
+)
 RECORDS = st.builds(Record, NAMES, NAMES, st.sampled_from(SPLITS), NAMES, NAMES, st.integers(1, 10**6), st.integers(1, 10**6))
 
 

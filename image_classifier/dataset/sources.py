@@ -188,7 +188,7 @@ def _written_once(path: Path) -> Iterator[Path | None]:
 
 
 def _nearest(path: Path) -> str:
-    """"did you mean": the most alike name beside the first part of `path` that is not there."""
+    """A hint for a path that is not there: the most alike name beside the first part of `path` that is not there."""
     while not path.parent.exists():
         path = path.parent
     try:

@@ -1,0 +1,188 @@
+from __future__ import annotations
+
+import errno
+import shutil
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from image_classifier.dataset import cache as cache_module
+from image_classifier.dataset.cache import CacheSettings, PixelCache, open_cache
+from image_classifier.dataset.scan import scan
+from image_classifier.errors import ConfigError, DataError, StorageError
+from image_classifier.images import Preprocess, decode
+from image_classifier.records import Manifest
+from tests.conftest import write_image
+
+PREPROCESS = Preprocess(8)
+ROW = 8 * 8 * 3
+
+
+@pytest.fixture
+def settings(tmp_path) -> CacheSettings:
+    return CacheSettings(str(tmp_path / "cache"))
+
+
+def expected(manifest: Manifest) -> np.ndarray:
+    return np.stack([PREPROCESS(decode(manifest.file(record))) for record in manifest])
+
+
+def everything(cache: PixelCache) -> np.ndarray:
+    return cache.gather(np.arange(len(cache.rows)))
+
+
+def store(settings: CacheSettings) -> Path:
+    (directory,) = Path(settings.dir).iterdir()
+    return directory
+
+
+def no_decode(monkeypatch) -> None:
+    monkeypatch.setattr(cache_module, "decode", lambda *_: pytest.fail("decoded again"))
+
+
+def test_the_cache_is_the_evaluation_path(tree, settings, monkeypatch):
+    manifest = scan(tree)
+    cache = open_cache(manifest, PREPROCESS, settings)
+    np.testing.assert_array_equal(everything(cache), expected(manifest))
+    assert cache.size == 8
+    assert not cache.pixels.flags.writeable
+    assert everything(cache).flags.writeable
+    no_decode(monkeypatch)
+    np.testing.assert_array_equal(everything(open_cache(manifest, PREPROCESS, settings)), expected(manifest))
+
+
+def test_only_new_images_are_decoded_and_copies_once(tree, settings, monkeypatch):
+    open_cache(scan(tree), PREPROCESS, settings)
+    write_image(tree / "cat" / "new.png", 500)
+    shutil.copy(tree / "cat" / "new.png", tree / "cat" / "copy.png")
+    decoded: list[bytes] = []
+    monkeypatch.setattr(cache_module, "decode", lambda content: decoded.append(content) or decode(content))
+    manifest = scan(tree)
+    cache = open_cache(manifest, PREPROCESS, settings)
+    assert len(decoded) == 1
+    assert len(cache.pixels) == 21
+    np.testing.assert_array_equal(everything(cache), expected(manifest))
+
+
+def test_other_preprocessing_has_its_own_cache(tree, settings):
+    manifest = scan(tree)
+    for preprocess in (PREPROCESS, Preprocess(8, "pad"), Preprocess(8, interpolation="bicubic")):
+        open_cache(manifest, preprocess, settings)
+    assert len(list(Path(settings.dir).iterdir())) == 3
+
+
+def cut_index(directory: Path) -> None:
+    lines = (directory / "index.txt").read_text().splitlines(keepends=True)
+    (directory / "index.txt").write_text("".join(lines[:7]))
+
+
+def lengthen_pixels(directory: Path) -> None:
+    with (directory / "pixels.u8").open("ab") as file:
+        file.write(b"x" * (ROW + 5))
+
+
+def cut_pixels(directory: Path) -> None:
+    with (directory / "pixels.u8").open("r+b") as file:
+        file.truncate(3 * ROW + 1)
+
+
+def spoil_index(directory: Path) -> None:
+    (directory / "index.txt").write_bytes(b"\xff garbage\n" * 30)
+
+
+@pytest.mark.parametrize("harm", [[cut_index], [lengthen_pixels], [cut_index, lengthen_pixels], [cut_pixels], [spoil_index]])
+@pytest.mark.parametrize("added", [False, True])
+def test_a_crash_or_damage_heals(tree, settings, harm, added):
+    open_cache(scan(tree), PREPROCESS, settings)
+    for step in harm:
+        step(store(settings))
+    if added:
+        write_image(tree / "dog" / "new.png", 500)
+    manifest = scan(tree)
+    cache = open_cache(manifest, PREPROCESS, settings)
+    np.testing.assert_array_equal(everything(cache), expected(manifest))
+    if added:
+        assert (store(settings) / "pixels.u8").stat().st_size == len(manifest) * ROW
+
+
+@pytest.mark.parametrize("missing", ["index.txt", "pixels.u8"])
+def test_a_lost_file_heals(tree, settings, missing):
+    manifest = scan(tree)
+    open_cache(manifest, PREPROCESS, settings)
+    (store(settings) / missing).unlink()
+    np.testing.assert_array_equal(everything(open_cache(manifest, PREPROCESS, settings)), expected(manifest))
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EACCES])
+def test_a_full_disk_leaves_what_was_there(tree, settings, monkeypatch, number):
+    old = scan(tree)
+    open_cache(old, PREPROCESS, settings)
+    before = {path.name: path.read_bytes() for path in store(settings).iterdir()}
+    write_image(tree / "dog" / "new.png", 500)
+
+    def refuse(*_):
+        raise OSError(number, "refused")
+
+    monkeypatch.setattr(cache_module.os, "fsync", refuse)
+    with pytest.raises(StorageError):
+        open_cache(scan(tree), PREPROCESS, settings)
+    monkeypatch.undo()
+    assert {path.name: path.read_bytes() for path in store(settings).iterdir()} == before
+
+
+def test_too_little_space_is_known_before(tree, settings, monkeypatch):
+    monkeypatch.setattr(cache_module.shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(1, 1, 100))
+    with pytest.raises(StorageError, match=r"MB.*data.cache.dir=PATH"):
+        open_cache(scan(tree), PREPROCESS, settings)
+    assert not (store(settings) / "pixels.u8").exists()
+
+
+def test_unreadable_images_are_named_and_the_rest_is_kept(tree, settings):
+    manifest = scan(tree)
+    content = (tree / "cat" / "000.png").read_bytes()
+    for name in ("cut1.png", "cut2.png"):
+        (tree / "cat" / name).write_bytes(content[:-30] + name.encode())  # the header is fine
+    with pytest.raises(DataError, match=r"2 images .*cut1.png.*cut2.png"):
+        open_cache(scan(tree), PREPROCESS, settings)
+    np.testing.assert_array_equal(everything(open_cache(manifest, PREPROCESS, settings)), expected(manifest))
+
+
+def test_a_file_that_changed_is_not_taken_for_the_old_one(tree, settings):
+    manifest = scan(tree)
+    write_image(tree / "cat" / "003.png", 777)
+    with pytest.raises(DataError, match=r"changed since the manifest was written, 'cat/003.png'"):
+        open_cache(manifest, PREPROCESS, settings)
+
+
+def test_two_builders_at_once(tree, settings):
+    manifest = scan(tree)
+    with ThreadPoolExecutor(4) as pool:
+        caches = list(pool.map(lambda _: open_cache(manifest, PREPROCESS, settings), range(4)))
+    for cache in caches:
+        np.testing.assert_array_equal(everything(cache), expected(manifest))
+    assert (store(settings) / "pixels.u8").stat().st_size == len(manifest) * ROW
+
+
+def test_mean_and_std_are_exact_and_know_no_order(tree, settings, monkeypatch):
+    cache = open_cache(scan(tree), PREPROCESS, settings)
+    indices = np.arange(5, 20)
+    monkeypatch.setattr(cache_module, "_CHUNK_BYTES", 4 * ROW)
+    mean, std = cache.mean_std(indices)
+    pixels = cache.gather(indices).reshape(-1, 3) / 255
+    np.testing.assert_allclose(mean, pixels.mean(axis=0), rtol=1e-12)
+    np.testing.assert_allclose(std, pixels.std(axis=0), rtol=1e-9)
+    assert cache.mean_std(indices[::-1]) == (mean, std)
+
+
+def test_a_constant_channel_has_a_std():
+    cache = PixelCache(np.full((2, 4, 4, 3), 9, np.uint8), np.array([0, 1]))
+    assert cache.mean_std(np.array([0, 1]))[1] == [1 / 255] * 3
+    with pytest.raises(DataError, match="no training images"):
+        cache.mean_std(np.array([], dtype=np.int64))
+
+
+def test_workers_that_cannot_be():
+    with pytest.raises(ConfigError, match=r"data\.cache\.workers"):
+        CacheSettings(workers=0)
