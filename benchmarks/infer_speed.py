@@ -1,4 +1,6 @@
-"""Inference from the command line: python benchmarks/infer_speed.py BUNDLE IMAGES_DIR [--count 10000] [--rounds 3]
+"""Inference from the command line, backends in turn.
+
+python benchmarks/infer_speed.py BUNDLE IMAGES_DIR [--count 10000] [--rounds 3]
 
 Cold start to the answer for one image, and `count` images from start to end with each backend, run in turn; answers are compared.
 """

@@ -1,4 +1,6 @@
-"""Training speed against a plain PyTorch loop, run in turn: python benchmarks/train_speed.py PLAIN_LOOP.py ARCHIVE [options]
+"""Training speed against a plain PyTorch loop, run in turn.
+
+python benchmarks/train_speed.py PLAIN_LOOP.py ARCHIVE [options]
 
 PLAIN_LOOP.py DATA ARCH PX BATCH EPOCHS prints one JSON line with img_s and acc; ARCHIVE holds train/ and test/ folders.
 Options: --arch resnet18 --px 64 --batch 64 --epochs 1 --rounds 3, and any override of `train` after them.

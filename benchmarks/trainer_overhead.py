@@ -11,9 +11,11 @@ import statistics
 import sys
 import tempfile
 import time
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
+import hydra
 import torch
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -22,7 +24,6 @@ sys.path.insert(0, str(ROOT))
 from image_classifier import settings  # noqa: E402
 from image_classifier.dataset.cache import open_cache  # noqa: E402
 from image_classifier.dataset.run import prepare_from  # noqa: E402
-from image_classifier.images import Preprocess  # noqa: E402
 from image_classifier.training import run as root  # noqa: E402
 from image_classifier.training.callbacks import RunHistory, StopOnBadLoss, Throughput  # noqa: E402
 from image_classifier.training.datamodule import ImageDataModule  # noqa: E402
@@ -33,9 +34,10 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     options, overrides = parser.parse_known_args()
     with tempfile.TemporaryDirectory() as folder:
-        config = settings.compose("train", ["logger=none", f"run_dir={folder}", *overrides])
+        with hydra.initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
+            config = hydra.compose("train", ["logger=none", f"run_dir={folder}", *overrides])
         manifest, data = prepare_from(config)
-        cache = open_cache(manifest, Preprocess(data.image_size, data.resize, data.interpolation, data.crop_fraction), data.cache)
+        cache = open_cache(manifest, data.preprocess, data.cache)
         pairs = [(_bare(config, manifest, data, cache), _lightning(config, manifest, data, cache, Path(folder))) for _ in range(options.rounds)]
     ratios = [ours / bare for bare, ours in pairs]
     print(f"bare loop images/s {statistics.median(pair[0] for pair in pairs):.1f}, train images/s {statistics.median(pair[1] for pair in pairs):.1f}")
@@ -46,8 +48,7 @@ def _parts(config: Any, manifest: Any, data: Any, cache: Any) -> tuple[Any, Imag
     rows = {split: manifest.indices(split) for split in ("train", "val", "test")}
     augment = settings.instantiate(config.augment) if config.augment.get("_target_") else None
     datamodule = ImageDataModule(cache, manifest.targets, rows, data.batch_size, augment, config.seed)
-    preprocess = Preprocess(data.image_size, data.resize, data.interpolation, data.crop_fraction)
-    return root.build_module(config, manifest, cache, rows, preprocess), datamodule
+    return root.build_module(config, manifest, cache, rows, data.preprocess), datamodule
 
 
 def _bare(config: Any, manifest: Any, data: Any, cache: Any) -> float:
@@ -59,7 +60,7 @@ def _bare(config: Any, manifest: Any, data: Any, cache: Any) -> float:
     for epoch in range(config.trainer.max_epochs):
         loader.sampler.set_epoch(epoch)
         start = time.perf_counter()
-        for pixels, targets in loader:
+        for pixels, targets in islice(loader, config.trainer.get("limit_train_batches")):
             if datamodule.augment:
                 pixels = datamodule.augment(pixels, generator)
             with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16-mixed"):

@@ -9,6 +9,7 @@ from typing import Any
 import pytorch_lightning as pl
 import torch
 from torch import nn
+from torchmetrics import MeanMetric
 from torchmetrics.classification import MulticlassAccuracy
 
 from image_classifier.evaluation.metrics import compute_metrics
@@ -47,6 +48,7 @@ class ClassifierModule(pl.LightningModule):
         self.make_optimizer, self.scheduler, self.classes = make_optimizer, scheduler, classes
         self.save_hyperparameters({"blueprint": blueprint}, logger=False)
         self.train_accuracy = MulticlassAccuracy(len(classes), average="micro", validate_args=False)
+        self.train_loss = MeanMetric(nan_strategy="disable")
         self._seen: list[tuple[torch.Tensor, torch.Tensor]] = []
 
     def training_step(self, batch: Batch, batch_idx: int) -> torch.Tensor:
@@ -54,9 +56,14 @@ class ClassifierModule(pl.LightningModule):
         logits = self.classifier(pixels)
         loss: torch.Tensor = self.criterion(logits, targets)
         self.train_accuracy.update(logits.detach(), targets)
-        self.log("train/accuracy", self.train_accuracy, on_step=False, on_epoch=True, batch_size=len(targets))
-        self.log("train/loss", loss.detach(), on_step=False, on_epoch=True, batch_size=len(targets))
+        self.train_loss.update(loss.detach(), len(targets))
+        if self.trainer.is_last_batch:  # once an epoch: Lightning's log costs a millisecond a call
+            self.log_dict({"train/loss": self.train_loss.compute(), "train/accuracy": self.train_accuracy.compute()}, on_step=False, on_epoch=True)
         return loss
+
+    def on_train_epoch_start(self) -> None:
+        self.train_loss.reset()
+        self.train_accuracy.reset()
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         pixels, targets = batch

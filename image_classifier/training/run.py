@@ -51,7 +51,7 @@ def train(config: Any) -> float:
 
 def _train(config: Any, run: RunFolder, manifest: Manifest, data: DataSettings) -> float:
     pl.seed_everything(config.seed, workers=True, verbose=False)
-    preprocess = Preprocess(data.image_size, data.resize, data.interpolation, data.crop_fraction)
+    preprocess = data.preprocess
     cache = open_cache(manifest, preprocess, data.cache, progress=sys.stderr.isatty())
     rows = {split: manifest.indices(split) for split in ("train", "val", "test")}
     augment = settings.instantiate(config.augment, trusted=config.trusted_packages) if _given(config.augment) else None
