@@ -76,7 +76,7 @@ class Manifest:
         return self.root / record.path
 
     def to_csv(self) -> str:
-        """The table as text: a header line and one row an image, `\\n` line ends."""
+        """The table as text: a header line, then one row an image; lines end as on Unix."""
         text = io.StringIO()
         writer = csv.writer(text, lineterminator="\n")
         writer.writerow(_COLUMNS)

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -50,3 +53,50 @@ def make_tree(tmp_path: Path) -> MakeTree:
 def tree(make_tree: MakeTree) -> Path:
     """Two classes of ten images."""
     return make_tree(cat=10, dog=10)
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What a command did: exit code, standard output, standard error."""
+
+    code: int
+    out: str
+    err: str
+
+
+Command = Callable[..., Answer]
+
+
+@pytest.fixture
+def command(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Command:
+    """`command("train", "data.dir=x")` runs commands.py in this process, as a shell would in the current folder."""
+    return lambda *line: run_command(monkeypatch, capfd, line)
+
+
+def run_command(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], line: tuple[str, ...]) -> Answer:
+    import commands
+    from image_classifier.command_line import exit_code
+
+    capfd.readouterr()
+    monkeypatch.setattr(sys, "argv", [str(ROOT / "commands.py"), *map(str, line)])
+    code = exit_code(commands.main)
+    out, err = capfd.readouterr()
+    return Answer(code, out, err)
+
+
+@pytest.fixture(scope="session")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder in which `python commands.py train` ran once on a few batches of digits, with MLflow in a local file."""
+    folder = tmp_path_factory.mktemp("trained")
+    line = ["train", "name=digits", "trainer.max_epochs=2", "+trainer.limit_train_batches=6"]
+    done = subprocess.run([sys.executable, str(ROOT / "commands.py"), *line], cwd=folder, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    (folder / "stdout.txt").write_text(done.stdout)
+    (folder / "stderr.txt").write_text(done.stderr)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def digits_bundle(trained: Path) -> Path:
+    """A trained bundle."""
+    return trained / "models" / "digits"

@@ -14,7 +14,7 @@ import numpy as np
 from image_classifier import settings
 from image_classifier.bundle import INFO_NAME, find_checkpoint, read_bundle
 from image_classifier.dataset.prepare import load_test_manifest
-from image_classifier.errors import CheckpointError, ConfigError, DataError
+from image_classifier.errors import CheckpointError, ConfigError, DataError, UnreadableImage
 from image_classifier.evaluation.metrics import Metrics, compute_metrics
 from image_classifier.evaluation.results import metrics_lines, write_evaluation
 from image_classifier.inference.load import load_predictor
@@ -54,7 +54,7 @@ def test(config: Any) -> Metrics:
     """Predict a labelled part, print the metrics and write predictions, metrics and plots."""
     asked = settings.typed(TestSettings, config, "")
     path = find_checkpoint(asked.checkpoint_name, Path(asked.models_dir))
-    manifest = load_test_manifest(Path(asked.test_dir)) if asked.test_dir else _own_part(path, asked.split)
+    manifest = _labelled_folder(Path(asked.test_dir)) if asked.test_dir else _own_part(path, asked.split)
     predictor = load_predictor(path, asked.backend, asked.batch_size, asked.trusted_packages)
     table = predictor.table([manifest.file(record) for record in manifest], [record.path for record in manifest], _targets(manifest, predictor))
     metrics = compute_metrics(table)
@@ -66,6 +66,15 @@ def test(config: Any) -> Metrics:
 
 
 test.__test__ = False  # type: ignore[attr-defined]
+
+
+def _labelled_folder(folder: Path) -> Manifest:
+    try:
+        return load_test_manifest(folder)
+    except UnreadableImage:
+        raise
+    except DataError as error:
+        raise DataError(error.fact, f"{error.hint}; for images without labels use infer --images") from error
 
 
 def _own_part(path: Path, split: str) -> Manifest:

@@ -17,6 +17,8 @@ from image_classifier.modeling.classifier import Classifier
 from image_classifier.records import PredictionTable
 from image_classifier.training.datamodule import Batch
 
+_SHORTEST = 16  # steps: below that torch's schedulers divide by the length of an empty phase
+
 OptimizerFactory = Callable[[Iterable[Any]], torch.optim.Optimizer]
 
 
@@ -81,7 +83,7 @@ class ClassifierModule(pl.LightningModule):
         optimizer = self.make_optimizer(_decay_groups(self.classifier))
         if self.scheduler.build is None:
             return optimizer
-        length = {self.scheduler.length: max(2, int(self.trainer.estimated_stepping_batches))} if self.scheduler.length else {}
+        length = {self.scheduler.length: max(_SHORTEST, int(self.trainer.estimated_stepping_batches))} if self.scheduler.length else {}
         entry: dict[str, Any] = {"scheduler": self.scheduler.build(optimizer, **length), "interval": self.scheduler.interval}
         if self.scheduler.monitor:
             entry["monitor"] = self.scheduler.monitor

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytorch_lightning as pl
 import torch
+from pytorch_lightning.utilities.exceptions import MisconfigurationException
 
 from image_classifier import settings
 from image_classifier.dataset.cache import PixelCache, open_cache
@@ -41,7 +42,7 @@ def train(config: Any) -> float:
     """Run one training from data to bundle; returns the F1 that a sweep compares: of val, never of test."""
     manifest, data = prepare_from(config)
     folders = (Path(config.runs_dir), Path(config.models_dir), Path(config.plots_dir))
-    default = f"{data.name}-{config.model.name}".replace("/", "-")
+    default = f"{data.name or manifest.root.resolve().name}-{config.model.name}".replace("/", "-").lstrip(".")
     with claim_run(config.name, default, *folders, config.overwrite) as run:
         config.name = run.name
         config.run_dir = str(run.directory)
@@ -158,7 +159,12 @@ def _quiet_lightning() -> None:
 
 
 def _fit(trainer: pl.Trainer, module: ClassifierModule, datamodule: ImageDataModule) -> None:
-    trainer.fit(module, datamodule=datamodule)
+    try:
+        trainer.fit(module, datamodule=datamodule)
+    except (MisconfigurationException, RuntimeError) as error:
+        if isinstance(error, MisconfigurationException) or "conditioned on metric" in str(error):
+            raise ConfigError(" ".join(str(error).split())) from error
+        raise
     if trainer.received_sigterm:
         raise SystemExit(143)  # Lightning itself would end with 0, as if the work were done
     if trainer.interrupted:

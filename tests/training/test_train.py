@@ -1,0 +1,110 @@
+"""One real training: everything it promises to leave, and that it says where."""
+
+import csv
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from image_classifier.bundle import read_bundle
+from image_classifier.exporting.parity import check_parity
+from image_classifier.inference.checkpoint import CheckpointBackend, load_classifier
+from image_classifier.inference.onnx_runtime import OnnxBackend
+from image_classifier.records import Manifest
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def test_the_last_lines_say_the_scores_where_everything_is_and_what_to_try_next(trained: Path) -> None:
+    out = (trained / "stdout.txt").read_text()
+    assert re.search(r"^test accuracy 0\.\d{4}$", out, re.MULTILINE)
+    assert re.search(r"^test f1_macro 0\.\d{4}$", out, re.MULTILINE)
+    assert re.search(r"^images/s \d+\.\d$", out, re.MULTILINE)
+    for place in ("models/digits", "plots/digits", "runs/digits/train.log", "mlflow.db"):
+        assert place in out
+    assert out.splitlines()[-1] == "next     python commands.py infer --checkpoint_name digits --images PATH"
+
+
+def test_the_log_says_what_was_chosen_and_why(trained: Path) -> None:
+    log = (trained / "stderr.txt").read_text()
+    assert re.search(r"^precision: \S+ \(.+\)$", log, re.MULTILINE)
+    assert re.search(r"^memory layout: channels \w+ \(.+\)$", log, re.MULTILINE)
+    assert "Traceback" not in log and "Warning" not in log
+    assert (trained / "runs/digits/train.log").read_text().count("images/s") == 2
+
+
+def test_the_bundle_is_whole_and_hashed(digits_bundle: Path) -> None:
+    bundle = read_bundle(digits_bundle)
+    bundle.verify()
+    assert set(bundle.info.files) == {"model.onnx", "model.ckpt", "manifest.csv", "config.yaml", "golden.npz", "MODEL_CARD.md"}
+    assert bundle.info.classes == tuple("0123456789")
+    assert bundle.info.provenance["manifest_sha256"] == Manifest.read(digits_bundle / "manifest.csv", Path("data/digits")).sha256
+    assert bundle.info.provenance["command"][1:] == ["train", "name=digits", "trainer.max_epochs=2", "+trainer.limit_train_batches=6"]
+    assert not [path for path in digits_bundle.parent.iterdir() if path.name != "digits"]
+
+
+def test_checkpoint_and_onnx_give_the_golden_answers(digits_bundle: Path) -> None:
+    golden = np.load(digits_bundle / "golden.npz")
+    names = [str(row) for row in range(len(golden["pixels"]))]
+    for backend in (OnnxBackend(digits_bundle / "model.onnx"), CheckpointBackend(load_classifier(digits_bundle / "model.ckpt")[0])):
+        assert check_parity(golden["logits"], backend.logits(golden["pixels"]), names, type(backend).__name__) < 1e-5
+
+
+def test_the_metrics_are_functions_of_the_predictions(trained: Path) -> None:
+    directory = trained / "plots/digits/test"
+    with (directory / "predictions.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    right = sum(row["label"] == row["predicted_class"] for row in rows) / len(rows)
+    assert json.loads((directory / "metrics.json").read_text())["accuracy"] == pytest.approx(right)
+    assert read_bundle(trained / "models/digits").info.metrics["test"]["accuracy"] == pytest.approx(right)
+    assert np.load(directory / "logits.npy").shape == (len(rows), 10)
+
+
+def test_every_plot_is_a_picture(trained: Path) -> None:
+    plots = {path.relative_to(trained / "plots/digits").as_posix() for path in (trained / "plots/digits").rglob("*.png")}
+    parts = {f"{part}/{name}.png" for part in ("val", "test") for name in ("confusion_matrix", "class_scores", "samples")}
+    assert plots == parts | {"loss.png", "accuracy.png", "f1.png"}
+    for name in plots:
+        with Image.open(trained / "plots/digits" / name) as picture:
+            assert min(picture.size) > 300
+
+
+def test_last_and_best_checkpoint_are_apart_and_load_without_pickled_code(trained: Path) -> None:
+    last, best = (torch.load(trained / f"runs/digits/checkpoints/{name}.ckpt", weights_only=True) for name in ("last", "best"))
+    with (trained / "runs/digits/metrics.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert last["global_step"] == 12 == int(rows[-1]["step"])
+    top = max(rows, key=lambda row: float(row["val/f1_macro"]))
+    assert best["global_step"] == int(top["step"])
+
+
+def test_mlflow_has_parameters_metrics_an_epoch_tags_and_artifacts(trained: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from mlflow.tracking import MlflowClient
+
+    monkeypatch.chdir(trained)
+    client = MlflowClient(tracking_uri="sqlite:///mlflow.db")
+    experiment = client.get_experiment_by_name("image_classifier")
+    assert experiment is not None
+    (run,) = client.search_runs([experiment.experiment_id])
+    assert run.info.status == "FINISHED" and run.info.run_name == "digits"
+    assert run.data.params["data.batch_size"] == "64" and run.data.params["model.name"] == "convnet"
+    assert {"train/loss", "train/accuracy", "val/loss", "val/f1_macro", "test/accuracy", "test/f1_macro"} <= set(run.data.metrics)
+    assert [point.step for point in client.get_metric_history(run.info.run_id, "val/f1_macro")] == [1, 2]
+    assert {"git_commit", "manifest_sha256", "bundle"} <= set(run.data.tags)
+    assert {path.name for path in trained.glob("mlruns/*/*/artifacts/*")} == {"bundle", "plots"}
+
+
+@pytest.mark.slow
+def test_the_default_run_reaches_98_percent(tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "commands.py"), "train", "logger=none"], cwd=tmp_path, capture_output=True, text=True, timeout=600
+    )
+    assert done.returncode == 0, done.stderr
+    found = re.search(r"^test accuracy (0\.\d+)$", done.stdout, re.MULTILINE)
+    assert found and float(found[1]) >= 0.98
