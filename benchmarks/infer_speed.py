@@ -42,9 +42,8 @@ def main() -> None:
     print(f"checkpoint / onnx: median {statistics.median(ratios):.2f}")
     pairs = list(zip(answers["onnx"], answers["checkpoint"], strict=True))
     same = sum(a["predicted_class"] == b["predicted_class"] for a, b in pairs)
-    print(
-        f"same class on {same} of {len(pairs)}; largest difference of a confidence {max(abs(a['confidence'] - b['confidence']) for a, b in pairs):.1e}"
-    )  # type: ignore[operator]
+    apart = max(abs(float(str(a["confidence"])) - float(str(b["confidence"]))) for a, b in pairs)
+    print(f"same class on {same} of {len(pairs)}; largest difference of a confidence {apart:.1e}")
 
 
 def _timed(bundle: str, backend: str, paths: list[Path]) -> tuple[float, list[dict[str, object]]]:

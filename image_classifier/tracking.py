@@ -119,12 +119,18 @@ class Tracker:
             from mlflow.tracking import MlflowClient
 
             with _one_at_a_time(self.tracking_uri):
-                client = MlflowClient(tracking_uri=self.tracking_uri)
+                client = MlflowClient(tracking_uri=_absolute(self.tracking_uri))
                 experiment = client.get_experiment_by_name(self.experiment_name)
                 self._experiment_id = experiment.experiment_id if experiment else client.create_experiment(self.experiment_name)
                 self.run_id = client.create_run(self._experiment_id, tags=self.tags, run_name=self.run_name).info.run_id
             self._client = client
         return self._client
+
+
+def _absolute(uri: str) -> str:
+    """MLflow remembers stores by address, so a relative one would mean the folder of the first run for ever."""
+    path = uri.removeprefix("sqlite:///")
+    return f"sqlite:///{Path(path).resolve()}" if path != uri else uri
 
 
 def _be_quick() -> None:

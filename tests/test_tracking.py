@@ -27,7 +27,7 @@ def test_everything_is_logged_to_a_local_file(tmp_path: Path, monkeypatch: pytes
     (tmp_path / "plots" / "loss.png").write_bytes(b"png")
     tracker.log_artifacts(tmp_path / "plots", "plots")
     tracker.finish()
-    metrics, params, status = read_back("sqlite:///mlflow.db", tracker.run_id)
+    metrics, params, status = read_back(f"sqlite:///{tmp_path}/mlflow.db", tracker.run_id)
     assert (metrics, len(params), status) == ({"val/f1_macro": 0.5, "train/loss": 1.5}, 130, "FINISHED")
     assert list(tmp_path.glob("mlruns/*/*/artifacts/plots/loss.png"))
     assert tracker.run_id in tracker.where
@@ -55,7 +55,7 @@ def test_what_was_said_while_the_store_was_down_is_logged_when_it_is_back(tmp_pa
     assert tracker.lost_contact
     tracker._client = client
     tracker.finish()
-    assert read_back("sqlite:///mlflow.db", tracker.run_id)[0] == {"train/loss": 1.0}
+    assert read_back(f"sqlite:///{tmp_path}/mlflow.db", tracker.run_id)[0] == {"train/loss": 1.0}
     assert len(client.get_metric_history(tracker.run_id, "train/loss")) == 3
     assert not tracker.lost_contact
 
@@ -65,7 +65,7 @@ def test_a_value_the_store_refuses_does_not_block_the_others(tmp_path: Path, mon
     tracker = Tracker("sqlite:///mlflow.db", "tests", "run", {})
     tracker.log_metrics({"not a name: \n*": 1.0}, 1)
     tracker.log_metrics({"train/loss": 1.0}, 1)
-    assert read_back("sqlite:///mlflow.db", tracker.run_id)[0] == {"train/loss": 1.0}
+    assert read_back(f"sqlite:///{tmp_path}/mlflow.db", tracker.run_id)[0] == {"train/loss": 1.0}
 
 
 def test_a_server_that_answers_nonsense_is_like_a_dead_one() -> None:

@@ -88,7 +88,7 @@ def test_mlflow_has_parameters_metrics_an_epoch_tags_and_artifacts(trained: Path
     from mlflow.tracking import MlflowClient
 
     monkeypatch.chdir(trained)
-    client = MlflowClient(tracking_uri="sqlite:///mlflow.db")
+    client = MlflowClient(tracking_uri=f"sqlite:///{trained}/mlflow.db")
     experiment = client.get_experiment_by_name("image_classifier")
     assert experiment is not None
     (run,) = client.search_runs([experiment.experiment_id])
