@@ -21,12 +21,12 @@ import torch
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from image_classifier import settings  # noqa: E402
 from image_classifier.dataset.cache import open_cache  # noqa: E402
 from image_classifier.dataset.run import prepare_from  # noqa: E402
-from image_classifier.training import run as root  # noqa: E402
+from image_classifier.training.assemble import build_datamodule, build_module, build_trainer  # noqa: E402
 from image_classifier.training.callbacks import RunHistory, StopOnBadLoss, Throughput  # noqa: E402
 from image_classifier.training.datamodule import ImageDataModule  # noqa: E402
+from image_classifier.training.hardware import Hardware, choose_hardware  # noqa: E402
 
 
 def main() -> None:
@@ -44,16 +44,13 @@ def main() -> None:
     print(f"images/s, train / bare loop: median {statistics.median(ratios):.3f}, pair by pair {[round(ratio, 3) for ratio in ratios]}")
 
 
-def _parts(config: Any, manifest: Any, data: Any, cache: Any) -> tuple[Any, ImageDataModule]:
-    rows = {split: manifest.indices(split) for split in ("train", "val", "test")}
-    augment = settings.instantiate(config.augment) if config.augment.get("_target_") else None
-    datamodule = ImageDataModule(cache, manifest.targets, rows, data.batch_size, augment, config.seed)
-    return root.build_module(config, manifest, cache, rows, data.preprocess), datamodule
+def _parts(config: Any, manifest: Any, data: Any, cache: Any) -> tuple[Any, ImageDataModule, Hardware]:
+    hardware = choose_hardware(config.trainer.precision, config.trainer.channels_last, config.trainer.accelerator)
+    return build_module(config, manifest, data, cache, hardware), build_datamodule(config, manifest, data, cache, hardware), hardware
 
 
 def _bare(config: Any, manifest: Any, data: Any, cache: Any) -> float:
-    module, datamodule = _parts(config, manifest, data, cache)
-    precision = root.choose_precision(config.trainer.precision, config.trainer.accelerator).value
+    module, datamodule, hardware = _parts(config, manifest, data, cache)
     loader, generator = datamodule.train_dataloader(), torch.Generator()
     optimizer = module.make_optimizer(module.classifier.parameters())
     images, seconds, warmup = 0, 0.0, 3
@@ -63,7 +60,7 @@ def _bare(config: Any, manifest: Any, data: Any, cache: Any) -> float:
         for pixels, targets in islice(loader, config.trainer.get("limit_train_batches")):
             if datamodule.augment:
                 pixels = datamodule.augment(pixels, generator)
-            with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16-mixed"):
+            with torch.autocast("cpu", torch.bfloat16, enabled=hardware.precision == "bf16-mixed"):
                 loss = module.criterion(module.classifier(pixels), targets)
             optimizer.zero_grad()
             loss.backward()
@@ -78,9 +75,9 @@ def _bare(config: Any, manifest: Any, data: Any, cache: Any) -> float:
 
 
 def _lightning(config: Any, manifest: Any, data: Any, cache: Any, folder: Path) -> float:
-    module, datamodule = _parts(config, manifest, data, cache)
+    module, datamodule, hardware = _parts(config, manifest, data, cache)
     throughput = Throughput()
-    trainer = root.build_trainer(config, [RunHistory(folder / "metrics.csv"), throughput, StopOnBadLoss()])
+    trainer = build_trainer(config, hardware, throughput, RunHistory(folder / "metrics.csv"), StopOnBadLoss())
     trainer.fit(module, datamodule=datamodule)
     return throughput.images_per_second
 

@@ -71,6 +71,10 @@ class Manifest:
         """Positions of the records of one split, int64 [M], in manifest order."""
         return np.array([i for i, record in enumerate(self.records) if record.split == split], dtype=np.int64)
 
+    def part(self, split: str) -> Manifest:
+        """The records of one split, in manifest order."""
+        return Manifest(self.root, tuple(record for record in self.records if record.split == split))
+
     def file(self, record: Record) -> Path:
         """Where the record's image lies."""
         return self.root / record.path

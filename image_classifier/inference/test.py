@@ -84,7 +84,7 @@ def _own_part(path: Path, split: str) -> Manifest:
     bundle = read_bundle(path)
     root = Path(bundle.info.provenance["data_root"])
     manifest = Manifest.read(bundle.path("manifest.csv"), root)
-    part = Manifest(root, tuple(record for record in manifest if record.split == split))
+    part = manifest.part(split)
     if not len(part):
         raise DataError(f"the data of {path.name!r} has no {split} part", "use --split val, or a labelled folder with --test_dir=PATH")
     for record in part:

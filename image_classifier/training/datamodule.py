@@ -17,14 +17,15 @@ Augment = Callable[[torch.Tensor, torch.Generator], torch.Tensor]
 
 
 class PixelBatches(Dataset[Batch]):
-    """Batches by row numbers: pixels uint8 [B, 3, S, S] (channels last in memory) and targets int64 [B]."""
+    """Batches by row numbers: pixels uint8 [B, 3, S, S] and targets int64 [B]; the cache holds pixels channels last."""
 
-    def __init__(self, cache: PixelCache, targets: np.ndarray) -> None:
+    def __init__(self, cache: PixelCache, targets: np.ndarray, channels_last: bool) -> None:
         self.cache, self.targets = cache, targets
+        self.layout = torch.channels_last if channels_last else torch.contiguous_format
 
     def __getitem__(self, rows: np.ndarray) -> Batch:
         pixels = torch.from_numpy(self.cache.gather(rows)).permute(0, 3, 1, 2)
-        return pixels, torch.from_numpy(self.targets[rows])
+        return pixels.contiguous(memory_format=self.layout), torch.from_numpy(self.targets[rows])
 
 
 class ShuffledBatches(Sampler[np.ndarray]):
@@ -49,9 +50,18 @@ class ShuffledBatches(Sampler[np.ndarray]):
 class ImageDataModule(pl.LightningDataModule):
     """Feeds cached pixels by split; only training batches are augmented."""
 
-    def __init__(self, cache: PixelCache, targets: np.ndarray, rows: dict[str, np.ndarray], batch_size: int, augment: Augment | None, seed: int):
+    def __init__(
+        self,
+        cache: PixelCache,
+        targets: np.ndarray,
+        rows: dict[str, np.ndarray],
+        batch_size: int,
+        augment: Augment | None,
+        seed: int,
+        channels_last: bool,
+    ) -> None:
         super().__init__()
-        self.batches, self.rows, self.batch_size = PixelBatches(cache, targets), rows, batch_size
+        self.batches, self.rows, self.batch_size = PixelBatches(cache, targets, channels_last), rows, batch_size
         self.augment, self.seed = augment, seed
         self._generator = torch.Generator()
 

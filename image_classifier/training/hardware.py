@@ -2,10 +2,21 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Hardware:
+    """What a training uses: Lightning's precision, and whether images lie channels last in memory."""
+
+    precision: str
+    channels_last: bool
 
 
 @dataclass(frozen=True)
@@ -14,6 +25,15 @@ class Choice:
 
     value: object
     reason: str
+
+
+def choose_hardware(precision: str, channels_last: str | bool, accelerator: str) -> Hardware:
+    """Settle `trainer.precision` and `trainer.channels_last` and say in the log what was chosen and why."""
+    number = choose_precision(str(precision), accelerator)
+    layout = choose_channels_last(channels_last, number.value, accelerator)
+    log.info("precision: %s (%s)", number.value, number.reason)
+    log.info("memory layout: channels %s (%s)", "last" if layout.value else "first", layout.reason)
+    return Hardware(str(number.value), bool(layout.value))
 
 
 def choose_precision(requested: str, accelerator: str) -> Choice:
@@ -32,11 +52,16 @@ def choose_precision(requested: str, accelerator: str) -> Choice:
     return Choice("32-true", "the processor has neither AMX nor AVX512-BF16, so bfloat16 would be slower")
 
 
-def choose_channels_last(requested: str | bool, accelerator: str) -> Choice:
-    """Whether convolutions keep channels last in memory."""
+def choose_channels_last(requested: str | bool, precision: object, accelerator: str) -> Choice:
+    """Whether convolutions keep channels last in memory (ratios measured with ResNet-18 at 64 px: docs/LOG.md)."""
     if requested != "auto":
         return Choice(bool(requested), "asked for")
-    return Choice(True, "the cached pixels are channels last already, and convolutions are at least as fast")
+    if precision != "32-true":
+        return Choice(True, "bfloat16 convolutions are faster so")
+    on_cpu = accelerator == "cpu" or not (torch.cuda.is_available() or torch.backends.mps.is_available())
+    if on_cpu and "avx512f" in processor_flags():
+        return Choice(False, "float32 convolutions with AVX-512 are faster so")
+    return Choice(True, "float32 convolutions without AVX-512 are faster so" if on_cpu else "convolutions on this device are at least as fast so")
 
 
 def processor_flags() -> frozenset[str]:
