@@ -91,6 +91,8 @@ def find_checkpoint(name: str, models_dir: Path) -> Path:
         return given
     if given.exists():
         raise CheckpointError(f"{name!r} is no bundle, .ckpt or .onnx", "give a folder with bundle.json, or one such file")
+    if len(given.parts) > 1 and not (models_dir / given).parent.is_dir():
+        raise CheckpointError(f"{name!r} does not exist", "check the path, or give a name under the models folder")
     known = _checkpoints_under(models_dir)
     found = [path for path in known if name in _names(path, models_dir)]
     exact = [path for path in found if path.relative_to(models_dir).as_posix() == name]

@@ -83,4 +83,7 @@ def storage_errors(path: str | Path) -> Iterator[None]:
             raise StorageError(f"{os.fspath(path)!r} cannot be made: a file is in the way", "move it or choose another folder") from error
         if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
             raise StorageError(f"no permission to write {os.fspath(path)!r}", "change the owner or choose another folder") from error
+        own = str(error.filename or "").startswith(os.fspath(Path(path).parent))  # a file missing elsewhere is a bug and must be seen
+        if own and error.errno in (errno.EISDIR, errno.ENOENT, errno.ENAMETOOLONG, errno.EIO):
+            raise StorageError(f"cannot write {os.fspath(path)!r} ({error.strerror})", "choose another place") from error
         raise

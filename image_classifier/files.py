@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import glob
 import os
 import shutil
+import socket
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -53,18 +55,40 @@ def whole_directory(path: Path, overwrite: bool = False) -> Iterator[Path]:
     with storage_errors(path):
         if path.exists() and not overwrite:
             raise StorageError(f"{str(path)!r} exists", "choose another name= or pass overwrite=true")
-        path.parent.mkdir(parents=True, exist_ok=True)
-        part = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name[:50]}.", suffix=".part"))
-        try:
+        with sibling_directory(path) as part:
             yield part
-            part.chmod(0o777 & ~_umask())
             for file in part.rglob("*"):
                 _flush_directory(file) if file.is_dir() else _flush_file(file)
             _take_place(part, path)
             _flush_directory(path.parent)
-        except BaseException:
+
+
+@contextmanager
+def sibling_directory(path: Path) -> Iterator[Path]:
+    """An empty hidden folder beside `path`, gone when the block ends unless it was renamed; those of dead processes are swept first."""
+    with storage_errors(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        mine = f".{path.name[:50]}.{socket.gethostname()}-"
+        for left in path.parent.glob(f"{glob.escape(mine)}*.part"):
+            owner = left.name.removeprefix(mine).partition(".")[0]
+            if owner.isdecimal() and not _is_alive(int(owner)):
+                shutil.rmtree(left, ignore_errors=True)
+        part = Path(tempfile.mkdtemp(dir=path.parent, prefix=f"{mine}{os.getpid()}.", suffix=".part"))
+        try:
+            part.chmod(0o777 & ~_umask())
+            yield part
+        finally:
             shutil.rmtree(part, ignore_errors=True)
-            raise
+
+
+def _is_alive(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:
+        return True
+    return True
 
 
 def _take_place(part: Path, path: Path) -> None:

@@ -25,7 +25,7 @@ from image_classifier.files import write_text
 from image_classifier.refusal import check_complete, explain, jobs, one_line, parse
 from image_classifier.targets import check_targets, instantiate
 
-__all__ = ["check_targets", "complete", "configure_logging", "flatten", "instantiate", "run_verb", "save", "to_plain", "typed", "without"]
+__all__ = ["check_targets", "complete", "configure_logging", "flatten", "instantiate", "only", "run_verb", "save", "to_plain", "typed", "without"]
 
 Task = Callable[[DictConfig], object]
 T = TypeVar("T")
@@ -250,6 +250,12 @@ def without(node: DictConfig, *keys: str) -> DictConfig:
     for key in keys:
         copy.pop(key, None)
     return copy
+
+
+def only(node: DictConfig, *keys: str) -> DictConfig:
+    """The keys of a node that are named here and there, resolved."""
+    plain = to_plain(node)
+    return OmegaConf.create({key: _literal(plain[key]) for key in keys if key in plain})
 
 
 def save(node: DictConfig, path: Path) -> None:

@@ -168,7 +168,8 @@ def _explained(error: InstantiationException, node: Any) -> Exception:
     if unexpected and unexpected.group(1) in given:
         return _unknown_argument(key, target, unexpected.group(1), ())
     if isinstance(cause, ModuleNotFoundError):
-        return ConfigError(f"cannot build {key} ({target})", f"the package {cause.name} is not installed: pip install {cause.name}")
+        missing = f"the package {cause.name} is not installed: pip install {cause.name}" if cause.name else str(cause)
+        return ConfigError(f"cannot build {key} ({target})", missing)
     lightning = type(cause).__name__ == "MisconfigurationException"  # Lightning's word for a wrong setting
     foreign = isinstance(cause, (TypeError, ValueError, RuntimeError)) and _is_trusted(target, _FOREIGN)
     if isinstance(cause, ClassifierError) or not (lightning or foreign):

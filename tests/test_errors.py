@@ -33,10 +33,10 @@ def test_errors_cross_processes(error):
     ("number", "word"), [(errno.ENOSPC, "space"), (errno.EDQUOT, "space"), (errno.EACCES, "permission"), (errno.EROFS, "permission")]
 )
 def test_what_the_disk_refuses_is_a_storage_error(number, word):
-    with pytest.raises(StorageError, match=word), storage_errors("x"):
+    with pytest.raises(StorageError, match=word), storage_errors("x/y"):
         raise OSError(number, "refused")
 
 
 def test_other_failures_pass():
-    with pytest.raises(FileNotFoundError), storage_errors("x"):
-        raise FileNotFoundError(errno.ENOENT, "not there")
+    with pytest.raises(FileNotFoundError), storage_errors("x/y"):
+        raise FileNotFoundError(errno.ENOENT, "not there", "/elsewhere/file")

@@ -8,7 +8,6 @@ import os
 import shutil
 import stat
 import tarfile
-import tempfile
 import zipfile
 import zlib
 from collections.abc import Iterator
@@ -17,6 +16,7 @@ from lzma import LZMAError
 from pathlib import Path, PurePosixPath
 
 from image_classifier.errors import SourceError, StorageError, storage_errors
+from image_classifier.files import sibling_directory
 
 log = logging.getLogger(__name__)
 
@@ -94,7 +94,7 @@ def _unpack_zip(archive: Path, folder: Path) -> None:
 def _check_space(archive: Path, folder: Path, needed: int) -> None:
     free = shutil.disk_usage(folder).free
     if needed > free:
-        fact = f"{str(archive)!r} unpacks to {needed / 1e6:,.0f} MB and {free / 1e6:,.0f} MB are free"
+        fact = f"{str(archive)!r} unpacks to {needed / 1e6:,.1f} MB and {free / 1e6:,.1f} MB are free"
         raise StorageError(fact, "free some space, or unpack it elsewhere and pass data.dir=FOLDER")
 
 
@@ -113,17 +113,11 @@ def new_tree(path: Path) -> Iterator[Path]:
 
     One sync for all of it: `files.whole_directory` flushes file by file, 25 s for CIFAR-10's 50 000.
     """
-    with storage_errors(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        part = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name[:50]}.", suffix=".part"))
-        try:
-            yield part
-            part.chmod(0o755)
-            if hasattr(os, "sync"):
-                os.sync()
-            _take_place(part, path)
-        finally:
-            shutil.rmtree(part, ignore_errors=True)
+    with storage_errors(path), sibling_directory(path) as part:
+        yield part
+        if hasattr(os, "sync"):
+            os.sync()
+        _take_place(part, path)
 
 
 def _take_place(part: Path, path: Path) -> None:

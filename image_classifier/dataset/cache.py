@@ -164,7 +164,7 @@ class _Store:
         """StorageError where `count` more images cannot fit."""
         needed, free = count * (self.row_bytes + 65), shutil.disk_usage(self.dir).free
         if needed > free:
-            fact = f"the pixel cache needs {needed / 1e6:,.0f} MB in {str(self.dir)!r} and {free / 1e6:,.0f} MB are free"
+            fact = f"the pixel cache needs {needed / 1e6:,.1f} MB in {str(self.dir)!r} and {free / 1e6:,.1f} MB are free"
             raise StorageError(fact, "free some space or choose another disk with data.cache.dir=PATH")
 
     def commit(self, file: IO[bytes], rows: dict[str, int]) -> None:

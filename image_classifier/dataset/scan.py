@@ -120,6 +120,8 @@ def _find_classes(root: Path, part: str, split: str) -> list[_Found]:
         log.warning("%s: %d images beside the class folders belong to no class and are left out", folder, len(top.images))
     found: list[_Found] = []
     for label in top.folders:
+        if any("\ud800" <= letter <= "\udfff" for letter in label):
+            raise DataError(f"the name of the class folder {str(folder / label)!r} is not UTF-8", "rename it: classes are written into JSON and ONNX")
         paths = list(_walk(folder / label, f"{part}/{label}" if part else label, ()))
         if not paths:
             raise DataError(f"the class folder {str(folder / label)!r} holds no images", "add images to it or remove the folder")

@@ -28,8 +28,9 @@ def load_classifier(path: Path, trusted: Sequence[str] = ()) -> tuple[Classifier
         blueprint = content["hyper_parameters"]["blueprint"]
         weights = {key.removeprefix("classifier."): value for key, value in content["state_dict"].items() if key.startswith("classifier.")}
     except (OSError, RuntimeError, EOFError, KeyError, TypeError, pickle.UnpicklingError) as error:
-        reason = " ".join(str(error).split())[:120]
-        raise CheckpointError(f"{str(path)!r} is not a checkpoint of this package ({type(error).__name__}: {reason})", "train again") from error
+        raise CheckpointError(
+            f"{str(path)!r} is damaged, or no checkpoint of this package ({type(error).__name__})", "give another, or train again"
+        ) from error
     backbone = settings.instantiate(_without_download(blueprint["backbone"]), trusted=trusted)
     normalise = blueprint["normalise"]
     classifier = build_classifier(

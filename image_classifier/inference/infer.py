@@ -15,7 +15,7 @@ from typing import IO, Any
 
 from image_classifier import settings
 from image_classifier.bundle import find_checkpoint
-from image_classifier.errors import ConfigError, DataError
+from image_classifier.errors import ConfigError, DataError, storage_errors
 from image_classifier.files import whole_file
 from image_classifier.images import IMAGE_SUFFIXES
 from image_classifier.inference.load import load_predictor
@@ -51,7 +51,7 @@ def infer(config: Any) -> None:
     predictor = load_predictor(path, asked.backend, asked.batch_size, asked.trusted_packages)
     failed: list[str] = []
     lines = FORMATS[asked.format](_watched(predictor.predict(images), failed), asked.top_k, images)
-    with whole_file(Path(asked.output)) if asked.output else nullcontext(sys.stdout.buffer) as file:
+    with whole_file(Path(asked.output)) if asked.output else nullcontext(sys.stdout.buffer) as file, storage_errors(asked.output or "the answers"):
         _write(lines, file)
     if failed:
         raise DataError(f"{len(failed)} of {len(images)} images could not be read, first {failed[0]}", "their rows say why")

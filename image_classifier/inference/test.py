@@ -58,7 +58,8 @@ def test(config: Any) -> Metrics:
     predictor = load_predictor(path, asked.backend, asked.batch_size, asked.trusted_packages)
     table = predictor.table([manifest.file(record) for record in manifest], [record.path for record in manifest], _targets(manifest, predictor))
     metrics = compute_metrics(table)
-    directory = Path(asked.output_dir or Path(asked.plots_dir) / path.stem / asked.split)
+    part = f"test-{Path(asked.test_dir).resolve().name}" if asked.test_dir else asked.split  # never in the place of the run's own figures
+    directory = Path(asked.output_dir or Path(asked.plots_dir) / path.stem / part)
     write_evaluation(table, metrics, manifest, directory, f"{path.name}, {'folder ' + asked.test_dir if asked.test_dir else asked.split}")
     print(json.dumps(metrics.as_dict(), ensure_ascii=False) if asked.format == "json" else "\n".join(metrics_lines(metrics, asked.split)))
     log.info("predictions, metrics and plots: %s", directory)

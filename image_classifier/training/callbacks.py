@@ -90,6 +90,7 @@ class Throughput(Callback):
 
     def __init__(self, warmup_steps: int = 3) -> None:
         self.warmup_steps, self.images, self.seconds, self._start = warmup_steps, 0, 0.0, 0.0
+        self._steps = 0
 
     @property
     def images_per_second(self) -> float:
@@ -100,11 +101,11 @@ class Throughput(Callback):
 
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int) -> None:
         now = time.perf_counter()
-        if self.warmup_steps > 0:
-            self.warmup_steps -= 1
-        else:
-            self.images += len(batch[1])
-            self.seconds += now - self._start
+        self._steps += 1
+        if self._steps == self.warmup_steps + 1:
+            self.images, self.seconds = 0, 0.0  # a run shorter than its warm-up still says something
+        self.images += len(batch[1])
+        self.seconds += now - self._start
         self._start = now
 
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:

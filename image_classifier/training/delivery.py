@@ -22,6 +22,7 @@ from image_classifier.inference.onnx_runtime import OnnxBackend
 from image_classifier.modeling.classifier import Classifier
 from image_classifier.records import Manifest
 from image_classifier.tracking import Tracker
+from image_classifier.training.checkpoint_io import save_whole
 from image_classifier.training.run_folder import RunFolder, provenance
 
 log = logging.getLogger(__name__)
@@ -84,7 +85,7 @@ def _plain(blueprint: dict[str, Any]) -> dict[str, Any]:
 def _write_checkpoint(classifier: Classifier, blueprint: dict[str, Any], path: Path) -> None:
     """Weights and what is needed to rebuild the network; loadable with weights_only=True."""
     state = {f"classifier.{key}": value for key, value in classifier.state_dict().items()}
-    torch.save({"state_dict": state, "hyper_parameters": {"blueprint": blueprint}}, path)
+    save_whole({"state_dict": state, "hyper_parameters": {"blueprint": blueprint}}, path)
 
 
 def _gate(classifier: Classifier, directory: Path, manifest: Manifest, cache: PixelCache) -> float:

@@ -12,6 +12,7 @@ from torch import nn
 from torchmetrics import MeanMetric
 from torchmetrics.classification import MulticlassAccuracy
 
+from image_classifier.errors import ConfigError
 from image_classifier.evaluation.metrics import compute_metrics
 from image_classifier.modeling.classifier import Classifier
 from image_classifier.records import PredictionTable
@@ -80,7 +81,10 @@ class ClassifierModule(pl.LightningModule):
         self.log_dict({"val/accuracy": metrics.accuracy, "val/f1_macro": metrics.f1_macro}, prog_bar=True)
 
     def configure_optimizers(self) -> Any:
-        optimizer = self.make_optimizer(_decay_groups(self.classifier))
+        try:
+            optimizer = self.make_optimizer(_decay_groups(self.classifier))
+        except (ValueError, TypeError) as error:
+            raise ConfigError(f"the optimizer cannot be built ({error})", "check the keys under optimizer") from error
         if self.scheduler.build is None:
             return optimizer
         length = {self.scheduler.length: max(_SHORTEST, int(self.trainer.estimated_stepping_batches))} if self.scheduler.length else {}

@@ -4,19 +4,20 @@ from __future__ import annotations
 
 import json
 import logging
+import shlex
 import sys
-from pathlib import Path
+from dataclasses import fields
 from typing import Any
 
 import pytorch_lightning as pl
 import torch
-from pytorch_lightning.utilities.exceptions import MisconfigurationException
+from pytorch_lightning.utilities.exceptions import MisconfigurationException, SIGTERMException
 
 from image_classifier import settings
 from image_classifier.dataset.cache import open_cache
 from image_classifier.dataset.prepare import DataSettings
 from image_classifier.dataset.run import prepare_from
-from image_classifier.errors import ConfigError
+from image_classifier.errors import ConfigError, DataError
 from image_classifier.evaluation.metrics import Metrics, compute_metrics
 from image_classifier.evaluation.plots import plot_learning_curves
 from image_classifier.evaluation.results import metrics_lines, write_evaluation
@@ -29,17 +30,18 @@ from image_classifier.training.datamodule import ImageDataModule
 from image_classifier.training.delivery import deliver
 from image_classifier.training.hardware import choose_hardware
 from image_classifier.training.module import ClassifierModule
-from image_classifier.training.run_folder import RunFolder, claim_run
+from image_classifier.training.run_folder import RunFolder, RunSettings, claim_run
 
 log = logging.getLogger(__name__)
 
 
 def train(config: Any) -> float:
     """Run one training from data to bundle; returns the F1 that a sweep compares: of val, never of test."""
+    asked = settings.typed(RunSettings, settings.only(config, *(item.name for item in fields(RunSettings))), "")
     manifest, data = prepare_from(config)
-    default = f"{data.name or manifest.root.resolve().name}-{config.model.name}".replace("/", "-").lstrip(".")
-    folders = (Path(config.runs_dir), Path(config.models_dir), Path(config.plots_dir))
-    with claim_run(config.name, default, *folders, config.overwrite) as run:
+    if not len(manifest.indices("val")):
+        raise DataError("there is no val part to choose the best epoch by", "set data.split.val above 0, or add a val/ folder")
+    with claim_run(asked, f"{data.name or manifest.root.resolve().name}-{config.model.name}") as run:
         config.name, config.run_dir = run.name, str(run.directory)
         settings.save(config, run.directory / "config.yaml")
         return _train(config, run, manifest, data)
@@ -75,12 +77,13 @@ def _train(config: Any, run: RunFolder, manifest: Manifest, data: DataSettings) 
 def _fit(trainer: pl.Trainer, module: ClassifierModule, datamodule: ImageDataModule) -> None:
     try:
         trainer.fit(module, datamodule=datamodule)
+    except SIGTERMException:
+        log.warning("stopped by SIGTERM at epoch %d; the newest step is in last.ckpt of the run folder", trainer.current_epoch + 1)
+        raise SystemExit(143) from None  # Lightning itself would end with 0, as if the work were done
     except (MisconfigurationException, RuntimeError) as error:
         if isinstance(error, MisconfigurationException) or "conditioned on metric" in str(error):
             raise ConfigError(" ".join(str(error).split())) from error
         raise
-    if trainer.received_sigterm:
-        raise SystemExit(143)  # Lightning itself would end with 0, as if the work were done
     if trainer.interrupted:
         raise KeyboardInterrupt
 
@@ -116,4 +119,4 @@ def _summarise(run: RunFolder, metrics: dict[str, Metrics], throughput: Throughp
         print("there is no test part: these figures are of the part that chose the best epoch; ask for one with data.split.test=0.1")
     print(f"images/s {throughput.images_per_second:.1f}")
     print(f"bundle   {run.bundle}\nplots    {run.plots}\nMLflow   {tracking}\nlog      {run.directory / 'train.log'}")
-    print(f"next     python commands.py infer --checkpoint_name {run.name} --images PATH")
+    print(f"next     python commands.py infer --checkpoint_name {shlex.quote(run.name)} --images PATH")

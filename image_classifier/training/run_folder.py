@@ -11,7 +11,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
@@ -33,47 +33,81 @@ class RunFolder:
     plots: Path
 
 
+@dataclass(frozen=True)
+class RunSettings:
+    """The keys at the root of conf/train.yaml."""
+
+    name: str | None = None
+    seed: int = 0
+    overwrite: bool = False
+    models_dir: str = "models"
+    plots_dir: str = "plots"
+    runs_dir: str = "runs"
+    trusted_packages: list[str] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        name = self.name
+        if name is not None and (not re.fullmatch(r"[^/\\\0]{1,150}", name) or name.startswith(".")):
+            raise ConfigError(f"name={name!r} cannot be the name of a folder", "use letters, digits, '-', '_' or '.'")
+        if isinstance(self.seed, int) and not 0 <= self.seed < 2**32:
+            raise ConfigError(f"seed={self.seed} cannot be", "use a whole number from 0 to 4294967295")
+
+
 @contextmanager
-def claim_run(name: str | None, default: str, runs_dir: Path, models_dir: Path, plots_dir: Path, overwrite: bool) -> Iterator[RunFolder]:
+def claim_run(asked: RunSettings, default: str) -> Iterator[RunFolder]:
     """Claim a name and its run folder; a run that fails before it has a checkpoint leaves no folder behind.
 
-    Without a name the run is called `default`, numbered when that is taken.
+    Without a name the run is called `default`, numbered when that is taken. With `overwrite` the old run folder is put aside until
+    the new run has succeeded, and comes back if that fails before it has a checkpoint of its own.
 
     Raises:
-        ConfigError: The name cannot be a folder's.
         StorageError: The name is taken and `overwrite` is false, or a folder may not be written.
     """
-    if name is not None and (not re.fullmatch(r"[^/\\\0]{1,150}", name) or name.startswith(".")):
-        raise ConfigError(f"name={name!r} cannot be the name of a folder", "use letters, digits, '-', '_' or '.'")
-    for directory in (runs_dir, models_dir, plots_dir):
-        _check_writable(directory)
-    run = _claim(name, default, runs_dir, models_dir, plots_dir, overwrite)
+    for directory in (asked.runs_dir, asked.models_dir, asked.plots_dir):
+        _check_writable(Path(directory))
+    aside = _put_aside(Path(asked.runs_dir) / asked.name) if asked.name and asked.overwrite else None
+    run = _claim(asked, default.replace("/", "-").lstrip("."))
     handler = logging.FileHandler(run.directory / "train.log", encoding="utf-8")
     handler.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
     logging.getLogger().addHandler(handler)
+    done = False
     try:
         yield run
+        done = True
     finally:
         logging.getLogger().removeHandler(handler)
         handler.close()
-        if not run.bundle.exists() and not any(run.directory.glob("checkpoints/*.ckpt")):
+        if not done and not any(run.directory.glob("checkpoints/*.ckpt")):
             shutil.rmtree(run.directory, ignore_errors=True)
+            if aside and aside.exists():
+                aside.rename(run.directory)
+        elif done and aside:
+            shutil.rmtree(aside, ignore_errors=True)
 
 
-def _claim(name: str | None, default: str, runs_dir: Path, models_dir: Path, plots_dir: Path, overwrite: bool) -> RunFolder:
+def _put_aside(directory: Path) -> Path:
+    """Rename a run folder out of the way; an older one that is still aside is the last that succeeded, and stays."""
+    aside = directory.with_name(f".{directory.name}.old")
+    if directory.exists():
+        if aside.exists():
+            shutil.rmtree(directory)
+        else:
+            directory.rename(aside)
+    return aside
+
+
+def _claim(asked: RunSettings, default: str) -> RunFolder:
     number = 1
     while True:
-        candidate = name or (default if number == 1 else f"{default}-{number}")
-        run = RunFolder(candidate, runs_dir / candidate, models_dir / candidate, plots_dir / candidate)
-        if name and overwrite:
-            shutil.rmtree(run.directory, ignore_errors=True)
+        name = asked.name or (default if number == 1 else f"{default}-{number}")
+        run = RunFolder(name, Path(asked.runs_dir) / name, Path(asked.models_dir) / name, Path(asked.plots_dir) / name)
         try:
-            if run.bundle.exists() and not (name and overwrite):
+            if run.bundle.exists() and not (asked.name and asked.overwrite):
                 raise FileExistsError
             run.directory.mkdir(parents=True)  # one winner where two runs start at once
             return run
         except FileExistsError:
-            if name:
+            if asked.name:
                 taken = run.bundle if run.bundle.exists() else run.directory
                 raise StorageError(f"the name {name!r} is taken: {str(taken)!r} exists", "choose another name=, or pass overwrite=true") from None
         number += 1

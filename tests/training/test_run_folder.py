@@ -6,11 +6,12 @@ from pathlib import Path
 import pytest
 
 from image_classifier.errors import ConfigError, StorageError
-from image_classifier.training.run_folder import claim_run, provenance
+from image_classifier.training.run_folder import RunSettings, claim_run, provenance
 
 
 def claim(root: Path, name: str | None = None, overwrite: bool = False):  # type: ignore[no-untyped-def]
-    return claim_run(name, "digits-convnet", root / "runs", root / "models", root / "plots", overwrite)
+    folders = {f"{kind}_dir": str(root / kind) for kind in ("runs", "models", "plots")}
+    return claim_run(RunSettings(name=name, overwrite=overwrite, **folders), "digits-convnet")
 
 
 def test_unnamed_runs_are_numbered_even_when_they_run_at_once(tmp_path: Path) -> None:
@@ -54,3 +55,19 @@ def test_a_folder_that_cannot_be_made_is_one_line(tmp_path: Path) -> None:
 def test_provenance_says_where_a_result_came_from() -> None:
     facts = provenance(3, manifest_sha256="abc")
     assert facts["seed"] == 3 and facts["manifest_sha256"] == "abc" and facts["packages"]["torch"]
+
+
+def test_a_run_that_fails_gives_the_old_one_back(tmp_path: Path) -> None:
+    with claim(tmp_path, "mine") as run:
+        (run.directory / "checkpoints").mkdir()
+        (run.directory / "checkpoints" / "best.ckpt").write_text("good")
+    with pytest.raises(RuntimeError), claim(tmp_path, "mine", overwrite=True):
+        raise RuntimeError
+    assert (run.directory / "checkpoints" / "best.ckpt").read_text() == "good"
+    assert [path.name for path in run.directory.parent.iterdir()] == ["mine"]
+
+
+@pytest.mark.parametrize("seed", [-1, 2**32])
+def test_an_impossible_seed_is_refused(seed: int) -> None:
+    with pytest.raises(ConfigError, match="seed"):
+        RunSettings(seed=seed)
