@@ -77,7 +77,7 @@ def _bare(config: Any, manifest: Any, data: Any, cache: Any) -> float:
 def _lightning(config: Any, manifest: Any, data: Any, cache: Any, folder: Path) -> float:
     module, datamodule, hardware = _parts(config, manifest, data, cache)
     throughput = Throughput()
-    trainer = build_trainer(config, hardware, throughput, RunHistory(folder / "metrics.csv"), StopOnBadLoss())
+    trainer = build_trainer(config, hardware, throughput, RunHistory(folder / "metrics.csv", throughput), StopOnBadLoss())
     trainer.fit(module, datamodule=datamodule)
     return throughput.images_per_second
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import hashlib
 import json
+import os
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
@@ -86,13 +87,9 @@ def find_checkpoint(name: str, models_dir: Path) -> Path:
     Raises:
         CheckpointError: Nothing has that name (the nearest is suggested), or several things do (all are listed).
     """
-    given = Path(name).expanduser()
+    given = Path(os.path.expanduser(name))
     if _is_checkpoint(given):
         return given
-    if given.exists():
-        raise CheckpointError(f"{name!r} is no bundle, .ckpt or .onnx", "give a folder with bundle.json, or one such file")
-    if len(given.parts) > 1 and not (models_dir / given).parent.is_dir():
-        raise CheckpointError(f"{name!r} does not exist", "check the path, or give a name under the models folder")
     known = _checkpoints_under(models_dir)
     found = [path for path in known if name in _names(path, models_dir)]
     exact = [path for path in found if path.relative_to(models_dir).as_posix() == name]
@@ -100,6 +97,10 @@ def find_checkpoint(name: str, models_dir: Path) -> Path:
         return (exact or found)[0]
     if found:
         raise CheckpointError(f"{name!r} names {len(found)} checkpoints", f"write the path of one: {', '.join(map(str, found))}")
+    if given.exists():
+        raise CheckpointError(f"{name!r} is no bundle, .ckpt or .onnx", "give a folder with bundle.json, or one such file")
+    if len(given.parts) > 1 and not (models_dir / given).parent.is_dir():
+        raise CheckpointError(f"{name!r} does not exist", "check the path, or give a name under the models folder")
     raise CheckpointError(f"there is no checkpoint {name!r} under {str(models_dir)!r}", _suggestion(name, known, models_dir))
 
 

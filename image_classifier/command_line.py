@@ -17,10 +17,10 @@ from image_classifier.errors import ClassifierError, ConfigError
 CONF_DIR = Path(__file__).resolve().parents[1] / "conf"
 
 # Values that are text and never Hydra's grammar, for each verb: names and paths. `--KEY VALUE` keeps them to the letter.
-_DATA_TEXT = frozenset({"data.dir", "data.archive", "data.manifest_path", "data.test_dir", "data.cache.dir"})
+_DATA_TEXT = frozenset({"data.dir", "data.archive", "data.manifest_path", "data.cache.dir"})
 TEXT_KEYS: dict[str, frozenset[str]] = {
     "prepare": _DATA_TEXT,
-    "train": _DATA_TEXT | {"name", "models_dir", "plots_dir", "runs_dir", "resume", "logger.tracking_uri"},
+    "train": _DATA_TEXT | {"name", "models_dir", "plots_dir", "runs_dir", "logger.tracking_uri"},
     "test": frozenset({"checkpoint_name", "test_dir", "output_dir", "models_dir", "plots_dir"}),
     "infer": frozenset({"checkpoint_name", "output", "models_dir"}),
 }

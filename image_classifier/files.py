@@ -6,6 +6,7 @@ import glob
 import os
 import shutil
 import socket
+import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -55,6 +56,9 @@ def whole_directory(path: Path, overwrite: bool = False) -> Iterator[Path]:
     with storage_errors(path):
         if path.exists() and not overwrite:
             raise StorageError(f"{str(path)!r} exists", "choose another name= or pass overwrite=true")
+        old = path.with_name(f".{path.name[:50]}.old")
+        if old.exists() and not path.exists():
+            os.rename(old, path)  # a kill between the two renames
         with sibling_directory(path) as part:
             yield part
             for file in part.rglob("*"):
@@ -81,6 +85,19 @@ def sibling_directory(path: Path) -> Iterator[Path]:
             shutil.rmtree(part, ignore_errors=True)
 
 
+@contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """Hold the lock file `path`, so that one process at a time runs the block (not on Windows, which has no flock)."""
+    with storage_errors(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("w") as file:
+            if sys.platform != "win32":
+                import fcntl
+
+                fcntl.flock(file, fcntl.LOCK_EX)
+            yield
+
+
 def _is_alive(process: int) -> bool:
     try:
         os.kill(process, 0)
@@ -98,7 +115,11 @@ def _take_place(part: Path, path: Path) -> None:
     old = path.with_name(f".{path.name[:50]}.old")
     shutil.rmtree(old, ignore_errors=True)
     os.rename(path, old)
-    os.rename(part, path)
+    try:
+        os.rename(part, path)
+    except OSError:
+        os.rename(old, path)
+        raise
     shutil.rmtree(old, ignore_errors=True)
 
 

@@ -1,4 +1,4 @@
-"""Hydra and OmegaConf, known to this file and its two helpers only (command_line: text; targets: objects): verbs run, settings typed."""
+"""Hydra and OmegaConf, known to this file and its two helpers only (refusal: errors; targets: objects): verbs run, settings typed."""
 
 from __future__ import annotations
 
@@ -23,9 +23,23 @@ from image_classifier.command_line import CONF_DIR, CommandLine, did_you_mean, l
 from image_classifier.errors import ClassifierError, ConfigError
 from image_classifier.files import write_text
 from image_classifier.refusal import check_complete, explain, jobs, one_line, parse
-from image_classifier.targets import check_targets, instantiate
+from image_classifier.targets import NETWORKS, check_targets, instantiate
 
-__all__ = ["check_targets", "complete", "configure_logging", "flatten", "instantiate", "only", "run_verb", "save", "to_plain", "typed", "without"]
+__all__ = [
+    "NETWORKS",
+    "check_targets",
+    "complete",
+    "configure_logging",
+    "flatten",
+    "instantiate",
+    "only",
+    "run_verb",
+    "save",
+    "to_plain",
+    "typed",
+    "without",
+    "without_passwords",
+]
 
 Task = Callable[[DictConfig], object]
 T = TypeVar("T")
@@ -252,6 +266,15 @@ def without(node: DictConfig, *keys: str) -> DictConfig:
     return copy
 
 
+def without_passwords(value: Any) -> Any:
+    """The same plain value with the `user:password@` of every address in it hidden, for what is written down."""
+    if isinstance(value, Mapping):
+        return {key: without_passwords(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [without_passwords(item) for item in value]
+    return re.sub(r"://[^/@\s]+@", "://***@", value) if isinstance(value, str) else value
+
+
 def only(node: DictConfig, *keys: str) -> DictConfig:
     """The keys of a node that are named here and there, resolved."""
     plain = to_plain(node)
@@ -260,7 +283,7 @@ def only(node: DictConfig, *keys: str) -> DictConfig:
 
 def save(node: DictConfig, path: Path) -> None:
     """Write a node as YAML with every interpolation resolved, whole or not at all."""
-    write_text(path, OmegaConf.to_yaml(OmegaConf.create(_literal(to_plain(node)))))
+    write_text(path, OmegaConf.to_yaml(OmegaConf.create(_literal(without_passwords(to_plain(node))))))
 
 
 def flatten(mapping: Mapping[str, Any], prefix: str = "") -> dict[str, str | int | float | bool | None]:

@@ -16,6 +16,8 @@ from omegaconf.errors import OmegaConfBaseException
 from image_classifier.command_line import did_you_mean
 from image_classifier.errors import ClassifierError, ConfigError
 
+_LIGHTNING = ("callbacks.", "loggers.", "plugins.", "profilers.", "strategies.")
+
 # A name ends with a dot where all below it may be built, and without where only it may.
 TRUSTED = (
     "torch.nn.",
@@ -24,27 +26,31 @@ TRUSTED = (
     "torchvision.transforms.",
     "torchvision.datasets.",
     "timm.create_model",
-    "timm.models.",
     "timm.optim.",
     "timm.scheduler.",
     "timm.loss.",
-    "timm.data.",
-    "pytorch_lightning.",
-    "lightning.",
+    *(f"{lightning}.{part}" for lightning in ("pytorch_lightning", "lightning.pytorch") for part in ("Trainer", *_LIGHTNING)),
     "torchmetrics.",
-    "image_classifier.",
+    "image_classifier.dataset.sources.",
+    "image_classifier.modeling.",
+    "image_classifier.training.augment.",
+    "image_classifier.training.callbacks.",
+    "image_classifier.training.loggers.",
 )
-_FOREIGN = TRUSTED[:-1]
+# What a checkpoint's own description of its network may name: a file from elsewhere must not load others.
+NETWORKS = ("torch.nn.", "torchvision.models.", "timm.create_model", "image_classifier.modeling.")
+_HOMES = ("timm.models.", "pytorch_lightning.trainer.", "lightning.pytorch.trainer.", "torch._C.")  # where names without a dot at the end live
+_FOREIGN = tuple(entry for entry in TRUSTED if not entry.startswith("image_classifier."))
 _KEPT = ("_target_", "_partial_", "_recursive_", "_convert_", "_args_")
 
 
-def check_targets(node: Any, trusted: Iterable[str] = ()) -> None:
-    """Refuse a tree in which a `_target_` names something outside the allow-list and the user's `trusted` packages.
+def check_targets(node: Any, trusted: Iterable[str] = (), known: tuple[str, ...] = TRUSTED) -> None:
+    """Refuse a tree in which a `_target_` names something outside the allow-list `known` and the user's `trusted` packages.
 
     Raises:
         ConfigError: Names the key and the target, and says how to allow it.
     """
-    allowed = _allowed(trusted)
+    allowed = _allowed(trusted, known)
     for key, target, _ in _targets(node):
         if not _is_trusted(target, allowed):
             package = target.partition(".")[0]
@@ -52,7 +58,7 @@ def check_targets(node: Any, trusted: Iterable[str] = ()) -> None:
             raise ConfigError(f"{_join(key, '_target_')} names {target}, which is not on the list of what a configuration may build", hint)
 
 
-def instantiate(node: Any, *args: Any, trusted: Iterable[str] = (), **kwargs: Any) -> Any:
+def instantiate(node: Any, *args: Any, trusted: Iterable[str] = (), known: tuple[str, ...] = TRUSTED, **kwargs: Any) -> Any:
     """Build the object a node describes, after `check_targets`; None for no node and for `_target_: null`.
 
     Raises:
@@ -60,8 +66,8 @@ def instantiate(node: Any, *args: Any, trusted: Iterable[str] = (), **kwargs: An
     """
     if node is None or (hasattr(node, "get") and "_target_" in node and node.get("_target_") is None):
         return None
-    allowed = _allowed(trusted)
-    check_targets(node, trusted)
+    allowed = _allowed(trusted, known)
+    check_targets(node, trusted, known)
     for key, target, given in _targets(node):
         _check_arguments(key, target, given, _located(key, target, allowed))
     try:
@@ -70,8 +76,8 @@ def instantiate(node: Any, *args: Any, trusted: Iterable[str] = (), **kwargs: An
         raise _explained(error, node) from error.__cause__
 
 
-def _allowed(trusted: Iterable[str]) -> tuple[str, ...]:
-    return (*TRUSTED, *(f"{package.rstrip('.')}." for package in trusted))
+def _allowed(trusted: Iterable[str], known: tuple[str, ...]) -> tuple[str, ...]:
+    return (*known, *(f"{package.rstrip('.')}." for package in trusted))
 
 
 def _is_trusted(name: str, allowed: tuple[str, ...]) -> bool:
@@ -105,7 +111,7 @@ def _located(key: str, target: str, allowed: tuple[str, ...]) -> Callable[..., A
     except (ImportError, AttributeError, ValueError) as error:
         raise _import_failed(key, target, error) from error
     home = f"{getattr(found, '__module__', None) or target}."
-    homes = (*(entry if entry.endswith(".") else f"{entry.partition('.')[0]}.models." for entry in allowed), "torch._C.")
+    homes = (*(entry for entry in allowed if entry.endswith(".")), *_HOMES)
     if not callable(found) or not home.startswith(homes):
         raise ConfigError(f"{_join(key, '_target_')} names {target}, which is {home.rstrip('.')}'s and may not be built")
     return found  # type: ignore[no-any-return]

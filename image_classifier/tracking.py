@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-import fcntl
 import logging
 import os
+import re
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
 from image_classifier.errors import ConfigError
+from image_classifier.files import locked
 
 log = logging.getLogger(__name__)
 
@@ -37,6 +38,7 @@ class Tracker:
                 "use sqlite:///mlflow.db or the http:// address of a server (MLflow 3 refuses plain folders)",
             )
         self.tracking_uri, self.experiment_name, self.run_name, self.tags = tracking_uri, experiment_name, run_name, dict(tags)
+        self._shown = re.sub(r"://[^/@]+@", "://***@", tracking_uri)  # without a password
         self.run_id, self._experiment_id = "", ""
         self._client: Any = None
         self._waiting: list[Callable[[Any], None]] = []
@@ -58,6 +60,8 @@ class Tracker:
         """Log values under their names at one step."""
         from mlflow.entities import Metric
 
+        if not metrics:
+            return
         now = int(time.time() * 1000)
         rows = [Metric(name, float(value), now, step) for name, value in metrics.items()]
         self._do(lambda client: client.log_batch(self.run_id, metrics=rows))
@@ -78,16 +82,16 @@ class Tracker:
         self._retry_at = 0.0
         self._do(lambda client: client.set_terminated(self.run_id, status))
         if self._waiting:
-            log.warning("%d calls to MLflow at %s were never answered; the run folder keeps everything", len(self._waiting), self.tracking_uri)
+            log.warning("%d calls to MLflow at %s were never answered; the run folder keeps everything", len(self._waiting), self._shown)
 
     @property
     def where(self) -> str:
         """Where a person finds the run."""
         if not self.run_id or self.lost_contact:
-            return f"not logged ({self.tracking_uri} did not answer)"
+            return f"not logged ({self._shown} did not answer)"
         if self.tracking_uri.startswith("sqlite:"):
-            return f"run {self.run_id} in {self.tracking_uri}; look with: mlflow ui --backend-store-uri {self.tracking_uri}"
-        return f"{self.tracking_uri}/#/experiments/{self._experiment_id}/runs/{self.run_id}"
+            return f"run {self.run_id} in {self._shown}; look with: mlflow ui --backend-store-uri {self._shown}"
+        return f"{self._shown}/#/experiments/{self._experiment_id}/runs/{self.run_id}"
 
     def _do(self, call: Callable[[Any], None]) -> None:
         self._waiting.append(call)
@@ -100,7 +104,7 @@ class Tracker:
             self.lost_contact = False
         except Exception as error:  # whatever the store's trouble is, the training matters more
             if not self.lost_contact:
-                log.warning("MLflow at %s fails (%s); training goes on, the run folder keeps everything", self.tracking_uri, _one_line(error))
+                log.warning("MLflow at %s fails (%s); training goes on, the run folder keeps everything", self._shown, _one_line(error))
             self.lost_contact, self._retry_at = True, time.monotonic() + _RETRY_AFTER_S
 
     def _send(self, client: Any) -> None:
@@ -118,7 +122,7 @@ class Tracker:
             _be_quick()
             from mlflow.tracking import MlflowClient
 
-            with _one_at_a_time(self.tracking_uri):
+            with _alone(self.tracking_uri):
                 client = MlflowClient(tracking_uri=_absolute(self.tracking_uri))
                 experiment = client.get_experiment_by_name(self.experiment_name)
                 self._experiment_id = experiment.experiment_id if experiment else client.create_experiment(self.experiment_name)
@@ -141,17 +145,10 @@ def _be_quick() -> None:
         logging.getLogger(name).setLevel(level)
 
 
-@contextmanager
-def _one_at_a_time(tracking_uri: str) -> Iterator[None]:
+def _alone(tracking_uri: str) -> AbstractContextManager[None]:
     """Two processes that both create the tables of a fresh SQLite file crash each other (mlflow#24321)."""
-    if not tracking_uri.startswith("sqlite:///"):
-        yield
-        return
-    path = Path(tracking_uri.removeprefix("sqlite:///") + ".lock")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield
+    path = tracking_uri.removeprefix("sqlite:///")
+    return locked(Path(f"{path}.lock")) if path != tracking_uri else nullcontext()
 
 
 def _one_line(error: Exception) -> str:

@@ -8,10 +8,8 @@ import logging
 import os
 import re
 import shutil
-import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -23,7 +21,7 @@ from rich.progress import track
 
 from image_classifier.dataset.scan import unreadable
 from image_classifier.errors import ConfigError, DataError, StorageError, UnreadableImage, storage_errors
-from image_classifier.files import write_text
+from image_classifier.files import locked, write_text
 from image_classifier.images import Preprocess, decode, load_bytes
 from image_classifier.records import Manifest, Record
 
@@ -108,7 +106,7 @@ def open_cache(manifest: Manifest, preprocess: Preprocess, settings: CacheSettin
     rows = store.read_index()
     missing = {record.sha256: record for record in manifest if record.sha256 not in rows}
     if missing:
-        with storage_errors(store.dir), store.locked():
+        with storage_errors(store.dir), locked(store.dir / "lock"):
             rows = store.repaired_index()  # another run may have added some while this one waited
             todo = [record for sha256, record in missing.items() if sha256 not in rows]
             _fill(store, rows, todo, manifest, preprocess, settings, progress)
@@ -148,17 +146,6 @@ class _Store:
         if self.pixels_path.exists():
             os.truncate(self.pixels_path, len(rows) * self.row_bytes)
         return rows
-
-    @contextmanager
-    def locked(self) -> Iterator[None]:
-        """One builder at a time; the lock goes with the process that holds it."""
-        self.dir.mkdir(parents=True, exist_ok=True)
-        with (self.dir / "lock").open("w") as file:
-            if sys.platform != "win32":
-                import fcntl
-
-                fcntl.flock(file, fcntl.LOCK_EX)
-            yield
 
     def check_space(self, count: int) -> None:
         """StorageError where `count` more images cannot fit."""

@@ -76,8 +76,18 @@ def prepare(root: Path, settings: DataSettings) -> Manifest:
     manifest = assign_splits(scan(root, progress=sys.stderr.isatty()), settings.split, previous)
     if previous is None or previous.records != manifest.records:  # an untouched file keeps its date, and a read-only one its peace
         manifest.write(path)
+    if previous is not None:
+        _warn_of_kept_split(manifest, settings, path)
     _report(manifest, path)
     return manifest
+
+
+def _warn_of_kept_split(manifest: Manifest, settings: DataSettings, path: Path) -> None:
+    known = len(manifest.indices("train")) + len(manifest.indices("val"))
+    share = len(manifest.indices("val")) / max(1, known)
+    given = (manifest.root / "train").is_dir()  # then a val part may be the folder's own, of any size
+    if not given and abs(share - settings.split.val) > 0.05:
+        log.warning("%s keeps its split: %.0f %% are val, not %.0f %%; delete it to deal anew", path, 100 * share, 100 * settings.split.val)
 
 
 def _report(manifest: Manifest, path: Path) -> None:

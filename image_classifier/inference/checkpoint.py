@@ -14,6 +14,9 @@ from image_classifier import settings
 from image_classifier.errors import CheckpointError
 from image_classifier.modeling.classifier import Classifier, build_classifier
 
+# Arguments by which a network fetches weights: the checkpoint's own would replace them at once, and a file must not make us load another.
+_LOADING = ("pretrained", "weights", "checkpoint_path", "pretrained_cfg", "pretrained_cfg_overlay", "cache_dir", "weights_backbone")
+
 
 def load_classifier(path: Path, trusted: Sequence[str] = ()) -> tuple[Classifier, dict[str, Any]]:
     """The classifier of a `.ckpt` in evaluation mode, and its blueprint; nothing in the file is executed.
@@ -27,26 +30,20 @@ def load_classifier(path: Path, trusted: Sequence[str] = ()) -> tuple[Classifier
         content = torch.load(path, map_location="cpu", weights_only=True)
         blueprint = content["hyper_parameters"]["blueprint"]
         weights = {key.removeprefix("classifier."): value for key, value in content["state_dict"].items() if key.startswith("classifier.")}
-    except (OSError, RuntimeError, EOFError, KeyError, TypeError, pickle.UnpicklingError) as error:
+        network = {key: value for key, value in blueprint["backbone"].items() if key not in _LOADING}
+        shape = len(blueprint["classes"]), blueprint["preprocess"]["size"], blueprint["normalise"]["mean"], blueprint["normalise"]["std"]
+        dropout = blueprint["head_dropout"]
+    except (OSError, RuntimeError, EOFError, KeyError, TypeError, AttributeError, pickle.UnpicklingError) as error:
         raise CheckpointError(
             f"{str(path)!r} is damaged, or no checkpoint of this package ({type(error).__name__})", "give another, or train again"
         ) from error
-    backbone = settings.instantiate(_without_download(blueprint["backbone"]), trusted=trusted)
-    normalise = blueprint["normalise"]
-    classifier = build_classifier(
-        backbone, len(blueprint["classes"]), blueprint["preprocess"]["size"], normalise["mean"], normalise["std"], blueprint["head_dropout"]
-    )
+    backbone = settings.instantiate(network, trusted=trusted, known=settings.NETWORKS)
+    classifier = build_classifier(backbone, *shape, dropout)
     try:
         classifier.load_state_dict(weights)
     except RuntimeError as error:
         raise CheckpointError(f"the weights of {str(path)!r} do not fit its own network", "was timm or torchvision changed since?") from error
     return classifier.eval(), blueprint
-
-
-def _without_download(backbone: dict[str, Any]) -> dict[str, Any]:
-    """The same network without fetching pretrained weights that the checkpoint's own would replace at once."""
-    nothing: dict[str, Any] = {"pretrained": False, "weights": None}
-    return {key: nothing.get(key, value) for key, value in backbone.items()}
 
 
 class CheckpointBackend:

@@ -78,5 +78,7 @@ class Predictor:
                 batch, waiting = upcoming, following
 
     def _prediction(self, path: Path, probabilities: np.ndarray) -> Prediction:
+        if not np.isfinite(probabilities).all():
+            return Prediction(str(path), error="the model answers with numbers that are not finite")
         top = int(probabilities.argmax())
         return Prediction(str(path), self.classes[top], float(probabilities[top]), dict(zip(self.classes, probabilities.tolist(), strict=True)))

@@ -59,7 +59,7 @@ def test(config: Any) -> Metrics:
     table = predictor.table([manifest.file(record) for record in manifest], [record.path for record in manifest], _targets(manifest, predictor))
     metrics = compute_metrics(table)
     part = f"test-{Path(asked.test_dir).resolve().name}" if asked.test_dir else asked.split  # never in the place of the run's own figures
-    directory = Path(asked.output_dir or Path(asked.plots_dir) / path.stem / part)
+    directory = Path(asked.output_dir or Path(asked.plots_dir) / (path.name if path.is_dir() else path.stem) / part)
     write_evaluation(table, metrics, manifest, directory, f"{path.name}, {'folder ' + asked.test_dir if asked.test_dir else asked.split}")
     print(json.dumps(metrics.as_dict(), ensure_ascii=False) if asked.format == "json" else "\n".join(metrics_lines(metrics, asked.split)))
     log.info("predictions, metrics and plots: %s", directory)
@@ -83,7 +83,7 @@ def _own_part(path: Path, split: str) -> Manifest:
     if not (path / INFO_NAME).is_file():
         raise CheckpointError(f"{path.name!r} does not say which images it was tested on", "give a labelled folder with --test_dir=PATH")
     bundle = read_bundle(path)
-    root = Path(bundle.info.provenance["data_root"])
+    root = Path(str(bundle.info.provenance.get("data_root", "")))
     manifest = Manifest.read(bundle.path("manifest.csv"), root)
     part = manifest.part(split)
     if not len(part):

@@ -60,6 +60,8 @@ def build_module(config: Any, manifest: Manifest, data: DataSettings, cache: Pix
 
 def build_trainer(config: Any, hardware: Hardware, throughput: Throughput, *callbacks: pl.Callback) -> pl.Trainer:
     """Lightning's Trainer with our callbacks before the configured ones."""
+    if hardware.precision.endswith("-true") and hardware.precision not in ("32-true", "64-true"):
+        raise ConfigError(f"trainer.precision={hardware.precision} would round the pixels", f"use {hardware.precision.replace('true', 'mixed')}")
     on_terminal = sys.stderr.isatty()
     bar = [ImagesProgressBar(throughput)] if on_terminal else []
     configured = [_instantiate(config, node) for node in (config.get("callbacks") or {}).values() if node]
@@ -77,6 +79,8 @@ def build_trainer(config: Any, hardware: Hardware, throughput: Throughput, *call
         use_distributed_sampler=False,
         log_every_n_steps=1,
     )
+    if trainer.world_size > 1:
+        raise ConfigError(f"one run uses one device, and trainer.devices asks for {trainer.world_size}", "set trainer.devices=1")
     return trainer
 
 

@@ -8,14 +8,15 @@ import logging
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytorch_lightning as pl
 import torch
 from pytorch_lightning.callbacks import Callback, ModelCheckpoint
 
-from image_classifier.errors import TrainingError
+from image_classifier.errors import ClassifierError, TrainingError
 from image_classifier.files import write_text
+from image_classifier.training.module import ClassifierModule
 
 log = logging.getLogger(__name__)
 
@@ -35,9 +36,10 @@ class LastCheckpoint(ModelCheckpoint):
 
     def __init__(self, dirpath: str) -> None:
         super().__init__(dirpath=dirpath, filename="last", monitor=None, save_on_exception=True, enable_version_counter=False)
+        self._save_on_train_epoch_end = True  # also in epochs without a validation
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
-        if not isinstance(exception, TrainingError):  # a broken network must not replace a good one
+        if not isinstance(exception, ClassifierError):  # a broken network must not replace a good one
             super().on_exception(trainer, pl_module, exception)
 
     def _get_metric_interpolated_filepath_name(self, *arguments: Any, **keywords: Any) -> str:
@@ -59,34 +61,8 @@ class StopOnBadLoss(Callback):
             )
 
 
-class RunHistory(Callback):
-    """Keeps every epoch's metrics and writes them to `metrics.csv` in the run folder after each one."""
-
-    def __init__(self, path: Path) -> None:
-        self.path, self.rows = path, list[dict[str, float]]()
-
-    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
-        rate = float(trainer.optimizers[0].param_groups[0]["lr"])
-        self.rows.append({"epoch": trainer.current_epoch + 1, "step": trainer.global_step, "learning_rate": rate, **metrics})
-        write_text(self.path, self._csv())
-
-    def _csv(self) -> str:
-        text = io.StringIO()
-        names = list(dict.fromkeys(name for row in self.rows for name in row))
-        writer = csv.DictWriter(text, names, lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(self.rows)
-        return text.getvalue()
-
-    def curves(self) -> dict[str, Sequence[tuple[float, float]]]:
-        """Each metric's (epoch, value) points."""
-        names = dict.fromkeys(name for row in self.rows for name in row if name not in ("epoch", "step"))
-        return {name: [(row["epoch"], row[name]) for row in self.rows if name in row] for name in names}
-
-
 class Throughput(Callback):
-    """Counts training images a second, validation and the first three steps (warm-up) left out; logs a line an epoch."""
+    """Counts training images a second, validation and the first three steps (warm-up) left out."""
 
     def __init__(self, warmup_steps: int = 3) -> None:
         self.warmup_steps, self.images, self.seconds, self._start = warmup_steps, 0, 0.0, 0.0
@@ -114,7 +90,37 @@ class Throughput(Callback):
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._start += time.perf_counter() - self._paused  # a validation in the middle of an epoch is not training
 
+
+class RunHistory(Callback):
+    """Keeps every epoch's metrics, says them in the log and writes them to `metrics.csv` in the run folder after each one."""
+
+    def __init__(self, path: Path, throughput: Throughput) -> None:
+        self.path, self.throughput, self.rows = path, throughput, list[dict[str, float]]()
+        self._validated = False
+
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._validated = True
+
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        shown = {name: float(value) for name, value in trainer.callback_metrics.items()}
-        text = "  ".join(f"{name} {value:.4f}" for name, value in sorted(shown.items()))
-        log.info("epoch %d/%s  %s  images/s %.0f", trainer.current_epoch + 1, trainer.max_epochs, text, self.images_per_second)
+        metrics: dict[str, float] = cast(ClassifierModule, pl_module).train_metrics()
+        if self._validated:  # else Lightning still holds the values of an earlier epoch
+            metrics |= {name: float(value) for name, value in trainer.callback_metrics.items() if not name.startswith("train/")}
+        self._validated = False
+        rate = float(trainer.optimizers[0].param_groups[0]["lr"])
+        self.rows.append({"epoch": trainer.current_epoch + 1, "step": trainer.global_step, "learning_rate": rate, **metrics})
+        write_text(self.path, self._csv())
+        text = "  ".join(f"{name} {value:.4f}" for name, value in metrics.items())
+        log.info("epoch %d/%s  %s  images/s %.0f", trainer.current_epoch + 1, trainer.max_epochs, text, self.throughput.images_per_second)
+
+    def _csv(self) -> str:
+        text = io.StringIO()
+        names = list(dict.fromkeys(name for row in self.rows for name in row))
+        writer = csv.DictWriter(text, names, lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(self.rows)
+        return text.getvalue()
+
+    def curves(self) -> dict[str, Sequence[tuple[float, float]]]:
+        """Each metric's (epoch, value) points."""
+        names = dict.fromkeys(name for row in self.rows for name in row if name not in ("epoch", "step"))
+        return {name: [(row["epoch"], row[name]) for row in self.rows if name in row] for name in names}

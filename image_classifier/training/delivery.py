@@ -21,7 +21,6 @@ from image_classifier.inference.checkpoint import CheckpointBackend
 from image_classifier.inference.onnx_runtime import OnnxBackend
 from image_classifier.modeling.classifier import Classifier
 from image_classifier.records import Manifest
-from image_classifier.tracking import Tracker
 from image_classifier.training.checkpoint_io import save_whole
 from image_classifier.training.run_folder import RunFolder, provenance
 
@@ -40,16 +39,17 @@ def deliver(
     metrics: dict[str, Metrics],
     config: Any,
     images_per_second: float,
-    tracker: Tracker | None,
-) -> None:
-    """Write `models/<name>/` and log it; ParityError where ONNX and torch disagree, and then nothing is written."""
+) -> dict[str, Any]:
+    """Write `models/<name>/` and return its provenance; ParityError where ONNX and torch disagree, and then nothing is written."""
     classifier = classifier.cpu().to(memory_format=torch.contiguous_format)
-    facts = provenance(
-        config.seed,
-        manifest_sha256=manifest.sha256,
-        data_root=str(manifest.root),
-        images_per_second=round(images_per_second, 1),
-        config=settings.to_plain(config),
+    facts: dict[str, Any] = settings.without_passwords(
+        provenance(
+            config.seed,
+            manifest_sha256=manifest.sha256,
+            data_root=str(manifest.root),
+            images_per_second=round(images_per_second, 1),
+            config=settings.to_plain(config),
+        )
     )
     with whole_directory(run.bundle, overwrite=config.overwrite) as directory:
         _write_checkpoint(classifier, blueprint, directory / "model.ckpt")
@@ -69,13 +69,7 @@ def deliver(
         )
         (directory / "MODEL_CARD.md").write_text(model_card(info, manifest), encoding="utf-8")
         seal(directory, info)
-    if tracker:
-        for split, values in metrics.items():
-            tracker.log_metrics({f"{split}/{name}": value for name, value in values.scalars().items() if split == "test"}, config.trainer.max_epochs)
-        tracker.set_tags({"git_commit": str(facts["git"]), "bundle": str(run.bundle)})
-        tracker.log_artifacts(run.bundle, "bundle")
-        tracker.log_artifacts(run.plots, "plots")
-        tracker.finish()
+    return facts
 
 
 def _plain(blueprint: dict[str, Any]) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from torch import nn
 from torchmetrics import MeanMetric
 from torchmetrics.classification import MulticlassAccuracy
 
-from image_classifier.errors import ConfigError
+from image_classifier.errors import ConfigError, TrainingError
 from image_classifier.evaluation.metrics import compute_metrics
 from image_classifier.modeling.classifier import Classifier
 from image_classifier.records import PredictionTable
@@ -60,13 +60,18 @@ class ClassifierModule(pl.LightningModule):
         loss: torch.Tensor = self.criterion(logits, targets)
         self.train_accuracy.update(logits.detach(), targets)
         self.train_loss.update(loss.detach(), len(targets))
-        if self.trainer.is_last_batch:  # once an epoch: Lightning's log costs a millisecond a call
-            self.log_dict({"train/loss": self.train_loss.compute(), "train/accuracy": self.train_accuracy.compute()}, on_step=False, on_epoch=True)
         return loss
 
     def on_train_epoch_start(self) -> None:
         self.train_loss.reset()
         self.train_accuracy.reset()
+
+    def train_metrics(self) -> dict[str, float]:
+        """Loss and accuracy over the batches of this epoch so far."""
+        return {"train/loss": float(self.train_loss.compute()), "train/accuracy": float(self.train_accuracy.compute())}
+
+    def on_train_epoch_end(self) -> None:
+        self.log_dict(self.train_metrics())  # once an epoch: Lightning's log costs a millisecond a call
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         pixels, targets = batch
@@ -75,6 +80,8 @@ class ClassifierModule(pl.LightningModule):
     def on_validation_epoch_end(self) -> None:
         logits, targets = (torch.cat(parts) for parts in zip(*self._seen, strict=True))
         self._seen.clear()
+        if not torch.isfinite(logits).all():
+            raise TrainingError("the network answers with numbers that are not finite", "lower optimizer.lr, or set trainer.gradient_clip_val=1.0")
         self.log("val/loss", self.criterion(logits, targets))
         table = PredictionTable(("",) * len(targets), targets.cpu().numpy(), logits.float().cpu().numpy(), self.classes)
         metrics = compute_metrics(table)
@@ -83,15 +90,23 @@ class ClassifierModule(pl.LightningModule):
     def configure_optimizers(self) -> Any:
         try:
             optimizer = self.make_optimizer(_decay_groups(self.classifier))
+            if self.scheduler.build is None:
+                return optimizer
+            schedule = self.scheduler.build(optimizer, **self._length())
         except (ValueError, TypeError) as error:
-            raise ConfigError(f"the optimizer cannot be built ({error})", "check the keys under optimizer") from error
-        if self.scheduler.build is None:
-            return optimizer
-        length = {self.scheduler.length: max(_SHORTEST, int(self.trainer.estimated_stepping_batches))} if self.scheduler.length else {}
-        entry: dict[str, Any] = {"scheduler": self.scheduler.build(optimizer, **length), "interval": self.scheduler.interval}
-        if self.scheduler.monitor:
-            entry["monitor"] = self.scheduler.monitor
+            raise ConfigError(f"the optimizer or the scheduler cannot be built ({error})", "see conf/optimizer and conf/scheduler") from error
+        entry: dict[str, Any] = {"scheduler": schedule, "interval": self.scheduler.interval}
+        if self.scheduler.monitor:  # a value that is there only after a validation
+            entry |= {"monitor": self.scheduler.monitor, "frequency": self.trainer.check_val_every_n_epoch or 1}
         return {"optimizer": optimizer, "lr_scheduler": entry}
+
+    def _length(self) -> dict[str, int]:
+        if not self.scheduler.length:
+            return {}
+        steps = self.trainer.estimated_stepping_batches
+        if steps == float("inf"):
+            raise ConfigError("this scheduler needs to know how long the run is", "set trainer.max_epochs, or use scheduler=constant")
+        return {self.scheduler.length: max(_SHORTEST, int(steps))}
 
 
 def _decay_groups(model: nn.Module) -> list[dict[str, Any]]:

@@ -24,11 +24,13 @@ from image_classifier.evaluation.results import metrics_lines, write_evaluation
 from image_classifier.files import write_text
 from image_classifier.modeling.classifier import Classifier
 from image_classifier.records import SPLITS, Manifest, PredictionTable
+from image_classifier.tracking import Tracker
 from image_classifier.training.assemble import build_datamodule, build_module, build_trainer
 from image_classifier.training.callbacks import RunHistory, StopOnBadLoss, Throughput
 from image_classifier.training.datamodule import ImageDataModule
 from image_classifier.training.delivery import deliver
 from image_classifier.training.hardware import choose_hardware
+from image_classifier.training.loggers import MLflowLogger
 from image_classifier.training.module import ClassifierModule
 from image_classifier.training.run_folder import RunFolder, RunSettings, claim_run
 
@@ -53,11 +55,12 @@ def _train(config: Any, run: RunFolder, manifest: Manifest, data: DataSettings) 
     cache = open_cache(manifest, data.preprocess, data.cache, progress=sys.stderr.isatty())
     datamodule = build_datamodule(config, manifest, data, cache, hardware)
     module = build_module(config, manifest, data, cache, hardware)
-    history, throughput = RunHistory(run.directory / "metrics.csv"), Throughput()
+    throughput = Throughput()
+    history = RunHistory(run.directory / "metrics.csv", throughput)
     trainer = build_trainer(config, hardware, throughput, history, StopOnBadLoss())
-    tracker = next((logger.tracker for logger in trainer.loggers if hasattr(logger, "tracker")), None)
+    tracker = next((logger.tracker for logger in trainer.loggers if isinstance(logger, MLflowLogger)), None)
     if tracker:
-        tracker.log_params(settings.flatten(settings.to_plain(config)))
+        tracker.log_params(settings.flatten(settings.without_passwords(settings.to_plain(config))))
         tracker.set_tags({"manifest_sha256": manifest.sha256, "run_folder": str(run.directory)})
     try:
         _fit(trainer, module, datamodule)
@@ -65,11 +68,13 @@ def _train(config: Any, run: RunFolder, manifest: Manifest, data: DataSettings) 
         tables = {split: _predict(classifier, datamodule, manifest, split) for split in ("val", "test") if len(manifest.indices(split))}
         metrics = {split: compute_metrics(table) for split, table in tables.items()}
         _write_results(run, manifest, tables, metrics, history)
-        deliver(classifier, module.hparams["blueprint"], run, manifest, cache, metrics, config, throughput.images_per_second, tracker)
+        facts = deliver(classifier, module.hparams["blueprint"], run, manifest, cache, metrics, config, throughput.images_per_second)
     except BaseException as error:
         if tracker:
             tracker.finish("KILLED" if isinstance(error, KeyboardInterrupt | SystemExit) else "FAILED")
         raise
+    if tracker:
+        _log_outcome(tracker, run, metrics, facts, trainer.current_epoch)
     _summarise(run, metrics, throughput, tracker.where if tracker else "off")
     return metrics["val"].f1_macro
 
@@ -80,12 +85,21 @@ def _fit(trainer: pl.Trainer, module: ClassifierModule, datamodule: ImageDataMod
     except SIGTERMException:
         log.warning("stopped by SIGTERM at epoch %d; the newest step is in last.ckpt of the run folder", trainer.current_epoch + 1)
         raise SystemExit(143) from None  # Lightning itself would end with 0, as if the work were done
-    except (MisconfigurationException, RuntimeError) as error:
-        if isinstance(error, MisconfigurationException) or "conditioned on metric" in str(error):
-            raise ConfigError(" ".join(str(error).split())) from error
-        raise
+    except (MisconfigurationException, RuntimeError, ValueError) as error:
+        raise _explained(error, trainer) from error
     if trainer.interrupted:
         raise KeyboardInterrupt
+
+
+def _explained(error: Exception, trainer: pl.Trainer) -> Exception:
+    """A wrong setting that shows only while training, as one line; anything else is a bug and stays as it is."""
+    if "conditioned on metric" in str(error) and "val/loss" not in trainer.callback_metrics:
+        return ConfigError("the run ended before its first validation", "let it train a whole epoch, or set callbacks.early_stopping=null")
+    if isinstance(error, MisconfigurationException) or "conditioned on metric" in str(error):
+        return ConfigError(str(error))
+    if "Expected more than 1 value per channel" in str(error):
+        return ConfigError("batch normalisation needs more than one value a channel", "raise data.batch_size or data.image_size")
+    return error
 
 
 def _best_classifier(trainer: pl.Trainer, module: ClassifierModule) -> Classifier:
@@ -110,6 +124,15 @@ def _write_results(run: RunFolder, manifest: Manifest, tables: dict[str, Predict
     write_text(run.plots / "metrics.json", json.dumps(scores, indent=2) + "\n")
     for split, table in tables.items():
         write_evaluation(table, metrics[split], manifest.part(split), run.plots / split, f"{run.name}, {split}")
+
+
+def _log_outcome(tracker: Tracker, run: RunFolder, metrics: dict[str, Metrics], facts: dict[str, Any], epoch: int) -> None:
+    if "test" in metrics:
+        tracker.log_metrics({f"test/{name}": value for name, value in metrics["test"].scalars().items()}, epoch)
+    tracker.set_tags({"git_commit": str(facts["git"]), "bundle": str(run.bundle)})
+    tracker.log_artifacts(run.bundle, "bundle")
+    tracker.log_artifacts(run.plots, "plots")
+    tracker.finish()
 
 
 def _summarise(run: RunFolder, metrics: dict[str, Metrics], throughput: Throughput, tracking: str) -> None:

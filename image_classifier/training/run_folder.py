@@ -66,8 +66,9 @@ def claim_run(asked: RunSettings, default: str) -> Iterator[RunFolder]:
     for directory in (asked.runs_dir, asked.models_dir, asked.plots_dir):
         _check_writable(Path(directory))
     aside = _put_aside(Path(asked.runs_dir) / asked.name) if asked.name and asked.overwrite else None
-    run = _claim(asked, default.replace("/", "-").lstrip("."))
-    handler = logging.FileHandler(run.directory / "train.log", encoding="utf-8")
+    with storage_errors(asked.runs_dir):
+        run = _claim(asked, default.replace("/", "-").lstrip("."))
+        handler = _LogFile(run.directory / "train.log", encoding="utf-8")
     handler.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
     logging.getLogger().addHandler(handler)
     done = False
@@ -83,6 +84,12 @@ def claim_run(asked: RunSettings, default: str) -> Iterator[RunFolder]:
                 aside.rename(run.directory)
         elif done and aside:
             shutil.rmtree(aside, ignore_errors=True)
+
+
+class _LogFile(logging.FileHandler):
+    """A log that a full disk ends quietly: the terminal still shows each line."""
+
+    def handleError(self, record: logging.LogRecord) -> None: ...  # noqa: N802
 
 
 def _put_aside(directory: Path) -> Path:
