@@ -32,12 +32,20 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         with tarfile.open(options.archive) as archive:
             archive.extractall(Path(folder) / "data", filter="data")
-        results = [(_plain(options, Path(folder)), _ours(options, Path(folder), number, overrides)) for number in range(options.rounds)]
+        results = [_round(options, Path(folder), number, overrides) for number in range(options.rounds)]
     for side, name in enumerate(("plain loop", "train")):
         speeds, scores = ([pair[side][key] for pair in results] for key in ("images_s", "accuracy"))
         print(f"{name:<11} images/s {statistics.median(speeds):7.1f} (each {speeds})   test accuracy {statistics.median(scores):.4f} (each {scores})")
     ratios = [ours["images_s"] / plain["images_s"] for plain, ours in results]
     print(f"images/s, train / plain loop: median {statistics.median(ratios):.2f}, pair by pair {[round(ratio, 2) for ratio in ratios]}")
+
+
+def _round(options: argparse.Namespace, folder: Path, number: int, overrides: list[str]) -> tuple[dict[str, float], dict[str, float]]:
+    plain = _plain(options, folder)
+    print(f"round {number + 1}: plain loop {plain}", flush=True)
+    ours = _ours(options, folder, number, overrides)
+    print(f"round {number + 1}: train      {ours}", flush=True)
+    return plain, ours
 
 
 def _plain(options: argparse.Namespace, folder: Path) -> dict[str, float]:

@@ -61,6 +61,12 @@ def test_infer_with_an_onnx_bundle_loads_no_torch(digits_bundle: Path, tmp_path:
     assert '"predicted_class"' in printed
 
 
+def test_testing_an_onnx_bundle_loads_no_torch(digits_bundle: Path, tmp_path: Path) -> None:
+    data = digits_bundle.parents[1] / "data/digits/test"
+    line = ["--test_dir", str(data), "--plots_dir", str(tmp_path)]
+    assert "test accuracy" in assert_torch_free(tmp_path, "test", "--checkpoint_name", str(digits_bundle), *line)
+
+
 @pytest.mark.parametrize("path", SOURCES, ids=lambda path: path.relative_to(ROOT).as_posix())
 def test_a_source_file_is_short_and_named_after_what_it_holds(path: Path) -> None:
     assert len(path.read_text(encoding="utf-8").splitlines()) < 400

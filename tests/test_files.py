@@ -1,6 +1,7 @@
 """Files and folders appear whole or not at all."""
 
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -65,3 +66,23 @@ def test_no_permission_is_one_storage_error(tmp_path: Path) -> None:
     tmp_path.chmod(0o500)
     with pytest.raises(StorageError, match="no permission"):
         write_text(tmp_path / "file", "")
+
+
+def test_a_kill_between_the_two_renames_loses_no_folder(tmp_path: Path) -> None:
+    old = tmp_path / ".bundle.old"
+    old.mkdir()
+    (old / "name").write_text("good")
+    with pytest.raises(RuntimeError), whole_directory(tmp_path / "bundle", overwrite=True):
+        raise RuntimeError
+    assert (tmp_path / "bundle" / "name").read_text() == "good"
+
+
+def test_what_dead_processes_left_is_swept_and_what_living_ones_write_is_not(tmp_path: Path) -> None:
+    dead = subprocess.Popen([sys.executable, "-c", ""])
+    dead.wait()
+    host = socket.gethostname()
+    for owner in (dead.pid, os.getpid()):
+        (tmp_path / f".bundle.{host}-{owner}.x.part").mkdir()
+    with whole_directory(tmp_path / "bundle"):
+        pass
+    assert sorted(path.name for path in tmp_path.iterdir()) == [f".bundle.{host}-{os.getpid()}.x.part", "bundle"]

@@ -289,12 +289,12 @@ TRUSTED_ERRORS = [
     ({"_target_": "torch.load"}, "trusted_packages=[torch]"),
     ({"_target_": "mine.Model"}, "trusted_packages=[mine]"),
     ({"_target_": "timm.create_model_evil"}, "not on the list"),
-    ({"_target_": "image_classifier.files.os.remove", "path": "x"}, "may not be built"),
-    ({"_target_": "image_classifier.records.Nothing"}, "no Nothing in image_classifier.records"),
-    ({"_target_": "image_classifier.records.Predicton"}, "did you mean Prediction?"),
+    ({"_target_": "image_classifier.dataset.sources.os.remove", "path": "x"}, "may not be built"),
+    ({"_target_": "image_classifier.dataset.sources.Nothing"}, "no Nothing in image_classifier.dataset.sources"),
+    ({"_target_": "image_classifier.dataset.sources.Foldr"}, "did you mean Folder?"),
     (
-        {"_target_": "image_classifier.records.Prediction", "path": "x", "labl": "y"},
-        "a.labl: image_classifier.records.Prediction takes no argument",
+        {"_target_": "image_classifier.dataset.sources.Folder", "dir": "x", "archve": "y"},
+        "a.archve: image_classifier.dataset.sources.Folder takes no argument",
     ),
 ]
 
@@ -307,8 +307,8 @@ def test_instantiate_refuses(node: dict[str, Any], words: str) -> None:
 
 
 def test_instantiate_builds_trusted_targets() -> None:
-    tree = OmegaConf.create({"a": {"_target_": "image_classifier.records.Prediction", "path": "${b}"}, "b": "x", "none": {"_target_": None}})
-    assert settings.instantiate(tree.a, label="y").label == "y"
+    tree = OmegaConf.create({"a": {"_target_": "image_classifier.dataset.sources.Folder", "dir": "${b}"}, "b": "x", "none": {"_target_": None}})
+    assert settings.instantiate(tree.a, archive="y").archive == "y"
     assert settings.instantiate(None) is None
     assert settings.instantiate(tree.none) is None
     assert str(settings.instantiate({"_target_": "fractions.Fraction", "numerator": 3}, trusted=["fractions"])) == "3"

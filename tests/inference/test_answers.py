@@ -140,3 +140,40 @@ def test_a_foreign_file_is_refused(command: Command, tmp_path: Path, suffix: str
     (tmp_path / f"model{suffix}").write_bytes(b"PK\x03\x04 something else")
     answer = command("infer", "--checkpoint_name", str(tmp_path / f"model{suffix}"), "--images", "data/digits/test/0")
     assert answer.code == 2 and "error: " in answer.err
+
+
+@pytest.mark.parametrize(
+    "backbone",
+    [
+        {"_target_": "timm.models.load_state_dict", "checkpoint_path": "evil.pth"},
+        {"_target_": "pytorch_lightning.Trainer"},
+        {"_target_": "image_classifier.inference.checkpoint.load_classifier", "path": "evil.ckpt", "trusted": ["evil"]},
+        {"_target_": "torch.hub.load", "repo_or_dir": "evil"},
+        {"_target_": "torch.nn.init.torch.load", "f": "evil.pth"},
+    ],
+    ids=lambda node: node["_target_"],
+)
+def test_a_checkpoint_cannot_make_us_run_or_load_anything_else(command: Command, tmp_path: Path, backbone: dict[str, object]) -> None:
+    import torch
+
+    content = torch.load("models/digits/model.ckpt", weights_only=True)
+    content["hyper_parameters"]["blueprint"]["backbone"] = backbone
+    torch.save(content, tmp_path / "evil.ckpt")
+    answer = command("infer", "--checkpoint_name", str(tmp_path / "evil.ckpt"), "--images", "data/digits/test/0")
+    assert answer.code == 2 and answer.out == ""
+    assert backbone["_target_"] in answer.err and "Traceback" not in answer.err
+
+
+def test_a_folder_of_the_bundles_name_does_not_hide_it(command: Command, trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "digits").mkdir()
+    monkeypatch.chdir(tmp_path)
+    image = next((trained / "data/digits/test/0").iterdir())
+    answer = command("infer", "--checkpoint_name", "digits", "--models_dir", str(trained / "models"), "--images", str(image))
+    assert answer.code == 0, answer.err
+
+
+def test_results_go_under_the_whole_name_of_a_bundle(command: Command, trained: Path, tmp_path: Path) -> None:
+    shutil.copytree(trained / "models/digits", tmp_path / "v1.5")
+    answer = command("test", "--checkpoint_name", str(tmp_path / "v1.5"), "--plots_dir", str(tmp_path / "plots"), "--split", "val")
+    assert answer.code == 0, answer.err
+    assert [path.name for path in (tmp_path / "plots").iterdir()] == ["v1.5"]
