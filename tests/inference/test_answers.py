@@ -7,7 +7,8 @@ import shutil
 from pathlib import Path
 
 import pytest
-from conftest import Command
+
+from tests.conftest import Command
 
 KEYS = {"path", "predicted_class", "confidence", "all_predictions"}
 

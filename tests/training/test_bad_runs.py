@@ -4,7 +4,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from conftest import Command, MakeTree, write_image
+
+from tests.conftest import Command, MakeTree, write_image
 
 SMALL = (
     "data=folder",

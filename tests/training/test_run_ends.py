@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import Command, MakeTree
+
+from tests.conftest import Command, MakeTree
 
 ROOT = Path(__file__).resolve().parents[2]
 SMALL = ("data=folder", "data.dir=tree", "data.image_size=16", "data.batch_size=4", "logger=none", "model.backbone.channels=[4,8]", "name=run")
