@@ -293,8 +293,8 @@ TRUSTED_ERRORS = [
     ({"_target_": "image_classifier.dataset.sources.Nothing"}, "no Nothing in image_classifier.dataset.sources"),
     ({"_target_": "image_classifier.dataset.sources.Foldr"}, "did you mean Folder?"),
     (
-        {"_target_": "image_classifier.dataset.sources.Folder", "dir": "x", "bundel": "y"},
-        "a.bundel: image_classifier.dataset.sources.Folder takes no argument",
+        {"_target_": "image_classifier.dataset.sources.Folder", "dir": "x", "zip_path": "y"},
+        "a.zip_path: image_classifier.dataset.sources.Folder takes no argument",
     ),
 ]
 
