@@ -18,6 +18,8 @@ class ImagesProgressBar(RichProgressBar):
         self.throughput = throughput
 
     def get_metrics(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> dict[str, Any]:
-        metrics = super().get_metrics(trainer, pl_module)
-        metrics.pop("v_num", None)
-        return {**metrics, "images/s": round(self.throughput.images_per_second, 1)}
+        shown = {"val f1": trainer.callback_metrics.get("val/f1_macro"), "images/s": self.throughput.images_per_second}
+        return {name: f"{float(value):.3g}" for name, value in shown.items() if value is not None}
+
+    def _get_train_description(self, current_epoch: int) -> str:
+        return f"epoch {current_epoch + 1}/{self.trainer.max_epochs}"  # counted from 1, as in the log
