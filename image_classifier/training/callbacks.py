@@ -35,15 +35,18 @@ class LastCheckpoint(ModelCheckpoint):
     """
 
     def __init__(self, dirpath: str) -> None:
-        super().__init__(dirpath=dirpath, filename="last", monitor=None, save_on_exception=True, enable_version_counter=False)
-        self._save_on_train_epoch_end = True  # also in epochs without a validation
+        super().__init__(
+            dirpath=dirpath,
+            filename="last",
+            monitor=None,
+            save_on_exception=True,
+            save_on_train_epoch_end=True,  # also in epochs without a validation
+            enable_version_counter=False,
+        )
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         if not isinstance(exception, ClassifierError):  # a broken network must not replace a good one
             super().on_exception(trainer, pl_module, exception)
-
-    def _get_metric_interpolated_filepath_name(self, *arguments: Any, **keywords: Any) -> str:
-        return f"{self.dirpath}/last.ckpt"
 
 
 class StopOnBadLoss(Callback):
