@@ -86,15 +86,19 @@ def sibling_directory(path: Path) -> Iterator[Path]:
 
 
 @contextmanager
-def locked(path: Path) -> Iterator[None]:
-    """Hold the lock file `path`, so that one process at a time runs the block (not on Windows, which has no flock)."""
+def locked(path: Path, wait: bool = True) -> Iterator[None]:
+    """Hold the lock file `path`, so that one process at a time runs the block (not on Windows, which has no flock).
+
+    Raises:
+        BlockingIOError: Another process holds it, and `wait` is false.
+    """
     with storage_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         with path.open("w") as file:
             if sys.platform != "win32":
                 import fcntl
 
-                fcntl.flock(file, fcntl.LOCK_EX)
+                fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
             yield
 
 

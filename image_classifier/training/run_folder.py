@@ -10,7 +10,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from importlib import metadata
@@ -19,6 +19,7 @@ from typing import Any
 
 from image_classifier import __version__
 from image_classifier.errors import ConfigError, StorageError, storage_errors
+from image_classifier.files import locked
 
 _PACKAGES = ("torch", "torchvision", "pytorch-lightning", "timm", "onnx", "onnxruntime", "numpy", "pillow")
 
@@ -65,25 +66,57 @@ def claim_run(asked: RunSettings, default: str) -> Iterator[RunFolder]:
     """
     for directory in (asked.runs_dir, asked.models_dir, asked.plots_dir):
         _check_writable(Path(directory))
-    aside = _put_aside(Path(asked.runs_dir) / asked.name) if asked.name and asked.overwrite else None
-    with storage_errors(asked.runs_dir):
-        run = _claim(asked, default.replace("/", "-").lstrip("."))
-        handler = _LogFile(run.directory / "train.log", encoding="utf-8")
-    handler.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
-    logging.getLogger().addHandler(handler)
-    done = False
+    with _alone(asked), _old_run_aside(asked):
+        with storage_errors(asked.runs_dir):
+            run = _claim(asked, default.replace("/", "-").lstrip("."))
+            handler = _LogFile(run.directory / "train.log", encoding="utf-8")
+        handler.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
+        logging.getLogger().addHandler(handler)
+        failed = True
+        try:
+            yield run
+            failed = False
+        finally:
+            logging.getLogger().removeHandler(handler)
+            handler.close()
+            if failed and not _has_checkpoint(run.directory):
+                shutil.rmtree(run.directory, ignore_errors=True)
+
+
+@contextmanager
+def _alone(asked: RunSettings) -> Iterator[None]:
+    """Refuse a second run under a name that was asked for while the first is under way: `overwrite` would pull its folder away."""
+    if asked.name is None:
+        yield
+        return
+    with ExitStack() as stack:
+        try:
+            stack.enter_context(locked(Path(asked.runs_dir) / f".{asked.name}.lock", wait=False))
+        except BlockingIOError:
+            raise StorageError(f"a run named {asked.name!r} is under way", "wait for it, or choose another name=") from None
+        yield
+
+
+@contextmanager
+def _old_run_aside(asked: RunSettings) -> Iterator[None]:
+    """With `overwrite`, put the old run folder aside; it goes when the block ends well and comes back when no checkpoint took its place."""
+    directory = Path(asked.runs_dir) / (asked.name or "")
+    if not (asked.name and asked.overwrite):
+        yield
+        return
+    aside = _put_aside(directory)
     try:
-        yield run
-        done = True
-    finally:
-        logging.getLogger().removeHandler(handler)
-        handler.close()
-        if not done and not any(run.directory.glob("checkpoints/*.ckpt")):
-            shutil.rmtree(run.directory, ignore_errors=True)
-            if aside and aside.exists():
-                aside.rename(run.directory)
-        elif done and aside:
-            shutil.rmtree(aside, ignore_errors=True)
+        yield
+    except BaseException:
+        if aside.exists() and not _has_checkpoint(directory):
+            shutil.rmtree(directory, ignore_errors=True)
+            aside.rename(directory)
+        raise
+    shutil.rmtree(aside, ignore_errors=True)
+
+
+def _has_checkpoint(directory: Path) -> bool:
+    return any(directory.glob("checkpoints/*.ckpt"))
 
 
 class _LogFile(logging.FileHandler):

@@ -64,10 +64,20 @@ def test_a_run_that_fails_gives_the_old_one_back(tmp_path: Path) -> None:
     with pytest.raises(RuntimeError), claim(tmp_path, "mine", overwrite=True):
         raise RuntimeError
     assert (run.directory / "checkpoints" / "best.ckpt").read_text() == "good"
-    assert [path.name for path in run.directory.parent.iterdir()] == ["mine"]
+    assert [path.name for path in run.directory.parent.iterdir() if path.is_dir()] == ["mine"]
 
 
 @pytest.mark.parametrize("seed", [-1, 2**32])
 def test_an_impossible_seed_is_refused(seed: int) -> None:
     with pytest.raises(ConfigError, match="seed"):
         RunSettings(seed=seed)
+
+
+def test_a_run_that_is_under_way_cannot_be_overwritten(tmp_path: Path) -> None:
+    with claim(tmp_path, "mine") as run:
+        with pytest.raises(StorageError, match="under way"), claim(tmp_path, "mine", overwrite=True):
+            pass
+        assert (run.directory / "train.log").exists()
+        run.bundle.mkdir()
+    with claim(tmp_path, "mine", overwrite=True):
+        pass
