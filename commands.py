@@ -27,6 +27,14 @@ class Commands:
         """Find the images of a data set, check and split them, and write manifest.csv."""
         self._run("prepare", "image_classifier.dataset.run:prepare_from")
 
+    def audit(self) -> None:
+        """Look at every image and say what is wrong with the data: copies, leaks, unreadable files."""
+        self._run("audit", "image_classifier.dataset.run:audit")
+
+    def show(self) -> None:
+        """Write a sheet of augmented training images to look at."""
+        self._run("show", "image_classifier.training.show:show")
+
     def train(self) -> None:
         """Train a classifier and leave a bundle in models/NAME/."""
         self._run("train", "image_classifier.training.run:train")
@@ -38,6 +46,10 @@ class Commands:
     def infer(self) -> None:
         """Say what images show, with a bundle, a checkpoint or an ONNX file."""
         self._run("infer", "image_classifier.inference.infer:infer")
+
+    def clean(self) -> None:
+        """Remove the cache of decoded pixels; images, models and figures stay."""
+        self._run("clean", "image_classifier.dataset.clean:clean")
 
     def _run(self, verb: str, worker: str) -> None:
         if {"--help", "-h"} & set(self._arguments):

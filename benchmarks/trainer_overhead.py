@@ -51,15 +51,15 @@ def _parts(config: Any, manifest: Any, data: Any, cache: Any) -> tuple[Any, Imag
 
 def _bare(config: Any, manifest: Any, data: Any, cache: Any) -> float:
     module, datamodule, hardware = _parts(config, manifest, data, cache)
-    loader, generator = datamodule.train_dataloader(), torch.Generator()
+    loader, step = datamodule.train_dataloader(), 0
     optimizer = module.make_optimizer(module.classifier.parameters())
     images, seconds, warmup = 0, 0.0, 3
     for epoch in range(config.trainer.max_epochs):
         loader.sampler.set_epoch(epoch)
         start = time.perf_counter()
         for pixels, targets in islice(loader, config.trainer.get("limit_train_batches")):
-            if datamodule.augment:
-                pixels = datamodule.augment(pixels, generator)
+            step += 1
+            pixels, targets = datamodule.augmented((pixels, targets), step)
             with torch.autocast("cpu", torch.bfloat16, enabled=hardware.precision == "bf16-mixed"):
                 loss = module.criterion(module.classifier(pixels), targets)
             optimizer.zero_grad()

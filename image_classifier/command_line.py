@@ -17,9 +17,14 @@ from image_classifier.errors import ClassifierError, ConfigError
 CONF_DIR = Path(__file__).resolve().parents[1] / "conf"
 
 # Values that are text and never Hydra's grammar, for each verb: names and paths. `--KEY VALUE` keeps them to the letter.
-_DATA_TEXT = frozenset({"data.dir", "data.archive", "data.manifest_path", "data.cache.dir"})
+_DATA_TEXT = frozenset(
+    {"data.dir", "data.archive", "data.manifest_path", "data.exclude_path", "data.cache.dir", "data.split.group", "audit.output_dir"}
+)
 TEXT_KEYS: dict[str, frozenset[str]] = {
     "prepare": _DATA_TEXT,
+    "audit": _DATA_TEXT,
+    "clean": frozenset({"cache_dir"}),
+    "show": _DATA_TEXT | {"output", "plots_dir"},
     "train": _DATA_TEXT | {"name", "models_dir", "plots_dir", "runs_dir", "logger.tracking_uri"},
     "test": frozenset({"checkpoint_name", "test_dir", "output_dir", "models_dir", "plots_dir"}),
     "infer": frozenset({"checkpoint_name", "output", "models_dir"}),

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import io
+import difflib
 import os
-import threading
-import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
@@ -13,35 +11,71 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import ExifTags, Image
+from PIL import Image
 
+from image_classifier import pillow
 from image_classifier.errors import ConfigError, UnreadableImage
+from image_classifier.pillow import Colour, OpenedImage, Size
 
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
 IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff"})
+WHITE: Colour = (255, 255, 255)
 
-_TRANSPOSE = {
-    2: Image.Transpose.FLIP_LEFT_RIGHT,
-    3: Image.Transpose.ROTATE_180,
-    4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE,
-    6: Image.Transpose.ROTATE_270,
-    7: Image.Transpose.TRANSVERSE,
-    8: Image.Transpose.ROTATE_90,
-}
 _RESAMPLING = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}
 _MODES = ("crop", "squash", "pad")
 
 
 @dataclass(frozen=True)
 class DecodeLimits:
-    """What a file may ask of the machine; checked before a pixel is decoded."""
+    """What a file may ask of the machine, checked before a pixel is decoded.
+
+    Args:
+        max_bytes: Size of the file.
+        max_pixels: Width times height. Decoding needs at most 20 bytes for each, beside the file's own.
+        formats: Those of `FORMATS` that are read.
+
+    Raises:
+        ConfigError: A value that cannot be.
+    """
 
     max_bytes: int = 50 * 2**20
     max_pixels: int = 50_000_000
+    formats: tuple[str, ...] = FORMATS
+
+    def __post_init__(self) -> None:
+        for key, most in (("max_bytes", 2**31 - 1), ("max_pixels", pillow.MOST_PIXELS)):
+            value = getattr(self, key)
+            if not isinstance(value, int) or not 1 <= value <= most:
+                raise ConfigError(f"data.limits.{key} must be a whole number from 1 to {most}, not {value!r}")
+        object.__setattr__(self, "formats", _checked_formats(self.formats))
+
+
+def _checked_formats(asked: Any) -> tuple[str, ...]:
+    names = list(asked) if isinstance(asked, list | tuple) else []
+    if not names:
+        raise ConfigError(f"data.limits.formats must be a list such as [JPEG, PNG], not {asked!r}")
+    for name in names:
+        if name not in FORMATS:
+            near = difflib.get_close_matches(str(name).upper(), FORMATS, n=1)
+            raise ConfigError(f"data.limits.formats knows no {name!r}", f"did you mean {near[0]}?" if near else f"choose from {', '.join(FORMATS)}")
+    return tuple(name for name in FORMATS if name in names)
 
 
 DEFAULT_LIMITS = DecodeLimits()
+
+
+@dataclass(frozen=True, slots=True)
+class Header:
+    """What a file says of itself before a pixel is decoded."""
+
+    format: str  # one of FORMATS
+    mode: str  # Pillow's: RGB, L, P, CMYK, RGBA, I;16 ...
+    width: int  # pixels, after EXIF orientation
+    height: int
+    orientation: int  # EXIF, 1..8
+    frames: int  # pictures in the file, of which the first is used
+    transparent: bool  # has alpha or a transparent colour
+    bits: int  # of one sample: 1, 8, 16 or 32
 
 
 def is_image_name(name: str) -> bool:
@@ -57,43 +91,67 @@ def load_bytes(path: Path, limits: DecodeLimits = DEFAULT_LIMITS) -> bytes:
         with path.open("rb") as file:
             content = file.read(limits.max_bytes + 1)
     except (OSError, ValueError) as error:
-        raise UnreadableImage(path, _reason(error)) from error
+        raise UnreadableImage(path, _reason(error, limits)) from error
     return _checked_length(path, content, limits)
 
 
-def read_size(source: Path | bytes, limits: DecodeLimits = DEFAULT_LIMITS) -> tuple[int, int]:
+def read_size(source: Path | bytes, limits: DecodeLimits = DEFAULT_LIMITS) -> Size:
     """Width and height in pixels after EXIF orientation, from the header alone; UnreadableImage where there is none."""
-    with _opened(source, limits) as (image, content):
-        width, height = image.size
-        return (height, width) if _orientation(image, content) >= 5 else (width, height)
+    with _opened(source, limits) as opened:
+        return opened.size
 
 
-def decode(source: Path | bytes, limits: DecodeLimits = DEFAULT_LIMITS) -> np.ndarray:
+def read_header(source: Path | bytes, limits: DecodeLimits = DEFAULT_LIMITS) -> Header:
+    """What the file says of itself; UnreadableImage where it has no header or asks for more than `limits`."""
+    with _opened(source, limits) as opened:
+        return _header(opened)
+
+
+def decode(source: Path | bytes, limits: DecodeLimits = DEFAULT_LIMITS, background: Colour = WHITE, at_least: Size | None = None) -> np.ndarray:
     """The picture as a person sees it: uint8 RGB [H, W, 3].
 
-    Upright by EXIF, transparency laid on white, deep samples scaled to 0..255, the first frame of an animation.
+    Upright by EXIF, transparency laid on `background`, deep samples scaled to 0..255 and never clipped, the first frame of
+    an animation. Colour profiles (ICC) are not applied.
+
+    Args:
+        source: A file or its bytes.
+        limits: What the file may ask of the machine.
+        background: RGB, 0..255, seen through transparent pixels.
+        at_least: Width and height that will do, upright pixels: a JPEG then comes at 1/2, 1/4 or 1/8 of its size, faster, as
+            long as both sides stay at or above these.
 
     Raises:
-        UnreadableImage: The file is damaged, cut short, larger than `limits`, or none of the formats in `FORMATS`.
+        UnreadableImage: The file is damaged, cut short (be it by its end marker alone), beyond `limits` or of another format.
+        ConfigError: The background is no colour.
     """
-    with _opened(source, limits) as (image, content):
-        image.load()
-        turn = _TRANSPOSE.get(_orientation(image, content))
-        pixels = _to_rgb(image if turn is None else image.transpose(turn))
-    return pixels
+    background = _checked_background(background)
+    with _opened(source, limits) as opened:
+        return opened.pixels(background, at_least)
+
+
+def inspect(
+    source: Path | bytes, limits: DecodeLimits = DEFAULT_LIMITS, background: Colour = WHITE, at_least: Size | None = None
+) -> tuple[Header, np.ndarray]:
+    """`read_header` and `decode` from one opening; the header's width and height are the whole picture's."""
+    background = _checked_background(background)
+    with _opened(source, limits) as opened:
+        return _header(opened), opened.pixels(background, at_least)
+
+
+def _header(opened: OpenedImage) -> Header:
+    return Header(opened.format, opened.image.mode, *opened.size, opened.orientation, opened.frames, opened.transparent, opened.bits)
 
 
 @contextmanager
-def _opened(source: Path | bytes, limits: DecodeLimits) -> Iterator[tuple[Image.Image, bytes]]:
+def _opened(source: Path | bytes, limits: DecodeLimits) -> Iterator[OpenedImage]:
     """The image, only its header read; whatever goes wrong inside the block becomes UnreadableImage."""
     name = "<bytes>" if isinstance(source, bytes) else source
     content = _checked_length(name, source, limits) if isinstance(source, bytes) else load_bytes(source, limits)
     try:
-        with _quiet, Image.open(io.BytesIO(content), formats=FORMATS) as image:
-            _check_pixels(image, limits)
-            yield image, content
+        with pillow.opened(content, limits.formats, lambda size: _check_size(size, limits)) as image:
+            yield image
     except Exception as error:  # Pillow's plugins raise anything: OSError, ValueError, SyntaxError, struct.error, MemoryError ...
-        raise UnreadableImage(name, _reason(error)) from error
+        raise UnreadableImage(name, _reason(error, limits)) from error
 
 
 def _checked_length(name: str | Path, content: bytes, limits: DecodeLimits) -> bytes:
@@ -104,94 +162,30 @@ def _checked_length(name: str | Path, content: bytes, limits: DecodeLimits) -> b
     return content
 
 
-def _check_pixels(image: Image.Image, limits: DecodeLimits) -> None:
-    width, height = image.size
+def _check_size(size: Size, limits: DecodeLimits) -> None:
+    width, height = size
     if width < 1 or height < 1:
         raise ValueError(f"{width} x {height} pixels")
     if width * height > limits.max_pixels:
         raise ValueError(f"{width} x {height} pixels, more than the {limits.max_pixels / 1e6:.0f} megapixels allowed")
 
 
-def _orientation(image: Image.Image, content: bytes) -> int:
-    """EXIF orientation 1..8; 1 where there is none or it cannot be parsed."""
-    if image.format == "TIFF":  # Pillow turns these itself, header and pixels
-        return 1
-    # getexif() decodes a whole PNG to look for a late chunk: ask only where the bytes name one.
-    if image.format == "PNG" and not any(mark in content for mark in (b"eXIf", b"Raw profile type", b"XML:com.adobe.xmp")):
-        return 1
-    try:
-        value = image.getexif().get(ExifTags.Base.Orientation, 1)
-    except Exception:  # damaged metadata around good pixels: the picture is as its pixels lie
-        return 1
-    return value if isinstance(value, int) and value in _TRANSPOSE else 1
+def _checked_background(value: Any) -> Colour:
+    """A colour, also from a configuration's list; ConfigError where it is none."""
+    colour = tuple(value) if isinstance(value, list | tuple) else ()
+    if len(colour) != 3 or not all(type(part) is int and 0 <= part <= 255 for part in colour):
+        raise ConfigError(f"data.background must be three numbers from 0 to 255, not {value!r}")
+    return colour
 
 
-def _to_rgb(image: Image.Image) -> np.ndarray:
-    """A loaded image of any mode as uint8 [H, W, 3]."""
-    if image.mode in ("I", "F") or image.mode.startswith("I;16"):
-        return np.repeat(_deep_to_grey(image)[:, :, None], 3, axis=2)
-    if image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info:
-        rgba = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba)
-    return np.array(image.convert("RGB"))
-
-
-def _deep_to_grey(image: Image.Image) -> np.ndarray:
-    """Samples of more than 8 bits as uint8 [H, W], scaled by their depth and never clipped (`convert` clips: a white picture)."""
-    samples = np.asarray(image).astype(np.float64)
-    if not np.isfinite(samples).all():
-        raise ValueError("holds samples that are not numbers")
-    low, high = _sample_range(image.mode, float(samples.min()), float(samples.max()))
-    grey = np.rint((samples - low) * (255.0 / (high - low))).astype(np.uint8)
-    key = image.info.get("transparency")
-    return np.where(samples == key, np.uint8(255), grey) if isinstance(key, int) else grey
-
-
-def _sample_range(mode: str, low: float, high: float) -> tuple[float, float]:
-    """The values that stand for black and white: the format's own where it has them, else the darkest and lightest sample."""
-    if mode == "F":
-        full = 1.0 if high <= 1 else 255.0 if high <= 255 else 65535.0
-    else:
-        full = 65535.0
-    if low >= 0 and high <= full:
-        return 0.0, full
-    return low, max(high, low + 1.0)
-
-
-def _reason(error: BaseException) -> str:
+def _reason(error: BaseException, limits: DecodeLimits) -> str:
     if isinstance(error, UnreadableImage):
         return error.reason
     text = " ".join(str(getattr(error, "strerror", None) or error).split())
     if "cannot identify image file" in text:
-        return "not a JPEG, PNG, WebP, GIF, BMP or TIFF image"
+        *others, last = ("WebP" if name == "WEBP" else name for name in limits.formats)
+        return f"not a {', '.join(others)} or {last} image" if others else f"not a {last} image"
     return text[:120] or type(error).__name__
-
-
-class _Quiet:
-    """Pillow's warnings off for as long as any thread decodes.
-
-    `warnings.catch_warnings` alone is unsafe here: two threads that overlap restore each other's filters.
-    """
-
-    def __init__(self) -> None:
-        self._lock, self._depth, self._saved = threading.Lock(), 0, warnings.catch_warnings()
-
-    def __enter__(self) -> None:
-        with self._lock:
-            self._depth += 1
-            if self._depth == 1:
-                self._saved = warnings.catch_warnings()
-                self._saved.__enter__()
-                warnings.simplefilter("ignore")
-
-    def __exit__(self, *_: object) -> None:
-        with self._lock:
-            self._depth -= 1
-            if self._depth == 0:
-                self._saved.__exit__(None, None, None)
-
-
-_quiet = _Quiet()
 
 
 @dataclass(frozen=True)
@@ -204,6 +198,9 @@ class Preprocess:
             sides, "pad" fits the longer side and fills with black.
         interpolation: "bilinear" or "bicubic", antialiased.
         crop_fraction: Part of the shorter side that the crop keeps, in (0, 1].
+        background: RGB, 0..255, seen through transparent pixels.
+        scaled_decoding: Whether `read` lets a JPEG be decoded to a half, a quarter or an eighth where at least twice the
+            resized picture remains.
 
     Raises:
         ConfigError: A value that cannot be.
@@ -213,6 +210,8 @@ class Preprocess:
     mode: str = "crop"
     interpolation: str = "bilinear"
     crop_fraction: float = 1.0
+    background: Colour = WHITE
+    scaled_decoding: bool = False
 
     def __post_init__(self) -> None:
         if not 1 <= self.size <= 4096:
@@ -223,27 +222,51 @@ class Preprocess:
             raise ConfigError(f"data.interpolation must be one of {', '.join(_RESAMPLING)}, not {self.interpolation!r}")
         if not 0 < self.crop_fraction <= 1:
             raise ConfigError(f"data.crop_fraction must be above 0 and at most 1, not {self.crop_fraction}")
+        if not isinstance(self.scaled_decoding, bool):
+            raise ConfigError(f"data.scaled_decoding must be true or false, not {self.scaled_decoding!r}")
+        object.__setattr__(self, "background", _checked_background(self.background))
+
+    def read(self, source: Path | bytes, limits: DecodeLimits = DEFAULT_LIMITS) -> np.ndarray:
+        """A file or its bytes to pixels uint8 [size, size, 3]; UnreadableImage as `decode`."""
+        with _opened(source, limits) as opened:
+            whole = opened.size
+            image = opened.pixels(self.background, self._enough(whole) if self.scaled_decoding else None)
+            mirrored = opened.mirrored
+        return self._squared(Image.fromarray(image), whole, mirrored)
 
     def __call__(self, image: np.ndarray) -> np.ndarray:
         """Image uint8 [H, W, 3] to pixels uint8 [size, size, 3]."""
         picture = Image.fromarray(image)
-        filter_ = _RESAMPLING[self.interpolation]
-        if self.mode == "pad":
-            return self._padded(picture, filter_)
-        box = _crop_box(picture.size, self.size, self.crop_fraction) if self.mode == "crop" else None
-        return np.array(picture.resize((self.size, self.size), filter_, box=box))
+        return self._squared(picture, picture.size)
 
-    def _padded(self, picture: Image.Image, filter_: Image.Resampling) -> np.ndarray:
-        scale = self.size / max(picture.size)
-        width, height = (min(self.size, max(1, round(side * scale))) for side in picture.size)
+    def _enough(self, whole: Size) -> Size:
+        """Twice the width and height to which the whole picture is resized."""
+        if self.mode == "squash":
+            return 2 * self.size, 2 * self.size
+        width, height = _fitted(whole, self.size) if self.mode == "pad" else _covering(whole, round(self.size / self.crop_fraction))
+        return 2 * width, 2 * height
+
+    def _squared(self, picture: Image.Image, whole: Size, mirrored: tuple[bool, bool] = (False, False)) -> np.ndarray:
+        """`picture` may be `whole` decoded to a part of its size: what is kept, and where it comes to lie, is reckoned on the whole."""
+        part = next(part for part in (1, 2, 4, 8) if part * max(picture.size) >= max(whole))
+        # A side that the part does not divide is rounded up: the picture ends within its last pixel, or begins within its first.
+        blank = [side - full / part if flip else 0.0 for side, full, flip in zip(picture.size, whole, mirrored, strict=True)]
+        edges = _crop_box(whole, self.size, self.crop_fraction) if self.mode == "crop" else (0, 0, *whole)
+        left, top, right, bottom = (min(edge / part + blank[axis % 2], picture.size[axis % 2]) for axis, edge in enumerate(edges))
+        shape = _fitted(whole, self.size) if self.mode == "pad" else (self.size, self.size)
+        resized = np.array(picture.resize(shape, _RESAMPLING[self.interpolation], box=(left, top, right, bottom)))
+        return self._padded(resized) if self.mode == "pad" else resized
+
+    def _padded(self, image: np.ndarray) -> np.ndarray:
+        height, width = image.shape[:2]
         pixels = np.zeros((self.size, self.size, 3), dtype=np.uint8)
         top, left = (self.size - height) // 2, (self.size - width) // 2
-        pixels[top : top + height, left : left + width] = np.asarray(picture.resize((width, height), filter_))
+        pixels[top : top + height, left : left + width] = image
         return pixels
 
     def as_dict(self) -> dict[str, Any]:
-        """Plain values, as written to a bundle."""
-        return asdict(self)
+        """Plain JSON values, as written to a bundle."""
+        return {**asdict(self), "background": list(self.background)}
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Preprocess:
@@ -255,15 +278,27 @@ class Preprocess:
         return cls(**values)
 
 
-def _crop_box(shape: tuple[int, int], size: int, fraction: float) -> tuple[float, float, float, float]:
+def _fitted(shape: Size, longest: int) -> Size:
+    """Width and height with the longer side resized to `longest`."""
+    scale = longest / max(shape)
+    width, height = (min(longest, max(1, round(side * scale))) for side in shape)
+    return width, height
+
+
+def _covering(shape: Size, shorter: int) -> Size:
+    """Width and height with the shorter side resized to `shorter`."""
+    scale = shorter / min(shape)
+    width, height = (max(shorter, round(side * scale)) for side in shape)
+    return width, height
+
+
+def _crop_box(shape: Size, size: int, fraction: float) -> tuple[float, float, float, float]:
     """The part of the picture that "shorter side to round(size / fraction), then the centre" keeps: left, top, right, bottom.
 
     Resizing only this part gives the same pixels and never builds the whole resized picture: one of 1 x 50 000 000 cannot
     fill the memory.
     """
-    shorter = round(size / fraction)
-    scale = shorter / min(shape)
-    resized = [max(shorter, round(side * scale)) for side in shape]
+    resized = _covering(shape, round(size / fraction))
     starts = [(side - size) // 2 for side in resized]
     left, top = (start * side / whole for start, side, whole in zip(starts, shape, resized, strict=True))
     right, bottom = (min((start + size) * side / whole, side) for start, side, whole in zip(starts, shape, resized, strict=True))

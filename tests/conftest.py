@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +12,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
+
+from image_classifier.dataset.facts import read_facts
+from image_classifier.dataset.prepare import manifest_of
+from image_classifier.dataset.tree import find
+from image_classifier.images import DecodeLimits
+from image_classifier.records import Manifest
 
 ROOT = Path(__file__).resolve().parents[1]
 MakeTree = Callable[..., Path]
@@ -53,6 +60,15 @@ def make_tree(tmp_path: Path) -> MakeTree:
 def tree(make_tree: MakeTree) -> Path:
     """Two classes of ten images."""
     return make_tree(cat=10, dog=10)
+
+
+def listed(root: Path) -> Manifest:
+    """The images of a tree as a table, in the splits that it gives; nothing is left in the current folder."""
+    tree = find([root])
+    with tempfile.TemporaryDirectory() as store:
+        facts = read_facts(tree, Path(store), DecodeLimits(), (255, 255, 255))
+        assert not facts.errors
+        return manifest_of(tree, facts, np.arange(len(tree.images)))
 
 
 @dataclass(frozen=True)

@@ -1,9 +1,9 @@
 from __future__ import annotations
 
 import io
+import json
 import os
 import struct
-import tarfile
 import warnings
 from concurrent.futures import ThreadPoolExecutor
 
@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from image_classifier.errors import ConfigError, UnreadableImage
-from image_classifier.images import DecodeLimits, Preprocess, decode, is_image_name, read_size
+from image_classifier.images import DecodeLimits, Preprocess, decode, inspect, is_image_name, read_header, read_size
 
 GRADIENT = np.arange(0, 65536, 257, dtype=np.uint16).reshape(16, 16)  # 16-bit greys whose 8-bit values are 0..255
 CORNERS = np.zeros((16, 24, 3), dtype=np.uint8)
@@ -37,26 +37,6 @@ def attempted(source, read=decode):
         line = str(error)
     assert "\n" not in line
     return None, line
-
-
-def test_every_real_dirty_file_gives_pixels_or_the_one_error(shared_data, tmp_path):
-    archive = shared_data / "dirty-images.tar.gz"
-    if not archive.exists():
-        pytest.skip("dirty-images.tar.gz is not here")
-    with tarfile.open(archive) as tar:
-        tar.extractall(tmp_path, filter="data")
-    read = 0
-    for path in (path for path in tmp_path.rglob("*") if path.is_file()):
-        pixels, error = attempted(path)
-        if pixels is None:
-            assert repr(path.name)[1:-1] in error
-            continue
-        read += 1
-        assert pixels.dtype == np.uint8
-        assert pixels.shape[2:] == (3,)
-        assert read_size(path) == (pixels.shape[1], pixels.shape[0])
-        assert Preprocess(32)(pixels).shape == (32, 32, 3)
-    assert read >= 40
 
 
 @pytest.mark.parametrize("format_", ["PNG", "TIFF"])
@@ -214,8 +194,9 @@ def test_an_absurd_shape_needs_no_absurd_memory():
 
 
 def test_preprocess_travels_as_a_dict():
-    preprocess = Preprocess(48, "pad", "bicubic", 0.9)
-    assert Preprocess.from_dict(preprocess.as_dict()) == preprocess
+    preprocess = Preprocess(48, "pad", "bicubic", 0.9, background=(1, 2, 3), scaled_decoding=True)
+    assert Preprocess.from_dict(json.loads(json.dumps(preprocess.as_dict()))) == preprocess
+    assert Preprocess.from_dict({"size": 8, "mode": "crop", "interpolation": "bilinear", "crop_fraction": 1.0}) == Preprocess(8)
     for bad in ({"size": 8, "colour": 1}, {"mode": "crop"}):
         with pytest.raises(ConfigError):
             Preprocess.from_dict(bad)
@@ -229,8 +210,82 @@ def test_preprocess_travels_as_a_dict():
         ({"size": 8, "interpolation": "nearest"}, "data.interpolation"),
         ({"size": 8, "crop_fraction": 0.0}, "data.crop_fraction"),
         ({"size": 8, "crop_fraction": 1.5}, "data.crop_fraction"),
+        ({"size": 8, "background": (0, 0)}, "data.background"),
+        ({"size": 8, "background": [0, 0, 256]}, "data.background"),
+        ({"size": 8, "background": "white"}, "data.background"),
+        ({"size": 8, "scaled_decoding": "often"}, "data.scaled_decoding"),
     ],
 )
 def test_a_value_that_cannot_be_names_its_key(values, key):
     with pytest.raises(ConfigError, match=key):
         Preprocess(**values)
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"max_bytes": 0}, "data.limits.max_bytes"),
+        ({"max_bytes": "50MB"}, "data.limits.max_bytes"),
+        ({"max_pixels": 10**9}, "data.limits.max_pixels"),
+        ({"formats": ["JPG"]}, "data.limits.formats knows no 'JPG': did you mean JPEG"),
+        ({"formats": ["PDF"]}, "choose from JPEG, PNG"),
+        ({"formats": "JPEG"}, "data.limits.formats must be a list"),
+        ({"formats": []}, "data.limits.formats must be a list"),
+    ],
+)
+def test_a_limit_that_cannot_be_names_its_key(values, message):
+    with pytest.raises(ConfigError, match=message):
+        DecodeLimits(**values)
+
+
+def test_only_the_formats_allowed_are_read():
+    limits = DecodeLimits(formats=["PNG", "JPEG"])
+    assert limits == DecodeLimits(formats=("JPEG", "PNG"))
+    assert read_header(encoded(Image.fromarray(CORNERS), "PNG"), limits).format == "PNG"
+    with pytest.raises(UnreadableImage, match="not a JPEG or PNG image"):
+        decode(encoded(Image.fromarray(CORNERS), "GIF"), limits)
+
+
+def test_transparency_lies_on_the_background_asked_for():
+    content = encoded(Image.new("RGBA", (8, 8), (9, 9, 9, 0)), "PNG")
+    assert decode(content, background=(1, 2, 3))[0, 0].tolist() == [1, 2, 3]
+    assert Preprocess(4, background=[1, 2, 3]).read(content)[0, 0].tolist() == [1, 2, 3]
+    with pytest.raises(ConfigError, match="data.background"):
+        decode(content, background=(1, 2))
+
+
+BLOTCHES = np.random.default_rng(1).integers(0, 256, (6, 8, 3), dtype=np.uint8)
+PHOTOGRAPH = Image.fromarray(BLOTCHES).resize((401, 299), Image.Resampling.BICUBIC)  # sides that no scale divides
+
+
+@settings(deadline=None, max_examples=40)
+@given(st.integers(1, 500), st.integers(1, 400), st.integers(1, 8), st.sampled_from(["RGB", "L", "CMYK"]))
+def test_a_scaled_jpeg_is_upright_and_at_least_what_was_asked(width, height, orientation, mode):
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    content = encoded(PHOTOGRAPH.crop((0, 0, 400, 296)).convert(mode), "JPEG", exif=exif, quality=95)
+    header, whole = inspect(content)
+    again, pixels = inspect(content, at_least=(width, height))
+    assert again == header
+    if header.width < 2 * width or header.height < 2 * height:
+        np.testing.assert_array_equal(pixels, whole)
+        return
+    assert pixels.shape[1] >= width and pixels.shape[0] >= height
+    assert pixels.shape[1] <= (header.width + 1) // 2
+    reduced = np.asarray(Image.fromarray(whole).resize(pixels.shape[1::-1], Image.Resampling.BOX)).astype(int)
+    assert abs(reduced - pixels).mean() < 4
+
+
+@pytest.mark.parametrize("mode", ["crop", "squash", "pad"])
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_scaled_decoding_barely_moves_the_pixels(mode, orientation, tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    (tmp_path / "a.jpg").write_bytes(encoded(PHOTOGRAPH, "JPEG", quality=95, exif=exif))
+    full, scaled = (Preprocess(32, mode, scaled_decoding=scaled).read(tmp_path / "a.jpg").astype(int) for scaled in (False, True))
+    assert (full != scaled).any()
+    assert abs(full - scaled).mean() < 1
+    assert abs(full - scaled).max() <= 12
+    np.testing.assert_array_equal(scaled, Preprocess(32, mode, scaled_decoding=True).read((tmp_path / "a.jpg").read_bytes()))
+    large = Preprocess(200, mode, scaled_decoding=True)  # nothing to gain: the full picture
+    np.testing.assert_array_equal(large.read(tmp_path / "a.jpg"), large(decode(tmp_path / "a.jpg")))

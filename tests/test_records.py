@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import tracemalloc
 from pathlib import Path
 
 import numpy as np
@@ -15,26 +16,60 @@ from image_classifier.records import SPLITS, Manifest, Prediction, PredictionTab
 NAMES = st.text(
     st.characters(codec="utf-8", exclude_characters="\0\r") | st.characters(min_codepoint=0xDC80, max_codepoint=0xDCFF, categories=["Cs"]), min_size=1
 )
-RECORDS = st.builds(Record, NAMES, NAMES, st.sampled_from(SPLITS), NAMES, NAMES, st.integers(1, 10**6), st.integers(1, 10**6))
+GROUPS = st.integers(0, 2**64 - 1).map("{:016x}".format)
+DIGESTS = st.binary(min_size=32, max_size=32).map(bytes.hex)
+SIZES = st.integers(1, 10**6)
+RECORDS = st.builds(Record, NAMES, NAMES, st.sampled_from(SPLITS), GROUPS, DIGESTS, SIZES, SIZES)
+
+
+def record(path: str, label: str = "cat", split: str = "train", group: int = 0) -> Record:
+    return Record(path, label, split, f"{group:016x}", "0" * 64, 1, 1)
 
 
 @given(st.lists(RECORDS, max_size=5))
 def test_a_manifest_reads_back_equal(tmp_path_factory, records):
     path = tmp_path_factory.mktemp("manifest") / "manifest.csv"
-    manifest = Manifest(Path("root"), tuple(records))
+    manifest = Manifest.of(Path("root"), records)
     manifest.write(path)
     twin = Manifest.read(path, Path("root"))
     assert twin == manifest
     assert twin.sha256 == manifest.sha256
+    assert list(twin) == list(manifest) == [twin[row] for row in range(len(twin))] == records
+    assert path.read_bytes() == manifest.to_csv().encode("utf-8", "surrogateescape")
+
+
+@given(st.lists(RECORDS, max_size=8), st.data())
+def test_taking_rows_is_taking_records(records, data):
+    manifest = Manifest.of(Path("root"), records)
+    rows = data.draw(st.lists(st.sampled_from(range(len(records))))) if records else []
+    assert list(manifest.take(np.array(rows, dtype=np.int64))) == [records[row] for row in rows]
+    assert [manifest.part(split).classes for split in SPLITS] == [tuple(sorted({r.label for r in records if r.split == split})) for split in SPLITS]
+
+
+def test_records_whose_group_is_in_train_have_leaked():
+    groups = [("train", 1), ("test", 1), ("test", 2), ("val", 2), ("test", 1)]
+    manifest = Manifest.of(Path(), [record(str(row), split=split, group=group) for row, (split, group) in enumerate(groups)])
+    assert manifest.leaked("test").tolist() == [True, False, True]
+    assert manifest.leaked("val").tolist() == [False]
+
+
+def test_a_million_rows_take_little_memory():
+    rows = 20_000
+    tracemalloc.start()
+    manifest = Manifest.of(Path(), (record(f"train/some_class/{row:08d}.jpg") for row in range(rows)))
+    held, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert len(manifest) == rows
+    assert held < 150 * rows
+    assert peak < 400 * rows
 
 
 def test_the_columns_are_the_stable_ones():
-    assert Manifest(Path(), ()).to_csv() == "path,label,split,group,sha256,width,height\n"
+    assert Manifest.of(Path(), ()).to_csv() == "path,label,split,group,sha256,width,height\n"
 
 
 def test_classes_are_sorted_and_targets_count_them():
-    records = tuple(Record(f"{label}/1.png", label, "train", "g", "s", 1, 1) for label in ("dog", "Zebra", "cat"))
-    manifest = Manifest(Path(), records)
+    manifest = Manifest.of(Path(), [record(f"{label}/1.png", label) for label in ("dog", "Zebra", "cat")])
     assert manifest.classes == ("Zebra", "cat", "dog")
     assert manifest.targets.tolist() == [2, 0, 1]
     assert manifest.indices("train").tolist() == [0, 1, 2]
@@ -46,7 +81,7 @@ def test_classes_are_sorted_and_targets_count_them():
     [
         ("path,label\na,b\n", "no column"),
         ("", "no column"),
-        ("path,label,split,group,sha256,width,height\na,b,train,g,s,wide,2\n", "line 2"),
+        (f"path,label,split,group,sha256,width,height\na,b,train,{'0' * 16},{'0' * 64},wide,2\n", "line 2"),
         ("path,label,split,group,sha256,width,height\na,b,valid,g,s,1,2\n", "'valid'"),
         ("path,label,split,group,sha256,width,height\na,b,train\n", "line 2"),
     ],

@@ -1,25 +1,35 @@
-"""The data stage: scan a tree, deal the splits, write `manifest.csv`."""
+"""The data stage: look at every file, audit, leave out, select, keep duplicates together, deal the splits, write `manifest.csv`."""
 
 from __future__ import annotations
 
 import hashlib
 import logging
-import sys
 from collections import Counter
-from dataclasses import astuple, dataclass, field
+from collections.abc import Sequence
+from dataclasses import astuple, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from image_classifier.dataset.cache import CacheSettings
-from image_classifier.dataset.scan import load_test_manifest, scan
-from image_classifier.dataset.split import SplitSettings, assign_splits
-from image_classifier.errors import ConfigError
-from image_classifier.images import Preprocess
-from image_classifier.records import SPLITS, Manifest
+import numpy as np
 
-__all__ = ["DataSettings", "load_test_manifest", "manifest_path", "prepare"]
+from image_classifier.dataset.audit.exclude import Exclusions, read_exclusions
+from image_classifier.dataset.audit.findings import Audit, AuditSettings
+from image_classifier.dataset.audit.problems import find_problems
+from image_classifier.dataset.cache import CacheSettings
+from image_classifier.dataset.clean import tag_cache
+from image_classifier.dataset.duplicates import DuplicateSettings, Twins
+from image_classifier.dataset.facts import Facts, read_facts
+from image_classifier.dataset.select import ClassSettings, select
+from image_classifier.dataset.split import SplitSettings, assign_splits, group_keys, join_groups
+from image_classifier.dataset.tree import Tree, find, find_test, unreadable
+from image_classifier.dataset.twins_store import known_twins
+from image_classifier.errors import ConfigError, DataError, UnreadableImage
+from image_classifier.images import DecodeLimits, Preprocess
+from image_classifier.records import SPLITS, Manifest, Texts
 
 log = logging.getLogger(__name__)
+
+BALANCES = ("none", "sampler", "weights")
 
 
 @dataclass(frozen=True)
@@ -31,74 +41,219 @@ class DataSettings:
     """
 
     name: str | None = None
+    dir: Any = None
+    archive: Any = None
+    sha256: Any = None
+    dvc: bool | None = None
     image_size: int = 64
     batch_size: int = 64
     resize: str = "crop"
     interpolation: str = "bilinear"
     crop_fraction: float = 1.0
+    background: tuple[int, int, int] = (255, 255, 255)
+    scaled_decoding: bool = True
     flip: bool = True
-    dir: str | None = None
-    archive: str | None = None
+    balance: str = "none"
+    rename: dict[str, str] = field(default_factory=dict)
+    classes: ClassSettings = field(default_factory=ClassSettings)
+    exclude_path: str | None = None
     manifest_path: str | None = None
+    limits: DecodeLimits = field(default_factory=DecodeLimits)
+    duplicates: DuplicateSettings = field(default_factory=DuplicateSettings)
     split: SplitSettings = field(default_factory=SplitSettings)
+    folds: int | None = None
+    fold: int | None = None
     cache: CacheSettings = field(default_factory=CacheSettings)
     source: Any = None
 
     def __post_init__(self) -> None:
         if isinstance(self.batch_size, int) and self.batch_size < 1:
             raise ConfigError(f"data.batch_size must be at least 1, not {self.batch_size}")
+        if isinstance(self.balance, str) and self.balance not in BALANCES:
+            raise ConfigError(f"data.balance must be one of {', '.join(BALANCES)}, not {self.balance!r}")
         _ = self.preprocess
 
     @property
     def preprocess(self) -> Preprocess:
         """The evaluation path that these settings ask for; ConfigError where they cannot be."""
-        return Preprocess(self.image_size, self.resize, self.interpolation, self.crop_fraction)
+        return Preprocess(self.image_size, self.resize, self.interpolation, self.crop_fraction, self.background, self.scaled_decoding)
+
+    def place(self, root: Path) -> str:
+        """What names this data set's files: its name and 8 hex of the folder."""
+        name = (self.name or root.resolve().name or "data").replace("/", "_")
+        return f"{name}-{_hex8(str(root))}"
+
+
+@dataclass(frozen=True)
+class Examination:
+    """What is known of a data set before it is split: its files, what one look at each told, and what the audit found."""
+
+    tree: Tree
+    facts: Facts
+    twins: Twins
+    audit: Audit
+    exclusions: Exclusions
+    directory: Path
+
+
+def _hex8(text: str) -> str:
+    return hashlib.sha256(text.encode("utf-8", "surrogateescape")).hexdigest()[:8]
 
 
 def manifest_path(root: Path, settings: DataSettings) -> Path:
     """Where the manifest of these images under these split settings lies: `data.manifest_path`, else a name of its own."""
     if settings.manifest_path:
         return Path(settings.manifest_path)
-    identity = hashlib.sha256(repr((str(root), astuple(settings.split))).encode("utf-8", "surrogateescape")).hexdigest()
     name = (settings.name or root.resolve().name or "data").replace("/", "_")
-    return Path("data/manifests") / f"{name}-{identity[:8]}.csv"
+    return Path("data/manifests") / f"{name}-{_hex8(repr((str(root), astuple(settings.split), settings.folds, settings.fold)))}.csv"
 
 
-def prepare(root: Path, settings: DataSettings) -> Manifest:
-    """Scan `root`, deal the splits and write the manifest; images that an earlier manifest knows keep their split.
+def audit_directory(root: Path, settings: DataSettings, audit: AuditSettings) -> Path:
+    """Where the audit of these images lies: `audit.output_dir`, else a folder of its own."""
+    return Path(audit.output_dir) if audit.output_dir else Path("data/audit") / settings.place(root)
+
+
+def examine(paths: Sequence[Path], settings: DataSettings, asked: AuditSettings, progress: bool = False) -> Examination:
+    """Look at every file, find what is wrong, and bring exclude.csv up to date.
 
     Raises:
-        DataError: The tree cannot be trained on.
+        DataError: There are no images in class folders, or exclude.csv is damaged.
+        StorageError: The stores or exclude.csv cannot be written.
+    """
+    tree = find(paths, settings.rename, group_column=settings.split.group, progress=progress)
+    store = Path(settings.cache.dir)
+    tag_cache(store)
+    facts = read_facts(tree, store / "facts", settings.limits, settings.background, settings.cache.workers, progress)
+    twins = known_twins(facts, settings.duplicates, store / "twins", progress)
+    directory = audit_directory(tree.root, settings, asked)
+    path = Path(settings.exclude_path) if settings.exclude_path else directory / "exclude.csv"
+    before = read_exclusions(path)
+    audit = find_problems(tree, facts, twins, asked, before)
+    exclusions = before.updated(audit)
+    exclusions.write(path)
+    return Examination(tree, facts, twins, audit, exclusions, directory)
+
+
+def prepare(paths: Sequence[Path], settings: DataSettings, asked: AuditSettings, progress: bool = False) -> tuple[Manifest, Examination]:
+    """Examine the images, leave out, select, deal the splits and write the manifest; images that an earlier one knows keep their split.
+
+    Raises:
+        DataError: The images cannot be trained on.
         StorageError: The manifest cannot be written.
     """
-    path = manifest_path(root, settings)
-    previous = Manifest.read(path, root) if path.exists() else None
-    manifest = assign_splits(scan(root, progress=sys.stderr.isatty()), settings.split, previous)
-    if previous is None or previous.records != manifest.records:  # an untouched file keeps its date, and a read-only one its peace
+    found = examine(paths, settings, asked, progress)
+    manifest = _dealt(found, settings)
+    path = manifest_path(found.tree.root, settings)
+    previous = Manifest.read(path, manifest.root) if path.exists() else None
+    manifest = assign_splits(manifest, settings.split, previous, settings.fold, settings.folds)
+    if previous is None or previous != manifest:  # an untouched file keeps its date, and a read-only one its peace
         manifest.write(path)
-    if previous is not None:
-        _warn_of_kept_split(manifest, settings, path)
     _report(manifest, path)
-    return manifest
+    return manifest, found
 
 
-def _warn_of_kept_split(manifest: Manifest, settings: DataSettings, path: Path) -> None:
-    known = len(manifest.indices("train")) + len(manifest.indices("val"))
-    share = len(manifest.indices("val")) / max(1, known)
-    given = (manifest.root / "train").is_dir()  # then a val part may be the folder's own, of any size
-    if not given and abs(share - settings.split.val) > 0.05:
-        log.warning("%s keeps its split: %.0f %% are val, not %.0f %%; delete it to deal anew", path, 100 * share, 100 * settings.split.val)
+def load_test_manifest(folders: Sequence[Path], limits: DecodeLimits, store_dir: Path, progress: bool = False) -> Manifest:
+    """The images to test on, every record in the split "test": a tree's own test part where it has one, else all of it.
+
+    Raises:
+        DataError: There are no images in class folders, or one of them cannot be read.
+    """
+    tree = find_test(folders, progress=progress)
+    tag_cache(store_dir)
+    facts = read_facts(tree, store_dir / "facts", limits, (255, 255, 255), None, progress)
+    if facts.errors:
+        raise unreadable(tree.root, [UnreadableImage(tree.root / tree.images[row].path, reason) for row, reason in facts.errors.items()])
+    return manifest_of(tree, facts, np.arange(len(tree.images)))
+
+
+def _dealt(found: Examination, settings: DataSettings) -> Manifest:
+    """The images that are to be dealt, their groups joined."""
+    tree, facts = found.tree, found.facts
+    _refuse_empty(tree, settings)
+    excluded = found.exclusions.covers([image.path for image in tree.images])
+    broken = [UnreadableImage(tree.root / tree.images[row].path, reason) for row, reason in facts.errors.items() if not excluded[row]]
+    if broken:
+        raise unreadable(tree.root, broken)
+    rows = np.flatnonzero(~excluded)
+    if excluded.any():
+        log.warning("%d images are left out by %s", int(excluded.sum()), found.exclusions.path)
+    whole = manifest_of(tree, facts, rows)
+    gone = {*(image.label for image in tree.images), *_empty_classes(tree, settings)} - set(whole.classes)
+    classes = replace(settings.classes, exclude=[name for name in settings.classes.exclude if name not in gone])
+    chosen = select(whole.targets, whole.classes, whole.splits, whole.digests, classes, settings.split.seed)
+    if chosen.summary:
+        log.info("%s", chosen.summary)
+    rows, manifest = rows[chosen.rows], whole.take(chosen.rows)
+    _check_classes(manifest)
+    return _joined(manifest, found, rows, settings)
+
+
+def manifest_of(tree: Tree, facts: Facts, rows: np.ndarray) -> Manifest:
+    """Some of the tree's images as a table, each a group of its own content, in the splits that the tree gives."""
+    images = [tree.images[row] for row in rows.tolist()]
+    classes = tuple(sorted({image.label for image in images}))
+    index = {label: code for code, label in enumerate(classes)}
+    codes = {split: code for code, split in enumerate(SPLITS)} | {"": -1}
+    digests = facts.digests[rows]
+    return Manifest(
+        root=tree.root,
+        paths=Texts.of(image.path for image in images),
+        classes=classes,
+        targets=np.array([index[image.label] for image in images], dtype=np.int64),
+        splits=np.array([codes[image.split] for image in images], dtype=np.int8),
+        groups=np.ascontiguousarray(digests[:, :8]).view(">u8").ravel().astype(np.uint64),
+        digests=digests,
+        widths=facts.widths[rows],
+        heights=facts.heights[rows],
+    )
+
+
+def _empty_classes(tree: Tree, settings: DataSettings) -> dict[str, str]:
+    """Class name -> folder, of the class folders without images."""
+    names = {folder.rpartition("/")[2]: folder for folder in tree.empty}
+    return {settings.rename.get(name, name): folder for name, folder in names.items()}
+
+
+def _refuse_empty(tree: Tree, settings: DataSettings) -> None:
+    for label, folder in _empty_classes(tree, settings).items():
+        if label not in settings.classes.exclude and (settings.classes.include is None or label in settings.classes.include):
+            hint = f"add images to it, remove the folder, or leave it out with data.classes.exclude=[{label}]"
+            raise DataError(f"the class folder {str(tree.root / folder)!r} holds no images", hint)
+
+
+def _check_classes(manifest: Manifest) -> None:
+    """Two classes or more to train on, and none that only the held-out parts know."""
+    trained = {manifest.classes[code] for code in np.unique(manifest.targets[manifest.splits <= 0]).tolist()}
+    if len(trained) < 2:
+        named = f"one class only, {next(iter(trained))!r}" if trained else "no class to train on"
+        raise DataError(f"{str(manifest.root)!r} holds {named}", "a classifier needs images of two or more classes")
+    for code in np.unique(manifest.targets).tolist():
+        if manifest.classes[code] not in trained:
+            split = SPLITS[int(manifest.splits[np.flatnonzero(manifest.targets == code)[0]])]
+            fact = f"the {split} part of {str(manifest.root)!r} has the class {manifest.classes[code]!r}, which the train part lacks"
+            raise DataError(fact, f"add training images of it, or leave it out with data.classes.exclude=[{manifest.classes[code]}]")
+
+
+def _joined(manifest: Manifest, found: Examination, rows: np.ndarray, settings: DataSettings) -> Manifest:
+    """Copies, twins and images with one group key become one group."""
+    position = np.full(len(found.tree.images), -1, dtype=np.int64)
+    position[rows] = np.arange(len(rows))
+    first, second = position[found.twins.first], position[found.twins.second]
+    both = (first >= 0) & (second >= 0)
+    keys: Sequence[str] | None = None
+    if settings.split.group:
+        keys = [found.tree.images[row].key for row in rows.tolist()]
+        keys = keys if any(keys) else group_keys(manifest.paths, settings.split.group)
+    return join_groups(manifest, first[both], second[both], keys)
 
 
 def _report(manifest: Manifest, path: Path) -> None:
-    counts = Counter(record.split for record in manifest)
-    parts = ", ".join(f"{split} {counts[split]}" for split in SPLITS)
+    counts = Counter(manifest.splits.tolist())
+    parts = ", ".join(f"{split} {counts[code]}" for code, split in enumerate(SPLITS))
     log.info("%d images, %d classes: %s (%s)", len(manifest), len(manifest.classes), parts, path)
-    shared = _train_twins(manifest)
-    if shared:
-        log.warning("%d images of the test and val parts are also, byte for byte, in the train part: their figures are flattered", shared)
-
-
-def _train_twins(manifest: Manifest) -> int:
-    train = {record.sha256 for record in manifest if record.split == "train"}
-    return sum(record.split != "train" and record.sha256 in train for record in manifest)
+    for split in ("val", "test"):
+        leaked = int(manifest.leaked(split).sum())
+        if leaked:
+            log.warning(
+                "%d of %d %s images have a copy or a twin in the train part: their figures are flattered", leaked, counts[SPLITS.index(split)], split
+            )

@@ -1,22 +1,58 @@
-"""The verb `prepare`, and the first step of `train`: from the config group `data` to a manifest."""
+"""The verbs `prepare`, `audit` and `clean`, and the first step of `train`: from the config group `data` to a manifest."""
 
 from __future__ import annotations
 
+import logging
+import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from image_classifier import settings
-from image_classifier.dataset.prepare import DataSettings, prepare
+from image_classifier.dataset.audit.findings import AuditSettings
+from image_classifier.dataset.audit.page import write_audit
+from image_classifier.dataset.prepare import DataSettings, examine, prepare
+from image_classifier.errors import DataError
 from image_classifier.records import Manifest
+
+log = logging.getLogger(__name__)
 
 
 def prepare_from(config: Any) -> tuple[Manifest, DataSettings]:
-    """Fetch the images that `config.data` describes, split them and write the manifest; says the counts and the path.
+    """Fetch the images that `config.data` describes, audit and split them and write the manifest; says the counts and the paths.
 
     Raises:
-        ConfigError: A key of `data` that cannot be.
-        DataError: Images that cannot be found or trained on.
+        ConfigError: A key of `data` or `audit` that cannot be.
+        DataError: Images that cannot be found or trained on, or findings above `audit.fail_on`.
     """
-    data = settings.typed(DataSettings, config.data, "data")
+    data, asked = _settings(config)
+    manifest, found = prepare(_fetched(config), data, asked, sys.stderr.isatty())
+    report = write_audit(found.audit, found.directory, page=False)
+    for line in found.audit.summary():
+        log.info("%s", line)
+    log.info("audit: %s; a page to look at: python commands.py audit with the same data.*", report)
+    if found.audit.exceeds(asked.fail_on):
+        raise DataError(f"the audit found problems of level {asked.fail_on!r} or above", f"see {report}, or set audit.fail_on=null")
+    return manifest, data
+
+
+def audit(config: Any) -> None:
+    """Look at every image, print what is wrong, write audit.json, audit.html and exclude.csv; exit code 1 for findings above `audit.fail_on`."""
+    data, asked = _settings(config)
+    found = examine(_fetched(config), data, asked, sys.stderr.isatty())
+    write_audit(found.audit, found.directory, True, data.limits, data.background)
+    print("\n".join(found.audit.table()))
+    print(f"page     {found.directory / 'audit.html'}\nfacts    {found.directory / 'audit.json'}\nexclude  {found.exclusions.path}")
+    if found.audit.exceeds(asked.fail_on):
+        raise SystemExit(1)
+
+
+def _settings(config: Any) -> tuple[DataSettings, AuditSettings]:
+    return settings.typed(DataSettings, config.data, "data"), settings.typed(AuditSettings, config.audit, "audit")
+
+
+def _fetched(config: Any) -> Sequence[Path]:
+    """The folders and tables that the source names."""
     source = settings.instantiate(config.data.source, trusted=config.get("trusted_packages") or ())
-    return prepare(Path(source()), data), data
+    paths = source()
+    return [Path(path) for path in paths] if isinstance(paths, list | tuple) else [Path(paths)]

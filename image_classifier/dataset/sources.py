@@ -1,26 +1,36 @@
-"""Where a data set comes from: each source, called, returns the path of a folder-per-class tree and does its work only once."""
+"""Where a data set comes from: each source, called, returns the paths of folder-per-class trees or tables and does its work only once."""
 
 from __future__ import annotations
 
 import difflib
+import hashlib
 import importlib
 import logging
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
+import shutil
+import tempfile
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any, Protocol
+from urllib.parse import unquote, urlsplit
 
 import numpy as np
 from PIL import Image
 from rich.progress import track
 
-from image_classifier.dataset.archive import is_archive, new_tree, unpack_once
-from image_classifier.dataset.scan import list_folder
+from image_classifier.dataset.fetch.archive import SUFFIXES, is_archive, new_tree, stem, unpack_once
+from image_classifier.dataset.fetch.download import Download, is_of_the_disk, shown
+from image_classifier.dataset.fetch.dvc import pull_missing
+from image_classifier.dataset.fetch.hub import fetch_from_hub, is_hub_name
+from image_classifier.dataset.table import is_table
+from image_classifier.dataset.tree import list_folder
 from image_classifier.errors import ConfigError, SourceError
 
 log = logging.getLogger(__name__)
+
+Names = str | Sequence[str] | None  # one, several or none
 
 
 class IndexedImages(Protocol):
@@ -48,83 +58,172 @@ class Digits:
 
 @dataclass(frozen=True)
 class Folder:
-    """A folder of one's own, or a .tar, .tar.gz, .tgz or .zip of one, unpacked once under `unpack_dir`.
+    """Images of one's own: `dir` or `archive` names a folder, a table (.csv, .tsv, .parquet), an archive, its URL, a hub's name, or several.
 
-    A relative archive that is not there is looked for in the folders of `search`; `hint` says where to get it.
+    Archives are unpacked once under `unpack_dir` and compared with `sha256` (one each) before; URLs go to `downloads_dir`. A relative
+    archive that is not there is looked for in the folders of `search`; `hint` says where to get it. `inner` is the name of the folder
+    below that holds the classes, where there is more beside it. `dvc` is `data.dvc`: see `dvc.pull_missing`.
     """
 
-    dir: str | None = None
-    archive: str | None = None
+    dir: Names = None
+    archive: Names = None
+    sha256: Names = None
+    dvc: bool | None = None
+    inner: str | None = None
     unpack_dir: str = "data"
+    downloads_dir: str = "data/downloads"
     search: Sequence[str] = ()
     hint: str = ""
 
-    def __call__(self) -> Path:
-        """The folder that holds the class (or split) folders.
+    def __call__(self) -> Path | list[Path]:
+        """The folder that holds the class (or split) folders, or the table; a list of them where several were named.
 
         Raises:
-            ConfigError: Neither a folder nor an archive was named.
-            SourceError: It is not there, or the archive is damaged or unsafe.
+            ConfigError: Neither a folder nor an archive was named, or not one sha256 for each.
+            SourceError: It is not there and cannot be fetched, or the archive is damaged or unsafe.
             StorageError: No space or no permission to unpack.
         """
-        given = self.dir or self.archive
+        given = _listed(self.dir) or _listed(self.archive)
         if not given:
-            raise ConfigError("data.dir is not set", "pass data.dir=FOLDER or data.archive=FILE.tar.gz")
-        path = self._located(given)
+            raise ConfigError("data.dir is not set", self.hint or "pass data.dir=FOLDER or data.archive=FILE.tar.gz")
+        sums = _listed(self.sha256) or [""] * len(given)
+        if len(sums) != len(given):
+            raise ConfigError(f"data.sha256 has {len(sums)} entries for {len(given)} archives", "give one for each, in their order")
+        roots = [self._root(name, sha256) for name, sha256 in zip(given, sums, strict=True)]
+        return roots[0] if len(roots) == 1 else roots
+
+    def _root(self, name: str, sha256: str) -> Path:
+        if is_hub_name(name):
+            return self._inside(fetch_from_hub(name, Path(self.unpack_dir)))
+        if "://" in name:
+            return self._inside(self._from_web(name, sha256))
+        path = self._located(name)
+        if is_archive(path.name) and path.is_file():
+            return self._inside(unpack_once(path, Path(self.unpack_dir), sha256))
+        if sha256:
+            raise ConfigError(f"data.sha256 is of an archive, and {str(path)!r} is none", f"the suffixes of archives are {', '.join(SUFFIXES)}")
         if path.is_dir():
-            return unwrapped(path)
-        if not is_archive(path):
-            raise SourceError(f"{str(path)!r} is neither a folder nor an archive", "data.archive takes .tar, .tar.gz, .tgz and .zip")
-        return unwrapped(unpack_once(path, Path(self.unpack_dir)))
+            return self._inside(path)
+        if is_table(path):
+            return path
+        hint = f"data.archive takes {', '.join(SUFFIXES)}, and data.dir .csv, .tsv and .parquet too"
+        raise SourceError(f"{str(path)!r} is neither a folder nor an archive nor a table", hint)
+
+    def _from_web(self, url: str, sha256: str) -> Path:
+        name = PurePosixPath(unquote(urlsplit(url).path)).name
+        if not is_archive(name):
+            raise SourceError(f"{shown(url)!r} is no archive by its name", f"fetch it by hand and pass data.archive=FILE{SUFFIXES[1]}")
+        name = f"{stem(name)}-{hashlib.sha256(url.encode()).hexdigest()[:8]}{name[len(stem(name)) :]}"  # two hosts may both have a data.zip
+        path = Download(url, Path(self.downloads_dir) / name, f"sha256:{sha256}" if sha256 else "")()
+        try:
+            return unpack_once(path, Path(self.unpack_dir), sha256)
+        except SourceError as error:
+            raise SourceError(error.fact, f"{error.hint}; delete {str(path)!r} to have it fetched again") from error
 
     def _located(self, given: str) -> Path:
         path = Path(given).expanduser()
         candidates = [path] if self.dir or path.is_absolute() else [path, *(Path(folder) / path for folder in self.search)]
         for candidate in candidates:
+            if self.dvc is not False:
+                pull_missing(candidate)
             if candidate.exists():
                 return candidate
+        if self.dvc:
+            pull_missing(path, enabled=True)
+            return path
         raise SourceError(f"{given!r} does not exist", self.hint or _nearest(path))
+
+    def _inside(self, root: Path) -> Path:
+        if self.inner and root.is_dir():
+            for folder, folders, _ in os.walk(root):
+                if self.inner in folders:
+                    return unwrapped(Path(folder) / self.inner)
+        return unwrapped(root)
+
+
+@dataclass(frozen=True)
+class Hub:
+    """A data set of a hub, `kind` hf or kaggle, by its name with or without `kind:` before it; see `hub.fetch_from_hub`."""
+
+    name: str | None
+    kind: str
+    unpack_dir: str = "data"
+    revision: str | None = None
+    image_column: str | None = None
+    label_column: str | None = None
+
+    def __call__(self) -> Path:
+        """The folder of images by class.
+
+        Raises:
+            ConfigError: The name or a column cannot be.
+            SourceError: The client is not installed, there is no network, or the data set cannot be had.
+            StorageError: No space or no permission.
+        """
+        if not self.name:
+            raise ConfigError("data.dir is not set", f"pass data.dir={self.kind}:OWNER/NAME")
+        name = self.name if is_hub_name(self.name) else f"{self.kind}:{self.name}"
+        return unwrapped(fetch_from_hub(name, Path(self.unpack_dir), self.revision, self.image_column, self.label_column))
 
 
 @dataclass(frozen=True)
 class TorchvisionDataset:
-    """A data set of torchvision (or anything like one), written once as PNG under `dir/{train,test}/<class>/`.
+    """A data set of torchvision (or anything like one), written once under `dir/{train,val,test}/<class>/`: its files as they are, else PNG.
 
-    `train` and `test` give the data set when called; `archive` replaces the download by a file.
+    `train`, `val` and `test` give the data set when called with `root` and `download`. `files` (url, md5 and `path`, where torchvision
+    looks for it below its root) are fetched to `downloads_dir` first, so that a download can be taken up again; `archive` replaces all by
+    a folder-per-class archive.
     """
 
     dir: str
-    train: Callable[[], IndexedImages]
-    test: Callable[[], IndexedImages] | None = None
-    archive: str | None = None
+    train: Callable[..., IndexedImages]
+    val: Callable[..., IndexedImages] | None = None
+    test: Callable[..., IndexedImages] | None = None
+    files: Sequence[Mapping[str, str]] = ()
+    archive: Names = None
+    sha256: Names = None
+    dvc: bool | None = None
     unpack_dir: str = "data"
+    downloads_dir: str = "data/downloads"
     search: Sequence[str] = ()
 
-    def __call__(self) -> Path:
-        """The folder of PNGs, or the unpacked archive.
+    def __call__(self) -> Path | list[Path]:
+        """The folder of images, or the unpacked archive.
 
         Raises:
             SourceError: The download failed.
             StorageError: No space or no permission.
         """
         if self.archive:
-            return Folder(archive=self.archive, unpack_dir=self.unpack_dir, search=self.search)()
+            return Folder(None, self.archive, self.sha256, self.dvc, None, self.unpack_dir, self.downloads_dir, self.search)()
         with _written_once(Path(self.dir)) as part:
             if part:
-                _write_images(_fetched(self.train), part / "train")
-                if self.test:
-                    _write_images(_fetched(self.test), part / "test")
+                with tempfile.TemporaryDirectory(dir=part, prefix=".") as scratch:  # torchvision may be killed while it unpacks
+                    self._write(part, Path(scratch))
         return Path(self.dir)
 
+    def _write(self, part: Path, scratch: Path) -> None:
+        for position, file in enumerate(self.files):
+            place = Path(self.downloads_dir) / file["path"]
+            try:
+                Download(file["url"], place, f"md5:{file['md5']}")()
+            except SourceError as error:
+                later = [f"{more['url']} to {str(Path(self.downloads_dir) / more['path'])!r}" for more in self.files[position + 1 :]]
+                raise SourceError(error.fact, "; also ".join([error.hint, *later])) from error
+            _link(place, scratch / file["path"])
+        for name, factory in (("train", self.train), ("val", self.val), ("test", self.test)):
+            if factory:
+                _write_images(_built(factory, scratch), part / name)
 
-def deferred(factory: str, **arguments: Any) -> Callable[[], Any]:
+
+def deferred(factory: str, **arguments: Any) -> Callable[..., Any]:
     """A call of a data set in `torchvision.datasets` for later: naming it in a config then costs no import of torch."""
     if not factory.startswith("torchvision.datasets."):
         raise ConfigError(f"{factory!r} is not in torchvision.datasets", "write factory: torchvision.datasets.NAME")
 
-    def call() -> Any:
+    def call(**defaults: Any) -> Any:
         module, _, name = factory.rpartition(".")
-        return getattr(importlib.import_module(module), name)(**arguments)
+        return getattr(importlib.import_module(module), name)(**{**defaults, **arguments})
 
     return call
 
@@ -162,18 +261,48 @@ def _write_images(images: IndexedImages, folder: Path) -> None:
     names = [name.replace("/", "_") for name in images.classes]
     for name in names:
         (folder / name).mkdir(parents=True, exist_ok=True)
+    files = _files_of(images)
     numbers: Iterable[int] = track(range(len(images)), f"writing {folder.name}", transient=True, disable=not os.isatty(2))
     for number in numbers:
-        picture, label = images[number]
-        picture.save(folder / names[label] / f"{number:06d}.png")
+        if files:
+            path, label = files[number]
+            _link(Path(path), folder / names[label] / f"{number:06d}{Path(path).suffix.lower()}")
+        else:
+            picture, label = images[number]
+            picture.save(folder / names[label] / f"{number:06d}.png")
 
 
-def _fetched(factory: Callable[[], IndexedImages]) -> IndexedImages:
+def _files_of(images: IndexedImages) -> list[tuple[str | Path, int]]:
+    """Path and class index of each image, if the data set lies on the disk as files: then nothing need be decoded and written anew."""
+    samples = getattr(images, "samples", None)  # ImageFolder and what derives from it
+    if samples is None:
+        paths = getattr(images, "_image_files", None) or getattr(images, "_images", None) or []
+        samples = list(zip(paths, getattr(images, "_labels", []), strict=False))
+    whole = len(samples) == len(images) and all(isinstance(path, (str, Path)) and isinstance(label, int) for path, label in samples)
+    return list(samples) if whole else []
+
+
+def _built(factory: Callable[..., IndexedImages], scratch: Path) -> IndexedImages:
     try:
-        return factory()
+        return factory(root=str(scratch), download=True)
     except (OSError, RuntimeError) as error:  # urllib's URLError is an OSError; torchvision raises RuntimeError for a damaged file
+        if is_of_the_disk(error):
+            raise
         hint = "no network? pass data.archive=PATH, a .tar.gz or .zip with one folder a class"
         raise SourceError(f"the data set could not be downloaded ({str(error)[:120]})", hint) from error
+
+
+def _link(source: Path, target: Path) -> None:
+    """A second name for the file, or a copy where the file system has none."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copyfile(source, target)
+
+
+def _listed(names: Names) -> list[str]:
+    return [names] if isinstance(names, str) else [str(name) for name in names or ()]
 
 
 @contextmanager

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
+from image_classifier.evaluation.leaks import LeakScore
 from image_classifier.evaluation.metrics import Metrics
 from image_classifier.evaluation.plots import plot_class_scores, plot_confusion_matrix, plot_samples
 from image_classifier.files import write_text
@@ -17,16 +18,16 @@ from image_classifier.records import Manifest, PredictionTable
 _NUM_SAMPLES = 24
 
 
-def write_evaluation(table: PredictionTable, metrics: Metrics, part: Manifest, directory: Path, title: str) -> None:
+def write_evaluation(table: PredictionTable, metrics: Metrics, part: Manifest, directory: Path, title: str, leak: LeakScore | None = None) -> None:
     """Write predictions.csv, logits.npy, metrics.json and the figures of one part; the table's rows are the part's records."""
     table.write(directory)
-    write_text(directory / "metrics.json", json.dumps(metrics.as_dict(), indent=2, ensure_ascii=False) + "\n")
+    write_text(directory / "metrics.json", json.dumps(metrics_dict(metrics, leak), indent=2, ensure_ascii=False) + "\n")
     plot_confusion_matrix(metrics.confusion, table.classes, directory / "confusion_matrix.png", title)
     plot_class_scores(metrics.per_class, directory / "class_scores.png", title)
     rows = _samples(table)
     predicted = table.probabilities.argmax(axis=1)
     plot_samples(
-        [decode(part.file(part.records[row])) for row in rows],
+        [decode(part.file(part[int(row)])) for row in rows],
         [table.classes[table.targets[row]] for row in rows],
         [table.classes[predicted[row]] for row in rows],
         [float(table.probabilities[row, predicted[row]]) for row in rows],
@@ -46,7 +47,12 @@ def _samples(table: PredictionTable) -> list[int]:
     return [int(row) for row in (*worst, *spread)]
 
 
-def metrics_lines(metrics: Metrics, split: str) -> Iterator[str]:
+def metrics_dict(metrics: Metrics, leak: LeakScore | None) -> dict[str, object]:
+    """The metrics of one part as JSON; `leak` is null where no image of it has a copy or twin in the train part."""
+    return {**metrics.as_dict(), "leak": leak.as_dict() if leak else None}
+
+
+def metrics_lines(metrics: Metrics, split: str, leak: LeakScore | None = None) -> Iterator[str]:
     """The metrics of one part for a terminal: the worst classes, then the numbers a script may look for."""
     ranked = sorted((score for score in metrics.per_class if score.support), key=lambda score: score.f1)[:10]
     width = max(5, *(len(score.label) for score in ranked)) if ranked else 5
@@ -60,3 +66,5 @@ def metrics_lines(metrics: Metrics, split: str) -> Iterator[str]:
     yield f"{split} images {metrics.num_images}"
     for name, value in metrics.scalars().items():
         yield f"{split} {name} {value:.4f}"
+    if leak:
+        yield from leak.lines(split)

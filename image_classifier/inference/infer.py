@@ -14,11 +14,11 @@ from pathlib import Path
 from typing import IO, Any
 
 from image_classifier import settings
-from image_classifier.bundle import find_checkpoint
+from image_classifier.dataset.fetch.dvc import pull_missing
 from image_classifier.errors import ConfigError, DataError, storage_errors
 from image_classifier.files import whole_file
-from image_classifier.images import IMAGE_SUFFIXES
-from image_classifier.inference.load import load_predictor
+from image_classifier.images import IMAGE_SUFFIXES, DecodeLimits
+from image_classifier.inference.load import load_predictor, pulled_checkpoint
 from image_classifier.records import Prediction
 
 
@@ -33,6 +33,8 @@ class InferSettings:
     top_k: int | None = None
     batch_size: int = 64
     output: str | None = None
+    dvc: bool | None = None
+    limits: DecodeLimits = field(default_factory=DecodeLimits)
     models_dir: str = "models"
     trusted_packages: list[str] = field(default_factory=list)
 
@@ -46,9 +48,11 @@ class InferSettings:
 def infer(config: Any) -> None:
     """Answer for each image; DataError at the end where some could not be read (their rows say why)."""
     asked = settings.typed(InferSettings, config, "")
-    path = find_checkpoint(asked.checkpoint_name, Path(asked.models_dir))
+    path = pulled_checkpoint(asked.checkpoint_name, Path(asked.models_dir), asked.dvc)
+    for item in asked.images:
+        pull_missing(Path(item), None if asked.dvc else asked.dvc)
     images = list(find_images(asked.images, sys.stdin))
-    predictor = load_predictor(path, asked.backend, asked.batch_size, asked.trusted_packages)
+    predictor = load_predictor(path, asked.backend, asked.batch_size, asked.trusted_packages, asked.limits)
     failed: list[str] = []
     lines = FORMATS[asked.format](_watched(predictor.predict(images), failed), asked.top_k, images)
     with whole_file(Path(asked.output)) if asked.output else nullcontext(sys.stdout.buffer) as file, storage_errors(asked.output or "the answers"):

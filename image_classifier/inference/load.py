@@ -6,15 +6,30 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from image_classifier.bundle import INFO_NAME, read_bundle
+from image_classifier.bundle import INFO_NAME, find_checkpoint, read_bundle
+from image_classifier.dataset.fetch.dvc import pull_missing
 from image_classifier.errors import CheckpointError, ConfigError
-from image_classifier.images import Preprocess
+from image_classifier.images import DEFAULT_LIMITS, DecodeLimits, Preprocess
 from image_classifier.inference.predictor import Backend, Predictor
 
 BACKENDS = {"onnx": "model.onnx", "checkpoint": "model.ckpt"}
 
 
-def load_predictor(path: Path, backend: str | None = None, batch_size: int = 64, trusted: Sequence[str] = ()) -> Predictor:
+def pulled_checkpoint(name: str, models_dir: Path, dvc: bool | None = None) -> Path:
+    """What `bundle.find_checkpoint` finds, after DVC fetched it where it is tracked and missing.
+
+    Raises:
+        CheckpointError: Nothing, or more than one thing, has that name.
+        SourceError: DVC tracks it and cannot fetch it.
+    """
+    for place in (Path(name).expanduser(), models_dir / name):
+        pull_missing(place, None if dvc else dvc)  # null and true are one here: a name need not be a path
+    return find_checkpoint(name, models_dir)
+
+
+def load_predictor(
+    path: Path, backend: str | None = None, batch_size: int = 64, trusted: Sequence[str] = (), limits: DecodeLimits = DEFAULT_LIMITS
+) -> Predictor:
     """A predictor over what `bundle.find_checkpoint` found; `backend` null takes ONNX for a bundle, else what the file is.
 
     `trusted` names packages of the user's own that a checkpoint's network may come from.
@@ -26,20 +41,20 @@ def load_predictor(path: Path, backend: str | None = None, batch_size: int = 64,
     if backend not in (None, *BACKENDS):
         raise ConfigError(f"there is no backend {backend!r}", f"use one of {', '.join(BACKENDS)}")
     if (path / INFO_NAME).is_file():
-        return _from_bundle(path, backend or "onnx", batch_size, trusted)
+        return _from_bundle(path, backend or "onnx", batch_size, trusted, limits)
     own = "checkpoint" if path.suffix == ".ckpt" else "onnx"
     if backend not in (None, own):
         raise ConfigError(f"{path.name} cannot be run by the backend {backend!r}", f"leave --backend out, or use --backend {own}")
     runner, facts = _open(path, own, trusted)
-    return _predictor(runner, facts, batch_size, path)
+    return _predictor(runner, facts, batch_size, path, limits)
 
 
-def _from_bundle(directory: Path, backend: str, batch_size: int, trusted: Sequence[str]) -> Predictor:
+def _from_bundle(directory: Path, backend: str, batch_size: int, trusted: Sequence[str], limits: DecodeLimits) -> Predictor:
     bundle = read_bundle(directory)
     name = BACKENDS[backend]
     bundle.verify([name])
     runner, _ = _open(bundle.path(name), backend, trusted)
-    return _predictor(runner, {**vars(bundle.info)}, batch_size, directory)
+    return _predictor(runner, {**vars(bundle.info)}, batch_size, directory, limits)
 
 
 def _open(path: Path, backend: str, trusted: Sequence[str]) -> tuple[Backend, Mapping[str, Any]]:
@@ -54,8 +69,8 @@ def _open(path: Path, backend: str, trusted: Sequence[str]) -> tuple[Backend, Ma
     return CheckpointBackend(classifier), blueprint
 
 
-def _predictor(runner: Backend, facts: Mapping[str, Any], batch_size: int, path: Path) -> Predictor:
+def _predictor(runner: Backend, facts: Mapping[str, Any], batch_size: int, path: Path, limits: DecodeLimits) -> Predictor:
     if "classes" not in facts or "preprocess" not in facts:
         raise CheckpointError(f"{str(path)!r} does not say its classes and preprocessing", "use a model exported by this package, or its bundle")
     preprocess = Preprocess.from_dict(facts["preprocess"])
-    return Predictor(runner, tuple(facts["classes"]), preprocess, float(facts.get("temperature", 1.0)), batch_size)
+    return Predictor(runner, tuple(facts["classes"]), preprocess, float(facts.get("temperature", 1.0)), batch_size, limits=limits)

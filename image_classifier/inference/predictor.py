@@ -12,7 +12,7 @@ from typing import Protocol
 import numpy as np
 
 from image_classifier.errors import UnreadableImage
-from image_classifier.images import Preprocess, decode
+from image_classifier.images import DEFAULT_LIMITS, DecodeLimits, Preprocess
 from image_classifier.records import Prediction, PredictionTable, softmax
 
 
@@ -32,6 +32,7 @@ class Predictor:
     temperature: float = 1.0
     batch_size: int = 64
     workers: int = 2
+    limits: DecodeLimits = DEFAULT_LIMITS
 
     def predict(self, paths: Iterable[Path]) -> Iterator[Prediction]:
         """One Prediction an image, in order; an unreadable image gets its reason instead of an answer."""
@@ -61,7 +62,7 @@ class Predictor:
     def read(self, path: Path) -> np.ndarray | UnreadableImage:
         """The preprocessed pixels uint8 [S, S, 3] of one file, or why there are none."""
         try:
-            return self.preprocess(decode(path))
+            return self.preprocess.read(path, self.limits)
         except UnreadableImage as error:
             return error
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -12,12 +13,15 @@ from typing import Any
 import numpy as np
 
 from image_classifier import settings
-from image_classifier.bundle import INFO_NAME, find_checkpoint, read_bundle
+from image_classifier.bundle import INFO_NAME, read_bundle
+from image_classifier.dataset.fetch.dvc import pull_missing
 from image_classifier.dataset.prepare import load_test_manifest
 from image_classifier.errors import CheckpointError, ConfigError, DataError, UnreadableImage
+from image_classifier.evaluation.leaks import leak_score
 from image_classifier.evaluation.metrics import Metrics, compute_metrics
-from image_classifier.evaluation.results import metrics_lines, write_evaluation
-from image_classifier.inference.load import load_predictor
+from image_classifier.evaluation.results import metrics_dict, metrics_lines, write_evaluation
+from image_classifier.images import DecodeLimits
+from image_classifier.inference.load import load_predictor, pulled_checkpoint
 from image_classifier.inference.predictor import Predictor
 from image_classifier.records import SPLITS, Manifest
 
@@ -36,9 +40,12 @@ class TestSettings:
     backend: str | None = None
     batch_size: int = 256
     format: str = "table"
+    cache_dir: str = "data/cache"
     models_dir: str = "models"
     plots_dir: str = "plots"
     output_dir: str | None = None
+    dvc: bool | None = None
+    limits: DecodeLimits = field(default_factory=DecodeLimits)
     trusted_packages: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
@@ -53,15 +60,16 @@ class TestSettings:
 def test(config: Any) -> Metrics:
     """Predict a labelled part, print the metrics and write predictions, metrics and plots."""
     asked = settings.typed(TestSettings, config, "")
-    path = find_checkpoint(asked.checkpoint_name, Path(asked.models_dir))
-    manifest = _labelled_folder(Path(asked.test_dir)) if asked.test_dir else _own_part(path, asked.split)
-    predictor = load_predictor(path, asked.backend, asked.batch_size, asked.trusted_packages)
+    path = pulled_checkpoint(asked.checkpoint_name, Path(asked.models_dir), asked.dvc)
+    manifest, leaked = _labelled_folder(asked, path) if asked.test_dir else _own_part(asked, path)
+    predictor = load_predictor(path, asked.backend, asked.batch_size, asked.trusted_packages, asked.limits)
     table = predictor.table([manifest.file(record) for record in manifest], [record.path for record in manifest], _targets(manifest, predictor))
-    metrics = compute_metrics(table)
+    metrics, leak = compute_metrics(table), leak_score(table, leaked)
     part = f"test-{Path(asked.test_dir).resolve().name}" if asked.test_dir else asked.split  # never in the place of the run's own figures
     directory = Path(asked.output_dir or Path(asked.plots_dir) / (path.name if path.is_dir() else path.stem) / part)
-    write_evaluation(table, metrics, manifest, directory, f"{path.name}, {'folder ' + asked.test_dir if asked.test_dir else asked.split}")
-    print(json.dumps(metrics.as_dict(), ensure_ascii=False) if asked.format == "json" else "\n".join(metrics_lines(metrics, asked.split)))
+    write_evaluation(table, metrics, manifest, directory, f"{path.name}, {'folder ' + asked.test_dir if asked.test_dir else asked.split}", leak)
+    as_json = asked.format == "json"
+    print(json.dumps(metrics_dict(metrics, leak), ensure_ascii=False) if as_json else "\n".join(metrics_lines(metrics, asked.split, leak)))
     log.info("predictions, metrics and plots: %s", directory)
     return metrics
 
@@ -69,22 +77,31 @@ def test(config: Any) -> Metrics:
 test.__test__ = False  # type: ignore[attr-defined]
 
 
-def _labelled_folder(folder: Path) -> Manifest:
+def _labelled_folder(asked: TestSettings, path: Path) -> tuple[Manifest, np.ndarray]:
+    """The images of a folder of the user's own, and which of them (bool [N]) the model was trained on, byte for byte."""
+    folder = Path(str(asked.test_dir))
+    pull_missing(folder, asked.dvc)
     try:
-        return load_test_manifest(folder)
+        manifest = load_test_manifest([folder], asked.limits, Path(asked.cache_dir), sys.stderr.isatty())
     except UnreadableImage:
         raise
     except DataError as error:
         raise DataError(error.fact, f"{error.hint}; for images without labels use infer --images") from error
+    if not (path / INFO_NAME).is_file():
+        return manifest, np.zeros(len(manifest), dtype=bool)
+    known = Manifest.read(read_bundle(path).path("manifest.csv"), folder).part("train")
+    trained = {digest.tobytes() for digest in known.digests}
+    return manifest, np.array([digest.tobytes() in trained for digest in manifest.digests], dtype=bool)
 
 
-def _own_part(path: Path, split: str) -> Manifest:
-    """One split of the data the bundle was made from, its files compared with the manifest."""
+def _own_part(asked: TestSettings, path: Path) -> tuple[Manifest, np.ndarray]:
+    """One split of the data the bundle was made from, its files compared with the manifest, and which of them have leaked."""
     if not (path / INFO_NAME).is_file():
         raise CheckpointError(f"{path.name!r} does not say which images it was tested on", "give a labelled folder with --test_dir=PATH")
     bundle = read_bundle(path)
     root = Path(str(bundle.info.provenance.get("data_root", "")))
-    manifest = Manifest.read(bundle.path("manifest.csv"), root)
+    pull_missing(root, asked.dvc)
+    split, manifest = asked.split, Manifest.read(bundle.path("manifest.csv"), root)
     part = manifest.part(split)
     if not len(part):
         raise DataError(f"the data of {path.name!r} has no {split} part", "use --split val, or a labelled folder with --test_dir=PATH")
@@ -94,7 +111,7 @@ def _own_part(path: Path, split: str) -> Manifest:
             raise DataError(f"{str(file)!r} is gone", "run where the training data lies, or give a labelled folder with --test_dir=PATH")
         if hashlib.sha256(file.read_bytes()).hexdigest() != record.sha256:
             raise DataError(f"{str(file)!r} has changed since training", "restore it, or give a labelled folder with --test_dir=PATH")
-    return part
+    return part, manifest.leaked(split) if split != "train" else np.zeros(len(part), dtype=bool)
 
 
 def _targets(manifest: Manifest, predictor: Predictor) -> np.ndarray:

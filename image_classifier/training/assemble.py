@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import logging
 import sys
 import warnings
@@ -18,7 +19,8 @@ from image_classifier.dataset.prepare import DataSettings
 from image_classifier.errors import ConfigError
 from image_classifier.modeling.backbones import pretrained_normalise
 from image_classifier.modeling.classifier import build_classifier
-from image_classifier.records import SPLITS, Manifest
+from image_classifier.records import Manifest
+from image_classifier.training.balance import class_weights, describe
 from image_classifier.training.callbacks import Throughput
 from image_classifier.training.checkpoint_io import SafeCheckpointIO
 from image_classifier.training.datamodule import ImageDataModule
@@ -31,9 +33,8 @@ log = logging.getLogger(__name__)
 
 def build_datamodule(config: Any, manifest: Manifest, data: DataSettings, cache: PixelCache, hardware: Hardware) -> ImageDataModule:
     """The data module over the cached pixels of all splits."""
-    rows = {split: manifest.indices(split) for split in SPLITS}
     augment = _instantiate(config, config.augment)
-    return ImageDataModule(cache, manifest.targets, rows, data.batch_size, augment, config.seed, hardware.channels_last)
+    return ImageDataModule(cache, manifest, data.batch_size, augment, config.seed, hardware.channels_last, data.balance == "sampler")
 
 
 def build_module(config: Any, manifest: Manifest, data: DataSettings, cache: PixelCache, hardware: Hardware) -> ClassifierModule:
@@ -53,9 +54,11 @@ def build_module(config: Any, manifest: Manifest, data: DataSettings, cache: Pix
     }
     moves = config.scheduler
     scheduler = SchedulerSettings(_instantiate(config, moves.build), moves.interval, moves.length, moves.monitor)
-    return ClassifierModule(
-        classifier, _instantiate(config, config.loss), _instantiate(config, config.optimizer), scheduler, manifest.classes, blueprint
-    )
+    targets = manifest.targets[manifest.indices("train")]
+    log.info(describe(data.balance, targets, manifest.classes))
+    criterion, val_criterion = build_criteria(config, targets, len(manifest.classes), data)
+    optimizer = _instantiate(config, config.optimizer)
+    return ClassifierModule(classifier, criterion, optimizer, scheduler, manifest.classes, blueprint, val_criterion)
 
 
 def build_trainer(config: Any, hardware: Hardware, throughput: Throughput, *callbacks: pl.Callback) -> pl.Trainer:
@@ -86,6 +89,32 @@ def build_trainer(config: Any, hardware: Hardware, throughput: Throughput, *call
 
 def _instantiate(config: Any, node: Any) -> Any:
     return settings.instantiate(node, trusted=config.trusted_packages) if node else None
+
+
+def build_criteria(config: Any, targets: np.ndarray, num_classes: int, data: DataSettings) -> tuple[nn.Module, nn.Module]:
+    """The losses of training and of validation, for the classes int64 [N] of the training rows.
+
+    Only the first has class weights, so that `val/loss` means the same in every run; it must take mixed targets where images are mixed.
+    """
+    criterion, val_criterion = _instantiate(config, config.loss), _instantiate(config, config.loss)
+    if data.balance == "weights":
+        _weigh(criterion, config.loss, class_weights(targets, num_classes))
+    if settings.to_plain(config.augment).get("mix"):
+        try:
+            criterion(torch.zeros(2, num_classes), torch.full((2, num_classes), 1 / num_classes))
+        except (RuntimeError, ValueError, TypeError, IndexError) as error:
+            fact = f"loss: {config.loss._target_} takes one class an image, and augment.mix gives shares of several"
+            raise ConfigError(fact, "use loss=cross_entropy, or augment.mix=null") from error
+    return criterion, val_criterion
+
+
+def _weigh(criterion: nn.Module, node: Any, weights: np.ndarray) -> None:
+    """Set the loss's class weights, as torch's losses keep them: in a buffer `weight`."""
+    if "weight" not in inspect.signature(type(criterion)).parameters or not hasattr(criterion, "weight"):
+        raise ConfigError(f"loss: {node._target_} takes no class weights, which data.balance=weights needs", "use data.balance=sampler")
+    if criterion.weight is not None:
+        raise ConfigError("loss.weight is given, and data.balance=weights would replace it", "leave one of them out")
+    criterion.weight = torch.from_numpy(weights)
 
 
 def _normalise(wanted: Any, backbone: nn.Module, plain: dict[str, Any], cache: PixelCache, rows: np.ndarray) -> tuple[list[float], list[float]]:

@@ -89,7 +89,7 @@ def _gate(classifier: Classifier, directory: Path, manifest: Manifest, cache: Pi
     pixels = np.ascontiguousarray(cache.gather(rows).transpose(0, 3, 1, 2))
     expected = _in_batches(CheckpointBackend(classifier), pixels)
     actual = _in_batches(OnnxBackend(directory / "model.onnx"), pixels)
-    difference = check_parity(expected, actual, [manifest.records[row].path for row in rows], "ONNX Runtime")
+    difference = check_parity(expected, actual, [manifest.paths[row] for row in rows], "ONNX Runtime")
     golden = np.unique(np.linspace(0, len(rows) - 1, min(len(rows), _NUM_GOLDEN_IMAGES)).astype(int))
     np.savez(directory / "golden.npz", pixels=pixels[golden], logits=expected[golden])
     return difference

@@ -44,10 +44,21 @@ class ClassifierModule(pl.LightningModule):
         scheduler: SchedulerSettings,
         classes: tuple[str, ...],
         blueprint: dict[str, Any],
+        val_criterion: nn.Module | None = None,
     ) -> None:
-        """`blueprint` is plain containers only: what `inference.checkpoint` needs to rebuild the classifier from a checkpoint."""
+        """The training of `classifier`.
+
+        Args:
+            classifier: The network, pixels to logits.
+            criterion: Loss of logits [N, C] and targets int64 [N], or class probabilities [N, C] where images are mixed.
+            make_optimizer: From parameter groups to an optimizer.
+            scheduler: How the learning rate moves.
+            classes: Their names, in order.
+            blueprint: Plain containers only: what `inference.checkpoint` needs to rebuild the classifier from a checkpoint.
+            val_criterion: The loss of `val/loss`, without class weights, so that runs compare; None: `criterion`.
+        """
         super().__init__()
-        self.classifier, self.criterion = classifier, criterion
+        self.classifier, self.criterion, self.val_criterion = classifier, criterion, val_criterion or criterion
         self.make_optimizer, self.scheduler, self.classes = make_optimizer, scheduler, classes
         self.save_hyperparameters({"blueprint": blueprint}, logger=False)
         self.train_accuracy = MulticlassAccuracy(len(classes), average="micro", validate_args=False)
@@ -58,7 +69,7 @@ class ClassifierModule(pl.LightningModule):
         pixels, targets = batch
         logits = self.classifier(pixels)
         loss: torch.Tensor = self.criterion(logits, targets)
-        self.train_accuracy.update(logits.detach(), targets)
+        self.train_accuracy.update(logits.detach(), targets.argmax(dim=1) if targets.is_floating_point() else targets)  # mixed: the greater share
         self.train_loss.update(loss.detach(), len(targets))
         return loss
 
@@ -82,7 +93,7 @@ class ClassifierModule(pl.LightningModule):
         self._seen.clear()
         if not torch.isfinite(logits).all():
             raise TrainingError("the network answers with numbers that are not finite", "lower optimizer.lr, or set trainer.gradient_clip_val=1.0")
-        self.log("val/loss", self.criterion(logits, targets))
+        self.log("val/loss", self.val_criterion(logits, targets))
         table = PredictionTable(("",) * len(targets), targets.cpu().numpy(), logits.float().cpu().numpy(), self.classes)
         metrics = compute_metrics(table)
         self.log_dict({"val/accuracy": metrics.accuracy, "val/f1_macro": metrics.f1_macro}, prog_bar=True)

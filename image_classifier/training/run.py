@@ -18,6 +18,7 @@ from image_classifier.dataset.cache import open_cache
 from image_classifier.dataset.prepare import DataSettings
 from image_classifier.dataset.run import prepare_from
 from image_classifier.errors import ConfigError, DataError
+from image_classifier.evaluation.leaks import LeakScore, leak_score
 from image_classifier.evaluation.metrics import Metrics, compute_metrics
 from image_classifier.evaluation.plots import plot_learning_curves
 from image_classifier.evaluation.results import metrics_lines, write_evaluation
@@ -52,7 +53,7 @@ def train(config: Any) -> float:
 def _train(config: Any, run: RunFolder, manifest: Manifest, data: DataSettings) -> float:
     pl.seed_everything(config.seed, workers=True, verbose=False)
     hardware = choose_hardware(config.trainer.precision, config.trainer.channels_last, config.trainer.accelerator)
-    cache = open_cache(manifest, data.preprocess, data.cache, progress=sys.stderr.isatty())
+    cache = open_cache(manifest, data.preprocess, data.cache, data.limits, progress=sys.stderr.isatty())
     datamodule = build_datamodule(config, manifest, data, cache, hardware)
     module = build_module(config, manifest, data, cache, hardware)
     throughput = Throughput()
@@ -67,15 +68,16 @@ def _train(config: Any, run: RunFolder, manifest: Manifest, data: DataSettings) 
         classifier = _best_classifier(trainer, module)
         tables = {split: _predict(classifier, datamodule, manifest, split) for split in ("val", "test") if len(manifest.indices(split))}
         metrics = {split: compute_metrics(table) for split, table in tables.items()}
-        _write_results(run, manifest, tables, metrics, history)
+        leaks = {split: leak_score(table, manifest.leaked(split)) for split, table in tables.items()}
+        _write_results(run, manifest, tables, metrics, leaks, history)
         facts = deliver(classifier, module.hparams["blueprint"], run, manifest, cache, metrics, config, throughput.images_per_second)
     except BaseException as error:
         if tracker:
             tracker.finish("KILLED" if isinstance(error, KeyboardInterrupt | SystemExit) else "FAILED")
         raise
     if tracker:
-        _log_outcome(tracker, run, metrics, facts, trainer.current_epoch)
-    _summarise(run, metrics, throughput, tracker.where if tracker else "off")
+        _log_outcome(tracker, run, metrics, leaks.get("test"), facts, trainer.current_epoch)
+    _summarise(run, metrics, leaks, throughput, tracker.where if tracker else "off")
     return metrics["val"].f1_macro
 
 
@@ -115,18 +117,27 @@ def _predict(classifier: Classifier, datamodule: ImageDataModule, manifest: Mani
     with torch.inference_mode():
         logits = torch.cat([classifier(pixels.to(device)).cpu() for pixels, _ in datamodule.in_order(split)])
     rows = manifest.indices(split)
-    return PredictionTable(tuple(manifest.records[row].path for row in rows), manifest.targets[rows], logits.numpy(), manifest.classes)
+    return PredictionTable(tuple(manifest.paths[row] for row in rows), manifest.targets[rows], logits.numpy(), manifest.classes)
 
 
-def _write_results(run: RunFolder, manifest: Manifest, tables: dict[str, PredictionTable], metrics: dict[str, Metrics], history: RunHistory) -> None:
+def _write_results(
+    run: RunFolder,
+    manifest: Manifest,
+    tables: dict[str, PredictionTable],
+    metrics: dict[str, Metrics],
+    leaks: dict[str, LeakScore | None],
+    history: RunHistory,
+) -> None:
     plot_learning_curves(history.curves(), run.plots)
     scores = {split: values.scalars() for split, values in metrics.items()}
     write_text(run.plots / "metrics.json", json.dumps(scores, indent=2) + "\n")
     for split, table in tables.items():
-        write_evaluation(table, metrics[split], manifest.part(split), run.plots / split, f"{run.name}, {split}")
+        write_evaluation(table, metrics[split], manifest.part(split), run.plots / split, f"{run.name}, {split}", leaks[split])
 
 
-def _log_outcome(tracker: Tracker, run: RunFolder, metrics: dict[str, Metrics], facts: dict[str, Any], epoch: int) -> None:
+def _log_outcome(tracker: Tracker, run: RunFolder, metrics: dict[str, Metrics], leak: LeakScore | None, facts: dict[str, Any], epoch: int) -> None:
+    if leak:
+        tracker.log_metrics({f"test/{name}": float(value) for name, value in leak.as_dict().items() if value is not None}, epoch)
     if "test" in metrics:
         tracker.log_metrics({f"test/{name}": value for name, value in metrics["test"].scalars().items()}, epoch)
     tracker.set_tags({"git_commit": str(facts["git"]), "bundle": str(run.bundle)})
@@ -135,9 +146,9 @@ def _log_outcome(tracker: Tracker, run: RunFolder, metrics: dict[str, Metrics], 
     tracker.finish()
 
 
-def _summarise(run: RunFolder, metrics: dict[str, Metrics], throughput: Throughput, tracking: str) -> None:
+def _summarise(run: RunFolder, metrics: dict[str, Metrics], leaks: dict[str, LeakScore | None], throughput: Throughput, tracking: str) -> None:
     split = next(split for split in reversed(SPLITS) if split in metrics)
-    print("\n".join(metrics_lines(metrics[split], split)))
+    print("\n".join(metrics_lines(metrics[split], split, leaks[split])))
     if split == "val":
         print("there is no test part: these figures are of the part that chose the best epoch; ask for one with data.split.test=0.1")
     print(f"images/s {throughput.images_per_second:.1f}")

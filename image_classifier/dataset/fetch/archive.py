@@ -1,4 +1,4 @@
-"""Unpacking a .tar, .tar.gz, .tgz or .zip once: nothing outside its folder, nothing half-done."""
+"""Unpacking a .zip or a .tar, however compressed, once: nothing outside its folder, nothing half-done."""
 
 from __future__ import annotations
 
@@ -15,33 +15,39 @@ from contextlib import contextmanager
 from lzma import LZMAError
 from pathlib import Path, PurePosixPath
 
+from image_classifier.dataset.fetch.download import check
 from image_classifier.errors import SourceError, StorageError, storage_errors
 from image_classifier.files import sibling_directory
 
 log = logging.getLogger(__name__)
 
-_SUFFIXES = (".tar", ".tar.gz", ".tgz", ".zip")
+SUFFIXES = (".tar.bz2", ".tar.gz", ".tar.xz", ".tar", ".tbz2", ".tgz", ".txz", ".zip")
 _DAMAGED = (tarfile.ReadError, tarfile.HeaderError, zipfile.BadZipFile, zlib.error, LZMAError, EOFError, NotImplementedError, RuntimeError)
 _PROBE_BYTES = 2**20
 
 
-def is_archive(path: Path) -> bool:
-    """Whether `path` is a file that `unpack_once` takes, by its name."""
-    return path.is_file() and path.name.lower().endswith(_SUFFIXES)
+def is_archive(name: str) -> bool:
+    """Whether a file of this name is taken for an archive."""
+    return name.lower().endswith(SUFFIXES)
 
 
-def unpack_once(archive: Path, unpack_dir: Path) -> Path:
-    """The folder `unpack_dir/<stem>-<8 hex of the archive>`, unpacked if it is not there yet.
+def stem(name: str) -> str:
+    """The name of an archive without its suffix."""
+    return name[: -len(next(suffix for suffix in SUFFIXES if name.lower().endswith(suffix)))]
+
+
+def unpack_once(archive: Path, unpack_dir: Path, sha256: str = "") -> Path:
+    """The folder `unpack_dir/<stem>-<8 hex of the archive>`, unpacked if it is not there yet, then compared with `sha256` first.
 
     Raises:
-        SourceError: The archive is damaged, encrypted, or reaches outside its folder.
+        SourceError: The archive is damaged, encrypted, of another sha256, or reaches outside its folder.
         StorageError: No space or no permission.
     """
     name = archive.name
-    stem = name[: -len(next(suffix for suffix in sorted(_SUFFIXES, key=len, reverse=True) if name.lower().endswith(suffix)))]
-    target = unpack_dir / f"{stem}-{_identity(archive)}"
+    target = unpack_dir / f"{stem(name)}-{sha256[:8].lower() or _identity(archive)}"
     if target.is_dir():
         return target
+    check(archive, f"sha256:{sha256}" if sha256 else "", "it is another file than data.sha256 is of")
     log.info("unpacking %s to %s", archive, target)
     with new_tree(target) as part:
         try:

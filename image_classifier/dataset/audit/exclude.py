@@ -1,0 +1,233 @@
+"""`exclude.csv`: which images every run leaves out, and why; written by the audit, edited by hand, never overruling the hand."""
+
+from __future__ import annotations
+
+import csv
+import fnmatch
+import io
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from image_classifier.errors import DataError
+from image_classifier.files import write_text
+
+if TYPE_CHECKING:
+    from image_classifier.dataset.audit.findings import Audit
+
+AUDIT = "audit: "  # how the reason of a row begins that the audit wrote, and may take back
+KEEP = "keep"  # the reason that makes a path stay, whatever other rows say
+
+_HEADER = "path,reason\n"
+_COLUMNS = ["path", "reason"]
+_ENCODING = ("utf-8", "surrogateescape")  # any file name survives
+
+
+@dataclass(frozen=True, slots=True)
+class Line:
+    """One line of the file, or several where a quoted path holds line breaks; a comment and an empty line have no path.
+
+    `text` is how it stands in the file, so that what a person wrote is written back letter by letter.
+    """
+
+    text: str
+    path: str = ""
+    reason: str = ""
+
+    @property
+    def by_audit(self) -> bool:
+        """Whether the audit wrote this row."""
+        return self.reason.startswith(AUDIT)
+
+    @property
+    def keeps(self) -> bool:
+        """Whether this row makes its path stay."""
+        return self.reason.strip().lower() == KEEP
+
+
+@dataclass(frozen=True)
+class Exclusions:
+    """The rows of an exclude.csv. A path in it is one image or, by hand, a pattern such as `blurry/*.jpg` (`*` crosses folders).
+
+    Args:
+        path: The file they came from, for messages.
+        lines: Every line after the header.
+        header: The first line as it stands in the file; "" where there is no file yet.
+    """
+
+    path: Path = Path("exclude.csv")
+    lines: tuple[Line, ...] = ()
+    header: str = field(default="", repr=False)
+
+    @property
+    def delimiter(self) -> str:
+        """What separates the columns: a comma, or the semicolon of spreadsheets whose decimal point is the comma."""
+        return ";" if ";" in self.header else ","
+
+    @cached_property
+    def _kept(self) -> _Names:
+        return _Names((line.path, KEEP) for line in self.lines if line.keeps)
+
+    @cached_property
+    def _by_hand(self) -> _Names:
+        return _Names((line.path, line.reason) for line in self.lines if line.path and not line.keeps and not line.by_audit)
+
+    @cached_property
+    def _by_audit(self) -> dict[str, str]:
+        return {line.path: line.reason for line in self.lines if line.by_audit}
+
+    def by_hand(self, paths: Sequence[str]) -> np.ndarray:
+        """Which paths, bool [N], a row written by hand leaves out."""
+        return self._chosen(paths, lambda path: path in self._by_hand)
+
+    def covers(self, paths: Sequence[str]) -> np.ndarray:
+        """Which paths, bool [N], any row leaves out."""
+        return self._chosen(paths, lambda path: path in self._by_audit or path in self._by_hand)
+
+    def _chosen(self, paths: Sequence[str], named: Callable[[str], bool]) -> np.ndarray:
+        if not self.lines:  # a million paths, and nothing to look for
+            return np.zeros(len(paths), dtype=bool)
+        return np.array([named(path) and path not in self._kept for path in paths], dtype=bool)
+
+    def reason(self, path: str) -> str:
+        """Why this path is left out, "" where no row says: a person's words before the audit's."""
+        return self._by_hand.get(path) or self._by_audit.get(path, "")
+
+    def keeps(self, path: str) -> bool:
+        """Whether a row with the reason `keep` makes this path stay."""
+        return path in self._kept
+
+    def unmatched(self, paths: Sequence[str]) -> list[str]:
+        """What rows written by hand name and none of these paths is: a slip of the pen, or a file that is gone."""
+        known = set(paths)
+        named = dict.fromkeys(line.path for line in self.lines if line.path and not line.by_audit and line.path not in known)
+        return [name for name in named if not _matches_any(name, paths)]
+
+    def updated(self, audit: Audit) -> Exclusions:
+        """These exclusions with the audit's rows brought up to date."""
+        return merge(self, audit.proposed)
+
+    def write(self, path: Path | None = None) -> bool:
+        """Write the file whole or not at all, and only where its content changes; says whether it did.
+
+        Raises:
+            StorageError: The disk refuses.
+        """
+        target = path or self.path
+        text = (self.header or _HEADER) + "".join(line.text for line in self.lines)
+        content = text.encode(*_ENCODING)
+        if target.is_file() and target.read_bytes() == content:
+            return False
+        write_text(target, text)
+        return True
+
+
+class _Names:
+    """Paths and patterns with a reason each; what could be a pattern is also taken literally, for a file may be called `a[1].jpg`."""
+
+    def __init__(self, rows: Iterable[tuple[str, str]]) -> None:
+        self._literal: dict[str, str] = {}
+        for path, reason in rows:
+            self._literal.setdefault(path, reason)
+        names = [name for name in self._literal if _is_pattern(name)]
+        self._patterns = [(re.compile(fnmatch.translate(name)), self._literal[name]) for name in names]
+
+    def get(self, path: str) -> str | None:
+        """The reason of the row that names this path, exactly or else by the first pattern; None where none does."""
+        if path in self._literal:
+            return self._literal[path]
+        return next((reason for pattern, reason in self._patterns if pattern.match(path)), None)
+
+    def __contains__(self, path: str) -> bool:
+        return self.get(path) is not None
+
+
+def _is_pattern(name: str) -> bool:
+    return any(letter in name for letter in "*?[")
+
+
+def _matches_any(name: str, paths: Sequence[str]) -> bool:
+    match = re.compile(fnmatch.translate(name)).match
+    return _is_pattern(name) and any(match(path) for path in paths)
+
+
+def merge(existing: Exclusions, proposed: Mapping[str, str]) -> Exclusions:
+    """The rows of both: `proposed` (path to reason) are the audit's rows of now.
+
+    What a person wrote stays, letter by letter and in its order. A row of the audit stays where it stands while its finding
+    lasts, and goes with it; new ones follow at the end, by path. A path that a person named, to leave it out or to keep it,
+    gets no row from the audit.
+    """
+    new = {path: reason for path, reason in proposed.items() if not existing.keeps(path) and path not in existing._by_hand}
+    lines: list[Line] = []
+    for line in existing.lines:
+        if not line.by_audit:
+            lines.append(line)
+        elif line.path in new:
+            reason = new.pop(line.path)
+            lines.append(line if line.reason == reason else _row(line.path, reason, existing.delimiter))
+    lines += [_row(path, new[path], existing.delimiter) for path in sorted(new)]
+    ended = [line if line.text.endswith("\n") else Line(line.text + "\n", line.path, line.reason) for line in lines[:-1]]
+    header = existing.header if existing.header.endswith("\n") or not existing.header else existing.header + "\n"
+    return Exclusions(existing.path, (*ended, *lines[-1:]), header)
+
+
+def _row(path: str, reason: str, delimiter: str) -> Line:
+    text = io.StringIO()
+    # A path that begins with # would be a comment, and the writer lets a bare carriage return pass.
+    special = path.startswith("#") or "\r" in path + reason
+    rows = csv.writer(text, delimiter=delimiter, lineterminator="\n", quoting=csv.QUOTE_ALL if special else csv.QUOTE_MINIMAL)
+    rows.writerow((path, reason))
+    return Line(text.getvalue(), path, reason)
+
+
+def read_exclusions(path: Path) -> Exclusions:
+    """Read an exclude.csv; none where there is no such file.
+
+    Raises:
+        DataError: The file cannot be read, its header is not `path,reason`, or a line is no such row (named by its number).
+    """
+    try:
+        text = path.read_bytes().decode(*_ENCODING)
+    except FileNotFoundError:
+        return Exclusions(path)
+    except OSError as error:
+        raise DataError(f"cannot read {str(path)!r} ({error.strerror})", "check its permissions") from error
+    if not text.strip("\ufeff\r\n\t "):
+        return Exclusions(path)
+    physical = [line + "\n" for line in text.split("\n")]
+    physical[-1] = physical[-1].removesuffix("\n")
+    header = physical[0]
+    if [name.strip().lower() for name in header.removeprefix("\ufeff").replace(";", ",").split(",")] != _COLUMNS:
+        raise DataError(f"line 1 of {str(path)!r} is not the header path,reason", "write it there; a comma separates the columns")
+    return Exclusions(path, tuple(_parsed(physical[1:], path, ";" if ";" in header else ",")), header)
+
+
+def _parsed(physical: Sequence[str], path: Path, delimiter: str) -> Iterator[Line]:
+    position = 0
+    while position < len(physical):
+        first = physical[position]
+        if not first.strip() or first.startswith("#"):
+            position += 1
+            if first:
+                yield Line(first)
+            continue
+        rest = (physical[index] for index in range(position, len(physical)))
+        reader = csv.reader(rest, delimiter=delimiter, strict=True)
+        number = position + 2
+        try:
+            row = next(reader)
+        except csv.Error as error:
+            raise DataError(
+                f"line {number} of {str(path)!r} is not a row ({error})", 'write path,reason and put a path that holds " in quotes'
+            ) from error
+        if len(row) != 2 or not row[0]:
+            fact = f"line {number} of {str(path)!r} has {len(row)} columns" if len(row) != 2 else f"line {number} of {str(path)!r} has no path"
+            raise DataError(fact, "write path,reason; put what holds a comma in quotes, and begin a comment with #")
+        position += reader.line_num
+        yield Line("".join(physical[position - reader.line_num : position]), row[0], row[1])

@@ -1,0 +1,78 @@
+"""A data set in figures: classes, splits, sizes, formats, modes and a fingerprint."""
+
+from __future__ import annotations
+
+import hashlib
+from collections import Counter
+from typing import Any
+
+import numpy as np
+
+from image_classifier.dataset.facts import Facts
+from image_classifier.dataset.tree import Tree
+from image_classifier.records import SPLITS
+
+
+def describe(tree: Tree, facts: Facts, kept: np.ndarray) -> dict[str, Any]:
+    """The images of the `kept` rows, bool [N], as plain values; sizes, formats and modes of those that can be read."""
+    readable = kept.copy()
+    readable[list(facts.errors)] = False
+    rows = np.flatnonzero(readable)
+    classes: dict[str, Counter[str]] = {label: Counter() for label in sorted({image.label for image in tree.images})}
+    for row in np.flatnonzero(kept).tolist():
+        classes[tree.images[row].label][tree.images[row].split] += 1
+    totals: Counter[str] = sum(classes.values(), Counter())
+    return {
+        "root": str(tree.root),
+        "images": int(kept.sum()),
+        "unreadable": int(kept.sum()) - len(rows),
+        "left_out": len(kept) - int(kept.sum()),
+        "classes": {label: {"images": counts.total()} | _parts(counts) for label, counts in classes.items()},
+        "splits": _parts(totals),
+        "formats": _common(facts.formats[rows], facts.format_names),
+        "modes": _common(facts.modes[rows], facts.mode_names),
+        "sizes": _sizes(facts.widths[rows], facts.heights[rows]),
+        "fingerprint": _fingerprint(tree, facts, kept),
+    }
+
+
+def _parts(counts: Counter[str]) -> dict[str, int]:
+    """Split -> images; "undealt" where the tree gives no split."""
+    return {split or "undealt": counts[split] for split in (*SPLITS, "") if counts[split]}
+
+
+def _common(codes: np.ndarray, names: tuple[str, ...]) -> dict[str, int]:
+    """Name -> images, the commonest first."""
+    counts = np.bincount(codes, minlength=len(names)).tolist()
+    return {names[code]: counts[code] for code in sorted(range(len(names)), key=lambda code: -counts[code]) if counts[code]}
+
+
+def _sizes(widths: np.ndarray, heights: np.ndarray) -> dict[str, Any]:
+    """Smallest, median and largest sides, the commonest sizes, and how the shorter sides spread over powers of two; pixels."""
+    if not len(widths):
+        return {}
+    sides = {
+        name: {"min": int(side.min()), "median": float(np.median(side)), "max": int(side.max())}
+        for name, side in (("width", widths), ("height", heights))
+    }
+    both, counts = np.unique(np.stack([widths, heights], axis=1), axis=0, return_counts=True)
+    common = np.argsort(-counts, kind="stable")[:5].tolist()
+    powers = np.frexp(np.minimum(widths, heights))[1] - 1  # exact, as the logarithm is not
+    least = int(powers.min())
+    spread = np.bincount(powers - least).tolist()
+    return {
+        **sides,
+        "distinct": len(both),
+        "common": [{"width": int(both[row, 0]), "height": int(both[row, 1]), "images": int(counts[row])} for row in common],
+        "shorter_side": [{"from": 2**power, "below": 2 ** (power + 1), "images": count} for power, count in enumerate(spread, start=least)],
+    }
+
+
+def _fingerprint(tree: Tree, facts: Facts, kept: np.ndarray) -> str:
+    """sha256 of paths, labels, given splits and contents: equal if and only if these are."""
+    digest = hashlib.sha256()
+    for row in np.flatnonzero(kept).tolist():
+        image = tree.images[row]
+        text = "\0".join((image.path, image.label, image.split)).encode("utf-8", "surrogateescape")
+        digest.update(text + b"\0" + facts.digests[row].tobytes())
+    return digest.hexdigest()

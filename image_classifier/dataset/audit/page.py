@@ -1,0 +1,204 @@
+"""The audit as files: audit.json for a program, and audit.html, one page with thumbnails that needs no network and runs no foreign script."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import io
+import json
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jinja2
+from PIL import Image
+
+from image_classifier.dataset.audit.findings import Audit, Finding, Item, counted, printable
+from image_classifier.dataset.audit.kinds import ALIKE, KINDS, NOUNS, SEVERITIES, UNREADABLE, Kind
+from image_classifier.errors import UnreadableImage
+from image_classifier.files import write_text
+from image_classifier.images import DEFAULT_LIMITS, DecodeLimits, decode
+
+_THUMBNAIL = 128  # longer side, pixels
+_PIXELATED = 48  # images up to this side keep their pixels
+_BUDGET = 7_000_000  # characters of thumbnails and captions; the page stays below 10 MB
+_MARKUP = 250  # characters of HTML around one image
+_GROUP = 12  # images of one group that are shown
+_CLASSES = 100  # classes that are drawn
+_LONGEST = 300  # characters of a path or a detail
+_ROWS = 200  # rows of exclude.csv that are listed
+_WORKERS = 4
+_BATCH = 32  # images decoded before the room is looked at again
+_NO_PICTURE = ("stray_files", "ignored_folders", "empty_class")
+_HERE = Path(__file__).parent
+_WHITE = (255, 255, 255)
+
+
+def write_audit(
+    audit: Audit, directory: Path, page: bool = True, limits: DecodeLimits = DEFAULT_LIMITS, background: tuple[int, int, int] = _WHITE
+) -> Path:
+    """Write audit.json and, with `page`, audit.html; each whole or not at all. Returns the path of audit.json.
+
+    Raises:
+        StorageError: The disk refuses.
+    """
+    path = directory / "audit.json"
+    html = render(audit, limits, background) if page else None
+    write_text(path, json.dumps(audit.as_dict(), indent=1, allow_nan=False) + "\n")  # ASCII: names that are no UTF-8 come back as they were
+    if html is not None:
+        write_text(directory / "audit.html", html)
+    return path
+
+
+def render(audit: Audit, limits: DecodeLimits = DEFAULT_LIMITS, background: tuple[int, int, int] = _WHITE) -> str:
+    """The page as one HTML text below 10 MB; file names are shown, never run."""
+    script = (_HERE / "page.js").read_text(encoding="utf-8")
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(_HERE), autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    environment.filters |= {"number": _number, "plain": _plain, "counted": counted, "unbroken": _unbroken}
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    template = environment.get_template("page.html.j2")
+    return template.render(
+        audit=audit,
+        data=audit.data,
+        name=_plain(audit.root.resolve().name or str(audit.root)),
+        severities=[(severity, audit.severities[severity]) for severity in SEVERITIES],
+        sections=list(_sections(audit, limits, background)),
+        classes=_classes(audit.data["classes"]),
+        splits=[split for split in ("train", "val", "test", "undealt") if split in audit.data["splits"]],
+        left_out=[(_plain(path), _plain(reason)) for path, reason in list(audit.left_out.items())[:_ROWS]],
+        script=script,
+        script_hash=digest,
+    )
+
+
+@dataclass(frozen=True)
+class _Picture:
+    """An image as the page shows it: a data: address, "" where there is no picture; `small` keeps its pixels when it is enlarged."""
+
+    item: Item
+    address: str = ""
+    small: bool = False
+
+
+@dataclass(frozen=True)
+class _Group:
+    """A finding as the page shows it; `more` of its images are left out."""
+
+    detail: str
+    pictures: Sequence[_Picture]
+    more: int
+
+
+@dataclass(frozen=True)
+class _Section:
+    """One kind as the page shows it; `cut` says how much of it, where that is not all."""
+
+    kind: str
+    about: Kind
+    headline: str
+    amount: str
+    cut: str
+    groups: Sequence[_Group]
+
+    @property
+    def alike(self) -> bool:
+        """Whether the images of a group stand side by side."""
+        return self.kind in ALIKE
+
+    @property
+    def words(self) -> bool:
+        """Whether it is a list of names or sentences, without pictures."""
+        return self.kind in _NO_PICTURE or not any(group.pictures for group in self.groups)
+
+
+def _sections(audit: Audit, limits: DecodeLimits, background: tuple[int, int, int]) -> Iterator[_Section]:
+    """The sections, worst first; what one kind leaves of its share of the page goes to the next."""
+    room, kinds = _BUDGET, audit.by_kind
+    with ThreadPoolExecutor(_WORKERS) as pool:
+        for place, (kind, findings) in enumerate(kinds.items()):
+            draw = _Picture if kind in (*UNREADABLE, *_NO_PICTURE) else partial(_picture, audit.root, limits, background)
+            share = room // (len(kinds) - place)
+            groups, spent = _drawn(_chosen(findings, audit.settings.max_listed), partial(pool.map, draw), share)
+            room -= spent
+            yield _Section(kind, KINDS[kind], _unbroken(audit.headlines.get(kind, "")), _unbroken(audit.amount(kind)), _cut(findings, groups), groups)
+
+
+def _chosen(findings: Iterable[Finding], limit: int) -> Iterator[tuple[Finding, Sequence[Item]]]:
+    """The first findings with their first items, at most `limit` of these."""
+    for finding in findings:
+        items = finding.items[: min(limit, _GROUP) if finding.kind in ALIKE else limit]
+        if limit <= 0:
+            return
+        limit -= max(1, len(items))
+        yield finding, items
+
+
+def _drawn(
+    chosen: Iterable[tuple[Finding, Sequence[Item]]], draw: Callable[[Sequence[Item]], Iterable[_Picture]], room: int
+) -> tuple[list[_Group], int]:
+    """The findings with their pictures, as many as there is room for, and how much of it they take."""
+    groups: list[_Group] = []
+    spent = 0
+    for finding, items in chosen:
+        pictures: list[_Picture] = []
+        for start in range(0, len(items), _BATCH):
+            for picture in draw(items[start : start + _BATCH]) if spent < room else ():
+                spent += len(picture.address) + len(picture.item.path) + _MARKUP
+                if spent < room:
+                    pictures.append(picture)
+        if pictures or not items:
+            spent += _MARKUP
+            groups.append(_Group(_plain(finding.detail), pictures, len(finding.items) - len(pictures)))
+        if spent >= room:
+            break
+    return groups, min(spent, room)
+
+
+def _cut(findings: Sequence[Finding], groups: Sequence[_Group]) -> str:
+    """How much is shown (200 of 1 234 images shown), "" where that is all."""
+    if findings[0].kind in ALIKE or not findings[0].items:
+        shown, whole, noun = len(groups), len(findings), "group" if findings[0].kind in ALIKE else "finding"
+    else:
+        noun = NOUNS.get(findings[0].kind, "image")
+        shown, whole = sum(len(group.pictures) for group in groups), sum(len(finding.items) for finding in findings)
+    return _unbroken(f"{_number(shown)} of {counted(whole, noun)} shown; all are in audit.json") if shown < whole else ""
+
+
+def _picture(root: Path, limits: DecodeLimits, background: tuple[int, int, int], item: Item) -> _Picture:
+    try:
+        image = Image.fromarray(decode(root / item.path, limits, background, at_least=(_THUMBNAIL, _THUMBNAIL)))
+    except UnreadableImage:  # changed since the audit looked
+        return _Picture(item)
+    small = max(image.size) <= _PIXELATED
+    image.thumbnail((_THUMBNAIL, _THUMBNAIL))
+    buffer = io.BytesIO()
+    image.save(buffer, "WEBP", lossless=small, quality=75)
+    return _Picture(item, f"data:image/webp;base64,{base64.b64encode(buffer.getvalue()).decode()}", small)
+
+
+def _classes(classes: Mapping[str, Mapping[str, int]]) -> list[dict[str, Any]]:
+    """The classes that are drawn, the largest first; of many, the largest and the smallest."""
+    ordered = sorted(classes, key=lambda label: (-classes[label]["images"], label))
+    shown = ordered if len(ordered) <= _CLASSES else ordered[: _CLASSES // 2] + ordered[-_CLASSES // 2 :]
+    largest = max((classes[label]["images"] for label in ordered), default=0) or 1
+    return [{"label": _plain(label), "counts": classes[label], "largest": largest} for label in shown]
+
+
+def _number(value: float) -> str:
+    return f"{value:,}".replace(",", "\u00a0")
+
+
+def _unbroken(sentence: str) -> str:
+    """Our own words with numbers that do not break across lines; a path must stay as it is."""
+    return re.sub(r"(?<=\d) (?=\d{3})", "\u00a0", sentence)
+
+
+def _plain(text: str) -> str:
+    shown = printable(text)
+    return shown if len(shown) <= _LONGEST else f"{shown[: _LONGEST // 2]} … {shown[-_LONGEST // 2 :]}"

@@ -1,0 +1,69 @@
+"""The verb `clean`: what can be made again from the images is removed. A folder must carry the tag of a cache, or it is left alone."""
+
+from __future__ import annotations
+
+import logging
+import shutil
+from collections.abc import Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from image_classifier import settings
+from image_classifier.errors import ConfigError, DataError, storage_errors
+from image_classifier.files import locked, write_text
+
+log = logging.getLogger(__name__)
+
+_TAG = "CACHEDIR.TAG"
+_SIGNATURE = "Signature: 8a477f597d28d172789f06886806bc55"  # https://bford.info/cachedir/: back-up programs leave such folders out
+
+
+@dataclass(frozen=True)
+class CleanSettings:
+    """The keys of conf/clean.yaml."""
+
+    cache_dir: str = "data/cache"
+    dry_run: bool = False
+    trusted_packages: Any = None
+
+
+def tag_cache(directory: Path) -> None:
+    """Mark a folder as a cache, once."""
+    tag = directory / _TAG
+    if not tag.is_file():
+        write_text(tag, f"{_SIGNATURE}\n# Decoded pixels and facts of image files: `python commands.py clean` removes them.\n")
+
+
+def clean(config: Any) -> None:
+    """Remove decoded pixels and what is known of files; says how much room that makes. Images, manifests and models stay."""
+    asked = settings.typed(CleanSettings, config, "")
+    directory = Path(asked.cache_dir)
+    if not directory.is_dir():
+        print(f"nothing to remove: there is no {directory}")
+        return
+    if not _is_cache(directory):
+        raise ConfigError(f"cache_dir={directory} is no cache of this program", f"it has no {_TAG}; nothing was removed")
+    size = sum(file.stat().st_size for file in directory.rglob("*") if file.is_file() and not file.is_symlink())
+    if asked.dry_run:
+        print(f"would remove {size / 1e6:,.1f} MB: {directory}")
+        return
+    with storage_errors(directory), ExitStack() as stack:
+        for lock in _locks(directory):
+            try:
+                stack.enter_context(locked(lock, wait=False))
+            except BlockingIOError:
+                raise DataError(f"a run is writing to {str(lock.parent)!r}", "wait until it is done; nothing was removed") from None
+        shutil.rmtree(directory)
+    print(f"removed {size / 1e6:,.1f} MB: {directory}")
+
+
+def _is_cache(directory: Path) -> bool:
+    tag = directory / _TAG
+    return tag.is_file() and tag.read_bytes().startswith(_SIGNATURE.encode())
+
+
+def _locks(directory: Path) -> Iterator[Path]:
+    """The lock files of all stores in the cache."""
+    yield from sorted(path for path in directory.rglob("*lock*") if path.is_file())

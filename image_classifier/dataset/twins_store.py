@@ -1,0 +1,61 @@
+"""Twins kept between runs: the search is done again only when an image or a setting changes."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import logging
+import zipfile
+from dataclasses import astuple
+from pathlib import Path
+
+import numpy as np
+
+from image_classifier.dataset.duplicates import DuplicateSettings, Twins, find_twins
+from image_classifier.dataset.facts import Facts
+from image_classifier.files import write_bytes
+
+log = logging.getLogger(__name__)
+
+_FORMAT = 1
+_COLUMNS = ("first", "second", "correlation", "mirrored")
+
+
+def known_twins(facts: Facts, settings: DuplicateSettings, store_dir: Path, progress: bool = False) -> Twins:
+    """The twins among the readable images, in rows of `facts`, read from `store_dir` where these very images were searched before.
+
+    Raises:
+        StorageError: The result cannot be written.
+    """
+    readable = np.ones(len(facts), dtype=bool)
+    readable[list(facts.errors)] = False
+    rows = np.flatnonzero(readable)
+    path = store_dir / f"{_key(facts, rows, settings)}.npz"
+    twins = _read(path)
+    if twins is None:
+        found = find_twins(facts.thumbnails if readable.all() else facts.thumbnails[rows], settings, progress)
+        twins = Twins(rows[found.first], rows[found.second], found.correlation, found.mirrored)
+        content = io.BytesIO()
+        np.savez(content, **{name: getattr(twins, name) for name in _COLUMNS})
+        write_bytes(path, content.getvalue())
+    return twins
+
+
+def _key(facts: Facts, rows: np.ndarray, settings: DuplicateSettings) -> str:
+    """What decides the result: the readable images' content, in order, and the settings."""
+    digest = hashlib.sha256(repr((_FORMAT, astuple(settings), len(facts))).encode())
+    digest.update(rows.tobytes())
+    digest.update(np.ascontiguousarray(facts.digests[rows]).tobytes())
+    return digest.hexdigest()[:32]
+
+
+def _read(path: Path) -> Twins | None:
+    """What was kept; None where there is none, or none that can be read."""
+    try:
+        with np.load(path, allow_pickle=False) as content:
+            return Twins(*(content[name] for name in _COLUMNS))
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+        log.warning("%s cannot be read (%s): near-duplicates are searched anew", path, error)
+        return None

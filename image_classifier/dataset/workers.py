@@ -1,0 +1,193 @@
+"""All cores for work on many images: blocks go out, results come back in order, and whatever goes wrong is said in the caller.
+
+Workers are plain Python processes on two pipes instead of multiprocessing's: they never import the caller's `__main__` (so notebooks,
+`python -c`, scripts without a guard and daemonic processes may start them), are never forked from a process with threads in it, and
+end by themselves when the caller dies, however it died.
+"""
+
+from __future__ import annotations
+
+import os
+import pickle
+import signal
+import subprocess
+import sys
+from collections import deque
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import closing, suppress
+from queue import SimpleQueue
+from typing import Any, TypeVar
+
+from image_classifier.errors import DataError
+
+Block = TypeVar("Block")
+Result = TypeVar("Result")
+
+MANY = 2048  # items from which on processes pay for their start of about half a second
+_AHEAD = 2  # blocks in flight a worker: one in work and one waiting, so that results cannot pile up
+_START = "import sys; sys.path[:] = {path}; from image_classifier.dataset.workers import serve; serve()"
+
+
+def core_count() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def map_blocks(
+    function: Callable[[Block], Result], blocks: Sequence[Block], items: int, workers: int | None = None, progress: str | None = None
+) -> Generator[Result, None, None]:
+    """`function(block)` for each block, in the order of `blocks`; close the iterator to stop early.
+
+    Few items are spread over threads. Many go to processes, for the work on a tiny image holds the interpreter's lock most of the time.
+
+    Args:
+        function: A top-level function or a `functools.partial` of one; it and all that it takes and gives can be pickled.
+        blocks: Pieces of work that take a good part of a second at most: Ctrl-C waits for threads that are in one.
+        items: Images (or the like) in all blocks together.
+        workers: Threads or processes; None for one a core.
+        progress: What the progress bar on standard error says; None for no bar.
+
+    Raises:
+        DataError: A worker process was killed, mostly for want of memory.
+        Exception: Whatever `function` raises, for the first block in order that fails.
+    """
+    count = max(1, min(workers or core_count(), len(blocks)))
+    processes = _started(function, count) if count > 1 and items >= MANY else []
+    results: Generator[Result, None, None] = _answers(processes, blocks) if processes else _in_order(function, blocks, count)
+    with closing(results):
+        yield from shown(results, progress, len(blocks)) if progress else results
+
+
+def shown(items: Iterable[Result], text: str, total: int) -> Iterator[Result]:
+    """The items, with a progress bar on standard error where that is a terminal."""
+    from rich.console import Console  # here, or every worker would load rich
+    from rich.progress import track
+
+    yield from track(items, text, total=total, transient=True, console=Console(stderr=True))
+
+
+def _in_order(
+    call: Callable[[Block], Result], blocks: Sequence[Block], count: int, stop: Callable[[], None] | None = None
+) -> Generator[Result, None, None]:
+    """Results of `call` in the order of `blocks`, with `count` calls at a time; `stop` ends those in progress when nobody waits for them."""
+    waiting: deque[Future[Result]] = deque()
+    with ThreadPoolExecutor(count) as pool:
+        try:
+            for block in blocks:
+                waiting.append(pool.submit(call, block))
+                if len(waiting) >= _AHEAD * count:
+                    yield waiting.popleft().result()
+            while waiting:
+                yield waiting.popleft().result()
+        finally:
+            for future in waiting:
+                future.cancel()
+            if stop:
+                stop()
+
+
+def _answers(processes: Sequence[_Worker], blocks: Sequence[Any]) -> Generator[Any, None, None]:
+    idle: SimpleQueue[_Worker] = SimpleQueue()
+    for worker in processes:
+        idle.put(worker)
+
+    def call(block: Any) -> Any:
+        worker = idle.get()
+        try:
+            return worker(block)
+        finally:
+            idle.put(worker)
+
+    def stop() -> None:
+        for worker in processes:
+            worker.process.kill()
+
+    try:
+        yield from _in_order(call, blocks, len(processes), stop)
+    finally:
+        _ended(processes)
+
+
+def _started(function: Callable[..., Any], count: int) -> list[_Worker]:
+    """So many workers, or none where this Python cannot start another of its kind: then threads do."""
+    if not sys.executable or getattr(sys, "frozen", False):
+        return []
+    order = pickle.dumps(function)
+    workers: list[_Worker] = []
+    try:
+        for _ in range(count):
+            workers.append(_Worker(order))
+    except OSError:  # the system's limit of processes
+        _ended(workers)
+        return []
+    except BaseException:
+        _ended(workers)
+        raise
+    return workers
+
+
+def _ended(workers: Sequence[_Worker]) -> None:
+    for worker in workers:
+        worker.end()
+
+
+class _Worker:
+    """One process; called with a block, it gives the function's result or raises the function's error."""
+
+    def __init__(self, order: bytes) -> None:
+        self.order: bytes | None = order
+        command = [sys.executable, f"-Xutf8={sys.flags.utf8_mode}", "-c", _START.format(path=ascii(sys.path))]
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}  # there are as many workers as cores
+        # A session of its own: Ctrl-C on the terminal reaches the caller only, who then ends the workers.
+        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment, start_new_session=True)
+
+    def __call__(self, block: Any) -> Any:
+        assert self.process.stdin is not None
+        assert self.process.stdout is not None
+        content = pickle.dumps(block)
+        try:
+            if self.order is not None:
+                self.process.stdin.write(self.order)
+                self.order = None
+            self.process.stdin.write(content)
+            self.process.stdin.flush()
+            good, answer = pickle.load(self.process.stdout)
+        except (EOFError, OSError, pickle.UnpicklingError) as error:
+            raise self._lost() from error
+        if not good:
+            raise answer
+        return answer
+
+    def _lost(self) -> DataError:
+        code = self.process.wait()
+        ending = signal.Signals(-code).name if -code in set(signal.Signals) else f"exit code {code}"
+        return DataError(f"a worker process ended with {ending}", "the memory may be full: free some, or use fewer workers with data.cache.workers=1")
+
+    def end(self) -> None:
+        """Kill the process, which holds nothing, and let go of its pipes."""
+        self.process.kill()
+        with suppress(BrokenPipeError):  # a block that it never read
+            self.process.communicate()
+
+
+def serve() -> None:
+    """The life of a worker: a function, then blocks from standard input, each answered on standard output, until the input ends."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    with suppress(EOFError, BrokenPipeError), os.fdopen(os.dup(1), "wb") as output:
+        os.dup2(2, 1)  # what a library prints must not come between the answers
+        function = pickle.load(sys.stdin.buffer)
+        while True:
+            answer = _answer(function, pickle.load(sys.stdin.buffer))
+            pickle.dump(answer, output, protocol=pickle.HIGHEST_PROTOCOL)
+            output.flush()
+
+
+def _answer(function: Callable[[Any], Any], block: Any) -> tuple[bool, Any]:
+    try:
+        return True, function(block)
+    except Exception as error:  # raised again in the caller
+        try:
+            return False, pickle.loads(pickle.dumps(error)) and error
+        except Exception:
+            return False, RuntimeError(f"{type(error).__name__}: {error}")

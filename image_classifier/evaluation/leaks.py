@@ -1,0 +1,39 @@
+"""How much copies of training images in a judged part flatter its figures."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+
+import numpy as np
+
+from image_classifier.records import PredictionTable
+
+
+@dataclass(frozen=True)
+class LeakScore:
+    """Accuracy on images that have a copy or twin in the train part, and on those that have none (None where there are none)."""
+
+    leaked: int
+    clean: int
+    accuracy_leaked: float
+    accuracy_clean: float | None
+
+    def as_dict(self) -> dict[str, float | int | None]:
+        """Plain values, ready for JSON."""
+        return asdict(self)
+
+    def lines(self, split: str) -> Iterator[str]:
+        """The two figures for a terminal, under names that a script may look for."""
+        yield f"{split} accuracy_leaked {self.accuracy_leaked:.4f} on {self.leaked} images that have a copy or twin in the train part"
+        if self.accuracy_clean is not None:
+            yield f"{split} accuracy_clean {self.accuracy_clean:.4f} on the {self.clean} others: the honest figure"
+
+
+def leak_score(table: PredictionTable, leaked: np.ndarray) -> LeakScore | None:
+    """The two accuracies, `leaked` bool [N] saying which rows have leaked; None where none has."""
+    if not leaked.any():
+        return None
+    correct = table.probabilities.argmax(axis=1) == table.targets
+    clean = float(correct[~leaked].mean()) if not leaked.all() else None
+    return LeakScore(int(leaked.sum()), int((~leaked).sum()), float(correct[leaked].mean()), clean)

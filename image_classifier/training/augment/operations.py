@@ -1,0 +1,105 @@
+"""Random operations from a list of fourteen: TrivialAugment (Müller & Hutter, 2021) and RandAugment (Cubuk et al., 2020)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from image_classifier.errors import ConfigError
+from image_classifier.training.augment import colour, geometry
+
+Recolour = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+
+_MOVES = ("shear_across", "shear_down", "translate_across", "translate_down", "rotate")
+_TONES: dict[str, Recolour] = {
+    "brightness": colour.brightness,
+    "contrast": colour.contrast,
+    "saturation": colour.saturation,
+    "sharpness": colour.sharpness,
+    "posterize": colour.posterize,
+    "solarize": colour.solarize,
+    "autocontrast": colour.autocontrast,
+    "equalize": colour.equalize,
+}
+OPERATIONS = ("identity", *_MOVES, *_TONES)
+
+
+@dataclass(frozen=True)
+class Draw:
+    """What befalls each image in each of L turns: `kinds` int64 [L, N] counts OPERATIONS, `amounts` float [L, N] is -1..1 of the greatest."""
+
+    kinds: torch.Tensor
+    amounts: torch.Tensor
+
+
+class RandomOperations:
+    """Each image gets `count` operations, drawn with equal chances, each with a strength drawn from a range and a random sign.
+
+    All that move the image join its one resampling, which comes before those that change its colours.
+
+    Args:
+        count: Operations an image.
+        strength: Least and greatest share of the ranges below.
+        shear: Greatest shear, as the tangent of its angle.
+        translate: Greatest shift, as a share of the side.
+        rotation: Greatest turn in degrees.
+        tone: Brightness, contrast, saturation and sharpness change by a factor of 1 ± this.
+        posterize: Fewest bits of a level that stay.
+    """
+
+    def __init__(
+        self,
+        count: int = 1,
+        strength: Sequence[float] = (0.0, 1.0),
+        shear: float = 0.3,
+        translate: float = 0.3,
+        rotation: float = 30.0,
+        tone: float = 0.9,
+        posterize: int = 4,
+    ) -> None:
+        if count < 1:
+            raise ConfigError(f"augment.operations.count must be at least 1, not {count}")
+        if len(strength) != 2 or not 0 <= strength[0] <= strength[1] <= 1:
+            raise ConfigError(f"augment.operations.strength={list(strength)} is not a range", "give the least and the greatest value within 0..1")
+        if not 1 <= posterize <= 8:
+            raise ConfigError(f"augment.operations.posterize must be 1 to 8 bits, not {posterize}")
+        self.count, self.strength = count, (float(strength[0]), float(strength[1]))
+        self.shear, self.translate, self.rotation = shear, translate, math.radians(rotation)
+        self.tone, self.posterize = tone, posterize
+
+    def draw(self, count: int, generator: torch.Generator) -> Draw:
+        """Operations and signed strengths for `count` images."""
+        kinds = torch.randint(len(OPERATIONS), (self.count, count), generator=generator)
+        share, side = torch.rand(2, self.count, count, generator=generator)
+        strength = self.strength[0] + share * (self.strength[1] - self.strength[0])
+        return Draw(kinds, torch.where(side < 0.5, -strength, strength))
+
+    def maps(self, draw: Draw) -> torch.Tensor:
+        """All moves of each image as one map [N, 3, 3]."""
+        joined = torch.eye(3).repeat(draw.kinds.shape[1], 1, 1)
+        for kinds, amounts in zip(draw.kinds, draw.amounts, strict=True):
+            across, down, right, below, angle = (torch.where(kinds == OPERATIONS.index(move), amounts, 0.0) for move in _MOVES)
+            joined = joined @ geometry.shear(self.shear * across, self.shear * down)  # at most one of the three is more than the identity
+            joined = joined @ geometry.translate(self.translate * right, self.translate * below) @ geometry.turn(self.rotation * angle)
+        return joined
+
+    def recolour(self, pixels: torch.Tensor, draw: Draw) -> torch.Tensor:
+        """Apply the operations that change colours, turn by turn, each to the images that drew it."""
+        result = pixels.clone()
+        for kinds, amounts in zip(draw.kinds, draw.amounts, strict=True):
+            for name, recolour in _TONES.items():
+                drawn = kinds == OPERATIONS.index(name)
+                if drawn.any():
+                    rows = drawn.nonzero().squeeze(1).to(pixels.device)
+                    result[rows] = recolour(result[rows], self._amount(name, amounts[drawn]).to(pixels.device))
+        return result
+
+    def _amount(self, name: str, amounts: torch.Tensor) -> torch.Tensor:
+        if name == "posterize":
+            return 8 - amounts.abs() * (8 - self.posterize)
+        if name == "solarize":
+            return 256 * (1 - amounts.abs())
+        return 1 + self.tone * amounts
