@@ -95,7 +95,10 @@ def run_command(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[st
 
     capfd.readouterr()
     monkeypatch.setattr(sys, "argv", [str(ROOT / "commands.py"), *map(str, line)])
-    code = exit_code(commands.main)
+    try:
+        code = exit_code(commands.main)
+    except SystemExit as end:  # findings of an audit, a run that was stopped
+        code = int(end.code or 0)
     out, err = capfd.readouterr()
     return Answer(code, out, err)
 

@@ -20,7 +20,7 @@ from image_classifier.dataset.clean import tag_cache
 from image_classifier.dataset.duplicates import DuplicateSettings, Twins
 from image_classifier.dataset.facts import Facts, read_facts
 from image_classifier.dataset.select import ClassSettings, select
-from image_classifier.dataset.split import SplitSettings, assign_splits, group_keys, join_groups
+from image_classifier.dataset.split import SplitSettings, assign_splits, check_folds, group_keys, join_groups
 from image_classifier.dataset.tree import Tree, find, find_test, unreadable
 from image_classifier.dataset.twins_store import known_twins
 from image_classifier.errors import ConfigError, DataError, UnreadableImage
@@ -71,6 +71,7 @@ class DataSettings:
             raise ConfigError(f"data.batch_size must be at least 1, not {self.batch_size}")
         if isinstance(self.balance, str) and self.balance not in BALANCES:
             raise ConfigError(f"data.balance must be one of {', '.join(BALANCES)}, not {self.balance!r}")
+        check_folds(self.fold, self.folds)
         _ = self.preprocess
 
     @property
