@@ -26,7 +26,7 @@ TEXT_KEYS: dict[str, frozenset[str]] = {
     "clean": frozenset({"cache_dir"}),
     "show": _DATA_TEXT | {"output", "plots_dir"},
     "train": _DATA_TEXT | {"name", "models_dir", "plots_dir", "runs_dir", "logger.tracking_uri"},
-    "test": frozenset({"checkpoint_name", "test_dir", "output_dir", "models_dir", "plots_dir"}),
+    "test": frozenset({"cache_dir", "checkpoint_name", "test_dir", "output_dir", "models_dir", "plots_dir"}),
     "infer": frozenset({"checkpoint_name", "output", "models_dir"}),
 }
 LIST_KEYS: dict[str, frozenset[str]] = {"infer": frozenset({"images"})}

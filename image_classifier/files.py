@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import glob
+import logging
 import os
 import shutil
 import socket
@@ -14,6 +15,8 @@ from pathlib import Path
 from typing import IO
 
 from image_classifier.errors import StorageError, storage_errors
+
+log = logging.getLogger(__name__)
 
 
 def write_text(path: Path, text: str) -> None:
@@ -98,7 +101,13 @@ def locked(path: Path, wait: bool = True) -> Iterator[None]:
             if sys.platform != "win32":
                 import fcntl
 
-                fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+                try:
+                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                except BlockingIOError:
+                    if not wait:
+                        raise
+                    log.info("waiting for another run, which holds %s", path)
+                    fcntl.flock(file, fcntl.LOCK_EX)
             yield
 
 

@@ -6,10 +6,11 @@ import csv
 import hashlib
 import io
 from array import array
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import astuple, dataclass, field, fields
 from functools import cached_property
 from pathlib import Path
+from typing import IO
 
 import numpy as np
 
@@ -128,10 +129,9 @@ class Manifest:
 
     def __iter__(self) -> Iterator[Record]:
         names = (*SPLITS, "")  # -1 finds the last
-        columns = (self.targets, self.splits, self.groups, self.digests, self.widths, self.heights)
         for start in range(0, len(self), _BLOCK):
             block = slice(start, start + _BLOCK)
-            targets, splits, groups, digests, widths, heights = (column[block] for column in columns)
+            targets, splits, groups, digests, widths, heights = (column[block] for column in self._columns)
             text = digests.tobytes().hex()
             rows = zip(targets.tolist(), splits.tolist(), groups.tolist(), widths.tolist(), heights.tolist(), strict=True)
             for row, (target, split, group, width, height) in enumerate(rows):
@@ -141,7 +141,14 @@ class Manifest:
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, Manifest):
             return NotImplemented
-        return len(self) == len(other) and self.root == other.root and self.sha256 == other.sha256
+        if len(self) != len(other) or self.root != other.root or self.classes != other.classes:
+            return False
+        same = (np.array_equal(mine, yours) for mine, yours in zip(self._columns, other._columns, strict=True))
+        return all(same) and list(self.paths) == list(other.paths)
+
+    @property
+    def _columns(self) -> tuple[np.ndarray, ...]:
+        return self.targets, self.splits, self.groups, self.digests, self.widths, self.heights
 
     def __hash__(self) -> int:
         return hash((self.root, self.sha256))
@@ -190,10 +197,10 @@ class Manifest:
 
     def _csv(self) -> Iterator[str]:
         text = io.StringIO()
-        writer = csv.writer(text, lineterminator="\n")
-        writer.writerow(_COLUMNS)
+        write_row = csv_writer(text)
+        write_row(_COLUMNS)
         for row, record in enumerate(self, start=1):
-            writer.writerow((record.path, record.label, record.split, record.group, record.sha256, record.width, record.height))
+            write_row((record.path, record.label, record.split, record.group, record.sha256, record.width, record.height))
             if row % _BLOCK == 0:
                 yield text.getvalue()
                 text.seek(0)
@@ -208,6 +215,13 @@ class Manifest:
                 return _read(csv.DictReader(file), path, root)
         except OSError as error:
             raise DataError(f"cannot read the manifest {str(path)!r} ({error.strerror})", "run `python commands.py prepare` first") from error
+
+
+def csv_writer(file: IO[str]) -> Callable[[Sequence[object]], object]:
+    """A function that writes one row; csv itself does not quote a lone carriage return, which a file name may hold, and then cannot read it."""
+    plain = csv.writer(file, lineterminator="\n")
+    quoted = csv.writer(file, lineterminator="\n", quoting=csv.QUOTE_ALL)
+    return lambda row: (quoted if any("\r" in item for item in row if isinstance(item, str)) else plain).writerow(row)
 
 
 _SPLIT_CODES = {name: code for code, name in enumerate(SPLITS)}
@@ -301,11 +315,11 @@ class PredictionTable:
         """Write `predictions.csv` (path, label, predicted_class, confidence) and `logits.npy` beside it."""
         predicted = self.probabilities.argmax(axis=1)
         text = io.StringIO()
-        writer = csv.writer(text, lineterminator="\n")
-        writer.writerow(("path", "label", "predicted_class", "confidence"))
+        write_row = csv_writer(text)
+        write_row(("path", "label", "predicted_class", "confidence"))
         for row, path in enumerate(self.paths):
             confidence = f"{self.probabilities[row, predicted[row]]:.6f}"
-            writer.writerow((path, self.classes[self.targets[row]], self.classes[predicted[row]], confidence))
+            write_row((path, self.classes[self.targets[row]], self.classes[predicted[row]], confidence))
         write_text(directory / "predictions.csv", text.getvalue())
         buffer = io.BytesIO()
         np.save(buffer, self.logits.astype(np.float32))

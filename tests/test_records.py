@@ -14,7 +14,7 @@ from image_classifier.records import SPLITS, Manifest, Prediction, PredictionTab
 
 # Any name a file system can give: spaces, quotes, newlines, and bytes that are not UTF-8 (lone surrogates \udc80..\udcff).
 NAMES = st.text(
-    st.characters(codec="utf-8", exclude_characters="\0\r") | st.characters(min_codepoint=0xDC80, max_codepoint=0xDCFF, categories=["Cs"]), min_size=1
+    st.characters(codec="utf-8", exclude_characters="\0") | st.characters(min_codepoint=0xDC80, max_codepoint=0xDCFF, categories=["Cs"]), min_size=1
 )
 GROUPS = st.integers(0, 2**64 - 1).map("{:016x}".format)
 DIGESTS = st.binary(min_size=32, max_size=32).map(bytes.hex)

@@ -169,7 +169,10 @@ def open_cache(
     return PixelCache(store.pixels(), rows, live)
 
 
-_IS_FULL = "the pixel cache is full (data.cache.max_gb=%s): %d of %d images are decoded anew each time by %d threads"
+_IS_FULL = (
+    "the pixel cache is full (data.cache.max_gb=%s): %d of %d images are decoded anew each time by %d threads; "
+    "`python commands.py clean` drops what no run needs"
+)
 
 
 def _key(preprocess: Preprocess) -> str:

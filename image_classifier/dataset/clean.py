@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import logging
+import re
 import shutil
 from collections.abc import Iterator
 from contextlib import ExitStack
@@ -14,9 +14,8 @@ from image_classifier import settings
 from image_classifier.errors import ConfigError, DataError, storage_errors
 from image_classifier.files import locked, write_text
 
-log = logging.getLogger(__name__)
-
 _TAG = "CACHEDIR.TAG"
+_PIXELS = re.compile(r"[0-9a-f]{16}")
 _SIGNATURE = "Signature: 8a477f597d28d172789f06886806bc55"  # https://bford.info/cachedir/: back-up programs leave such folders out
 
 
@@ -37,7 +36,7 @@ def tag_cache(directory: Path) -> None:
 
 
 def clean(config: Any) -> None:
-    """Remove decoded pixels and what is known of files; says how much room that makes. Images, manifests and models stay."""
+    """Remove decoded pixels and what is known of files; says how much room that makes. All else in the folder stays, as do images and models."""
     asked = settings.typed(CleanSettings, config, "")
     directory = Path(asked.cache_dir)
     if not directory.is_dir():
@@ -45,18 +44,22 @@ def clean(config: Any) -> None:
         return
     if not _is_cache(directory):
         raise ConfigError(f"cache_dir={directory} is no cache of this program", f"it has no {_TAG}; nothing was removed")
-    size = sum(file.stat().st_size for file in directory.rglob("*") if file.is_file() and not file.is_symlink())
+    stores = list(_stores(directory))
+    size = sum(file.stat().st_size for store in stores for file in store.rglob("*") if file.is_file() and not file.is_symlink())
     if asked.dry_run:
-        print(f"would remove {size / 1e6:,.1f} MB: {directory}")
+        print(f"would remove {size / 1e6:,.1f} MB from {directory}")
         return
     with storage_errors(directory), ExitStack() as stack:
-        for lock in _locks(directory):
+        for lock in (path for store in stores for path in sorted(store.rglob("lock"))):
             try:
                 stack.enter_context(locked(lock, wait=False))
             except BlockingIOError:
                 raise DataError(f"a run is writing to {str(lock.parent)!r}", "wait until it is done; nothing was removed") from None
-        shutil.rmtree(directory)
-    print(f"removed {size / 1e6:,.1f} MB: {directory}")
+        for store in stores:
+            shutil.rmtree(store)
+        if [path.name for path in directory.iterdir()] == [_TAG]:  # else something of somebody's lies here
+            shutil.rmtree(directory)
+    print(f"removed {size / 1e6:,.1f} MB from {directory}")
 
 
 def _is_cache(directory: Path) -> bool:
@@ -64,6 +67,8 @@ def _is_cache(directory: Path) -> bool:
     return tag.is_file() and tag.read_bytes().startswith(_SIGNATURE.encode())
 
 
-def _locks(directory: Path) -> Iterator[Path]:
-    """The lock files of all stores in the cache."""
-    yield from sorted(path for path in directory.rglob("*lock*") if path.is_file())
+def _stores(directory: Path) -> Iterator[Path]:
+    """The folders that this program makes in a cache: pixels under 16 hex digits, facts and twins."""
+    for path in sorted(directory.iterdir()):
+        if path.is_dir() and not path.is_symlink() and (path.name in ("facts", "twins") or _PIXELS.fullmatch(path.name)):
+            yield path

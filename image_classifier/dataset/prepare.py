@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import os
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import astuple, dataclass, field, replace
@@ -20,7 +21,7 @@ from image_classifier.dataset.clean import tag_cache
 from image_classifier.dataset.duplicates import DuplicateSettings, Twins
 from image_classifier.dataset.facts import Facts, read_facts
 from image_classifier.dataset.select import ClassSettings, select
-from image_classifier.dataset.split import SplitSettings, assign_splits, check_folds, group_keys, join_groups
+from image_classifier.dataset.split import SplitSettings, assign_splits, check_folds, content_names, group_keys, join_groups
 from image_classifier.dataset.tree import Tree, find, find_test, unreadable
 from image_classifier.dataset.twins_store import known_twins
 from image_classifier.errors import ConfigError, DataError, UnreadableImage
@@ -79,10 +80,11 @@ class DataSettings:
         """The evaluation path that these settings ask for; ConfigError where they cannot be."""
         return Preprocess(self.image_size, self.resize, self.interpolation, self.crop_fraction, self.background, self.scaled_decoding)
 
-    def place(self, root: Path) -> str:
-        """What names this data set's files: its name and 8 hex of the folder."""
+    def place(self, root: Path, paths: Sequence[Path], *more: Any) -> str:
+        """What names this data set's files: its name, and 8 hex of its folders and tables and of whatever else decides."""
         name = (self.name or root.resolve().name or "data").replace("/", "_")
-        return f"{name}-{_hex8(str(root))}"
+        identity = repr(([os.path.realpath(path) for path in paths], more))
+        return f"{name}-{hashlib.sha256(identity.encode('utf-8', 'surrogateescape')).hexdigest()[:8]}"
 
 
 @dataclass(frozen=True)
@@ -97,21 +99,12 @@ class Examination:
     directory: Path
 
 
-def _hex8(text: str) -> str:
-    return hashlib.sha256(text.encode("utf-8", "surrogateescape")).hexdigest()[:8]
-
-
-def manifest_path(root: Path, settings: DataSettings) -> Path:
-    """Where the manifest of these images under these split settings lies: `data.manifest_path`, else a name of its own."""
+def manifest_path(root: Path, paths: Sequence[Path], settings: DataSettings) -> Path:
+    """Where the manifest of these images, under these settings of selection and split, lies: `data.manifest_path`, else a name of its own."""
     if settings.manifest_path:
         return Path(settings.manifest_path)
-    name = (settings.name or root.resolve().name or "data").replace("/", "_")
-    return Path("data/manifests") / f"{name}-{_hex8(repr((str(root), astuple(settings.split), settings.folds, settings.fold)))}.csv"
-
-
-def audit_directory(root: Path, settings: DataSettings, audit: AuditSettings) -> Path:
-    """Where the audit of these images lies: `audit.output_dir`, else a folder of its own."""
-    return Path(audit.output_dir) if audit.output_dir else Path("data/audit") / settings.place(root)
+    asked = (astuple(settings.split), settings.folds, settings.fold, astuple(settings.classes), sorted(settings.rename.items()))
+    return Path("data/manifests") / f"{settings.place(root, paths, asked)}.csv"
 
 
 def examine(paths: Sequence[Path], settings: DataSettings, asked: AuditSettings, progress: bool = False) -> Examination:
@@ -126,13 +119,12 @@ def examine(paths: Sequence[Path], settings: DataSettings, asked: AuditSettings,
     tag_cache(store)
     facts = read_facts(tree, store / "facts", settings.limits, settings.background, settings.cache.workers, progress)
     twins = known_twins(facts, settings.duplicates, store / "twins", progress)
-    directory = audit_directory(tree.root, settings, asked)
-    path = Path(settings.exclude_path) if settings.exclude_path else directory / "exclude.csv"
-    before = read_exclusions(path)
-    audit = find_problems(tree, facts, twins, asked, before)
-    exclusions = before.updated(audit)
+    place = Path("data/audit") / settings.place(tree.root, paths)
+    path = Path(settings.exclude_path) if settings.exclude_path else place / "exclude.csv"
+    audit = find_problems(tree, facts, twins, asked, read_exclusions(path))
+    exclusions = read_exclusions(path).updated(audit)  # read again: a person may have written to it meanwhile
     exclusions.write(path)
-    return Examination(tree, facts, twins, audit, exclusions, directory)
+    return Examination(tree, facts, twins, audit, exclusions, Path(asked.output_dir) if asked.output_dir else place)
 
 
 def prepare(paths: Sequence[Path], settings: DataSettings, asked: AuditSettings, progress: bool = False) -> tuple[Manifest, Examination]:
@@ -144,7 +136,7 @@ def prepare(paths: Sequence[Path], settings: DataSettings, asked: AuditSettings,
     """
     found = examine(paths, settings, asked, progress)
     manifest = _dealt(found, settings)
-    path = manifest_path(found.tree.root, settings)
+    path = manifest_path(found.tree.root, paths, settings)
     previous = Manifest.read(path, manifest.root) if path.exists() else None
     manifest = assign_splits(manifest, settings.split, previous, settings.fold, settings.folds)
     if previous is None or previous != manifest:  # an untouched file keeps its date, and a read-only one its peace
@@ -175,18 +167,26 @@ def _dealt(found: Examination, settings: DataSettings) -> Manifest:
     broken = [UnreadableImage(tree.root / tree.images[row].path, reason) for row, reason in facts.errors.items() if not excluded[row]]
     if broken:
         raise unreadable(tree.root, broken)
-    rows = np.flatnonzero(~excluded)
     if excluded.any():
         log.warning("%d images are left out by %s", int(excluded.sum()), found.exclusions.path)
-    whole = manifest_of(tree, facts, rows)
+    rows = np.flatnonzero(_readable(facts))
+    whole = _joined(manifest_of(tree, facts, rows), found, rows, settings)  # before anything leaves: what is left out may link what stays
+    whole = whole.take(np.flatnonzero(~excluded[rows]))
     gone = {*(image.label for image in tree.images), *_empty_classes(tree, settings)} - set(whole.classes)
     classes = replace(settings.classes, exclude=[name for name in settings.classes.exclude if name not in gone])
     chosen = select(whole.targets, whole.classes, whole.splits, whole.digests, classes, settings.split.seed)
     if chosen.summary:
         log.info("%s", chosen.summary)
-    rows, manifest = rows[chosen.rows], whole.take(chosen.rows)
+    manifest = whole.take(chosen.rows)
     _check_classes(manifest)
-    return _joined(manifest, found, rows, settings)
+    return manifest
+
+
+def _readable(facts: Facts) -> np.ndarray:
+    """Which rows, bool [N], could be decoded."""
+    readable = np.ones(len(facts), dtype=bool)
+    readable[list(facts.errors)] = False
+    return readable
 
 
 def manifest_of(tree: Tree, facts: Facts, rows: np.ndarray) -> Manifest:
@@ -202,7 +202,7 @@ def manifest_of(tree: Tree, facts: Facts, rows: np.ndarray) -> Manifest:
         classes=classes,
         targets=np.array([index[image.label] for image in images], dtype=np.int64),
         splits=np.array([codes[image.split] for image in images], dtype=np.int8),
-        groups=np.ascontiguousarray(digests[:, :8]).view(">u8").ravel().astype(np.uint64),
+        groups=content_names(digests),
         digests=digests,
         widths=facts.widths[rows],
         heights=facts.heights[rows],
@@ -236,16 +236,14 @@ def _check_classes(manifest: Manifest) -> None:
 
 
 def _joined(manifest: Manifest, found: Examination, rows: np.ndarray, settings: DataSettings) -> Manifest:
-    """Copies, twins and images with one group key become one group."""
+    """Copies, twins and images with one group key become one group; `rows` are the manifest's rows in the tree."""
     position = np.full(len(found.tree.images), -1, dtype=np.int64)
     position[rows] = np.arange(len(rows))
-    first, second = position[found.twins.first], position[found.twins.second]
-    both = (first >= 0) & (second >= 0)
     keys: Sequence[str] | None = None
     if settings.split.group:
         keys = [found.tree.images[row].key for row in rows.tolist()]
         keys = keys if any(keys) else group_keys(manifest.paths, settings.split.group)
-    return join_groups(manifest, first[both], second[both], keys)
+    return join_groups(manifest, position[found.twins.first], position[found.twins.second], keys)
 
 
 def _report(manifest: Manifest, path: Path) -> None:
@@ -256,5 +254,8 @@ def _report(manifest: Manifest, path: Path) -> None:
         leaked = int(manifest.leaked(split).sum())
         if leaked:
             log.warning(
-                "%d of %d %s images have a copy or a twin in the train part: their figures are flattered", leaked, counts[SPLITS.index(split)], split
+                "%d of %d %s images have a copy, a twin or one of their group in the train part: their figures are flattered",
+                leaked,
+                counts[SPLITS.index(split)],
+                split,
             )

@@ -1,4 +1,4 @@
-"""The verbs `prepare`, `audit` and `clean`, and the first step of `train`: from the config group `data` to a manifest."""
+"""The verbs `prepare` and `audit`, and the first step of `train`: from the config group `data` to a manifest."""
 
 from __future__ import annotations
 

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import numpy as np
 
 RECALL = 0.99  # of pairs exactly at the threshold
-WINDOW = 64  # neighbours, by the bits that follow, that a thumbnail is compared with where more share a table's bits
+WINDOW = 32  # neighbours, by the bits that follow, that a thumbnail is compared with where more share a table's bits
 MAX_BITS = 1024  # of a signature
 _NEAR = 4  # words of a signature that two are compared by
 _SORT = 8  # pairs that could be compared in the time in which one thumbnail is sorted in

@@ -18,14 +18,14 @@ from urllib.parse import unquote, urlsplit
 
 import numpy as np
 from PIL import Image
-from rich.progress import track
 
 from image_classifier.dataset.fetch.archive import SUFFIXES, is_archive, new_tree, stem, unpack_once
 from image_classifier.dataset.fetch.download import Download, is_of_the_disk, shown
 from image_classifier.dataset.fetch.dvc import pull_missing
-from image_classifier.dataset.fetch.hub import fetch_from_hub, is_hub_name
+from image_classifier.dataset.fetch.hub import fetch_from_hub, folder_name, is_hub_name
 from image_classifier.dataset.table import is_table
 from image_classifier.dataset.tree import list_folder
+from image_classifier.dataset.workers import with_bar
 from image_classifier.errors import ConfigError, SourceError
 
 log = logging.getLogger(__name__)
@@ -136,6 +136,7 @@ class Folder:
     def _inside(self, root: Path) -> Path:
         if self.inner and root.is_dir():
             for folder, folders, _ in os.walk(root):
+                folders.sort()  # or the disk's order would decide between two of the name
                 if self.inner in folders:
                     return unwrapped(Path(folder) / self.inner)
         return unwrapped(root)
@@ -258,11 +259,13 @@ def _write_digits(part: Path) -> None:
 
 
 def _write_images(images: IndexedImages, folder: Path) -> None:
-    names = [name.replace("/", "_") for name in images.classes]
+    names = [folder_name(name) for name in images.classes]
     for name in names:
         (folder / name).mkdir(parents=True, exist_ok=True)
     files = _files_of(images)
-    numbers: Iterable[int] = track(range(len(images)), f"writing {folder.name}", transient=True, disable=not os.isatty(2))
+    numbers: Iterable[int] = range(len(images))
+    if os.isatty(2):
+        numbers = with_bar(numbers, f"writing {folder.name}", len(images))
     for number in numbers:
         if files:
             path, label = files[number]

@@ -179,7 +179,8 @@ def _check(pool: Clusters, classes: Sequence[str]) -> None:
     single = np.flatnonzero(np.bincount(pool.labels, minlength=len(classes)) == 1)
     if len(single):
         fact = f"the class {classes[single[0]]!r} has one distinct image, or one group of them, which cannot be both trained on and held out"
-        raise DataError(fact, "add images of it, remove its folder, or give val/ and test/ folders")
+        hint = "add images of it, leave it out, loosen data.duplicates.threshold or data.split.group, or give val/ and test/ folders"
+        raise DataError(fact, hint)
 
 
 def _remember(pool: Clusters, manifest: Manifest, rows: np.ndarray, previous: Manifest, allowed: Collection[int]) -> None:

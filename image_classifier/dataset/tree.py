@@ -12,7 +12,7 @@ from operator import attrgetter
 from pathlib import Path
 
 from image_classifier.dataset.table import SPLIT_NAMES, TableRow, is_table, read_table
-from image_classifier.dataset.workers import shown
+from image_classifier.dataset.workers import with_bar
 from image_classifier.errors import ConfigError, DataError, UnreadableImage
 from image_classifier.images import is_image_name
 
@@ -204,7 +204,7 @@ class _Finder:
         self.empty: list[str] = []
         self.ignored: list[str] = []
         classes = [found for folder, parts in folders for found in self._classes(folder, parts)]
-        for folder, label, split in shown(classes, "finding images", len(classes)) if progress else classes:
+        for folder, label, split in with_bar(classes, "finding images", len(classes)) if progress else classes:
             self._add_class(folder, label, split)
         for row in rows:
             self.images.append(_image(sources.relative(row.path), row.label, row.split, row.status, row.key))

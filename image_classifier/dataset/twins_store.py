@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import io
 import logging
+import os
 import zipfile
 from dataclasses import astuple
 from pathlib import Path
@@ -18,6 +19,8 @@ from image_classifier.files import write_bytes
 log = logging.getLogger(__name__)
 
 _FORMAT = 1
+_KEPT = 16  # results, the newest ones
+_BLOCK = 65_536
 _COLUMNS = ("first", "second", "correlation", "mirrored")
 
 
@@ -38,14 +41,17 @@ def known_twins(facts: Facts, settings: DuplicateSettings, store_dir: Path, prog
         content = io.BytesIO()
         np.savez(content, **{name: getattr(twins, name) for name in _COLUMNS})
         write_bytes(path, content.getvalue())
+        for old in sorted(store_dir.glob("*.npz"), key=os.path.getmtime, reverse=True)[_KEPT:]:
+            old.unlink(missing_ok=True)
     return twins
 
 
 def _key(facts: Facts, rows: np.ndarray, settings: DuplicateSettings) -> str:
-    """What decides the result: the readable images' content, in order, and the settings."""
+    """What decides the result: the readable images' thumbnails, in order, and the settings."""
     digest = hashlib.sha256(repr((_FORMAT, astuple(settings), len(facts))).encode())
     digest.update(rows.tobytes())
-    digest.update(np.ascontiguousarray(facts.digests[rows]).tobytes())
+    for start in range(0, len(rows), _BLOCK):
+        digest.update(np.ascontiguousarray(facts.thumbnails[rows[start : start + _BLOCK]]).data)
     return digest.hexdigest()[:32]
 
 

@@ -56,10 +56,10 @@ def map_blocks(
     processes = _started(function, count) if count > 1 and items >= MANY else []
     results: Generator[Result, None, None] = _answers(processes, blocks) if processes else _in_order(function, blocks, count)
     with closing(results):
-        yield from shown(results, progress, len(blocks)) if progress else results
+        yield from with_bar(results, progress, len(blocks)) if progress else results
 
 
-def shown(items: Iterable[Result], text: str, total: int) -> Iterator[Result]:
+def with_bar(items: Iterable[Result], text: str, total: int) -> Iterator[Result]:
     """The items, with a progress bar on standard error where that is a terminal."""
     from rich.console import Console  # here, or every worker would load rich
     from rich.progress import track

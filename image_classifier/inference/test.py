@@ -17,7 +17,7 @@ from image_classifier.bundle import INFO_NAME, read_bundle
 from image_classifier.dataset.fetch.dvc import pull_missing
 from image_classifier.dataset.prepare import load_test_manifest
 from image_classifier.errors import CheckpointError, ConfigError, DataError, UnreadableImage
-from image_classifier.evaluation.leaks import leak_score
+from image_classifier.evaluation.leaks import LeakScore, leak_score
 from image_classifier.evaluation.metrics import Metrics, compute_metrics
 from image_classifier.evaluation.results import metrics_dict, metrics_lines, write_evaluation
 from image_classifier.images import DecodeLimits
@@ -64,7 +64,7 @@ def test(config: Any) -> Metrics:
     manifest, leaked = _labelled_folder(asked, path) if asked.test_dir else _own_part(asked, path)
     predictor = load_predictor(path, asked.backend, asked.batch_size, asked.trusted_packages, asked.limits)
     table = predictor.table([manifest.file(record) for record in manifest], [record.path for record in manifest], _targets(manifest, predictor))
-    metrics, leak = compute_metrics(table), leak_score(table, leaked)
+    metrics, leak = compute_metrics(table), leak_score(table, leaked, "are training images, byte for byte" if asked.test_dir else LeakScore.what)
     part = f"test-{Path(asked.test_dir).resolve().name}" if asked.test_dir else asked.split  # never in the place of the run's own figures
     directory = Path(asked.output_dir or Path(asked.plots_dir) / (path.name if path.is_dir() else path.stem) / part)
     write_evaluation(table, metrics, manifest, directory, f"{path.name}, {'folder ' + asked.test_dir if asked.test_dir else asked.split}", leak)
@@ -100,14 +100,13 @@ def _own_part(asked: TestSettings, path: Path) -> tuple[Manifest, np.ndarray]:
         raise CheckpointError(f"{path.name!r} does not say which images it was tested on", "give a labelled folder with --test_dir=PATH")
     bundle = read_bundle(path)
     root = Path(str(bundle.info.provenance.get("data_root", "")))
-    pull_missing(root, asked.dvc)
     split, manifest = asked.split, Manifest.read(bundle.path("manifest.csv"), root)
     part = manifest.part(split)
     if not len(part):
         raise DataError(f"the data of {path.name!r} has no {split} part", "use --split val, or a labelled folder with --test_dir=PATH")
     for record in part:
         file = part.file(record)
-        if not file.is_file():
+        if not file.is_file() and not pull_missing(file, asked.dvc):
             raise DataError(f"{str(file)!r} is gone", "run where the training data lies, or give a labelled folder with --test_dir=PATH")
         if hashlib.sha256(file.read_bytes()).hexdigest() != record.sha256:
             raise DataError(f"{str(file)!r} has changed since training", "restore it, or give a labelled folder with --test_dir=PATH")

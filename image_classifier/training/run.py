@@ -137,7 +137,7 @@ def _write_results(
 
 def _log_outcome(tracker: Tracker, run: RunFolder, metrics: dict[str, Metrics], leak: LeakScore | None, facts: dict[str, Any], epoch: int) -> None:
     if leak:
-        tracker.log_metrics({f"test/{name}": float(value) for name, value in leak.as_dict().items() if value is not None}, epoch)
+        tracker.log_metrics({f"test/{name}": value for name, value in leak.as_dict().items() if isinstance(value, int | float)}, epoch)
     if "test" in metrics:
         tracker.log_metrics({f"test/{name}": value for name, value in metrics["test"].scalars().items()}, epoch)
     tracker.set_tags({"git_commit": str(facts["git"]), "bundle": str(run.bundle)})

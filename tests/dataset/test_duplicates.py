@@ -73,15 +73,32 @@ def named(twins: Twins, count: int) -> np.ndarray:
     return clusters(count, twins.first, twins.second)
 
 
-@settings(max_examples=25, deadline=None)
-@given(seed=st.integers(0, 1000), noise=st.floats(0, 12), threshold=st.sampled_from([0.9, 0.95, 0.98, 0.995]), mirrored=st.booleans())
-def test_finds_what_brute_force_finds(seed: int, noise: float, threshold: float, mirrored: bool) -> None:
+def case(seed: int, noise: float) -> np.ndarray:
+    """60 pictures, then 40 copies of some and 20 mirrored ones of the others."""
     originals = pictures(60, seed)
     turned = copies(originals[:20], noise, seed + 1)[:, :, ::-1]
-    thumbnails = np.concatenate([originals, copies(originals[20:], noise, seed + 2), turned])
-    found = pairs(find_twins(thumbnails, DuplicateSettings(threshold, mirrored)))
-    assert found <= brute_force(thumbnails, threshold, mirrored)
-    assert found >= brute_force(thumbnails, min(1 - (1 - threshold) * 0.6, 0.9995), mirrored)  # well above it, nothing is missed
+    return np.concatenate([originals, copies(originals[20:], noise, seed + 2), turned])
+
+
+@settings(max_examples=25, deadline=None)
+@given(seed=st.integers(0, 1000), noise=st.floats(0, 12), threshold=st.sampled_from([0.9, 0.95, 0.98, 0.995]), mirrored=st.booleans())
+def test_every_pair_listed_is_one_by_definition(seed: int, noise: float, threshold: float, mirrored: bool) -> None:
+    thumbnails = case(seed, noise)
+    assert pairs(find_twins(thumbnails, DuplicateSettings(threshold, mirrored))) <= brute_force(thumbnails, threshold, mirrored)
+
+
+@pytest.mark.parametrize("mirrored", [True, False])
+@pytest.mark.parametrize("threshold", [0.9, 0.95, 0.98, 0.995])
+def test_all_but_one_in_a_hundred_of_brute_forces_pairs_are_found(threshold: float, mirrored: bool) -> None:
+    # The hash is a matter of chance: for single pairs nothing can be promised, so that many are counted, from seeds that stay.
+    true = hit = 0
+    for seed in range(12):
+        thumbnails = case(seed, noise=2 + seed % 4)
+        expected = brute_force(thumbnails, threshold, mirrored)
+        true += len(expected)
+        hit += len(expected & pairs(find_twins(thumbnails, DuplicateSettings(threshold, mirrored))))
+    assert true > 100
+    assert hit >= 0.99 * true
 
 
 def test_at_the_threshold_the_promised_part_is_found() -> None:
@@ -131,6 +148,15 @@ def test_small_things_on_one_sky_are_no_twins() -> None:
     sky[0, 4:6, 3:7] = sky[1, 9:12, 9:11] = 40
     assert correlations(sky[:1], sky[1:])[0, 0] > 0.9
     assert len(find_twins(sky, DuplicateSettings(0.9))) == 0
+
+
+def test_a_thousand_plain_skies_do_not_hide_their_twins() -> None:
+    rng = np.random.default_rng(0)
+    skies = np.array([110, 150, 210]) + rng.normal(0, 3, (1000, 16, 16, 3))
+    thumbnails = np.concatenate([skies, skies[:100] + rng.normal(0, 0.3, (100, 16, 16, 3))]).astype(np.uint8)
+    assert (correlations(thumbnails[:50], thumbnails[50:100]) > 0.98).all()
+    found = pairs(find_twins(thumbnails, BOTH))
+    assert found <= {(row, row + 1000) for row in range(100)} and len(found) >= 95
 
 
 def test_flat_thumbnails_are_nobodys_twins() -> None:

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import shutil
 from pathlib import Path
 
@@ -35,7 +36,7 @@ def test_the_manifest_is_written_and_said(tree, caplog):
     settings = DataSettings(name="pets")
     with caplog.at_level(logging.INFO):
         manifest = prepare(tree, settings)
-    path = manifest_path(tree, settings)
+    path = manifest_path(tree, [tree], settings)
     assert path.parent == Path("data/manifests")
     assert path.name.startswith("pets-")
     assert Manifest.read(path, tree) == manifest
@@ -55,15 +56,15 @@ def test_added_files_move_nothing_on_disk(tree):
 def test_an_untouched_folder_keeps_its_manifest(tree):
     settings = DataSettings()
     prepare(tree, settings)
-    date = manifest_path(tree, settings).stat().st_mtime_ns
+    date = manifest_path(tree, [tree], settings).stat().st_mtime_ns
     prepare(tree, settings)
-    assert manifest_path(tree, settings).stat().st_mtime_ns == date
+    assert manifest_path(tree, [tree], settings).stat().st_mtime_ns == date
 
 
 def test_each_split_setting_has_its_own_manifest(tree):
-    paths = {manifest_path(tree, DataSettings(split=SplitSettings(val, seed=seed))) for val in (0.1, 0.2) for seed in (0, 1)}
+    paths = {manifest_path(tree, [tree], DataSettings(split=SplitSettings(val, seed=seed))) for val in (0.1, 0.2) for seed in (0, 1)}
     assert len(paths) == 4
-    assert manifest_path(tree, DataSettings(manifest_path="m.csv")) == Path("m.csv")
+    assert manifest_path(tree, [tree], DataSettings(manifest_path="m.csv")) == Path("m.csv")
 
 
 def test_test_images_that_were_trained_on_are_said(tmp_path, caplog):
@@ -71,7 +72,7 @@ def test_test_images_that_were_trained_on_are_said(tmp_path, caplog):
         write_image(tmp_path / "pets" / path, seed)
     shutil.copy("pets/train/cat/a.png", "pets/test/dog/b.png")
     prepare(Path("pets"), DataSettings())
-    assert "1 of 2 test images have a copy or a twin in the train part" in caplog.text
+    assert "1 of 2 test images have a copy, a twin or one of their group in the train part" in caplog.text
 
 
 def spoil(path: Path) -> None:
@@ -148,6 +149,56 @@ def test_selection_is_honoured(make_tree):
     manifest = prepare(root, DataSettings(classes=ClassSettings(top=2, max_images=5)))
     assert manifest.classes == ("cat", "dog")
     assert len(manifest) == 10
+
+
+def test_a_cluster_stays_whole_though_the_image_that_links_it_is_left_out(tree):
+    for number in range(10):  # three pictures a cluster, alike to the pixel and different to the byte
+        with Image.open(tree / "cat" / f"{number:03d}.png") as image:
+            image.save(tree / "cat" / f"{number:03d}.bmp")
+            image.save(tree / "cat" / f"{number:03d}.tiff")
+            image.save(tree / "cat" / f"{number:03d}.webp", lossless=True)
+    for kept in (["png"], ["bmp"], ["tiff"]):
+        Path("exclude.csv").write_text("path,reason\n" + "".join(f"cat/*.{suffix},no\n" for suffix in kept))
+        for seed in range(4):
+            manifest = prepare(tree, DataSettings(exclude_path="exclude.csv", split=SplitSettings(0.3, 0.2, seed)))
+            parts = {}
+            for record in manifest:
+                parts.setdefault(Path(record.path).stem + record.label, set()).add(record.split)
+            assert all(len(splits) == 1 for splits in parts.values())
+    capped = prepare(tree, DataSettings(classes=ClassSettings(max_images=17)))
+    parts = {}
+    for record in capped:
+        parts.setdefault(Path(record.path).stem + record.label, set()).add(record.split)
+    assert all(len(splits) == 1 for splits in parts.values())
+
+
+def test_a_data_set_is_known_however_its_path_is_written(tree):
+    settings = DataSettings(name="pets")
+    prepare(tree, settings)
+    prepare(Path(os.path.relpath(tree)), settings)
+    assert len(list(Path("data/manifests").iterdir())) == len(list(Path("data/audit").iterdir())) == 1
+
+
+def test_other_folders_other_classes_other_files(make_tree):
+    first, second, third = (make_tree(name, cat=4, dog=4) for name in ("a", "b", "c"))
+    for number, folder in enumerate((second, third)):
+        for row, path in enumerate(sorted(folder.rglob("*.png"))):
+            write_image(path, 1000 * number + row + 500)
+    prepare([first, second], DataSettings())
+    prepare([first, third], DataSettings())
+    prepare([first, third], DataSettings(classes=ClassSettings(max_images=6)))
+    assert len(list(Path("data/manifests").iterdir())) == 3
+    assert len(list(Path("data/audit").iterdir())) == 2
+
+
+def test_twins_are_looked_for_again_where_another_background_changes_what_is_seen(tree):
+    for row, path in enumerate(sorted(tree.rglob("*.png"))):
+        alpha = np.zeros((12, 12, 4), np.uint8)
+        alpha[..., :3] = np.random.default_rng(row).integers(0, 256, (12, 12, 3))
+        Image.fromarray(alpha).save(path)
+    for background in ((255, 255, 255), (0, 0, 0)):
+        prepare(tree, DataSettings(background=background))
+    assert len(list(Path("data/cache/twins").iterdir())) == 2
 
 
 def test_folds_partition_the_images(tree):

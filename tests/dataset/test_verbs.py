@@ -7,6 +7,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from tests.conftest import Command
 
@@ -82,6 +83,17 @@ def test_prepare_fails_on_findings_only_where_asked(tree: Path, command: Command
     assert "audit.json" in answer.err
 
 
+def test_copies_are_found_though_the_one_they_were_compared_with_is_left_out(tree: Path, command: Command) -> None:
+    for suffix in ("bmp", "tiff", "webp"):
+        with Image.open(tree / "cat" / "000.png") as image:
+            image.save(tree / "cat" / f"000.{suffix}", lossless=True)
+    Path("exclude.csv").write_text("path,reason\ncat/000.bmp,no\n")
+    assert command("audit", *LINE, "data.exclude_path=exclude.csv").code == 0
+    (finding,) = json.loads((directory() / "audit.json").read_text())["findings"]
+    assert finding["kind"] == "near_duplicates"
+    assert [file["path"] for file in finding["files"]] == ["cat/000.png", "cat/000.tiff", "cat/000.webp"]
+
+
 def test_clean_removes_the_cache_and_nothing_else(tree: Path, command: Command) -> None:
     assert command("prepare", *LINE).code == 0
     before = files(Path())
@@ -101,6 +113,15 @@ def test_clean_leaves_a_folder_alone_that_is_no_cache(tree: Path, command: Comma
     assert answer.code == 2
     assert "no cache" in answer.err
     assert files(tree) == before
+
+
+def test_clean_leaves_what_others_keep_in_the_folder(tree: Path, command: Command) -> None:
+    for name in ("mine/thesis.txt", "mine/photos/1.jpg"):
+        Path(name).parent.mkdir(parents=True, exist_ok=True)
+        Path(name).write_text("mine")
+    assert command("prepare", *LINE, "data.cache.dir=mine").code == 0
+    assert command("clean", "--cache_dir", "mine").code == 0
+    assert files(Path("mine")) == {"CACHEDIR.TAG", "thesis.txt", "photos", "photos/1.jpg"}
 
 
 def test_clean_waits_for_nobody(tree: Path, command: Command) -> None:

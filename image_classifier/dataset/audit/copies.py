@@ -45,15 +45,16 @@ class Copies:
         digests = np.asarray(facts.digests)
         near = kept[twins.first] & kept[twins.second]
         first, second = _equal(digests, kept)
-        return cls(
-            images,
-            digests,
-            np.concatenate([first, twins.first[near]]),
-            np.concatenate([second, twins.second[near]]),
-            np.concatenate([np.ones(len(first), np.float32), twins.correlation[near]]),
-            np.concatenate([np.zeros(len(first), bool), twins.mirrored[near]]),
-            np.arange(len(first) + int(near.sum())) < len(first),
-        )
+        count = len(first)
+        ends = np.concatenate([first, twins.first[near]]), np.concatenate([second, twins.second[near]])
+        correlation = np.concatenate([np.ones(count, np.float32), twins.correlation[near]])
+        mirrored = np.concatenate([np.zeros(count, bool), twins.mirrored[near]])
+        if not near.all():
+            added = _bridges(digests, facts.thumbnails, twins, kept, ends)
+            ends = np.concatenate([ends[0], added.first]), np.concatenate([ends[1], added.second])
+            correlation = np.concatenate([correlation, added.correlation])
+            mirrored = np.concatenate([mirrored, added.mirrored])
+        return cls(images, digests, *ends, correlation, mirrored, np.arange(len(correlation)) < count)
 
     @cached_property
     def clusters(self) -> list[list[int]]:
@@ -97,6 +98,27 @@ class Copies:
             return "near-identical", {}
         ends = dict.fromkeys((_shown(values[0][0]), _shown(values[-1][0])))
         return f"correlation {' to '.join(ends)}{', mirrored' if any(mirrored for _, mirrored in values) else ''}", {"correlation": values[0][0]}
+
+
+def _bridges(digests: np.ndarray, thumbnails: np.ndarray, twins: Twins, kept: np.ndarray, ends: tuple[np.ndarray, np.ndarray]) -> Twins:
+    """Pairs of kept rows that only an image which is left out linked: not every pair of a cluster is listed, so what stays is compared anew."""
+    equal = _equal(digests, np.ones(len(kept), dtype=bool))
+    whole = clusters(len(kept), np.concatenate([equal[0], twins.first]), np.concatenate([equal[1], twins.second]))
+    linked = clusters(len(kept), *ends)
+    rows = np.flatnonzero(kept)
+    rows = rows[np.argsort(whole[rows], kind="stable")]
+    apart = (whole[rows[1:]] == whole[rows[:-1]]) & (linked[rows[1:]] != linked[rows[:-1]])
+    first, second = rows[:-1][apart], rows[1:][apart]
+    straight, mirrored = (_correlation(thumbnails[first], thumbnails[second][:, :, ::step]) for step in (1, -1))
+    return Twins(first, second, np.maximum(straight, mirrored).astype(np.float32), mirrored > straight)
+
+
+def _correlation(one: np.ndarray, other: np.ndarray) -> np.ndarray:
+    """Correlation of each pair of thumbnails uint8 [P, 16, 16, 3], float [P]; 0 for flat ones."""
+    left, right = (side.reshape(-1, 768).astype(np.float32) for side in (one, other))
+    left, right = (side - side.mean(axis=1, keepdims=True) for side in (left, right))
+    length = np.sqrt((left * left).sum(axis=1) * (right * right).sum(axis=1))
+    return np.asarray((left * right).sum(axis=1) / np.maximum(length, 1e-6))
 
 
 def _equal(digests: np.ndarray, kept: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -8,13 +8,12 @@ import os
 import re
 import shutil
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from rich.progress import track
-
 from image_classifier.dataset.fetch.archive import new_tree
+from image_classifier.dataset.workers import with_bar
 from image_classifier.errors import ConfigError, SourceError, UnreadableImage, storage_errors
 from image_classifier.images import is_image_name, read_header
 
@@ -71,33 +70,56 @@ def _write_hugging_face(name: str, target: Path, revision: str | None, columns: 
         raise SourceError(f"'hf:{name}' cannot be fetched ({_reason(error)})", hint) from error
     with new_tree(target) as part:
         for split, rows in splits.items():
-            _write_split(client, rows, part / split if len(splits) > 1 else part, columns)
+            _write_split(client, rows, part / split if len(splits) > 1 else part, columns, _own_folders(client, repository))
 
 
-def _write_split(client: Any, rows: Any, folder: Path, columns: tuple[str | None, str | None]) -> None:
+def _own_folders(client: Any, repository: str) -> tuple[Path, ...]:
+    """Where the client keeps files: a row may name one of these, and no other file of this machine."""
+    config = getattr(client, "config", None)
+    caches = (getattr(config, name, None) for name in ("HF_CACHE_HOME", "HF_DATASETS_CACHE", "HF_HUB_CACHE"))
+    return tuple(Path(place).resolve() for place in (repository, *caches) if place)
+
+
+def _write_split(client: Any, rows: Any, folder: Path, columns: tuple[str | None, str | None], own: Sequence[Path]) -> None:
     """Each row's file as it came, not decoded and encoded again."""
     image_column, label_column = _columns(client, rows.features, *columns)
     rows = rows.select_columns([image_column, label_column]).cast_column(image_column, client.Image(decode=False))
     named = getattr(rows.features[label_column], "int2str", str)
     unlabelled = 0
+    labels: dict[str, str] = {}
     folder.mkdir(parents=True, exist_ok=True)
     for number, row in enumerate(_tracked(rows, folder.name)):
         label = row[label_column]
         if label is None or label == -1:  # what a test part for a competition has
             unlabelled += 1
             continue
-        place = folder / str(named(label)).replace("/", "_")
+        label = str(named(label))
+        place = folder / folder_name(label)
+        if labels.setdefault(place.name, label) != label:
+            raise SourceError(f"the classes {label!r} and {labels[place.name]!r} would share a folder", "write the images into folders of your own")
         place.mkdir(exist_ok=True)
-        _write_image(row[image_column], place, number)
+        _write_image(row[image_column], place, number, own)
     if unlabelled:
         log.warning("%s: %d images without a label were left out", folder.name, unlabelled)
 
 
-def _write_image(image: Mapping[str, Any], place: Path, number: int) -> None:
+def folder_name(label: str) -> str:
+    """A class's name as that of one visible folder; SourceError where it cannot be one."""
+    name = label.replace("/", "_").replace("\\", "_")
+    if not name or name.startswith(".") or "\0" in name:
+        raise SourceError(
+            f"the class {label!r} cannot be the name of a folder", "write the images into folders of your own, and pass data.dir=FOLDER"
+        )
+    return name
+
+
+def _write_image(image: Mapping[str, Any], place: Path, number: int, own: Sequence[Path]) -> None:
     content, path = image["bytes"], image["path"] or ""
     suffix = os.path.splitext(path)[1].lower() if is_image_name(os.path.basename(path)) else _suffix(content)
     target = place / f"{number:06d}{suffix}"
     if content is None:
+        if not any(Path(path).resolve().is_relative_to(folder) for folder in own):
+            raise SourceError(f"the data set names {path!r}, a file that is not its own", "do not use it")
         shutil.copyfile(path, target)
     else:
         target.write_bytes(content)
@@ -157,8 +179,8 @@ def _client(package: str) -> Any:
         raise SourceError(f"the client {package} is not installed", f"pip install {package}") from error
 
 
-def _tracked(rows: Iterable[Any], name: str) -> Iterable[Any]:
-    return track(rows, f"writing {name}", transient=True, disable=not sys.stderr.isatty())
+def _tracked(rows: Any, name: str) -> Iterable[Any]:
+    return with_bar(rows, f"writing {name}", len(rows)) if sys.stderr.isatty() else rows
 
 
 def _reason(error: BaseException) -> str:

@@ -124,7 +124,7 @@ def test_one_split_is_no_split(here, hugging_face):
 
 
 def test_a_file_that_lies_elsewhere_is_copied(here, hugging_face, make_tree):
-    original = make_tree("set", cat=1) / "cat/000.png"
+    original = make_tree("owner/pets", cat=1) / "cat/000.png"  # a repository on the disk
     table = rows(2, ["cat", "dog"])
     table.rows[0]["image"] = {"bytes": None, "path": str(original)}
     hugging_face({"train": table})
@@ -212,3 +212,27 @@ def test_kaggle_without_a_network(here, kaggle):
     page = r"https://www\.kaggle\.com/competitions/journey-springfield in a browser and pass data\.archive=FILE\.zip"
     with pytest.raises(SourceError, match=rf"'kaggle:journey-springfield' cannot be fetched \(.*Max retries.*get {page}"):
         fetch_from_hub("kaggle:journey-springfield", here)
+
+
+@pytest.mark.parametrize("label", ["..", ".", ".hidden", "", "a\0b"])
+def test_a_class_that_is_no_folder_is_refused_and_nothing_is_left(hugging_face, here, label):
+    hugging_face({"train": rows(4, ["cat", label])})
+    with pytest.raises(SourceError, match="cannot be the name of a folder"):
+        fetch_from_hub("hf:owner/pets", here / "data")
+    assert not [path for path in here.rglob("*") if path.is_file()]
+
+
+def test_two_classes_never_share_a_folder(hugging_face, here):
+    hugging_face({"train": rows(4, ["a/b", "a_b"])})
+    with pytest.raises(SourceError, match="would share a folder"):
+        fetch_from_hub("hf:owner/pets", here / "data")
+
+
+def test_a_row_cannot_name_a_file_of_this_machine(hugging_face, here):
+    (here / "secret.png").write_bytes(picture("PNG", 1))
+    wicked = rows(2, ["cat", "dog"])
+    wicked.rows[0]["image"] = {"bytes": None, "path": str(here / "secret.png")}
+    hugging_face({"train": wicked})
+    with pytest.raises(SourceError, match="not its own"):
+        fetch_from_hub("hf:owner/pets", here / "data")
+    assert not list((here / "data").rglob("*.png"))
