@@ -62,7 +62,9 @@ def a_tree(images: list[tuple[str, str, int, str]], pairs: list[tuple[int, int]]
         thumbnails=np.zeros((count, 16, 16, 3), np.uint8),
         errors={place: images[row][3] for place, row in enumerate(order) if images[row][3]},
     )
-    near = sorted({(min(pair), max(pair)) for pair in pairs if pair[0] != pair[1]})
+    near = sorted(
+        {(min(pair), max(pair)) for pair in pairs if pair[0] != pair[1] and not {*pair} & facts.errors.keys()}
+    )  # only what was read is compared
     first, second = (np.array([pair[side] for pair in near], dtype=np.int64) for side in (0, 1))
     twins = Twins(first, second, np.full(len(near), 0.99, np.float32), np.zeros(len(near), bool))
     return Tree(Path("/data"), tuple(files[row] for row in order)), facts, twins
