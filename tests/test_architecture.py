@@ -46,10 +46,12 @@ def test_help_loads_no_torch(line: tuple[str, ...], tmp_path: Path) -> None:
     assert_torch_free(tmp_path, *line)
 
 
-def test_prepare_loads_no_torch(tmp_path: Path) -> None:
+def test_prepare_audit_and_clean_load_no_torch(tmp_path: Path) -> None:
     manifest_path = tmp_path / "manifest.csv"
     assert_torch_free(tmp_path, "prepare", "data=digits", f"data.dir={tmp_path / 'digits'}", f"data.manifest_path={manifest_path}")
     assert manifest_path.read_text(encoding="utf-8").startswith("path,label,split,group,sha256,width,height")
+    assert "nothing found" in assert_torch_free(tmp_path, "audit", "data=digits", f"data.dir={tmp_path / 'digits'}")
+    assert "removed" in assert_torch_free(tmp_path, "clean")
 
 
 def test_infer_with_an_onnx_bundle_loads_no_torch(digits_bundle: Path, tmp_path: Path) -> None:

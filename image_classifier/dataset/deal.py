@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterable
 
 import numpy as np
 
@@ -34,7 +35,7 @@ class Clusters:
         self.starts = np.searchsorted(self.owners, np.arange(len(self.names) + 1))
         shared = np.flatnonzero(self.owners[1:] == self.owners[:-1])
         self.bunches = clusters(num_classes, self.labels[shared], self.labels[shared + 1])
-        self.order = np.argsort(_ranks(self.names, seed), kind="stable")
+        self.order = np.argsort(ranks((f"{name:016x}" for name in self.names.tolist()), seed), kind="stable")
 
     @property
     def trained(self) -> np.ndarray:
@@ -146,7 +147,7 @@ class Clusters:
         return folds
 
 
-def _ranks(names: np.ndarray, seed: int) -> np.ndarray:
-    """Where each cluster stands in the order, uint64 [K]: the start of sha256("seed:name"), the name in 16 hex digits."""
-    digests = b"".join(hashlib.sha256(f"{seed}:{name:016x}".encode()).digest()[:8] for name in names.tolist())
+def ranks(names: Iterable[str], seed: int) -> np.ndarray:
+    """Where each name stands in an order that only content and seed decide, uint64 [K]: the start of sha256("seed:name")."""
+    digests = b"".join(hashlib.sha256(f"{seed}:{name}".encode()).digest()[:8] for name in names)
     return np.frombuffer(digests, dtype=">u8").astype(np.uint64)

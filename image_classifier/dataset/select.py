@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 
 from image_classifier.command_line import did_you_mean
+from image_classifier.dataset.deal import ranks
 from image_classifier.errors import ConfigError
 from image_classifier.records import SPLITS
 
@@ -129,13 +129,7 @@ def _over_the_cap(rows: np.ndarray, targets: np.ndarray, digests: np.ndarray, ca
     """Those of the rows that come after the first `cap` of their class, in the order of rank, int64."""
     crowded = np.bincount(targets[rows], minlength=1)[targets[rows]] > cap
     rows = rows[crowded]
-    rows = rows[np.lexsort((_ranks(digests[rows], seed), targets[rows]))]
+    rows = rows[np.lexsort((ranks((row.tobytes().hex() for row in digests[rows]), seed), targets[rows]))]
     labels = targets[rows]
     place = np.arange(len(rows)) - np.searchsorted(labels, labels)  # within the class
     return np.asarray(rows[place >= cap])
-
-
-def _ranks(digests: np.ndarray, seed: int) -> np.ndarray:
-    content = digests.tobytes().hex()
-    hashed = (hashlib.sha256(f"{seed}:{content[start : start + 64]}".encode()).digest()[:8] for start in range(0, len(content), 64))
-    return np.frombuffer(b"".join(hashed), dtype=">u8").astype(np.uint64)
