@@ -48,7 +48,7 @@ class Commands:
         self._run("infer", "image_classifier.inference.infer:infer")
 
     def clean(self) -> None:
-        """Remove the cache of decoded pixels; images, models and figures stay."""
+        """Remove what can be made again: decoded pixels and what is known of files; images and models stay."""
         self._run("clean", "image_classifier.dataset.clean:clean")
 
     def _run(self, verb: str, worker: str) -> None:
