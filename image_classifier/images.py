@@ -230,9 +230,9 @@ class Preprocess:
         """A file or its bytes to pixels uint8 [size, size, 3]; UnreadableImage as `decode`."""
         with _opened(source, limits) as opened:
             whole = opened.size
-            image = opened.pixels(self.background, self._enough(whole) if self.scaled_decoding else None)
+            picture = opened.picture(self.background, self._enough(whole) if self.scaled_decoding else None)
             mirrored = opened.mirrored
-        return self._squared(Image.fromarray(image), whole, mirrored)
+        return self._squared(picture, whole, mirrored)
 
     def __call__(self, image: np.ndarray) -> np.ndarray:
         """Image uint8 [H, W, 3] to pixels uint8 [size, size, 3]."""

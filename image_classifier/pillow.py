@@ -99,16 +99,29 @@ class OpenedImage:
 
     def pixels(self, background: Colour, at_least: Size | None) -> np.ndarray:
         """The whole first picture, upright: uint8 RGB [H, W, 3]; an exception where a part of it is missing."""
-        image = self.image
+        self._load(at_least)
+        return _painted(self.image, _painter(self, background), self._turn)
+
+    def picture(self, background: Colour, at_least: Size | None) -> Image.Image:
+        """The same as Pillow's own image, for a caller that goes on with Pillow: the commonest kind is not copied."""
+        self._load(at_least)
+        if self.image.mode == "RGB" and self._turn == 1 and not self.transparent:
+            return self.image
+        return Image.fromarray(_painted(self.image, _painter(self, background), self._turn))
+
+    @property
+    def _turn(self) -> int:
+        return 1 if self.format == "TIFF" else self.orientation  # Pillow turns those itself
+
+    def _load(self, at_least: Size | None) -> None:
         if at_least is not None and self.orientation >= 5:
             at_least = at_least[1], at_least[0]
-        _shrink(image, at_least)
-        image.load()
+        _shrink(self.image, at_least)
+        self.image.load()
         if self.format == "JPEG" and _ends_early(self, at_least):
             raise ValueError("image data ends early")
         if self.format == "PNG" and self.content.rfind(b"IEND") < 0:  # Pillow overlooks a cut between two chunks
             raise ValueError("image file is truncated")
-        return _painted(image, _painter(self, background), 1 if self.format == "TIFF" else self.orientation)
 
 
 @contextmanager
