@@ -30,6 +30,7 @@ TEXT_KEYS: dict[str, frozenset[str]] = {
     "infer": frozenset({"checkpoint_name", "output", "models_dir"}),
 }
 LIST_KEYS: dict[str, frozenset[str]] = {"infer": frozenset({"images"})}
+MAP_KEYS = frozenset({"data.rename"})  # of any names: Hydra must be told that they are new
 
 # Hydra's own flags that stand alone, and those that take a value.
 _ALONE = ("--help", "-h", "--hydra-help", "--version", "--resolve", "--run", "-r", "--multirun", "-m", "--shell-completion", "-sc")
@@ -77,11 +78,11 @@ def translate(verb: str, arguments: Sequence[str]) -> CommandLine:
         if name in (*_ALONE, *_VALUED, "--info", "-i"):
             flags.append((_LONG.get(name, name), _flag_value(name, value if equals else None, rest)))
         elif word.startswith("--") and len(name) > 2:
-            overrides.append(_option(verb, name[2:], value if equals else None, rest))
+            overrides.append(_mapped(_option(verb, name[2:], value if equals else None, rest)))
         elif word.startswith("-"):
             raise ConfigError(f"{word!r} is not an option", "write --key value, key=value, or see --help")
         elif _is_override(word) or "--shell-completion" in dict(flags):
-            overrides.append(_listed(verb, word))
+            overrides.append(_mapped(_listed(verb, word)))
         else:
             raise ConfigError(f"{word!r} is not key=value", "write key=value or --key value")
     return CommandLine(tuple(flags), tuple(overrides))
@@ -120,8 +121,15 @@ def _option(verb: str, key: str, value: str | None, rest: list[str]) -> str:
 def _listed(verb: str, override: str) -> str:
     """`images=a.png` is a list of one; `[a.png,b.png]`, quotes and `${…}` stay Hydra's."""
     key, _, value = override.partition("=")
+    if value.startswith("(") and key in TEXT_KEYS.get(verb, ()):  # such as a regular expression
+        return f"{key}={quoted(value)}"
     plain = key in LIST_KEYS.get(verb, ()) and value and value[0] not in "[{('\"$" and "," not in value
     return f"{key}=[{quoted(value)}]" if plain else override
+
+
+def _mapped(override: str) -> str:
+    """`data.rename={a: b}` as `++data.rename={a: b}`, which may add names."""
+    return f"++{override}" if override.partition("=")[0] in MAP_KEYS else override
 
 
 def _is_option(word: str) -> bool:

@@ -167,7 +167,11 @@ def _check_size(size: Size, limits: DecodeLimits) -> None:
     if width < 1 or height < 1:
         raise ValueError(f"{width} x {height} pixels")
     if width * height > limits.max_pixels:
-        raise ValueError(f"{width} x {height} pixels, more than the {limits.max_pixels / 1e6:.0f} megapixels allowed")
+        raise ValueError(f"{width} x {height} pixels, {_too_many(limits)}")
+
+
+def _too_many(limits: DecodeLimits) -> str:
+    return f"more than the {limits.max_pixels:,} allowed"
 
 
 def _checked_background(value: Any) -> Colour:
@@ -182,6 +186,8 @@ def _reason(error: BaseException, limits: DecodeLimits) -> str:
     if isinstance(error, UnreadableImage):
         return error.reason
     text = " ".join(str(getattr(error, "strerror", None) or error).split())
+    if isinstance(error, Image.DecompressionBombError):  # Pillow's own limit comes before ours
+        return f"its pixels are {_too_many(limits)}"
     if "cannot identify image file" in text:
         *others, last = ("WebP" if name == "WEBP" else name for name in limits.formats)
         return f"not a {', '.join(others)} or {last} image" if others else f"not a {last} image"

@@ -102,9 +102,9 @@ def test_an_animation_is_its_first_frame():
 
 def test_limits_are_read_from_the_header(tmp_path):
     content = encoded(Image.new("1", (9000, 9000)), "PNG")  # some kilobytes that become 240 megabytes
-    with pytest.raises(UnreadableImage, match="megapixels"):
+    with pytest.raises(UnreadableImage, match="pixels"):
         decode(content)
-    with pytest.raises(UnreadableImage, match="megapixels"):
+    with pytest.raises(UnreadableImage, match="pixels"):
         read_size(content, DecodeLimits(max_pixels=100))
     with pytest.raises(UnreadableImage, match="larger than"):
         decode(b"x" * 2**20, DecodeLimits(max_bytes=1000))

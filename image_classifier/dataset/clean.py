@@ -18,6 +18,8 @@ _TAG = "CACHEDIR.TAG"
 _PIXELS = re.compile(r"[0-9a-f]{16}")
 _SIGNATURE = "Signature: 8a477f597d28d172789f06886806bc55"  # https://bford.info/cachedir/: back-up programs leave such folders out
 
+_TEXT = f"{_SIGNATURE}\n# Decoded pixels and facts of image files: `python commands.py clean` removes them.\n"
+
 
 @dataclass(frozen=True)
 class CleanSettings:
@@ -32,7 +34,7 @@ def tag_cache(directory: Path) -> None:
     """Mark a folder as a cache, once."""
     tag = directory / _TAG
     if not tag.is_file():
-        write_text(tag, f"{_SIGNATURE}\n# Decoded pixels and facts of image files: `python commands.py clean` removes them.\n")
+        write_text(tag, _TEXT)
 
 
 def clean(config: Any) -> None:
@@ -64,7 +66,7 @@ def clean(config: Any) -> None:
 
 def _is_cache(directory: Path) -> bool:
     tag = directory / _TAG
-    return tag.is_file() and tag.read_bytes().startswith(_SIGNATURE.encode())
+    return tag.is_file() and tag.read_text(encoding="utf-8", errors="replace") == _TEXT
 
 
 def _stores(directory: Path) -> Iterator[Path]:

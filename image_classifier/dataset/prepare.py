@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from image_classifier.dataset.audit.exclude import Exclusions, read_exclusions
-from image_classifier.dataset.audit.findings import Audit, AuditSettings
+from image_classifier.dataset.audit.findings import Audit, AuditSettings, counted
 from image_classifier.dataset.audit.problems import find_problems
 from image_classifier.dataset.cache import CacheSettings
 from image_classifier.dataset.clean import tag_cache
@@ -163,12 +163,14 @@ def _dealt(found: Examination, settings: DataSettings) -> Manifest:
     """The images that are to be dealt, their groups joined."""
     tree, facts = found.tree, found.facts
     _refuse_empty(tree, settings)
+    if found.audit.unmatched:
+        log.warning("%s: no image is called %s", found.exclusions.path, ", ".join(map(repr, found.audit.unmatched[:5])))
     excluded = found.exclusions.covers([image.path for image in tree.images])
     broken = [UnreadableImage(tree.root / tree.images[row].path, reason) for row, reason in facts.errors.items() if not excluded[row]]
     if broken:
         raise unreadable(tree.root, broken)
     if excluded.any():
-        log.warning("%d images are left out by %s", int(excluded.sum()), found.exclusions.path)
+        log.warning("%s left out by %s", counted(int(excluded.sum()), "image"), found.exclusions.path)
     rows = np.flatnonzero(_readable(facts))
     whole = _joined(manifest_of(tree, facts, rows), found, rows, settings)  # before anything leaves: what is left out may link what stays
     whole = whole.take(np.flatnonzero(~excluded[rows]))

@@ -243,7 +243,7 @@ class _Finder:
     def _add_class(self, folder: str, label: str, split: str) -> None:
         before = len(self.images)
         relative = self.sources.relative(folder)
-        self._walk(folder, relative, label, split, ())
+        self._walk(folder, relative, label, split, _above(folder))
         if len(self.images) == before:
             self.empty.append(relative)
 
@@ -262,6 +262,12 @@ class _Finder:
                 self.images.append(_image(path, label, split, _status(entry)))
             else:
                 self.strays.append(path)
+
+
+def _above(folder: str) -> tuple[tuple[int, int], ...]:
+    """What identifies the folders above this one: a link to one of them would bring in all other classes."""
+    found = (os.stat(parent) for parent in Path(os.path.abspath(folder)).parents)
+    return tuple((status.st_dev, status.st_ino) for status in found)
 
 
 def _status(entry: os.DirEntry[str]) -> os.stat_result | None:

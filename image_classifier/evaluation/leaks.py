@@ -24,6 +24,11 @@ class LeakScore:
         """Plain values, ready for JSON."""
         return asdict(self)
 
+    def scalars(self) -> dict[str, float]:
+        """The numbers under their stable names."""
+        clean = {} if self.accuracy_clean is None else {"accuracy_clean": self.accuracy_clean}
+        return {"leaked_images": float(self.leaked), "accuracy_leaked": self.accuracy_leaked, **clean}
+
     def lines(self, split: str) -> Iterator[str]:
         """The two figures for a terminal, under names that a script may look for."""
         yield f"{split} accuracy_leaked {self.accuracy_leaked:.4f} on {self.leaked} images that {self.what}"

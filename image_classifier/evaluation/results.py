@@ -52,6 +52,11 @@ def metrics_dict(metrics: Metrics, leak: LeakScore | None) -> dict[str, object]:
     return {**metrics.as_dict(), "leak": leak.as_dict() if leak else None}
 
 
+def scalars(metrics: Metrics, leak: LeakScore | None) -> dict[str, float]:
+    """The single numbers of one part under their stable names; those of a leak only where there is one."""
+    return {**metrics.scalars(), **(leak.scalars() if leak else {})}
+
+
 def metrics_lines(metrics: Metrics, split: str, leak: LeakScore | None = None) -> Iterator[str]:
     """The metrics of one part for a terminal: the worst classes, then the numbers a script may look for."""
     ranked = sorted((score for score in metrics.per_class if score.support), key=lambda score: score.f1)[:10]

@@ -13,7 +13,6 @@ import torch
 from image_classifier import settings
 from image_classifier.bundle import BundleInfo, seal
 from image_classifier.dataset.cache import PixelCache
-from image_classifier.evaluation.metrics import Metrics
 from image_classifier.exporting.onnx import export_onnx
 from image_classifier.exporting.parity import check_parity
 from image_classifier.files import whole_directory
@@ -36,7 +35,7 @@ def deliver(
     run: RunFolder,
     manifest: Manifest,
     cache: PixelCache,
-    metrics: dict[str, Metrics],
+    scores: dict[str, dict[str, float]],
     config: Any,
     images_per_second: float,
 ) -> dict[str, Any]:
@@ -64,7 +63,7 @@ def deliver(
             classes=manifest.classes,
             preprocess=blueprint["preprocess"],
             normalise=blueprint["normalise"],
-            metrics={split: values.scalars() for split, values in metrics.items()},
+            metrics=scores,
             provenance=facts,
         )
         (directory / "MODEL_CARD.md").write_text(model_card(info, manifest), encoding="utf-8")

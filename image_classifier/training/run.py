@@ -21,7 +21,7 @@ from image_classifier.errors import ConfigError, DataError
 from image_classifier.evaluation.leaks import LeakScore, leak_score
 from image_classifier.evaluation.metrics import Metrics, compute_metrics
 from image_classifier.evaluation.plots import plot_learning_curves
-from image_classifier.evaluation.results import metrics_lines, write_evaluation
+from image_classifier.evaluation.results import metrics_lines, scalars, write_evaluation
 from image_classifier.files import write_text
 from image_classifier.modeling.classifier import Classifier
 from image_classifier.records import SPLITS, Manifest, PredictionTable
@@ -33,7 +33,7 @@ from image_classifier.training.delivery import deliver
 from image_classifier.training.hardware import choose_hardware
 from image_classifier.training.loggers import MLflowLogger
 from image_classifier.training.module import ClassifierModule
-from image_classifier.training.run_folder import RunFolder, RunSettings, claim_run
+from image_classifier.training.run_folder import RunFolder, RunSettings, claim_run, remembered_log
 
 log = logging.getLogger(__name__)
 
@@ -41,10 +41,11 @@ log = logging.getLogger(__name__)
 def train(config: Any) -> float:
     """Run one training from data to bundle; returns the F1 that a sweep compares: of val, never of test."""
     asked = settings.typed(RunSettings, settings.only(config, *(item.name for item in fields(RunSettings))), "")
-    manifest, data = prepare_from(config)
+    with remembered_log() as early:
+        manifest, data = prepare_from(config)
     if not len(manifest.indices("val")):
         raise DataError("there is no val part to choose the best epoch by", "set data.split.val above 0, or add a val/ folder")
-    with claim_run(asked, f"{data.name or manifest.root.resolve().name}-{config.model.name}") as run:
+    with claim_run(asked, f"{data.name or manifest.root.resolve().name}-{config.model.name}", early) as run:
         config.name, config.run_dir = run.name, str(run.directory)
         settings.save(config, run.directory / "config.yaml")
         return _train(config, run, manifest, data)
@@ -69,14 +70,16 @@ def _train(config: Any, run: RunFolder, manifest: Manifest, data: DataSettings) 
         tables = {split: _predict(classifier, datamodule, manifest, split) for split in ("val", "test") if len(manifest.indices(split))}
         metrics = {split: compute_metrics(table) for split, table in tables.items()}
         leaks = {split: leak_score(table, manifest.leaked(split)) for split, table in tables.items()}
+        scores = {split: scalars(metrics[split], leaks[split]) for split in tables}
+        write_text(run.plots / "metrics.json", json.dumps(scores, indent=2) + "\n")
         _write_results(run, manifest, tables, metrics, leaks, history)
-        facts = deliver(classifier, module.hparams["blueprint"], run, manifest, cache, metrics, config, throughput.images_per_second)
+        facts = deliver(classifier, module.hparams["blueprint"], run, manifest, cache, scores, config, throughput.images_per_second)
     except BaseException as error:
         if tracker:
             tracker.finish("KILLED" if isinstance(error, KeyboardInterrupt | SystemExit) else "FAILED")
         raise
     if tracker:
-        _log_outcome(tracker, run, metrics, leaks.get("test"), facts, trainer.current_epoch)
+        _log_outcome(tracker, run, scores, facts, trainer.current_epoch)
     _summarise(run, metrics, leaks, throughput, tracker.where if tracker else "off")
     return metrics["val"].f1_macro
 
@@ -129,17 +132,12 @@ def _write_results(
     history: RunHistory,
 ) -> None:
     plot_learning_curves(history.curves(), run.plots)
-    scores = {split: values.scalars() for split, values in metrics.items()}
-    write_text(run.plots / "metrics.json", json.dumps(scores, indent=2) + "\n")
     for split, table in tables.items():
         write_evaluation(table, metrics[split], manifest.part(split), run.plots / split, f"{run.name}, {split}", leaks[split])
 
 
-def _log_outcome(tracker: Tracker, run: RunFolder, metrics: dict[str, Metrics], leak: LeakScore | None, facts: dict[str, Any], epoch: int) -> None:
-    if leak:
-        tracker.log_metrics({f"test/{name}": value for name, value in leak.as_dict().items() if isinstance(value, int | float)}, epoch)
-    if "test" in metrics:
-        tracker.log_metrics({f"test/{name}": value for name, value in metrics["test"].scalars().items()}, epoch)
+def _log_outcome(tracker: Tracker, run: RunFolder, scores: dict[str, dict[str, float]], facts: dict[str, Any], epoch: int) -> None:
+    tracker.log_metrics({f"test/{name}": value for name, value in scores.get("test", {}).items()}, epoch)
     tracker.set_tags({"git_commit": str(facts["git"]), "bundle": str(run.bundle)})
     tracker.log_artifacts(run.bundle, "bundle")
     tracker.log_artifacts(run.plots, "plots")

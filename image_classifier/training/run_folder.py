@@ -9,7 +9,7 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -55,7 +55,27 @@ class RunSettings:
 
 
 @contextmanager
-def claim_run(asked: RunSettings, default: str) -> Iterator[RunFolder]:
+def remembered_log() -> Iterator[list[logging.LogRecord]]:
+    """What is logged in the block, for a run that has no folder yet; `claim_run` writes it to train.log."""
+    handler = _Memory()
+    logging.getLogger().addHandler(handler)
+    try:
+        yield handler.records
+    finally:
+        logging.getLogger().removeHandler(handler)
+
+
+class _Memory(logging.Handler):
+    def __init__(self) -> None:
+        super().__init__()
+        self.records: list[logging.LogRecord] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.records.append(record)
+
+
+@contextmanager
+def claim_run(asked: RunSettings, default: str, early: Sequence[logging.LogRecord] = ()) -> Iterator[RunFolder]:
     """Claim a name and its run folder; a run that fails before it has a checkpoint leaves no folder behind.
 
     Without a name the run is called `default`, numbered when that is taken. With `overwrite` the old run folder is put aside until
@@ -71,6 +91,8 @@ def claim_run(asked: RunSettings, default: str) -> Iterator[RunFolder]:
             run = _claim(asked, default.replace("/", "-").lstrip("."))
             handler = _LogFile(run.directory / "train.log", encoding="utf-8")
         handler.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
+        for record in early:
+            handler.handle(record)
         logging.getLogger().addHandler(handler)
         failed = True
         try:

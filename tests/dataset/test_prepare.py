@@ -86,7 +86,7 @@ def test_unreadable_images_are_left_out_with_a_reason_until_the_row_is_gone(tree
     assert len(manifest) == 19
     assert "cat/003.png" not in list(manifest.paths)
     assert Path("exclude.csv").read_text().splitlines()[1].startswith("cat/003.png,audit: truncated")
-    assert "1 images are left out by exclude.csv" in caplog.text
+    assert "1 image left out by exclude.csv" in caplog.text
     write_image(tree / "cat" / "003.png", 3)  # mended
     assert len(prepare(tree, settings)) == 20
     assert Path("exclude.csv").read_text() == "path,reason\n"

@@ -42,8 +42,32 @@ def test_a_clean_folder_ends_with_0_and_leaves_its_images_alone(tree: Path, comm
 @pytest.mark.parametrize(("level", "code"), [("error", 1), ("warning", 1), ("null", 0)])
 def test_findings_end_with_1_from_the_chosen_level_on(tree: Path, command: Command, level: str, code: int) -> None:
     (tree / "cat" / "000.png").write_bytes(b"")
-    assert command("audit", *LINE, f"audit.fail_on={level}").code == code
+    for _ in range(2):  # a finding is a fact, though its image is left out from now on
+        assert command("audit", *LINE, f"audit.fail_on={level}").code == code
     assert (directory() / "exclude.csv").read_text().splitlines()[1].startswith("cat/000.png,audit: empty_file")
+
+
+def test_classes_are_renamed_from_the_command_line(tree: Path, command: Command) -> None:
+    (tree / "kitty").mkdir()
+    for file in sorted((tree / "cat").iterdir())[:4]:
+        file.rename(tree / "kitty" / file.name)
+    for form in (["data.rename={kitty: cat}"], ["--data.rename", "{kitty: cat}"], ["++data.rename={kitty: cat}"]):
+        answer = command("prepare", *LINE, *form)
+        assert answer.code == 0, answer.err
+        assert "20 images, 2 classes" in answer.err
+    assert "did you mean 'kitty'" in command("prepare", *LINE, "data.rename={kity: cat}").err
+
+
+@pytest.mark.parametrize("form", [["data.split.group=(\\d)\\d[.]png"], ["--data.split.group", "(\\d)\\d[.]png"]])
+def test_a_pattern_of_keys_is_taken_to_the_letter(tree: Path, command: Command, form: list[str]) -> None:
+    answer = command("prepare", *LINE, *form)
+    assert answer.code == 2  # one key for all
+    assert "one group of them" in answer.err
+
+
+def test_a_row_that_names_no_image_is_said(tree: Path, command: Command) -> None:
+    Path("exclude.csv").write_text("path,reason\ncat/typo.png,blurred\n")
+    assert "no image is called 'cat/typo.png'" in command("prepare", *LINE, "data.exclude_path=exclude.csv").err
 
 
 def test_a_warning_is_no_error(tree: Path, command: Command) -> None:

@@ -1,5 +1,6 @@
 """A recipe changes pictures, never their shape, type or the run's repeatability; the moves of an image are one resampling."""
 
+import math
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
@@ -200,3 +201,21 @@ def test_an_impossible_range_is_refused(scale: tuple[float, ...]) -> None:
 def test_an_impossible_value_is_refused_by_its_key(build: Callable[[], object], key: str) -> None:
     with pytest.raises(ConfigError, match=key):
         build()
+
+
+@pytest.mark.parametrize(
+    ("values", "key"),
+    [
+        ({"rotation": "abc"}, "augment.rotation"),
+        ({"rotation": math.nan}, "augment.rotation"),
+        ({"rotation": -5}, "augment.rotation"),
+        ({"rotation": 1e9}, "augment.rotation"),
+        ({"flip": "abc"}, "augment.flip"),
+        ({"erase": True}, "augment.erase"),
+        ({"crop_scale": "wide"}, "augment.crop_scale"),
+        ({"crop_scale": [0.5, "x"]}, "augment.crop_scale"),
+    ],
+)
+def test_values_that_cannot_be_name_their_key(values: dict[str, object], key: str) -> None:
+    with pytest.raises(ConfigError, match=key):
+        BatchAugment(**values)  # type: ignore[arg-type]

@@ -14,7 +14,6 @@ import numpy as np
 from image_classifier.dataset.audit.copies import Copies, find_conflicts, find_duplicates, find_leaks, leaked_counts
 from image_classifier.dataset.audit.exclude import AUDIT, Exclusions
 from image_classifier.dataset.audit.findings import Audit, AuditSettings, Finding, Item, by_detail, counted, in_order
-from image_classifier.dataset.audit.kinds import UNREADABLE
 from image_classifier.dataset.audit.overview import describe
 from image_classifier.dataset.duplicates import Twins
 from image_classifier.dataset.facts import Facts
@@ -47,15 +46,14 @@ def find_problems(tree: Tree, facts: Facts, twins: Twins, settings: AuditSetting
         facts: One look at each; row i is `tree.images[i]`.
         twins: Near-identical pairs of these rows.
         settings: What counts as a finding.
-        exclusions: What is left out: such images yield no finding. What the audit itself left out before is judged again, so that
-            its row lasts as long as its reason.
+        exclusions: What is left out. Images that a person left out yield no finding; what the audit itself left out does, again
+            and again: a finding lasts as long as its reason, and so does its row.
     """
     exclusions = exclusions or Exclusions()
     paths = [image.path for image in tree.images]
-    covered, by_hand = exclusions.covers(paths), exclusions.by_hand(paths)
-    seen = _Seen(tree, facts, settings, ~covered)
+    covered = exclusions.covers(paths)
+    seen = _Seen(tree, facts, settings, ~exclusions.by_hand(paths))
     findings = _findings(seen, twins)
-    judged = findings if (covered == by_hand).all() else _judged(_Seen(tree, facts, settings, ~by_hand), twins)
     leaks = leaked_counts((finding for finding in findings if finding.kind == "leak"), Counter(tree.images[row].split for row in seen.rows.tolist()))
     data = describe(tree, facts, seen.kept) | {"leaked": leaks}
     return Audit(
@@ -63,7 +61,7 @@ def find_problems(tree: Tree, facts: Facts, twins: Twins, settings: AuditSetting
         data,
         settings,
         headlines={"leak": "; ".join(_leak_sentence(split, numbers) for split, numbers in leaks.items())} if leaks else {},
-        proposed=_proposed(judged, settings),
+        proposed=_proposed(findings, settings),
         left_out={paths[row]: exclusions.reason(paths[row]) for row in np.flatnonzero(covered).tolist()},
         unmatched=tuple(exclusions.unmatched(paths)),
     )
@@ -140,13 +138,6 @@ def _findings(seen: _Seen, twins: Twins) -> tuple[Finding, ...]:
     classes = (_empty(seen), _uneven(seen), _few(seen), _missing(seen), _variants(seen))
     pairs = (find_duplicates(copies), find_leaks(copies), find_conflicts(copies))
     return in_order(finding for group in (*files, *classes, *pairs, _strays(seen)) for finding in group)
-
-
-def _judged(seen: _Seen, twins: Twins) -> tuple[Finding, ...]:
-    """The findings that may leave images out."""
-    if set(seen.settings.excluded_kinds) <= set(UNREADABLE):  # as most often: no need to look for copies once more
-        return in_order(_unreadable(seen))
-    return _findings(seen, twins)
 
 
 def _unreadable(seen: _Seen) -> Iterator[Finding]:

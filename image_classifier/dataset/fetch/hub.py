@@ -176,7 +176,8 @@ def _client(package: str) -> Any:
     except ModuleNotFoundError as error:
         if error.name != package:
             raise
-        raise SourceError(f"the client {package} is not installed", f"pip install {package}") from error
+        hint = f"pip install {package}, or fetch the data set in a browser and pass data.dir=FOLDER or data.archive=FILE"
+        raise SourceError(f"the client {package} is not installed", hint) from error
 
 
 def _tracked(rows: Any, name: str) -> Iterable[Any]:

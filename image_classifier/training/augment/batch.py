@@ -9,6 +9,7 @@ import torch
 
 from image_classifier.errors import ConfigError
 from image_classifier.training.augment import colour, geometry
+from image_classifier.training.augment.checks import number, range_of
 from image_classifier.training.augment.mix import Mix
 from image_classifier.training.augment.operations import RandomOperations
 from image_classifier.training.augment.patches import erase
@@ -51,14 +52,16 @@ class BatchAugment:
         mix: Mix | None = None,
         border: str | None = None,
     ) -> None:
-        self.name, self.flip, self.rotation = name, flip, math.radians(rotation)
-        self.crop_scale = _pair(crop_scale, "augment.crop_scale", upper=1.0)
-        self.aspect = _pair(aspect, "augment.aspect", upper=math.inf)
-        self.perspective, self.erase = _share(perspective, "augment.perspective"), _share(erase, "augment.erase")
+        if not isinstance(flip, bool):
+            raise ConfigError(f"augment.flip must be true or false, not {flip!r}")
+        self.name, self.flip, self.rotation = name, flip, math.radians(number(rotation, "augment.rotation", 180))
+        self.crop_scale = range_of(crop_scale, "augment.crop_scale", upper=1.0)
+        self.aspect = range_of(aspect, "augment.aspect", upper=math.inf)
+        self.perspective, self.erase = number(perspective, "augment.perspective"), number(erase, "augment.erase")
         self.tones = (
-            (colour.brightness, _share(brightness, "augment.brightness")),
-            (colour.contrast, _share(contrast, "augment.contrast")),
-            (colour.saturation, _share(saturation, "augment.saturation")),
+            (colour.brightness, number(brightness, "augment.brightness")),
+            (colour.contrast, number(contrast, "augment.contrast")),
+            (colour.saturation, number(saturation, "augment.saturation")),
         )
         self.operations, self.mix = operations, mix
         self.border = border or ("reflect" if flip else "background")
@@ -107,15 +110,3 @@ class BatchAugment:
                 factor = 1 + greatest * (2 * torch.rand(len(pixels), generator=generator) - 1)
                 pixels = change(pixels, factor.to(pixels.device))
         return pixels
-
-
-def _pair(values: Sequence[float], key: str, upper: float) -> tuple[float, float]:
-    if len(values) != 2 or not 0 < values[0] <= values[1] <= upper:
-        raise ConfigError(f"{key}={list(values)} is not a range", "give the least and the greatest value, such as [0.5,1.0]")
-    return float(values[0]), float(values[1])
-
-
-def _share(value: float, key: str) -> float:
-    if not 0 <= value <= 1:
-        raise ConfigError(f"{key} must be within 0..1, not {value}")
-    return float(value)

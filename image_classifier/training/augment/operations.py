@@ -10,6 +10,7 @@ import torch
 
 from image_classifier.errors import ConfigError
 from image_classifier.training.augment import colour, geometry
+from image_classifier.training.augment.checks import number
 
 Recolour = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
@@ -67,8 +68,9 @@ class RandomOperations:
         if not 1 <= posterize <= 8:
             raise ConfigError(f"augment.operations.posterize must be 1 to 8 bits, not {posterize}")
         self.count, self.strength = count, (float(strength[0]), float(strength[1]))
-        self.shear, self.translate, self.rotation = shear, translate, math.radians(rotation)
-        self.tone, self.posterize = tone, posterize
+        self.shear, self.translate = number(shear, "augment.operations.shear"), number(translate, "augment.operations.translate")
+        self.rotation, self.tone = math.radians(number(rotation, "augment.operations.rotation", 180)), number(tone, "augment.operations.tone")
+        self.posterize = posterize
 
     def draw(self, count: int, generator: torch.Generator) -> Draw:
         """Operations and signed strengths for `count` images."""
