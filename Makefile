@@ -21,8 +21,8 @@ setup: $(READY)  ## make .venv with the pinned packages (3 minutes and 6 GB the 
 train: $(READY)  ## train on the built-in digits; ARGS="data=folder data.dir=PATH" trains on yours
 	@$(BIN)/python commands.py train $(ARGS)
 
-test: $(READY)  ## the default tests: no network, no GPU; ARGS="-k split" chooses
-	@$(BIN)/python -m pytest $(ARGS)
+test: $(READY)  ## the default tests on all cores: no network, no GPU; ARGS="-k split" chooses
+	@$(BIN)/python -m pytest -n auto $(ARGS)
 
 test-slow: $(READY)  ## the slow tests alone
 	@$(BIN)/python -m pytest -m "slow and not (gpu or triton or network or browser)" $(ARGS) || test $$? -eq 5  # 5: there are none

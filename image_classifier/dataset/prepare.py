@@ -141,8 +141,18 @@ def prepare(paths: Sequence[Path], settings: DataSettings, asked: AuditSettings,
     manifest = assign_splits(manifest, settings.split, previous, settings.fold, settings.folds)
     if previous is None or previous != manifest:  # an untouched file keeps its date, and a read-only one its peace
         manifest.write(path)
+    if previous is not None and settings.folds is None:
+        _warn_of_kept_split(manifest, found.tree, settings, path)
     _report(manifest, path)
     return manifest, found
+
+
+def _warn_of_kept_split(manifest: Manifest, tree: Tree, settings: DataSettings, path: Path) -> None:
+    known = len(manifest.indices("train")) + len(manifest.indices("val"))
+    share = len(manifest.indices("val")) / max(1, known)
+    given = any(image.split for image in tree.images)  # then a val part may be the folder's own, of any size
+    if not given and abs(share - settings.split.val) > 0.05:
+        log.warning("%s keeps its split: %.0f %% are val, not %.0f %%; delete it to deal anew", path, 100 * share, 100 * settings.split.val)
 
 
 def load_test_manifest(folders: Sequence[Path], limits: DecodeLimits, store_dir: Path, progress: bool = False) -> Manifest:

@@ -69,8 +69,6 @@ def no_class_folders(root: Path) -> None:
         (empty_class, "bird"),
         (one_class, "class"),
         (one_image, "bird"),
-        (half_an_image, "dog/"),
-        (not_an_image, "text.png"),
         (no_class_folders, "sub-folder"),
     ],
     ids=lambda value: getattr(value, "__name__", ""),
@@ -78,6 +76,15 @@ def no_class_folders(root: Path) -> None:
 def test_a_folder_that_cannot_be_trained_on(command: Command, tree: Path, tmp_path: Path, damage: Callable[[Path], None], says: str) -> None:
     damage(tmp_path)
     assert_refused(command, tmp_path, (), says)
+
+
+@pytest.mark.parametrize(("damage", "says"), [(half_an_image, "dog/"), (not_an_image, "text.png")])
+def test_a_broken_image_is_left_out_unless_it_is_to_be_an_error(
+    command: Command, tree: Path, tmp_path: Path, damage: Callable[[Path], None], says: str
+) -> None:
+    damage(tmp_path)
+    assert_refused(command, tmp_path, ("audit.exclude=[]",), says)
+    assert_refused(command, tmp_path, ("audit.fail_on=error",), "audit.json")
 
 
 @pytest.mark.parametrize(
