@@ -52,7 +52,7 @@ class Line:
 
 @dataclass(frozen=True)
 class Exclusions:
-    """The rows of an exclude.csv. A path in it is one image or, by hand, a pattern such as `blurry/*.jpg` (`*` crosses folders).
+    """The rows of an exclude.csv. A path in it is one image or, by hand, a folder or a pattern such as `blurry/*.jpg` (`*` crosses folders).
 
     Args:
         path: The file they came from, for messages.
@@ -133,14 +133,15 @@ class _Names:
     def __init__(self, rows: Iterable[tuple[str, str]]) -> None:
         self._literal: dict[str, str] = {}
         for path, reason in rows:
-            self._literal.setdefault(path, reason)
+            self._literal.setdefault(_plain(path), reason)
         names = [name for name in self._literal if _is_pattern(name)]
         self._patterns = [(re.compile(fnmatch.translate(name)), self._literal[name]) for name in names]
 
     def get(self, path: str) -> str | None:
-        """The reason of the row that names this path, exactly or else by the first pattern; None where none does."""
-        if path in self._literal:
-            return self._literal[path]
+        """The reason of the row that names this path, a folder above it, or else the first pattern that fits; None where none does."""
+        for end in (len(path), *(place for place in range(len(path) - 1, 0, -1) if path[place] == "/")):
+            if path[:end] in self._literal:
+                return self._literal[path[:end]]
         return next((reason for pattern, reason in self._patterns if pattern.match(path)), None)
 
     def __contains__(self, path: str) -> bool:
@@ -151,9 +152,14 @@ def _is_pattern(name: str) -> bool:
     return any(letter in name for letter in "*?[")
 
 
+def _plain(name: str) -> str:
+    """A path as the tree writes it: `./roses/` is `roses`."""
+    return name.removeprefix("./").rstrip("/") or name
+
+
 def _matches_any(name: str, paths: Sequence[str]) -> bool:
-    match = re.compile(fnmatch.translate(name)).match
-    return _is_pattern(name) and any(match(path) for path in paths)
+    match = re.compile(fnmatch.translate(_plain(name))).match
+    return any(path == _plain(name) or path.startswith(f"{_plain(name)}/") or (_is_pattern(name) and match(path)) for path in paths)
 
 
 def merge(existing: Exclusions, proposed: Mapping[str, str]) -> Exclusions:

@@ -119,3 +119,19 @@ def test_a_file_that_says_the_same_is_not_written_again(path: Path) -> None:
     before = path.stat()
     assert not merge(read_exclusions(path), {"a": "audit: tiny"}).write()
     assert (path.stat().st_mtime_ns, path.stat().st_ino) == (before.st_mtime_ns, before.st_ino)
+
+
+@pytest.mark.parametrize("row", ["roses", "roses/", "./roses", "./roses/", "./roses/*.jpg", "roses/1.jpg"])
+def test_a_folder_leaves_out_all_that_is_below_it(tmp_path, row):
+    (tmp_path / "exclude.csv").write_text(f"path,reason\n{row},bad\n")
+    exclusions = read_exclusions(tmp_path / "exclude.csv")
+    paths = ["roses/1.jpg", "rosesx/1.jpg", "wild/roses/1.jpg"]
+    assert exclusions.covers(paths).tolist() == [True, False, False]
+    assert exclusions.reason("roses/1.jpg") == "bad"
+    assert exclusions.unmatched(paths) == []
+    assert exclusions.unmatched(paths[1:]) == [row]
+
+
+def test_an_image_of_a_folder_that_is_left_out_can_be_kept(tmp_path):
+    (tmp_path / "exclude.csv").write_text("path,reason\nroses,bad\nroses/2.jpg,keep\n")
+    assert read_exclusions(tmp_path / "exclude.csv").covers(["roses/1.jpg", "roses/2.jpg"]).tolist() == [True, False]
