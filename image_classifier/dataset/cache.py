@@ -171,7 +171,7 @@ def open_cache(
 
 _IS_FULL = (
     "the pixel cache is full (data.cache.max_gb=%s): %d of %d images are decoded anew each time by %d threads; "
-    "`python commands.py clean` drops what no run needs"
+    "raise it, or make room with `python commands.py clean`"
 )
 
 
