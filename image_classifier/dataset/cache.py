@@ -37,7 +37,7 @@ _SAMPLE = 4096  # images that mean and std are taken of where the cache does not
 
 @dataclass(frozen=True)
 class CacheSettings:
-    """Where decoded pixels are kept, how many workers decode (None: one a core), and how large the file of one image size may grow."""
+    """Where decoded pixels are kept, how many workers decode (None: one a core), and how many GB all of them may take."""
 
     dir: str = "data/cache"
     workers: int | None = None
@@ -256,7 +256,8 @@ class _Store:
 def _fill(store: _Store, todo: np.ndarray, manifest: Manifest, reader: ImageReader, settings: CacheSettings, progress: bool) -> None:
     """Append the images of the rows `todo` while `max_gb` allows; on any failure both files end where they agree."""
     if settings.max_gb is not None:
-        todo = todo[: max(0, round(settings.max_gb * 1e9) // store.row_bytes - len(store))]
+        taken = sum(path.stat().st_size for path in store.dir.parent.glob("*/pixels.u8"))  # by all image sizes together
+        todo = todo[: max(0, round(settings.max_gb * 1e9) - taken) // store.row_bytes]
     if not len(todo):
         return
     store.check_space(len(todo))

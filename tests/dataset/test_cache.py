@@ -211,6 +211,15 @@ def test_a_full_cache_decodes_the_rest_each_time(tree, tmp_path, room):
     assert again.mean_std(np.arange(20)) == open_cache(manifest, PREPROCESS, CacheSettings(str(tmp_path / "whole"))).mean_std(np.arange(20))
 
 
+def test_the_bound_holds_for_all_image_sizes_together(tree, tmp_path):
+    manifest = listed(tree)
+    settings = CacheSettings(str(tmp_path / "cache"), max_gb=25 * ROW / 1e9)
+    assert open_cache(manifest, PREPROCESS, settings).is_whole
+    other = open_cache(manifest, Preprocess(8, "pad"), settings)
+    assert len(other.pixels) == 5
+    np.testing.assert_array_equal(everything(other), np.stack([Preprocess(8, "pad").read(manifest.file(record)) for record in manifest]))
+
+
 def test_a_file_that_changes_under_a_full_cache_is_noticed(tree, tmp_path):
     cache = open_cache(listed(tree), PREPROCESS, CacheSettings(str(tmp_path / "cache"), max_gb=0))
     write_image(tree / "cat" / "003.png", 777)
