@@ -41,7 +41,7 @@ def clean(config: Any) -> None:
     """Remove decoded pixels and what is known of files; says how much room that makes. All else in the folder stays, as do images and models."""
     asked = settings.typed(CleanSettings, config, "")
     directory = Path(asked.cache_dir)
-    if not directory.is_dir():
+    if not directory.exists():
         print(f"nothing to remove: there is no {directory}")
         return
     if not _is_cache(directory):

@@ -59,6 +59,13 @@ class Facts:
     def __len__(self) -> int:
         return len(self.widths)
 
+    @property
+    def readable(self) -> np.ndarray:
+        """Which rows, bool [N], could be decoded."""
+        mask = np.ones(len(self), dtype=bool)
+        mask[list(self.errors)] = False
+        return mask
+
 
 def read_facts(
     tree: Tree, store_dir: Path, limits: DecodeLimits, background: tuple[int, int, int], workers: int | None = None, progress: bool = False

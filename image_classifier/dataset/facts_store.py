@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import logging
 import re
@@ -90,7 +91,9 @@ def _write(folder: Path, blocks: Sequence[Block], rows: np.ndarray) -> None:
     paths = [path for block in blocks for path in block.paths]
     picked = (paths[row] for row in rows.tolist())
     (folder / "paths.bin").write_bytes("\0".join(picked).encode("utf-8", "surrogatepass"))
-    np.save(folder / "table.npy", np.concatenate([block.table for block in blocks])[rows])
+    table = io.BytesIO()  # into a file numpy writes by itself, and does not say why it cannot
+    np.save(table, np.concatenate([block.table for block in blocks])[rows])
+    (folder / "table.npy").write_bytes(table.getbuffer())
     (folder / "errors.json").write_text(json.dumps(_errors(blocks, rows)), encoding="ascii")
     with (folder / "thumbnails.npy").open("wb") as file:  # written, not mapped: a full disk is then an error and no SIGBUS
         header: dict[str, Any] = {"descr": "|u1", "fortran_order": False, "shape": (len(rows), *THUMBNAIL_SHAPE)}

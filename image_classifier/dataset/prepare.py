@@ -181,7 +181,7 @@ def _dealt(found: Examination, settings: DataSettings) -> Manifest:
         raise unreadable(tree.root, broken)
     if excluded.any():
         log.warning("%s left out by %s", counted(int(excluded.sum()), "image"), found.exclusions.path)
-    rows = np.flatnonzero(_readable(facts))
+    rows = np.flatnonzero(facts.readable)
     whole = _joined(manifest_of(tree, facts, rows), found, rows, settings)  # before anything leaves: what is left out may link what stays
     whole = whole.take(np.flatnonzero(~excluded[rows]))
     gone = {*(image.label for image in tree.images), *_empty_classes(tree, settings)} - set(whole.classes)
@@ -192,13 +192,6 @@ def _dealt(found: Examination, settings: DataSettings) -> Manifest:
     manifest = whole.take(chosen.rows)
     _check_classes(manifest)
     return manifest
-
-
-def _readable(facts: Facts) -> np.ndarray:
-    """Which rows, bool [N], could be decoded."""
-    readable = np.ones(len(facts), dtype=bool)
-    readable[list(facts.errors)] = False
-    return readable
 
 
 def manifest_of(tree: Tree, facts: Facts, rows: np.ndarray) -> Manifest:

@@ -30,13 +30,11 @@ def known_twins(facts: Facts, settings: DuplicateSettings, store_dir: Path, prog
     Raises:
         StorageError: The result cannot be written.
     """
-    readable = np.ones(len(facts), dtype=bool)
-    readable[list(facts.errors)] = False
-    rows = np.flatnonzero(readable)
+    rows = np.flatnonzero(facts.readable)
     path = store_dir / f"{_key(facts, rows, settings)}.npz"
     twins = _read(path)
     if twins is None:
-        found = find_twins(facts.thumbnails if readable.all() else facts.thumbnails[rows], settings, progress)
+        found = find_twins(facts.thumbnails if len(rows) == len(facts) else facts.thumbnails[rows], settings, progress)
         twins = Twins(rows[found.first], rows[found.second], found.correlation, found.mirrored)
         content = io.BytesIO()
         np.savez(content, **{name: getattr(twins, name) for name in _COLUMNS})

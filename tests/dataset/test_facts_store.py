@@ -168,3 +168,31 @@ def test_a_full_disk_is_told_and_leaves_the_old_store(tree, facts_store, monkeyp
     opened.clear()
     scanned(tree, facts_store)
     assert opened == ["new.png"]
+
+
+_REFUSED = """
+import resource, signal, sys
+from pathlib import Path
+from image_classifier.dataset.facts import read_facts
+from image_classifier.dataset.tree import find
+from image_classifier.errors import StorageError
+from image_classifier.images import DecodeLimits
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+tree, store = find([Path(sys.argv[1])]), Path(sys.argv[2])
+refused = 0
+for most in (1, 100, 500, 2000, 5000, 10_000, 15_000):  # bytes a file may have: at each the system refuses another write
+    resource.setrlimit(resource.RLIMIT_FSIZE, (most, resource.RLIM_INFINITY))
+    try:
+        read_facts(tree, store, DecodeLimits(), (255, 255, 255))
+    except StorageError:
+        refused += 1
+resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+print(refused, len(read_facts(tree, store, DecodeLimits(), (255, 255, 255)).errors))
+"""
+
+
+def test_a_disk_that_refuses_is_a_storage_error_wherever_it_does(make_tree, tmp_path):
+    line = [sys.executable, "-c", _REFUSED, str(make_tree(cat=100, dog=100)), str(tmp_path / "store")]
+    done = subprocess.run(line, cwd=ROOT, capture_output=True, text=True, timeout=60, check=False)
+    assert done.stderr == ""
+    assert done.stdout.split() == ["7", "0"]

@@ -55,7 +55,7 @@ def test_enhancements(ours: Operation, pillow: Reference, kinds: list[tuple[int,
     images = [picture(seed, size, kind) for seed, kind in kinds]
     if ours is colour.sharpness and size < 3:
         return  # Pillow has no inner pixels either
-    assert_as_pillow(ours, pillow, images, factors[: len(images)], tolerance=2)  # Pillow rounds the grey before it goes beyond it
+    assert_as_pillow(ours, pillow, images, factors[: len(images)], tolerance=1)
 
 
 @settings(deadline=None, max_examples=25)

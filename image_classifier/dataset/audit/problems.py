@@ -84,8 +84,7 @@ class _Seen:
     @cached_property
     def readable(self) -> np.ndarray:
         """Rows that are kept and can be decoded, bool [N]."""
-        mask = self.kept.copy()
-        mask[list(self.facts.errors)] = False
+        mask: np.ndarray = self.kept & self.facts.readable
         return mask
 
     @cached_property

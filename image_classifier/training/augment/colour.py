@@ -65,9 +65,9 @@ def equalize(pixels: torch.Tensor, _: torch.Tensor) -> torch.Tensor:
 
 
 def _grey(pixels: torch.Tensor) -> torch.Tensor:
-    """Luminance, float [N, 1, H, W] (ITU-R 601-2, whole levels as Pillow's mode L)."""
-    red, green, blue = pixels.unbind(dim=1)
-    return (0.299 * red + 0.587 * green + 0.114 * blue).round_().unsqueeze(1)
+    """Luminance, float [N, 1, H, W] (ITU-R 601-2): whole levels by the integers of Pillow's mode L, for a blend beyond grey doubles a difference."""
+    red, green, blue = pixels.int().unbind(dim=1)
+    return ((19595 * red + 38470 * green + 7471 * blue + 32768) >> 16).float().unsqueeze(1)
 
 
 def _blend(pixels: torch.Tensor, other: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:
