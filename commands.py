@@ -35,9 +35,17 @@ class Commands:
         """Write a sheet of augmented training images to look at."""
         self._run("show", "image_classifier.training.show:show")
 
+    def baseline(self) -> None:
+        """Judge what a model must beat: the most frequent class, and logistic regression on embeddings."""
+        self._run("baseline", "image_classifier.training.baseline:baseline")
+
     def train(self) -> None:
         """Train a classifier and leave a bundle in models/NAME/."""
         self._run("train", "image_classifier.training.run:train")
+
+    def tune(self) -> None:
+        """Search for the best settings: many trainings, pruned and resumable, on one machine or many."""
+        self._run("tune", "image_classifier.training.tune:tune")
 
     def test(self) -> None:
         """Measure a bundle or a checkpoint on images it never saw."""

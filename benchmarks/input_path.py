@@ -145,14 +145,14 @@ def _write_rows(folder: Path, rows: int, size: int) -> None:
 
 def write_rows(folder: str, rows: int, size: int) -> None:
     """The files that `_memory` reads."""
-    from image_classifier.dataset.cache import _key
+    from image_classifier.dataset.cache import pixels_key
 
     digests = np.random.default_rng(0).integers(0, 256, (rows, 32), dtype=np.uint8)
     names = (digest.tobytes().hex() for digest in digests)
     labels = [f"class_{row % 100:03d}" for row in range(rows)]
     records = (Record(f"train/{labels[row]}/image_{row:07d}.jpg", labels[row], "train", name[:16], name, 500, 400) for row, name in enumerate(names))
     Manifest.of(Path(folder), records).write(Path(folder) / "manifest.csv")
-    store = Path(folder) / "cache" / _key(Preprocess(size))
+    store = Path(folder) / "cache" / pixels_key(Preprocess(size))
     store.mkdir(parents=True)
     (store / "index.u8").write_bytes(digests.tobytes())
     with (store / "pixels.u8").open("wb") as file:

@@ -24,7 +24,9 @@ sys.path.insert(0, str(ROOT))
 from image_classifier.dataset.cache import open_cache  # noqa: E402
 from image_classifier.dataset.run import prepare_from  # noqa: E402
 from image_classifier.training.assemble import build_datamodule, build_module, build_trainer  # noqa: E402
-from image_classifier.training.callbacks import RunHistory, StopOnBadLoss, Throughput  # noqa: E402
+from image_classifier.training.callbacks.bad_loss import BadLoss  # noqa: E402
+from image_classifier.training.callbacks.history import RunHistory  # noqa: E402
+from image_classifier.training.callbacks.throughput import Throughput  # noqa: E402
 from image_classifier.training.datamodule import ImageDataModule  # noqa: E402
 from image_classifier.training.hardware import Hardware, choose_hardware  # noqa: E402
 
@@ -77,7 +79,7 @@ def _bare(config: Any, manifest: Any, data: Any, cache: Any) -> float:
 def _lightning(config: Any, manifest: Any, data: Any, cache: Any, folder: Path) -> float:
     module, datamodule, hardware = _parts(config, manifest, data, cache)
     throughput = Throughput()
-    trainer = build_trainer(config, hardware, throughput, RunHistory(folder / "metrics.csv", throughput), StopOnBadLoss())
+    trainer = build_trainer(config, hardware, throughput, RunHistory(folder / "metrics.csv", throughput), BadLoss("stop", folder))
     trainer.fit(module, datamodule=datamodule)
     return throughput.images_per_second
 

@@ -25,10 +25,12 @@ TEXT_KEYS: dict[str, frozenset[str]] = {
     "audit": _DATA_TEXT,
     "clean": frozenset({"cache_dir"}),
     "show": _DATA_TEXT | {"output", "plots_dir"},
-    "train": _DATA_TEXT | {"name", "models_dir", "plots_dir", "runs_dir", "logger.tracking_uri"},
+    "baseline": _DATA_TEXT | {"model.weights", "model.from", "name", "plots_dir", "models_dir"},
+    "train": _DATA_TEXT | {"model.weights", "model.from", "name", "resume", "models_dir", "plots_dir", "runs_dir", "logger.tracking_uri"},
     "test": frozenset({"cache_dir", "checkpoint_name", "test_dir", "output_dir", "models_dir", "plots_dir"}),
     "infer": frozenset({"checkpoint_name", "output", "models_dir"}),
 }
+TEXT_KEYS["tune"] = TEXT_KEYS["train"] | {"tune.storage"}
 LIST_KEYS: dict[str, frozenset[str]] = {"infer": frozenset({"images"})}
 MAP_KEYS = frozenset({"data.rename"})  # of any names: Hydra must be told that they are new
 
@@ -128,8 +130,9 @@ def _listed(verb: str, override: str) -> str:
 
 
 def _mapped(override: str) -> str:
-    """`data.rename={a: b}` as `++data.rename={a: b}`, which may add names."""
-    return f"++{override}" if override.partition("=")[0] in MAP_KEYS else override
+    """`data.rename={a: b}` as `++data.rename={a: b}`, which may add names; and the entries of a search space, which any key may be."""
+    key = override.partition("=")[0]
+    return f"++{override}" if key in MAP_KEYS or key.startswith("search.") else override
 
 
 def _is_option(word: str) -> bool:
@@ -187,9 +190,11 @@ def overview(program: str, verbs: dict[str, str]) -> str:
 
 def verb_help(program: str, verb: str, text: str, conf: Path) -> str:
     """One verb's help page, read from its root file: what it does, its keys with their defaults, its groups with their choices."""
-    root = (conf / f"{verb}.yaml").read_text(encoding="utf-8")
+    root, *bases = _roots(conf, verb)
     examples = [line.lstrip("# ") for line in root.splitlines() if re.match(r"#\s+python commands\.py", line)]
-    keys = [line for line in root.splitlines() if re.match(r"[a-z_]+:", line) and not line.startswith(("defaults:", "run_dir:"))]
+    keys = [line for line in root.splitlines() if re.match(r"([a-z_]+|  \w+):", line)]
+    keys += [line for base in bases for line in base.splitlines() if re.match(r"[a-z_]+:", line) and f"\n{line.partition(':')[0]}:" not in root]
+    keys = [line for line in keys if not line.startswith(("defaults:", "run_dir:"))]
     lines = [f"usage: python {program} {verb} [key=value | --key value ...]", "", text, "", "keys (default, meaning):"]
     lines += [f"  {line}" for line in keys]
     groups = root_groups(conf, verb)
@@ -204,8 +209,14 @@ def verb_help(program: str, verb: str, text: str, conf: Path) -> str:
 
 def root_groups(conf: Path, verb: str) -> dict[str, str]:
     """The groups of a verb's root file, each with its default choice."""
+    found = re.findall(r"^  - (?:optional )?([a-z]+): *(\w+)", "\n".join(_roots(conf, verb)), re.MULTILINE)
+    return {group: chosen for group, chosen in found if group != "hydra"}
+
+
+def _roots(conf: Path, verb: str) -> list[str]:
+    """The text of a verb's root file, and of those that it builds on."""
     root = (conf / f"{verb}.yaml").read_text(encoding="utf-8")
-    return {group: chosen for group, chosen in re.findall(r"^  - (?:optional )?([a-z]+): *(\w+)", root, re.MULTILINE) if group != "hydra"}
+    return [root, *(text for base in re.findall(r"^  - ([a-z]+)$", root, re.MULTILINE) for text in _roots(conf, base))]
 
 
 def choices(conf: Path, group: str) -> list[str]:
@@ -247,7 +258,13 @@ def exit_code(action: Callable[[], None]) -> int:
 
 def _interrupted(error: BaseException | None) -> bool:
     """Whether Ctrl-C is behind the error: an import of a C extension turns it into ImportError, Lightning into exit code 1."""
-    return error is not None and (isinstance(error, KeyboardInterrupt) or _interrupted(error.__cause__ or error.__context__))
+    seen: list[BaseException] = []
+    while error is not None and error not in seen:  # an error can be its own cause
+        if isinstance(error, KeyboardInterrupt):
+            return True
+        seen.append(error)
+        error = error.__cause__ or error.__context__
+    return False
 
 
 def _reader_left() -> bool:

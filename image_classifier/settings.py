@@ -9,12 +9,14 @@ import logging
 import os
 import re
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import is_dataclass
 from pathlib import Path
 from typing import Any, TypeVar, get_type_hints
 
 import hydra
+import yaml
+from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigKeyError, MissingMandatoryValue, OmegaConfBaseException
@@ -23,17 +25,23 @@ from image_classifier.command_line import CONF_DIR, CommandLine, did_you_mean, l
 from image_classifier.errors import ClassifierError, ConfigError
 from image_classifier.files import write_text
 from image_classifier.refusal import check_complete, explain, jobs, one_line, parse
+from image_classifier.sweep import Escape, Task, guarded, importable
 from image_classifier.targets import NETWORKS, check_targets, instantiate
 
 __all__ = [
     "NETWORKS",
     "check_targets",
     "complete",
+    "composed",
     "configure_logging",
     "flatten",
     "instantiate",
     "only",
+    "replaced",
+    "resumed",
     "run_verb",
+    "running_choice",
+    "running_line",
     "save",
     "to_plain",
     "typed",
@@ -41,16 +49,7 @@ __all__ = [
     "without_passwords",
 ]
 
-Task = Callable[[DictConfig], object]
 T = TypeVar("T")
-
-
-class _Escape(BaseException):
-    """Carries an error of the task past Hydra, which would print and swallow an Exception."""
-
-    def __init__(self, error: Exception) -> None:
-        super().__init__(error)
-        self.error = error
 
 
 def run_verb(verb: str, arguments: list[str], task: Task) -> None:
@@ -68,18 +67,15 @@ def run_verb(verb: str, arguments: list[str], task: Task) -> None:
         configure_logging()
     full = list(sys.argv)
 
-    def guarded(config: DictConfig) -> object:
-        sys.argv[:] = full  # Lightning starts its other ranks from sys.argv
-        try:
-            check_complete(config, verb)
-            check_targets(config, config.get("trusted_packages") or ())
-            return task(config)
-        except Exception as error:
-            raise _Escape(error) from None
+    def checked(config: DictConfig) -> object:
+        check_complete(config, verb)
+        check_targets(config, config.get("trusted_packages") or ())
+        return task(config)
 
     try:
-        _hydra(verb, line.argv(), guarded)
-    except _Escape as escape:
+        with importable():
+            _hydra(verb, line.argv(), guarded(verb, checked, configure_logging))
+    except Escape as escape:
         raise escape.error from escape.error.__cause__
     finally:
         sys.argv[:] = full
@@ -99,7 +95,7 @@ def configure_logging() -> None:
     handler.name = __name__
     handler.setFormatter(logging.Formatter("%(message)s"))
     root.addHandler(handler)
-    for name in ("image_classifier", "hydra"):
+    for name in ("image_classifier", "hydra", "hydra_plugins"):
         logging.getLogger(name).setLevel(logging.INFO)
 
 
@@ -107,6 +103,8 @@ def _checked(verb: str, line: CommandLine) -> CommandLine:
     """The line with its text quoted where Hydra's grammar needs it; ConfigError where Hydra would refuse it."""
     if line.has("--resolve") and not line.has("--cfg"):
         raise ConfigError("--resolve goes with --cfg", "write --cfg job --resolve")
+    if line.has("--multirun") and line.has("--cfg", "--info"):
+        raise ConfigError("-m goes neither with --cfg nor with --info", "leave -m out to see the configuration")
     parsed = [parse(override) for override in line.overrides]
     line = CommandLine(line.flags, tuple(override.input_line or "" for override in parsed))
     root, folder = line.value("--config-name") or verb, line.value("--config-dir")
@@ -117,14 +115,36 @@ def _checked(verb: str, line: CommandLine) -> CommandLine:
     sweep = line.has("--multirun") or any(override.input_line == "hydra.mode=MULTIRUN" for override in parsed)
     with _composer(conf):
         for overrides in jobs(parsed, sweep):
-            extra = [f"hydra.searchpath=[file://{os.path.abspath(folder)}]"] if folder else []
-            try:
-                config = hydra.compose(root, overrides + extra)
-                if line.has("--resolve"):
-                    to_plain(config)
-            except (HydraException, OmegaConfBaseException, ValueError) as error:
-                raise explain(error, root, overrides, extra, verb) from error
+            config = _compose(verb, root, overrides, folder)
+            if line.has("--resolve"):
+                to_plain(config)
     return line
+
+
+def _compose(verb: str, root: str, overrides: list[str], folder: str | None) -> DictConfig:
+    extra = [f"hydra.searchpath=[file://{os.path.abspath(folder)}]"] if folder else []
+    try:
+        return hydra.compose(root, overrides + extra)
+    except (HydraException, OmegaConfBaseException, ValueError) as error:
+        raise explain(error, root, overrides, extra, verb) from error
+
+
+def composed(verb: str, overrides: Iterable[str]) -> DictConfig:
+    """What another verb would run with, from where the running one has its configuration; refuses what that verb itself would refuse."""
+    config = _compose(verb, verb, [parse(override).input_line or "" for override in overrides], None)
+    check_complete(config, verb)
+    check_targets(config, config.get("trusted_packages") or ())
+    return config
+
+
+def running_line(verb: str) -> CommandLine:
+    """The flags and overrides with which the verb is running: of a sweep, those of this job."""
+    return CommandLine(translate(verb, sys.argv[2:]).flags, tuple(HydraConfig.get().overrides.task))
+
+
+def running_choice(group: str) -> str:
+    """The choice of a group in the running verb."""
+    return str(HydraConfig.get().runtime.choices[group])
 
 
 @contextlib.contextmanager
@@ -266,6 +286,15 @@ def without(node: DictConfig, *keys: str) -> DictConfig:
     return copy
 
 
+def replaced(node: DictConfig, values: Mapping[str, Any]) -> DictConfig:
+    """A copy of a whole configuration with other values at these dotted keys, new ones among them."""
+    copy = node.copy()
+    OmegaConf.set_struct(copy, False)
+    for key, value in values.items():
+        OmegaConf.update(copy, key, value, merge=False, force_add=True)
+    return copy
+
+
 def without_passwords(value: Any) -> Any:
     """The same plain value with the `user:password@` of every address in it hidden, for what is written down."""
     if isinstance(value, Mapping):
@@ -284,6 +313,33 @@ def only(node: DictConfig, *keys: str) -> DictConfig:
 def save(node: DictConfig, path: Path) -> None:
     """Write a node as YAML with every interpolation resolved, whole or not at all."""
     write_text(path, OmegaConf.to_yaml(OmegaConf.create(_literal(without_passwords(to_plain(node))))))
+
+
+def resumed(config: DictConfig, path: Path, overrides: Iterable[str]) -> DictConfig:
+    """The configuration that `save` wrote, with what `overrides` gives in its place; `config` is what the running command line composes.
+
+    Raises:
+        ConfigError: The file cannot be read, or held a password that is not given again.
+    """
+    try:
+        saved = OmegaConf.load(path)
+        assert isinstance(saved, DictConfig)
+    except (OSError, ValueError, AssertionError, yaml.YAMLError) as error:
+        raise ConfigError(f"cannot read {str(path)!r}, the settings of the run", one_line(error)) from error
+    keys = [parse(override).key_or_group.replace("/", ".") for override in overrides]
+    keys = [str(key) for key in config] if "experiment" in keys else [key for key in keys if not key.startswith("hydra")]
+    for key in (*keys, *(str(key) for key in config if key not in saved)):
+        value = OmegaConf.select(config, key)
+        value = _literal({"": to_plain(value) if OmegaConf.is_config(value) else value})[""]
+        OmegaConf.update(saved, key, value, merge=False, force_add=True)
+    for key, value in flatten(to_plain(saved)).items():
+        if isinstance(value, str) and "://***@" in value:
+            again = OmegaConf.select(config, key)
+            if without_passwords(again) != value:
+                raise ConfigError(f"{key} was given with a password, which the run folder does not keep", "give it again")
+            OmegaConf.update(saved, key, again)
+    OmegaConf.set_struct(saved, True)
+    return saved
 
 
 def flatten(mapping: Mapping[str, Any], prefix: str = "") -> dict[str, str | int | float | bool | None]:

@@ -36,6 +36,8 @@ TRUSTED = (
     "image_classifier.training.augment.",
     "image_classifier.training.callbacks.",
     "image_classifier.training.loggers.",
+    "image_classifier.training.sharding.",
+    "image_classifier.training.optimizers.",
 )
 # What a checkpoint's own description of its network may name: a file from elsewhere must not load others.
 NETWORKS = ("torch.nn.", "torchvision.models.", "timm.create_model", "image_classifier.modeling.")

@@ -18,6 +18,7 @@ log = logging.getLogger(__name__)
 
 _RETRY_AFTER_S = 30.0
 _PARAMETERS_A_CALL = 100
+_KEY_TAG = "image_classifier.run"
 _REFUSALS = ("INVALID_PARAMETER_VALUE", "BAD_REQUEST", "RESOURCE_ALREADY_EXISTS")
 
 
@@ -44,6 +45,14 @@ class Tracker:
         self._waiting: list[Callable[[Any], None]] = []
         self._retry_at = 0.0
         self.lost_contact = False
+        self._goes_on = False
+        self._known: set[str] = set()  # parameters and (metric, step) points that an earlier part of the run has logged
+        self._points: set[tuple[str, int]] = set()
+
+    def go_on_as(self, key: str, resumed: bool) -> None:
+        """Mark the run with a key of its own; with `resumed` the run that has it is gone on with. To be called before anything is logged."""
+        self.tags[_KEY_TAG] = key
+        self._goes_on = resumed
 
     def log_params(self, parameters: Mapping[str, Any]) -> None:
         """Log the settings of the run."""
@@ -54,7 +63,7 @@ class Tracker:
             self._do(self._parameters_call(part))
 
     def _parameters_call(self, part: list[Any]) -> Callable[[Any], None]:
-        return lambda client: client.log_batch(self.run_id, params=part)
+        return lambda client: client.log_batch(self.run_id, params=[row for row in part if row.key not in self._known])
 
     def log_metrics(self, metrics: Mapping[str, float], step: int) -> None:
         """Log values under their names at one step."""
@@ -64,7 +73,7 @@ class Tracker:
             return
         now = int(time.time() * 1000)
         rows = [Metric(name, float(value), now, step) for name, value in metrics.items()]
-        self._do(lambda client: client.log_batch(self.run_id, metrics=rows))
+        self._do(lambda client: client.log_batch(self.run_id, metrics=[row for row in rows if (row.key, row.step) not in self._points]))
 
     def log_artifacts(self, directory: Path, name: str) -> None:
         """Copy a folder into the run's artifacts under `name`."""
@@ -126,9 +135,20 @@ class Tracker:
                 client = MlflowClient(tracking_uri=_absolute(self.tracking_uri))
                 experiment = client.get_experiment_by_name(self.experiment_name)
                 self._experiment_id = experiment.experiment_id if experiment else client.create_experiment(self.experiment_name)
-                self.run_id = client.create_run(self._experiment_id, tags=self.tags, run_name=self.run_name).info.run_id
+                if not (self._goes_on and self._take_up(client)):
+                    self.run_id = client.create_run(self._experiment_id, tags=self.tags, run_name=self.run_name).info.run_id
             self._client = client
         return self._client
+
+    def _take_up(self, client: Any) -> bool:
+        """Go on with the run that has this key, if there is one; what it has logged is not logged again."""
+        found = client.search_runs([self._experiment_id], filter_string=f"tags.`{_KEY_TAG}` = '{self.tags[_KEY_TAG]}'", max_results=1)
+        if not found:
+            return False
+        self.run_id, self._known = found[0].info.run_id, set(found[0].data.params)
+        self._points = {(name, point.step) for name in found[0].data.metrics for point in client.get_metric_history(self.run_id, name)}
+        client.update_run(self.run_id, status="RUNNING")
+        return True
 
 
 def _absolute(uri: str) -> str:

@@ -68,6 +68,28 @@ def test_a_value_the_store_refuses_does_not_block_the_others(tmp_path: Path, mon
     assert read_back(f"sqlite:///{tmp_path}/mlflow.db", tracker.run_id)[0] == {"train/loss": 1.0}
 
 
+def test_a_run_that_goes_on_logs_nothing_twice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    runs = []
+    for resumed in (False, True):
+        tracker = Tracker("sqlite:///mlflow.db", "tests", "run", {})
+        tracker.go_on_as("abc", resumed)
+        tracker.log_params({"lr": 0.1, "resume": resumed})
+        for step in (1, 2, 3) if resumed else (1, 2):
+            tracker.log_metrics({"train/loss": 1.0 / step}, step)
+        if resumed:
+            tracker.finish()
+        runs.append(tracker.run_id)
+    assert runs[0] == runs[1]
+    metrics, params, status = read_back(f"sqlite:///{tmp_path}/mlflow.db", runs[0])
+    assert params == {"lr": "0.1", "resume": "False"} and status == "FINISHED" and metrics["train/loss"] == pytest.approx(1 / 3)
+    assert [point.step for point in tracker._client.get_metric_history(runs[0], "train/loss")] == [1, 2, 3]
+    other = Tracker("sqlite:///mlflow.db", "tests", "run", {})
+    other.go_on_as("a run whose first part logged nothing", True)
+    other.log_metrics({"train/loss": 1.0}, 1)
+    assert other.run_id and other.run_id != runs[0]
+
+
 def test_a_server_that_answers_nonsense_is_like_a_dead_one() -> None:
     class Nonsense(http.server.BaseHTTPRequestHandler):
         def do_GET(self) -> None:

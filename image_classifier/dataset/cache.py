@@ -153,7 +153,7 @@ def open_cache(
         DataError: An image cannot be read, or changed since the manifest was written.
         StorageError: No space or no permission; what was there before is as it was.
     """
-    store = _Store(Path(settings.dir) / _key(preprocess), preprocess.size)
+    store = _Store(Path(settings.dir) / pixels_key(preprocess), preprocess.size)
     reader = ImageReader(manifest.root, preprocess, limits)
     rows = store.find(manifest.digests)
     if (rows < 0).any():
@@ -175,7 +175,7 @@ _IS_FULL = (
 )
 
 
-def _key(preprocess: Preprocess) -> str:
+def pixels_key(preprocess: Preprocess) -> str:
     """What decides the pixels besides the file's bytes; another Pillow may decode differently."""
     parts = {**preprocess.as_dict(), "format": _FORMAT, "pillow": PIL.__version__.partition(".")[0]}
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]

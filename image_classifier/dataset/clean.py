@@ -70,7 +70,7 @@ def _is_cache(directory: Path) -> bool:
 
 
 def _stores(directory: Path) -> Iterator[Path]:
-    """The folders that this program makes in a cache: pixels under 16 hex digits, facts and twins."""
+    """The folders that this program makes in a cache: pixels under 16 hex digits, facts, twins and embeddings."""
     for path in sorted(directory.iterdir()):
-        if path.is_dir() and not path.is_symlink() and (path.name in ("facts", "twins") or _PIXELS.fullmatch(path.name)):
+        if path.is_dir() and not path.is_symlink() and (path.name in ("facts", "twins", "embeddings") or _PIXELS.fullmatch(path.name)):
             yield path

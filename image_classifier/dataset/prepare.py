@@ -47,7 +47,8 @@ class DataSettings:
     sha256: Any = None
     dvc: bool | None = None
     image_size: int = 64
-    batch_size: int = 64
+    batch_size: Any = 64
+    progressive_sizes: list[int] | None = None
     resize: str = "crop"
     interpolation: str = "bilinear"
     crop_fraction: float = 1.0
@@ -68,8 +69,12 @@ class DataSettings:
     source: Any = None
 
     def __post_init__(self) -> None:
+        if self.batch_size != "auto" and (isinstance(self.batch_size, bool) or not isinstance(self.batch_size, int)):
+            raise ConfigError(f"data.batch_size must be an int, or auto, got {self.batch_size!r}")
         if isinstance(self.batch_size, int) and self.batch_size < 1:
             raise ConfigError(f"data.batch_size must be at least 1, not {self.batch_size}")
+        if isinstance(self.progressive_sizes, list):
+            _check_sizes(self.progressive_sizes, self.image_size)
         if isinstance(self.balance, str) and self.balance not in BALANCES:
             raise ConfigError(f"data.balance must be one of {', '.join(BALANCES)}, not {self.balance!r}")
         check_folds(self.fold, self.folds)
@@ -97,6 +102,14 @@ class Examination:
     audit: Audit
     exclusions: Exclusions
     directory: Path
+
+
+def _check_sizes(sizes: Sequence[int], image_size: int) -> None:
+    """Progressive sizes grow, and end where the network is validated and used."""
+    if not sizes or min(sizes) < 1 or list(sizes) != sorted(sizes) or sizes[-1] != image_size:
+        given = ",".join(map(str, sizes))
+        fact = f"data.progressive_sizes=[{given}] must grow, and end with data.image_size, {image_size}"
+        raise ConfigError(fact, f"such as [{image_size * 3 // 4},{image_size}]")
 
 
 def manifest_path(root: Path, paths: Sequence[Path], settings: DataSettings) -> Path:

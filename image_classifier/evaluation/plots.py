@@ -1,38 +1,25 @@
-"""Pictures of a run as PNG files: learning curves, confusion matrix, sample grid, scores per class.
-
-Figures are built without pyplot and laid out in inches from measured text, so that nothing can overlap. Colours are
-those of Okabe and Ito (2008), told apart in every colour vision.
-"""
+"""Pictures of a run as PNG files: learning curves, confusion matrix, sample grid, scores per class."""
 
 from __future__ import annotations
 
-import io
-from bisect import bisect_right
 from collections.abc import Mapping, Sequence
-from functools import lru_cache
 from math import ceil
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import PowerNorm
 from matplotlib.figure import Figure
-from matplotlib.font_manager import findfont, get_font
-from matplotlib.ft2font import FT2Font
-from matplotlib.text import Text
 from matplotlib.ticker import MaxNLocator
 
 from image_classifier.errors import DataError
+from image_classifier.evaluation.figure import BLUE, DPI, GREY, INK, ORANGE, axes_at, fit_text, new_figure, save_figure, text_width
 from image_classifier.evaluation.metrics import ClassScore
-from image_classifier.files import write_bytes
 
-_DPI = 150
-_FONT = "DejaVu Sans"  # ships with matplotlib, draws Latin, Greek and Cyrillic
-_BLUE, _ORANGE, _GREY, _INK = "#0072B2", "#D55E00", "#6b6b6b", "#222222"
 _CURVES = (("loss", "loss", "Loss"), ("accuracy", "accuracy", "Accuracy"), ("f1", "f1_macro", "F1 (macro)"))
+_LONG = 40  # epochs from which the loss is drawn in parts too
 _LINE = 1.4  # height of a line of text, in font sizes
 _MAX_SAMPLES, _MAX_BARS, _NUM_WORST, _NUM_BEST = 24, 60, 30, 10
 
@@ -45,19 +32,19 @@ def plot_learning_curves(history: Mapping[str, Sequence[tuple[float, float]]], d
         series = {split: points for split, points in series.items() if np.isfinite(points[:, 1]).any()}
         if series:
             figure = _learning_curve(series, title, lowest=metric == "loss")
-            written.append(_save(figure, directory / f"{name}.png"))
+            written.append(save_figure(figure, directory / f"{name}.png"))
     return written
 
 
 def _learning_curve(series: Mapping[str, np.ndarray], title: str, lowest: bool) -> Figure:
     """Curves of one metric, one array of (epoch, value) rows [E, 2] per split; the best epoch is of the last split."""
-    figure = _figure(7.2, 4.4, title)
-    axes = _axes(figure, 0.85, 0.65, 6.05, 3.05)
+    figure = new_figure(7.2, 4.4, title)
+    axes = axes_at(figure, 0.85, 0.65, 6.05, 3.05)
     for split, points in series.items():
         _draw_curve(axes, points, split)
     _mark_best(axes, *list(series.items())[-1], lowest=lowest)
     if num_gaps := sum(int(np.isnan(points[:, 1]).sum()) for points in series.values()):
-        axes.plot([], [], linestyle="none", marker="x", color=_GREY, label=f"{num_gaps} not a number")
+        axes.plot([], [], linestyle="none", marker="x", color=GREY, label=f"{num_gaps} not a number")
     epochs = np.concatenate([points[:, 0] for points in series.values()])
     pad = max(0.5 if np.ptp(epochs) == 0 else 0.0, 0.03 * float(np.ptp(epochs)))
     axes.set_xlim(epochs.min() - pad, epochs.max() + pad)
@@ -70,6 +57,53 @@ def _learning_curve(series: Mapping[str, np.ndarray], title: str, lowest: bool) 
     return figure
 
 
+def plot_loss_in_parts(history: Mapping[str, Sequence[tuple[float, float]]], directory: Path) -> list[Path]:
+    """Write loss_parts.png for a run of 40 epochs or more: four equal shares of them, each on its own scale, so that late progress is seen."""
+    series = {split: _points(history.get(f"{split}/loss", ())) for split in ("train", "val")}
+    epochs = np.concatenate([points[:, 0] for points in series.values()])
+    if len(np.unique(epochs)) < _LONG:
+        return []
+    figure = new_figure(7.2, 6.0, "Loss, in four parts")
+    edges = np.linspace(epochs.min(), epochs.max(), 5)
+    for part in range(4):
+        axes = axes_at(figure, 0.75 + 3.55 * (part % 2), 3.3 - 2.7 * (part // 2), 2.6, 2.05)
+        for split, points in series.items():
+            inside = points[(points[:, 0] >= edges[part]) & (points[:, 0] <= edges[part + 1])]
+            if len(inside):
+                _draw_curve(axes, inside, split)
+        axes.xaxis.set_major_locator(MaxNLocator(nbins=5, integer=True, min_n_ticks=1))
+        axes.ticklabel_format(axis="y", useOffset=False)
+        axes.set(xlabel="epoch", ylabel="loss")
+        axes.grid(color="#e3e3e3", linewidth=0.8)
+    axes = figure.axes[0]
+    axes.legend(loc="lower left", bbox_to_anchor=(0.0, 1.01), ncols=2, fontsize=9, frameon=False, columnspacing=1.4, borderaxespad=0.0)
+    return [save_figure(figure, directory / "loss_parts.png")]
+
+
+def plot_learning_rate_finder(rates: np.ndarray, losses: np.ndarray, smooth: np.ndarray, found: float | None, path: Path) -> Path:
+    """Write the sweep of a learning-rate finder: losses [S] and their smooth course over rates [S], and the rate that was `found`."""
+    figure = new_figure(7.2, 4.4, "Learning-rate finder")
+    axes = axes_at(figure, 0.85, 0.65, 6.05, 3.05)
+    axes.plot(rates, losses, color=BLUE, linewidth=0.7, alpha=0.4, label="each step")
+    axes.plot(rates, smooth, color=BLUE, linewidth=1.8, label="smoothed")
+    if found is not None:
+        axes.axvline(found, color=ORANGE, linestyle="--", linewidth=1.4, label=f"chosen: {found:.2g}")
+    axes.set_xscale("log")
+    axes.set_ylim(*_span(smooth))
+    axes.set(xlabel="learning rate", ylabel="loss")
+    axes.grid(color="#e3e3e3", linewidth=0.8)
+    axes.legend(loc="lower right", bbox_to_anchor=(1.0, 1.01), ncols=4, fontsize=9, frameon=False, columnspacing=1.4, borderaxespad=0.0)
+    return save_figure(figure, path)
+
+
+def _span(values: np.ndarray) -> tuple[float, float]:
+    """Where a curve's course can be seen: what it climbs to while it diverges is cut."""
+    low, first = float(values.min()), float(values[0])
+    top = min(float(values.max()), first + (first - low))
+    pad = 0.06 * (top - low) or 0.5
+    return low - pad, top + pad
+
+
 def plot_confusion_matrix(confusion: np.ndarray, classes: Sequence[str], path: Path, title: str = "") -> Path:
     """Write the confusion matrix, counts [C, C], rows truth, columns predicted, coloured by the share of the row.
 
@@ -80,13 +114,13 @@ def plot_confusion_matrix(confusion: np.ndarray, classes: Sequence[str], path: P
     pitch = side * 72 / num_classes
     size = 9.0 if pitch > 14 else 7.0
     step = ceil(_LINE * size / pitch)
-    names = [_fit(name, 120, size) for name in classes[::step]]
-    widest = max(_width(name, size) for name in names)
+    names = [fit_text(name, 120, size) for name in classes[::step]]
+    widest = max(text_width(name, size) for name in names)
     upright = widest > 0.9 * pitch * step
     left, bottom = widest / 72 + 0.6, (widest if upright else size) / 72 + 0.6
     cell = _cell_size(int(confusion.max()), pitch)
-    figure = _figure(left + side + (1.05 if cell else 6.0), bottom + side + 0.6, title or "Confusion matrix")
-    axes = _axes(figure, left, bottom, side, side)
+    figure = new_figure(left + side + (1.05 if cell else 6.0), bottom + side + 0.6, title or "Confusion matrix")
+    axes = axes_at(figure, left, bottom, side, side)
     shares = _draw_matrix(figure, axes, confusion, (left + side + 0.15, bottom, 0.15, side))
     ticks = range(0, num_classes, step)
     axes.set_xticks(ticks, names, fontsize=size, rotation=90 if upright else 0)
@@ -96,8 +130,8 @@ def plot_confusion_matrix(confusion: np.ndarray, classes: Sequence[str], path: P
     if cell:
         _draw_counts(axes, confusion, shares, cell)
     else:
-        _list_confusions(_axes(figure, left + side + 1.15, bottom, 4.6, side), confusion, classes, side)
-    return _save(figure, path)
+        _list_confusions(axes_at(figure, left + side + 1.15, bottom, 4.6, side), confusion, classes, side)
+    return save_figure(figure, path)
 
 
 def plot_samples(
@@ -115,30 +149,30 @@ def plot_samples(
     cell, gap, text = 1.9, 0.2, 0.46 if any(truth != predicted for _, truth, predicted, _ in rows) else 0.3
     num_columns = min(6, len(rows))
     width, height = max(3.2, gap + num_columns * (cell + gap)), 0.42 + ceil(len(rows) / num_columns) * (cell + text) + gap
-    figure = _figure(width, height, title or "Predictions")
+    figure = new_figure(width, height, title or "Predictions")
     for position, row in enumerate(rows):
         down, across = divmod(position, num_columns)
-        axes = _axes(figure, gap + across * (cell + gap), height - 0.42 - (down + 1) * (cell + text), cell, cell)
+        axes = axes_at(figure, gap + across * (cell + gap), height - 0.42 - (down + 1) * (cell + text), cell, cell)
         _draw_sample(axes, *row, cell)
-    return _save(figure, path)
+    return save_figure(figure, path)
 
 
 def plot_class_scores(per_class: Sequence[ClassScore], path: Path, title: str = "") -> Path:
     """Write the F1 of each class, worst first; above 60 classes the worst 30 and the best 10."""
     rows, note = _choose_scores(per_class)
-    names = [_fit(score.label, 170, 9) if score else "…" for score in rows]
-    left, height = max(_width(name, 9) for name in names) / 72 + 0.3, 0.22 * len(rows)
-    figure = _figure(left + 5.6, height + 1.4, title or "F1 per class")
-    axes = _axes(figure, left, 0.6, 3.7, height)
+    names = [fit_text(score.label, 170, 9) if score else "…" for score in rows]
+    left, height = max(text_width(name, 9) for name in names) / 72 + 0.3, 0.22 * len(rows)
+    figure = new_figure(left + 5.6, height + 1.4, title or "F1 per class")
+    axes = axes_at(figure, left, 0.6, 3.7, height)
     values = [score.f1 if score else 0.0 for score in rows]
-    axes.barh(range(len(rows)), values, height=0.72, color=_BLUE)
+    axes.barh(range(len(rows)), values, height=0.72, color=BLUE)
     axes.set(xlim=(0, 1), ylim=(len(rows) - 0.5, -0.5), xlabel="F1", axisbelow=True)
     axes.set_yticks(range(len(rows)), names, fontsize=9)
     axes.tick_params(axis="y", length=0)
     axes.grid(axis="x", color="#e3e3e3", linewidth=0.8)
     _draw_columns(axes, rows)
-    figure.text(0.15 / figure.get_figwidth(), 1 - 0.42 / figure.get_figheight(), note, fontsize=9, color=_GREY, va="top")
-    return _save(figure, path)
+    figure.text(0.15 / figure.get_figwidth(), 1 - 0.42 / figure.get_figheight(), note, fontsize=9, color=GREY, va="top")
+    return save_figure(figure, path)
 
 
 def _points(points: Sequence[tuple[float, float]]) -> np.ndarray:
@@ -151,7 +185,7 @@ def _points(points: Sequence[tuple[float, float]]) -> np.ndarray:
 def _draw_curve(axes: Axes, points: np.ndarray, split: str) -> None:
     """A line with dots while they can be told apart; a long run as its running mean over the pale raw values."""
     epochs, values = points.T
-    colour, style = (_ORANGE, "-") if split == "val" else (_BLUE, "--")
+    colour, style = (ORANGE, "-") if split == "val" else (BLUE, "--")
     if len(values) > 200:
         axes.plot(epochs, values, color=colour, linewidth=0.7, alpha=0.3)
         kernel = np.ones(2 * (len(values) // 100) + 1)
@@ -166,15 +200,15 @@ def _mark_best(axes: Axes, split: str, points: np.ndarray, lowest: bool) -> None
     values = points[:, 1]
     epoch, value = points[np.nanargmin(values) if lowest else np.nanargmax(values)]
     shown = f"{value:.4f}" if 1e-3 <= abs(value) < 1e4 or value == 0 else f"{value:.3g}"
-    axes.axvline(epoch, color=_GREY, linewidth=0.9, linestyle=":")
-    ring: dict[str, Any] = {"marker": "o", "markersize": 11, "markerfacecolor": "none", "markeredgecolor": _INK, "markeredgewidth": 1.6}
+    axes.axvline(epoch, color=GREY, linewidth=0.9, linestyle=":")
+    ring: dict[str, Any] = {"marker": "o", "markersize": 11, "markerfacecolor": "none", "markeredgecolor": INK, "markeredgewidth": 1.6}
     axes.plot([epoch], [value], linestyle="none", label=f"best {split} {shown} (epoch {epoch:g})", **ring)
 
 
 def _cell_size(largest: int, pitch: float) -> float:
     """Font size in points at which a count fits a cell `pitch` points wide, or 0 (above some 30 classes, a sea of digits)."""
     for size in (10.0, 9.0, 8.0, 7.0):
-        if _width(str(largest), size) < 0.85 * pitch and pitch > 20:
+        if text_width(str(largest), size) < 0.85 * pitch and pitch > 20:
             return size
     return 0.0
 
@@ -187,7 +221,7 @@ def _draw_matrix(figure: Figure, axes: Axes, confusion: np.ndarray, bar: tuple[f
     norm = PowerNorm(0.5, vmin=0, vmax=1)
     colours = matplotlib.colormaps["Blues"].with_extremes(bad="#dddddd")
     image = axes.imshow(np.ma.masked_invalid(shares), cmap=colours, norm=norm, interpolation="nearest", aspect="auto")
-    scale = figure.colorbar(image, cax=_axes(figure, *bar))
+    scale = figure.colorbar(image, cax=axes_at(figure, *bar))
     scale.set_ticks([0, 0.05, 0.25, 0.5, 0.75, 1], labels=["0%", "5%", "25%", "50%", "75%", "100%"], fontsize=8)
     empty = int((totals == 0).sum())
     scale.set_label("share of the true class" + (f" (grey: no image, {empty} of {len(shares)})" if empty else ""), fontsize=9)
@@ -196,35 +230,35 @@ def _draw_matrix(figure: Figure, axes: Axes, confusion: np.ndarray, bar: tuple[f
 
 def _draw_counts(axes: Axes, confusion: np.ndarray, depth: np.ndarray, size: float) -> None:
     for row, column in np.argwhere((confusion > 0) | np.eye(len(confusion), dtype=bool)):
-        colour = "white" if depth[row, column] > 0.6 else _INK
+        colour = "white" if depth[row, column] > 0.6 else INK
         axes.text(column, row, str(confusion[row, column]), ha="center", va="center", fontsize=size, color=colour)
 
 
 def _list_confusions(axes: Axes, confusion: np.ndarray, classes: Sequence[str], height: float) -> None:
     """Name the pairs that are mixed up most, by number of images, in a panel 4.6 inches wide."""
     axes.set_axis_off()
-    axes.text(0, 1, "Most frequent confusions (true → predicted)", fontsize=10, weight="bold", va="top", color=_INK)
+    axes.text(0, 1, "Most frequent confusions (true → predicted)", fontsize=10, weight="bold", va="top", color=INK)
     wrong = confusion - np.diag(np.diag(confusion))
     order = [pair for pair in np.argsort(-wrong, axis=None, kind="stable")[: min(25, int(height / 0.26) - 2)] if wrong.flat[pair]]
     for line, pair in enumerate(order):
         truth, predicted = divmod(int(pair), len(classes))
         top = 1 - (0.36 + 0.26 * line) / height
-        axes.text(0, top, f"{_fit(classes[truth], 112, 8)} → {_fit(classes[predicted], 112, 8)}", fontsize=8, va="top", color=_INK)
-        axes.text(1, top, f"{wrong.flat[pair]} of {confusion[truth].sum()}", fontsize=8, va="top", ha="right", color=_ORANGE)
+        axes.text(0, top, f"{fit_text(classes[truth], 112, 8)} → {fit_text(classes[predicted], 112, 8)}", fontsize=8, va="top", color=INK)
+        axes.text(1, top, f"{wrong.flat[pair]} of {confusion[truth].sum()}", fontsize=8, va="top", ha="right", color=ORANGE)
     if not order:
-        axes.text(0, 1 - 0.36 / height, "none: every image is right", fontsize=9, va="top", color=_INK)
+        axes.text(0, 1 - 0.36 / height, "none: every image is right", fontsize=9, va="top", color=INK)
 
 
 def _draw_sample(axes: Axes, image: np.ndarray, truth: str, predicted: str, confidence: float, cell: float) -> None:
     right = truth == predicted
-    colour, mark = (_BLUE, "✓") if right else (_ORANGE, "✗")
+    colour, mark = (BLUE, "✓") if right else (ORANGE, "✗")
     # Small images keep their square pixels; large ones are averaged down.
-    axes.imshow(image, interpolation="nearest" if max(image.shape[:2]) < cell * _DPI else "antialiased")
+    axes.imshow(image, interpolation="nearest" if max(image.shape[:2]) < cell * DPI else "antialiased")
     axes.set(xticks=[], yticks=[])
     axes.spines[:].set(color=colour, linewidth=2)
     percent, points = f" {confidence:.0%}", cell * 72
-    first = f"{mark} {_fit(predicted, points - _width(f'{mark} {percent}', 8) - 2, 8)}{percent}"
-    second = "" if right else f"\ntrue: {_fit(truth, points - _width('true: ', 8) - 2, 8)}"
+    first = f"{mark} {fit_text(predicted, points - text_width(f'{mark} {percent}', 8) - 2, 8)}{percent}"
+    second = "" if right else f"\ntrue: {fit_text(truth, points - text_width('true: ', 8) - 2, 8)}"
     axes.set_title(first + second, fontsize=8, color=colour, loc="left", pad=4)
 
 
@@ -245,56 +279,8 @@ def _draw_columns(axes: Axes, rows: Sequence[ClassScore | None]) -> None:
     """Two columns right of the bars: the score and how many images it rests on."""
     style: dict[str, Any] = {"transform": axes.get_yaxis_transform(), "fontsize": 9, "ha": "right"}
     for place, heading in ((1.15, "F1"), (1.42, "images")):
-        axes.text(place, -0.75, heading, va="bottom", color=_GREY, **style)
+        axes.text(place, -0.75, heading, va="bottom", color=GREY, **style)
     for line, score in enumerate(rows):
         if score:
-            axes.text(1.15, line, f"{score.f1:.3f}" if score.support else "–", va="center_baseline", color=_INK, **style)
-            axes.text(1.42, line, str(score.support), va="center_baseline", color=_INK, **style)
-
-
-def _figure(width: float, height: float, title: str) -> Figure:
-    """An empty white page in inches with its title at the upper left."""
-    figure = Figure(figsize=(width, height), dpi=_DPI, facecolor="white")
-    shown = _fit(title, 72 * (width - 0.4), 12, "bold")
-    figure.text(0.15 / width, 1 - 0.15 / height, shown, fontsize=12, weight="bold", va="top", color=_INK)
-    return figure
-
-
-def _axes(figure: Figure, left: float, bottom: float, width: float, height: float) -> Axes:
-    """Axes at a place given in inches from the lower left corner."""
-    across, up = figure.get_size_inches()
-    return figure.add_axes((left / across, bottom / up, width / across, height / up))
-
-
-def _save(figure: Figure, path: Path) -> Path:
-    """Write the figure as PNG, whole or not at all."""
-    for text in figure.findobj(lambda artist: isinstance(artist, Text)):
-        cast(Text, text).set_fontfamily(_FONT)
-        cast(Text, text).set_parse_math(False)  # a class may be called `$x_1$`
-    buffer = io.BytesIO()
-    FigureCanvasAgg(figure).print_figure(buffer, format="png", dpi=_DPI, facecolor="white")
-    write_bytes(path, buffer.getvalue())
-    return path
-
-
-@lru_cache(maxsize=4096)
-def _fit(text: str, width: float, size: float, weight: str = "normal") -> str:
-    """The text on one line of `width` points: undrawable characters become □, the middle of a long one an ellipsis."""
-    font = _face(weight)
-    text = " ".join("".join(c if c.isspace() or (c.isprintable() and font.get_char_index(ord(c))) else "□" for c in text).split())
-    cuts = [f"{text[: ceil(kept / 2)]}…{text[len(text) - kept // 2 :]}" for kept in range(1, min(len(text), 200))]
-    if not cuts or (len(text) <= 200 and _width(text, size, weight) <= width):
-        return text
-    return cuts[max(0, bisect_right(cuts, width, key=lambda cut: _width(cut, size, weight)) - 1)]
-
-
-def _width(text: str, size: float, weight: str = "normal") -> float:
-    """Width of one line of drawable text in points."""
-    font = _face(weight)
-    font.set_size(size, _DPI)  # the resolution it is drawn at: hinting makes the width depend on it
-    font.set_text(text, 0.0)
-    return float(font.get_width_height()[0] / 64 * 72 / _DPI)
-
-
-def _face(weight: str) -> FT2Font:
-    return get_font(findfont(f"{_FONT}:{weight}"))
+            axes.text(1.15, line, f"{score.f1:.3f}" if score.support else "–", va="center_baseline", color=INK, **style)
+            axes.text(1.42, line, str(score.support), va="center_baseline", color=INK, **style)

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -18,10 +19,21 @@ from image_classifier.records import Manifest, PredictionTable
 _NUM_SAMPLES = 24
 
 
-def write_evaluation(table: PredictionTable, metrics: Metrics, part: Manifest, directory: Path, title: str, leak: LeakScore | None = None) -> None:
-    """Write predictions.csv, logits.npy, metrics.json and the figures of one part; the table's rows are the part's records."""
+def write_evaluation(
+    table: PredictionTable,
+    metrics: Metrics,
+    part: Manifest,
+    directory: Path,
+    title: str,
+    leak: LeakScore | None = None,
+    beside: Mapping[str, Any] | None = None,
+) -> None:
+    """Write predictions.csv, logits.npy, metrics.json and the figures of one part; `beside` are the baselines' scores.
+
+    The table's rows are the part's records.
+    """
     table.write(directory)
-    write_text(directory / "metrics.json", json.dumps(metrics_dict(metrics, leak), indent=2, ensure_ascii=False) + "\n")
+    write_text(directory / "metrics.json", json.dumps(metrics_dict(metrics, leak, beside), indent=2, ensure_ascii=False) + "\n")
     plot_confusion_matrix(metrics.confusion, table.classes, directory / "confusion_matrix.png", title)
     plot_class_scores(metrics.per_class, directory / "class_scores.png", title)
     rows = _samples(table)
@@ -47,9 +59,9 @@ def _samples(table: PredictionTable) -> list[int]:
     return [int(row) for row in (*worst, *spread)]
 
 
-def metrics_dict(metrics: Metrics, leak: LeakScore | None) -> dict[str, object]:
-    """The metrics of one part as JSON; `leak` is null where no image of it has a copy or twin in the train part."""
-    return {**metrics.as_dict(), "leak": leak.as_dict() if leak else None}
+def metrics_dict(metrics: Metrics, leak: LeakScore | None, beside: Mapping[str, Any] | None = None) -> dict[str, object]:
+    """The metrics of one part as JSON, the baselines' beside them; `leak` is null where no image of it has a copy or twin in the train part."""
+    return {**metrics.as_dict(), "leak": leak.as_dict() if leak else None, "baselines": dict(beside or {})}
 
 
 def scalars(metrics: Metrics, leak: LeakScore | None) -> dict[str, float]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import pickle
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,7 @@ from image_classifier.errors import CheckpointError
 from image_classifier.modeling.classifier import Classifier, build_classifier
 
 # Arguments by which a network fetches weights: the checkpoint's own would replace them at once, and a file must not make us load another.
-_LOADING = ("pretrained", "weights", "checkpoint_path", "pretrained_cfg", "pretrained_cfg_overlay", "cache_dir", "weights_backbone")
+LOADING = ("pretrained", "weights", "checkpoint_path", "pretrained_cfg", "pretrained_cfg_overlay", "cache_dir", "weights_backbone")
 
 
 def load_classifier(path: Path, trusted: Sequence[str] = ()) -> tuple[Classifier, dict[str, Any]]:
@@ -30,15 +29,15 @@ def load_classifier(path: Path, trusted: Sequence[str] = ()) -> tuple[Classifier
         content = torch.load(path, map_location="cpu", weights_only=True)
         blueprint = content["hyper_parameters"]["blueprint"]
         weights = {key.removeprefix("classifier."): value for key, value in content["state_dict"].items() if key.startswith("classifier.")}
-        network = {key: value for key, value in blueprint["backbone"].items() if key not in _LOADING}
+        network = {key: value for key, value in blueprint["backbone"].items() if key not in LOADING}
         shape = len(blueprint["classes"]), blueprint["preprocess"]["size"], blueprint["normalise"]["mean"], blueprint["normalise"]["std"]
-        dropout = blueprint["head_dropout"]
-    except (OSError, RuntimeError, EOFError, KeyError, TypeError, AttributeError, pickle.UnpicklingError) as error:
+        dropout, tta = blueprint["head_dropout"], blueprint.get("tta", "none")
+    except Exception as error:  # a damaged file makes torch raise anything, assertions too
         raise CheckpointError(
             f"{str(path)!r} is damaged, or no checkpoint of this package ({type(error).__name__})", "give another, or train again"
         ) from error
     backbone = settings.instantiate(network, trusted=trusted, known=settings.NETWORKS)
-    classifier = build_classifier(backbone, *shape, dropout)
+    classifier = build_classifier(backbone, *shape, dropout, tta)
     try:
         classifier.load_state_dict(weights)
     except RuntimeError as error:

@@ -17,13 +17,15 @@ from image_classifier.bundle import INFO_NAME, read_bundle
 from image_classifier.dataset.fetch.dvc import pull_missing
 from image_classifier.dataset.prepare import load_test_manifest
 from image_classifier.errors import CheckpointError, ConfigError, DataError, UnreadableImage
+from image_classifier.evaluation import baselines
+from image_classifier.evaluation.baselines import Baseline
 from image_classifier.evaluation.leaks import LeakScore, leak_score
 from image_classifier.evaluation.metrics import Metrics, compute_metrics
 from image_classifier.evaluation.results import metrics_dict, metrics_lines, write_evaluation
 from image_classifier.images import DecodeLimits
 from image_classifier.inference.load import load_predictor, pulled_checkpoint
 from image_classifier.inference.predictor import Predictor
-from image_classifier.records import SPLITS, Manifest
+from image_classifier.records import SPLITS, Manifest, PredictionTable
 
 log = logging.getLogger(__name__)
 
@@ -61,15 +63,21 @@ def test(config: Any) -> Metrics:
     """Predict a labelled part, print the metrics and write predictions, metrics and plots."""
     asked = settings.typed(TestSettings, config, "")
     path = pulled_checkpoint(asked.checkpoint_name, Path(asked.models_dir), asked.dvc)
-    manifest, leaked = _labelled_folder(asked, path) if asked.test_dir else _own_part(asked, path)
+    manifest, leaked, known = _labelled_folder(asked, path) if asked.test_dir else _own_part(asked, path)
     predictor = load_predictor(path, asked.backend, asked.batch_size, asked.trusted_packages, asked.limits)
     table = predictor.table([manifest.file(record) for record in manifest], [record.path for record in manifest], _targets(manifest, predictor))
     metrics, leak = compute_metrics(table), leak_score(table, leaked, "are training images, byte for byte" if asked.test_dir else LeakScore.what)
     part = f"test-{Path(asked.test_dir).resolve().name}" if asked.test_dir else asked.split  # never in the place of the run's own figures
     directory = Path(asked.output_dir or Path(asked.plots_dir) / (path.name if path.is_dir() else path.stem) / part)
-    write_evaluation(table, metrics, manifest, directory, f"{path.name}, {'folder ' + asked.test_dir if asked.test_dir else asked.split}", leak)
-    as_json = asked.format == "json"
-    print(json.dumps(metrics_dict(metrics, leak), ensure_ascii=False) if as_json else "\n".join(metrics_lines(metrics, asked.split, leak)))
+    found = _baselines(asked, path, table, known) if known else ()
+    beside, own = baselines.beside(found, asked.split), metrics.scalars()
+    title = f"{path.name}, {'folder ' + asked.test_dir if asked.test_dir else asked.split}"
+    write_evaluation(table, metrics, manifest, directory, title, leak, beside)
+    baselines.warn_if_not_better(found, asked.split, own)
+    if asked.format == "json":
+        print(json.dumps(metrics_dict(metrics, leak, beside), ensure_ascii=False))
+    else:
+        print("\n".join([*metrics_lines(metrics, asked.split, leak), *baselines.lines(found, asked.split, own)]))
     log.info("predictions, metrics and plots: %s", directory)
     return metrics
 
@@ -77,8 +85,8 @@ def test(config: Any) -> Metrics:
 test.__test__ = False  # type: ignore[attr-defined]
 
 
-def _labelled_folder(asked: TestSettings, path: Path) -> tuple[Manifest, np.ndarray]:
-    """The images of a folder of the user's own, and which of them (bool [N]) the model was trained on, byte for byte."""
+def _labelled_folder(asked: TestSettings, path: Path) -> tuple[Manifest, np.ndarray, Manifest | None]:
+    """The images of a folder of the user's own, which of them (bool [N]) the model was trained on, byte for byte, and its own manifest."""
     folder = Path(str(asked.test_dir))
     pull_missing(folder, asked.dvc)
     try:
@@ -88,14 +96,14 @@ def _labelled_folder(asked: TestSettings, path: Path) -> tuple[Manifest, np.ndar
     except DataError as error:
         raise DataError(error.fact, f"{error.hint}; for images without labels use infer --images") from error
     if not (path / INFO_NAME).is_file():
-        return manifest, np.zeros(len(manifest), dtype=bool)
-    known = Manifest.read(read_bundle(path).path("manifest.csv"), folder).part("train")
-    trained = {digest.tobytes() for digest in known.digests}
-    return manifest, np.array([digest.tobytes() in trained for digest in manifest.digests], dtype=bool)
+        return manifest, np.zeros(len(manifest), dtype=bool), None
+    known = Manifest.read(read_bundle(path).path("manifest.csv"), folder)
+    trained = {digest.tobytes() for digest in known.digests[known.indices("train")]}
+    return manifest, np.array([digest.tobytes() in trained for digest in manifest.digests], dtype=bool), known
 
 
-def _own_part(asked: TestSettings, path: Path) -> tuple[Manifest, np.ndarray]:
-    """One split of the data the bundle was made from, its files compared with the manifest, and which of them have leaked."""
+def _own_part(asked: TestSettings, path: Path) -> tuple[Manifest, np.ndarray, Manifest]:
+    """One split of the data the bundle was made from, its files compared with the manifest, which of them have leaked, and all of the manifest."""
     if not (path / INFO_NAME).is_file():
         raise CheckpointError(f"{path.name!r} does not say which images it was tested on", "give a labelled folder with --test_dir=PATH")
     bundle = read_bundle(path)
@@ -110,7 +118,17 @@ def _own_part(asked: TestSettings, path: Path) -> tuple[Manifest, np.ndarray]:
             raise DataError(f"{str(file)!r} is gone", "run where the training data lies, or give a labelled folder with --test_dir=PATH")
         if hashlib.sha256(file.read_bytes()).hexdigest() != record.sha256:
             raise DataError(f"{str(file)!r} has changed since training", "restore it, or give a labelled folder with --test_dir=PATH")
-    return part, manifest.leaked(split) if split != "train" else np.zeros(len(part), dtype=bool)
+    return part, manifest.leaked(split) if split != "train" else np.zeros(len(part), dtype=bool), manifest
+
+
+def _baselines(asked: TestSettings, path: Path, table: PredictionTable, known: Manifest) -> tuple[Baseline, ...]:
+    """The class most frequent in training, judged on the very images of the table, and what the bundle knows of its own parts."""
+    codes = np.array([table.classes.index(label) for label in known.classes], dtype=np.int64)
+    simplest = baselines.most_frequent(codes[known.targets[known.indices("train")]], table.classes, {asked.split: table.targets})
+    if asked.test_dir:
+        return (simplest,)
+    kept = baselines.from_dict(read_bundle(path).info.provenance.get("baselines", {}))
+    return (simplest, *(baseline for baseline in kept if baseline.name != simplest.name))
 
 
 def _targets(manifest: Manifest, predictor: Predictor) -> np.ndarray:

@@ -6,11 +6,15 @@ import inspect
 import logging
 import sys
 import warnings
+from dataclasses import fields
+from functools import partial
 from typing import Any
 
 import numpy as np
 import pytorch_lightning as pl
 import torch
+from pytorch_lightning.callbacks import Checkpoint, WeightAveraging
+from pytorch_lightning.loggers.logger import DummyLogger
 from torch import nn
 
 from image_classifier import settings
@@ -18,31 +22,101 @@ from image_classifier.dataset.cache import PixelCache
 from image_classifier.dataset.prepare import DataSettings
 from image_classifier.errors import ConfigError
 from image_classifier.modeling.backbones import pretrained_normalise
-from image_classifier.modeling.classifier import build_classifier
+from image_classifier.modeling.classifier import Classifier, build_classifier, check_sizes
+from image_classifier.modeling.weights import last_linear
 from image_classifier.records import Manifest
 from image_classifier.training.balance import class_weights, describe
-from image_classifier.training.callbacks import Throughput
+from image_classifier.training.callbacks.checkpoints import BestCheckpoint, LastCheckpoint
+from image_classifier.training.callbacks.compiling import Compiling
+from image_classifier.training.callbacks.signals import StopOnSignal
+from image_classifier.training.callbacks.state import ExactState
+from image_classifier.training.callbacks.throughput import Throughput
 from image_classifier.training.checkpoint_io import SafeCheckpointIO
 from image_classifier.training.datamodule import ImageDataModule
-from image_classifier.training.hardware import Hardware
-from image_classifier.training.module import ClassifierModule, SchedulerSettings
+from image_classifier.training.distributed import Together, cluster_environment, is_main, place, world_size
+from image_classifier.training.hardware import Hardware, SpeedSettings
+from image_classifier.training.launch import uses_gpu
+from image_classifier.training.module import ClassifierModule
+from image_classifier.training.optimizers.freezing import describe as describe_learning
+from image_classifier.training.optimizers.freezing import freeze
+from image_classifier.training.optimizers.groups import parameter_groups
+from image_classifier.training.optimizers.schedules import SchedulerSettings, build_moves
 from image_classifier.training.progress import ImagesProgressBar
+from image_classifier.training.sharding import is_sharded
+from image_classifier.training.start import build_backbone, pretrained_settings, start_weights
 
 log = logging.getLogger(__name__)
 
 
+OWN_TRAINER_KEYS = ("channels_last", "speed", "compile", "on_nan")  # of conf/trainer; all others are Lightning's
+_NUM_IMAGES_TO_FIT = 5000
+
+
+def speed_settings(config: Any) -> SpeedSettings:
+    """The keys of `trainer` that decide how fast a step is."""
+    keys = (item.name for item in fields(SpeedSettings))
+    return settings.typed(SpeedSettings, settings.only(config.trainer, *keys), "trainer")
+
+
 def build_datamodule(config: Any, manifest: Manifest, data: DataSettings, cache: PixelCache, hardware: Hardware) -> ImageDataModule:
     """The data module over the cached pixels of all splits."""
-    augment = _instantiate(config, config.augment)
-    return ImageDataModule(cache, manifest, data.batch_size, augment, config.seed, hardware.channels_last, data.balance == "sampler")
+    augment, views = _instantiate(config, config.augment), (config.get("loss") or {}).get("views") or 1
+    if views > 1 and augment is None:
+        raise ConfigError(f"loss.views={views} sees each image in two augmentations, and there is none", "choose an augment, or set loss.views=1")
+    balanced, sizes = data.balance == "sampler", data.progressive_sizes
+    return ImageDataModule(cache, manifest, data.batch_size, augment, config.seed, hardware.channels_last, balanced, views, sizes)
 
 
 def build_module(config: Any, manifest: Manifest, data: DataSettings, cache: PixelCache, hardware: Hardware) -> ClassifierModule:
     """The classifier with its criterion, optimizer and scheduler; ConfigError where a node cannot be built."""
-    backbone = _instantiate(config, config.model.backbone)
+    classifier, blueprint = build_network(config, manifest, data, cache, hardware)
+    targets = manifest.targets[manifest.indices("train")]
+    log.info(describe(data.balance, targets, manifest.classes))
+    criterion, val_criterion = build_criteria(config, targets, len(manifest.classes), data)
+    if attach := getattr(criterion, "attach", None):
+        attach(last_linear(classifier.head).in_features)
+    optimizer, scheduler = _optimizer_and_scheduler(config)
+    frozen = freeze(classifier, settings.to_plain(config.model).get("freeze"))
+    log.info(describe_learning(classifier, frozen))
+    return ClassifierModule(
+        classifier,
+        criterion,
+        _fused(optimizer) if hardware.fused else optimizer,
+        scheduler,
+        manifest.classes,
+        blueprint,
+        val_criterion,
+        config.optimizer.get("layer_decay", 1.0),
+        frozen,
+    )
+
+
+def check_optimisation(config: Any) -> None:
+    """Refuse values of optimizer, scheduler and averaging before any data is read, by building them for a small network; ConfigError."""
+    for name in ("averaging", "unfreeze"):
+        _instantiate(config, (config.get("callbacks") or {}).get(name))
+    auto = config.optimizer.get("lr") == "auto"
+    optimizer, scheduler = _optimizer_and_scheduler(settings.replaced(config, {"optimizer.lr": 1e-3}) if auto else config)
+    small = nn.ModuleDict({"backbone": nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2)), "head": nn.Linear(2, 2)})
+    build_moves(optimizer, parameter_groups(small, None, config.optimizer.get("layer_decay", 1.0)), scheduler, num_steps=1000)
+
+
+def _optimizer_and_scheduler(config: Any) -> tuple[Any, SchedulerSettings]:
+    moves = config.scheduler
+    scheduler = SchedulerSettings(_instantiate(config, moves.build), moves.interval, moves.length, moves.monitor, moves.get("warmup", 0.0))
+    return _instantiate(config, settings.without(config.optimizer, "layer_decay")), scheduler
+
+
+def build_network(config: Any, manifest: Manifest, data: DataSettings, cache: PixelCache, hardware: Hardware) -> tuple[Classifier, dict[str, Any]]:
+    """The classifier that `config.model` describes, and its blueprint: plain containers from which a checkpoint is read back."""
+    backbone = build_backbone(config)
     plain = settings.to_plain(config.model)
-    mean, std = _normalise(plain["normalise"], backbone, plain["backbone"], cache, manifest.indices("train"))
-    classifier = build_classifier(backbone, len(manifest.classes), data.image_size, mean, std, plain["head_dropout"])
+    mean, std = _normalise(plain["normalise"], backbone, pretrained_settings(plain), cache, manifest.indices("train"))
+    classifier = build_classifier(backbone, len(manifest.classes), data.image_size, mean, std, plain["head_dropout"], plain["tta"])
+    check_sizes(backbone, data.progressive_sizes or ())
+    if hasattr(backbone, "fit_to"):  # a first layer that comes from the data
+        backbone.fit_to(_some_images(cache, manifest.indices("train"), mean, std))
+    start_weights(config, classifier, manifest.classes)
     if hardware.channels_last:
         classifier = classifier.to(memory_format=torch.channels_last)
     blueprint = {
@@ -51,40 +125,86 @@ def build_module(config: Any, manifest: Manifest, data: DataSettings, cache: Pix
         "normalise": {"mean": mean, "std": std},
         "backbone": plain["backbone"],
         "head_dropout": plain["head_dropout"],
+        "tta": plain["tta"],
     }
-    moves = config.scheduler
-    scheduler = SchedulerSettings(_instantiate(config, moves.build), moves.interval, moves.length, moves.monitor)
-    targets = manifest.targets[manifest.indices("train")]
-    log.info(describe(data.balance, targets, manifest.classes))
-    criterion, val_criterion = build_criteria(config, targets, len(manifest.classes), data)
-    optimizer = _instantiate(config, config.optimizer)
-    return ClassifierModule(classifier, criterion, optimizer, scheduler, manifest.classes, blueprint, val_criterion)
+    return classifier, blueprint
 
 
 def build_trainer(config: Any, hardware: Hardware, throughput: Throughput, *callbacks: pl.Callback) -> pl.Trainer:
     """Lightning's Trainer with our callbacks before the configured ones."""
     if hardware.precision.endswith("-true") and hardware.precision not in ("32-true", "64-true"):
         raise ConfigError(f"trainer.precision={hardware.precision} would round the pixels", f"use {hardware.precision.replace('true', 'mixed')}")
-    on_terminal = sys.stderr.isatty()
+    on_terminal = sys.stderr.isatty() and is_main()
     bar = [ImagesProgressBar(throughput)] if on_terminal else []
     configured = [_instantiate(config, node) for node in (config.get("callbacks") or {}).values() if node]
+    together = [Together()] if world_size() > 1 else []
+    everyone = sorted([throughput, *callbacks, *bar, *configured, *_compiling(hardware), *together], key=_turn)
     _quiet_lightning()
     trainer: pl.Trainer = settings.instantiate(
-        settings.without(config.trainer, "channels_last"),
+        settings.without(config.trainer, *OWN_TRAINER_KEYS),
         trusted=config.trusted_packages,
         precision=hardware.precision,
-        callbacks=[throughput, *callbacks, *bar, *configured],
-        logger=_instantiate(config, config.get("logger")) or False,
-        plugins=[SafeCheckpointIO()],
+        callbacks=everyone,
+        enable_checkpointing=any(isinstance(callback, Checkpoint) for callback in everyone),  # else Lightning adds one of its own
+        logger=(_loggers(config) or False) if is_main() else False,
+        plugins=[SafeCheckpointIO(), cluster_environment()],
+        **_scale(config.trainer),
         enable_progress_bar=on_terminal,
         enable_model_summary=False,
         num_sanity_val_steps=0,
         use_distributed_sampler=False,
+        benchmark=hardware.benchmark or None,
         log_every_n_steps=1,
     )
-    if trainer.world_size > 1:
-        raise ConfigError(f"one run uses one device, and trainer.devices asks for {trainer.world_size}", "set trainer.devices=1")
+    if is_sharded(trainer.strategy) and any(isinstance(callback, WeightAveraging) for callback in everyone):
+        raise ConfigError("trainer=fsdp cannot average weights, of which each process holds a part", "use trainer=ddp, or callbacks=default")
+    if not is_main():
+        trainer.logger = DummyLogger()  # with none at all some callbacks refuse
     return trainer
+
+
+def _turn(callback: pl.Callback) -> int:
+    """Checkpoints are taken before the other callbacks do their part of a hook; see callbacks.state."""
+    first = (ExactState, StopOnSignal, LastCheckpoint, BestCheckpoint)
+    return next((turn for turn, kind in enumerate(first) if isinstance(callback, kind)), len(first))
+
+
+def _scale(asked: Any) -> dict[str, Any]:
+    """How many processes there are, as the launcher decided, and what Lightning is to do about it."""
+    here, on_gpu = place(), uses_gpu(asked.accelerator)
+    alone = here.world_size == 1
+    several = asked.get("strategy") == "ddp" or "_target_" in (asked.get("strategy") or "")  # as conf/trainer asks for where there may be several
+    strategy = {"strategy": "auto"} if alone and several else {}
+    devices = {"devices": 1 if alone else here.local_world_size}
+    synced = asked.get("sync_batchnorm", False)
+    if synced == "auto":
+        synced = on_gpu and not alone  # torch joins the statistics on GPUs only
+    return {**strategy, **devices, "num_nodes": here.nodes, "sync_batchnorm": synced}
+
+
+def _compiling(hardware: Hardware) -> list[pl.Callback]:
+    return [Compiling(at_once=hardware.compile is True)] if hardware.compile else []
+
+
+def _fused(make_optimizer: Any) -> Any:
+    """The same optimizer updating all parameters in one pass, where it can and nothing else was asked for."""
+    known = inspect.signature(make_optimizer).parameters
+    asked = {"fused", "foreach", "capturable", "differentiable"} & set(getattr(make_optimizer, "keywords", {}))
+    return partial(make_optimizer, fused=True) if "fused" in known and not asked else make_optimizer
+
+
+def _some_images(cache: PixelCache, rows: np.ndarray, mean: list[float], std: list[float]) -> torch.Tensor:
+    """Normalised training images [N, 3, S, S], evenly spread over the classes, as they lie in the manifest's order."""
+    chosen = rows[np.unique(np.linspace(0, len(rows) - 1, min(len(rows), _NUM_IMAGES_TO_FIT)).astype(int))]
+    pixels = torch.from_numpy(cache.gather(chosen)).permute(0, 3, 1, 2).float() / 255
+    return (pixels - torch.tensor(mean).view(1, 3, 1, 1)) / torch.tensor(std).view(1, 3, 1, 1)
+
+
+def _loggers(config: Any) -> list[Any]:
+    """The loggers of `logger`: one node, or several under names of their own."""
+    node = config.get("logger") or {}
+    nodes = [node] if "_target_" in node else [item for item in node.values() if item]
+    return [logger for logger in (_instantiate(config, item) for item in nodes) if logger]
 
 
 def _instantiate(config: Any, node: Any) -> Any:
@@ -97,6 +217,8 @@ def build_criteria(config: Any, targets: np.ndarray, num_classes: int, data: Dat
     Only the first has class weights, so that `val/loss` means the same in every run; it must take mixed targets where images are mixed.
     """
     criterion, val_criterion = _instantiate(config, config.loss), _instantiate(config, config.loss)
+    if getattr(criterion, "weight", None) is not None and len(criterion.weight) != num_classes:
+        raise ConfigError(f"loss.weight has {len(criterion.weight)} numbers for {num_classes} classes", "give one number a class, or null")
     if data.balance == "weights":
         _weigh(criterion, config.loss, class_weights(targets, num_classes))
     if settings.to_plain(config.augment).get("mix"):
@@ -139,4 +261,5 @@ def _quiet_lightning() -> None:
     # The pixels are cached and read in whole batches: loader workers would only take cores from the training.
     warnings.filterwarnings("ignore", message=".*does not have many workers.*")
     warnings.filterwarnings("ignore", message=".*isinstance.treespec, LeafSpec.*", category=FutureWarning)  # Lightning's own, on torch 2.14
+    warnings.filterwarnings("ignore", message=".*recommended to use .self.log.*sync_dist.*")  # what we log is that of all ranks already
     warnings.filterwarnings("ignore", message=".*Checkpoint directory .* exists and is not empty.*")

@@ -1,15 +1,25 @@
-"""Checkpoints that a kill, a full disk or a power cut cannot damage."""
+"""Checkpoints that a kill, a full disk or a power cut cannot damage, and which of them is the newest that can be read."""
 
 from __future__ import annotations
 
 import io
+import logging
+import os
+import re
+import shutil
+import zipfile
 from pathlib import Path
 from typing import IO, Any, cast
 
 import torch
 from lightning_fabric.plugins.io.torch_io import TorchCheckpointIO
 
+from image_classifier.errors import CheckpointError, storage_errors
 from image_classifier.files import whole_file
+
+log = logging.getLogger(__name__)
+
+LAST, BEST = "last.ckpt", "best.ckpt"
 
 
 class SafeCheckpointIO(TorchCheckpointIO):
@@ -54,3 +64,91 @@ class _Watched(io.RawIOBase):
     def flush(self) -> None:
         if not self.file.closed:
             self.file.flush()
+
+
+def step_path(directory: Path, step: int) -> Path:
+    """Where the checkpoint of an optimizer step lies."""
+    return directory / f"step-{step:09d}.ckpt"
+
+
+def steps(directory: Path) -> list[tuple[int, Path]]:
+    """The checkpoints by step, the newest first."""
+    found = ((re.fullmatch(r"step-(\d+)\.ckpt", path.name), path) for path in directory.glob("step-*.ckpt"))
+    return sorted(((int(match[1]), path) for match, path in found if match), reverse=True)
+
+
+def make_last(newest: Path, keep: int) -> None:
+    """Let `last.ckpt` be the same file as `newest`, and remove all checkpoints by step but the newest `keep`; StorageError where refused."""
+    directory, part = newest.parent, newest.parent / f".{LAST}.{os.getpid()}.part"
+    with storage_errors(newest):
+        part.unlink(missing_ok=True)
+        try:
+            os.link(newest, part)
+        except OSError:  # a file system without hard links
+            shutil.copyfile(newest, part)
+        os.replace(part, directory / LAST)
+        for _, path in steps(directory)[keep:]:
+            path.unlink(missing_ok=True)
+
+
+def go_back_to(path: Path, step: int) -> None:
+    """Remove the checkpoints of later steps, and a last one that is none of those left, in the folder of the checkpoint that a run goes on from."""
+    directory, last = path.parent, path.parent / LAST
+    for other, later in steps(directory):
+        if other > step:
+            log.warning("%s is of a later step and is removed", later)
+            later.unlink(missing_ok=True)
+    if last.exists() and path != last and not any(last.samefile(kept) for _, kept in steps(directory)):
+        last.unlink()
+
+
+def sweep(directory: Path) -> None:
+    """Remove what killed writers left in a run folder; the caller holds its lock."""
+    for place in (directory, directory / "checkpoints"):
+        for path in place.glob(".*.part"):
+            path.unlink(missing_ok=True)
+
+
+def newest_readable(directory: Path) -> Path | None:
+    """The newest checkpoint in a folder that is whole, None where there is none at all; each damaged one is named in the log.
+
+    Raises:
+        CheckpointError: There are checkpoints, and all are damaged.
+    """
+    by_step = [path for _, path in steps(directory)]
+    last = directory / LAST
+    linked = any(last.exists() and last.samefile(path) for path in by_step)
+    order = [path for path in (*by_step, *([] if linked else [last]), directory / BEST) if path.exists()]
+    for path in order:
+        reason = damage(path)
+        if not reason:
+            return path
+        log.warning("the checkpoint %s%s is damaged (%s): going back to the one before", path, _also_last(path, last), reason)
+    if order:
+        raise CheckpointError(f"every checkpoint in {str(directory)!r} is damaged", "start anew with overwrite=true")
+    return None
+
+
+def _also_last(path: Path, last: Path) -> str:
+    return f" ({LAST})" if last.exists() and path != last and last.samefile(path) else ""
+
+
+def damage(path: Path) -> str:
+    """Why a checkpoint cannot be read, or nothing: the checksum of every part of the file is compared."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            broken = archive.testzip()
+    except (OSError, zipfile.BadZipFile, EOFError, NotImplementedError) as error:
+        return " ".join(str(error).split()) or type(error).__name__
+    return f"its part {broken} has changed" if broken else ""
+
+
+def read_part(path: Path, key: str) -> Any:
+    """One entry of a checkpoint, without reading the weights; CheckpointError where the file or the entry is missing."""
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except Exception as error:  # torch and pickle have many words for a file that is no checkpoint
+        raise CheckpointError(f"{str(path)!r} cannot be read as a checkpoint ({' '.join(str(error).split())[:200]})") from error
+    if not isinstance(content, dict) or key not in content:
+        raise CheckpointError(f"{str(path)!r} is not a checkpoint to resume from", "give a run folder, or a .ckpt in its checkpoints/")
+    return content[key]

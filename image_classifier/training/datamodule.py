@@ -2,25 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import cached_property
+from itertools import islice
 from typing import Any
 
 import numpy as np
 import pytorch_lightning as pl
 import torch
-from torch.utils.data import DataLoader, Dataset, Sampler
 
 from image_classifier.dataset.cache import PixelCache
+from image_classifier.errors import ConfigError
 from image_classifier.records import SPLITS, Manifest
+from image_classifier.training.augment.geometry import downsized
 from image_classifier.training.balance import balanced_rows
+from image_classifier.training.distributed import rank, share, world_size
 
 Batch = tuple[torch.Tensor, torch.Tensor]
 # Pixels uint8 [N, 3, S, S], targets int64 [N], the number of classes and a generator -> pixels, and targets or class probabilities [N, C].
-Augment = Callable[[torch.Tensor, torch.Tensor, int, torch.Generator], Batch]
+# One that has `alternate_flip` also takes which images to mirror, bool [N].
+Augment = Callable[..., Batch]
 
 
-class PixelBatches(Dataset[Batch]):
+class PixelBatches:
     """Batches by row numbers: pixels uint8 [B, 3, S, S] and targets int64 [B]; the cache holds pixels channels last."""
 
     def __init__(self, cache: PixelCache, targets: np.ndarray, channels_last: bool) -> None:
@@ -32,7 +37,7 @@ class PixelBatches(Dataset[Batch]):
         return pixels.contiguous(memory_format=self.layout), torch.from_numpy(self.targets[rows])
 
 
-class ShuffledBatches(Sampler[np.ndarray]):
+class ShuffledBatches:
     """The rows in a new order each epoch, decided by (seed, epoch) alone; a last, smaller batch is left out."""
 
     def __init__(self, rows: np.ndarray, batch_size: int, seed: int) -> None:
@@ -48,7 +53,7 @@ class ShuffledBatches(Sampler[np.ndarray]):
     def __iter__(self) -> Iterator[np.ndarray]:
         order = self.order()
         for start in range(0, len(self) * self.batch_size, self.batch_size):
-            yield order[start : start + self.batch_size]
+            yield share(order[start : start + self.batch_size])
 
     def set_epoch(self, epoch: int) -> None:
         """Called by Lightning at the start of each epoch."""
@@ -67,52 +72,146 @@ class BalancedBatches(ShuffledBatches):
         return balanced_rows(self.rows, self.targets, self.seed, self.epoch)
 
 
-class _LoaderAhead(DataLoader[Batch]):
-    """Makes the next batch while the caller works on this one: for a cache that decodes, whose threads raise their errors here as they are."""
+class BatchLoader:
+    """The batches of one part, in the order of `sampler`: rows of one batch after the other.
 
-    def __iter__(self) -> Iterator[Batch]:  # type: ignore[override]
-        batches = super().__iter__()
-        with ThreadPoolExecutor(1) as pool:
+    Its state is the batch to begin with, so that an epoch goes on where it was cut. torch's DataLoader forgets its place, and draws from the
+    global random state whenever it begins.
+    """
+
+    batch_sampler = None  # Lightning looks for one where it finds a sampler
+
+    def __init__(self, batches: PixelBatches, sampler: ShuffledBatches | Sequence[np.ndarray], pinned: bool = False) -> None:
+        """With `pinned` batches are made ahead in page-locked memory, from which a GPU copies while it computes."""
+        self.batches, self.sampler, self.pinned = batches, sampler, pinned  # Lightning tells a loader's sampler the epoch
+        self._first = 0
+
+    def __len__(self) -> int:
+        return len(self.sampler)
+
+    def __iter__(self) -> Iterator[Batch]:
+        first, self._first = self._first, 0  # taken at the first batch: Lightning may ask for an iterator that it never uses
+        made = (self.batches[rows] for rows in islice(iter(self.sampler), first, None))
+        if self.pinned:
+            made = ((pixels.pin_memory(), targets.pin_memory()) for pixels, targets in made)
+        yield from made if self.batches.cache.is_whole and not self.pinned else _ahead(made)
+
+    def state_dict(self) -> dict[str, int]:
+        return {"first": self._first}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        self._first = state["first"]
+
+
+def _ahead(batches: Iterator[Batch]) -> Iterator[Batch]:
+    """Make the next batch while the caller works on this one: for a cache that decodes, whose threads raise their errors here as they are."""
+    with ThreadPoolExecutor(1) as pool:
+        upcoming = pool.submit(next, batches, None)
+        while (batch := upcoming.result()) is not None:
             upcoming = pool.submit(next, batches, None)
-            while (batch := upcoming.result()) is not None:
-                upcoming = pool.submit(next, batches, None)
-                yield batch
+            yield batch
 
 
 class ImageDataModule(pl.LightningDataModule):
     """Feeds cached pixels by split; only training batches are augmented, and only training rows are balanced."""
 
     def __init__(
-        self, cache: PixelCache, manifest: Manifest, batch_size: int, augment: Augment | None, seed: int, channels_last: bool, balanced: bool
+        self,
+        cache: PixelCache,
+        manifest: Manifest,
+        batch_size: int,
+        augment: Augment | None,
+        seed: int,
+        channels_last: bool,
+        balanced: bool,
+        views: int = 1,
+        progressive_sizes: Sequence[int] | None = None,
     ) -> None:
         super().__init__()
         self.batches, self.batch_size = PixelBatches(cache, manifest.targets, channels_last), batch_size
         self.rows, self.num_classes = {split: manifest.indices(split) for split in SPLITS}, len(manifest.classes)
-        self.augment, self.seed, self.balanced = augment, seed, balanced
+        self.augment, self.seed, self.balanced, self.views = augment, seed, balanced, views
+        self.paths = manifest.paths
         self._generator = torch.Generator()
+        self._epoch, self._batches = -1, list[np.ndarray]()
+        self.progressive_sizes, self._steps = progressive_sizes, 0
 
-    def train_dataloader(self) -> DataLoader[Batch]:
-        return self._loader(self._train_batches())
+    def train_dataloader(self) -> BatchLoader:
+        return BatchLoader(self.batches, self._train_batches(), self._on_cuda())
 
-    def val_dataloader(self) -> DataLoader[Batch]:
+    def val_dataloader(self) -> BatchLoader:
         return self.in_order("val")
 
-    def in_order(self, split: str) -> DataLoader[Batch]:
-        """All rows of one split in manifest order."""
-        rows, size = self.rows[split], 4 * self.batch_size
-        return self._loader([rows[start : start + size] for start in range(0, len(rows), size)])
+    def in_order(self, split: str) -> BatchLoader:
+        """This rank's part of one split (alone: all its rows) in manifest order."""
+        rows, size = share(self.rows[split]), 4 * self.batch_size // world_size()
+        if world_size() > 1:  # as many batches on every rank: those of a sharded network wait for one another
+            most = -(-len(self.rows[split]) // world_size())
+            return BatchLoader(self.batches, np.array_split(rows, -(-most // size)))
+        return BatchLoader(self.batches, [rows[start : start + size] for start in range(0, len(rows), size)], self._on_cuda())
 
-    def augmented(self, batch: Batch, step: int) -> Batch:
-        """A batch as training sees it at this step, counted from 1; (seed, step) decide all that is random."""
+    def _on_cuda(self) -> bool:
+        return self.trainer is not None and self.trainer.strategy.root_device.type == "cuda"
+
+    def augmented(self, batch: Batch, step: int, epoch: int = 0, rows: np.ndarray | None = None) -> Batch:
+        """A batch as training sees it at this step, counted from 1; (seed, step) decide all that is random.
+
+        With two views rows i and i + N/2 are one image, augmented twice. Where images are mirrored in every other epoch,
+        `epoch` and the images' `rows` int64 [N] decide which ones are.
+        """
+        if self.views == 2:
+            batch = torch.cat([batch[0], batch[0]]), torch.cat([batch[1], batch[1]])
         if self.augment is None:
             return batch
-        self._generator.manual_seed(self.seed * 1_000_003 + step)
-        return self.augment(*batch, self.num_classes, self._generator)
+        self._generator.manual_seed(self.seed * 1_000_003 + step + rank() * 2**40)
+        if rows is None or not self.alternates:
+            return self.augment(*batch, self.num_classes, self._generator)
+        mirrored = self.mirrored(rows, epoch)
+        return self.augment(*batch, self.num_classes, self._generator, torch.cat([mirrored, ~mirrored]) if self.views == 2 else mirrored)
+
+    @property
+    def alternates(self) -> bool:
+        """Whether the augmentation mirrors each image in every other epoch."""
+        return bool(getattr(self.augment, "alternate_flip", False))
+
+    def mirrored(self, rows: np.ndarray, epoch: int) -> torch.Tensor:
+        """Which of these images an alternating flip mirrors in this epoch, bool [N]: half of all in the first one, the others in the next."""
+        return torch.from_numpy(self._mirrored_first[rows] ^ bool(epoch % 2))
+
+    @cached_property
+    def _mirrored_first(self) -> np.ndarray:
+        return np.random.default_rng((self.seed, 2)).random(len(self.batches.targets)) < 0.5
+
+    def batch_rows(self, epoch: int, batch_idx: int) -> np.ndarray:
+        """The manifest rows of this rank's part of one training batch, int64 [N]."""
+        if self._epoch != epoch:
+            batches = self._train_batches()
+            batches.set_epoch(epoch)
+            self._epoch, self._batches = epoch, list(batches)
+        return self._batches[batch_idx]
 
     def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
         if self.trainer is None or not self.trainer.training:
             return batch
-        return self.augmented(batch, self.trainer.fit_loop.epoch_loop.total_batch_idx + 1)
+        loop = self.trainer.fit_loop.epoch_loop
+        rows = self.batch_rows(self.trainer.current_epoch, loop.batch_idx + 1) if self.alternates else None
+        pixels, targets = self.augmented(batch, loop.total_batch_idx + 1, self.trainer.current_epoch, rows)
+        return self._sized(pixels, self.trainer.global_step), targets
+
+    def _sized(self, pixels: torch.Tensor, step: int) -> torch.Tensor:
+        """The batch at the size that training has reached at this step."""
+        if not self.progressive_sizes:
+            return pixels
+        if not self._steps:
+            self._steps = run_length(self.trainer, "data.progressive_sizes")
+        return downsized(pixels, self.progressive_sizes[min(step * len(self.progressive_sizes) // self._steps, len(self.progressive_sizes) - 1)])
+
+    def paths_of(self, epoch: int, batch_idx: int) -> list[str]:
+        """The images of one training batch, over all ranks; `epoch` and `batch_idx` count from 0."""
+        sampler = self._train_batches()
+        sampler.set_epoch(epoch)
+        rows = sampler.order()[batch_idx * sampler.batch_size : (batch_idx + 1) * sampler.batch_size]
+        return [self.paths[row] for row in rows]
 
     def _train_batches(self) -> ShuffledBatches:
         rows = self.rows["train"]
@@ -120,6 +219,10 @@ class ImageDataModule(pl.LightningDataModule):
             return BalancedBatches(rows, self.batch_size, self.seed, self.batches.targets[rows])
         return ShuffledBatches(rows, self.batch_size, self.seed)
 
-    def _loader(self, batches: Iterable[np.ndarray]) -> DataLoader[Batch]:
-        kind = DataLoader if self.batches.cache.is_whole else _LoaderAhead
-        return kind(self.batches, sampler=batches, batch_size=None)
+
+def run_length(trainer: pl.Trainer | None, who: str) -> int:
+    """Optimizer steps of the whole run; ConfigError where nothing bounds it and `who` needs to know."""
+    steps = trainer.estimated_stepping_batches if trainer else float("inf")
+    if steps == float("inf"):
+        raise ConfigError(f"{who} needs to know how long the run is", "set trainer.max_epochs or trainer.max_steps")
+    return max(1, int(steps))

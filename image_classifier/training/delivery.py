@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ import torch
 from image_classifier import settings
 from image_classifier.bundle import BundleInfo, seal
 from image_classifier.dataset.cache import PixelCache
+from image_classifier.evaluation.baselines import Baseline
 from image_classifier.exporting.onnx import export_onnx
 from image_classifier.exporting.parity import check_parity
 from image_classifier.files import whole_directory
@@ -36,6 +38,7 @@ def deliver(
     manifest: Manifest,
     cache: PixelCache,
     scores: dict[str, dict[str, float]],
+    baselines: Sequence[Baseline],
     config: Any,
     images_per_second: float,
 ) -> dict[str, Any]:
@@ -47,10 +50,11 @@ def deliver(
             manifest_sha256=manifest.sha256,
             data_root=str(manifest.root),
             images_per_second=round(images_per_second, 1),
+            baselines={baseline.name: baseline.as_dict() for baseline in baselines},
             config=settings.to_plain(config),
         )
     )
-    with whole_directory(run.bundle, overwrite=config.overwrite) as directory:
+    with whole_directory(run.bundle, overwrite=config.overwrite or run.resumed) as directory:
         _write_checkpoint(classifier, blueprint, directory / "model.ckpt")
         export_onnx(classifier, blueprint["preprocess"]["size"], {**_plain(blueprint), "temperature": 1.0}, directory / "model.onnx")
         difference = _gate(classifier, directory, manifest, cache)
@@ -113,8 +117,20 @@ def model_card(info: BundleInfo, manifest: Manifest) -> str:
         "logits float32 [batch, classes]. Normalisation is inside the model.",
         "## Results",
         "| part | metric | value |\n|---|---|---|\n" + "\n".join(rows),
+        "### Baselines",
+        "What simple classifiers reach on the same parts:",
+        "\n".join(_baseline_rows(facts.get("baselines", {}), info.metrics)),
         "## Origin",
         f"Trained {facts['created']} by image_classifier {facts['version']} at commit `{facts['git']}`, seed {facts['seed']}, "
         f"torch {facts['packages']['torch']}, Python {facts['python']}.",
     ]
     return "\n\n".join(lines) + "\n"
+
+
+def _baseline_rows(baselines: Mapping[str, Any], own: Mapping[str, Mapping[str, float]]) -> Iterator[str]:
+    """A table of Markdown: accuracy and F1 of each baseline and of the model, for each part."""
+    yield "| part | classifier | accuracy | f1_macro |\n|---|---|---|---|"
+    for split, scores in own.items():
+        beside = [(f"{name}: {value['about']}", value["scores"][split]) for name, value in baselines.items() if split in value["scores"]]
+        for name, values in [*beside, ("**this model**", scores)]:
+            yield f"| {split} | {name} | {values['accuracy']:.4f} | {values['f1_macro']:.4f} |"

@@ -1,4 +1,4 @@
-"""What this machine is good at: number format and memory layout, chosen by capability and said in the log."""
+"""What this machine is good at: number format, memory layout, fused optimizers and compiling, chosen by capability and said in the log."""
 
 from __future__ import annotations
 
@@ -8,15 +8,28 @@ from pathlib import Path
 
 import torch
 
+from image_classifier.errors import ConfigError
+
 log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class Hardware:
-    """What a training uses: Lightning's precision, and whether images lie channels last in memory."""
+    """What a training uses.
+
+    Attributes:
+        precision: Lightning's.
+        channels_last: Whether images lie channels last in memory.
+        fused: Whether an optimizer that can updates all parameters in one pass.
+        compile: `auto` compiles where the rest of the run is long enough to repay it; true does so at once; false never.
+        benchmark: Whether cuDNN tries its algorithms out before it chooses.
+    """
 
     precision: str
     channels_last: bool
+    fused: bool = False
+    compile: str | bool = False
+    benchmark: bool = False
 
 
 @dataclass(frozen=True)
@@ -27,13 +40,69 @@ class Choice:
     reason: str
 
 
-def choose_hardware(precision: str, channels_last: str | bool, accelerator: str) -> Hardware:
-    """Settle `trainer.precision` and `trainer.channels_last` and say in the log what was chosen and why."""
-    number = choose_precision(str(precision), accelerator)
-    layout = choose_channels_last(channels_last, number.value, accelerator)
-    log.info("precision: %s (%s)", number.value, number.reason)
+@dataclass(frozen=True)
+class SpeedSettings:
+    """The keys of `trainer` that decide how fast a step is."""
+
+    precision: str | int = "auto"
+    channels_last: str | bool = "auto"
+    compile: str | bool = "auto"
+    speed: str = "auto"
+    accelerator: str = "auto"
+    deterministic: bool | str | None = False
+    gradient_clip_val: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.speed not in ("auto", "safe"):
+            raise ConfigError(f"trainer.speed={self.speed!r} is unknown", "use auto, or safe: float32 and nothing that only makes it faster")
+        for key, value in (("compile", self.compile), ("channels_last", self.channels_last)):
+            if value not in ("auto", True, False):
+                raise ConfigError(f"trainer.{key}={value!r} is unknown", "use auto, true or false")
+
+
+def choose_hardware(asked: SpeedSettings) -> Hardware:
+    """Settle what makes a step fast and say in the log what was chosen and why."""
+    safe = asked.speed == "safe"
+    number = choose_precision("32-true" if safe and asked.precision == "auto" else str(asked.precision), asked.accelerator)
+    layout = Choice(False, "trainer.speed=safe") if safe else choose_channels_last(asked.channels_last, number.value, asked.accelerator)
+    fused = choose_fused(safe, asked.gradient_clip_val, number.value)
+    compiling = choose_compile(safe, asked.compile, asked.deterministic)
+    log.info("precision: %s (%s)", number.value, "trainer.speed=safe" if safe and asked.precision == "auto" else number.reason)
     log.info("memory layout: channels %s (%s)", "last" if layout.value else "first", layout.reason)
-    return Hardware(str(number.value), bool(layout.value))
+    log.info("fused optimizer: %s (%s)", _word(fused.value), fused.reason)
+    log.info("torch.compile: %s (%s)", _word(compiling.value), compiling.reason)
+    on_cuda = asked.accelerator in ("auto", "gpu", "cuda") and torch.cuda.is_available()
+    if on_cuda:
+        tf32 = not safe
+        torch.set_float32_matmul_precision("high" if tf32 else "highest")
+        torch.backends.cudnn.allow_tf32 = tf32
+        log.info("TF32: %s (%s)", _word(tf32), "trainer.speed=safe" if safe else "float32 products of this GPU are faster so")
+    benchmark = on_cuda and not safe and not asked.deterministic
+    return Hardware(str(number.value), bool(layout.value), bool(fused.value), compiling.value, benchmark)  # type: ignore[arg-type]
+
+
+def _word(value: object) -> str:
+    return "auto" if value == "auto" else "on" if value else "off"
+
+
+def choose_fused(safe: bool, gradient_clip_val: float | None, precision: object) -> Choice:
+    """Whether optimizers that can update all parameters in one pass over memory."""
+    if safe:
+        return Choice(False, "trainer.speed=safe")
+    if gradient_clip_val and str(precision).endswith("-mixed"):
+        return Choice(False, "Lightning clips no gradients of a fused optimizer in mixed precision")
+    return Choice(True, "one pass over the parameters, where the optimizer can")
+
+
+def choose_compile(safe: bool, requested: str | bool, deterministic: bool | str | None) -> Choice:
+    """Whether the backbone is compiled; `auto` is decided in the run (callbacks.compiling), by its length and by trying."""
+    if safe:
+        return Choice(False, "trainer.speed=safe")
+    if requested != "auto":
+        return Choice(bool(requested), "asked for")
+    if deterministic:
+        return Choice(False, "trainer.deterministic: a choice by the clock would not repeat")
+    return Choice("auto", "decided when the length of the run is known")
 
 
 def choose_precision(requested: str, accelerator: str) -> Choice:

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+import copy
 from typing import Any
 
 import pytorch_lightning as pl
@@ -12,25 +11,16 @@ from torch import nn
 from torchmetrics import MeanMetric
 from torchmetrics.classification import MulticlassAccuracy
 
-from image_classifier.errors import ConfigError, TrainingError
+from image_classifier.errors import TrainingError
 from image_classifier.evaluation.metrics import compute_metrics
 from image_classifier.modeling.classifier import Classifier
 from image_classifier.records import PredictionTable
 from image_classifier.training.datamodule import Batch
-
-_SHORTEST = 16  # steps: below that torch's schedulers divide by the length of an empty phase
-
-OptimizerFactory = Callable[[Iterable[Any]], torch.optim.Optimizer]
-
-
-@dataclass(frozen=True)
-class SchedulerSettings:
-    """How the learning rate moves: `build` takes the optimizer (and the run's length under the name `length`)."""
-
-    build: Callable[..., Any] | None = None
-    interval: str = "epoch"
-    length: str | None = None
-    monitor: str | None = None
+from image_classifier.training.distributed import gather_rows
+from image_classifier.training.optimizers.freezing import quieten
+from image_classifier.training.optimizers.groups import parameter_groups
+from image_classifier.training.optimizers.schedules import OptimizerFactory, SchedulerSettings, build_moves, scaled_rates, warmup_factor
+from image_classifier.training.sharding import shard, whole
 
 
 class ClassifierModule(pl.LightningModule):
@@ -45,35 +35,66 @@ class ClassifierModule(pl.LightningModule):
         classes: tuple[str, ...],
         blueprint: dict[str, Any],
         val_criterion: nn.Module | None = None,
+        layer_decay: float = 1.0,
+        frozen: frozenset[str] = frozenset(),
     ) -> None:
         """The training of `classifier`.
 
         Args:
             classifier: The network, pixels to logits.
-            criterion: Loss of logits [N, C] and targets int64 [N], or class probabilities [N, C] where images are mixed.
+            criterion: Loss of logits [N, C] and targets int64 [N], or class probabilities [N, C] where images are mixed; of embeddings [N, D]
+                too where it has `takes_embeddings`. Its own parameters learn along and are no part of the classifier.
             make_optimizer: From parameter groups to an optimizer.
             scheduler: How the learning rate moves.
             classes: Their names, in order.
             blueprint: Plain containers only: what `inference.checkpoint` needs to rebuild the classifier from a checkpoint.
             val_criterion: The loss of `val/loss`, without class weights, so that runs compare; None: `criterion`.
+            layer_decay: Factor of the learning rate from each layer to the one below it.
+            frozen: Names of the classifier's parameters that do not learn; modules that have no others stay in evaluation mode.
         """
         super().__init__()
         self.classifier, self.criterion, self.val_criterion = classifier, criterion, val_criterion or criterion
         self.make_optimizer, self.scheduler, self.classes = make_optimizer, scheduler, classes
+        self.layer_decay, self.frozen = layer_decay, frozen
         self.save_hyperparameters({"blueprint": blueprint}, logger=False)
         self.train_accuracy = MulticlassAccuracy(len(classes), average="micro", validate_args=False)
         self.train_loss = MeanMetric(nan_strategy="disable")
         self._seen: list[tuple[torch.Tensor, torch.Tensor]] = []
+        self._warmup_steps = 0
+        self._unsharded: tuple[Classifier] | None = None  # in a tuple it is no part of this module
+
+    def configure_model(self) -> None:
+        if self.device_mesh is not None and self._unsharded is None:
+            self._unsharded = (copy.deepcopy(self.classifier),)
+            shard(self.classifier, self.criterion, self.device_mesh["data_parallel"])
+
+    def whole_classifier(self) -> Classifier:
+        """The classifier with all its weights on this device, though training may have spread them over several; all ranks must ask."""
+        if self._unsharded is None:
+            return self.classifier
+        self._unsharded[0].load_state_dict(whole(self.classifier.state_dict()))
+        return self._unsharded[0]
 
     def training_step(self, batch: Batch, batch_idx: int) -> torch.Tensor:
         pixels, targets = batch
-        logits = self.classifier(pixels)
-        loss: torch.Tensor = self.criterion(logits, targets)
+        logits, loss = self._logits_and_loss(pixels, targets)
         self.train_accuracy.update(logits.detach(), targets.argmax(dim=1) if targets.is_floating_point() else targets)  # mixed: the greater share
         self.train_loss.update(loss.detach(), len(targets))
         return loss
 
+    def _logits_and_loss(self, pixels: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        if not getattr(self.criterion, "takes_embeddings", False):
+            logits = self.classifier(pixels)
+            return logits, self.criterion(logits, targets)
+        embeddings = self.classifier.embed(pixels)
+        logits = self.classifier.classify(embeddings.detach() if self.criterion.head_apart else embeddings)
+        return logits, self.criterion(logits, targets, embeddings)
+
+    def on_train_start(self) -> None:
+        quieten(self.classifier, self.frozen)  # a run resumed within an epoch does not start one
+
     def on_train_epoch_start(self) -> None:
+        quieten(self.classifier, self.frozen)
         self.train_loss.reset()
         self.train_accuracy.reset()
 
@@ -84,12 +105,22 @@ class ClassifierModule(pl.LightningModule):
     def on_train_epoch_end(self) -> None:
         self.log_dict(self.train_metrics())  # once an epoch: Lightning's log costs a millisecond a call
 
+    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
+        # A run always ends with a validation, wherever in an epoch its steps or its time are used up: else it could end without a best checkpoint.
+        trainer = self.trainer
+        last_epoch = trainer.max_epochs not in (None, -1) and trainer.current_epoch + 1 >= trainer.max_epochs
+        if 0 < trainer.max_steps <= trainer.global_step:
+            trainer.should_stop = True
+        if trainer.should_stop or (last_epoch and trainer.fit_loop.epoch_loop.batch_progress.is_last_batch):
+            trainer.check_val_every_n_epoch = trainer.check_val_every_n_epoch and 1
+
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         pixels, targets = batch
-        self._seen.append((self.classifier(pixels), targets))
+        # One view an image, though the answers of the finished model may be averaged over several: cheap, and the epochs rank alike.
+        self._seen.append((self.classifier.classify(self.classifier.embed(pixels)), targets))
 
     def on_validation_epoch_end(self) -> None:
-        logits, targets = (torch.cat(parts) for parts in zip(*self._seen, strict=True))
+        logits, targets = (gather_rows(parts) for parts in zip(*self._seen, strict=True))
         self._seen.clear()
         if not torch.isfinite(logits).all():
             raise TrainingError("the network answers with numbers that are not finite", "lower optimizer.lr, or set trainer.gradient_clip_val=1.0")
@@ -99,30 +130,16 @@ class ClassifierModule(pl.LightningModule):
         self.log_dict({"val/accuracy": metrics.accuracy, "val/f1_macro": metrics.f1_macro}, prog_bar=True)
 
     def configure_optimizers(self) -> Any:
-        try:
-            optimizer = self.make_optimizer(_decay_groups(self.classifier))
-            if self.scheduler.build is None:
-                return optimizer
-            schedule = self.scheduler.build(optimizer, **self._length())
-        except (ValueError, TypeError) as error:
-            raise ConfigError(f"the optimizer or the scheduler cannot be built ({error})", "see conf/optimizer and conf/scheduler") from error
-        entry: dict[str, Any] = {"scheduler": schedule, "interval": self.scheduler.interval}
+        groups = parameter_groups(self.classifier, self.criterion, self.layer_decay)
+        moves = build_moves(self.make_optimizer, groups, self.scheduler, self.trainer.estimated_stepping_batches)
+        self._warmup_steps = moves.warmup_steps
+        if moves.schedule is None:
+            return moves.optimizer
+        entry: dict[str, Any] = {"scheduler": moves.schedule, "interval": self.scheduler.interval}
         if self.scheduler.monitor:  # a value that is there only after a validation
             entry |= {"monitor": self.scheduler.monitor, "frequency": self.trainer.check_val_every_n_epoch or 1}
-        return {"optimizer": optimizer, "lr_scheduler": entry}
+        return {"optimizer": moves.optimizer, "lr_scheduler": entry}
 
-    def _length(self) -> dict[str, int]:
-        if not self.scheduler.length:
-            return {}
-        steps = self.trainer.estimated_stepping_batches
-        if steps == float("inf"):
-            raise ConfigError("this scheduler needs to know how long the run is", "set trainer.max_epochs, or use scheduler=constant")
-        return {self.scheduler.length: max(_SHORTEST, int(steps))}
-
-
-def _decay_groups(model: nn.Module) -> list[dict[str, Any]]:
-    """Weight decay on matrices and kernels only: decayed norms and biases only hurt (He et al., 2019, section 3.1)."""
-    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    vectors = [parameter for parameter in parameters if parameter.ndim <= 1]
-    groups: list[dict[str, Any]] = [{"params": [parameter for parameter in parameters if parameter.ndim > 1]}]
-    return [*groups, {"params": vectors, "weight_decay": 0.0}] if vectors else groups
+    def optimizer_step(self, epoch: int, batch_idx: int, optimizer: Any, optimizer_closure: Any = None) -> None:
+        with scaled_rates(optimizer, warmup_factor(self.trainer.global_step, self._warmup_steps)):
+            super().optimizer_step(epoch, batch_idx, optimizer, optimizer_closure)

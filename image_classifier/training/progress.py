@@ -7,7 +7,8 @@ from typing import Any
 import pytorch_lightning as pl
 from pytorch_lightning.callbacks import RichProgressBar
 
-from image_classifier.training.callbacks import Throughput
+from image_classifier.training.callbacks.history import planned_epochs
+from image_classifier.training.callbacks.throughput import Throughput
 
 
 class ImagesProgressBar(RichProgressBar):
@@ -22,4 +23,4 @@ class ImagesProgressBar(RichProgressBar):
         return {name: f"{float(value):.3g}" for name, value in shown.items() if value is not None}
 
     def _get_train_description(self, current_epoch: int) -> str:
-        return f"epoch {current_epoch + 1}/{self.trainer.max_epochs}"  # counted from 1, as in the log
+        return f"epoch {current_epoch + 1}/{planned_epochs(self.trainer)}"  # counted from 1, as in the log

@@ -4,92 +4,174 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import shlex
 import sys
+from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import fields
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pytorch_lightning as pl
 import torch
-from pytorch_lightning.utilities.exceptions import MisconfigurationException, SIGTERMException
+from pytorch_lightning.utilities.exceptions import MisconfigurationException
 
 from image_classifier import settings
 from image_classifier.dataset.cache import open_cache
 from image_classifier.dataset.prepare import DataSettings
 from image_classifier.dataset.run import prepare_from
 from image_classifier.errors import ConfigError, DataError
+from image_classifier.evaluation import baselines as simple
+from image_classifier.evaluation.baselines import Baseline
 from image_classifier.evaluation.leaks import LeakScore, leak_score
 from image_classifier.evaluation.metrics import Metrics, compute_metrics
-from image_classifier.evaluation.plots import plot_learning_curves
+from image_classifier.evaluation.plots import plot_learning_curves, plot_loss_in_parts
 from image_classifier.evaluation.results import metrics_lines, scalars, write_evaluation
 from image_classifier.files import write_text
 from image_classifier.modeling.classifier import Classifier
 from image_classifier.records import SPLITS, Manifest, PredictionTable
-from image_classifier.tracking import Tracker
-from image_classifier.training.assemble import build_datamodule, build_module, build_trainer
-from image_classifier.training.callbacks import RunHistory, StopOnBadLoss, Throughput
+from image_classifier.training.assemble import build_datamodule, build_module, build_trainer, check_optimisation, speed_settings
+from image_classifier.training.baseline import baselines_of_run
+from image_classifier.training.callbacks.bad_loss import BadLoss, check_on_nan
+from image_classifier.training.callbacks.checkpoints import final_checkpoint
+from image_classifier.training.callbacks.history import RunHistory
+from image_classifier.training.callbacks.signals import Signals, StopOnSignal
+from image_classifier.training.callbacks.state import ExactState
+from image_classifier.training.callbacks.throughput import Throughput
 from image_classifier.training.datamodule import ImageDataModule
 from image_classifier.training.delivery import deliver
+from image_classifier.training.distributed import (
+    broadcast,
+    check_shares,
+    first_on_each_node,
+    from_main,
+    gather_rows,
+    is_main,
+    joined,
+    separate_draws,
+)
 from image_classifier.training.hardware import choose_hardware
-from image_classifier.training.loggers import MLflowLogger
+from image_classifier.training.launch import run_ranks, uses_gpu
+from image_classifier.training.loggers import RunLoggers
 from image_classifier.training.module import ClassifierModule
-from image_classifier.training.run_folder import RunFolder, RunSettings, claim_run, remembered_log
+from image_classifier.training.rehearsal import check_choices, rehearse
+from image_classifier.training.resume import Resumption, facts_of, find_run, forget_later, given_anew, notes_of, score_if_finished, settled
+from image_classifier.training.run_folder import RunFolder, RunSettings, claim_run, note_finished, remembered_log
+from image_classifier.training.start import settle_start
 
 log = logging.getLogger(__name__)
 
 
 def train(config: Any) -> float:
     """Run one training from data to bundle; returns the F1 that a sweep compares: of val, never of test."""
-    asked = settings.typed(RunSettings, settings.only(config, *(item.name for item in fields(RunSettings))), "")
+    asked, line = _run_settings(config), settings.running_line("train").overrides
+    if going := find_run(asked, line):
+        config = _as_begun(config, going, line)
+        score = score_if_finished(going, _flat(config), asked.resume)
+        if score is not None:
+            return score
+    config.resume = None
+    check_on_nan(config.trainer.on_nan)
+    check_choices(config)
+    check_optimisation(config)
+    devices = settings.to_plain(config.trainer)
+    if run_ranks(devices["accelerator"], devices["devices"], devices.get("num_nodes", 1)):
+        return math.nan  # the ranks did it
+    with joined(uses_gpu(devices["accelerator"])):
+        return broadcast(_train_joined(config, going, line))
+
+
+def _as_begun(config: Any, going: Resumption, line: Sequence[str]) -> Any:
+    """The settings with which a run began, and what the command line gives anew."""
+    if going.directory is None:
+        return config
+    place = {"name": going.directory.name, "run_dir": str(going.directory)}
+    anew = given_anew(going.directory, line)
+    return settings.replaced(settings.resumed(settings.replaced(config, place), going.directory / "config.yaml", anew), place)
+
+
+def _run_settings(config: Any) -> RunSettings:
+    return settings.typed(RunSettings, settings.only(config, *(item.name for item in fields(RunSettings))), "")
+
+
+def _train_joined(config: Any, going: Resumption | None, line: Sequence[str]) -> float | None:
+    """The training as each rank sees it; the main one returns the F1."""
+    signals = Signals()
+    with signals.caught():
+        return _prepare_and_train(config, going, line, signals)
+
+
+def _prepare_and_train(config: Any, going: Resumption | None, line: Sequence[str], signals: Signals) -> float | None:
     with remembered_log() as early:
-        manifest, data = prepare_from(config)
+        first_on_each_node(lambda: settle_start(config))
+        manifest, data = from_main(lambda: prepare_from(config))
     if not len(manifest.indices("val")):
         raise DataError("there is no val part to choose the best epoch by", "set data.split.val above 0, or add a val/ folder")
-    with claim_run(asked, f"{data.name or manifest.root.resolve().name}-{config.model.name}", early) as run:
+    if data.batch_size != "auto":
+        check_shares(data.batch_size, len(manifest.indices("train")), len(manifest.indices("val")))
+    name = f"{data.name or manifest.root.resolve().name}-{config.model.name}"
+    going = from_main(lambda: settled(going, facts_of(manifest, _flat(config)), _flat(config)) if going else None)
+    claim = partial(claim_run, _run_settings(config), name, early, notes_of(going, line, _flat(config)), going.directory if going else None)
+    with claim() if is_main() else nullcontext() as claimed:
+        run = broadcast(claimed)
         config.name, config.run_dir = run.name, str(run.directory)
-        settings.save(config, run.directory / "config.yaml")
-        return _train(config, run, manifest, data)
+        if is_main():
+            settings.save(config, run.directory / "config.yaml")
+        return _train(config, run, manifest, data, going, signals)
 
 
-def _train(config: Any, run: RunFolder, manifest: Manifest, data: DataSettings) -> float:
+def _train(config: Any, run: RunFolder, manifest: Manifest, data: DataSettings, going: Resumption | None, signals: Signals) -> float | None:
+    if is_main() and going:
+        forget_later(going)
     pl.seed_everything(config.seed, workers=True, verbose=False)
-    hardware = choose_hardware(config.trainer.precision, config.trainer.channels_last, config.trainer.accelerator)
-    cache = open_cache(manifest, data.preprocess, data.cache, data.limits, progress=sys.stderr.isatty())
+    hardware = choose_hardware(speed_settings(config))
+    cache = first_on_each_node(lambda: open_cache(manifest, data.preprocess, data.cache, data.limits, progress=sys.stderr.isatty()))
+    data = rehearse(config, manifest, data, cache, hardware, run.plots)
+    if is_main():
+        settings.save(config, run.directory / "config.yaml")  # with what was found, so that a resumed run need not look again
     datamodule = build_datamodule(config, manifest, data, cache, hardware)
     module = build_module(config, manifest, data, cache, hardware)
+    baselines = from_main(lambda: baselines_of_run(config, module.classifier, manifest, data, cache, hardware, run.plots))
+    separate_draws(config.seed)
     throughput = Throughput()
     history = RunHistory(run.directory / "metrics.csv", throughput)
-    trainer = build_trainer(config, hardware, throughput, history, StopOnBadLoss())
-    tracker = next((logger.tracker for logger in trainer.loggers if isinstance(logger, MLflowLogger)), None)
-    if tracker:
-        tracker.log_params(settings.flatten(settings.without_passwords(settings.to_plain(config))))
-        tracker.set_tags({"manifest_sha256": manifest.sha256, "run_folder": str(run.directory)})
+    state = ExactState(facts_of(manifest, _flat(config)), going is not None and going.longer)
+    trainer = build_trainer(config, hardware, throughput, history, state, StopOnSignal(signals), BadLoss(config.trainer.on_nan, run.directory))
+    loggers = RunLoggers(trainer.loggers)
+    loggers.go_on_as(run.key, run.resumed)
+    loggers.begin(_flat(config), {"manifest_sha256": manifest.sha256, "run_folder": str(run.directory)})
     try:
-        _fit(trainer, module, datamodule)
+        with signals.deferred():
+            _fit(trainer, module, datamodule, going.checkpoint if going else None)
         classifier = _best_classifier(trainer, module)
         tables = {split: _predict(classifier, datamodule, manifest, split) for split in ("val", "test") if len(manifest.indices(split))}
+        if not is_main():
+            return None
         metrics = {split: compute_metrics(table) for split, table in tables.items()}
         leaks = {split: leak_score(table, manifest.leaked(split)) for split, table in tables.items()}
         scores = {split: scalars(metrics[split], leaks[split]) for split in tables}
         write_text(run.plots / "metrics.json", json.dumps(scores, indent=2) + "\n")
-        _write_results(run, manifest, tables, metrics, leaks, history)
-        facts = deliver(classifier, module.hparams["blueprint"], run, manifest, cache, scores, config, throughput.images_per_second)
+        _write_results(run, manifest, tables, metrics, leaks, history, baselines)
+        facts = deliver(classifier, module.hparams["blueprint"], run, manifest, cache, scores, baselines, config, throughput.images_per_second)
     except BaseException as error:
-        if tracker:
-            tracker.finish("KILLED" if isinstance(error, KeyboardInterrupt | SystemExit) else "FAILED")
+        loggers.finish("KILLED" if isinstance(error, KeyboardInterrupt | SystemExit) else "FAILED")
         raise
-    if tracker:
-        _log_outcome(tracker, run, scores, facts, trainer.current_epoch)
-    _summarise(run, metrics, leaks, throughput, tracker.where if tracker else "off")
+    _log_outcome(loggers, run, scores, baselines, facts, trainer)
+    note_finished(run, metrics["val"].f1_macro)
+    _summarise(run, metrics, leaks, baselines, throughput, loggers.where())
     return metrics["val"].f1_macro
 
 
-def _fit(trainer: pl.Trainer, module: ClassifierModule, datamodule: ImageDataModule) -> None:
+def _flat(config: Any) -> dict[str, Any]:
+    """All settings by dotted key, for logs and comparisons."""
+    return settings.flatten(settings.without_passwords(settings.to_plain(config)))
+
+
+def _fit(trainer: pl.Trainer, module: ClassifierModule, datamodule: ImageDataModule, start: Path | None) -> None:
     try:
-        trainer.fit(module, datamodule=datamodule)
-    except SIGTERMException:
-        log.warning("stopped by SIGTERM at epoch %d; the newest step is in last.ckpt of the run folder", trainer.current_epoch + 1)
-        raise SystemExit(143) from None  # Lightning itself would end with 0, as if the work were done
+        trainer.fit(module, datamodule=datamodule, ckpt_path=start, weights_only=True)
     except (MisconfigurationException, RuntimeError, ValueError) as error:
         raise _explained(error, trainer) from error
     if trainer.interrupted:
@@ -108,17 +190,20 @@ def _explained(error: Exception, trainer: pl.Trainer) -> Exception:
 
 
 def _best_classifier(trainer: pl.Trainer, module: ClassifierModule) -> Classifier:
-    """The classifier with the weights of the best epoch, in float32 on the training device."""
-    path = getattr(trainer.checkpoint_callback, "best_model_path", "")
+    """The classifier with the weights of the best epoch (else the newest), in float32 on the training device."""
+    path, classifier = from_main(lambda: final_checkpoint(trainer)), module.whole_classifier()
     if path:
-        module.load_state_dict(torch.load(path, map_location="cpu", weights_only=True)["state_dict"])
-    return module.classifier.eval().float().to(trainer.strategy.root_device)
+        state = from_main(lambda: torch.load(path, map_location="cpu", weights_only=True)["state_dict"])
+        prefix = "classifier."
+        classifier.load_state_dict({name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)})
+    return classifier.eval().float().to(trainer.strategy.root_device)
 
 
 def _predict(classifier: Classifier, datamodule: ImageDataModule, manifest: Manifest, split: str) -> PredictionTable:
     device = classifier.scale.device
     with torch.inference_mode():
-        logits = torch.cat([classifier(pixels.to(device)).cpu() for pixels, _ in datamodule.in_order(split)])
+        parts = (part for pixels, _ in datamodule.in_order(split) for part in pixels.split(-(-len(pixels) // classifier.num_views)))
+        logits = gather_rows([classifier(part.to(device)).cpu() for part in parts])
     rows = manifest.indices(split)
     return PredictionTable(tuple(manifest.paths[row] for row in rows), manifest.targets[rows], logits.numpy(), manifest.classes)
 
@@ -130,25 +215,43 @@ def _write_results(
     metrics: dict[str, Metrics],
     leaks: dict[str, LeakScore | None],
     history: RunHistory,
+    baselines: Sequence[Baseline],
 ) -> None:
     plot_learning_curves(history.curves(), run.plots)
+    plot_loss_in_parts(history.curves(), run.plots)
     for split, table in tables.items():
-        write_evaluation(table, metrics[split], manifest.part(split), run.plots / split, f"{run.name}, {split}", leaks[split])
+        beside = simple.beside(baselines, split)
+        write_evaluation(table, metrics[split], manifest.part(split), run.plots / split, f"{run.name}, {split}", leaks[split], beside)
 
 
-def _log_outcome(tracker: Tracker, run: RunFolder, scores: dict[str, dict[str, float]], facts: dict[str, Any], epoch: int) -> None:
-    tracker.log_metrics({f"test/{name}": value for name, value in scores.get("test", {}).items()}, epoch)
-    tracker.set_tags({"git_commit": str(facts["git"]), "bundle": str(run.bundle)})
-    tracker.log_artifacts(run.bundle, "bundle")
-    tracker.log_artifacts(run.plots, "plots")
-    tracker.finish()
+def _log_outcome(
+    loggers: RunLoggers,
+    run: RunFolder,
+    scores: dict[str, dict[str, float]],
+    baselines: Sequence[Baseline],
+    facts: dict[str, Any],
+    trainer: pl.Trainer,
+) -> None:
+    test = {f"test/{name}": value for name, value in scores.get("test", {}).items()}
+    loggers.log_metrics({**test, **simple.as_metrics(baselines)}, max(0, trainer.current_epoch - 1), trainer.global_step)
+    loggers.keep({"git_commit": str(facts["git"]), "bundle": str(run.bundle)}, {"bundle": run.bundle, "plots": run.plots})
+    loggers.finish()
 
 
-def _summarise(run: RunFolder, metrics: dict[str, Metrics], leaks: dict[str, LeakScore | None], throughput: Throughput, tracking: str) -> None:
+def _summarise(
+    run: RunFolder,
+    metrics: dict[str, Metrics],
+    leaks: dict[str, LeakScore | None],
+    baselines: Sequence[Baseline],
+    throughput: Throughput,
+    logged: list[str],
+) -> None:
     split = next(split for split in reversed(SPLITS) if split in metrics)
-    print("\n".join(metrics_lines(metrics[split], split, leaks[split])))
+    own = metrics[split].scalars()
+    simple.warn_if_not_better(baselines, split, own)
+    print("\n".join([*metrics_lines(metrics[split], split, leaks[split]), *simple.lines(baselines, split, own)]))
     if split == "val":
         print("there is no test part: these figures are of the part that chose the best epoch; ask for one with data.split.test=0.1")
     print(f"images/s {throughput.images_per_second:.1f}")
-    print(f"bundle   {run.bundle}\nplots    {run.plots}\nMLflow   {tracking}\nlog      {run.directory / 'train.log'}")
+    print("\n".join([f"bundle   {run.bundle}", f"plots    {run.plots}", *logged, f"log      {run.directory / 'train.log'}"]))
     print(f"next     python commands.py infer --checkpoint_name {shlex.quote(run.name)} --images PATH")

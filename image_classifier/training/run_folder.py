@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import platform
@@ -9,9 +10,10 @@ import re
 import shutil
 import subprocess
 import sys
+import uuid
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
@@ -19,19 +21,21 @@ from typing import Any
 
 from image_classifier import __version__
 from image_classifier.errors import ConfigError, StorageError, storage_errors
-from image_classifier.files import locked
+from image_classifier.files import locked, write_text
 
 _PACKAGES = ("torch", "torchvision", "pytorch-lightning", "timm", "onnx", "onnxruntime", "numpy", "pillow")
 
 
 @dataclass(frozen=True)
 class RunFolder:
-    """Where one run keeps its files: `directory` while it lives, `bundle` and `plots` when it is done."""
+    """Where one run keeps its files: `directory` while it lives, `bundle` and `plots` when it is done; `key` is its alone."""
 
     name: str
     directory: Path
     bundle: Path
     plots: Path
+    key: str = ""
+    resumed: bool = False
 
 
 @dataclass(frozen=True)
@@ -41,9 +45,11 @@ class RunSettings:
     name: str | None = None
     seed: int = 0
     overwrite: bool = False
+    resume: str | None = None
     models_dir: str = "models"
     plots_dir: str = "plots"
     runs_dir: str = "runs"
+    baselines: bool = False
     trusted_packages: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
@@ -75,20 +81,28 @@ class _Memory(logging.Handler):
 
 
 @contextmanager
-def claim_run(asked: RunSettings, default: str, early: Sequence[logging.LogRecord] = ()) -> Iterator[RunFolder]:
+def claim_run(
+    asked: RunSettings, default: str, early: Sequence[logging.LogRecord] = (), notes: dict[str, Any] | None = None, going_on: Path | None = None
+) -> Iterator[RunFolder]:
     """Claim a name and its run folder; a run that fails before it has a checkpoint leaves no folder behind.
 
     Without a name the run is called `default`, numbered when that is taken. With `overwrite` the old run folder is put aside until
-    the new run has succeeded, and comes back if that fails before it has a checkpoint of its own.
+    the new run has succeeded, and comes back if that fails before it has a checkpoint of its own. `going_on` is the folder of a run
+    to go on with, which is taken as it is. `notes` are kept in the folder's run.json.
 
     Raises:
-        StorageError: The name is taken and `overwrite` is false, or a folder may not be written.
+        StorageError: The name is taken and neither `overwrite` nor `going_on` is given, the run is under way, or a folder may not be written.
     """
     for directory in (asked.runs_dir, asked.models_dir, asked.plots_dir):
         _check_writable(Path(directory))
-    with _alone(asked), _old_run_aside(asked):
+    with _alone(asked), _old_run_aside(asked, going_on), ExitStack() as held:
         with storage_errors(asked.runs_dir):
-            run = _claim(asked, default.replace("/", "-").lstrip("."))
+            run = _taken_up(asked, going_on) if going_on else _claim(asked, default.replace("/", "-").lstrip("."))
+            held.enter_context(_held(run.directory))
+            from image_classifier.training.checkpoint_io import sweep  # torch, which `tune` does without
+
+            sweep(run.directory)
+            run = replace(run, key=_note(run.directory, notes or {})["key"])
             handler = _LogFile(run.directory / "train.log", encoding="utf-8")
         handler.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
         for record in early:
@@ -101,7 +115,7 @@ def claim_run(asked: RunSettings, default: str, early: Sequence[logging.LogRecor
         finally:
             logging.getLogger().removeHandler(handler)
             handler.close()
-            if failed and not _has_checkpoint(run.directory):
+            if failed and not _is_worth_keeping(run.directory):
                 shutil.rmtree(run.directory, ignore_errors=True)
 
 
@@ -120,25 +134,58 @@ def _alone(asked: RunSettings) -> Iterator[None]:
 
 
 @contextmanager
-def _old_run_aside(asked: RunSettings) -> Iterator[None]:
+def _held(directory: Path) -> Iterator[None]:
+    """Refuse to work in a run folder in which another process works."""
+    with ExitStack() as stack:
+        try:
+            stack.enter_context(locked(directory / ".lock", wait=False))
+        except BlockingIOError:
+            raise StorageError(f"the run in {str(directory)!r} is under way", "wait for it, or stop it first") from None
+        yield
+
+
+@contextmanager
+def _old_run_aside(asked: RunSettings, going_on: Path | None) -> Iterator[None]:
     """With `overwrite`, put the old run folder aside; it goes when the block ends well and comes back when no checkpoint took its place."""
     directory = Path(asked.runs_dir) / (asked.name or "")
     if not (asked.name and asked.overwrite):
         yield
         return
-    aside = _put_aside(directory)
+    aside = directory.with_name(f".{directory.name}.old") if going_on else _put_aside(directory)
     try:
         yield
     except BaseException:
-        if aside.exists() and not _has_checkpoint(directory):
+        if aside.exists() and not _is_worth_keeping(directory):
             shutil.rmtree(directory, ignore_errors=True)
             aside.rename(directory)
         raise
     shutil.rmtree(aside, ignore_errors=True)
 
 
-def _has_checkpoint(directory: Path) -> bool:
-    return any(directory.glob("checkpoints/*.ckpt"))
+def _is_worth_keeping(directory: Path) -> bool:
+    """Whether a run that failed left something to go on from, or to find out why."""
+    return any(directory.glob("checkpoints/*.ckpt")) or any(directory.glob("bad_batch*.txt"))
+
+
+def read_notes(directory: Path) -> dict[str, Any]:
+    """What a run wrote down about itself in run.json; nothing where it is missing or damaged."""
+    try:
+        notes = json.loads((directory / "run.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return notes if isinstance(notes, dict) else {}
+
+
+def _note(directory: Path, notes: dict[str, Any]) -> dict[str, Any]:
+    """Add to run.json, with a key for the run that no other has."""
+    notes = {"key": uuid.uuid4().hex[:16], **read_notes(directory), **notes}
+    write_text(directory / "run.json", json.dumps(notes, indent=2) + "\n")
+    return notes
+
+
+def note_finished(run: RunFolder, score: float) -> None:
+    """Write down that a run has done all it was to do, and the value that a sweep compares."""
+    _note(run.directory, {"finished": True, "score": score})
 
 
 class _LogFile(logging.FileHandler):
@@ -151,6 +198,8 @@ def _put_aside(directory: Path) -> Path:
     """Rename a run folder out of the way; an older one that is still aside is the last that succeeded, and stays."""
     aside = directory.with_name(f".{directory.name}.old")
     if directory.exists():
+        with _held(directory):
+            pass
         if aside.exists():
             shutil.rmtree(directory)
         else:
@@ -158,11 +207,18 @@ def _put_aside(directory: Path) -> Path:
     return aside
 
 
+def _folders(asked: RunSettings, name: str) -> RunFolder:
+    return RunFolder(name, Path(asked.runs_dir) / name, Path(asked.models_dir) / name, Path(asked.plots_dir) / name)
+
+
+def _taken_up(asked: RunSettings, directory: Path) -> RunFolder:
+    return replace(_folders(asked, directory.name), directory=directory, resumed=True)
+
+
 def _claim(asked: RunSettings, default: str) -> RunFolder:
     number = 1
     while True:
-        name = asked.name or (default if number == 1 else f"{default}-{number}")
-        run = RunFolder(name, Path(asked.runs_dir) / name, Path(asked.models_dir) / name, Path(asked.plots_dir) / name)
+        run = _folders(asked, asked.name or (default if number == 1 else f"{default}-{number}"))
         try:
             if run.bundle.exists() and not (asked.name and asked.overwrite):
                 raise FileExistsError
@@ -170,8 +226,11 @@ def _claim(asked: RunSettings, default: str) -> RunFolder:
             return run
         except FileExistsError:
             if asked.name:
-                taken = run.bundle if run.bundle.exists() else run.directory
-                raise StorageError(f"the name {name!r} is taken: {str(taken)!r} exists", "choose another name=, or pass overwrite=true") from None
+                taken = run.directory if run.directory.exists() else run.bundle
+                goes_on = "pass resume=last to go on with it, " if taken == run.directory and not read_notes(taken).get("finished") else ""
+                raise StorageError(
+                    f"the name {asked.name!r} is taken: {str(taken)!r} exists", f"{goes_on}choose another name=, or pass overwrite=true"
+                ) from None
         number += 1
 
 

@@ -14,7 +14,7 @@ from matplotlib.text import Text
 from PIL import Image
 
 from image_classifier.errors import DataError, StorageError
-from image_classifier.evaluation import plots
+from image_classifier.evaluation import figure, plots
 from image_classifier.evaluation.metrics import ClassScore
 
 NUM_CLASSES = [2, 10, 60, 200]
@@ -36,7 +36,7 @@ def drawn(monkeypatch: pytest.MonkeyPatch) -> list[Figure]:
             super().__init__(figure)
             figures.append(figure)
 
-    monkeypatch.setattr(plots, "FigureCanvasAgg", Spy)
+    monkeypatch.setattr(figure, "FigureCanvasAgg", Spy)
     return figures
 
 
@@ -159,8 +159,8 @@ def test_odd_names_neither_crash_nor_warn_nor_overlap(tmp_path: Path, drawn: lis
     plots.plot_confusion_matrix(make_confusion(count * 3), ODD * 3, tmp_path / "many.png")
     plots.plot_class_scores([ClassScore(name, 0, 0, 0, 0) for name in ODD], tmp_path / "scores.png", ODD[5])
     plots.plot_samples([image] * count, ODD, ODD[::-1], [0.5] * count, tmp_path / "samples.png", ODD[9])
-    for figure in drawn:
-        assert_legible(figure)
+    for page in drawn:
+        assert_legible(page)
     texts = {text.get_text() for text in drawn[2].findobj(Text)}
     assert {"$x_1$", "dog □", "Гомер_Симпсон", "line break", "□", "□evil"} <= texts
 
@@ -177,9 +177,9 @@ def test_learning_curves_are_legible(num_epochs: int, tmp_path: Path, drawn: lis
     history["train/loss"].append((num_epochs, float("nan")))
     written = plots.plot_learning_curves(history, tmp_path / "run")
     assert [path.name for path in written] == ["loss.png", "accuracy.png", "f1.png"]
-    for path, figure in zip(written, drawn, strict=True):
-        assert_png(path, figure)
-        assert_legible(figure)
+    for path, page in zip(written, drawn, strict=True):
+        assert_png(path, page)
+        assert_legible(page)
 
 
 def legend(figure: Figure) -> list[str]:
@@ -211,6 +211,6 @@ def test_a_folder_that_cannot_be_written_is_a_storage_error(tmp_path: Path, monk
     def refuse(path: Path, content: bytes) -> None:
         raise StorageError(f"no space left while writing {str(path)!r}")
 
-    monkeypatch.setattr(plots, "write_bytes", refuse)
+    monkeypatch.setattr(figure, "write_bytes", refuse)
     with pytest.raises(StorageError):
         plots.plot_class_scores([ClassScore("a", 1, 1, 1, 3)], tmp_path / "scores.png")

@@ -130,3 +130,18 @@ def test_an_image_that_changes_while_training_stops_it_with_one_line(tree: Path,
     write_image(tree / "cat" / "003.png", 777)
     with pytest.raises(DataError, match=r"cat/003\.png' changed"):
         list(ImageDataModule(cache, manifest, 4, None, 0, channels_last=False, balanced=False).train_dataloader())
+
+
+@given(first=st.integers(0, 4), epoch=st.integers(0, 3))
+def test_a_loader_goes_on_at_any_batch_and_names_its_images(first: int, epoch: int) -> None:
+    manifest, cache = table()
+    datamodule = ImageDataModule(cache, manifest, 3, None, 0, channels_last=False, balanced=False)
+    state = torch.get_rng_state()
+    loader = datamodule.train_dataloader()
+    loader.sampler.set_epoch(epoch)
+    whole = [pixels[:, 0, 0, 0].tolist() for pixels, _ in loader]
+    loader.load_state_dict({"first": first})
+    assert [pixels[:, 0, 0, 0].tolist() for pixels, _ in loader] == whole[first:]
+    assert [pixels[:, 0, 0, 0].tolist() for pixels, _ in loader] == whole
+    assert [[int(path[:2]) * 10 for path in datamodule.paths_of(epoch, batch)] for batch in range(len(loader))] == whole
+    assert torch.equal(torch.get_rng_state(), state)

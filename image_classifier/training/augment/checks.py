@@ -15,6 +15,13 @@ def number(value: Any, key: str, most: float = 1.0) -> float:
     return float(value)
 
 
+def whole_number(value: Any, key: str) -> int:
+    """A whole number, not negative; ConfigError for anything else."""
+    if isinstance(value, bool) or not isinstance(value, int) or value < 0:
+        raise ConfigError(f"{key} must be a whole number of pixels, 0 or more, not {value!r}")
+    return value
+
+
 def range_of(values: Any, key: str, upper: float) -> tuple[float, float]:
     """Two numbers above 0, the least and the greatest; ConfigError for anything else."""
     numbers = [value for value in values if isinstance(value, int | float)] if isinstance(values, Sequence) and not isinstance(values, str) else []

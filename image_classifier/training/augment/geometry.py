@@ -71,6 +71,47 @@ def resample(pixels: torch.Tensor, maps: torch.Tensor, border: str) -> torch.Ten
     return result
 
 
+def copied(pixels: torch.Tensor, down: torch.Tensor, across: torch.Tensor, mirrored: torch.Tensor, border: str = "reflect") -> torch.Tensor:
+    """Mirror and move a batch, uint8 [N, 3, H, W], by whole pixels: exact, and some ten times cheaper than a resampling.
+
+    Args:
+        pixels: The batch, on any device.
+        down: Pixels by which each image moves, int64 [N].
+        across: The same, to the right.
+        mirrored: Whether left and right change places before, bool [N].
+        border: What comes in at the edge: `reflect`, a reflection without the edge itself; `background`, the edge repeated.
+    """
+    count, channels, height, width = pixels.shape
+    rows, columns = torch.arange(height) - down.view(-1, 1), torch.arange(width) - across.view(-1, 1)
+    if border == "reflect":
+        rows, columns = _reflected(rows, height), _reflected(columns, width)
+    else:
+        rows, columns = rows.clamp(0, height - 1), columns.clamp(0, width - 1)
+    columns = torch.where(mirrored.view(-1, 1), width - 1 - columns, columns)
+    if pixels.is_contiguous(memory_format=torch.channels_last):  # the colours of a pixel move together, along rows of W x 3 numbers
+        columns = (channels * columns.unsqueeze(2) + torch.arange(channels)).flatten(1)
+        lines = pixels.permute(0, 2, 3, 1).reshape(count, 1, height, width * channels)
+    else:
+        lines = pixels
+    lines = lines.gather(2, rows.to(pixels.device).view(count, 1, height, 1).expand_as(lines))
+    lines = lines.gather(3, columns.to(pixels.device).view(count, 1, 1, -1).expand_as(lines))
+    return lines if lines.shape == pixels.shape else lines.view(count, height, width, channels).permute(0, 3, 1, 2)
+
+
+def downsized(pixels: torch.Tensor, side: int) -> torch.Tensor:
+    """A batch, uint8 [N, 3, H, W], as squares of `side` pixels, antialiased and rounded to grey levels."""
+    if pixels.shape[2] == pixels.shape[3] == side:
+        return pixels
+    images = pixels if pixels.device.type == "cpu" else pixels.float()  # only a CPU resizes whole numbers
+    images = functional.interpolate(images, size=(side, side), mode="bilinear", align_corners=False, antialias=True)
+    return images if images.dtype == torch.uint8 else images.round_().clamp_(0, 255).to(torch.uint8)
+
+
+def _reflected(places: torch.Tensor, side: int) -> torch.Tensor:
+    """Places beyond an axis of `side` pixels, by less than its length, folded back into it."""
+    return (side - 1) - ((side - 1) - places.abs()).abs()
+
+
 def _sample(pixels: torch.Tensor, maps: torch.Tensor, border: str) -> torch.Tensor:
     grid = _grid(maps, pixels.shape[2], pixels.shape[3], pixels.device)
     images = functional.grid_sample(pixels.float(), grid, mode="bilinear", padding_mode=BORDERS[border], align_corners=False)

@@ -43,3 +43,12 @@ def erase(pixels: torch.Tensor, probability: float, generator: torch.Generator) 
     sizes = (side[0] * (share * ratio).sqrt(), side[1] * (share / ratio).sqrt())
     boxes = draw_boxes(sizes[0], sizes[1], side, generator) * (chance < probability).unsqueeze(1)
     return torch.where(box_masks(boxes, side, pixels.device), ink.to(pixels.device), pixels)
+
+
+def cut_out(pixels: torch.Tensor, size: int, generator: torch.Generator) -> torch.Tensor:
+    """Paint a square of `size` pixels in each image, uint8 [N, 3, H, W], with that image's mean colour; its centre is anywhere."""
+    side = (pixels.shape[2], pixels.shape[3])
+    lengths = torch.full((len(pixels),), float(size))
+    boxes = draw_boxes(lengths, lengths, side, generator)
+    mean = pixels.float().mean(dim=(2, 3), keepdim=True).round_().to(torch.uint8)
+    return torch.where(box_masks(boxes, side, pixels.device), mean, pixels)

@@ -1,0 +1,125 @@
+"""What a model must beat: the scores of simpler classifiers on the same parts, kept and shown beside its own."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from image_classifier.evaluation.metrics import compute_metrics
+from image_classifier.files import write_text
+from image_classifier.records import SPLITS, Manifest, PredictionTable
+
+log = logging.getLogger(__name__)
+
+FILE_NAME = "baselines.json"
+MOST_FREQUENT, LOGISTIC = "most_frequent", "logistic"
+COMPARED = ("accuracy", "f1_macro")
+
+
+@dataclass(frozen=True)
+class Baseline:
+    """One simple classifier: `about` says in words what it is, `scores` its single numbers for each part."""
+
+    name: str
+    about: str
+    scores: Mapping[str, Mapping[str, float]]
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain values, ready for JSON."""
+        return {"about": self.about, "scores": {split: dict(values) for split, values in self.scores.items()}}
+
+
+def judged(name: str, about: str, tables: Mapping[str, PredictionTable]) -> Baseline:
+    """The baseline that gave these answers, judged by the same code as the model."""
+    return Baseline(name, about, {split: compute_metrics(table).scalars() for split, table in tables.items()})
+
+
+def most_frequent(train: np.ndarray, classes: Sequence[str], parts: Mapping[str, np.ndarray]) -> Baseline:
+    """Always the class with most training images (the first of equals), each class as probable as its share of them.
+
+    `train` holds the classes of the training images, int64 [N], and `parts` those of each part to judge.
+    """
+    counts = np.bincount(train, minlength=len(classes))
+    logits = np.log(np.maximum(counts, 0.5) / max(1, len(train))).astype(np.float32)
+    tables = {
+        split: PredictionTable(("",) * len(targets), targets, np.broadcast_to(logits, (len(targets), len(logits))), tuple(classes))
+        for split, targets in parts.items()
+        if len(targets)
+    }
+    return judged(MOST_FREQUENT, f"always {classes[int(counts.argmax())]!r}, the class with most training images", tables)
+
+
+def most_frequent_of(manifest: Manifest) -> Baseline:
+    """The most frequent class of a manifest, judged on its held-out parts."""
+    parts = {split: manifest.targets[manifest.indices(split)] for split in SPLITS[1:]}
+    return most_frequent(manifest.targets[manifest.indices("train")], manifest.classes, parts)
+
+
+def beside(baselines: Sequence[Baseline], split: str) -> dict[str, dict[str, Any]]:
+    """The scores of one part under the baselines' names, as JSON."""
+    return {baseline.name: {"about": baseline.about, **baseline.scores[split]} for baseline in baselines if split in baseline.scores}
+
+
+def as_metrics(baselines: Sequence[Baseline]) -> dict[str, float]:
+    """Accuracy and F1 of each baseline and part, under the names that a tracking server shows."""
+    return {
+        f"baseline/{baseline.name}/{split}/{metric}": scores[metric]
+        for baseline in baselines
+        for split, scores in baseline.scores.items()
+        for metric in COMPARED
+    }
+
+
+def lines(baselines: Sequence[Baseline], split: str, own: Mapping[str, float] | None = None) -> Iterator[str]:
+    """A table for a terminal: each baseline's accuracy and F1 on one part, the model's `own` below them."""
+    rows = [(baseline.name, baseline.scores[split], baseline.about) for baseline in baselines if split in baseline.scores]
+    if not rows:
+        return
+    rows += [("this model", own, "")] if own else []
+    width = max(8, *(len(name) for name, _, _ in rows))
+    yield f"{'baseline':<{width}}  accuracy  f1_macro  on the {split} part"
+    for name, scores, about in rows:
+        yield f"{name:<{width}}  {scores['accuracy']:8.4f}  {scores['f1_macro']:8.4f}  {about}".rstrip()
+
+
+def warn_if_not_better(baselines: Sequence[Baseline], split: str, own: Mapping[str, float]) -> None:
+    """Say in the log which baselines the model does not beat, and by which figure."""
+    for baseline in baselines:
+        for metric in COMPARED:
+            if split in baseline.scores and own[metric] <= baseline.scores[split][metric]:
+                log.warning(
+                    "the model does not beat the baseline %s: %s %.4f on the %s part, the baseline's %.4f (%s)",
+                    *(baseline.name, metric, own[metric], split, baseline.scores[split][metric], baseline.about),
+                )
+
+
+def from_dict(content: Mapping[str, Any]) -> tuple[Baseline, ...]:
+    """The baselines that `{name: as_dict()}` describes."""
+    return tuple(Baseline(name, value["about"], value["scores"]) for name, value in content.items())
+
+
+def write_baselines(baselines: Sequence[Baseline], manifest_sha256: str, directory: Path) -> Path:
+    """Write baselines.json: the scores and the fingerprint of the manifest they are of."""
+    path = directory / FILE_NAME
+    content = {"manifest_sha256": manifest_sha256, "baselines": {baseline.name: baseline.as_dict() for baseline in baselines}}
+    write_text(path, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+    return path
+
+
+def known_baseline(plots: Path, manifest_sha256: str, name: str) -> Baseline | None:
+    """The best on val of the baselines of that name that any baselines.json in `plots`/*/ holds for this very manifest."""
+    found: list[Baseline] = []
+    for path in sorted(plots.glob(f"*/{FILE_NAME}")):
+        try:
+            content = json.loads(path.read_text(encoding="utf-8"))
+            if content["manifest_sha256"] == manifest_sha256:
+                found += [baseline for baseline in from_dict(content["baselines"]) if baseline.name == name and "val" in baseline.scores]
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            log.warning("%s cannot be read and is passed over (%s: %s)", path, type(error).__name__, error)
+    return max(found, key=lambda baseline: baseline.scores["val"]["accuracy"], default=None)

@@ -1,0 +1,1 @@
+"""How weights are stepped: which parameters are treated how (groups), Muon, and the learning rate's course (schedules)."""

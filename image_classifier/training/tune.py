@@ -1,0 +1,151 @@
+"""The verb `tune`: from a search space to the best settings, read top to bottom; loads no torch, as its trials are processes."""
+
+from __future__ import annotations
+
+import logging
+import re
+import signal
+import threading
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import fields
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from optuna.trial import TrialState
+
+from image_classifier import settings
+from image_classifier.command_line import TEXT_KEYS, CommandLine, quoted
+from image_classifier.dataset.cache import open_cache
+from image_classifier.dataset.prepare import DataSettings
+from image_classifier.dataset.run import prepare_from
+from image_classifier.errors import ConfigError, TrainingError
+from image_classifier.training.run_folder import RunSettings
+from image_classifier.training.tuning.outcome import Places, ranked, table, winner_command, write_csv
+from image_classifier.training.tuning.plots import plot_study
+from image_classifier.training.tuning.space import Entry, as_facts, parse_space
+from image_classifier.training.tuning.study import TuneSettings, open_study
+from image_classifier.training.tuning.trials import Trials, owner_in
+from image_classifier.training.tuning.worker import Plan, Workers
+
+log = logging.getLogger(__name__)
+
+_OURS = ("name", "overwrite", "resume", "tune", "search")  # of the command line, not a trial's
+_REPORTER = "image_classifier.training.callbacks.tuner.ReportToTuner"
+_MLFLOW = "image_classifier.training.loggers.MLflowLogger"
+
+
+def tune(config: Any) -> float:
+    """Run a study to the end of its budget; returns the best trial's value."""
+    asked = settings.typed(TuneSettings, config.tune, "tune")
+    run = settings.typed(RunSettings, settings.only(config, *(item.name for item in fields(RunSettings))), "")
+    if run.overwrite or config.get("resume"):
+        raise ConfigError("a study goes on by itself and is never replaced", "leave overwrite= and resume= out, or choose another name=")
+    if asked.num_trials is None and asked.max_time is None:
+        raise ConfigError("a study without a bound never ends", "set tune.num_trials or tune.max_time")
+    space = parse_space(settings.to_plain(config.search))
+    line = _trials_line(space)
+    _check_trials(line, space)
+    manifest, data = prepare_from(config)
+    open_cache(manifest, data.preprocess, data.cache, data.limits)  # once, before many trials want it
+    name = run.name or f"{data.name or manifest.root.resolve().name}-{settings.running_choice('search')}".lstrip(".")
+    places = Places(name, Path(run.runs_dir), Path(run.models_dir), Path(run.plots_dir))
+    trials = open_study(asked, name, run.seed, _facts(asked, line, space))
+    flags = tuple(part for flag, value in line.flags for part in (flag, str(value)))
+    plan = Plan(space, (*flags, *line.overrides), _for_trials(config, asked, name), places)
+    log.info("study %s: %d trials so far, in %s", name, len(trials.trials()), settings.without_passwords(asked.storage))
+    places.folder.mkdir(parents=True, exist_ok=True)
+    with _sigterm_stops(), owner_in(places.folder) as owner:
+        Workers(trials, asked, plan, owner).run()
+    return _summarise(trials, asked, plan)
+
+
+def _trials_line(space: tuple[Entry, ...]) -> CommandLine:
+    """The flags and overrides of this command that are every trial's too.
+
+    Raises:
+        ConfigError: A key is given and searched.
+    """
+    line = settings.running_line("tune")
+    overrides = [text for text in line.overrides if re.split(r"[.=]", text.lstrip("+~"))[0].partition("@")[0] not in _OURS]
+    searched = {entry.key for entry in space}
+    for text in overrides:
+        if (key := text.lstrip("+~").partition("=")[0]) in searched:
+            raise ConfigError(f"{key} is given and searched", f"leave {key}= out, or the entry: search.{key}=null")
+    return CommandLine(tuple((flag, value) for flag, value in line.flags if flag in ("--config-dir", "--config-path")), tuple(overrides))
+
+
+def _check_trials(line: CommandLine, space: tuple[Entry, ...]) -> None:
+    """Compose what trials may be given, both ends of each range and each choice once, so that none is refused hours later."""
+    first = [entry.extremes[0] for entry in space]
+    for position, entry in enumerate(space):
+        for extreme in entry.extremes:
+            tried = [*line.overrides, *first[:position], extreme, *first[position + 1 :]]
+            config = settings.composed("train", tried)
+            settings.typed(DataSettings, config.data, "data")
+            settings.typed(RunSettings, settings.only(config, *(item.name for item in fields(RunSettings))), "")
+
+
+def _facts(asked: TuneSettings, line: CommandLine, space: tuple[Entry, ...]) -> dict[str, Any]:
+    """What must be the same for trials to be compared; folders and addresses may differ from machine to machine."""
+    places = [f"{key}=" for key in TEXT_KEYS["train"]]
+    same = sorted(text for text in line.overrides if not text.startswith(("logger", "trainer.accelerator", "data.cache", *places)))
+    return {"search": as_facts(space), "metric": asked.metric, "mode": "max" if asked.maximise else "min", "command": same}
+
+
+def _for_trials(config: Any, asked: TuneSettings, study: str) -> tuple[str, ...]:
+    """What every trial is given beside the user's words: whom to report to, the same metric to keep weights by, tags in MLflow."""
+    words = [f"+callbacks.tuner._target_={_REPORTER}", f"+callbacks.tuner.metric={asked.metric}"]
+    mode = "max" if asked.maximise else "min"
+    for name in ("best_checkpoint", "early_stopping"):
+        node = (config.get("callbacks") or {}).get(name)
+        if node and "monitor" in node and node.monitor != asked.metric:
+            words += [f"callbacks.{name}.monitor={asked.metric}", f"callbacks.{name}.mode={mode}"]
+    logger = config.get("logger") or {}
+    nodes = {"logger": logger} | {f"logger.{name}": node for name, node in logger.items() if isinstance(node, Mapping) or hasattr(node, "items")}
+    for key, node in nodes.items():
+        if node and node.get("_target_") == _MLFLOW:
+            words += [f"++{key}.tags.study={quoted(study)}", f"{key}.artifacts=false"]  # a copy of each bundle would have no bound
+    return tuple(words)
+
+
+@contextmanager
+def _sigterm_stops() -> Iterator[None]:
+    """SIGTERM ends the block as Ctrl-C does, with exit code 143."""
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        raise SystemExit(143)
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _summarise(trials: Trials, asked: TuneSettings, plan: Plan) -> float:
+    """Write trials.csv and the figures, print the table and how to train the winner; TrainingError where no trial is complete."""
+    rows = trials.trials()
+    best = ranked(rows, asked.maximise)
+    if not best:
+        failed = [trial.user_attrs.get("reason", "") for trial in rows if trial.state is TrialState.FAIL]
+        if failed:
+            raise TrainingError(f"no trial is complete, and {len(failed)} failed, the last with: {failed[-1]}", f"see {plan.places.folder}/")
+        raise TrainingError("no trial is complete yet", "run the same command again to go on")
+    study = plan.places.study
+    plots = plan.places.plots_dir / study
+    write_csv(rows, asked, plots / "trials.csv")
+    print("\n".join(table(rows, asked)))
+    print("\n".join(plot_study(trials.study, asked.metric, plots)))
+    winner = best[0]
+    print(f"best     trial {winner.number}, {asked.metric} {winner.value:.4f}")
+    if plan.places.bundle(winner.number).exists():
+        print(f"bundle   {plan.places.bundle(winner.number)}")
+    print(f"trials   {plots / 'trials.csv'}; what each said: {plan.places.folder}/")
+    own = [entry.override(winner.params[entry.key]) for entry in plan.space]
+    print(f"next     {winner_command(plan.first, own, study)}")
+    return float(winner.value or 0.0)

@@ -1,0 +1,154 @@
+"""The search space: what `conf/search` asks for, checked, and its values as overrides of the command line."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, fields
+from typing import Any
+
+from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
+
+from image_classifier.command_line import did_you_mean, quoted
+from image_classifier.errors import ConfigError
+
+KINDS = ("float", "int", "categorical")
+_NUMBER_FIELDS, _CHOICE_FIELDS = ("low", "high", "log", "step"), ("choices",)
+_EXAMPLE = "write {kind: float, low: 1e-4, high: 1e-1, log: true} or {kind: categorical, choices: [a, b]}"
+# Set for each trial by `tune` itself, or the same for a whole study.
+_OURS = ("name", "overwrite", "resume", "run_dir", "runs_dir", "models_dir", "plots_dir", "trusted_packages")
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One key of the configuration and the values to try: a range of numbers, or choices.
+
+    Args:
+        key: The key, such as optimizer.lr, or a group, such as model.
+        kind: float, int or categorical.
+        low: The least number.
+        high: The greatest.
+        log: Whether numbers are even on a logarithmic scale.
+        step: The distance between numbers; None: any number of the range.
+        choices: Values as they stand on a command line.
+    """
+
+    key: str
+    kind: str
+    low: float | None = None
+    high: float | None = None
+    log: bool = False
+    step: float | None = None
+    choices: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        if self.key.partition(".")[0] in _OURS:
+            raise ConfigError(f"search.{self.key} cannot be searched", "a study sets it for each trial")
+        if self.kind == "categorical":
+            if len(set(self.choices)) != len(self.choices) or not self.choices:
+                raise ConfigError(f"search.{self.key}.choices must be a list of different values", "such as [a, b]")
+        else:
+            self._check_range()
+
+    def _check_range(self) -> None:
+        for name in ("low", "high", "step"):
+            value = getattr(self, name)
+            if value is None and name == "step":
+                continue
+            whole = self.kind == "int" and value != int(value or 0)
+            if isinstance(value, bool) or not isinstance(value, int | float) or abs(value) == float("inf") or value != value or whole:
+                raise ConfigError(f"search.{self.key}.{name} must be {'a whole number' if self.kind == 'int' else 'a number'}, not {value!r}")
+        if not (self.low or 0) < (self.high or 0):
+            raise ConfigError(f"search.{self.key}.low must be below high, and {self.low} is not below {self.high}")
+        if self.log and (self.low or 0) <= 0:
+            raise ConfigError(f"search.{self.key}.low must be above 0 where log is true, not {self.low}")
+        if self.step is not None and (self.log or self.step <= 0):
+            raise ConfigError(f"search.{self.key}.step must be above 0, and cannot stand beside log: true")
+
+    @property
+    def distribution(self) -> BaseDistribution:
+        """The entry as Optuna knows it."""
+        if self.kind == "categorical":
+            return CategoricalDistribution(self.choices)
+        low, high = self.low or 0, self.high or 0
+        if self.kind == "int":
+            return IntDistribution(int(low), int(high), log=self.log, step=int(self.step or 1))
+        return FloatDistribution(float(low), float(high), log=self.log, step=self.step)
+
+    @property
+    def extremes(self) -> tuple[str, ...]:
+        """The overrides that show whether all values of this entry can be: both ends, or each choice."""
+        ends = self.choices if self.kind == "categorical" else [override_value(_number(value, self.kind)) for value in (self.low, self.high)]
+        return tuple(f"{self.key}={end}" for end in ends)
+
+    def override(self, value: Any) -> str:
+        """A value that Optuna chose, as an override."""
+        return f"{self.key}={value if self.kind == 'categorical' else override_value(_number(value, self.kind))}"
+
+
+def parse_space(node: Mapping[str, Any]) -> tuple[Entry, ...]:
+    """The entries of a resolved `search` node; null leaves an entry out.
+
+    Raises:
+        ConfigError: Names the entry that cannot be.
+    """
+    entries = tuple(_entries(node, ""))
+    if not entries:
+        raise ConfigError("search names no key to try values of", _EXAMPLE)
+    return entries
+
+
+def as_facts(space: tuple[Entry, ...]) -> list[dict[str, Any]]:
+    """The space as plain values, to compare two of them by."""
+    return [{**asdict(entry), "choices": list(entry.choices)} for entry in space]
+
+
+def _entries(node: Mapping[str, Any], prefix: str) -> Iterator[Entry]:
+    for name, value in node.items():
+        key = f"{prefix}{name}"
+        if value is None:
+            continue
+        if not isinstance(value, Mapping):
+            raise ConfigError(f"search.{key} does not say what to try", _EXAMPLE)
+        if "kind" in value:
+            yield _entry(key, value)
+            yield from _entries({name: item for name, item in value.items() if isinstance(item, Mapping)}, f"{key}.")  # model and model.head_dropout
+        elif set(value) & {*_NUMBER_FIELDS, *_CHOICE_FIELDS} and not any(isinstance(item, Mapping) for item in value.values()):
+            raise ConfigError(f"search.{key}.kind is missing", f"one of {', '.join(KINDS)}")
+        else:
+            yield from _entries(value, f"{key}.")
+
+
+def _entry(key: str, value: Mapping[str, Any]) -> Entry:
+    kind = value["kind"]
+    if kind not in KINDS:
+        raise ConfigError(f"search.{key}.kind={kind} is not a kind", f"{did_you_mean(str(kind), KINDS)}It is one of {', '.join(KINDS)}")
+    known = _CHOICE_FIELDS if kind == "categorical" else _NUMBER_FIELDS
+    given = {name: item for name, item in value.items() if name != "kind" and not isinstance(item, Mapping)}
+    for name in given:
+        if name not in known:
+            hint = did_you_mean(name, [item.name for item in fields(Entry)])
+            raise ConfigError(f"search.{key}.{name} is not a key of kind {kind}", f"{hint}It takes {', '.join(known)}")
+    if not isinstance(given.get("log", False), bool):
+        raise ConfigError(f"search.{key}.log must be true or false, not {given['log']!r}")
+    if "choices" in given:
+        given["choices"] = tuple(override_value(item) for item in given["choices"]) if isinstance(given["choices"], list) else ()
+    return Entry(key, kind, **given)
+
+
+def _number(value: Any, kind: str) -> int | float:
+    return int(value) if kind == "int" else float(f"{value:.12g}")  # 0.3, where steps add up to 0.30000000000000004
+
+
+def override_value(value: Any) -> str:
+    """A plain value in Hydra's override grammar, the shortest way that comes out as it went in."""
+    if value is None or isinstance(value, bool):
+        return {None: "null", True: "true", False: "false"}[value]
+    if isinstance(value, list | tuple):
+        return f"[{','.join(map(override_value, value))}]"
+    if isinstance(value, Mapping):
+        return "{" + ",".join(f"{key}:{override_value(item)}" for key, item in value.items()) + "}"
+    if isinstance(value, str):
+        plain = re.fullmatch(r"[A-Za-z_][\w./-]*", value) and value.lower() not in ("true", "false", "null", "nan", "inf")
+        return value if plain else quoted(value)
+    return repr(value)

@@ -1,0 +1,131 @@
+"""The study: what `tune` is asked for, and Optuna's study with its sampler and pruner."""
+
+from __future__ import annotations
+
+import re
+import threading
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import optuna
+from optuna.distributions import BaseDistribution
+from optuna.samplers import BaseSampler, RandomSampler, TPESampler
+from optuna.trial import FrozenTrial
+
+from image_classifier.command_line import did_you_mean
+from image_classifier.errors import ConfigError
+from image_classifier.training.tuning.database import open_storage, patiently
+from image_classifier.training.tuning.trials import Trials
+
+SAMPLERS, PRUNERS, MODES = ("tpe", "random"), ("median", "hyperband", "none"), ("auto", "max", "min")
+
+
+@dataclass(frozen=True)
+class TuneSettings:
+    """The keys of `tune` in conf/tune.yaml."""
+
+    num_trials: int | None = 20
+    max_time: str | None = None
+    workers: int = 1
+    metric: str = "val/f1_macro"
+    mode: str = "auto"
+    sampler: str = "tpe"
+    pruner: str = "median"
+    keep: int | None = 1
+    storage: str = "sqlite:///tune.db"
+
+    def __post_init__(self) -> None:
+        for name in ("num_trials", "workers", "keep"):
+            value = getattr(self, name)
+            if isinstance(value, int) and value < 1:
+                raise ConfigError(f"tune.{name} must be at least 1, not {value}")
+        for name, known in (("sampler", SAMPLERS), ("pruner", PRUNERS), ("mode", MODES)):
+            value = getattr(self, name)
+            if isinstance(value, str) and value != "???" and value not in known:
+                raise ConfigError(f"tune.{name}={value} is not known", f"{did_you_mean(value, known)}It is one of {', '.join(known)}")
+        if isinstance(self.metric, str) and not self.metric.startswith("val/"):
+            raise ConfigError(
+                f"tune.metric={self.metric} is not a metric of the val part", "trials are never compared by another, such as val/f1_macro"
+            )
+        _ = self.max_seconds
+
+    @property
+    def maximise(self) -> bool:
+        """Whether a greater metric is a better one."""
+        return self.mode == "max" or (self.mode == "auto" and not self.metric.endswith("loss"))
+
+    @property
+    def max_seconds(self) -> float | None:
+        """`max_time` in seconds: days:hours:minutes:seconds as the trainer's, or minutes alone."""
+        if self.max_time is None:
+            return None
+        text = str(self.max_time)
+        if re.fullmatch(r"\d+(\.\d+)?", text):
+            return float(text) * 60
+        if not re.fullmatch(r"\d+(:\d+){3}", text):
+            raise ConfigError(f"tune.max_time={text} is not a time", "write days:hours:minutes:seconds, such as 00:02:00:00, or minutes, such as 120")
+        days, hours, minutes, seconds = map(int, text.split(":"))
+        return ((days * 24 + hours) * 60 + minutes) * 60.0 + seconds
+
+
+def open_study(asked: TuneSettings, name: str, seed: int, facts: Mapping[str, Any]) -> Trials:
+    """The trials of the study of that name, which is made where it does not exist.
+
+    Raises:
+        StorageError: The database cannot be opened.
+        ConfigError: The study exists and was begun with other `facts`.
+    """
+    _quiet()
+    storage = open_storage(asked.storage)
+    direction = "maximize" if asked.maximise else "minimize"
+    study = patiently(lambda: optuna.create_study(storage=storage, study_name=name, direction=direction, load_if_exists=True))
+    known = study.user_attrs.get("facts")
+    if known is None:
+        patiently(lambda: study.set_user_attr("facts", dict(facts)))
+    _check_same(name, known or {}, facts)
+    study.sampler, study.pruner = SamplerByNumber(asked.sampler, seed), _pruner(asked.pruner)
+    return Trials(study, storage)
+
+
+def _check_same(name: str, known: Mapping[str, Any], facts: Mapping[str, Any]) -> None:
+    for key, value in known.items():
+        if facts.get(key) != value:
+            shown = "" if key == "search" else f": {' '.join(value) or 'none'}" if isinstance(value, list) else f": {value}"
+            raise ConfigError(f"the study {name!r} was begun with another {key}{shown}", "give the same, or another name=")
+
+
+def _quiet() -> None:
+    optuna.logging.disable_default_handler()
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    warnings.filterwarnings("ignore", category=optuna.exceptions.ExperimentalWarning)
+
+
+def _pruner(name: str) -> optuna.pruners.BasePruner:
+    if name == "median":
+        return optuna.pruners.MedianPruner(n_startup_trials=5, n_warmup_steps=3)  # one or two validations say little
+    return optuna.pruners.HyperbandPruner() if name == "hyperband" else optuna.pruners.NopPruner()
+
+
+class SamplerByNumber(BaseSampler):
+    """A sampler seeded by `seed` and the trial's number: workers differ, and a study that goes on does not repeat itself."""
+
+    def __init__(self, name: str, seed: int) -> None:
+        self.name, self.seed = name, seed
+        self._mine = threading.local()
+
+    def before_trial(self, study: optuna.Study, trial: FrozenTrial) -> None:
+        seed = int(np.random.SeedSequence([self.seed, trial.number]).generate_state(1)[0])
+        # constant_liar: what others are trying now is not tried again.
+        self._mine.sampler = RandomSampler(seed) if self.name == "random" else TPESampler(seed=seed, multivariate=True, constant_liar=True)
+
+    def infer_relative_search_space(self, study: optuna.Study, trial: FrozenTrial) -> dict[str, BaseDistribution]:
+        return self._mine.sampler.infer_relative_search_space(study, trial)
+
+    def sample_relative(self, study: optuna.Study, trial: FrozenTrial, search_space: dict[str, BaseDistribution]) -> dict[str, Any]:
+        return self._mine.sampler.sample_relative(study, trial, search_space)
+
+    def sample_independent(self, study: optuna.Study, trial: FrozenTrial, param_name: str, param_distribution: BaseDistribution) -> Any:
+        return self._mine.sampler.sample_independent(study, trial, param_name, param_distribution)
