@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from hypothesis import settings
 from PIL import Image
 
 from image_classifier.dataset.facts import read_facts
@@ -18,6 +19,9 @@ from image_classifier.dataset.prepare import manifest_of
 from image_classifier.dataset.tree import find
 from image_classifier.images import DecodeLimits
 from image_classifier.records import Manifest
+
+settings.register_profile("project", deadline=None)  # how long an example takes says more about the machine's other work
+settings.load_profile("project")
 
 ROOT = Path(__file__).resolve().parents[1]
 MakeTree = Callable[..., Path]

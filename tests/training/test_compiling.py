@@ -13,7 +13,6 @@ from torch import nn
 from image_classifier.errors import ConfigError
 from image_classifier.training.callbacks import compiling
 from image_classifier.training.callbacks.compiling import Compiling
-
 from tests.conftest import Command
 
 
