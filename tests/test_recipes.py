@@ -7,7 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
+from image_classifier.errors import ConfigError
+from image_classifier.modeling.backbones import torchvision_backbone
 from tests.conftest import Command, MakeTree
 
 CONF = Path(__file__).resolve().parents[1] / "conf"
@@ -147,3 +150,13 @@ def test_a_recipe_trains_from_images_to_a_bundle(name: str, command: Command, ma
     assert set(bundle["metrics"]) == {"val", "test"}
     kept = bundle["provenance"]["baselines"]
     assert set(kept) == ({"most_frequent", "logistic"} if name == "cat_breeds_vit" else {"most_frequent"})
+
+
+def test_a_resnet_for_small_images_does_not_shrink_them_at_once() -> None:
+    network = torchvision_backbone("resnet18", small_images=True)
+    sizes: list[tuple[int, ...]] = []
+    network.layer1.register_forward_hook(lambda _module, _inputs, output: sizes.append(tuple(output.shape)))
+    assert network.eval()(torch.zeros(2, 3, 32, 32)).shape == (2, 512)
+    assert sizes == [(2, 64, 32, 32)]
+    with pytest.raises(ConfigError, match="small_images is for ResNets, and mobilenet_v2 is none"):
+        torchvision_backbone("mobilenet_v2", small_images=True)

@@ -217,10 +217,10 @@ def build_criteria(config: Any, targets: np.ndarray, num_classes: int, data: Dat
     Only the first has class weights, so that `val/loss` means the same in every run; it must take mixed targets where images are mixed.
     """
     criterion, val_criterion = _instantiate(config, config.loss), _instantiate(config, config.loss)
-    if getattr(criterion, "weight", None) is not None and len(criterion.weight) != num_classes:
-        raise ConfigError(f"loss.weight has {len(criterion.weight)} numbers for {num_classes} classes", "give one number a class, or null")
     if data.balance == "weights":
         _weigh(criterion, config.loss, class_weights(targets, num_classes))
+    if getattr(criterion, "weight", None) is not None and len(criterion.weight) != num_classes:
+        raise ConfigError(f"loss.weight has {len(criterion.weight)} numbers for {num_classes} classes", "give one number a class, or null")
     if settings.to_plain(config.augment).get("mix"):
         try:
             criterion(torch.zeros(2, num_classes), torch.full((2, num_classes), 1 / num_classes))

@@ -164,6 +164,7 @@ def test_with_accumulated_gradients_the_average_moves_once_a_step(tmp_path: Path
     assert int(ema._average_model.n_averaged) == 2
 
 
+@pytest.mark.slow
 def test_a_compiled_backbone_is_averaged_in_place(tmp_path: Path) -> None:
     class Compile(pl.Callback):
         def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:

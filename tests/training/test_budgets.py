@@ -35,6 +35,7 @@ def test_time_that_ends_within_an_epoch_ends_with_a_validation(command: Command)
     assert rows()[-1]["val/loss"] and Path("models/run/bundle.json").is_file()
 
 
+@pytest.mark.slow
 def test_patience_counts_validations(command: Command) -> None:
     still = ("optimizer=sgd", "optimizer.lr=1e-12", "scheduler=constant", "trainer.check_val_every_n_epoch=2", "callbacks.early_stopping.patience=1")
     answer = command("train", *SMALL, *still, "trainer.max_epochs=9")

@@ -42,6 +42,7 @@ def test_a_network_that_flattens_is_refused(node: dict[str, Any]) -> None:
         check_sizes(ConvNet(16, [4, 8], **node), [8, 16])
 
 
+@pytest.mark.slow
 def test_a_run_goes_through_its_sizes_and_answers_at_the_last(command: Command, make_tree: MakeTree, monkeypatch: pytest.MonkeyPatch) -> None:
     root = make_tree(cat=10, dog=10)
     monkeypatch.chdir(root.parent)

@@ -55,6 +55,7 @@ def test_smoothing_keeps_a_straight_line_and_does_not_lag() -> None:
     assert np.allclose(smoothed(line)[10:-10], line[10:-10], atol=0.02)
 
 
+@pytest.mark.slow
 def test_a_run_that_found_its_rate_is_the_run_that_was_given_it(in_a_folder_with_a_tree: None, command: Command) -> None:
     base = ("train", *SMALL, "data.batch_size=4", "trainer.max_epochs=2", "trainer.deterministic=true")
     answer = command(*base, "name=found", "optimizer.lr=auto")
@@ -126,6 +127,7 @@ def test_running_out_of_gpu_memory_ends_a_trial_and_nothing_else(monkeypatch: py
     assert rehearsal._speed(trials, DataSettings(batch_size=16)) is None  # type: ignore[arg-type]
 
 
+@pytest.mark.slow
 def test_a_run_finds_its_batch_and_ends_within_its_time(in_a_folder_with_a_tree: None, command: Command, caplog: pytest.LogCaptureFixture) -> None:
     line = ("train", *SMALL, "name=timed", "data.batch_size=auto", "trainer.max_epochs=null", "trainer.max_time=00:00:00:05")
     answer = command(*line)
