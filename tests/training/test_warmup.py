@@ -18,7 +18,7 @@ from image_classifier.training.optimizers.muon import Muon
 from image_classifier.training.optimizers.schedules import scaled_rates, warmup_factor, warmup_steps
 from tests.conftest import Command
 from tests.training.small_fits import Rates, SaveAt, equal_states, fit, small_module
-from tests.training.test_groups import SCHEDULERS
+from tests.training.test_parameter_groups import SCHEDULERS
 
 MUON = partial(Muon, lr=0.02, auxiliary="sgd", auxiliary_lr=0.05, head_lr_scale=2.0)
 
