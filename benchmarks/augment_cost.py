@@ -22,7 +22,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from image_classifier import settings  # noqa: E402
-from image_classifier.training.hardware import Hardware, choose_hardware  # noqa: E402
+from image_classifier.training.hardware import Hardware, SpeedSettings, choose_hardware  # noqa: E402
 
 _CLASSES = 10
 
@@ -32,7 +32,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--sizes", nargs="+", default=["64x64", "32x224"])
     options = parser.parse_args()
-    hardware = choose_hardware("auto", "auto", "cpu")
+    hardware = choose_hardware(SpeedSettings(accelerator="cpu"))
     print(f"{torch.get_num_threads()} threads, torch {torch.__version__}, {hardware}")
     for size in options.sizes:
         count, side = map(int, size.split("x"))

@@ -23,9 +23,10 @@ sys.path.insert(0, str(ROOT))
 
 from image_classifier.dataset.cache import open_cache  # noqa: E402
 from image_classifier.dataset.run import prepare_from  # noqa: E402
-from image_classifier.training.assemble import build_datamodule, build_module, build_trainer  # noqa: E402
+from image_classifier.training.assemble import build_datamodule, build_module, build_trainer, speed_settings  # noqa: E402
 from image_classifier.training.callbacks.bad_loss import BadLoss  # noqa: E402
 from image_classifier.training.callbacks.history import RunHistory  # noqa: E402
+from image_classifier.training.callbacks.state import ExactState  # noqa: E402
 from image_classifier.training.callbacks.throughput import Throughput  # noqa: E402
 from image_classifier.training.datamodule import ImageDataModule  # noqa: E402
 from image_classifier.training.hardware import Hardware, choose_hardware  # noqa: E402
@@ -47,7 +48,7 @@ def main() -> None:
 
 
 def _parts(config: Any, manifest: Any, data: Any, cache: Any) -> tuple[Any, ImageDataModule, Hardware]:
-    hardware = choose_hardware(config.trainer.precision, config.trainer.channels_last, config.trainer.accelerator)
+    hardware = choose_hardware(speed_settings(config))
     return build_module(config, manifest, data, cache, hardware), build_datamodule(config, manifest, data, cache, hardware), hardware
 
 
@@ -79,7 +80,9 @@ def _bare(config: Any, manifest: Any, data: Any, cache: Any) -> float:
 def _lightning(config: Any, manifest: Any, data: Any, cache: Any, folder: Path) -> float:
     module, datamodule, hardware = _parts(config, manifest, data, cache)
     throughput = Throughput()
-    trainer = build_trainer(config, hardware, throughput, RunHistory(folder / "metrics.csv", throughput), BadLoss("stop", folder))
+    trainer = build_trainer(
+        config, hardware, throughput, RunHistory(folder / "metrics.csv", throughput), ExactState({}, False), BadLoss("stop", folder)
+    )
     trainer.fit(module, datamodule=datamodule)
     return throughput.images_per_second
 

@@ -86,6 +86,8 @@ def lines(baselines: Sequence[Baseline], split: str, own: Mapping[str, float] | 
     yield f"{'baseline':<{width}}  accuracy  f1_macro  on the {split} part"
     for name, scores, about in rows:
         yield f"{name:<{width}}  {scores['accuracy']:8.4f}  {scores['f1_macro']:8.4f}  {about}".rstrip()
+    if LOGISTIC not in {baseline.name for baseline in baselines}:
+        yield f"{LOGISTIC:<{width}}  not computed: set baselines=true, or run `python commands.py baseline` once for these images"
 
 
 def warn_if_not_better(baselines: Sequence[Baseline], split: str, own: Mapping[str, float]) -> None:

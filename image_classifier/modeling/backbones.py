@@ -48,7 +48,7 @@ def _keep_size(network: nn.Module, name: str) -> None:
 def no_pretrained(name: str, error: Exception) -> CheckpointError:
     """What to say where pretrained weights cannot be had."""
     reason = str(error).partition(". ")[0][:120]
-    hint = "check the connection, or give a file with model.weights=PATH and leave the backbone's own pretrained weights out"
+    hint = "check the connection, or give a file with model.weights=PATH"
     return CheckpointError(f"the pretrained weights of {name} cannot be downloaded ({reason})", hint)
 
 

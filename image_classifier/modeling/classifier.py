@@ -9,7 +9,7 @@ from torch import nn
 
 from image_classifier.errors import ConfigError
 
-TTA = ("none", "flip", "flip_shift")
+TTA = {"none": 1, "flip": 2, "shift": 3, "flip_shift": 6}  # views an image
 
 
 class Classifier(nn.Module):
@@ -34,7 +34,7 @@ class Classifier(nn.Module):
     @property
     def num_views(self) -> int:
         """How many images the network sees in evaluation mode for each one that is asked about."""
-        return {"none": 1, "flip": 2, "flip_shift": 6}[self.tta]
+        return TTA[self.tta]
 
     def embed(self, pixels: torch.Tensor) -> torch.Tensor:
         """The backbone's pooled features before the head, [N, D]."""
@@ -57,12 +57,12 @@ class Classifier(nn.Module):
 def tta_views(pixels: torch.Tensor, tta: str) -> list[tuple[torch.Tensor, float]]:
     """What test-time augmentation sees of a batch [N, 3, H, W], with weights of sum 1 (Jordan, 2024, section 3.5).
 
-    flip: the image and its mirror image; flip_shift: these (together 1/2), and both a pixel up and left, and down and right (1/4 each).
+    flip: the image and its mirror image; shift: the image (1/2), and it a pixel up and left, and down and right (1/4 each); flip_shift: both.
     """
     views = [(pixels, 1.0)]
-    if tta == "flip_shift":
+    if "shift" in tta:
         views = [(pixels, 0.5), *((_shifted(_shifted(pixels, 2, way), 3, way), 0.25) for way in (-1, 1))]
-    if tta != "none":
+    if "flip" in tta:
         views = [(view, weight / 2) for image, weight in views for view in (image, image.flip(3))]
     return views
 

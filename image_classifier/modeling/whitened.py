@@ -57,7 +57,7 @@ class WhitenedNet(nn.Module):
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         features = self.blocks(functional.gelu(self.whiten(images)))
-        return functional.adaptive_max_pool2d(features, 1).flatten(1) * self.scale
+        return features.amax(dim=(2, 3)) * self.scale
 
     @torch.no_grad()
     def fit_to(self, images: torch.Tensor) -> None:

@@ -49,7 +49,7 @@ log = logging.getLogger(__name__)
 
 
 OWN_TRAINER_KEYS = ("channels_last", "speed", "compile", "on_nan")  # of conf/trainer; all others are Lightning's
-_NUM_IMAGES_TO_FIT = 5000
+_NUM_PIXELS_TO_FIT = 5000 * 32 * 32
 
 
 def speed_settings(config: Any) -> SpeedSettings:
@@ -81,7 +81,7 @@ def build_module(config: Any, manifest: Manifest, data: DataSettings, cache: Pix
     return ClassifierModule(
         classifier,
         criterion,
-        _fused(optimizer) if hardware.fused else optimizer,
+        as_fast_as(hardware, optimizer),
         scheduler,
         manifest.classes,
         blueprint,
@@ -186,16 +186,20 @@ def _compiling(hardware: Hardware) -> list[pl.Callback]:
     return [Compiling(at_once=hardware.compile is True)] if hardware.compile else []
 
 
-def _fused(make_optimizer: Any) -> Any:
-    """The same optimizer updating all parameters in one pass, where it can and nothing else was asked for."""
-    known = inspect.signature(make_optimizer).parameters
-    asked = {"fused", "foreach", "capturable", "differentiable"} & set(getattr(make_optimizer, "keywords", {}))
-    return partial(make_optimizer, fused=True) if "fused" in known and not asked else make_optimizer
+def as_fast_as(hardware: Hardware, make_optimizer: Any) -> Any:
+    """The same optimizer: updating all parameters in one pass, and exact in float32 runs, where it can and nothing else was asked for."""
+    known, asked = inspect.signature(make_optimizer).parameters, set(getattr(make_optimizer, "keywords", {}))
+    if hardware.fused and "fused" in known and not asked & {"fused", "foreach", "capturable", "differentiable"}:
+        return partial(make_optimizer, fused=True)
+    if hardware.precision.endswith("-true") and "exact" in known and "exact" not in asked:
+        return partial(make_optimizer, exact=True)
+    return make_optimizer
 
 
 def _some_images(cache: PixelCache, rows: np.ndarray, mean: list[float], std: list[float]) -> torch.Tensor:
-    """Normalised training images [N, 3, S, S], evenly spread over the classes, as they lie in the manifest's order."""
-    chosen = rows[np.unique(np.linspace(0, len(rows) - 1, min(len(rows), _NUM_IMAGES_TO_FIT)).astype(int))]
+    """Normalised training images [N, 3, S, S], evenly spread over the classes, as they lie in the manifest's order; fewer of large ones."""
+    count = min(len(rows), max(64, _NUM_PIXELS_TO_FIT // cache.size**2))
+    chosen = rows[np.unique(np.linspace(0, len(rows) - 1, count).astype(int))]
     pixels = torch.from_numpy(cache.gather(chosen)).permute(0, 3, 1, 2).float() / 255
     return (pixels - torch.tensor(mean).view(1, 3, 1, 1)) / torch.tensor(std).view(1, 3, 1, 1)
 

@@ -85,8 +85,10 @@ def make_last(newest: Path, keep: int) -> None:
         try:
             os.link(newest, part)
         except OSError:  # a file system without hard links
-            shutil.copyfile(newest, part)
-        os.replace(part, directory / LAST)
+            with newest.open("rb") as source, whole_file(directory / LAST) as copy:
+                shutil.copyfileobj(source, copy)
+        else:
+            os.replace(part, directory / LAST)
         for _, path in steps(directory)[keep:]:
             path.unlink(missing_ok=True)
 
@@ -100,6 +102,10 @@ def go_back_to(path: Path, step: int) -> None:
             later.unlink(missing_ok=True)
     if last.exists() and path != last and not any(last.samefile(kept) for _, kept in steps(directory)):
         last.unlink()
+    best = directory / BEST
+    if best.exists() and path != best and read_part(best, "global_step") > step:
+        log.warning("%s is of a later step and is removed", best)
+        best.unlink()
 
 
 def sweep(directory: Path) -> None:

@@ -14,6 +14,7 @@ from pytorch_lightning.accelerators import CPUAccelerator, CUDAAccelerator, MPSA
 
 from image_classifier.dataset.workers import core_count
 from image_classifier.errors import ConfigError
+from image_classifier.training.callbacks.signals import slurm_warnings
 
 log = logging.getLogger(__name__)
 
@@ -95,6 +96,7 @@ def _run(count: int, environment: dict[str, str]) -> int:
     environment = {"OMP_NUM_THREADS": str(max(1, core_count() // count)), "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": str(_TIME_TO_SAVE_S)} | environment
     with _environment(environment):
         job = LaunchConfig(1, 1, count, run_id=uuid.uuid4().hex, rdzv_backend="c10d", rdzv_endpoint="localhost:0", max_restarts=0)
+        job.signals_to_handle = ",".join([job.signals_to_handle, *(number.name for number in slurm_warnings())])
         try:
             elastic_launch(job, sys.executable)(*sys.argv)
         except ChildFailedError as error:

@@ -123,7 +123,11 @@ class ClassifierModule(pl.LightningModule):
         logits, targets = (gather_rows(parts) for parts in zip(*self._seen, strict=True))
         self._seen.clear()
         if not torch.isfinite(logits).all():
-            raise TrainingError("the network answers with numbers that are not finite", "lower optimizer.lr, or set trainer.gradient_clip_val=1.0")
+            rate = float(self.trainer.optimizers[0].param_groups[0]["lr"])
+            raise TrainingError(
+                f"the network answers with numbers that are not finite after step {self.trainer.global_step}, learning rate {rate:g}",
+                "lower optimizer.lr, or set trainer.gradient_clip_val=1.0",
+            )
         self.log("val/loss", self.val_criterion(logits, targets))
         table = PredictionTable(("",) * len(targets), targets.cpu().numpy(), logits.float().cpu().numpy(), self.classes)
         metrics = compute_metrics(table)

@@ -33,6 +33,7 @@ from image_classifier.files import write_text
 from image_classifier.modeling.classifier import TTA
 from image_classifier.records import Manifest
 from image_classifier.training.assemble import build_datamodule, build_module, build_trainer
+from image_classifier.training.callbacks.compiling import repays_s
 from image_classifier.training.callbacks.rehearsing import Stopwatch, Sweep
 from image_classifier.training.callbacks.state import random_state, set_random_state
 from image_classifier.training.callbacks.throughput import Throughput
@@ -110,9 +111,9 @@ def check_choices(config: Any) -> None:
     tta, trainer, rates = plain["model"].get("tta", "none"), plain["trainer"], plain["optimizer"]
     if tta not in TTA:
         raise ConfigError(f"model.tta={tta} is unknown", f"use one of {', '.join(TTA)}")
-    if tta != "none" and not plain["data"]["flip"]:
+    if "flip" in tta and not plain["data"]["flip"]:
         raise ConfigError(
-            f"model.tta={tta} asks a mirrored image too, and data.flip=false says that it may be of another class", "set model.tta=none"
+            f"model.tta={tta} asks a mirrored image too, and data.flip=false says that it may be of another class", "set model.tta=shift or none"
         )
     if trainer["max_epochs"] in (None, -1) and trainer["max_time"] is None and (trainer.get("max_steps") or -1) < 0:
         raise ConfigError("nothing ends this run", "set trainer.max_epochs, trainer.max_steps or trainer.max_time")
@@ -127,8 +128,10 @@ def check_choices(config: Any) -> None:
         )
 
 
-def rehearse(config: Any, manifest: Manifest, data: DataSettings, cache: PixelCache, hardware: Hardware, plots: Path) -> DataSettings:
-    """Put numbers where `config` says auto, batch size first; the settings of the data with the batch size found.
+def rehearse(
+    config: Any, manifest: Manifest, data: DataSettings, cache: PixelCache, hardware: Hardware, plots: Path
+) -> tuple[DataSettings, Hardware]:
+    """Put numbers where `config` says auto, batch size first; the settings of the data and hardware with what was found.
 
     Raises:
         ConfigError: Not even the smallest batch fits, or `trainer.max_time` is too short.
@@ -141,8 +144,9 @@ def rehearse(config: Any, manifest: Manifest, data: DataSettings, cache: PixelCa
     if config.optimizer.get("lr") == "auto":
         config.optimizer.lr = find_learning_rate(trials, data, plots)
     if config.trainer.max_time is not None and config.trainer.max_epochs is None and (config.trainer.get("max_steps") or -1) < 0:
-        config.trainer.max_steps = plan_steps(trials, data)
-    return data
+        hardware, config.trainer.max_steps = plan_steps(trials, data)
+        config.trainer.compile = hardware.compile
+    return data, hardware
 
 
 def find_learning_rate(trials: Rehearsal, data: DataSettings, plots: Path) -> float:
@@ -226,14 +230,17 @@ def _rate(trials: Rehearsal) -> Any:
     return 1e-4 if asked == "auto" else asked
 
 
-def plan_steps(trials: Rehearsal, data: DataSettings) -> int:
-    """Optimizer steps after which `trainer.max_time` is nearly over, validations included."""
-    config, sizes = trials.config, len(data.progressive_sizes or [1])
-    allowed_s = seconds_of(config.trainer.max_time)
-    watch = Stopwatch(_WARMUP, None, phases=sizes)
-    steps = (_WARMUP + max(3, _TIMED_STEPS // (2 * sizes))) * sizes
-    trials.fit(data, {"trainer.max_epochs": -1, "trainer.max_steps": steps, "trainer.limit_val_batches": 3}, watch)
-    step_s, validation_s = broadcast((watch.step_s(undisturbed=False), watch.validation_s()))
+def plan_steps(trials: Rehearsal, data: DataSettings) -> tuple[Hardware, int]:
+    """Optimizer steps after which `trainer.max_time` is nearly over, validations included; compiled or not, whatever is found to be faster."""
+    config, allowed_s = trials.config, seconds_of(trials.config.trainer.max_time)
+    hardware, choices = trials.hardware, [trials.hardware.compile]
+    if hardware.compile == "auto":
+        choices = [False, True] if allowed_s > repays_s("cuda" if trials.on_gpu else "cpu") else [False]
+    tried = [replace(hardware, compile=choice) for choice in choices]
+    timed = [_times(replace(trials, hardware=one), data) for one in tried]
+    (step_s, validation_s), hardware = min(zip(timed, tried, strict=True), key=lambda pair: pair[0])
+    if len(tried) > 1:
+        log.info("torch.compile: %s (%.3g s a step without, %.3g s with)", "on" if hardware.compile else "off", timed[0][0], timed[1][0])
     datamodule = build_datamodule(config, trials.manifest, data, trials.cache, trials.hardware)
     batches = config.trainer.accumulate_grad_batches or 1  # a step
     step_s, per_epoch = batches * step_s, max(1, math.ceil(len(datamodule.train_dataloader()) / batches))
@@ -249,7 +256,17 @@ def plan_steps(trials: Rehearsal, data: DataSettings) -> int:
         "trainer.max_steps: %d, %.1f epochs (found: %.3g s a step and %.3g s a validation, so that the schedule ends within %.0f s)",
         planned, planned / per_epoch, step_s, validation_s, allowed_s,
     )  # fmt: skip
-    return planned
+    return hardware, planned
+
+
+def _times(trials: Rehearsal, data: DataSettings) -> tuple[float, float]:
+    """Seconds a training batch and a validation batch, the same on all ranks."""
+    sizes = len(data.progressive_sizes or [1])
+    watch = Stopwatch(_WARMUP, None, phases=sizes)
+    steps = (_WARMUP + max(3, _TIMED_STEPS // (2 * sizes))) * sizes
+    trials.fit(data, {"trainer.max_epochs": -1, "trainer.max_steps": steps, "trainer.limit_val_batches": 3}, watch)
+    times: tuple[float, float] = broadcast((watch.step_s(undisturbed=False), watch.validation_s()))
+    return times
 
 
 def seconds_of(max_time: Any) -> float:

@@ -197,7 +197,7 @@ def _is_longer(before: Mapping[str, Any], flat: Mapping[str, Any], reached: int,
     if "trainer.max_epochs" in moved and epochs is not None and 0 <= epochs < reached:
         raise ConfigError(f"trainer.max_epochs={epochs}, and the run has made {reached}", "give at least as many")
     for key in moved:
-        if key != "trainer.max_time" and (flat.get("scheduler.length") or 0 < warmup < 1):
+        if (key != "trainer.max_time" or epochs is None) and (flat.get("scheduler.length") or 0 < warmup < 1):
             raise ConfigError(f"{key}={now[key]} in a run whose learning rate is laid out for {before.get(key)}", anew)
         log.warning("%s: %s instead of %s", key, now[key], before.get(key))
     return bool(moved)

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import math
-import shlex
 import sys
 from collections.abc import Sequence
 from contextlib import nullcontext
@@ -23,13 +21,6 @@ from image_classifier.dataset.cache import open_cache
 from image_classifier.dataset.prepare import DataSettings
 from image_classifier.dataset.run import prepare_from
 from image_classifier.errors import ConfigError, DataError
-from image_classifier.evaluation import baselines as simple
-from image_classifier.evaluation.baselines import Baseline
-from image_classifier.evaluation.leaks import LeakScore, leak_score
-from image_classifier.evaluation.metrics import Metrics, compute_metrics
-from image_classifier.evaluation.plots import plot_learning_curves, plot_loss_in_parts
-from image_classifier.evaluation.results import metrics_lines, scalars, write_evaluation
-from image_classifier.files import write_text
 from image_classifier.modeling.classifier import Classifier
 from image_classifier.records import SPLITS, Manifest, PredictionTable
 from image_classifier.training.assemble import build_datamodule, build_module, build_trainer, check_optimisation, speed_settings
@@ -57,6 +48,7 @@ from image_classifier.training.launch import run_ranks, uses_gpu
 from image_classifier.training.loggers import RunLoggers
 from image_classifier.training.module import ClassifierModule
 from image_classifier.training.rehearsal import check_choices, rehearse
+from image_classifier.training.report import log_outcome, summarise, write_results
 from image_classifier.training.resume import Resumption, facts_of, find_run, forget_later, given_anew, notes_of, score_if_finished, settled
 from image_classifier.training.run_folder import RunFolder, RunSettings, claim_run, note_finished, remembered_log
 from image_classifier.training.start import settle_start
@@ -128,7 +120,7 @@ def _train(config: Any, run: RunFolder, manifest: Manifest, data: DataSettings, 
     pl.seed_everything(config.seed, workers=True, verbose=False)
     hardware = choose_hardware(speed_settings(config))
     cache = first_on_each_node(lambda: open_cache(manifest, data.preprocess, data.cache, data.limits, progress=sys.stderr.isatty()))
-    data = rehearse(config, manifest, data, cache, hardware, run.plots)
+    data, hardware = rehearse(config, manifest, data, cache, hardware, run.plots)
     if is_main():
         settings.save(config, run.directory / "config.yaml")  # with what was found, so that a resumed run need not look again
     datamodule = build_datamodule(config, manifest, data, cache, hardware)
@@ -146,22 +138,24 @@ def _train(config: Any, run: RunFolder, manifest: Manifest, data: DataSettings, 
         with signals.deferred():
             _fit(trainer, module, datamodule, going.checkpoint if going else None)
         classifier = _best_classifier(trainer, module)
-        tables = {split: _predict(classifier, datamodule, manifest, split) for split in ("val", "test") if len(manifest.indices(split))}
+        tables = {split: _predict(classifier, datamodule, manifest, split) for split in _judged_parts(config, manifest)}
         if not is_main():
             return None
-        metrics = {split: compute_metrics(table) for split, table in tables.items()}
-        leaks = {split: leak_score(table, manifest.leaked(split)) for split, table in tables.items()}
-        scores = {split: scalars(metrics[split], leaks[split]) for split in tables}
-        write_text(run.plots / "metrics.json", json.dumps(scores, indent=2) + "\n")
-        _write_results(run, manifest, tables, metrics, leaks, history, baselines)
-        facts = deliver(classifier, module.hparams["blueprint"], run, manifest, cache, scores, baselines, config, throughput.images_per_second)
+        results = write_results(run, manifest, tables, history, baselines)
+        facts = deliver(
+            classifier, module.hparams["blueprint"], run, manifest, cache, results.scores, baselines, config, throughput.images_per_second
+        )
     except BaseException as error:
         loggers.finish("KILLED" if isinstance(error, KeyboardInterrupt | SystemExit) else "FAILED")
         raise
-    _log_outcome(loggers, run, scores, baselines, facts, trainer)
-    note_finished(run, metrics["val"].f1_macro)
-    _summarise(run, metrics, leaks, baselines, throughput, loggers.where())
-    return metrics["val"].f1_macro
+    log_outcome(loggers, run, results.scores, baselines, facts, trainer)
+    note_finished(run, results.score)
+    summarise(run, results, baselines, throughput, loggers.where(), has_test_part=bool(len(manifest.indices("test"))))
+    return results.score
+
+
+def _judged_parts(config: Any, manifest: Manifest) -> list[str]:
+    return [split for split in SPLITS[1:] if len(manifest.indices(split)) and (split == "val" or config.test)]
 
 
 def _flat(config: Any) -> dict[str, Any]:
@@ -184,6 +178,10 @@ def _explained(error: Exception, trainer: pl.Trainer) -> Exception:
         return ConfigError("the run ended before its first validation", "let it train a whole epoch, or set callbacks.early_stopping=null")
     if isinstance(error, MisconfigurationException) or "conditioned on metric" in str(error):
         return ConfigError(str(error))
+    if isinstance(error, torch.OutOfMemoryError):
+        return ConfigError("the memory of the GPU is full", "lower data.batch_size, or let it be found with data.batch_size=auto")
+    if "does not have a deterministic implementation" in str(error):
+        return ConfigError(str(error).partition(".")[0], "set trainer.deterministic=warn, or choose another network")
     if "Expected more than 1 value per channel" in str(error):
         return ConfigError("batch normalisation needs more than one value a channel", "raise data.batch_size or data.image_size")
     return error
@@ -206,52 +204,3 @@ def _predict(classifier: Classifier, datamodule: ImageDataModule, manifest: Mani
         logits = gather_rows([classifier(part.to(device)).cpu() for part in parts])
     rows = manifest.indices(split)
     return PredictionTable(tuple(manifest.paths[row] for row in rows), manifest.targets[rows], logits.numpy(), manifest.classes)
-
-
-def _write_results(
-    run: RunFolder,
-    manifest: Manifest,
-    tables: dict[str, PredictionTable],
-    metrics: dict[str, Metrics],
-    leaks: dict[str, LeakScore | None],
-    history: RunHistory,
-    baselines: Sequence[Baseline],
-) -> None:
-    plot_learning_curves(history.curves(), run.plots)
-    plot_loss_in_parts(history.curves(), run.plots)
-    for split, table in tables.items():
-        beside = simple.beside(baselines, split)
-        write_evaluation(table, metrics[split], manifest.part(split), run.plots / split, f"{run.name}, {split}", leaks[split], beside)
-
-
-def _log_outcome(
-    loggers: RunLoggers,
-    run: RunFolder,
-    scores: dict[str, dict[str, float]],
-    baselines: Sequence[Baseline],
-    facts: dict[str, Any],
-    trainer: pl.Trainer,
-) -> None:
-    test = {f"test/{name}": value for name, value in scores.get("test", {}).items()}
-    loggers.log_metrics({**test, **simple.as_metrics(baselines)}, max(0, trainer.current_epoch - 1), trainer.global_step)
-    loggers.keep({"git_commit": str(facts["git"]), "bundle": str(run.bundle)}, {"bundle": run.bundle, "plots": run.plots})
-    loggers.finish()
-
-
-def _summarise(
-    run: RunFolder,
-    metrics: dict[str, Metrics],
-    leaks: dict[str, LeakScore | None],
-    baselines: Sequence[Baseline],
-    throughput: Throughput,
-    logged: list[str],
-) -> None:
-    split = next(split for split in reversed(SPLITS) if split in metrics)
-    own = metrics[split].scalars()
-    simple.warn_if_not_better(baselines, split, own)
-    print("\n".join([*metrics_lines(metrics[split], split, leaks[split]), *simple.lines(baselines, split, own)]))
-    if split == "val":
-        print("there is no test part: these figures are of the part that chose the best epoch; ask for one with data.split.test=0.1")
-    print(f"images/s {throughput.images_per_second:.1f}")
-    print("\n".join([f"bundle   {run.bundle}", f"plots    {run.plots}", *logged, f"log      {run.directory / 'train.log'}"]))
-    print(f"next     python commands.py infer --checkpoint_name {shlex.quote(run.name)} --images PATH")

@@ -50,6 +50,7 @@ class RunSettings:
     plots_dir: str = "plots"
     runs_dir: str = "runs"
     baselines: bool = False
+    test: bool = True
     trusted_packages: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:

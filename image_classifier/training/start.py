@@ -42,7 +42,7 @@ def settle_start(config: Any) -> None:
 
 def build_backbone(config: Any) -> Any:
     """The network of `model.backbone`; CheckpointError where it wants pretrained weights that cannot be downloaded."""
-    node = config.model.backbone
+    node = settings.without(config.model.backbone, *_FETCHING) if config.model.weights else config.model.backbone
     known = {"known": settings.NETWORKS} if config.model["from"] else {}  # what a file asks for has a shorter list
     if not _fetches(settings.to_plain(node)):
         return settings.instantiate(node, trusted=config.trusted_packages, **known)

@@ -95,8 +95,8 @@ def _facts(asked: TuneSettings, line: CommandLine, space: tuple[Entry, ...]) -> 
 
 
 def _for_trials(config: Any, asked: TuneSettings, study: str) -> tuple[str, ...]:
-    """What every trial is given beside the user's words: whom to report to, the same metric to keep weights by, tags in MLflow."""
-    words = [f"+callbacks.tuner._target_={_REPORTER}", f"+callbacks.tuner.metric={asked.metric}"]
+    """What every trial is given beside the user's words: no test part, whom to report to, the metric to keep weights by, tags in MLflow."""
+    words = ["test=false", f"+callbacks.tuner._target_={_REPORTER}", f"+callbacks.tuner.metric={asked.metric}"]
     mode = "max" if asked.maximise else "min"
     for name in ("best_checkpoint", "early_stopping"):
         node = (config.get("callbacks") or {}).get(name)

@@ -53,6 +53,8 @@ def test_flip_shift_is_the_weighted_mean_over_reflect_padded_crops(seed: int) ->
         views = [(pixels, 0.5), (padded[:, :, :SIZE, :SIZE], 0.25), (padded[:, :, 2:, 2:], 0.25)]
         expected = sum(weight / 2 * (plain(view) + plain(view.flip(3))) for view, weight in views)
         torch.testing.assert_close(classifier_with("flip_shift")(pixels), expected, rtol=1e-4, atol=1e-5)
+        unmirrored = sum(weight * plain(view) for view, weight in views)
+        torch.testing.assert_close(classifier_with("shift")(pixels), unmirrored, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("tta", TTA)
@@ -70,7 +72,7 @@ def test_training_sees_each_image_once() -> None:
         assert torch.equal(classifier(pixels), classifier.classify(classifier.embed(pixels)))
 
 
-@pytest.mark.parametrize("tta", ["flip", "flip_shift"])
+@pytest.mark.parametrize("tta", ["flip", "shift", "flip_shift"])
 def test_torch_onnx_and_a_reloaded_checkpoint_agree(tta: str, tmp_path: Path) -> None:
     classifier = classifier_with(tta)
     export_onnx(classifier, SIZE, {}, tmp_path / "model.onnx")

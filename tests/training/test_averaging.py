@@ -89,6 +89,16 @@ def test_swa_takes_norm_statistics_anew_from_the_training_images(tmp_path: Path)
     assert norm.momentum == 0.1
 
 
+def test_norm_statistics_are_of_the_images_whatever_an_answer_is_averaged_over(tmp_path: Path) -> None:
+    found = []
+    for tta in ("none", "flip_shift"):
+        module = small_module()
+        module.classifier.tta = tta
+        fit(module, tmp_path / tta, [SWA(start=0.5)], max_epochs=4)
+        found.append({name: value for name, value in module.state_dict().items() if "running" in name})
+    assert_same(*found)
+
+
 def test_the_averaged_network_answers_as_well_as_the_learning_one(tmp_path: Path) -> None:
     accuracies = []
     for callbacks in ([], [SWA(start=0.5)], [EMA()]):

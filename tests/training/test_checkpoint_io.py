@@ -129,6 +129,14 @@ def test_who_goes_back_leaves_nothing_newer_behind(tmp_path: Path) -> None:
     assert newest_readable(tmp_path) == step_path(tmp_path, 5)
 
 
+@pytest.mark.parametrize(("best", "stays"), [(5, True), (10, False)])
+def test_the_best_checkpoint_of_a_course_that_was_left_goes_too(best: int, stays: bool, tmp_path: Path) -> None:
+    save(tmp_path, 5, 10)
+    save_whole({"global_step": best}, tmp_path / "best.ckpt")
+    go_back_to(step_path(tmp_path, 5), 5)
+    assert (tmp_path / "best.ckpt").exists() == stays
+
+
 def test_what_killed_writers_left_is_swept(tmp_path: Path) -> None:
     save(tmp_path / "checkpoints", 5)
     (tmp_path / ".metrics.csv.x.part").touch()

@@ -8,10 +8,11 @@ from typing import Any
 
 import pytest
 import torch
+from pytorch_lightning.callbacks import Timer
 from torch import nn
 
 from image_classifier.errors import ConfigError
-from image_classifier.training.callbacks import compiling
+from image_classifier.training.callbacks import compiling, rehearsing
 from image_classifier.training.callbacks.compiling import Compiling
 from tests.conftest import Command
 
@@ -29,16 +30,29 @@ class Clock:
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> Iterator[Clock]:
     clock = Clock()
-    monkeypatch.setattr(compiling, "time", clock)
+    monkeypatch.setattr(rehearsing, "time", clock)
+    monkeypatch.setattr(compiling, "processor_flags", frozenset)
     yield clock
     torch._dynamo.config.suppress_errors = False
 
 
-def run(clock: Clock, step_s: float, compiled_step_s: float, steps: int, watched: int = 60) -> list[bool]:
+class SimpleTimer(Timer):
+    """`trainer.max_time` of so many seconds, of which none are over."""
+
+    def __init__(self, allowed_s: float | None) -> None:
+        super().__init__()
+        self.allowed_s = allowed_s
+
+    def time_remaining(self, stage: str = "train") -> float | None:
+        return self.allowed_s
+
+
+def run(clock: Clock, step_s: float, compiled_step_s: float, steps: int, watched: int = 60, allowed_s: float | None = None) -> list[bool]:
     """Whether each step of a run of `steps` was compiled."""
     backbone = nn.Linear(1, 1)
     module: Any = SimpleNamespace(device=torch.device("cpu"), classifier=SimpleNamespace(backbone=backbone))
     trainer: Any = SimpleNamespace(estimated_stepping_batches=steps, global_step=0, accumulate_grad_batches=1)
+    trainer.callbacks = [SimpleTimer(allowed_s)]
     callback, compiled = Compiling(at_once=False), []
     callback.on_train_start(trainer, module)
     for step in range(min(watched, steps)):
@@ -52,6 +66,16 @@ def run(clock: Clock, step_s: float, compiled_step_s: float, steps: int, watched
 
 def test_a_short_run_is_not_compiled(clock: Clock) -> None:
     assert not any(run(clock, step_s=1.0, compiled_step_s=0.1, steps=600))
+
+
+def test_a_run_whose_time_will_be_over_is_not_compiled(clock: Clock) -> None:
+    assert not any(run(clock, step_s=1.0, compiled_step_s=0.5, steps=6000, allowed_s=600))
+    assert any(run(clock, step_s=1.0, compiled_step_s=0.5, steps=6000, allowed_s=1200))
+
+
+def test_less_time_repays_it_where_the_processor_has_amx(clock: Clock, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(compiling, "processor_flags", lambda: frozenset({"amx_bf16"}))
+    assert any(run(clock, step_s=1.0, compiled_step_s=0.5, steps=600))
 
 
 def test_a_long_run_is_compiled_and_stays_so_where_that_is_faster(clock: Clock) -> None:

@@ -280,6 +280,8 @@ def test_a_stopped_launcher_leaves_a_checkpoint_and_no_orphans(single: Path, num
         time.sleep(0.2)
     ranks = children(process.pid)
     process.send_signal(number)
+    for rank in ranks if number == signal.SIGTERM else ():
+        os.kill(rank, number)  # as systemd does; the launcher passes it on once more
     _, err = process.communicate(timeout=100)
     assert process.returncode == (143 if number == signal.SIGTERM else -9), err
     assert len(ranks) == 2
@@ -302,3 +304,17 @@ def test_two_processes_go_on_bit_for_bit(single: Path, trainer: str) -> None:
     again = sorted((single / f"runs/{trainer}-cut/checkpoints").glob("step-*.ckpt"))[-1]
     states = [torch.load(path, weights_only=True)["state_dict"] for path in (newest, again)]
     assert all(torch.equal(states[0][key], states[1][key]) for key in states[0])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("before", "after"), [(TWO, ("trainer=default",)), (("trainer=default",), TWO)], ids=("fewer", "more"))
+def test_a_run_goes_on_with_other_processes_and_says_so(single: Path, before: tuple[str, ...], after: tuple[str, ...], tmp_path: Path) -> None:
+    place = [f"{key}_dir={tmp_path / key}" for key in ("runs", "models", "plots")]
+    code, _, err = run(single, *LINE, *place, *before, "name=moved", "trainer.max_epochs=1")
+    assert code == 0, err
+    code, _, err = run(single, *LINE, *place, *after, f"resume={tmp_path}/runs/moved", "trainer.max_epochs=2")
+    assert code == 0 and "the results not to the bit" in err, err
+    with (tmp_path / "runs/moved/metrics.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    for left, right in zip(rows, history(single, "one"), strict=True):
+        assert {key: float(value) for key, value in left.items()} == pytest.approx(right, rel=1e-4, abs=1e-6)

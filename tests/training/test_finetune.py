@@ -8,6 +8,7 @@ from typing import Any
 import hydra
 import numpy as np
 import pytest
+import timm
 import torch
 
 from image_classifier.bundle import read_bundle
@@ -146,6 +147,17 @@ def test_pretrained_weights_without_a_network_name_the_way_out(command: Command,
     line = ("model=timm", "model.backbone.model_name=resnet18", "model.backbone.pretrained=true")
     answer = assert_refused(command, tmp_path, line, "resnet18 cannot be downloaded")
     assert "model.weights=PATH" in answer.err
+
+
+def test_weights_of_a_file_leave_nothing_to_download(command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    torch.save(timm.create_model("test_resnet").state_dict(), "weights.pth")
+    answer = command(
+        "train", *SMALL, "model=timm", "model.backbone.model_name=test_resnet", "model.backbone.pretrained=true", "model.weights=weights.pth"
+    )
+    assert answer.code == 0, answer.err
+    assert "weights.pth" in answer.err
+    assert read_bundle(Path("models/child")).info.normalise["mean"] == list(timm.data.IMAGENET_DEFAULT_MEAN)  # as the weights are used to it
 
 
 def test_from_weights_of_a_file_a_neck_learns_that_checkpoints_keep_and_the_bundle_leaves(

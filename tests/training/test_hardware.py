@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import logging
+from functools import partial
 
 import pytest
 import torch
+from torch import nn
 
 from image_classifier.errors import ConfigError
 from image_classifier.training import hardware
+from image_classifier.training.assemble import as_fast_as
 from image_classifier.training.hardware import Hardware, SpeedSettings, choose_hardware
+from image_classifier.training.optimizers.muon import Muon
 
 
 @pytest.fixture(autouse=True)
@@ -62,3 +66,9 @@ def test_a_deterministic_run_does_not_choose_by_the_clock() -> None:
 def test_unknown_values_are_one_line(wrong: dict[str, str]) -> None:
     with pytest.raises(ConfigError, match="is unknown"):
         SpeedSettings(**wrong)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(("precision", "exact"), [("32-true", True), ("bf16-mixed", False)])
+def test_a_float32_run_lets_muon_compute_nothing_in_bfloat16(precision: str, exact: bool) -> None:
+    optimizer = as_fast_as(Hardware(precision, channels_last=False, fused=True), partial(Muon, lr=0.1))([nn.Parameter(torch.ones(2, 2))])
+    assert optimizer._exact == exact

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from image_classifier.errors import ConfigError
-from image_classifier.training.optimizers.muon import Muon, newton_schulz
+from image_classifier.training.optimizers.muon import Muon, newton_schulz, orthogonalised
 
 SIDES = st.integers(1, 24)
 
@@ -205,3 +205,11 @@ def test_impossible_settings_are_refused(arguments: dict[str, object]) -> None:
 def test_flat_parts_of_matrices_are_refused() -> None:
     with pytest.raises(ConfigError, match="whole matrices"):
         Muon([{"params": [nn.Parameter(torch.zeros(5))], "kind": "matrix"}])
+
+
+def test_an_exact_run_orthogonalises_in_float32(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("image_classifier.training.optimizers.muon.number_format", lambda device: torch.bfloat16)
+    directions = [matrix(24, 12, seed).float() for seed in range(3)]
+    expected = newton_schulz(torch.stack(directions), 5, torch.float32)
+    assert all(torch.equal(found, one) for found, one in zip(orthogonalised(directions, 5, exact=True), expected, strict=True))
+    assert not torch.equal(orthogonalised(directions, 5)[0], expected[0])

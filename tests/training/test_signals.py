@@ -14,7 +14,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from image_classifier.training.callbacks.signals import Signals, slurm_job
+from image_classifier.training.callbacks import signals as signals_file
+from image_classifier.training.callbacks.signals import Signals, slurm_job, slurm_warnings
 from tests.conftest import write_image
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -46,17 +47,39 @@ def test_outside_of_the_steps_a_signal_ends_the_block_at_once() -> None:
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_the_first_signal_waits_for_the_step_and_the_second_does_not(number: signal.Signals, capfd: pytest.CaptureFixture[str]) -> None:
+def test_the_first_signal_waits_for_the_step_and_the_second_does_not(
+    number: signal.Signals, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     signals, steps = Signals(), 0
     with pytest.raises(SystemExit) as caught, signals.caught(), signals.deferred():
         os.kill(os.getpid(), number)
         steps = 1
     assert steps == 1 and caught.value.code == 128 + number
     assert "finishing the step under way" in capfd.readouterr().err
+    monkeypatch.setattr(signals_file, "_ECHO_S", 0.0)
     with pytest.raises((SystemExit, KeyboardInterrupt)), signals.caught(), signals.deferred():
         os.kill(os.getpid(), number)
         steps = 2
     assert steps == 1
+
+
+def test_a_sigterm_that_several_senders_pass_on_lets_the_step_end() -> None:
+    signals, steps = Signals(), 0
+    with pytest.raises(SystemExit) as caught, signals.caught(), signals.deferred():
+        for _ in range(3):
+            os.kill(os.getpid(), signal.SIGTERM)
+        steps = 1
+    assert steps == 1 and caught.value.code == 143
+
+
+@pytest.mark.parametrize(("preempts", "numbers"), [(None, {signal.SIGUSR1, signal.SIGUSR2}), ("USR1", {signal.SIGUSR1})])
+def test_slurm_warns_by_its_own_signal_and_by_submitits(preempts: str | None, numbers: set[signal.Signals], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("SUBMITIT_PREEMPT_SIGNAL", raising=False)
+    assert not slurm_warnings()
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    if preempts:
+        monkeypatch.setenv("SUBMITIT_PREEMPT_SIGNAL", preempts)
+    assert set(slurm_warnings()) == numbers
 
 
 def fake_scontrol(folder: Path, code: int = 0) -> Path:

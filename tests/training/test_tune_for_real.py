@@ -16,7 +16,15 @@ from optuna.trial import TrialState
 from tests.conftest import ROOT, MakeTree
 
 STORAGE = "sqlite:///tune.db"
-SMALL = ("data=folder", "data.dir=tree", "data.image_size=16", "data.batch_size=4", "model.backbone.channels=[4,8]", "audit.fail_on=null")
+SMALL = (
+    "data=folder",
+    "data.dir=tree",
+    "data.image_size=16",
+    "data.batch_size=4",
+    "model.backbone.channels=[4,8]",
+    "audit.fail_on=null",
+    "data.split.test=0.2",
+)
 TUNE = (sys.executable, str(ROOT / "commands.py"), "tune", *SMALL, "name=s", "search=learning_rate", "tune.pruner=none")
 
 
@@ -54,6 +62,7 @@ def test_a_study_killed_in_mid_training_goes_on_and_loses_no_trial(make_tree: Ma
     trials = optuna.load_study(study_name="s", storage=STORAGE).trials
     assert [trial.state for trial in trials] == [TrialState.COMPLETE] * 4
     assert all(list(trial.intermediate_values) == list(range(1, 61)) for trial in trials)
+    assert Path("plots/s-0/val").is_dir() and not Path("plots/s-0/test").exists()  # the test part is not for choosing by
     said = Path("runs/s/s-0.log").read_text()
     assert "resume: from" in said  # and not from the start
     assert Path("plots/s/history.png").exists() and "next     python commands.py train" in done.stdout

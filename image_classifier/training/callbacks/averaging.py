@@ -9,10 +9,11 @@ from typing import Any, cast
 import pytorch_lightning as pl
 import torch
 from pytorch_lightning.callbacks import WeightAveraging
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from image_classifier.errors import ConfigError
+from image_classifier.modeling.classifier import Classifier
 from image_classifier.training.datamodule import run_length
 
 _NORM_BATCHES = 100  # give a batch norm's statistics to about a percent
@@ -125,7 +126,7 @@ class SWA(Averaging):
     def on_validation_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         super().on_validation_epoch_start(trainer, pl_module)
         if self._average_model is not None and self._average_model.n_averaged > 1:
-            _renew_norms(trainer, pl_module.get_submodule("classifier"))
+            _renew_norms(trainer, cast(Classifier, pl_module.get_submodule("classifier")))
 
     def should_update(self, step_idx: int | None = None, epoch_idx: int | None = None) -> bool:
         return step_idx is not None and self._epoch_is_over
@@ -135,7 +136,7 @@ class SWA(Averaging):
 
 
 @torch.no_grad()
-def _renew_norms(trainer: pl.Trainer, classifier: nn.Module) -> None:
+def _renew_norms(trainer: pl.Trainer, classifier: Classifier) -> None:
     """Take the statistics of all batch norms from training images, those of the first epoch's batches as they lie in the cache."""
     norms = [module for module in classifier.modules() if isinstance(module, _BatchNorm) and module.track_running_stats]
     momenta = [norm.momentum for norm in norms]
@@ -146,7 +147,7 @@ def _renew_norms(trainer: pl.Trainer, classifier: nn.Module) -> None:
         norm.train().momentum = None  # the plain average over all batches
     for pixels, _ in islice(cast(Any, trainer).datamodule.train_dataloader(), _NORM_BATCHES):
         with trainer.precision_plugin.forward_context():
-            classifier(pixels.to(trainer.strategy.root_device))
+            classifier.embed(pixels.to(trainer.strategy.root_device))
     for norm, momentum in zip(norms, momenta, strict=True):
         norm.eval().momentum = momentum
         for statistic in (norm.running_mean, norm.running_var):

@@ -122,7 +122,11 @@ class BadLoss(Callback):
         what = "the weights of the network became infinite or not a number" if loss is None else f"the loss became {loss:g}"
         why = " from the gradients of the step before" if broken else ""
         last = last_checkpoint(trainer)
-        good = f"the last good checkpoint is {last.newest}" if last and last.newest else "no checkpoint was written yet"
+        good = (
+            f"the last good checkpoint is {last.newest}; start a new run from it with model.from={last.newest}"
+            if last and last.newest
+            else "no checkpoint was written yet"
+        )
         raise TrainingError(
             f"{before}{what}{why} at epoch {trainer.current_epoch + 1}, step {step}, learning rate {rate:g}; batch: {self._shown(trainer, paths)}",
             f"lower optimizer.lr, or set trainer.gradient_clip_val=1.0 or trainer.on_nan=skip; {good}",

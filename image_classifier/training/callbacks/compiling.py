@@ -5,22 +5,27 @@ from __future__ import annotations
 import logging
 import os
 import shutil
-import time
 from statistics import median
 from typing import Any, cast
 
 import pytorch_lightning as pl
 import torch
-from pytorch_lightning.callbacks import Callback
+from pytorch_lightning.callbacks import Callback, Timer
 
 from image_classifier.errors import ConfigError
+from image_classifier.training.callbacks.rehearsing import now_on
+from image_classifier.training.hardware import processor_flags
 from image_classifier.training.module import ClassifierModule
 
 log = logging.getLogger(__name__)
 
 _WATCHED = 12  # steps timed before and after; the first few of them are warm-up
 _WARMUP = 4
-_WORTH_S = {"cpu": 900.0, "cuda": 180.0}  # a rest of the run this long repays a compilation, which may turn out to be in vain
+
+
+def repays_s(device: str) -> float:
+    """A rest of the run of so many seconds repays a compilation, which may turn out to be in vain; processors gain most where they have AMX."""
+    return {"cpu": 180.0 if "amx_bf16" in processor_flags() else 900.0, "cuda": 180.0}.get(device, float("inf"))
 
 
 class Compiling(Callback):
@@ -44,12 +49,13 @@ class Compiling(Callback):
             self._state = "done"
 
     def on_train_batch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int) -> None:
-        self._last = time.perf_counter()
+        if self._state != "done":
+            self._last = now_on(pl_module)
 
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int) -> None:
         if self._state == "done":
             return
-        self._times.append(time.perf_counter() - self._last)
+        self._times.append(now_on(pl_module) - self._last)
         if len(self._times) < _WATCHED:
             return
         step_s, self._times = median(self._times[_WARMUP:]), []
@@ -59,8 +65,7 @@ class Compiling(Callback):
             self._judge(pl_module, step_s)
 
     def _try(self, trainer: pl.Trainer, pl_module: pl.LightningModule, step_s: float) -> None:
-        left_s = step_s * _steps_left(trainer)
-        worth_s = _WORTH_S.get(pl_module.device.type, float("inf"))
+        left_s, worth_s = _seconds_left(trainer, step_s), repays_s(pl_module.device.type)
         if left_s < worth_s:
             log.info("torch.compile: off (%.0f s of training do not repay it; from %.0f s on it is tried)", left_s, worth_s)
             self._state = "done"
@@ -95,8 +100,10 @@ class Compiling(Callback):
         _uncompile(pl_module)
 
 
-def _steps_left(trainer: pl.Trainer) -> float:
-    return (float(trainer.estimated_stepping_batches) - trainer.global_step) * trainer.accumulate_grad_batches
+def _seconds_left(trainer: pl.Trainer, step_s: float) -> float:
+    steps = (float(trainer.estimated_stepping_batches) - trainer.global_step) * trainer.accumulate_grad_batches
+    timers = [callback.time_remaining() for callback in trainer.callbacks if isinstance(callback, Timer)]  # type: ignore[attr-defined]
+    return min([step_s * steps, *(seconds for seconds in timers if seconds is not None)])
 
 
 def _compile(pl_module: pl.LightningModule) -> None:

@@ -68,10 +68,10 @@ class Stopwatch(Callback):
         self._start = 0.0  # a validation may have come between
 
     def on_train_batch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int) -> None:
-        self._start = self._start or _now(pl_module)
+        self._start = self._start or now_on(pl_module)
 
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int) -> None:
-        now = _now(pl_module)
+        now = now_on(pl_module)
         self.steps.append(now - self._start)  # from the end of one to the end of the next: making the batch counts
         self._start = now
         timed = self.steps[self.warmup :]
@@ -81,15 +81,16 @@ class Stopwatch(Callback):
     def on_validation_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
-        self._begun = _now(pl_module)
+        self._begun = now_on(pl_module)
 
     def on_validation_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
-        self.validations.append(_now(pl_module) - self._begun)
+        self.validations.append(now_on(pl_module) - self._begun)
 
 
-def _now(pl_module: pl.LightningModule) -> float:
+def now_on(pl_module: pl.LightningModule) -> float:
+    """Seconds of a clock that has waited for what the device was asked to do."""
     if pl_module.device.type == "cuda":
         torch.cuda.synchronize()
     return time.perf_counter()

@@ -10,6 +10,7 @@ import os
 import signal
 import subprocess
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
@@ -24,26 +25,28 @@ from image_classifier.training.distributed import gather, is_main, world_size
 
 log = logging.getLogger(__name__)
 
+_ECHO_S = 5.0  # launchers, tuners and systemd each pass the same SIGTERM on
+
 
 class Signals:
     """Signals to this process: acted on at once, or, while steps are made, remembered until one is complete."""
 
     def __init__(self) -> None:
         self.received = 0
-        self._deferred, self._owner = False, os.getpid()
+        self._deferred, self._owner, self._since = False, os.getpid(), 0.0
 
     @contextmanager
     def caught(self) -> Iterator[None]:
-        """Turn signals into an orderly end of the block; the second one ends it at once."""
+        """Turn signals into an orderly end of the block; the second one ends it at once, but for a SIGTERM that several senders pass on."""
         if threading.current_thread() is not threading.main_thread():
             yield
             return
-        numbers = [signal.SIGTERM, signal.SIGINT, *([signal.SIGUSR1] if slurm_job() else [])]
+        numbers = [signal.SIGTERM, signal.SIGINT, *slurm_warnings()]
         before = {number: signal.signal(number, self._handle) for number in numbers}
         try:
             yield
         except BaseException:
-            if self.received == signal.SIGUSR1 and is_main():
+            if self.received in slurm_warnings() and is_main():
                 _requeue()
             raise
         finally:
@@ -66,7 +69,10 @@ class Signals:
             signal.signal(number, signal.SIG_DFL)
             os.kill(os.getpid(), number)
             return
-        first, self.received = not self.received, number
+        first, now = not self.received, time.monotonic()
+        if not first and self._deferred and number == signal.SIGTERM and now - self._since < _ECHO_S:
+            return
+        self.received, self._since = number, now
         if first and self._deferred and not is_main():
             return
         if first and self._deferred:
@@ -82,6 +88,14 @@ def slurm_job() -> str:
     """The SLURM job this process belongs to, the same after a requeue; empty outside of SLURM."""
     array = os.environ.get("SLURM_ARRAY_JOB_ID")
     return f"{array}_{os.environ.get('SLURM_ARRAY_TASK_ID', '0')}" if array else os.environ.get("SLURM_JOB_ID", "")
+
+
+def slurm_warnings() -> list[signal.Signals]:
+    """The signals by which SLURM, or submitit on top of it, says that the job's time is nearly used up."""
+    if not slurm_job():
+        return []
+    names = {"USR1", os.environ.get("SUBMITIT_PREEMPT_SIGNAL", "USR2")}
+    return [signal.Signals[f"SIG{name}"] for name in sorted(names)]
 
 
 def _requeue() -> None:

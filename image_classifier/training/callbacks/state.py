@@ -7,6 +7,7 @@ resumed run validates twice, skips a scheduler's step, or forgets the gradients 
 
 from __future__ import annotations
 
+import logging
 import random
 from typing import Any, cast
 
@@ -18,6 +19,8 @@ from torchmetrics import Metric
 
 from image_classifier.training.datamodule import BatchLoader
 from image_classifier.training.distributed import gather, rank, world_size
+
+log = logging.getLogger(__name__)
 
 KEY = "image_classifier"  # of all that we add to a checkpoint
 
@@ -49,9 +52,12 @@ class ExactState(Callback):
 
     def on_load_checkpoint(self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]) -> None:
         self._loaded = checkpoint[KEY]
-        own = self._loaded["ranks"]
-        self._loaded["own"] = own[rank() if len(own) == world_size() else 0]
-        set_metrics(pl_module, self._loaded["own"]["metrics"])
+        ranks = self._loaded["ranks"]
+        if len(ranks) == world_size():
+            self._loaded["own"] = ranks[rank()]
+            set_metrics(pl_module, self._loaded["own"]["metrics"])
+        else:
+            log.warning("resume: %d processes instead of %d: the batches stay the same, the results not to the bit", world_size(), len(ranks))
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if self._loaded.get("finished") and not self.extended:
@@ -89,7 +95,8 @@ class ExactState(Callback):
     def _go_on(self, trainer: pl.Trainer) -> None:
         """At the first hook after a resume, the one at which the checkpoint was taken."""
         if self._loaded:
-            set_random_state(self._loaded["own"]["random"])
+            if "own" in self._loaded:
+                set_random_state(self._loaded["own"]["random"])
             trainer.should_stop = self._loaded["stops"] and not self._loaded["finished"]
             if self._loaded["pending"]:
                 trainer.check_val_every_n_epoch = self._loaded["validates"]

@@ -41,6 +41,7 @@ class Muon(torch.optim.Optimizer):
         auxiliary_betas: tuple[float, float] = (0.9, 0.95),
         auxiliary_weight_decay: float | None = None,
         head_lr_scale: float = 1.0,
+        exact: bool = False,
     ) -> None:
         """Muon over parameter groups that say their "kind" (see groups.py); without one, matrices and kernels are hidden ones.
 
@@ -60,6 +61,7 @@ class Muon(torch.optim.Optimizer):
             auxiliary_betas: Of `adamw`.
             auxiliary_weight_decay: None: `weight_decay`; decoupled in `adamw`, added to the gradient in `sgd`, as torch does.
             head_lr_scale: Factor of the auxiliary learning rate for groups of kind "head".
+            exact: Orthogonalise in float32 where bfloat16 would be faster; set by the trainer's precision.
 
         Raises:
             ConfigError: An unknown `scale` or `auxiliary`, or numbers no step can be made with.
@@ -68,13 +70,13 @@ class Muon(torch.optim.Optimizer):
         rate = lr if auxiliary_lr is None else auxiliary_lr
         decay = weight_decay if auxiliary_weight_decay is None else auxiliary_weight_decay
         self._auxiliary = _auxiliary(auxiliary, rate, decay, auxiliary_momentum, nesterov, tuple(auxiliary_betas))
-        self._head_lr_scale = head_lr_scale
+        self._head_lr_scale, self._exact = head_lr_scale, exact
         defaults = {"lr": lr, "momentum": momentum, "nesterov": nesterov, "weight_decay": weight_decay, "scale": scale}
         super().__init__(params, defaults | {"newton_schulz_steps": newton_schulz_steps, "normalise_weights": normalise_weights})
 
     def __getstate__(self) -> dict[str, Any]:
         state: dict[str, Any] = super().__getstate__()
-        return state | {"_auxiliary": self._auxiliary, "_head_lr_scale": self._head_lr_scale}
+        return state | {"_auxiliary": self._auxiliary, "_head_lr_scale": self._head_lr_scale, "_exact": self._exact}
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Take one more group; its "kind" says who steps it. ConfigError where a hidden matrix is none."""
@@ -118,7 +120,7 @@ class Muon(torch.optim.Optimizer):
         torch._foreach_add_(directions, gradients)
         if group["nesterov"]:
             directions = list(torch._foreach_add(gradients, directions, alpha=group["momentum"]))
-        updates = orthogonalised(directions, group["newton_schulz_steps"])
+        updates = orthogonalised(directions, group["newton_schulz_steps"], self._exact)
         if group["normalise_weights"]:
             _normalise(params)
         if group["weight_decay"]:
@@ -127,7 +129,7 @@ class Muon(torch.optim.Optimizer):
         torch._foreach_add_(params, updates)
 
 
-def orthogonalised(directions: list[Tensor], steps: int) -> list[Tensor]:
+def orthogonalised(directions: list[Tensor], steps: int, exact: bool = False) -> list[Tensor]:
     """Each matrix or kernel as a nearly orthogonal one of the same shape and number format; equal shapes are computed together."""
     shapes: dict[torch.Size, list[int]] = defaultdict(list)
     for position, direction in enumerate(directions):
@@ -135,7 +137,7 @@ def orthogonalised(directions: list[Tensor], steps: int) -> list[Tensor]:
     found: list[Tensor] = list(directions)
     for positions in shapes.values():
         stacked = torch.stack([directions[position] for position in positions])
-        update = newton_schulz(stacked.flatten(2), steps, number_format(stacked.device))
+        update = newton_schulz(stacked.flatten(2), steps, torch.float32 if exact else number_format(stacked.device))
         for position, one in zip(positions, update.to(stacked.dtype).view(stacked.shape).unbind(), strict=True):
             found[position] = one
     return found

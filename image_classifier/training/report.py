@@ -1,0 +1,95 @@
+"""What a finished run leaves and says: figures and tables, the loggers' last words, the lines in the terminal."""
+
+from __future__ import annotations
+
+import json
+import shlex
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import pytorch_lightning as pl
+
+from image_classifier.evaluation import baselines as simple
+from image_classifier.evaluation.baselines import Baseline
+from image_classifier.evaluation.leaks import LeakScore, leak_score
+from image_classifier.evaluation.metrics import Metrics, compute_metrics
+from image_classifier.evaluation.plots import plot_learning_curves, plot_loss_in_parts
+from image_classifier.evaluation.results import metrics_lines, scalars, write_evaluation
+from image_classifier.files import write_text
+from image_classifier.records import SPLITS, Manifest, PredictionTable
+from image_classifier.training.callbacks.history import RunHistory
+from image_classifier.training.callbacks.throughput import Throughput
+from image_classifier.training.loggers import RunLoggers
+from image_classifier.training.run_folder import RunFolder
+
+
+@dataclass(frozen=True)
+class Results:
+    """What the model reached on each part: the metrics, those of leaked and clean images apart, and all of them as plain numbers by name."""
+
+    metrics: dict[str, Metrics]
+    leaks: dict[str, LeakScore | None]
+    scores: dict[str, dict[str, float]]
+
+    @property
+    def score(self) -> float:
+        """What sweeps compare: F1 on val, never on test."""
+        return self.metrics["val"].f1_macro
+
+
+def write_results(
+    run: RunFolder,
+    manifest: Manifest,
+    tables: dict[str, PredictionTable],
+    history: RunHistory,
+    baselines: Sequence[Baseline],
+) -> Results:
+    """Judge the predictions, and write the figures and tables of the run to its folder in plots/."""
+    metrics = {split: compute_metrics(table) for split, table in tables.items()}
+    leaks = {split: leak_score(table, manifest.leaked(split)) for split, table in tables.items()}
+    results = Results(metrics, leaks, {split: scalars(metrics[split], leaks[split]) for split in tables})
+    write_text(run.plots / "metrics.json", json.dumps(results.scores, indent=2) + "\n")
+    plot_learning_curves(history.curves(), run.plots)
+    plot_loss_in_parts(history.curves(), run.plots)
+    for split, table in tables.items():
+        beside = simple.beside(baselines, split)
+        write_evaluation(table, metrics[split], manifest.part(split), run.plots / split, f"{run.name}, {split}", leaks[split], beside)
+    return results
+
+
+def log_outcome(
+    loggers: RunLoggers,
+    run: RunFolder,
+    scores: dict[str, dict[str, float]],
+    baselines: Sequence[Baseline],
+    facts: dict[str, Any],
+    trainer: pl.Trainer,
+) -> None:
+    """Give the loggers what is known at the end, and the bundle and the figures."""
+    test = {f"test/{name}": value for name, value in scores.get("test", {}).items()}
+    loggers.log_metrics({**test, **simple.as_metrics(baselines)}, max(0, trainer.current_epoch - 1), trainer.global_step)
+    loggers.keep({"git_commit": str(facts["git"]), "bundle": str(run.bundle)}, {"bundle": run.bundle, "plots": run.plots})
+    loggers.finish()
+
+
+def summarise(
+    run: RunFolder,
+    results: Results,
+    baselines: Sequence[Baseline],
+    throughput: Throughput,
+    logged: list[str],
+    has_test_part: bool,
+) -> None:
+    """Print what was reached, beside the baselines, and where everything is."""
+    split = next(split for split in reversed(SPLITS) if split in results.metrics)
+    own = results.metrics[split].scalars()
+    simple.warn_if_not_better(baselines, split, own)
+    print("\n".join([*metrics_lines(results.metrics[split], split, results.leaks[split]), *simple.lines(baselines, split, own)]))
+    if split == "val" and has_test_part:
+        print("these figures are of the part that chose the best epoch; test=false left the test part alone")
+    elif split == "val":
+        print("there is no test part: these figures are of the part that chose the best epoch; ask for one with data.split.test=0.1")
+    print(f"images/s {throughput.images_per_second:.1f}")
+    print("\n".join([f"bundle   {run.bundle}", f"plots    {run.plots}", *logged, f"log      {run.directory / 'train.log'}"]))
+    print(f"next     python commands.py infer --checkpoint_name {shlex.quote(run.name)} --images PATH")
