@@ -157,7 +157,7 @@ def test_weights_of_a_file_leave_nothing_to_download(command: Command, tmp_path:
     )
     assert answer.code == 0, answer.err
     assert "weights.pth" in answer.err
-    assert read_bundle(Path("models/child")).info.normalise["mean"] == list(timm.data.IMAGENET_DEFAULT_MEAN)  # as the weights are used to it
+    assert read_bundle(Path("models/child")).info.normalise["mean"] == list(timm.get_pretrained_cfg("test_resnet").mean)  # which the weights know
 
 
 def test_from_weights_of_a_file_a_neck_learns_that_checkpoints_keep_and_the_bundle_leaves(

@@ -29,7 +29,7 @@ def in_a_folder_with_a_tree(tmp_path: Path, make_tree: MakeTree, monkeypatch: py
     make_tree(cat=10, dog=10)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("image_classifier.training.run.deliver", weights_only)  # ONNX and figures take most of so short a run
-    monkeypatch.setattr("image_classifier.training.run._write_results", answers_only)
+    monkeypatch.setattr("image_classifier.training.run.write_results", answers_only)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
