@@ -1,7 +1,7 @@
 """Losses: logits float32 [N, C] and targets int64 [N], or class probabilities [N, C] where images are mixed, to one number.
 
 Whatever the precision of the network, they count in float32. Class weights are kept in a buffer `weight` [C], as torch's losses keep
-them: an image counts as much as its class, and the mean is over the images' weights.
+them: an image counts as much as its class, and the mean is over the images' weights (in cross-entropy of mixed images over their number).
 """
 
 from __future__ import annotations
@@ -28,7 +28,8 @@ class CrossEntropy(nn.CrossEntropyLoss):
 class FocalLoss(nn.Module):
     """Cross-entropy that counts well classified images less: -(1 - p)^gamma log p of the right class (Lin et al., 2017, section 3.2).
 
-    Of mixed images it is the sum over the classes by their shares, as MixUp defines the loss of a mixture. With gamma 0 it is cross-entropy.
+    Of mixed images it is the sum over the classes by their shares, as MixUp defines the loss of a mixture. With gamma 0, and images that are not
+    mixed, it is cross-entropy.
     """
 
     weight: torch.Tensor | None

@@ -225,6 +225,8 @@ def build_criteria(config: Any, targets: np.ndarray, num_classes: int, data: Dat
         _weigh(criterion, config.loss, class_weights(targets, num_classes))
     if getattr(criterion, "weight", None) is not None and len(criterion.weight) != num_classes:
         raise ConfigError(f"loss.weight has {len(criterion.weight)} numbers for {num_classes} classes", "give one number a class, or null")
+    if getattr(val_criterion, "weight", None) is not None:
+        val_criterion.weight = None
     if settings.to_plain(config.augment).get("mix"):
         try:
             criterion(torch.zeros(2, num_classes), torch.full((2, num_classes), 1 / num_classes))

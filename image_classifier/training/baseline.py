@@ -92,19 +92,19 @@ def baseline(config: Any) -> Path:
 
 
 def baselines_of_run(
-    config: Any, classifier: Classifier, manifest: Manifest, data: DataSettings, cache: PixelCache, hardware: Hardware, plots: Path
+    config: Any, classifier: Classifier, manifest: Manifest, data: DataSettings, cache: PixelCache, hardware: Hardware, plots: Path, resumed: bool
 ) -> tuple[Baseline, ...]:
     """What a training is compared with: the most frequent class, and the best logistic regression known for this manifest.
 
     With `baselines=true` one is computed on the embeddings of the run's own backbone, as it is before training; `plots` takes its scores.
     """
-    simplest = most_frequent_of(manifest)
-    if config.baselines:
+    simplest, known = most_frequent_of(manifest), known_baseline(Path(config.plots_dir), manifest.sha256, LOGISTIC)
+    if config.baselines and not (resumed and known):
         before = classifier.scale.device
         computed = logistic(config, classifier.to(_device(config.trainer.accelerator)), manifest, data, cache, hardware)
         classifier.to(before)
         write_baselines((simplest, computed), manifest.sha256, plots)
-    known = known_baseline(Path(config.plots_dir), manifest.sha256, LOGISTIC)
+        known = known_baseline(Path(config.plots_dir), manifest.sha256, LOGISTIC)
     return (simplest, known) if known else (simplest,)
 
 

@@ -154,7 +154,7 @@ class ImageDataModule(pl.LightningDataModule):
         return self.trainer is not None and self.trainer.strategy.root_device.type == "cuda"
 
     def augmented(self, batch: Batch, step: int, epoch: int = 0, rows: np.ndarray | None = None) -> Batch:
-        """A batch as training sees it at this step, counted from 1; (seed, step) decide all that is random.
+        """A batch as training sees it as number `step` of all batches of the run; (seed, step) decide all that is random.
 
         With two views rows i and i + N/2 are one image, augmented twice. Where images are mirrored in every other epoch,
         `epoch` and the images' `rows` int64 [N] decide which ones are.

@@ -89,6 +89,8 @@ def choose_fused(safe: bool, gradient_clip_val: float | None, precision: object)
     """Whether optimizers that can update all parameters in one pass over memory."""
     if safe:
         return Choice(False, "trainer.speed=safe")
+    if precision == "16-mixed":
+        return Choice(False, "its gradients are unscaled within the step, where trainer.on_nan cannot look at them")
     if gradient_clip_val and str(precision).endswith("-mixed"):
         return Choice(False, "Lightning clips no gradients of a fused optimizer in mixed precision")
     return Choice(True, "one pass over the parameters, where the optimizer can")

@@ -98,6 +98,12 @@ class ClassifierModule(pl.LightningModule):
         self.train_loss.reset()
         self.train_accuracy.reset()
 
+    @property
+    def learning_rate(self) -> float:
+        """That of the first parameter group at the next optimizer step, warm-up included."""
+        rate = float(self.trainer.optimizers[0].param_groups[0]["lr"])
+        return rate * warmup_factor(self.trainer.global_step, self._warmup_steps)
+
     def train_metrics(self) -> dict[str, float]:
         """Loss and accuracy over the batches of this epoch so far."""
         return {"train/loss": float(self.train_loss.compute()), "train/accuracy": float(self.train_accuracy.compute())}
@@ -123,9 +129,8 @@ class ClassifierModule(pl.LightningModule):
         logits, targets = (gather_rows(parts) for parts in zip(*self._seen, strict=True))
         self._seen.clear()
         if not torch.isfinite(logits).all():
-            rate = float(self.trainer.optimizers[0].param_groups[0]["lr"])
             raise TrainingError(
-                f"the network answers with numbers that are not finite after step {self.trainer.global_step}, learning rate {rate:g}",
+                f"the network answers with numbers that are not finite after step {self.trainer.global_step}, learning rate {self.learning_rate:g}",
                 "lower optimizer.lr, or set trainer.gradient_clip_val=1.0",
             )
         self.log("val/loss", self.val_criterion(logits, targets))

@@ -39,7 +39,7 @@ from image_classifier.training.callbacks.state import random_state, set_random_s
 from image_classifier.training.callbacks.throughput import Throughput
 from image_classifier.training.distributed import broadcast, is_main, world_size
 from image_classifier.training.hardware import Hardware
-from image_classifier.training.launch import uses_gpu
+from image_classifier.training.launch import device_count, uses_gpu
 from image_classifier.training.memory import free_memory, memory_used, reset_peak
 
 log = logging.getLogger(__name__)
@@ -47,6 +47,7 @@ log = logging.getLogger(__name__)
 _SWEEP_STEPS, _LOWEST, _HIGHEST = 100, 1e-6, 10.0
 _SMALLEST_BATCH, _FEWEST_STEPS, _WORTH = 16, 10, 1.03  # a batch may be 1/10 of the training part; each doubling must gain 3 %
 _TIMED_STEPS, _TIMED_S, _WARMUP = 20, 2.0, 3
+_UNSCHEDULED = {"scheduler.build": None, "scheduler.warmup": 0.0}
 _MARGIN = 0.9  # of the time is planned for: checkpoints, plots, and a machine that others use too
 
 
@@ -70,7 +71,6 @@ class Rehearsal:
             "callbacks": {},
             "logger": None,
             "trainer.max_time": None,
-            "trainer.enable_checkpointing": False,
             "trainer.check_val_every_n_epoch": 1,
         }
         config = settings.replaced(self.config, fixed | values)
@@ -122,7 +122,7 @@ def check_choices(config: Any) -> None:
     fixed = next((key for key, value in rates.items() if key.endswith("_lr") and value is not None), None)
     if rates.get("lr") == "auto" and fixed:
         raise ConfigError(f"optimizer.lr=auto moves all learning rates together, and optimizer.{fixed} is fixed", f"set optimizer.{fixed}=null")
-    if plain["data"]["batch_size"] == "auto" and world_size() > 1:
+    if plain["data"]["batch_size"] == "auto" and (world_size() > 1 or device_count(trainer["accelerator"], trainer["devices"]) > 1):
         raise ConfigError(
             "data.batch_size=auto tries batches on one device", "run it with trainer.devices=1 first, and give the batch of all devices"
         )
@@ -153,8 +153,7 @@ def find_learning_rate(trials: Rehearsal, data: DataSettings, plots: Path) -> fl
     """The learning rate at which the loss falls fastest, in a sweep that raises it from step to step (Smith, 2017, section 3.3)."""
     sweep = Sweep(_LOWEST, _HIGHEST, _SWEEP_STEPS)
     steps = {"trainer.max_steps": _SWEEP_STEPS, "trainer.max_epochs": -1, "trainer.limit_val_batches": 0}
-    still = {"optimizer.lr": _LOWEST, "scheduler.build": None, "scheduler.warmup": 0.0}
-    trials.fit(replace(data, progressive_sizes=None), steps | still, sweep)
+    trials.fit(replace(data, progressive_sizes=None), steps | _UNSCHEDULED | {"optimizer.lr": _LOWEST}, sweep)
     rates, losses = np.array(sweep.rates), np.array(sweep.losses)
     smooth = smoothed(losses)
     found = broadcast(suggest(rates, smooth) if is_main() else None)
@@ -219,7 +218,7 @@ def _speed(trials: Rehearsal, data: DataSettings) -> tuple[float, float] | None:
     limits = {"trainer.max_epochs": -1, "trainer.max_steps": _WARMUP + _TIMED_STEPS, "trainer.limit_val_batches": 0, "optimizer.lr": _rate(trials)}
     reset_peak(trials.on_gpu)
     try:
-        trials.fit(data, limits, watch)
+        trials.fit(data, limits | _UNSCHEDULED, watch)
     except torch.OutOfMemoryError:
         return None
     return data.batch_size / watch.step_s(), memory_used(trials.on_gpu)

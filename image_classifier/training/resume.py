@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -112,7 +112,7 @@ def notes_of(going: Resumption | None, line: Sequence[str], flat: Mapping[str, A
     before = read_notes(going.directory) if going and going.directory else {}
     given = before.get("given", {}) | {_key(item): item for item in own_line(line)}
     job = {"slurm_job": slurm_job()} if slurm_job() else {}
-    return {"line": before.get("line", own_line(line)), "given": given, "length": run_length(flat), "finished": False, **job}
+    return {"line": before.get("line", own_line(line)), "given": given, "length": length_of(flat), "finished": False, **job}
 
 
 def given_anew(directory: Path, line: Sequence[str]) -> list[str]:
@@ -132,7 +132,7 @@ def score_if_finished(going: Resumption, flat: Mapping[str, Any], asked: str | N
         ConfigError: The user asks to go on with a run that is finished, and not for more epochs.
     """
     notes = read_notes(going.directory) if going.directory else {}
-    if not notes.get("finished") or notes.get("length") != run_length(flat):
+    if not notes.get("finished") or notes.get("length") != length_of(flat):
         return None
     if asked is None:
         log.info("%s is finished", going.directory)
@@ -170,7 +170,7 @@ def facts_of(manifest: Manifest, flat: Mapping[str, Any]) -> dict[str, Any]:
         "manifest_sha256": manifest.sha256,
         "classes": list(manifest.classes),
         "settings": {key: json.dumps(value) for key, value in flat.items() if key.startswith(_FIXED) and not key.startswith(_FREE)},
-        "length": run_length(flat),
+        "length": length_of(flat),
     }
 
 
@@ -191,19 +191,27 @@ def _check_same(path: Path, facts: Mapping[str, Any], flat: Mapping[str, Any]) -
 
 def _is_longer(before: Mapping[str, Any], flat: Mapping[str, Any], reached: int, anew: str) -> bool:
     """Whether the run's end was moved, said in the log; refused where the learning rate already falls towards the old one."""
-    now = run_length(flat)
+    now = length_of(flat)
     moved = [key for key in _LENGTH if before.get(key) != now[key]]
     epochs, warmup = now["trainer.max_epochs"], float(flat.get("scheduler.warmup") or 0)
     if "trainer.max_epochs" in moved and epochs is not None and 0 <= epochs < reached:
         raise ConfigError(f"trainer.max_epochs={epochs}, and the run has made {reached}", "give at least as many")
+    laid_out = next((words for words, is_so in _laid_out(flat, warmup) if is_so), "")
     for key in moved:
-        if (key != "trainer.max_time" or epochs is None) and (flat.get("scheduler.length") or 0 < warmup < 1):
-            raise ConfigError(f"{key}={now[key]} in a run whose learning rate is laid out for {before.get(key)}", anew)
+        if (key != "trainer.max_time" or epochs is None) and laid_out:
+            raise ConfigError(f"{key}={now[key]} in a run whose {laid_out} for {before.get(key)}", anew)
         log.warning("%s: %s instead of %s", key, now[key], before.get(key))
     return bool(moved)
 
 
-def run_length(flat: Mapping[str, Any]) -> dict[str, Any]:
+def _laid_out(flat: Mapping[str, Any], warmup: float) -> Iterator[tuple[str, bool]]:
+    """What may depend on a run's length from its beginning on, and whether it does."""
+    yield "learning rate is laid out", bool(flat.get("scheduler.length")) or 0 < warmup < 1
+    yield "image sizes are laid out (data.progressive_sizes)", bool(flat.get("data.progressive_sizes"))
+    yield "averaging is laid out (callbacks=swa)", flat.get("callbacks.averaging.start") is not None
+
+
+def length_of(flat: Mapping[str, Any]) -> dict[str, Any]:
     """The settings that end a run, as plain values."""
     return {key: flat.get(key) for key in _LENGTH}
 

@@ -49,7 +49,7 @@ from image_classifier.training.loggers import RunLoggers
 from image_classifier.training.module import ClassifierModule
 from image_classifier.training.rehearsal import check_choices, rehearse
 from image_classifier.training.report import log_outcome, summarise, write_results
-from image_classifier.training.resume import Resumption, facts_of, find_run, forget_later, given_anew, notes_of, score_if_finished, settled
+from image_classifier.training.resume import Resumption, facts_of, find_run, forget_later, given_anew, length_of, notes_of, score_if_finished, settled
 from image_classifier.training.run_folder import RunFolder, RunSettings, claim_run, note_finished, remembered_log
 from image_classifier.training.start import settle_start
 
@@ -81,7 +81,11 @@ def _as_begun(config: Any, going: Resumption, line: Sequence[str]) -> Any:
         return config
     place = {"name": going.directory.name, "run_dir": str(going.directory)}
     anew = given_anew(going.directory, line)
-    return settings.replaced(settings.resumed(settings.replaced(config, place), going.directory / "config.yaml", anew), place)
+    config = settings.replaced(settings.resumed(settings.replaced(config, place), going.directory / "config.yaml", anew), place)
+    keys = {item.partition("=")[0] for item in anew}
+    if "trainer.max_time" in keys and "trainer.max_steps" not in keys and config.trainer.max_epochs is None:
+        config.trainer.max_steps = -1  # the steps that were planned for the old time are planned anew
+    return config
 
 
 def _run_settings(config: Any) -> RunSettings:
@@ -125,7 +129,7 @@ def _train(config: Any, run: RunFolder, manifest: Manifest, data: DataSettings, 
         settings.save(config, run.directory / "config.yaml")  # with what was found, so that a resumed run need not look again
     datamodule = build_datamodule(config, manifest, data, cache, hardware)
     module = build_module(config, manifest, data, cache, hardware)
-    baselines = from_main(lambda: baselines_of_run(config, module.classifier, manifest, data, cache, hardware, run.plots))
+    baselines = from_main(lambda: baselines_of_run(config, module.classifier, manifest, data, cache, hardware, run.plots, run.resumed))
     separate_draws(config.seed)
     throughput = Throughput()
     history = RunHistory(run.directory / "metrics.csv", throughput)
@@ -133,8 +137,8 @@ def _train(config: Any, run: RunFolder, manifest: Manifest, data: DataSettings, 
     trainer = build_trainer(config, hardware, throughput, history, state, StopOnSignal(signals), BadLoss(config.trainer.on_nan, run.directory))
     loggers = RunLoggers(trainer.loggers)
     loggers.go_on_as(run.key, run.resumed)
-    loggers.begin(_flat(config), {"manifest_sha256": manifest.sha256, "run_folder": str(run.directory)})
     try:
+        loggers.begin(_flat(config), {"manifest_sha256": manifest.sha256, "run_folder": str(run.directory)})
         with signals.deferred():
             _fit(trainer, module, datamodule, going.checkpoint if going else None)
         classifier = _best_classifier(trainer, module)
@@ -145,11 +149,11 @@ def _train(config: Any, run: RunFolder, manifest: Manifest, data: DataSettings, 
         facts = deliver(
             classifier, module.hparams["blueprint"], run, manifest, cache, results.scores, baselines, config, throughput.images_per_second
         )
+        note_finished(run, results.score, length_of(_flat(config)))
+        log_outcome(loggers, run, results.scores, baselines, facts, trainer)
     except BaseException as error:
         loggers.finish("KILLED" if isinstance(error, KeyboardInterrupt | SystemExit) else "FAILED")
         raise
-    log_outcome(loggers, run, results.scores, baselines, facts, trainer)
-    note_finished(run, results.score)
     summarise(run, results, baselines, throughput, loggers.where(), has_test_part=bool(len(manifest.indices("test"))))
     return results.score
 

@@ -11,7 +11,7 @@ import shutil
 import subprocess
 import sys
 import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
@@ -184,9 +184,9 @@ def _note(directory: Path, notes: dict[str, Any]) -> dict[str, Any]:
     return notes
 
 
-def note_finished(run: RunFolder, score: float) -> None:
-    """Write down that a run has done all it was to do, and the value that a sweep compares."""
-    _note(run.directory, {"finished": True, "score": score})
+def note_finished(run: RunFolder, score: float, length: Mapping[str, Any]) -> None:
+    """Write down that a run has done all it was to do, how much that was (`resume.length_of`), and the value that a sweep compares."""
+    _note(run.directory, {"finished": True, "score": score, "length": length})
 
 
 class _LogFile(logging.FileHandler):

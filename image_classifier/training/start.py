@@ -68,7 +68,7 @@ def pretrained_settings(plain: dict[str, Any]) -> dict[str, Any]:
 
 
 def _adopt(config: Any) -> None:
-    """Put the network, dropout and normalisation of the bundle into the configuration; the last two unless given otherwise."""
+    """Put the network, dropout and normalisation of the bundle into the configuration; the last two unless given (dropout: above 0)."""
     path, model = _checkpoint(config), config.model
     source, blueprint = load_classifier(path, config.trusted_packages)
     size, own = config.data.image_size, blueprint["preprocess"]["size"]

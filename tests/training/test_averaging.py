@@ -99,6 +99,14 @@ def test_norm_statistics_are_of_the_images_whatever_an_answer_is_averaged_over(t
     assert_same(*found)
 
 
+def test_norms_that_are_frozen_keep_their_statistics(tmp_path: Path) -> None:
+    module = small_module(frozen=frozenset(name for name, _ in small_module().classifier.named_parameters() if name.startswith("backbone")))
+    module.classifier.backbone.requires_grad_(False)
+    before = copy.deepcopy(module.classifier.backbone.state_dict())
+    fit(module, tmp_path, [SWA(start=0.5)], max_epochs=4)
+    assert_same(module.classifier.backbone.state_dict(), before)
+
+
 def test_the_averaged_network_answers_as_well_as_the_learning_one(tmp_path: Path) -> None:
     accuracies = []
     for callbacks in ([], [SWA(start=0.5)], [EMA()]):

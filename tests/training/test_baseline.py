@@ -124,13 +124,14 @@ def test_a_run_that_asks_for_the_regression_learns_the_same(tmp_path: Path) -> N
     )
     weights, numbers = {key: value.clone() for key, value in classifier.state_dict().items()}, torch.get_rng_state()
     cache = PixelCache(pixels, np.arange(30))
-    found = baselines_of_run(config, classifier, manifest, data, cache, Hardware("32-true", False), tmp_path / "run")
+    found = baselines_of_run(config, classifier, manifest, data, cache, Hardware("32-true", False), tmp_path / "run", False)
     assert [baseline.name for baseline in found] == ["most_frequent", "logistic"]
     assert "784 features of net (pretrained) at 16 px" in found[1].about
     assert torch.equal(torch.get_rng_state(), numbers) and all(module.training for module in classifier.modules())
     assert all(torch.equal(value, weights[key]) for key, value in classifier.state_dict().items())
     config.baselines = False
-    assert baselines_of_run(config, classifier, manifest, data, cache, Hardware("32-true", False), tmp_path / "later") == found  # by the manifest
+    later = baselines_of_run(config, classifier, manifest, data, cache, Hardware("32-true", False), tmp_path / "later", False)
+    assert later == found  # by the manifest
 
 
 def test_a_baseline_needs_a_val_part(command: Command) -> None:

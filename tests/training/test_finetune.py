@@ -200,3 +200,6 @@ def test_these_losses_take_mixed_images_and_class_weights(loss: str, criterion: 
     built, validation = build_criteria(config, np.array([0, 0, 1]), 2, DataSettings(balance="weights"))
     assert isinstance(built, criterion) and torch.allclose(built.weight, torch.tensor([0.75, 1.5])) and validation.weight is None
     assert torch.isfinite(built(torch.zeros(2, 2), torch.full((2, 2), 0.5)))
+    config.loss.weight = [1.0, 3.0]
+    built, validation = build_criteria(config, np.array([0, 0, 1]), 2, DataSettings())
+    assert built.weight.tolist() == [1.0, 3.0] and validation.weight is None  # val/loss compares runs

@@ -57,6 +57,10 @@ def test_clipping_in_mixed_precision_takes_no_fused_optimizer(monkeypatch: pytes
     assert choose_hardware(SpeedSettings(gradient_clip_val=1.0)).fused
 
 
+def test_half_precision_takes_no_fused_optimizer() -> None:
+    assert not choose_hardware(SpeedSettings(precision="16-mixed")).fused  # which would hide its gradients from trainer.on_nan
+
+
 def test_a_deterministic_run_does_not_choose_by_the_clock() -> None:
     assert choose_hardware(SpeedSettings(deterministic=True)).compile is False
     assert choose_hardware(SpeedSettings(deterministic=True, compile=True)).compile is True

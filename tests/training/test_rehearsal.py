@@ -15,10 +15,11 @@ from hypothesis import strategies as st
 
 from image_classifier.errors import ConfigError
 from image_classifier.training import rehearsal
-from image_classifier.training.callbacks.rehearsing import Stopwatch
+from image_classifier.training.callbacks.rehearsing import Stopwatch, Sweep
 from image_classifier.training.memory import _container_free, free_memory, memory_used
 from image_classifier.training.rehearsal import find_batch_size, seconds_of, smoothed, suggest
 from tests.conftest import Command, MakeTree
+from tests.training.small_fits import fit, small_module
 
 SMALL = ("data=folder", "data.dir=tree", "data.image_size=16", "logger=none", "model.backbone.channels=[4,8]", "trainer.accelerator=cpu")
 RATES = np.geomspace(1e-6, 10, 100)
@@ -72,6 +73,14 @@ def test_a_run_that_found_its_rate_is_the_run_that_was_given_it(in_a_folder_with
     assert given_.code == 0, given_.err
     found, expected = weights("found"), weights("given")
     assert all(torch.equal(found[key], expected[key]) for key in expected)
+
+
+def test_a_sweep_takes_one_loss_a_step_though_a_step_takes_several_batches(tmp_path: Path) -> None:
+    single, several = Sweep(1e-4, 1e-2, 8), Sweep(1e-4, 1e-2, 8)
+    fit(small_module(norm=False), tmp_path, [single], batch_size=12, max_epochs=2)
+    fit(small_module(norm=False), tmp_path, [several], batch_size=6, accumulate_grad_batches=2, max_epochs=2)
+    assert several.rates == single.rates and len(single.rates) == 8
+    assert several.losses == pytest.approx(single.losses, rel=1e-4)
 
 
 class FakeTrials:

@@ -14,9 +14,11 @@ import numpy as np
 import pytest
 import torch
 
+from image_classifier.evaluation.metrics import compute_metrics
 from image_classifier.modeling.classifier import Classifier
 from image_classifier.records import PredictionTable
 from image_classifier.training.callbacks.history import RunHistory
+from image_classifier.training.report import Results
 from image_classifier.training.run_folder import RunFolder
 from tests.conftest import Answer, Command, MakeTree, write_image
 
@@ -42,8 +44,11 @@ def weights_only(classifier: Classifier, blueprint: Any, run: RunFolder, *more: 
     return {"git": ""}
 
 
-def answers_only(run: RunFolder, manifest: Any, tables: dict[str, PredictionTable], *more: Any) -> None:
+def answers_only(run: RunFolder, manifest: Any, tables: dict[str, PredictionTable], *more: Any) -> Results:
+    run.plots.mkdir(parents=True, exist_ok=True)
     np.save(run.plots / "logits.npy", tables["val"].logits)
+    metrics = {split: compute_metrics(table) for split, table in tables.items()}
+    return Results(metrics, dict.fromkeys(tables), {split: found.scalars() for split, found in metrics.items()})
 
 
 @pytest.fixture

@@ -63,6 +63,18 @@ def test_warmup_multiplies_what_any_scheduler_says_and_leaves_it_alone(name: str
     assert warm.logged == plain.logged
 
 
+def test_the_rate_that_is_told_is_the_one_that_steps(tmp_path: Path) -> None:
+    class Told(pl.Callback):
+        rates: list[float] = []  # noqa: RUF012
+
+        def on_train_batch_start(self, trainer: pl.Trainer, pl_module: Any, *rest: Any) -> None:
+            self.rates.append(pl_module.learning_rate)
+
+    used, told = Rates(), Told()
+    fit(small_module(partial(torch.optim.SGD, lr=0.1), replace(SCHEDULERS["linear"], warmup=4)), tmp_path, [used, told], max_epochs=2)
+    assert told.rates == pytest.approx([one[0] for one in used.used])
+
+
 def test_linear_with_warmup_is_a_triangle_down_to_zero(tmp_path: Path) -> None:
     rates = Rates()
     fit(small_module(partial(torch.optim.SGD, lr=0.1), replace(SCHEDULERS["linear"], warmup=4)), tmp_path, [rates], max_epochs=5)
@@ -75,7 +87,7 @@ def test_linear_with_warmup_is_a_triangle_down_to_zero(tmp_path: Path) -> None:
 def test_muons_groups_move_in_proportion_with_warmup(name: str, tmp_path: Path) -> None:
     rates = Rates()
     fit(small_module(partial(MUON, lr=0.1, auxiliary_lr=0.25), replace(SCHEDULERS[name], warmup=3)), tmp_path, [rates])
-    assert all([one / used[0] for one in used] == pytest.approx([1, 5, 2.5, 2.5]) for used in rates.used)  # matrix, head, stem, vector
+    assert all([one / used[0] for one in used] == pytest.approx([1, 5, 5, 2.5, 2.5]) for used in rates.used)  # its bias is the second head
 
 
 @pytest.mark.parametrize("name", ["cosine", "plateau"])

@@ -9,7 +9,7 @@ from typing import Any, cast
 import pytorch_lightning as pl
 import torch
 from pytorch_lightning.callbacks import WeightAveraging
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from image_classifier.errors import ConfigError
@@ -135,10 +135,16 @@ class SWA(Averaging):
         return 1 / (number + 1)
 
 
+def _rests(norm: nn.Module) -> bool:
+    """Whether a norm is frozen: its statistics then belong to the weights it came with."""
+    learns = [parameter.requires_grad for parameter in norm.parameters()]
+    return bool(learns) and not any(learns)
+
+
 @torch.no_grad()
 def _renew_norms(trainer: pl.Trainer, classifier: Classifier) -> None:
     """Take the statistics of all batch norms from training images, those of the first epoch's batches as they lie in the cache."""
-    norms = [module for module in classifier.modules() if isinstance(module, _BatchNorm) and module.track_running_stats]
+    norms = [module for module in classifier.modules() if isinstance(module, _BatchNorm) and module.track_running_stats and not _rests(module)]
     momenta = [norm.momentum for norm in norms]
     if not norms:
         return

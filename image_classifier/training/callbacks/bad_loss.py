@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytorch_lightning as pl
 import torch
@@ -18,6 +18,7 @@ from image_classifier.training.callbacks.checkpoints import last_checkpoint
 from image_classifier.training.callbacks.state import copied_metrics, done_in_epoch, set_metrics
 from image_classifier.training.datamodule import ImageDataModule
 from image_classifier.training.distributed import gather, is_main
+from image_classifier.training.module import ClassifierModule
 
 log = logging.getLogger(__name__)
 
@@ -118,7 +119,7 @@ class BadLoss(Callback):
         step = trainer.global_step + 1 - back // trainer.accumulate_grad_batches - (loss is None)
         broken = loss is not None and back == 0 and not are_finite(pl_module.parameters())
         paths = self._paths(trainer, back + broken)
-        rate = float(trainer.optimizers[0].param_groups[0]["lr"])
+        rate = cast(ClassifierModule, pl_module).learning_rate
         what = "the weights of the network became infinite or not a number" if loss is None else f"the loss became {loss:g}"
         why = " from the gradients of the step before" if broken else ""
         last = last_checkpoint(trainer)

@@ -38,12 +38,12 @@ class RunHistory(Callback):
         self._validated = True
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        metrics: dict[str, float] = cast(ClassifierModule, pl_module).train_metrics()
+        module = cast(ClassifierModule, pl_module)
+        metrics = module.train_metrics()
         if self._validated:  # else Lightning still holds the values of an earlier epoch
             metrics |= {name: float(value) for name, value in trainer.callback_metrics.items() if not name.startswith("train/")}
         self._validated = False
-        rate = float(trainer.optimizers[0].param_groups[0]["lr"])
-        self.rows.append({"epoch": trainer.current_epoch + 1, "step": trainer.global_step, "learning_rate": rate, **metrics})
+        self.rows.append({"epoch": trainer.current_epoch + 1, "step": trainer.global_step, "learning_rate": module.learning_rate, **metrics})
         if is_main():
             write_text(self.path, self._csv())
         text = "  ".join(f"{name} {value:.4f}" for name, value in metrics.items())

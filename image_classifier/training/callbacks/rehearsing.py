@@ -23,19 +23,24 @@ class Sweep(Callback):
         self.lowest, self.rates, self.losses = lowest, list[float](), list[float]()
         self._first: list[float] = []
         self._rate, self._running, self._best = lowest, 0.0, math.inf
+        self._step, self._of_step = 0, list[float]()
 
     def on_train_batch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int) -> None:
         groups = trainer.optimizers[0].param_groups
         self._first = self._first or [float(group["lr"]) for group in groups]
         for group, first in zip(groups, self._first, strict=True):
             group["lr"] = first * self.factor**trainer.global_step
-        self._rate = self.lowest * self.factor**trainer.global_step
+        self._rate, self._step = self.lowest * self.factor**trainer.global_step, trainer.global_step
 
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int) -> None:
         loss = float(trainer.strategy.reduce(outputs["loss"].detach(), reduce_op="mean"))
         if not math.isfinite(loss):
             trainer.should_stop = True
             return
+        self._of_step.append(loss)
+        if trainer.global_step == self._step:
+            return  # gradients are still gathered
+        loss, self._of_step = sum(self._of_step), []  # Lightning has divided each by the number of batches a step
         self.rates.append(self._rate)
         self.losses.append(loss)
         self._running = _MEMORY * self._running + (1 - _MEMORY) * loss

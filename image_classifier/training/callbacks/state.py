@@ -14,7 +14,7 @@ from typing import Any, cast
 import numpy as np
 import pytorch_lightning as pl
 import torch
-from pytorch_lightning.callbacks import Callback
+from pytorch_lightning.callbacks import Callback, Timer
 from torchmetrics import Metric
 
 from image_classifier.training.datamodule import BatchLoader
@@ -59,12 +59,14 @@ class ExactState(Callback):
         else:
             log.warning("resume: %d processes instead of %d: the batches stay the same, the results not to the bit", world_size(), len(ranks))
 
-    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        if self._loaded.get("finished") and not self.extended:
+        if self._loaded["finished"] and not self.extended:
             trainer.should_stop = True  # early stopping is not asked again
-        if self._loaded.get("pending"):
-            self._loaded["max_steps"] = trainer.max_steps
-            trainer.fit_loop.epoch_loop.max_steps = -1  # else Lightning ends the run before its last validation
+        if self._loaded["pending"]:  # else Lightning ends a run whose steps or time are used up before its last validation
+            self._loaded["max_steps"], trainer.fit_loop.epoch_loop.max_steps = trainer.max_steps, -1
+            timers = [callback for callback in trainer.callbacks if isinstance(callback, Timer)]  # type: ignore[attr-defined]
+            self._loaded["durations"] = [(timer, timer._duration) for timer in timers]
+            for timer in timers:
+                timer._duration = None
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if not self._loaded:
@@ -97,10 +99,12 @@ class ExactState(Callback):
         if self._loaded:
             if "own" in self._loaded:
                 set_random_state(self._loaded["own"]["random"])
-            trainer.should_stop = self._loaded["stops"] and not self._loaded["finished"]
+            trainer.should_stop = self._loaded["stops"] and not (self._loaded["finished"] or self.extended)
             if self._loaded["pending"]:
                 trainer.check_val_every_n_epoch = self._loaded["validates"]
                 trainer.val_check_batch, trainer.fit_loop.epoch_loop.max_steps = self._loaded["val_check_batch"], self._loaded["max_steps"]
+                for timer, duration in self._loaded["durations"]:
+                    timer._duration = duration
             trainer.fit_loop._restarting = False  # or the plateau scheduler misses the end of this epoch
             self._loaded = {}
 
@@ -188,6 +192,7 @@ def set_metrics(module: pl.LightningModule, states: dict[str, dict[str, Any]]) -
     """Put back what `copied_metrics` gave."""
     metrics = {name: metric for name, metric in module.named_modules() if isinstance(metric, Metric)}
     for name in metrics.keys() & states.keys():
+        device = metrics[name].device
         for key, value in states[name].items():
-            setattr(metrics[name], key, value)
+            setattr(metrics[name], key, value.to(device) if isinstance(value, torch.Tensor) else value)
         metrics[name]._computed = None

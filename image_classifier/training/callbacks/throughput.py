@@ -39,7 +39,8 @@ class Throughput(Callback):
         self._steps += 1
         if self._steps == self.warmup_steps + 1:
             self.images, self.seconds = self._before  # a run shorter than its warm-up still says something
-        self.images += len(batch[1]) * world_size()
+        views = getattr(trainer.datamodule, "views", 1)  # type: ignore[attr-defined]
+        self.images += len(batch[1]) // views * world_size()
         self.seconds += now - self._start
         self._start = now
 

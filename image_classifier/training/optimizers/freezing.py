@@ -29,7 +29,7 @@ def freeze(classifier: nn.Module, wanted: str | Sequence[str] | None) -> frozens
 
 
 def set_frozen(classifier: nn.Module, frozen: Collection[str]) -> None:
-    """Stop exactly these parameters; gradients of before must not move them."""
+    """Stop these parameters; gradients of before must not move them."""
     for name, parameter in classifier.named_parameters():
         if name in frozen:
             parameter.requires_grad_(False)

@@ -13,7 +13,7 @@ from image_classifier.errors import ConfigError
 
 # A group's "kind" says how its parameters enter the network:
 #   matrix  hidden linear layers and convolutions     stem    the first of them, which sees pixels
-#   head    the last ones: classifier and necks       vector  norms, biases, embeddings of positions and tokens: never decayed
+#   head    the last ones with their biases, necks    vector  norms, other biases, embeddings of positions and tokens
 #   other   what is decayed and is no matrix: kernels of grouped convolutions, weights of unknown layers
 KINDS = ("matrix", "head", "stem", "other", "vector")  # the order of the groups: the first one's learning rate is the one that is logged
 
@@ -28,13 +28,17 @@ class _Described:
     kind: str
     depth: int
 
+    @property
+    def decays(self) -> bool:
+        return self.kind != "vector" and not (self.kind == "head" and self.parameter.ndim <= 1)
+
 
 def parameter_groups(classifier: nn.Module, criterion: nn.Module | None = None, layer_decay: float = 1.0) -> list[dict[str, Any]]:
     """The trainable parameters by kind and depth, as torch's optimizers take them.
 
-    Weight decay is kept off "vector" (He et al., 2019, section 3.1). With `layer_decay` below 1 each layer below the head learns slower by that
-    factor than the one above (Clark et al., 2020, ELECTRA, appendix A): its group has an "lr_scale", which whoever builds the optimizer multiplies
-    into the group's lr. The group first in the list is one with the full learning rate.
+    Weight decay is kept off "vector" and the head's biases (He et al., 2019, section 3.1). With `layer_decay` below 1 each layer below the head
+    learns slower by that factor than the one above (Clark et al., 2020, ELECTRA, appendix A): its group has an "lr_scale", which whoever builds the
+    optimizer multiplies into the group's lr. The group first in the list is one with the full learning rate.
 
     Args:
         classifier: A network with a `backbone` and a `head`.
@@ -50,12 +54,12 @@ def parameter_groups(classifier: nn.Module, criterion: nn.Module | None = None, 
     if not found:
         raise ConfigError("no parameter of the network is trained", "freeze less with model.freeze=")
     top = max(one.depth for one in found)
-    groups: dict[tuple[float, int], dict[str, Any]] = {}
+    groups: dict[tuple[float, int, bool], dict[str, Any]] = {}
     for one in found:
         scale = layer_decay ** (top - one.depth)
-        group = groups.setdefault((-scale, KINDS.index(one.kind)), {"params": [], "kind": one.kind})
+        group = groups.setdefault((-scale, KINDS.index(one.kind), not one.decays), {"params": [], "kind": one.kind})
         group["params"].append(one.parameter)
-        if one.kind == "vector":
+        if not one.decays:
             group["weight_decay"] = 0.0
         if scale < 1:
             group["lr_scale"] = scale
@@ -114,7 +118,7 @@ def _described(classifier: nn.Module, criterion: nn.Module | None) -> Iterator[_
         for parameter in module.parameters():
             if parameter.requires_grad and id(parameter) not in seen:
                 seen.add(id(parameter))
-                yield _Described(parameter, "head" if parameter.ndim > 1 else "vector", top)
+                yield _Described(parameter, "head", top)
 
 
 def _kinds(backbone: Any) -> Mapping[str, str]:
