@@ -89,6 +89,7 @@ def plot_learning_rate_finder(rates: np.ndarray, losses: np.ndarray, smooth: np.
     if found is not None:
         axes.axvline(found, color=ORANGE, linestyle="--", linewidth=1.4, label=f"chosen: {found:.2g}")
     axes.set_xscale("log")
+    axes.xaxis.set_major_formatter(lambda rate, _: f"{rate:g}")  # the usual labels are formulas, which figures of ours do not set
     axes.set_ylim(*_span(smooth))
     axes.set(xlabel="learning rate", ylabel="loss")
     axes.grid(color="#e3e3e3", linewidth=0.8)

@@ -214,3 +214,13 @@ def test_a_folder_that_cannot_be_written_is_a_storage_error(tmp_path: Path, monk
     monkeypatch.setattr(figure, "write_bytes", refuse)
     with pytest.raises(StorageError):
         plots.plot_class_scores([ClassScore("a", 1, 1, 1, 3)], tmp_path / "scores.png")
+
+
+def test_rates_on_the_axis_are_plain_numbers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    figures = []
+    monkeypatch.setattr(plots, "save_figure", lambda figure, path: figures.append(figure))
+    losses = np.linspace(2.0, 1.0, 50)
+    plots.plot_learning_rate_finder(np.geomspace(1e-6, 10, 50), losses, losses, 1e-3, tmp_path / "finder.png")
+    figures[0].canvas.draw()
+    labels = [label.get_text() for label in figures[0].axes[0].get_xticklabels()]
+    assert {"1e-06", "0.001", "0.1"} <= set(labels) and not any("$" in label for label in labels)
