@@ -24,8 +24,8 @@ train: $(READY)  ## train on the built-in digits; ARGS="data=folder data.dir=PAT
 test: $(READY)  ## the default tests on all cores: no network, no GPU; ARGS="-k split" chooses
 	@$(BIN)/python -m pytest -n auto $(ARGS)
 
-test-slow: $(READY)  ## the slow tests alone
-	@$(BIN)/python -m pytest -m "slow and not (gpu or triton or network or browser)" $(ARGS) || test $$? -eq 5  # 5: there are none
+test-slow: $(READY)  ## the slow tests alone, on two cores
+	@$(BIN)/python -m pytest -n 2 --dist loadfile -m "slow and not (gpu or triton or network or browser)" $(ARGS) || test $$? -eq 5  # 5: there are none
 
 test-all: $(READY)  ## every test; those that this machine cannot run say why they were skipped
 	@$(BIN)/python -m pytest -m "" $(ARGS)

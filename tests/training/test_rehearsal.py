@@ -149,6 +149,17 @@ def test_a_run_finds_its_batch_and_ends_within_its_time(in_a_folder_with_a_tree:
     assert rows[-1]["val/loss"] and int(rows[-1]["step"]) <= saved["trainer"]["max_steps"]
 
 
+@pytest.mark.slow
+def test_more_time_given_on_resume_is_planned_anew(in_a_folder_with_a_tree: None, command: Command) -> None:
+    line = ("train", *SMALL, "name=timed", "scheduler=constant", "data.batch_size=4", "trainer.max_epochs=null", "~callbacks.early_stopping")
+    assert command(*line, "trainer.max_time=00:00:00:03").code == 0
+    short = yaml.safe_load(Path("runs/timed/config.yaml").read_text())["trainer"]["max_steps"]
+    answer = command("train", "resume=runs/timed", "trainer.max_time=00:00:00:09")
+    assert answer.code == 0, answer.err
+    assert "trainer.max_time: 00:00:00:09 instead of 00:00:00:03" in answer.err
+    assert yaml.safe_load(Path("runs/timed/config.yaml").read_text())["trainer"]["max_steps"] > 1.5 * short > 0
+
+
 def test_trials_leave_every_random_state_as_it_was() -> None:
     random.seed(5), np.random.seed(5), torch.manual_seed(5)  # noqa: NPY002
     expected = (random.random(), np.random.random(), torch.rand(3))  # noqa: NPY002
