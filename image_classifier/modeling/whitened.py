@@ -57,7 +57,8 @@ class WhitenedNet(nn.Module):
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         features = self.blocks(functional.gelu(self.whiten(images)))
-        return features.amax(dim=(2, 3)) * self.scale
+        # Not amax: its gradient looks for the places that equal the maximum, finds none where a compiled GELU is rounded otherwise, and divides by 0.
+        return functional.max_pool2d(features, features.shape[2:]).flatten(1) * self.scale
 
     @torch.no_grad()
     def fit_to(self, images: torch.Tensor) -> None:

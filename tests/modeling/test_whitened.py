@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shutil
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -62,3 +64,15 @@ def test_any_image_size_gives_one_embedding_of_the_last_width(widths: list[int],
 def test_impossible_settings_are_one_line(impossible: dict[str, object]) -> None:
     with pytest.raises(ConfigError, match="impossible"):
         WhitenedNet(**impossible)  # type: ignore[arg-type]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler")
+def test_compiled_in_bfloat16_its_gradients_stay_numbers() -> None:
+    network = WhitenedNet(widths=(8, 8, 8))
+    network.compile()
+    with torch.autocast("cpu", torch.bfloat16):
+        network(torch.randn(4, 3, 16, 16)).float().square().sum().backward()
+    gradients = [parameter.grad for parameter in network.parameters() if parameter.grad is not None]
+    assert len(gradients) == 1 + 6 * 2  # bias of the first layer; six convolutions and their norms
+    assert all(bool(torch.isfinite(gradient).all()) and bool(gradient.any()) for gradient in gradients)

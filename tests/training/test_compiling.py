@@ -102,6 +102,29 @@ def test_asked_for_without_a_compiler_is_one_line(monkeypatch: pytest.MonkeyPatc
         Compiling(at_once=True).on_train_start(SimpleNamespace(), module)  # type: ignore[arg-type]
 
 
+class Small(nn.Module):
+    """A module with a classifier, as far as the callback looks."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.device = torch.device("cpu")
+        self.classifier = nn.ModuleDict({"backbone": nn.Linear(1, 1)})
+        self.classifier.backbone = self.classifier["backbone"]
+
+
+@pytest.mark.parametrize("gradient", [float("nan"), float("inf"), 1.0])
+def test_a_compiled_network_whose_gradients_are_no_numbers_is_given_up(gradient: float, caplog: pytest.LogCaptureFixture) -> None:
+    callback, module = Compiling(at_once=True), Small()
+    trainer: Any = SimpleNamespace(precision_plugin=SimpleNamespace())
+    callback.on_train_start(trainer, module)  # type: ignore[arg-type]
+    backbone = module.classifier["backbone"]
+    assert backbone._compiled_call_impl is not None
+    backbone.weight.grad = torch.tensor([[gradient]])
+    callback.on_after_backward(trainer, module)  # type: ignore[arg-type]
+    good = gradient == 1.0
+    assert (backbone._compiled_call_impl is not None, backbone.weight.grad is not None, "left out" not in caplog.text) == (good, good, good)
+
+
 @pytest.mark.slow
 def test_a_compiled_run_leaves_a_bundle_that_answers_without_compiling(command: Command, tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)

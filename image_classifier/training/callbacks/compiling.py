@@ -1,4 +1,4 @@
-"""torch.compile where it pays: tried once in a run that is long enough, kept only where the steps become faster."""
+"""torch.compile where it pays: tried once in a run that is long enough, kept only where the steps become faster and the gradients stay numbers."""
 
 from __future__ import annotations
 
@@ -32,13 +32,14 @@ class Compiling(Callback):
     """Compiles the backbone for training steps; validation and export stay uncompiled, as their shapes differ.
 
     With `at_once` from the first step. Else the first steps are timed; where the rest of the run would take long enough the backbone is
-    compiled, the steps are timed again, and the faster way stays.
+    compiled, the steps are timed again, and the faster way stays. A compiled network whose first gradients are not finite is given up.
     """
 
     def __init__(self, at_once: bool) -> None:
         self.at_once = at_once
         self._times: list[float] = []
         self._uncompiled_s = 0.0
+        self._unproven = False  # compiled, and no gradient seen yet
         self._state = "off"
         self._last = 0.0
 
@@ -46,7 +47,7 @@ class Compiling(Callback):
         self._state, self._times = "watching", []
         if self.at_once:
             _compile(pl_module)
-            self._state = "done"
+            self._state, self._unproven = "done", True
 
     def on_train_batch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int) -> None:
         if self._state != "done":
@@ -75,8 +76,20 @@ class Compiling(Callback):
         torch._dynamo.config.suppress_errors = True  # what cannot be compiled runs as it is
         try:
             _compile(pl_module)
+            self._unproven = True
         except ConfigError as error:
             log.info("torch.compile: off (%s)", error.fact)
+            self._state = "done"
+
+    def on_after_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if not self._unproven or getattr(trainer.precision_plugin, "scaler", None):  # float16's scaled gradients may overflow in any network
+            return
+        self._unproven = False
+        gradients = [parameter.grad for parameter in pl_module.parameters() if parameter.grad is not None]
+        if not all(bool(torch.isfinite(gradient).all()) for gradient in gradients):
+            log.warning("torch.compile: off (the gradients of the compiled network are not finite; its step is left out)")
+            _uncompile(pl_module)
+            pl_module.zero_grad(set_to_none=True)
             self._state = "done"
 
     def _judge(self, pl_module: pl.LightningModule, step_s: float) -> None:
