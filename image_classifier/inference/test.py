@@ -23,8 +23,10 @@ from image_classifier.evaluation.leaks import LeakScore, leak_score
 from image_classifier.evaluation.metrics import Metrics, compute_metrics
 from image_classifier.evaluation.results import metrics_dict, metrics_lines, write_evaluation
 from image_classifier.images import DecodeLimits
+from image_classifier.inference.latency import measure_latency
 from image_classifier.inference.load import load_predictor, pulled_checkpoint
 from image_classifier.inference.predictor import Predictor
+from image_classifier.inference.robustness import measure_robustness
 from image_classifier.records import SPLITS, Manifest, PredictionTable
 
 log = logging.getLogger(__name__)
@@ -46,6 +48,9 @@ class TestSettings:
     models_dir: str = "models"
     plots_dir: str = "plots"
     output_dir: str | None = None
+    robustness: bool = False
+    robustness_images: int = 500
+    latency: bool = False
     dvc: bool | None = None
     limits: DecodeLimits = field(default_factory=DecodeLimits)
     trusted_packages: list[str] = field(default_factory=list)
@@ -55,8 +60,8 @@ class TestSettings:
             raise ConfigError(f"there is no split {self.split!r}", f"use one of {', '.join(SPLITS)}")
         if self.format not in ("table", "json"):
             raise ConfigError(f"there is no format {self.format!r}", "use table or json")
-        if self.batch_size < 1:
-            raise ConfigError("batch_size must be at least 1")
+        if self.batch_size < 1 or self.robustness_images < 1:
+            raise ConfigError("batch_size and robustness_images must be at least 1")
 
 
 def test(config: Any) -> Metrics:
@@ -74,15 +79,35 @@ def test(config: Any) -> Metrics:
     title = f"{path.name}, {'folder ' + asked.test_dir if asked.test_dir else asked.split}"
     write_evaluation(table, metrics, manifest, directory, title, leak, beside)
     baselines.warn_if_not_better(found, asked.split, own)
+    further, lines = _further(asked, path, manifest, predictor, table, directory, title)
     if asked.format == "json":
-        print(json.dumps(metrics_dict(metrics, leak, beside), ensure_ascii=False))
+        print(json.dumps({**metrics_dict(metrics, leak, beside), **further}, ensure_ascii=False))
     else:
-        print("\n".join([*metrics_lines(metrics, asked.split, leak), *baselines.lines(found, asked.split, own)]))
+        print("\n".join([*metrics_lines(metrics, asked.split, leak), *baselines.lines(found, asked.split, own), *lines]))
     log.info("predictions, metrics and plots: %s", directory)
     return metrics
 
 
 test.__test__ = False  # type: ignore[attr-defined]
+
+
+def _further(
+    asked: TestSettings, path: Path, manifest: Manifest, predictor: Predictor, table: PredictionTable, directory: Path, title: str
+) -> tuple[dict[str, Any], list[str]]:
+    """Robustness and latency where they are asked for: written beside the part's folder, as JSON values and as lines."""
+    found: dict[str, Any] = {}
+    lines: list[str] = []
+    place = directory if asked.test_dir or asked.output_dir or asked.split != "test" else directory.parent  # of the whole model
+    if asked.robustness:
+        files = [manifest.file(record) for record in manifest]
+        robustness = measure_robustness(predictor, files, table.targets, asked.robustness_images)
+        robustness.write(place, f"Robustness of {title}")
+        found["robustness"], lines = robustness.as_dict(), [*lines, *robustness.lines(asked.split)]
+    if asked.latency:
+        latency = measure_latency(path, min(asked.batch_size, 64), asked.trusted_packages)
+        latency.write(place)
+        found["latency"], lines = latency.as_dict(), [*lines, *latency.lines()]
+    return found, lines
 
 
 def _labelled_folder(asked: TestSettings, path: Path) -> tuple[Manifest, np.ndarray, Manifest | None]:
