@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from image_classifier.evaluation.figure import BLUE, GREY, INK, axes_at, new_figure, save_figure
 
@@ -22,8 +23,9 @@ def plot_robustness(accuracy: Mapping[str, Mapping[str, float]], num_images: int
         severities, values = [int(severity) for severity in row], [100 * value for value in row.values()]
         axes.axhline(values[0], color=GREY, linewidth=1, linestyle="--")
         axes.plot(severities, values, color=BLUE, linewidth=1.8, marker="o", markersize=4)
-        axes.set(xlim=(-0.2, severities[-1] + 0.45), ylim=(0, 108), axisbelow=True)
-        axes.annotate(f"{values[-1]:.0f}", (severities[-1], values[-1]), (5, 0), textcoords="offset points", fontsize=8, va="center", color=INK)
+        axes.set(xlim=(-0.2, severities[-1] + 0.45), ylim=(-4, 108), axisbelow=True)
+        style: dict[str, Any] = {"fontsize": 8, "va": "center", "color": INK, "bbox": {"facecolor": "white", "edgecolor": "none", "pad": 0.5}}
+        axes.annotate(f"{values[-1]:.0f}", (severities[-1], values[-1]), (5, 0), textcoords="offset points", **style)
         axes.set_xticks(severities, ["none", *map(str, severities[1:])], fontsize=8)
         axes.set_yticks(range(0, 101, 25), [str(value) for value in range(0, 101, 25)], fontsize=8)
         axes.set_title(_NAMES.get(name, name), fontsize=10, loc="left", pad=4, color=INK)

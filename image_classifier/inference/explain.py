@@ -82,11 +82,9 @@ class _Watch:
         """Channels first or last; images are square, so the two equal sides are height and width."""
         first = output.shape[2] == output.shape[3]
         side = output.shape[2] if first else output.shape[1]
-        if side in self._lengths or not (first or side == output.shape[2]):  # attention's own table, tokens by tokens
-            return None
+        if side < _SMALLEST or side in self._lengths or not (first or side == output.shape[2]):
+            return None  # too coarse, or attention's own table of tokens by tokens, or no map
         self._grids.append((side, side))
-        if side < _SMALLEST:
-            return None
         return _Layer(output, (lambda tensor: tensor[0]) if first else (lambda tensor: tensor[0].permute(2, 0, 1)), tokens=False)
 
     def _tokens(self, output: torch.Tensor) -> _Layer | None:

@@ -66,12 +66,12 @@ def hardware() -> dict[str, Any]:
     return {"processor": _processor(), "cores": cores, "load": round(load, 2), "system": f"{platform.system()} {platform.machine()}"}
 
 
-def timed(logits: Callable[[], object], seconds: float = _SECONDS, most: int = _MOST) -> np.ndarray:
-    """Seconds of each call, float64 [n], the first ones left out."""
+def timed(logits: Callable[[], object], fewest: int = _FEWEST, most: int = _MOST, seconds: float = _SECONDS) -> np.ndarray:
+    """Seconds of each call, float64 [n], the first ones left out: `most` calls, or as many as fit into the time, at least `fewest`."""
     for _ in range(_WARM_UP):
         logits()
     spent: list[float] = []
-    while len(spent) < most and (len(spent) < _FEWEST or sum(spent) < seconds):
+    while len(spent) < most and (len(spent) < fewest or sum(spent) < seconds):
         start = time.perf_counter()
         logits()
         spent.append(time.perf_counter() - start)
@@ -82,7 +82,7 @@ def measured(predictor: Predictor, batch_size: int) -> dict[str, float]:
     """Milliseconds for one image (median and 95th percentile) and images a second in batches, from preprocessed pixels to logits."""
     size = predictor.preprocess.size
     pixels = np.random.default_rng(0).integers(0, 256, (batch_size, 3, size, size), dtype=np.uint8)
-    single, batches = timed(lambda: predictor.backend.logits(pixels[:1])), timed(lambda: predictor.backend.logits(pixels))
+    single, batches = timed(lambda: predictor.backend.logits(pixels[:1])), timed(lambda: predictor.backend.logits(pixels), fewest=3)
     p50, p95 = np.percentile(1000 * single, (50, 95))
     return {"p50_ms": float(p50), "p95_ms": float(p95), "images_per_s": batch_size / float(np.median(batches)), "calls": len(single)}
 

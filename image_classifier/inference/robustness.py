@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from itertools import product
 from pathlib import Path
 
@@ -16,6 +18,8 @@ from image_classifier.evaluation.robustness_plot import plot_robustness
 from image_classifier.files import write_text
 from image_classifier.inference.corruptions import CORRUPTIONS, SEVERITIES
 from image_classifier.inference.predictor import Predictor
+
+log = logging.getLogger(__name__)
 
 _SEED = 0
 
@@ -58,15 +62,16 @@ def measure_robustness(predictor: Predictor, paths: Sequence[Path], targets: np.
         UnreadableImage: The first image that cannot be read.
     """
     rows = stratified(targets, most)
-    hits = {key: 0 for key in product(("", *CORRUPTIONS), SEVERITIES) if key[0] or key[1] == SEVERITIES[0]}
+    hits = dict.fromkeys([("", 0), *product(CORRUPTIONS, SEVERITIES)], 0)
+    log.info("robustness: %d passes over %d images", len(hits), len(rows))
     with ThreadPoolExecutor(predictor.workers) as pool:
         for start in range(0, len(rows), predictor.batch_size):
             batch = rows[start : start + predictor.batch_size]
             pixels = [_readable(item) for item in pool.map(predictor.read, [paths[row] for row in batch])]
             for name, severity in hits:
-                seen = list(pool.map(_corrupted, *zip(*((name, severity, *pair) for pair in zip(pixels, batch.tolist(), strict=True)), strict=True)))
+                seen = list(pool.map(partial(_corrupted, name, severity), pixels, batch.tolist()))
                 hits[name, severity] += int((predictor.logits(seen).argmax(axis=1) == targets[batch]).sum())
-    clean = hits["", SEVERITIES[0]] / len(rows)
+    clean = hits["", 0] / len(rows)
     accuracy = {name: {"0": clean, **{str(step): hits[name, step] / len(rows) for step in SEVERITIES}} for name in CORRUPTIONS}
     return Robustness(accuracy, len(rows), len(targets))
 

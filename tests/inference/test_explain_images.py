@@ -93,5 +93,5 @@ def test_an_onnx_file_alone_cannot_be_explained(command: Command, trained: Path,
 
 
 def test_a_number_is_no_folder(command: Command) -> None:
-    answer = command("infer", "--checkpoint_name", "digits", "--images", "data/digits/test/0", "explain=3")
+    answer = command("infer", "--checkpoint_name", "digits", "explain=3", "--images", "data/digits/test/0")
     assert answer.code == 2 and "explain must be" in answer.err

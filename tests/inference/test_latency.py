@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from image_classifier.errors import CheckpointError
 from image_classifier.images import Preprocess
 from image_classifier.inference.latency import _FEWEST, _WARM_UP, Latency, hardware, measure_latency, measured, timed
 from image_classifier.inference.predictor import Predictor
+from tests.conftest import Command
 
 
 class Sleeper:
@@ -54,3 +56,16 @@ def test_the_lines_name_the_machine() -> None:
     lines = list(Latency({"onnx": row}, hardware()).lines())
     assert lines[0] == "latency onnx: p50 1.2 ms, p95 2.5 ms, 800 images/s at 64, 0.4 MB"
     assert "cores" in lines[1]
+
+
+@pytest.mark.slow
+def test_every_backend_of_a_bundle_is_measured(command: Command, trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(trained)
+    answer = command("test", "--checkpoint_name", "digits", "--plots_dir", str(tmp_path), "--format", "json", "--latency")
+    assert answer.code == 0, answer.err
+    latency = json.loads((tmp_path / "digits/latency.json").read_text())
+    assert json.loads(answer.out)["latency"] == latency and set(latency["backends"]) == {"onnx", "checkpoint"}
+    for name, row in latency["backends"].items():
+        assert 0 < row["p50_ms"] <= row["p95_ms"] and row["images_per_s"] > 0
+        assert row["megabytes"] == (trained / "models/digits" / row["file"]).stat().st_size / 1e6, name
+    assert latency["hardware"]["cores"] >= 1 and latency["hardware"]["processor"]

@@ -8,7 +8,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 from hypothesis import given
-from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 from PIL import Image
 
@@ -32,16 +31,18 @@ def picture(seed: int) -> np.ndarray:
 
 
 @pytest.mark.parametrize("name", CORRUPTIONS)
-@given(seed=st.integers(0, 1000))
-@hypothesis_settings(max_examples=15)
-def test_each_step_is_further_from_the_picture(name: str, seed: int) -> None:
-    pixels = picture(seed)
-    before = pixels.copy()
-    steps = [CORRUPTIONS[name](pixels, severity, np.random.default_rng(seed)) for severity in SEVERITIES]
-    assert all(step.dtype == np.uint8 and step.shape == pixels.shape for step in steps)
-    assert np.array_equal(pixels, before)
-    distances = [np.abs(step.astype(int) - pixels).mean() for step in steps]
-    assert distances == sorted(distances) and distances[-1] > 1
+def test_each_step_is_further_from_the_picture(name: str) -> None:
+    distances = np.zeros(len(SEVERITIES))
+    for seed in range(20):
+        pixels = picture(seed)
+        before = pixels.copy()
+        for place, severity in enumerate(SEVERITIES):
+            step = CORRUPTIONS[name](pixels, severity, np.random.default_rng(seed))
+            assert step.dtype == np.uint8 and step.shape == pixels.shape
+            assert np.array_equal(step, CORRUPTIONS[name](pixels, severity, np.random.default_rng(seed)))
+            distances[place] += np.abs(step.astype(int) - pixels).mean() / 20
+        assert np.array_equal(pixels, before)
+    assert distances.tolist() == sorted(distances) and distances[0] > 0.1 and distances[-1] > 2
 
 
 class Redness:
@@ -103,19 +104,14 @@ def test_every_class_keeps_its_share(counts: list[int], most: int) -> None:
     assert np.abs(taken - np.array(counts) * len(rows) / len(targets)).max() <= 2
 
 
-def test_the_verb_writes_both_beside_the_figures(command: Command, trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_verb_writes_it_beside_the_figures(command: Command, trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(trained)
     line = ("test", "--checkpoint_name", "digits", "--plots_dir", str(tmp_path), "--format", "json")
-    answer = command(*line, "--robustness", "--robustness_images", "60", "--latency")
+    answer = command(*line, "--robustness", "--robustness_images", "60")
     assert answer.code == 0, answer.err
-    said = json.loads(answer.out)
-    robustness, latency = (json.loads((tmp_path / f"digits/{name}.json").read_text()) for name in ("robustness", "latency"))
-    assert said["robustness"] == robustness and robustness["about"]["images"] == 60
-    assert said["latency"] == latency and set(latency["backends"]) == {"onnx", "checkpoint"}
-    for name, row in latency["backends"].items():
-        assert 0 < row["p50_ms"] <= row["p95_ms"] and row["images_per_s"] > 0
-        assert row["megabytes"] == (trained / "models/digits" / row["file"]).stat().st_size / 1e6, name
-    assert latency["hardware"]["cores"] >= 1 and latency["hardware"]["processor"]
+    said, written = json.loads(answer.out), json.loads((tmp_path / "digits/robustness.json").read_text())
+    assert said["robustness"] == written and written["about"]["images"] == 60
     assert (tmp_path / "digits/robustness.png").is_file()
     plain = command(*line)
     assert plain.code == 0 and not {"robustness", "latency"} & set(json.loads(plain.out))
+    assert command(*line, "--robustness_images", "0").code == 2
