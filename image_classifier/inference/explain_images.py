@@ -7,7 +7,7 @@ import logging
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import NamedTuple
 
 import numpy as np
 from PIL import Image
@@ -15,7 +15,7 @@ from PIL import Image
 from image_classifier.bundle import INFO_NAME, read_bundle
 from image_classifier.errors import CheckpointError, ConfigError
 from image_classifier.evaluation.heat import plot_explanation
-from image_classifier.images import DecodeLimits, Preprocess, inspect
+from image_classifier.images import DEFAULT_LIMITS, DecodeLimits, Preprocess, inspect
 from image_classifier.records import Prediction
 
 log = logging.getLogger(__name__)
@@ -23,10 +23,20 @@ log = logging.getLogger(__name__)
 _SHOWN = 480  # longest side of a picture in a figure, pixels
 
 
-def explained(predictions: Iterable[Prediction], path: Path, directory: Path, trusted: Sequence[str], limits: DecodeLimits) -> Iterator[Prediction]:
-    """The predictions as they come, the figure of each one that is an answer written to `directory`.
+class Explained(NamedTuple):
+    """A picture as it is shown, uint8 [H, W, 3], the heat over it, float32 [H, W], NaN where the network did not look, and how it was found."""
 
-    Gradients come from the checkpoint behind `path`, whichever backend answers: a bundle's exports agree with it.
+    picture: np.ndarray
+    heat: np.ndarray
+    method: str
+
+
+# An image's file and a class -> what in it speaks for that class; UnreadableImage where it cannot be read.
+Explainer = Callable[[Path, str], Explained]
+
+
+def explainer_of(path: Path, trusted: Sequence[str] = (), limits: DecodeLimits = DEFAULT_LIMITS) -> Explainer:
+    """What explains images with the checkpoint behind what `bundle.find_checkpoint` found; a bundle's exports answer as it does.
 
     Raises:
         ConfigError: There is only an ONNX file, through which no gradient flows.
@@ -39,18 +49,28 @@ def explained(predictions: Iterable[Prediction], path: Path, directory: Path, tr
     classifier, blueprint = load_classifier(checkpoint, trusted)
     classes, preprocess = list(blueprint["classes"]), Preprocess.from_dict(blueprint["preprocess"])
 
-    def draw(prediction: Prediction) -> None:
-        pixels = preprocess.read(Path(prediction.path), limits)
-        found = explain(classifier, pixels.transpose(2, 0, 1), classes.index(prediction.label))
-        picture, heat = over_picture(Path(prediction.path), found.heat, preprocess, limits)
-        name = Path(prediction.path).name
-        plot_explanation(picture, heat, f"{prediction.label} {prediction.confidence:.1%}", found.method, directory / file_name(prediction.path), name)
+    def explain_file(file: Path, label: str) -> Explained:
+        found = explain(classifier, preprocess.read(file, limits).transpose(2, 0, 1), classes.index(label))
+        return Explained(*over_picture(file, found.heat, preprocess, limits), found.method)
 
-    return _drawn(predictions, draw, directory)
+    return explain_file
+
+
+def explained(predictions: Iterable[Prediction], explainer: Explainer, directory: Path) -> Iterator[Prediction]:
+    """The predictions as they come, the figure of each one that is an answer written to `directory`."""
+    count = 0
+    for prediction in predictions:
+        if not prediction.error:
+            file, answer = Path(prediction.path), f"{prediction.label} {prediction.confidence:.1%}"
+            picture, heat, method = explainer(file, prediction.label)
+            plot_explanation(picture, heat, answer, method, directory / file_name(prediction.path), "/".join(file.parts[-2:]))
+            count += 1
+        yield prediction
+    log.info("explanations of %d images: %s", count, directory)
 
 
 def checkpoint_of(path: Path) -> Path:
-    """The `.ckpt` of what `bundle.find_checkpoint` found, its hash checked where a bundle knows it; errors as `explained`."""
+    """The `.ckpt` of what `bundle.find_checkpoint` found, its hash checked where a bundle knows it; errors as `explainer_of`."""
     if path.suffix == ".onnx":
         raise ConfigError(f"{path.name} is an ONNX file, through which no gradient flows", "give its bundle or its .ckpt: --checkpoint_name NAME")
     if not (path / INFO_NAME).is_file():
@@ -77,13 +97,3 @@ def file_name(path: str) -> str:
     """A name for the figure of one image: the same for the same path, and no two alike."""
     digest = hashlib.sha256(os.fsencode(path)).hexdigest()[:8]
     return f"{Path(path).stem[:60]}-{digest}.png"
-
-
-def _drawn(predictions: Iterable[Prediction], draw: Callable[[Prediction], Any], directory: Path) -> Iterator[Prediction]:
-    count = 0
-    for prediction in predictions:
-        if not prediction.error:
-            draw(prediction)
-            count += 1
-        yield prediction
-    log.info("explanations of %d images: %s", count, directory)

@@ -58,11 +58,11 @@ def infer(config: Any) -> None:
     failed: list[str] = []
     predictions = _watched(predictor.predict(images), failed)
     if asked.explain:
-        from image_classifier.inference.explain_images import explained  # torch
+        from image_classifier.inference.explain_images import explained, explainer_of
 
         default = Path(asked.plots_dir) / (path.name if path.is_dir() else path.stem) / "explain"
         directory = default if asked.explain is True else Path(asked.explain)
-        predictions = explained(predictions, path, directory, asked.trusted_packages, asked.limits)
+        predictions = explained(predictions, explainer_of(path, asked.trusted_packages, asked.limits), directory)
     lines = FORMATS[asked.format](predictions, asked.top_k, images)
     with whole_file(Path(asked.output)) if asked.output else nullcontext(sys.stdout.buffer) as file, storage_errors(asked.output or "the answers"):
         _write(lines, file)
