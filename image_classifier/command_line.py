@@ -28,7 +28,7 @@ TEXT_KEYS: dict[str, frozenset[str]] = {
     "baseline": _DATA_TEXT | {"model.weights", "model.from", "name", "plots_dir", "models_dir"},
     "train": _DATA_TEXT | {"model.weights", "model.from", "name", "resume", "models_dir", "plots_dir", "runs_dir", "logger.tracking_uri"},
     "test": frozenset({"cache_dir", "checkpoint_name", "test_dir", "output_dir", "models_dir", "plots_dir"}),
-    "infer": frozenset({"checkpoint_name", "output", "models_dir"}),
+    "infer": frozenset({"checkpoint_name", "output", "models_dir", "plots_dir"}),
 }
 TEXT_KEYS["tune"] = TEXT_KEYS["train"] | {"tune.storage"}
 LIST_KEYS: dict[str, frozenset[str]] = {"infer": frozenset({"images"})}

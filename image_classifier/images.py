@@ -270,6 +270,24 @@ class Preprocess:
         pixels[top : top + height, left : left + width] = image
         return pixels
 
+    def laid_back(self, plane: np.ndarray, whole: Size, shape: Size) -> np.ndarray:
+        """What was found in the square, float32 [size, size], over the picture it was made from.
+
+        `whole` is that picture's width and height, `shape` those of the answer, float32 [height, width]: NaN where the square shows nothing of it.
+        """
+        if self.mode == "pad":
+            width, height = _fitted(whole, self.size)
+            top, left = (self.size - height) // 2, (self.size - width) // 2
+            plane = plane[top : top + height, left : left + width]
+        edges = _crop_box(whole, self.size, self.crop_fraction) if self.mode == "crop" else (0, 0, *whole)
+        left, top, right, bottom = (round(edge * shape[axis % 2] / whole[axis % 2]) for axis, edge in enumerate(edges))
+        size = max(1, right - left), max(1, bottom - top)
+        left, top = min(left, shape[0] - size[0]), min(top, shape[1] - size[1])
+        laid = np.full(shape[::-1], np.nan, dtype=np.float32)
+        resized = Image.fromarray(np.ascontiguousarray(plane, dtype=np.float32)).resize(size, Image.Resampling.BILINEAR)
+        laid[top : top + size[1], left : left + size[0]] = np.asarray(resized)
+        return laid
+
     def as_dict(self) -> dict[str, Any]:
         """Plain JSON values, as written to a bundle."""
         return {**asdict(self), "background": list(self.background)}

@@ -65,7 +65,7 @@ def test_infer_with_an_onnx_bundle_loads_no_torch(digits_bundle: Path, tmp_path:
 
 def test_testing_an_onnx_bundle_loads_no_torch(digits_bundle: Path, tmp_path: Path) -> None:
     data = digits_bundle.parents[1] / "data/digits/test"
-    line = ["--test_dir", str(data), "--plots_dir", str(tmp_path)]
+    line = ["--test_dir", str(data), "--plots_dir", str(tmp_path), "--robustness", "--robustness_images", "20"]
     assert "test accuracy" in assert_torch_free(tmp_path, "test", "--checkpoint_name", str(digits_bundle), *line)
 
 

@@ -34,8 +34,10 @@ class InferSettings:
     batch_size: int = 64
     output: str | None = None
     dvc: bool | None = None
+    explain: bool | str = False
     limits: DecodeLimits = field(default_factory=DecodeLimits)
     models_dir: str = "models"
+    plots_dir: str = "plots"
     trusted_packages: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
@@ -54,7 +56,14 @@ def infer(config: Any) -> None:
     images = list(find_images(asked.images, sys.stdin))
     predictor = load_predictor(path, asked.backend, asked.batch_size, asked.trusted_packages, asked.limits)
     failed: list[str] = []
-    lines = FORMATS[asked.format](_watched(predictor.predict(images), failed), asked.top_k, images)
+    predictions = _watched(predictor.predict(images), failed)
+    if asked.explain:
+        from image_classifier.inference.explain_images import explained, explainer_of
+
+        default = Path(asked.plots_dir) / (path.name if path.is_dir() else path.stem) / "explain"
+        directory = default if asked.explain is True else Path(asked.explain)
+        predictions = explained(predictions, explainer_of(path, asked.trusted_packages, asked.limits), directory)
+    lines = FORMATS[asked.format](predictions, asked.top_k, images)
     with whole_file(Path(asked.output)) if asked.output else nullcontext(sys.stdout.buffer) as file, storage_errors(asked.output or "the answers"):
         _write(lines, file)
     if failed:

@@ -6,6 +6,7 @@ import hashlib
 import json
 import logging
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,17 +15,20 @@ import numpy as np
 
 from image_classifier import settings
 from image_classifier.bundle import INFO_NAME, read_bundle
+from image_classifier.dataset.copies_of_training import alike_in_training, equal_to_training
 from image_classifier.dataset.fetch.dvc import pull_missing
-from image_classifier.dataset.prepare import load_test_manifest
-from image_classifier.errors import CheckpointError, ConfigError, DataError, UnreadableImage
+from image_classifier.errors import CheckpointError, ConfigError, DataError
 from image_classifier.evaluation import baselines
 from image_classifier.evaluation.baselines import Baseline
 from image_classifier.evaluation.leaks import LeakScore, leak_score
 from image_classifier.evaluation.metrics import Metrics, compute_metrics
 from image_classifier.evaluation.results import metrics_dict, metrics_lines, write_evaluation
 from image_classifier.images import DecodeLimits
+from image_classifier.inference.labelled_folder import read_labelled
+from image_classifier.inference.latency import measure_latency
 from image_classifier.inference.load import load_predictor, pulled_checkpoint
 from image_classifier.inference.predictor import Predictor
+from image_classifier.inference.robustness import measure_robustness
 from image_classifier.records import SPLITS, Manifest, PredictionTable
 
 log = logging.getLogger(__name__)
@@ -38,6 +42,7 @@ class TestSettings:
 
     checkpoint_name: str
     test_dir: str | None = None
+    near_copies: bool = True
     split: str = "test"
     backend: str | None = None
     batch_size: int = 256
@@ -46,6 +51,9 @@ class TestSettings:
     models_dir: str = "models"
     plots_dir: str = "plots"
     output_dir: str | None = None
+    robustness: bool = False
+    robustness_images: int = 500
+    latency: bool = False
     dvc: bool | None = None
     limits: DecodeLimits = field(default_factory=DecodeLimits)
     trusted_packages: list[str] = field(default_factory=list)
@@ -55,18 +63,19 @@ class TestSettings:
             raise ConfigError(f"there is no split {self.split!r}", f"use one of {', '.join(SPLITS)}")
         if self.format not in ("table", "json"):
             raise ConfigError(f"there is no format {self.format!r}", "use table or json")
-        if self.batch_size < 1:
-            raise ConfigError("batch_size must be at least 1")
+        if self.batch_size < 1 or self.robustness_images < 1:
+            raise ConfigError("batch_size and robustness_images must be at least 1")
 
 
 def test(config: Any) -> Metrics:
     """Predict a labelled part, print the metrics and write predictions, metrics and plots."""
     asked = settings.typed(TestSettings, config, "")
     path = pulled_checkpoint(asked.checkpoint_name, Path(asked.models_dir), asked.dvc)
-    manifest, leaked, known = _labelled_folder(asked, path) if asked.test_dir else _own_part(asked, path)
     predictor = load_predictor(path, asked.backend, asked.batch_size, asked.trusted_packages, asked.limits)
+    manifest, leaked, known = _labelled_folder(asked, path, predictor.classes) if asked.test_dir else _own_part(asked, path)
     table = predictor.table([manifest.file(record) for record in manifest], [record.path for record in manifest], _targets(manifest, predictor))
-    metrics, leak = compute_metrics(table), leak_score(table, leaked, "are training images, byte for byte" if asked.test_dir else LeakScore.what)
+    copies = "are training images or near copies of one" if asked.near_copies else "are training images, byte for byte"
+    metrics, leak = compute_metrics(table), leak_score(table, leaked, copies if asked.test_dir else LeakScore.what)
     part = f"test-{Path(asked.test_dir).resolve().name}" if asked.test_dir else asked.split  # never in the place of the run's own figures
     directory = Path(asked.output_dir or Path(asked.plots_dir) / (path.name if path.is_dir() else path.stem) / part)
     found = _baselines(asked, path, table, known) if known else ()
@@ -74,10 +83,11 @@ def test(config: Any) -> Metrics:
     title = f"{path.name}, {'folder ' + asked.test_dir if asked.test_dir else asked.split}"
     write_evaluation(table, metrics, manifest, directory, title, leak, beside)
     baselines.warn_if_not_better(found, asked.split, own)
+    further, lines = _further(asked, path, manifest, predictor, table, directory, title)
     if asked.format == "json":
-        print(json.dumps(metrics_dict(metrics, leak, beside), ensure_ascii=False))
+        print(json.dumps({**metrics_dict(metrics, leak, beside), **further}, ensure_ascii=False))
     else:
-        print("\n".join([*metrics_lines(metrics, asked.split, leak), *baselines.lines(found, asked.split, own)]))
+        print("\n".join([*metrics_lines(metrics, asked.split, leak), *baselines.lines(found, asked.split, own), *lines]))
     log.info("predictions, metrics and plots: %s", directory)
     return metrics
 
@@ -85,21 +95,38 @@ def test(config: Any) -> Metrics:
 test.__test__ = False  # type: ignore[attr-defined]
 
 
-def _labelled_folder(asked: TestSettings, path: Path) -> tuple[Manifest, np.ndarray, Manifest | None]:
-    """The images of a folder of the user's own, which of them (bool [N]) the model was trained on, byte for byte, and its own manifest."""
-    folder = Path(str(asked.test_dir))
+def _further(
+    asked: TestSettings, path: Path, manifest: Manifest, predictor: Predictor, table: PredictionTable, directory: Path, title: str
+) -> tuple[dict[str, Any], list[str]]:
+    """Robustness and latency where they are asked for: written beside the part's folder, as JSON values and as lines."""
+    found: dict[str, Any] = {}
+    lines: list[str] = []
+    place = directory if asked.test_dir or asked.output_dir or asked.split != "test" else directory.parent  # of the whole model
+    if asked.robustness:
+        files = [manifest.file(record) for record in manifest]
+        robustness = measure_robustness(predictor, files, table.targets, asked.robustness_images)
+        robustness.write(place, f"Robustness of {title}")
+        found["robustness"], lines = robustness.as_dict(), [*lines, *robustness.lines(asked.split)]
+    if asked.latency:
+        latency = measure_latency(path, min(asked.batch_size, 64), asked.trusted_packages)
+        latency.write(place)
+        found["latency"], lines = latency.as_dict(), [*lines, *latency.lines()]
+    return found, lines
+
+
+def _labelled_folder(asked: TestSettings, path: Path, classes: Sequence[str]) -> tuple[Manifest, np.ndarray, Manifest | None]:
+    """The images of a folder of the user's own, which of them (bool [N]) are training images or like one, and its own manifest."""
+    folder = Path(str(asked.test_dir)).expanduser()
     pull_missing(folder, asked.dvc)
-    try:
-        manifest = load_test_manifest([folder], asked.limits, Path(asked.cache_dir), sys.stderr.isatty())
-    except UnreadableImage:
-        raise
-    except DataError as error:
-        raise DataError(error.fact, f"{error.hint}; for images without labels use infer --images") from error
+    manifest = read_labelled(folder, asked.checkpoint_name, classes, asked.limits, Path(asked.cache_dir), sys.stderr.isatty())
     if not (path / INFO_NAME).is_file():
         return manifest, np.zeros(len(manifest), dtype=bool), None
-    known = Manifest.read(read_bundle(path).path("manifest.csv"), folder)
-    trained = {digest.tobytes() for digest in known.digests[known.indices("train")]}
-    return manifest, np.array([digest.tobytes() in trained for digest in manifest.digests], dtype=bool), known
+    bundle = read_bundle(path)
+    known = Manifest.read(bundle.path("manifest.csv"), Path(str(bundle.info.provenance.get("data_root", ""))))
+    leaked = equal_to_training(manifest, known)
+    if asked.near_copies:
+        leaked |= alike_in_training(manifest, known, asked.limits, Path(asked.cache_dir), sys.stderr.isatty())
+    return manifest, leaked, known
 
 
 def _own_part(asked: TestSettings, path: Path) -> tuple[Manifest, np.ndarray, Manifest]:
@@ -132,11 +159,5 @@ def _baselines(asked: TestSettings, path: Path, table: PredictionTable, known: M
 
 
 def _targets(manifest: Manifest, predictor: Predictor) -> np.ndarray:
-    unknown = sorted(set(manifest.classes) - set(predictor.classes))
-    if unknown:
-        raise DataError(
-            f"{str(manifest.root)!r} has classes that the model does not know ({', '.join(unknown[:5])})",
-            f"its classes are {', '.join(predictor.classes[:10])}{' …' if len(predictor.classes) > 10 else ''}; unlabelled images: use infer",
-        )
     index = {label: position for position, label in enumerate(predictor.classes)}
     return np.array([index[record.label] for record in manifest], dtype=np.int64)

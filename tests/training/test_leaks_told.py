@@ -37,4 +37,6 @@ def test_leaked_and_clean_images_are_scored_apart(command: Command) -> None:
     again = command("test", "--checkpoint_name", "run", "--format", "json")
     assert json.loads(again.out)["leak"] == leak
     other = command("test", "--checkpoint_name", "run", "--test_dir", "tree/test")
-    assert "on 2 images that are training images, byte for byte" in other.out
+    assert "on 2 images that are training images or near copies of one" in other.out
+    bytes_only = command("test", "--checkpoint_name", "run", "--test_dir", "tree/test", "near_copies=false")
+    assert "on 2 images that are training images, byte for byte" in bytes_only.out

@@ -1,0 +1,99 @@
+"""`infer --explain`: beside each answer a figure of what in the image speaks for it."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import os
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from PIL import Image
+
+from image_classifier.bundle import INFO_NAME, read_bundle
+from image_classifier.errors import CheckpointError, ConfigError
+from image_classifier.evaluation.heat import plot_explanation
+from image_classifier.images import DEFAULT_LIMITS, DecodeLimits, Preprocess, inspect
+from image_classifier.records import Prediction
+
+log = logging.getLogger(__name__)
+
+_SHOWN = 480  # longest side of a picture in a figure, pixels
+
+
+class Explained(NamedTuple):
+    """A picture as it is shown, uint8 [H, W, 3], the heat over it, float32 [H, W], NaN where the network did not look, and how it was found."""
+
+    picture: np.ndarray
+    heat: np.ndarray
+    method: str
+
+
+# An image's file and a class -> what in it speaks for that class; UnreadableImage where it cannot be read.
+Explainer = Callable[[Path, str], Explained]
+
+
+def explainer_of(path: Path, trusted: Sequence[str] = (), limits: DecodeLimits = DEFAULT_LIMITS) -> Explainer:
+    """What explains images with the checkpoint behind what `bundle.find_checkpoint` found; a bundle's exports answer as it does.
+
+    Raises:
+        ConfigError: There is only an ONNX file, through which no gradient flows.
+        CheckpointError: The checkpoint is missing or damaged.
+    """
+    checkpoint = checkpoint_of(path)
+    from image_classifier.inference.checkpoint import load_classifier  # torch
+    from image_classifier.inference.explain import explain
+
+    classifier, blueprint = load_classifier(checkpoint, trusted)
+    classes, preprocess = list(blueprint["classes"]), Preprocess.from_dict(blueprint["preprocess"])
+
+    def explain_file(file: Path, label: str) -> Explained:
+        found = explain(classifier, preprocess.read(file, limits).transpose(2, 0, 1), classes.index(label))
+        return Explained(*over_picture(file, found.heat, preprocess, limits), found.method)
+
+    return explain_file
+
+
+def explained(predictions: Iterable[Prediction], explainer: Explainer, directory: Path) -> Iterator[Prediction]:
+    """The predictions as they come, the figure of each one that is an answer written to `directory`."""
+    count = 0
+    for prediction in predictions:
+        if not prediction.error:
+            file, answer = Path(prediction.path), f"{prediction.label} {prediction.confidence:.1%}"
+            picture, heat, method = explainer(file, prediction.label)
+            plot_explanation(picture, heat, answer, method, directory / file_name(prediction.path), "/".join(file.parts[-2:]))
+            count += 1
+        yield prediction
+    log.info("explanations of %d images: %s", count, directory)
+
+
+def checkpoint_of(path: Path) -> Path:
+    """The `.ckpt` of what `bundle.find_checkpoint` found, its hash checked where a bundle knows it; errors as `explainer_of`."""
+    if path.suffix == ".onnx":
+        raise ConfigError(f"{path.name} is an ONNX file, through which no gradient flows", "give its bundle or its .ckpt: --checkpoint_name NAME")
+    if not (path / INFO_NAME).is_file():
+        return path
+    bundle = read_bundle(path)
+    if not (path / "model.ckpt").is_file():
+        hint = f"copy it from the machine that trained, or leave --explain out (python commands.py infer --checkpoint_name {path.name} --images PATH)"
+        raise CheckpointError(f"the bundle {str(path)!r} has no model.ckpt, which explanations need", hint)
+    bundle.verify(["model.ckpt"])
+    return bundle.path("model.ckpt")
+
+
+def over_picture(path: Path, heat: np.ndarray, preprocess: Preprocess, limits: DecodeLimits) -> tuple[np.ndarray, np.ndarray]:
+    """The picture at the size it is shown, uint8 [H, W, 3], and the square's heat over it, float32 [H, W], NaN where the network did not look."""
+    header, image = inspect(path, limits, preprocess.background, at_least=(_SHOWN, _SHOWN))
+    whole = (header.width, header.height)
+    scale = _SHOWN / max(whole)
+    shape = max(1, round(whole[0] * scale)), max(1, round(whole[1] * scale))
+    sampling = Image.Resampling.NEAREST if scale > 3 else Image.Resampling.BICUBIC  # pixels that can be counted stay squares
+    return np.array(Image.fromarray(image).resize(shape, sampling)), preprocess.laid_back(heat, whole, shape)
+
+
+def file_name(path: str) -> str:
+    """A name for the figure of one image: the same for the same path, and no two alike."""
+    digest = hashlib.sha256(os.fsencode(path)).hexdigest()[:8]
+    return f"{Path(path).stem[:60]}-{digest}.png"
