@@ -60,6 +60,5 @@ def _wilson(hits: np.ndarray, total: np.ndarray) -> np.ndarray:
     total = np.where(total > 0, total, np.nan)
     middle = (hits + _Z**2 / 2) / (total + _Z**2)
     half = _Z / (total + _Z**2) * np.sqrt(hits * (total - hits) / total + _Z**2 / 4)
-    return np.stack(
-        [np.where(hits > 0, middle - half, 0.0 * total), np.where(hits < total, middle + half, 1.0 + 0.0 * total)]
-    )  # else by a rounding off
+    low, high = np.where(hits == 0, 0.0, middle - half), np.where(hits == total, 1.0, middle + half)  # exactly, not but for rounding
+    return np.where(np.isnan(total), np.nan, np.stack([low, high]))
