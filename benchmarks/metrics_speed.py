@@ -79,13 +79,15 @@ def _table(images: int, classes: int) -> PredictionTable:
 
 
 def _plot(rows: list[dict[str, float]], path: Path) -> None:
-    """The growth of time and memory with the number of images, one line for each number of classes."""
+    """The growth of processor time and memory with the number of images, one line for each number of classes."""
     from matplotlib.ticker import FuncFormatter
 
     from image_classifier.evaluation.figure import BLUE, GREY, ORANGE, axes_at, new_figure, save_figure
 
     figure = new_figure(9.4, 4.0, "All metrics with their bootstrap intervals")
-    for place, (key, scale, label) in enumerate((("seconds", 1.0, "seconds"), ("peak", 1e9, "peak memory, GB (logits included)"))):
+    for place, (key, scale, label) in enumerate(
+        (("processor_s", 1.0, "processor seconds, all threads"), ("peak", 1e9, "peak memory, GB (logits included)"))
+    ):
         axes = axes_at(figure, 0.75 + 4.65 * place, 0.6, 3.8, 2.7)
         for colour, mark, classes in zip((GREY, ORANGE, BLUE), "^so", sorted({row["classes"] for row in rows}), strict=False):
             own = [row for row in rows if row["classes"] == classes]

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from pathlib import Path
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -11,6 +14,7 @@ from sklearn.metrics import average_precision_score, roc_auc_score
 from image_classifier.evaluation import ranking
 from image_classifier.evaluation.blocks import in_order, slices
 from image_classifier.evaluation.bootstrap import resample, spread
+from image_classifier.evaluation.metrics import compute_metrics
 from image_classifier.evaluation.per_image import judge_images
 from image_classifier.evaluation.ranking import rank_classes
 from image_classifier.records import PredictionTable
@@ -89,6 +93,16 @@ def test_blocks_and_threads_change_nothing(monkeypatch: pytest.MonkeyPatch) -> N
     np.testing.assert_array_equal(pieces.influence, threaded.influence)
     np.testing.assert_array_equal(pieces.roc_auc, whole.roc_auc)
     np.testing.assert_array_equal(judge_images(table, threads=3).log_loss, images.log_loss)
+
+
+def test_a_table_in_a_file_or_of_one_repeated_row_is_judged_like_any_other(tmp_path: Path) -> None:
+    table = made_table(60, 4, 2)
+    np.save(tmp_path / "logits.npy", table.logits)
+    mapped = replace(table, logits=np.load(tmp_path / "logits.npy", mmap_mode="r"))
+    assert compute_metrics(mapped, 20).as_dict() == compute_metrics(table, 20).as_dict()
+    constant = compute_metrics(replace(table, logits=np.broadcast_to(np.float32([0, 1, 0, 0]), (60, 4))), 20)
+    assert {score.roc_auc for score in constant.per_class} == {0.5}
+    assert [score.average_precision for score in constant.per_class] == pytest.approx([score.support / 60 for score in constant.per_class])
 
 
 @given(total=st.integers(0, 40), step=st.integers(0, 9), threads=st.integers(1, 4))
