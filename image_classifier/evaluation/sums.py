@@ -29,14 +29,11 @@ class Part:
 
     def sums(self, weights: np.ndarray) -> np.ndarray:
         """All sums [S] with image i counted weights[i] times, float64 [N]: hits, support and named by class, gaps by bin, other values."""
-        groups = (
-            (self.targets, weights * self.images.correct, self.num_classes),
-            (self.targets, weights, self.num_classes),
-            (self.images.predicted, weights, self.num_classes),
-            (self._bins, weights * (self.images.correct - self.images.confidence), _NUM_BINS),
-        )
-        grouped = [np.bincount(group, added, minlength=size) for group, added, size in groups]
-        return np.concatenate([*grouped, np.einsum("vn,n->v", self._values, weights)])  # no BLAS: its rounding depends on its threads
+        wrong, hits = np.bincount(self._outcomes, weights, minlength=2 * self.num_classes).reshape(-1, 2).T
+        named = np.bincount(self.images.predicted, weights, minlength=self.num_classes)
+        gaps = np.bincount(self._bins, weights * self._gaps, minlength=_NUM_BINS)
+        values = np.einsum("vn,n->v", self._values, weights)  # no BLAS: its rounding depends on its threads
+        return np.concatenate([hits, wrong + hits, named, gaps, values])
 
     def counts(self, sums: np.ndarray) -> Counts:
         """The counts by class of sums [..., S]."""
@@ -68,6 +65,16 @@ class Part:
     def _values(self) -> np.ndarray:
         """What is only added up, float64 [5, N]; of the two ranked figures, what a resample changes in them."""
         return np.stack([self.images.in_top, self.images.log_loss, self.images.brier, *self.ranking.influence])
+
+    @cached_property
+    def _outcomes(self) -> np.ndarray:
+        """Twice the true class, and one more where the answer is right, int64 [N]."""
+        return np.asarray(2 * self.targets.astype(np.int64) + (self.images.correct > 0))
+
+    @cached_property
+    def _gaps(self) -> np.ndarray:
+        """What each image adds to the gap between accuracy and confidence, float64 [N]."""
+        return np.asarray(self.images.correct - self.images.confidence)
 
     @cached_property
     def _bins(self) -> np.ndarray:
