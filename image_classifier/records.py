@@ -15,11 +15,12 @@ from typing import IO
 import numpy as np
 
 from image_classifier.errors import DataError
-from image_classifier.files import whole_file, write_bytes, write_text
+from image_classifier.files import whole_file
 
 SPLITS = ("train", "val", "test")
 _ENCODING = ("utf-8", "surrogateescape")  # any file name survives
 _BLOCK = 4096
+_BLOCK_VALUES = 2**17  # 1 MB of float64, which stays in a core's cache
 
 
 @dataclass(frozen=True, slots=True)
@@ -311,19 +312,40 @@ class PredictionTable:
         """Softmax of the logits, float64 [N, C]."""
         return softmax(self.logits)
 
+    def block(self, rows: slice, columns: slice = slice(None)) -> np.ndarray:
+        """What softmax is taken of, for a block of images and classes, float64; a copy, so that no large table need be one at once."""
+        return np.array(self.logits[rows, columns], dtype=np.float64)
+
+    def answers(self) -> tuple[np.ndarray, np.ndarray]:
+        """The most probable class of each image, int64 [N] (the first of equals), and its probability, float64 [N]."""
+        predicted, confidence = np.zeros(len(self.targets), dtype=np.int64), np.zeros(len(self.targets))
+        step = max(1, _BLOCK_VALUES // len(self.classes))
+        for start in range(0, len(self.targets), step):
+            rows = slice(start, start + step)
+            probabilities = softmax(self.block(rows))
+            predicted[rows], confidence[rows] = probabilities.argmax(axis=1), probabilities.max(axis=1)
+        return predicted, confidence
+
     def write(self, directory: Path) -> None:
         """Write `predictions.csv` (path, label, predicted_class, confidence) and `logits.npy` beside it."""
-        predicted = self.probabilities.argmax(axis=1)
+        with whole_file(directory / "predictions.csv") as file:
+            for text in self._csv():
+                file.write(text.encode(*_ENCODING))
+        with whole_file(directory / "logits.npy") as file:
+            np.save(file, self.logits.astype(np.float32, copy=False))
+
+    def _csv(self) -> Iterator[str]:
         text = io.StringIO()
         write_row = csv_writer(text)
         write_row(("path", "label", "predicted_class", "confidence"))
-        for row, path in enumerate(self.paths):
-            confidence = f"{self.probabilities[row, predicted[row]]:.6f}"
-            write_row((path, self.classes[self.targets[row]], self.classes[predicted[row]], confidence))
-        write_text(directory / "predictions.csv", text.getvalue())
-        buffer = io.BytesIO()
-        np.save(buffer, self.logits.astype(np.float32))
-        write_bytes(directory / "logits.npy", buffer.getvalue())
+        rows = zip(self.paths, self.targets.tolist(), *(column.tolist() for column in self.answers()), strict=True)
+        for number, (path, target, predicted, confidence) in enumerate(rows, start=1):
+            write_row((path, self.classes[target], self.classes[predicted], f"{confidence:.6f}"))
+            if number % _BLOCK == 0:
+                yield text.getvalue()
+                text.seek(0)
+                text.truncate()
+        yield text.getvalue()
 
 
 def softmax(logits: np.ndarray) -> np.ndarray:

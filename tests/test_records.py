@@ -112,5 +112,28 @@ def test_predictions_are_written_with_their_logits(tmp_path):
     np.testing.assert_array_equal(np.load(tmp_path / "logits.npy"), table.logits)
 
 
+@pytest.mark.parametrize("mapped", [True, False])
+def test_a_large_table_is_written_by_pieces(tmp_path, mapped):
+    logits = np.random.default_rng(0).normal(size=(30_000, 100)).astype(np.float32)
+    if mapped:
+        np.save(tmp_path / "given.npy", logits)
+        logits = np.load(tmp_path / "given.npy", mmap_mode="r")
+    targets = np.arange(30_000) % 100
+    table = PredictionTable(("a",) * 30_000, targets, logits, tuple(map(str, range(100))))
+    tracemalloc.start()
+    try:
+        table.write(tmp_path / "out")
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert peak < logits.nbytes  # 12 MB; all probabilities alone would be 24
+    np.testing.assert_array_equal(np.load(tmp_path / "out/logits.npy"), logits)
+    predicted, confidence = table.answers()
+    np.testing.assert_array_equal(predicted, table.probabilities.argmax(axis=1))
+    np.testing.assert_array_equal(confidence, table.probabilities.max(axis=1))
+    lines = (tmp_path / "out/predictions.csv").read_text().splitlines()
+    assert len(lines) == 30_001 and lines[-1] == f"a,99,{predicted[-1]},{confidence[-1]:.6f}"
+
+
 def test_softmax_survives_large_logits():
     np.testing.assert_allclose(softmax(np.array([[1e4, 1e4, -1e4]])), [[0.5, 0.5, 0.0]])

@@ -37,7 +37,7 @@ class Baseline:
 
 def judged(name: str, about: str, tables: Mapping[str, PredictionTable]) -> Baseline:
     """The baseline that gave these answers, judged by the same code as the model."""
-    return Baseline(name, about, {split: compute_metrics(table).scalars() for split, table in tables.items()})
+    return Baseline(name, about, {split: compute_metrics(table, resamples=0).scalars() for split, table in tables.items()})
 
 
 def most_frequent(train: np.ndarray, classes: Sequence[str], parts: Mapping[str, np.ndarray]) -> Baseline:

@@ -1,121 +1,168 @@
-"""Metrics of a prediction table: everything is counted over the whole part, then divided once."""
+"""Metrics of a prediction table: everything is counted over the whole part, then divided once. docs/evaluation.md defines each."""
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from math import isfinite, nan
+from typing import Any
 
 import numpy as np
 
-from image_classifier.errors import DataError
+from image_classifier.evaluation.bootstrap import resample, share, spread
+from image_classifier.evaluation.counts import Counts
+from image_classifier.evaluation.per_image import TOP, judge_images
+from image_classifier.evaluation.ranking import rank_classes
+from image_classifier.evaluation.sums import SCALARS, Part
 from image_classifier.records import PredictionTable
 
-_NUM_BINS = 15
-_SCALARS = ("accuracy", "balanced_accuracy", "f1_macro", "precision_macro", "recall_macro", "log_loss", "ece")
+Interval = tuple[float, float]
+Intervals = Mapping[str, Interval | None]
+
+_RANGES = {"log_loss": (0.0, np.inf), "brier": (0.0, 2.0), "kappa": (-1.0, 1.0)}
+_SHARES = {"accuracy": "accuracy", "recall_weighted": "accuracy", "top5_accuracy": "top5_accuracy"}  # right answers among all images
 
 
 @dataclass(frozen=True)
 class ClassScore:
-    """One class against all others, each score in 0..1; `support` counts its images. What cannot be divided is 0."""
+    """One class against all others, each score in 0..1; `support` counts its images. What cannot be divided is 0.
+
+    `roc_auc` and `average_precision` are NaN where the part has no image of the class, or none of another; `intervals` has those of
+    precision, recall and f1, None where there is nothing to divide by.
+    """
 
     label: str
     precision: float
     recall: float
     f1: float
     support: int
+    roc_auc: float = nan
+    average_precision: float = nan
+    intervals: Intervals = field(default_factory=dict)
+
+    def as_dict(self) -> dict[str, Any]:
+        """All of it, ready for JSON: null for what is not defined."""
+        return {name: _plain(getattr(self, name)) for name in self.__dataclass_fields__}
 
 
 @dataclass(frozen=True)
 class Metrics:
     """How good the predictions of one part are.
 
-    `log_loss` is in nats; `confusion` counts images, int64 [C, C], rows truth, columns predicted; `absent` names the
-    classes with no image in the part. Macro averages are over the classes seen or predicted, `balanced_accuracy` over
-    the classes seen (both as in scikit-learn).
+    `log_loss` is in nats, `brier` the sum over classes of squared errors, 0..2; `confusion` counts images, int64 [C, C], rows truth, columns
+    predicted; `absent` names the classes with no image in the part. Macro averages are over the classes seen or predicted,
+    `balanced_accuracy` over the classes seen, `roc_auc` and `average_precision` over the classes that can be ranked. What is not defined is
+    NaN: `top5_accuracy` of 5 classes or fewer, for one. `intervals` are 95 % intervals under the names of the scalars, none without
+    resamples, None where all resamples are equal.
     """
 
     accuracy: float
+    top5_accuracy: float
     balanced_accuracy: float
-    f1_macro: float
     precision_macro: float
     recall_macro: float
+    f1_macro: float
+    precision_weighted: float
+    recall_weighted: float
+    f1_weighted: float
+    roc_auc: float
+    average_precision: float
     log_loss: float
+    brier: float
     ece: float
+    kappa: float
     num_images: int
     per_class: tuple[ClassScore, ...]
     confusion: np.ndarray
     absent: tuple[str, ...]
+    intervals: Intervals
 
     def scalars(self) -> dict[str, float]:
-        """The single numbers under their stable names."""
-        return {name: getattr(self, name) for name in _SCALARS}
+        """The single numbers under their stable names; those that are not defined are left out."""
+        values = {name: getattr(self, name) for name in SCALARS}
+        return {name: value for name, value in values.items() if isfinite(value)}
 
     def as_dict(self) -> dict[str, object]:
-        """All of it, ready for JSON."""
+        """All of it, ready for JSON: null for what is not defined; `top5_accuracy` only where there are more than 5 classes."""
+        names = [name for name in SCALARS if name != "top5_accuracy" or len(self.per_class) > TOP]
         return {
-            **self.scalars(),
+            **{name: _plain(getattr(self, name)) for name in names},
+            "intervals": {name: _plain(self.intervals[name]) for name in names if name in self.intervals},
             "num_images": self.num_images,
             "absent": list(self.absent),
-            "per_class": [asdict(score) for score in self.per_class],
+            "per_class": [score.as_dict() for score in self.per_class],
             "confusion": self.confusion.tolist(),
         }
 
 
-def compute_metrics(table: PredictionTable) -> Metrics:
-    """All metrics of one part; DataError where there is nothing to count or a logit is not a number."""
-    _check(table)
-    probabilities = table.probabilities
-    predicted = probabilities.argmax(axis=1)
-    confusion = _confusion(table.targets, predicted, len(table.classes))
-    hits, support, named = np.diag(confusion), confusion.sum(axis=1), confusion.sum(axis=0)
-    precision, recall, f1 = _ratio(hits, named), _ratio(hits, support), _ratio(2 * hits, support + named)
-    met = (support + named) > 0
-    scores = zip(table.classes, precision.tolist(), recall.tolist(), f1.tolist(), support.tolist(), strict=True)
+def _plain(value: Any) -> Any:
+    """The value as JSON has it: NaN as None, intervals as lists."""
+    if isinstance(value, Mapping):
+        return {name: _plain(item) for name, item in value.items()}
+    if isinstance(value, float) and not isfinite(value):
+        return None
+    return list(value) if isinstance(value, tuple) else value
+
+
+def compute_metrics(table: PredictionTable, resamples: int = 1000, threads: int | None = None) -> Metrics:
+    """All metrics of one part with bootstrap 95 % intervals (0 resamples: none), the same for any number of threads.
+
+    Raises:
+        DataError: There is nothing to count, a logit is not a number, or a label is no class of the table.
+    """
+    images = judge_images(table, threads)
+    part = Part(table.targets, images, rank_classes(table, images, threads))
+    sums = part.sums(np.ones(len(table.targets)))
+    samples = resample(part.sums, len(table.targets), resamples, threads) if resamples else None
+    scalars, counts = part.figures(sums), part.counts(sums)
     return Metrics(
-        accuracy=float(hits.sum() / support.sum()),
-        balanced_accuracy=float(recall[support > 0].mean()),
-        f1_macro=float(f1[met].mean()),
-        precision_macro=float(precision[met].mean()),
-        recall_macro=float(recall[met].mean()),
-        log_loss=_log_loss(table),
-        ece=_ece(probabilities.max(axis=1), predicted == table.targets),
+        **{name: float(value) for name, value in scalars.items()},
         num_images=len(table.targets),
-        per_class=tuple(ClassScore(*score) for score in scores),
-        confusion=confusion,
-        absent=tuple(label for label, count in zip(table.classes, support, strict=True) if count == 0),
+        per_class=_class_scores(table.classes, part, counts, samples),
+        confusion=_confusion(table.targets, images.predicted, len(table.classes)),
+        absent=tuple(label for label, count in zip(table.classes, counts.support, strict=True) if count == 0),
+        intervals={} if samples is None else _intervals(part, scalars, samples),
     )
 
 
-def _check(table: PredictionTable) -> None:
-    if len(table.targets) == 0:
-        raise DataError("there is no prediction to evaluate", "give a part that holds at least one image")
-    bad = np.flatnonzero(~np.isfinite(table.logits).all(axis=1))
-    if len(bad):
-        fact = f"the logits of {len(bad)} of {len(table.targets)} images are not numbers, first {table.paths[bad[0]]!r}"
-        raise DataError(fact, "the model has diverged; train again with a lower learning rate")
+def _intervals(part: Part, scalars: Mapping[str, np.ndarray], samples: np.ndarray) -> Intervals:
+    """The interval of each scalar, from the sums of resamples [R, S]."""
+    found, total = {}, np.array(len(part.targets))
+    for name, values in part.figures(samples).items():
+        found[name] = spread(scalars[name], values, *_RANGES.get(name, (0.0, 1.0)))
+        if name in _SHARES:
+            found[name] = share(np.round(scalars[_SHARES[name]] * total), total, found[name])
+    return {name: _interval(bounds) for name, bounds in found.items()}
+
+
+def _class_scores(classes: tuple[str, ...], part: Part, counts: Counts, samples: np.ndarray | None) -> tuple[ClassScore, ...]:
+    intervals = [{}] * len(classes) if samples is None else _class_intervals(counts, part.counts(samples))
+    columns = (np.nan_to_num(values).tolist() for values in (counts.precision, counts.recall, counts.f1))
+    ranked = (part.ranking.roc_auc.tolist(), part.ranking.average_precision.tolist())
+    rows = zip(classes, *columns, counts.support.astype(int).tolist(), *ranked, intervals, strict=True)
+    return tuple(ClassScore(*row) for row in rows)
+
+
+def _class_intervals(counts: Counts, samples: Counts) -> list[Intervals]:
+    """Those of precision, recall and F1 of each class, from the counts of resamples [R, C].
+
+    F1 is 2 J / (1 + J) of the share J of hits among the images that are of the class or named so, hence its interval where they are few.
+    """
+    either = counts.support + counts.named - counts.hits
+    precision = share(counts.hits, counts.named, spread(counts.precision, samples.precision))
+    recall = share(counts.hits, counts.support, spread(counts.recall, samples.recall))
+    f1 = spread(counts.f1, samples.f1)
+    joint = share(counts.hits, either, f1 / (2 - f1))
+    columns = {"precision": precision, "recall": recall, "f1": 2 * joint / (1 + joint)}
+    return [{name: _interval(bounds[:, row]) for name, bounds in columns.items()} for row in range(len(either))]
+
+
+def _interval(bounds: np.ndarray) -> Interval | None:
+    low, high = bounds.tolist()
+    return (low, high) if isfinite(low) else None
 
 
 def _confusion(targets: np.ndarray, predicted: np.ndarray, num_classes: int) -> np.ndarray:
     """Images per (truth, predicted) pair, int64 [C, C], of class indices [N] and [N]."""
     pairs = targets.astype(np.int64) * num_classes + predicted
     return np.bincount(pairs, minlength=num_classes**2).reshape(num_classes, num_classes).astype(np.int64)
-
-
-def _ratio(counts: np.ndarray, totals: np.ndarray) -> np.ndarray:
-    """Quotient of counts [C] and totals [C], 0 where the total is 0."""
-    return np.asarray(counts / np.maximum(totals, 1))
-
-
-def _log_loss(table: PredictionTable) -> float:
-    """Mean negative log-likelihood in nats, from logits so that a probability that underflows still counts in full."""
-    logits = table.logits.astype(np.float64)
-    top = logits.max(axis=1)
-    log_total = top + np.log(np.exp(logits - top[:, None]).sum(axis=1))
-    return float((log_total - logits[np.arange(len(logits)), table.targets]).mean())
-
-
-def _ece(confidence: np.ndarray, correct: np.ndarray) -> float:
-    """Expected calibration error over 15 equal-width bins, each open on the left (Guo et al., 2017); inputs [N]."""
-    edges = np.linspace(0.0, 1.0, _NUM_BINS + 1)
-    bins = np.clip(np.searchsorted(edges, confidence, side="left") - 1, 0, _NUM_BINS - 1)
-    gaps = np.bincount(bins, weights=correct - confidence, minlength=_NUM_BINS)
-    return float(np.abs(gaps).sum() / len(confidence))

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from image_classifier.evaluation.leaks import LeakScore
-from image_classifier.evaluation.metrics import Metrics
+from image_classifier.evaluation.metrics import Interval, Metrics
 from image_classifier.evaluation.plots import plot_class_scores, plot_confusion_matrix, plot_samples
 from image_classifier.files import write_text
 from image_classifier.images import decode
@@ -36,25 +36,23 @@ def write_evaluation(
     write_text(directory / "metrics.json", json.dumps(metrics_dict(metrics, leak, beside), indent=2, ensure_ascii=False) + "\n")
     plot_confusion_matrix(metrics.confusion, table.classes, directory / "confusion_matrix.png", title)
     plot_class_scores(metrics.per_class, directory / "class_scores.png", title)
-    rows = _samples(table)
-    predicted = table.probabilities.argmax(axis=1)
+    predicted, confidence = table.answers()
+    rows = _samples(table.targets, predicted, confidence)
     plot_samples(
         [decode(part.file(part[int(row)])) for row in rows],
         [table.classes[table.targets[row]] for row in rows],
         [table.classes[predicted[row]] for row in rows],
-        [float(table.probabilities[row, predicted[row]]) for row in rows],
+        [float(confidence[row]) for row in rows],
         directory / "samples.png",
         title,
     )
 
 
-def _samples(table: PredictionTable) -> list[int]:
-    """Half of the grid for the most confident mistakes, the rest spread evenly over the part."""
-    predicted = table.probabilities.argmax(axis=1)
-    confidence = table.probabilities.max(axis=1)
-    wrong = np.flatnonzero(predicted != table.targets)
+def _samples(targets: np.ndarray, predicted: np.ndarray, confidence: np.ndarray) -> list[int]:
+    """Half of the grid for the most confident mistakes, the rest spread evenly over the part; all inputs [N]."""
+    wrong = np.flatnonzero(predicted != targets)
     worst = wrong[np.argsort(-confidence[wrong], kind="stable")][: _NUM_SAMPLES // 2]
-    others = np.setdiff1d(np.arange(len(table.targets)), worst)
+    others = np.setdiff1d(np.arange(len(targets)), worst)
     spread = others[np.unique(np.linspace(0, len(others) - 1, min(len(others), _NUM_SAMPLES - len(worst))).astype(int))] if len(others) else others
     return [int(row) for row in (*worst, *spread)]
 
@@ -70,18 +68,30 @@ def scalars(metrics: Metrics, leak: LeakScore | None) -> dict[str, float]:
 
 
 def metrics_lines(metrics: Metrics, split: str, leak: LeakScore | None = None) -> Iterator[str]:
-    """The metrics of one part for a terminal: the worst classes, then the numbers a script may look for."""
+    """The metrics of one part for a terminal: the worst classes, then lines `SPLIT NAME VALUE  [LOW, HIGH]` that a script may look for."""
     ranked = sorted((score for score in metrics.per_class if score.support), key=lambda score: score.f1)[:10]
     width = max(5, *(len(score.label) for score in ranked)) if ranked else 5
     if len(ranked) < len(metrics.per_class):
         yield f"the {len(ranked)} classes with the lowest F1 of {len(metrics.per_class)}:"
-    yield f"{'class':<{width}}  precision  recall      f1  images"
+    yield f"{'class':<{width}}  precision  recall      f1  images{'  95 % interval of f1' if metrics.intervals else ''}"
     for score in ranked:
-        yield f"{score.label:<{width}}  {score.precision:9.4f}  {score.recall:6.4f}  {score.f1:6.4f}  {score.support:6d}"
+        row = f"{score.label:<{width}}  {score.precision:9.4f}  {score.recall:6.4f}  {score.f1:6.4f}  {score.support:6d}"
+        yield f"{row}{shown(score.intervals.get('f1'))}"
     if metrics.absent:
-        yield f"no image in this part: {', '.join(metrics.absent)}"
+        yield f"no image in this part: {_listed(metrics.absent)}"
+    if never := [score.label for score, count in zip(metrics.per_class, metrics.confusion.sum(axis=0), strict=True) if score.support and not count]:
+        yield f"never predicted: {_listed(never)}"
     yield f"{split} images {metrics.num_images}"
     for name, value in metrics.scalars().items():
-        yield f"{split} {name} {value:.4f}"
+        yield f"{split} {name} {value:.4f}{shown(metrics.intervals.get(name))}"
     if leak:
         yield from leak.lines(split)
+
+
+def shown(interval: Interval | None) -> str:
+    """An interval as it stands after its value, nothing where there is none."""
+    return f"  [{interval[0]:.4f}, {interval[1]:.4f}]" if interval else ""
+
+
+def _listed(labels: Sequence[str], most: int = 20) -> str:
+    return ", ".join(labels[:most]) + (f" and {len(labels) - most} more" if len(labels) > most else "")

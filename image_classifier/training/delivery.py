@@ -15,6 +15,7 @@ from image_classifier import settings
 from image_classifier.bundle import BundleInfo, seal
 from image_classifier.dataset.cache import PixelCache
 from image_classifier.evaluation.baselines import Baseline
+from image_classifier.evaluation.results import shown
 from image_classifier.exporting.onnx import export_onnx
 from image_classifier.exporting.parity import check_parity
 from image_classifier.files import whole_directory
@@ -23,6 +24,7 @@ from image_classifier.inference.onnx_runtime import OnnxBackend
 from image_classifier.modeling.classifier import Classifier
 from image_classifier.records import Manifest
 from image_classifier.training.checkpoint_io import save_whole
+from image_classifier.training.report import Results
 from image_classifier.training.run_folder import RunFolder, provenance
 
 log = logging.getLogger(__name__)
@@ -37,7 +39,7 @@ def deliver(
     run: RunFolder,
     manifest: Manifest,
     cache: PixelCache,
-    scores: dict[str, dict[str, float]],
+    results: Results,
     baselines: Sequence[Baseline],
     config: Any,
     images_per_second: float,
@@ -67,7 +69,8 @@ def deliver(
             classes=manifest.classes,
             preprocess=blueprint["preprocess"],
             normalise=blueprint["normalise"],
-            metrics=scores,
+            metrics=results.scores,
+            intervals=results.intervals,
             provenance=facts,
         )
         (directory / "MODEL_CARD.md").write_text(model_card(info, manifest), encoding="utf-8")
@@ -105,7 +108,11 @@ def _in_batches(backend: CheckpointBackend | OnnxBackend, pixels: np.ndarray, si
 def model_card(info: BundleInfo, manifest: Manifest) -> str:
     """MODEL_CARD.md, from facts only."""
     counts = {split: len(manifest.indices(split)) for split in ("train", "val", "test")}
-    rows = [f"| {split} | {name} | {value:.4f} |" for split, values in info.metrics.items() for name, value in values.items()]
+    rows = [
+        f"| {split} | {name} | {value:.4f} | {shown(info.intervals.get(split, {}).get(name)).strip()} |"
+        for split, values in info.metrics.items()
+        for name, value in values.items()
+    ]
     facts = info.provenance
     lines = [
         f"# {info.name}",
@@ -116,7 +123,7 @@ def model_card(info: BundleInfo, manifest: Manifest) -> str:
         f"Pixels uint8 [batch, 3, {info.preprocess['size']}, {info.preprocess['size']}] after preprocessing `{json.dumps(info.preprocess)}`; "
         "logits float32 [batch, classes]. Normalisation is inside the model.",
         "## Results",
-        "| part | metric | value |\n|---|---|---|\n" + "\n".join(rows),
+        "| part | metric | value | 95 % interval |\n|---|---|---|---|\n" + "\n".join(rows),
         "### Baselines",
         "What simple classifiers reach on the same parts:",
         "\n".join(_baseline_rows(facts.get("baselines", {}), info.metrics)),

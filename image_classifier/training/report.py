@@ -37,6 +37,11 @@ class Results:
         """What sweeps compare: F1 on val, never on test."""
         return self.metrics["val"].f1_macro
 
+    @property
+    def intervals(self) -> dict[str, dict[str, list[float]]]:
+        """The 95 % intervals of each part by name, where there is one."""
+        return {split: {name: list(bounds) for name, bounds in metrics.intervals.items() if bounds} for split, metrics in self.metrics.items()}
+
 
 def write_results(
     run: RunFolder,

@@ -146,9 +146,7 @@ def _train(config: Any, run: RunFolder, manifest: Manifest, data: DataSettings, 
         if not is_main():
             return None
         results = write_results(run, manifest, tables, history, baselines)
-        facts = deliver(
-            classifier, module.hparams["blueprint"], run, manifest, cache, results.scores, baselines, config, throughput.images_per_second
-        )
+        facts = deliver(classifier, module.hparams["blueprint"], run, manifest, cache, results, baselines, config, throughput.images_per_second)
         note_finished(run, results.score, length_of(_flat(config)))
         log_outcome(loggers, run, results.scores, baselines, facts, trainer)
     except BaseException as error:

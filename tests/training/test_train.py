@@ -23,12 +23,25 @@ ROOT = Path(__file__).resolve().parents[2]
 
 def test_the_last_lines_say_the_scores_where_everything_is_and_what_to_try_next(trained: Path) -> None:
     out = (trained / "stdout.txt").read_text()
-    assert re.search(r"^test accuracy 0\.\d{4}$", out, re.MULTILINE)
-    assert re.search(r"^test f1_macro 0\.\d{4}$", out, re.MULTILINE)
+    assert re.search(r"^test accuracy 0\.\d{4}  \[0\.\d{4}, [01]\.\d{4}\]$", out, re.MULTILINE)
+    assert re.search(r"^test f1_macro 0\.\d{4}  \[0\.\d{4}, [01]\.\d{4}\]$", out, re.MULTILINE)
     assert re.search(r"^images/s \d+\.\d$", out, re.MULTILINE)
     for place in ("models/digits", "plots/digits", "runs/digits/train.log", "mlflow.db"):
         assert place in out
     assert out.splitlines()[-1] == "next     python commands.py infer --checkpoint_name digits --images PATH"
+
+
+def test_intervals_are_in_the_bundle_its_card_and_the_parts_metrics_but_are_no_scalars(trained: Path) -> None:
+    bundle = read_bundle(trained / "models/digits")
+    part = json.loads((trained / "plots/digits/test/metrics.json").read_text())
+    low, high = bundle.info.intervals["test"]["f1_macro"]
+    assert part["intervals"]["f1_macro"] == [low, high] and low < bundle.info.metrics["test"]["f1_macro"] < high
+    assert (
+        f"| test | f1_macro | {bundle.info.metrics['test']['f1_macro']:.4f} | [{low:.4f}, {high:.4f}] |" in bundle.path("MODEL_CARD.md").read_text()
+    )
+    assert set(part["per_class"][0]["intervals"]) == {"precision", "recall", "f1"} and 0 <= part["per_class"][0]["roc_auc"] <= 1
+    scores = json.loads((trained / "plots/digits/metrics.json").read_text())["test"]
+    assert all(isinstance(value, float) for value in scores.values()) and "top5_accuracy" in scores
 
 
 def test_the_log_says_what_was_chosen_and_why(trained: Path) -> None:
@@ -106,5 +119,5 @@ def test_the_default_run_reaches_98_percent(tmp_path: Path) -> None:
         [sys.executable, str(ROOT / "commands.py"), "train", "logger=none"], cwd=tmp_path, capture_output=True, text=True, timeout=600
     )
     assert done.returncode == 0, done.stderr
-    found = re.search(r"^test accuracy (0\.\d+)$", done.stdout, re.MULTILINE)
+    found = re.search(r"^test accuracy (0\.\d+) ", done.stdout, re.MULTILINE)
     assert found and float(found[1]) >= 0.98
