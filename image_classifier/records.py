@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import hashlib
 import io
+import json
 from array import array
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import astuple, dataclass, field, fields
@@ -299,24 +300,25 @@ class Prediction:
 
 @dataclass(frozen=True)
 class PredictionTable:
-    """What a model said of one split: `logits` float32 [N, C] beside the rows' paths and true labels."""
+    """What a model said of one split: raw `logits` float32 [N, C] beside the rows' paths and true labels, and its calibration's `temperature`."""
 
     paths: tuple[str, ...]
     targets: np.ndarray
     logits: np.ndarray
     classes: tuple[str, ...]
+    temperature: float = 1.0
 
     @cached_property
     def probabilities(self) -> np.ndarray:
-        """Softmax of the logits, float64 [N, C]."""
-        return softmax(self.logits)
+        """Softmax of logits / temperature, float64 [N, C]."""
+        return softmax(self.logits, self.temperature)
 
     def write(self, directory: Path) -> None:
-        """Write `predictions.csv` (path, label, predicted_class, confidence) and `logits.npy` beside it."""
+        """Write `predictions.csv`, one row an image, and beside it `logits.npy` and `predictions.json`: the classes and the temperature."""
         predicted = self.probabilities.argmax(axis=1)
         text = io.StringIO()
         write_row = csv_writer(text)
-        write_row(("path", "label", "predicted_class", "confidence"))
+        write_row(_PREDICTION_COLUMNS)
         for row, path in enumerate(self.paths):
             confidence = f"{self.probabilities[row, predicted[row]]:.6f}"
             write_row((path, self.classes[self.targets[row]], self.classes[predicted[row]], confidence))
@@ -324,10 +326,34 @@ class PredictionTable:
         buffer = io.BytesIO()
         np.save(buffer, self.logits.astype(np.float32))
         write_bytes(directory / "logits.npy", buffer.getvalue())
+        facts = {"classes": self.classes, "temperature": self.temperature}
+        write_text(directory / "predictions.json", json.dumps(facts, indent=2) + "\n")
+
+    @classmethod
+    def read(cls, directory: Path) -> PredictionTable:
+        """What `write` left in a folder; DataError where a file is missing or they are not of one table."""
+        try:
+            facts = json.loads((directory / "predictions.json").read_text(encoding="utf-8"))
+            logits: np.ndarray = np.load(directory / "logits.npy", allow_pickle=False)
+            with (directory / "predictions.csv").open(encoding=_ENCODING[0], errors=_ENCODING[1], newline="") as file:
+                rows = [tuple(row[name] for name in _PREDICTION_COLUMNS[:3]) for row in csv.DictReader(file)]
+            codes = {label: code for code, label in enumerate(facts["classes"])}
+            targets, named = (np.array([codes[row[column]] for row in rows], dtype=np.int64) for column in (1, 2))
+            table = cls(tuple(row[0] for row in rows), targets, logits, tuple(codes), float(facts["temperature"]))
+            if logits.shape != (len(rows), len(codes)) or (table.probabilities.argmax(axis=1) != named).any():
+                raise ValueError("logits.npy holds other answers than predictions.csv")
+            return table
+        except (OSError, EOFError, ValueError, KeyError, TypeError) as error:
+            reason = error.strerror if isinstance(error, OSError) else f"{type(error).__name__}: {error}"
+            fact = f"{str(directory)!r} holds no whole predictions.csv, logits.npy and predictions.json ({reason})"
+            raise DataError(fact, "write them again with `python commands.py test`") from error
 
 
-def softmax(logits: np.ndarray) -> np.ndarray:
-    """Probabilities of logits [N, C], float64 [N, C]."""
+_PREDICTION_COLUMNS = ("path", "label", "predicted_class", "confidence")
+
+
+def softmax(logits: np.ndarray, temperature: float = 1.0) -> np.ndarray:
+    """Probabilities of logits [N, C] divided by a temperature, float64 [N, C]."""
     shifted = logits.astype(np.float64) - logits.max(axis=1, keepdims=True)
-    exponents = np.exp(shifted)
+    exponents = np.exp(shifted / temperature if temperature != 1 else shifted)
     return np.asarray(exponents / exponents.sum(axis=1, keepdims=True))

@@ -114,3 +114,30 @@ def test_predictions_are_written_with_their_logits(tmp_path):
 
 def test_softmax_survives_large_logits():
     np.testing.assert_allclose(softmax(np.array([[1e4, 1e4, -1e4]])), [[0.5, 0.5, 0.0]])
+
+
+def test_predictions_are_read_back_as_they_were(tmp_path):
+    logits = np.array([[2.0, 0.5], [3.0, 1.0], [-1.0, 0.25]], np.float32)
+    table = PredictionTable(("a,b.png", 'c"d\r.png', "\udcff.png"), np.array([0, 1, 1]), logits, ("cat", "собака\udcff"), 1.75)
+    table.write(tmp_path)
+    again = PredictionTable.read(tmp_path)
+    assert (again.paths, again.classes, again.temperature) == (table.paths, table.classes, 1.75)
+    np.testing.assert_array_equal(again.logits, logits)
+    np.testing.assert_array_equal(again.targets, table.targets)
+    np.testing.assert_allclose(again.probabilities, softmax(logits / 1.75), rtol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["predictions.csv", "logits.npy", "predictions.json"])
+@pytest.mark.parametrize("damage", [None, b"", b"{}", b"path,label\n"])
+def test_half_a_prediction_table_is_one_line(tmp_path, name, damage):
+    PredictionTable(("a.png",), np.array([1]), np.array([[2.0, 0.5]], np.float32), ("cat", "dog")).write(tmp_path)
+    (tmp_path / name).unlink() if damage is None else (tmp_path / name).write_bytes(damage)
+    with pytest.raises(DataError, match="holds no whole"):
+        PredictionTable.read(tmp_path)
+
+
+def test_logits_of_another_table_are_noticed(tmp_path):
+    PredictionTable(("a.png",), np.array([1]), np.array([[2.0, 0.5]], np.float32), ("cat", "dog")).write(tmp_path)
+    np.save(tmp_path / "logits.npy", np.array([[0.5, 2.0]], np.float32))
+    with pytest.raises(DataError, match="other answers"):
+        PredictionTable.read(tmp_path)

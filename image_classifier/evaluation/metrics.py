@@ -107,7 +107,7 @@ def _ratio(counts: np.ndarray, totals: np.ndarray) -> np.ndarray:
 
 def _log_loss(table: PredictionTable) -> float:
     """Mean negative log-likelihood in nats, from logits so that a probability that underflows still counts in full."""
-    logits = table.logits.astype(np.float64)
+    logits = table.logits.astype(np.float64) / table.temperature
     top = logits.max(axis=1)
     log_total = top + np.log(np.exp(logits - top[:, None]).sum(axis=1))
     return float((log_total - logits[np.arange(len(logits)), table.targets]).mean())

@@ -39,19 +39,19 @@ class Predictor:
         for batch, pixels in self._batches(paths):
             readable = [row for row, item in enumerate(pixels) if isinstance(item, np.ndarray)]
             logits = self.logits([pixels[row] for row in readable])  # type: ignore[misc]
-            answers = iter(softmax(logits / self.temperature)) if readable else iter(())
+            answers = iter(softmax(logits, self.temperature)) if readable else iter(())
             for path, item in zip(batch, pixels, strict=True):
                 yield Prediction(str(path), error=item.reason) if isinstance(item, UnreadableImage) else self._prediction(path, next(answers))
 
     def table(self, paths: Sequence[Path], names: Sequence[str], targets: np.ndarray) -> PredictionTable:
-        """Calibrated logits of labelled images, named `names`; UnreadableImage for the first that cannot be read."""
+        """Logits and temperature for labelled images, named `names`; UnreadableImage for the first that cannot be read."""
         parts: list[np.ndarray] = [np.empty((0, len(self.classes)), np.float32)]
         for _, pixels in self._batches(paths):
             for item in pixels:
                 if isinstance(item, UnreadableImage):
                     raise item
-            parts.append(self.logits([item for item in pixels if isinstance(item, np.ndarray)]) / np.float32(self.temperature))
-        return PredictionTable(tuple(names), targets, np.concatenate(parts), self.classes)
+            parts.append(self.logits([item for item in pixels if isinstance(item, np.ndarray)]))
+        return PredictionTable(tuple(names), targets, np.concatenate(parts), self.classes, self.temperature)
 
     def logits(self, pixels: Sequence[np.ndarray]) -> np.ndarray:
         """Logits float32 [N, C] of preprocessed images uint8 [S, S, 3]."""

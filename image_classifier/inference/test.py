@@ -19,6 +19,7 @@ from image_classifier.dataset.prepare import load_test_manifest
 from image_classifier.errors import CheckpointError, ConfigError, DataError, UnreadableImage
 from image_classifier.evaluation import baselines
 from image_classifier.evaluation.baselines import Baseline
+from image_classifier.evaluation.decision_results import write_trust
 from image_classifier.evaluation.leaks import LeakScore, leak_score
 from image_classifier.evaluation.metrics import Metrics, compute_metrics
 from image_classifier.evaluation.results import metrics_dict, metrics_lines, write_evaluation
@@ -73,11 +74,12 @@ def test(config: Any) -> Metrics:
     beside, own = baselines.beside(found, asked.split), metrics.scalars()
     title = f"{path.name}, {'folder ' + asked.test_dir if asked.test_dir else asked.split}"
     write_evaluation(table, metrics, manifest, directory, title, leak, beside)
+    trust = write_trust(table, directory, title)
     baselines.warn_if_not_better(found, asked.split, own)
     if asked.format == "json":
         print(json.dumps(metrics_dict(metrics, leak, beside), ensure_ascii=False))
     else:
-        print("\n".join([*metrics_lines(metrics, asked.split, leak), *baselines.lines(found, asked.split, own)]))
+        print("\n".join([*metrics_lines(metrics, asked.split, leak), *trust.lines(asked.split), *baselines.lines(found, asked.split, own)]))
     log.info("predictions, metrics and plots: %s", directory)
     return metrics
 

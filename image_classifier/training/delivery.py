@@ -56,7 +56,7 @@ def deliver(
     )
     with whole_directory(run.bundle, overwrite=config.overwrite or run.resumed) as directory:
         _write_checkpoint(classifier, blueprint, directory / "model.ckpt")
-        export_onnx(classifier, blueprint["preprocess"]["size"], {**_plain(blueprint), "temperature": 1.0}, directory / "model.onnx")
+        export_onnx(classifier, blueprint["preprocess"]["size"], _plain(blueprint), directory / "model.onnx")
         difference = _gate(classifier, directory, manifest, cache)
         facts["onnx_largest_difference"] = difference
         log.info("ONNX agrees with torch: largest difference of a probability %.1e", difference)
@@ -69,6 +69,7 @@ def deliver(
             normalise=blueprint["normalise"],
             metrics=scores,
             provenance=facts,
+            temperature=blueprint["temperature"],
         )
         (directory / "MODEL_CARD.md").write_text(model_card(info, manifest), encoding="utf-8")
         seal(directory, info)
@@ -76,7 +77,7 @@ def deliver(
 
 
 def _plain(blueprint: dict[str, Any]) -> dict[str, Any]:
-    return {key: blueprint[key] for key in ("classes", "preprocess", "normalise")}
+    return {key: blueprint[key] for key in ("classes", "preprocess", "normalise", "temperature")}
 
 
 def _write_checkpoint(classifier: Classifier, blueprint: dict[str, Any], path: Path) -> None:
@@ -114,7 +115,8 @@ def model_card(info: BundleInfo, manifest: Manifest) -> str:
         f"{len(manifest)} images ({', '.join(f'{count} {split}' for split, count in counts.items())}), manifest sha256 `{facts['manifest_sha256']}`.",
         "## Input and output",
         f"Pixels uint8 [batch, 3, {info.preprocess['size']}, {info.preprocess['size']}] after preprocessing `{json.dumps(info.preprocess)}`; "
-        "logits float32 [batch, classes]. Normalisation is inside the model.",
+        "logits float32 [batch, classes]. Normalisation is inside the model; "
+        f"probabilities are softmax(logits / {info.temperature:.6g}), the temperature fitted on val.",
         "## Results",
         "| part | metric | value |\n|---|---|---|\n" + "\n".join(rows),
         "### Baselines",

@@ -32,6 +32,7 @@ from image_classifier.training.callbacks.signals import Signals, StopOnSignal
 from image_classifier.training.callbacks.state import ExactState
 from image_classifier.training.callbacks.throughput import Throughput
 from image_classifier.training.datamodule import ImageDataModule
+from image_classifier.training.decide import calibrated
 from image_classifier.training.delivery import deliver
 from image_classifier.training.distributed import (
     broadcast,
@@ -145,10 +146,10 @@ def _train(config: Any, run: RunFolder, manifest: Manifest, data: DataSettings, 
         tables = {split: _predict(classifier, datamodule, manifest, split) for split in _judged_parts(config, manifest)}
         if not is_main():
             return None
+        tables = calibrated(tables)
         results = write_results(run, manifest, tables, history, baselines)
-        facts = deliver(
-            classifier, module.hparams["blueprint"], run, manifest, cache, results.scores, baselines, config, throughput.images_per_second
-        )
+        blueprint = {**module.hparams["blueprint"], "temperature": tables["val"].temperature}
+        facts = deliver(classifier, blueprint, run, manifest, cache, results.scores, baselines, config, throughput.images_per_second)
         note_finished(run, results.score, length_of(_flat(config)))
         log_outcome(loggers, run, results.scores, baselines, facts, trainer)
     except BaseException as error:

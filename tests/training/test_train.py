@@ -68,7 +68,7 @@ def test_the_metrics_are_functions_of_the_predictions(trained: Path) -> None:
 
 def test_every_plot_is_a_picture(trained: Path) -> None:
     plots = {path.relative_to(trained / "plots/digits").as_posix() for path in (trained / "plots/digits").rglob("*.png")}
-    parts = {f"{part}/{name}.png" for part in ("val", "test") for name in ("confusion_matrix", "class_scores", "samples")}
+    parts = {f"{part}/{name}.png" for part in ("val", "test") for name in ("confusion_matrix", "class_scores", "samples", "reliability")}
     assert plots == parts | {"loss.png", "accuracy.png", "f1.png"}
     for name in plots:
         with Image.open(trained / "plots/digits" / name) as picture:
