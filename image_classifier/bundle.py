@@ -23,7 +23,8 @@ class BundleInfo:
     """What `bundle.json` says: everything a client must know to ask the model, and where it came from.
 
     `preprocess` makes pixels of an image; `normalise` (mean and std of pixels in 0..1) happens inside the model;
-    probabilities are softmax(logits / temperature); `files` maps each file of the bundle to its sha256.
+    probabilities are softmax(logits / temperature); where the greatest is below `threshold` the answer is abstain; `decision` says how that and
+    other limits were chosen, and from what (`evaluation.decision.Decision`); `files` maps each file of the bundle to its sha256.
     """
 
     name: str
@@ -34,6 +35,7 @@ class BundleInfo:
     provenance: Mapping[str, Any]
     temperature: float = 1.0
     threshold: float = 0.0
+    decision: Mapping[str, Any] = field(default_factory=dict)
     files: Mapping[str, str] = field(default_factory=dict)
     schema_version: int = SCHEMA_VERSION
 

@@ -282,31 +282,47 @@ def _read(rows: csv.DictReader[str], path: Path, root: Path) -> Manifest:
 
 @dataclass(frozen=True, slots=True)
 class Prediction:
-    """The answer for one image: probabilities over all classes, or the reason why there is none."""
+    """The answer for one image: probabilities over all classes, or the `error` why there is none.
+
+    `reason` says why the label should not be given ("" where it should), `prediction_set` which classes it may be (None where that is not known).
+    """
 
     path: str
     label: str = ""
     confidence: float = 0.0
     probabilities: Mapping[str, float] = field(default_factory=dict)
     error: str = ""
+    reason: str = ""
+    prediction_set: tuple[str, ...] | None = None
+
+    @property
+    def decision(self) -> str:
+        """`label` or `abstain`."""
+        return "abstain" if self.reason else "label"
 
     def answer(self, top_k: int | None = None) -> dict[str, object]:
         """The JSON object of the command line and the servers, most probable class first."""
         if self.error:
             return {"path": self.path, "error": self.error}
         ranked = sorted(self.probabilities.items(), key=lambda item: -item[1])[:top_k]
-        return {"path": self.path, "predicted_class": self.label, "confidence": self.confidence, "all_predictions": dict(ranked)}
+        answer = {"path": self.path, "predicted_class": self.label, "confidence": self.confidence, "all_predictions": dict(ranked)}
+        may_be = None if self.prediction_set is None else list(self.prediction_set)
+        return {**answer, "decision": self.decision, "reason": self.reason, "prediction_set": may_be}
 
 
 @dataclass(frozen=True)
 class PredictionTable:
-    """What a model said of one split: raw `logits` float32 [N, C] beside the rows' paths and true labels, and its calibration's `temperature`."""
+    """What a model said of one split: raw `logits` float32 [N, C] beside the rows' paths and true labels, and its calibration's `temperature`.
+
+    `ood_scores` float32 [N] say how unlike the training images each is (None where that is not known).
+    """
 
     paths: tuple[str, ...]
     targets: np.ndarray
     logits: np.ndarray
     classes: tuple[str, ...]
     temperature: float = 1.0
+    ood_scores: np.ndarray | None = None
 
     @cached_property
     def probabilities(self) -> np.ndarray:
@@ -318,10 +334,12 @@ class PredictionTable:
         predicted = self.probabilities.argmax(axis=1)
         text = io.StringIO()
         write_row = csv_writer(text)
-        write_row(_PREDICTION_COLUMNS)
+        scores = self.ood_scores
+        write_row((*_PREDICTION_COLUMNS, *(() if scores is None else ("ood_score",))))
         for row, path in enumerate(self.paths):
             confidence = f"{self.probabilities[row, predicted[row]]:.6f}"
-            write_row((path, self.classes[self.targets[row]], self.classes[predicted[row]], confidence))
+            score = () if scores is None else (f"{scores[row]:.7g}",)
+            write_row((path, self.classes[self.targets[row]], self.classes[predicted[row]], confidence, *score))
         write_text(directory / "predictions.csv", text.getvalue())
         buffer = io.BytesIO()
         np.save(buffer, self.logits.astype(np.float32))
@@ -336,10 +354,12 @@ class PredictionTable:
             facts = json.loads((directory / "predictions.json").read_text(encoding="utf-8"))
             logits: np.ndarray = np.load(directory / "logits.npy", allow_pickle=False)
             with (directory / "predictions.csv").open(encoding=_ENCODING[0], errors=_ENCODING[1], newline="") as file:
-                rows = [tuple(row[name] for name in _PREDICTION_COLUMNS[:3]) for row in csv.DictReader(file)]
+                reader = csv.DictReader(file)
+                rows = list(reader)
+            scores = np.array([row["ood_score"] for row in rows], np.float32) if "ood_score" in (reader.fieldnames or ()) else None
             codes = {label: code for code, label in enumerate(facts["classes"])}
-            targets, named = (np.array([codes[row[column]] for row in rows], dtype=np.int64) for column in (1, 2))
-            table = cls(tuple(row[0] for row in rows), targets, logits, tuple(codes), float(facts["temperature"]))
+            targets, named = (np.array([codes[row[column]] for row in rows], dtype=np.int64) for column in ("label", "predicted_class"))
+            table = cls(tuple(row["path"] for row in rows), targets, logits, tuple(codes), float(facts["temperature"]), scores)
             if logits.shape != (len(rows), len(codes)) or (table.probabilities.argmax(axis=1) != named).any():
                 raise ValueError("logits.npy holds other answers than predictions.csv")
             return table

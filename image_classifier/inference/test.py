@@ -19,6 +19,7 @@ from image_classifier.dataset.prepare import load_test_manifest
 from image_classifier.errors import CheckpointError, ConfigError, DataError, UnreadableImage
 from image_classifier.evaluation import baselines
 from image_classifier.evaluation.baselines import Baseline
+from image_classifier.evaluation.decision import DecisionSettings
 from image_classifier.evaluation.decision_results import write_trust
 from image_classifier.evaluation.leaks import LeakScore, leak_score
 from image_classifier.evaluation.metrics import Metrics, compute_metrics
@@ -49,6 +50,7 @@ class TestSettings:
     output_dir: str | None = None
     dvc: bool | None = None
     limits: DecodeLimits = field(default_factory=DecodeLimits)
+    decision: DecisionSettings = field(default_factory=DecisionSettings)
     trusted_packages: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
@@ -65,7 +67,7 @@ def test(config: Any) -> Metrics:
     asked = settings.typed(TestSettings, config, "")
     path = pulled_checkpoint(asked.checkpoint_name, Path(asked.models_dir), asked.dvc)
     manifest, leaked, known = _labelled_folder(asked, path) if asked.test_dir else _own_part(asked, path)
-    predictor = load_predictor(path, asked.backend, asked.batch_size, asked.trusted_packages, asked.limits)
+    predictor = load_predictor(path, asked.backend, asked.batch_size, asked.trusted_packages, asked.limits, asked.decision)
     table = predictor.table([manifest.file(record) for record in manifest], [record.path for record in manifest], _targets(manifest, predictor))
     metrics, leak = compute_metrics(table), leak_score(table, leaked, "are training images, byte for byte" if asked.test_dir else LeakScore.what)
     part = f"test-{Path(asked.test_dir).resolve().name}" if asked.test_dir else asked.split  # never in the place of the run's own figures
@@ -74,7 +76,7 @@ def test(config: Any) -> Metrics:
     beside, own = baselines.beside(found, asked.split), metrics.scalars()
     title = f"{path.name}, {'folder ' + asked.test_dir if asked.test_dir else asked.split}"
     write_evaluation(table, metrics, manifest, directory, title, leak, beside)
-    trust = write_trust(table, directory, title)
+    trust = write_trust(table, predictor.decision, directory, title)
     baselines.warn_if_not_better(found, asked.split, own)
     if asked.format == "json":
         print(json.dumps(metrics_dict(metrics, leak, beside), ensure_ascii=False))

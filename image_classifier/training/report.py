@@ -12,6 +12,7 @@ import pytorch_lightning as pl
 
 from image_classifier.evaluation import baselines as simple
 from image_classifier.evaluation.baselines import Baseline
+from image_classifier.evaluation.decision import Decision
 from image_classifier.evaluation.decision_results import Trust, write_trust
 from image_classifier.evaluation.leaks import LeakScore, leak_score
 from image_classifier.evaluation.metrics import Metrics, compute_metrics
@@ -44,13 +45,14 @@ def write_results(
     run: RunFolder,
     manifest: Manifest,
     tables: dict[str, PredictionTable],
+    decision: Decision,
     history: RunHistory,
     baselines: Sequence[Baseline],
 ) -> Results:
     """Judge the predictions, and write the figures and tables of the run to its folder in plots/."""
     metrics = {split: compute_metrics(table) for split, table in tables.items()}
     leaks = {split: leak_score(table, manifest.leaked(split)) for split, table in tables.items()}
-    trusts = {split: write_trust(table, run.plots / split, f"{run.name}, {split}") for split, table in tables.items()}
+    trusts = {split: write_trust(table, decision, run.plots / split, f"{run.name}, {split}") for split, table in tables.items()}
     results = Results(metrics, leaks, {split: scalars(metrics[split], leaks[split]) for split in tables}, trusts)
     write_text(run.plots / "metrics.json", json.dumps(results.scores, indent=2) + "\n")
     plot_learning_curves(history.curves(), run.plots)
