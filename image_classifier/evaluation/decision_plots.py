@@ -55,9 +55,9 @@ def plot_risk_coverage(curve: RiskCurve, asked: float | None, chosen: tuple[floa
 
     `asked` is the risk that was promised, `chosen` the coverage and risk of the limits in use.
     """
-    figure = new_figure(7.2, 4.4, title or "Risk and coverage")
+    figure = new_figure(7.2, 4.6, title or "Risk and coverage")
     axes = axes_at(figure, 0.85, 0.65, 6.05, 3.05)
-    axes.plot(curve.coverage, curve.risk, color=BLUE, linewidth=1.8, label=f"this model (AURC {curve.area:.4f}, best order {curve.best_area:.4f})")
+    axes.plot(curve.coverage, curve.risk, color=BLUE, linewidth=1.8, label=f"AURC {curve.area:.4f}, in the best order {curve.best_area:.4f}")
     if asked is not None:
         axes.axhline(asked, color=GREY, linestyle="--", linewidth=1.0, label=f"risk {asked:g} promised")
     if chosen is not None:

@@ -99,10 +99,10 @@ def looks(pixels: np.ndarray) -> np.ndarray:
     step = max(1, pixels.shape[2] // 64)
     values = pixels[:, :, ::step, ::step].astype(np.float32) / 255
     colour, grey = values.max(axis=1) - values.min(axis=1), values.mean(axis=1)
-    across, down = (np.abs(np.diff(values, axis=axis)).mean(axis=(1, 2, 3)) for axis in (3, 2))
-    inner = grey[:, 1:-1, 1:-1]
-    grain = np.abs(4 * inner - grey[:, :-2, 1:-1] - grey[:, 2:, 1:-1] - grey[:, 1:-1, :-2] - grey[:, 1:-1, 2:])
-    grain = grain.mean(axis=(1, 2)) if inner.size else np.zeros(len(grey), np.float32)
+    across, down = (np.abs(np.diff(values, axis=axis, append=values.take([-1], axis))).mean(axis=(1, 2, 3)) for axis in (3, 2))
+    padded = np.pad(grey, ((0, 0), (1, 1), (1, 1)), mode="edge")
+    around = padded[:, :-2, 1:-1] + padded[:, 2:, 1:-1] + padded[:, 1:-1, :-2] + padded[:, 1:-1, 2:]
+    grain = np.abs(4 * grey - around).mean(axis=(1, 2))
     single = np.stack([colour.mean(axis=(1, 2)), colour.std(axis=(1, 2)), across, down, grain], axis=1)
     return np.concatenate([values.mean(axis=(2, 3)), np.log(np.hstack([values.std(axis=(2, 3)), single]) + _EPSILON)], axis=1)
 
