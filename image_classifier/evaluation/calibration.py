@@ -11,6 +11,7 @@ from image_classifier.errors import DataError
 from image_classifier.records import PredictionTable
 
 NUM_BINS = 15
+_EDGES = np.linspace(0.0, 1.0, NUM_BINS + 1)
 GOAL = 0.02  # what the expected calibration error is to stay below on the test part
 _COLDEST, _HOTTEST = 0.05, 20.0
 _BLOCK_NUMBERS = 2**21  # logits at a time, 16 MiB
@@ -101,8 +102,7 @@ class Reliability:
     @classmethod
     def counted(cls, confidence: np.ndarray, correct: np.ndarray) -> Reliability:
         """The bins of confidences float64 [N] and right answers bool [N]."""
-        edges = np.linspace(0.0, 1.0, NUM_BINS + 1)
-        bins = np.clip(np.searchsorted(edges, confidence, side="left") - 1, 0, NUM_BINS - 1)
+        edges, bins = _EDGES, _bins(confidence)
         counts, sums, hits = (np.bincount(bins, weights=weights, minlength=NUM_BINS) for weights in (None, confidence, correct))
         return cls(edges, counts, sums / np.maximum(counts, 1), hits / np.maximum(counts, 1))
 
@@ -117,6 +117,11 @@ class Reliability:
         return {name: column.tolist() for name, column in columns.items()}
 
 
+def _bins(confidence: np.ndarray) -> np.ndarray:
+    """The bin of each confidence, int64 [N]."""
+    return np.asarray(np.clip(np.searchsorted(_EDGES, confidence, side="left") - 1, 0, NUM_BINS - 1))
+
+
 def noise_floor(confidence: np.ndarray, seed: int = 0) -> tuple[float, float]:
     """The ECE, mean and 95th percentile, that a model whose confidences float64 [N] are true shows on so few images, by simulation.
 
@@ -124,7 +129,9 @@ def noise_floor(confidence: np.ndarray, seed: int = 0) -> tuple[float, float]:
     """
     generator = np.random.default_rng(seed)
     chosen = confidence if len(confidence) <= _MOST_SIMULATED else generator.choice(confidence, _MOST_SIMULATED, replace=False)
-    draws = [Reliability.counted(chosen, generator.random(len(chosen)) < chosen).ece for _ in range(_DRAWS)]
+    bins = _bins(chosen)
+    gaps = ((generator.random(len(chosen)) < chosen) - chosen for _ in range(_DRAWS))
+    draws = [np.abs(np.bincount(bins, weights=gap)).sum() / len(chosen) for gap in gaps]
     scale = math.sqrt(len(chosen) / len(confidence))
     return float(np.mean(draws)) * scale, float(np.quantile(draws, 0.95)) * scale
 

@@ -35,8 +35,6 @@ _NUM_GOLDEN_IMAGES = 8
 
 def deliver(
     classifier: Classifier,
-    detector: Detector | None,
-    decision: Decision,
     blueprint: dict[str, Any],
     run: RunFolder,
     manifest: Manifest,
@@ -45,6 +43,8 @@ def deliver(
     baselines: Sequence[Baseline],
     config: Any,
     images_per_second: float,
+    decision: Decision,
+    detector: Detector | None,
 ) -> dict[str, Any]:
     """Write `models/<name>/` and return its provenance; ParityError where ONNX and torch disagree, and then nothing is written."""
     classifier = classifier.cpu().to(memory_format=torch.contiguous_format)

@@ -45,9 +45,9 @@ def write_results(
     run: RunFolder,
     manifest: Manifest,
     tables: dict[str, PredictionTable],
-    decision: Decision,
     history: RunHistory,
     baselines: Sequence[Baseline],
+    decision: Decision,
 ) -> Results:
     """Judge the predictions, and write the figures and tables of the run to its folder in plots/."""
     metrics = {split: compute_metrics(table) for split, table in tables.items()}

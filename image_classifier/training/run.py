@@ -152,10 +152,10 @@ def _train(config: Any, run: RunFolder, manifest: Manifest, data: DataSettings, 
             return None
         tables = calibrated(tables)
         decision = decided(tables["val"], asked)
-        results = write_results(run, manifest, tables, decision, history, baselines)
+        results = write_results(run, manifest, tables, history, baselines, decision)
         blueprint = {**module.hparams["blueprint"], "temperature": tables["val"].temperature, "decision": decision.as_dict()}
         facts = deliver(
-            classifier, detector, decision, blueprint, run, manifest, cache, results.scores, baselines, config, throughput.images_per_second
+            classifier, blueprint, run, manifest, cache, results.scores, baselines, config, throughput.images_per_second, decision, detector
         )
         note_finished(run, results.score, length_of(_flat(config)))
         log_outcome(loggers, run, results.scores, baselines, facts, trainer)

@@ -17,6 +17,7 @@ from PIL import Image
 from image_classifier.bundle import read_bundle
 from image_classifier.evaluation.decision import Decision
 from image_classifier.evaluation.ood import DETECTOR
+from image_classifier.evaluation.selective import lowest_risk
 from image_classifier.records import PredictionTable
 from tests.conftest import Command
 
@@ -31,6 +32,11 @@ def answers(command: Command, *line: str) -> list[dict[str, Any]]:
     assert answer.code == 0, answer.err
     found: list[dict[str, Any]] = json.loads(answer.out)
     return found
+
+
+def least_risk() -> float:
+    """The lowest risk that the val part of the bundle can promise."""
+    return lowest_risk(Decision.from_dict(read_bundle(Path("models/digits")).info.decision).evidence.levels, 0.95)
 
 
 def decisions(rows: list[dict[str, Any]]) -> list[tuple[object, ...]]:
@@ -70,8 +76,8 @@ def test_backends_agree_and_files_alone_know_all_but_what_is_unlike(command: Com
 
 
 def test_a_lower_risk_asked_for_when_answering_refuses_more(command: Command) -> None:
-    counts = []
-    for risk in ("1", "0.4", "0.2"):
+    counts, least = [], least_risk()
+    for risk in (1, round((1 + least) / 2, 3), least):
         rows = answers(command, "checkpoint_name=digits", "images=data/digits/test", f"decision.risk={risk}", "decision.ood_rate=0")
         counts.append(sum(row["decision"] == "abstain" for row in rows))
     assert counts[0] == 0 and counts == sorted(counts) and counts[-1] > 0
@@ -105,11 +111,11 @@ def test_a_bundle_of_an_older_version_still_answers(command: Command, tmp_path: 
 
 
 def test_test_measures_what_is_asked_for(command: Command, tmp_path: Path) -> None:
-    answer = command("test", "--checkpoint_name", "digits", "--output_dir", str(tmp_path), "decision.risk=0.2")
+    answer = command("test", "--checkpoint_name", "digits", "--output_dir", str(tmp_path), f"decision.risk={least_risk()}")
     assert answer.code == 0, answer.err
     found = json.loads((tmp_path / "calibration.json").read_text())["decision"]
-    assert found["risk"] == 0.2 and found["measured"]["answered"] < 1 and found["threshold"] > 0
-    assert "at most 0.2 promised with 95% confidence" in answer.out and "prediction sets: " in answer.out
+    assert found["risk"] == least_risk() and found["measured"]["answered"] < 1 and found["threshold"] > 0
+    assert f"at most {least_risk():g} promised with 95% confidence" in answer.out and "prediction sets: " in answer.out
     again, before = PredictionTable.read(tmp_path), PredictionTable.read(Path("plots/digits/test"))
     assert again.ood_scores is not None and before.ood_scores is not None
     np.testing.assert_allclose(again.ood_scores, before.ood_scores, rtol=1e-2, atol=1e-2)
@@ -125,3 +131,10 @@ def test_a_damaged_detector_is_noticed(command: Command, tmp_path: Path) -> None
 def test_a_share_that_cannot_be_is_one_line(command: Command) -> None:
     answer = command("infer", "--checkpoint_name", "digits", "--images", "data/digits/test/0", "decision.risk=5")
     assert answer.code == 2 and "decision.risk=5" in answer.err
+
+
+def test_a_risk_that_val_cannot_promise_is_said_and_holds_no_label_back(command: Command) -> None:
+    line = ("infer", "--checkpoint_name", "digits", "--images", "data/digits/test/0", "decision.risk=0.001", "decision.ood_rate=0")
+    answer = command(*line, "--format", "json")
+    assert answer.code == 0 and "cannot promise a risk of 0.001" in answer.err
+    assert all(row["decision"] == "label" for row in json.loads(answer.out))
