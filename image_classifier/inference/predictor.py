@@ -71,13 +71,17 @@ class Predictor:
 
     def judge(self, pixels: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray | None]:
         """Logits float32 [N, C] of preprocessed images uint8 [S, S, 3], and with a detector their out-of-distribution scores float32 [N]."""
-        if not pixels:
-            return np.empty((0, len(self.classes)), np.float32), None if self.detector is None else np.empty(0, np.float32)
-        batch = np.ascontiguousarray(np.stack(pixels).transpose(0, 3, 1, 2))
         if self.detector is None:
-            return self.backend.logits(batch), None
+            return self.logits(pixels), None
+        if not pixels:
+            return self.logits(pixels), np.empty(0, np.float32)
+        batch = _batch(pixels)
         logits, embeddings = cast(EmbeddingBackend, self.backend).logits_and_embeddings(batch)
         return logits, self.detector.scores(embeddings, looks(batch))
+
+    def logits(self, pixels: Sequence[np.ndarray]) -> np.ndarray:
+        """Logits float32 [N, C] of preprocessed images uint8 [S, S, 3]."""
+        return self.backend.logits(_batch(pixels)) if pixels else np.empty((0, len(self.classes)), np.float32)
 
     def read(self, path: Path) -> np.ndarray | UnreadableImage:
         """The preprocessed pixels uint8 [S, S, 3] of one file, or why there are none."""
@@ -107,3 +111,8 @@ class Predictor:
             return answer
         may_be = tuple(self.classes[code] for code in self.decision.prediction_set(probabilities))
         return replace(answer, reason=self.decision.reason(answer.confidence, ood_score), prediction_set=may_be)
+
+
+def _batch(pixels: Sequence[np.ndarray]) -> np.ndarray:
+    """Images uint8 [S, S, 3] as one array [N, 3, S, S]."""
+    return np.ascontiguousarray(np.stack(pixels).transpose(0, 3, 1, 2))
