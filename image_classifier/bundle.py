@@ -23,8 +23,9 @@ class BundleInfo:
     """What `bundle.json` says: everything a client must know to ask the model, and where it came from.
 
     `preprocess` makes pixels of an image; `normalise` (mean and std of pixels in 0..1) happens inside the model;
-    probabilities are softmax(logits / temperature); `metrics` holds {part: {name: value}} and `intervals` the 95 % intervals
-    {part: {name: [low, high]}} of those that have one; `files` maps each file of the bundle to its sha256.
+    probabilities are softmax(logits / temperature); where the greatest is below `threshold` the answer is abstain; `decision` says how that and
+    other limits were chosen, and from what (`evaluation.decision.Decision`); `metrics` holds {part: {name: value}} and `intervals` the 95 %
+    intervals {part: {name: [low, high]}} of those that have one; `files` maps each file of the bundle to its sha256.
     """
 
     name: str
@@ -36,6 +37,7 @@ class BundleInfo:
     temperature: float = 1.0
     threshold: float = 0.0
     intervals: Mapping[str, Any] = field(default_factory=dict)
+    decision: Mapping[str, Any] = field(default_factory=dict)
     files: Mapping[str, str] = field(default_factory=dict)
     schema_version: int = SCHEMA_VERSION
 

@@ -99,7 +99,8 @@ def test_a_missing_manifest_is_one_line(tmp_path):
 
 def test_an_answer_has_the_stable_keys_most_probable_first():
     answer = Prediction("a.jpg", "dog", 0.7, {"cat": 0.3, "dog": 0.7}).answer()
-    assert list(answer) == ["path", "predicted_class", "confidence", "all_predictions"]
+    assert list(answer) == ["path", "predicted_class", "confidence", "all_predictions", "decision", "reason", "prediction_set"]
+    assert (answer["decision"], answer["reason"], answer["prediction_set"]) == ("label", "", None)
     assert json.dumps(answer["all_predictions"]) == '{"dog": 0.7, "cat": 0.3}'
     assert Prediction("a.jpg", "dog", 0.7, {"cat": 0.3, "dog": 0.7}).answer(top_k=1)["all_predictions"] == {"dog": 0.7}
     assert Prediction("a.jpg", error="cut short").answer() == {"path": "a.jpg", "error": "cut short"}
@@ -137,3 +138,32 @@ def test_a_large_table_is_written_by_pieces(tmp_path, mapped):
 
 def test_softmax_survives_large_logits():
     np.testing.assert_allclose(softmax(np.array([[1e4, 1e4, -1e4]])), [[0.5, 0.5, 0.0]])
+
+
+def test_predictions_are_read_back_as_they_were(tmp_path):
+    logits = np.array([[2.0, 0.5], [3.0, 1.0], [-1.0, 0.25]], np.float32)
+    names, scores = ("a,b.png", 'c"d\r.png', "\udcff.png"), np.array([0.1, 3.25, -1.0], np.float32)
+    table = PredictionTable(names, np.array([0, 1, 1]), logits, ("cat", "собака\udcff"), 1.75, scores)
+    table.write(tmp_path)
+    again = PredictionTable.read(tmp_path)
+    assert (again.paths, again.classes, again.temperature) == (table.paths, table.classes, 1.75)
+    np.testing.assert_array_equal(again.logits, logits)
+    np.testing.assert_array_equal(again.targets, table.targets)
+    np.testing.assert_array_equal(again.ood_scores, scores)
+    np.testing.assert_allclose(again.probabilities, softmax(logits / 1.75), rtol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["predictions.csv", "logits.npy", "predictions.json"])
+@pytest.mark.parametrize("damage", [None, b"", b"{}", b"path,label\n"])
+def test_half_a_prediction_table_is_one_line(tmp_path, name, damage):
+    PredictionTable(("a.png",), np.array([1]), np.array([[2.0, 0.5]], np.float32), ("cat", "dog")).write(tmp_path)
+    (tmp_path / name).unlink() if damage is None else (tmp_path / name).write_bytes(damage)
+    with pytest.raises(DataError, match="holds no whole"):
+        PredictionTable.read(tmp_path)
+
+
+def test_logits_of_another_table_are_noticed(tmp_path):
+    PredictionTable(("a.png",), np.array([1]), np.array([[2.0, 0.5]], np.float32), ("cat", "dog")).write(tmp_path)
+    np.save(tmp_path / "logits.npy", np.array([[0.5, 2.0]], np.float32))
+    with pytest.raises(DataError, match="other answers"):
+        PredictionTable.read(tmp_path)

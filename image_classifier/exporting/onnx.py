@@ -1,4 +1,4 @@
-"""The classifier as one ONNX file: pixels uint8 [batch, 3, H, W] -> logits float32 [batch, C], weights inside."""
+"""The classifier as one ONNX file: pixels uint8 [batch, 3, H, W] -> logits float32 [batch, C] and embedding [batch, D], weights inside."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from image_classifier.modeling.classifier import Classifier
 
@@ -18,22 +19,34 @@ OPSET = 20
 
 def export_onnx(classifier: Classifier, image_size: int, metadata: Mapping[str, Any], path: Path) -> None:
     """Write `classifier` (on the CPU, in float32) to `path`; `metadata` goes into the file as JSON values."""
-    classifier = classifier.eval()
+    classifier.eval()
     example = torch.zeros(2, 3, image_size, image_size, dtype=torch.uint8)
     with _Quiet(), torch.inference_mode(mode=False):
         program = torch.onnx.export(
-            classifier,
+            _Answers(classifier),
             (example,),
             dynamo=True,
             opset_version=OPSET,
             input_names=["pixels"],
-            output_names=["logits"],
+            output_names=["logits", "embedding"],
             dynamic_shapes=({0: torch.export.Dim("batch")},),
             verbose=False,
         )
     assert program is not None
     program.model.metadata_props.update({key: json.dumps(value, ensure_ascii=False) for key, value in metadata.items()})
     program.save(str(path), external_data=False)
+
+
+class _Answers(nn.Module):
+    """Both outputs of a classifier as the forward pass, which is what is exported."""
+
+    def __init__(self, classifier: Classifier) -> None:
+        super().__init__()
+        self.classifier = classifier
+        self.eval()
+
+    def forward(self, pixels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return self.classifier.answer(pixels)
 
 
 class _Quiet:

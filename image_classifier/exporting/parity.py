@@ -34,3 +34,21 @@ def check_parity(expected: np.ndarray, actual: np.ndarray, paths: Sequence[str],
             f"{backend} differs by {differences[worst]:.2g} in a probability on {paths[worst]!r} (allowed {tolerance:g})", "nothing was exported"
         )
     return float(differences[worst])
+
+
+def check_embeddings(expected: np.ndarray, actual: np.ndarray, paths: Sequence[str], backend: str, tolerance: float = 10 * TOLERANCE) -> float:
+    """The largest distance between two backends' embeddings [N, D] of the same images, as a share of the longest.
+
+    Raises:
+        ParityError: It is more than `tolerance`; it names the worst image.
+    """
+    if expected.shape != actual.shape:
+        raise ParityError(f"{backend} returns embeddings of shape {actual.shape} instead of {expected.shape}", "nothing was exported")
+    distances = np.linalg.norm(expected - actual, axis=1) / max(float(np.linalg.norm(expected, axis=1).max()), 1e-12)
+    distances = np.where(np.isfinite(distances), distances, np.inf)
+    worst = int(distances.argmax())
+    if distances[worst] > tolerance:
+        raise ParityError(
+            f"{backend} differs by {distances[worst]:.2g} in the embedding of {paths[worst]!r} (allowed {tolerance:g})", "nothing was exported"
+        )
+    return float(distances[worst])

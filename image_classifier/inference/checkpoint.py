@@ -46,7 +46,7 @@ def load_classifier(path: Path, trusted: Sequence[str] = ()) -> tuple[Classifier
 
 
 class CheckpointBackend:
-    """Runs a `.ckpt` with torch: pixels uint8 [N, 3, H, W] -> logits float32 [N, C]."""
+    """Runs a `.ckpt` with torch: pixels uint8 [N, 3, H, W] -> logits float32 [N, C], and embeddings [N, D]."""
 
     def __init__(self, classifier: Classifier) -> None:
         self.classifier = classifier.eval()
@@ -54,3 +54,8 @@ class CheckpointBackend:
     def logits(self, pixels: np.ndarray) -> np.ndarray:
         with torch.inference_mode():
             return self.classifier(torch.from_numpy(pixels)).numpy()
+
+    def logits_and_embeddings(self, pixels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        with torch.inference_mode():
+            logits, embeddings = self.classifier.answer(torch.from_numpy(pixels))
+        return logits.numpy(), embeddings.numpy()

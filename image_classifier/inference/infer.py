@@ -16,6 +16,7 @@ from typing import IO, Any
 from image_classifier import settings
 from image_classifier.dataset.fetch.dvc import pull_missing
 from image_classifier.errors import ConfigError, DataError, storage_errors
+from image_classifier.evaluation.decision import DecisionSettings
 from image_classifier.files import whole_file
 from image_classifier.images import IMAGE_SUFFIXES, DecodeLimits
 from image_classifier.inference.load import load_predictor, pulled_checkpoint
@@ -36,6 +37,7 @@ class InferSettings:
     dvc: bool | None = None
     explain: bool | str = False
     limits: DecodeLimits = field(default_factory=DecodeLimits)
+    decision: DecisionSettings = field(default_factory=DecisionSettings)
     models_dir: str = "models"
     plots_dir: str = "plots"
     trusted_packages: list[str] = field(default_factory=list)
@@ -54,7 +56,7 @@ def infer(config: Any) -> None:
     for item in asked.images:
         pull_missing(Path(item), None if asked.dvc else asked.dvc)
     images = list(find_images(asked.images, sys.stdin))
-    predictor = load_predictor(path, asked.backend, asked.batch_size, asked.trusted_packages, asked.limits)
+    predictor = load_predictor(path, asked.backend, asked.batch_size, asked.trusted_packages, asked.limits, asked.decision)
     failed: list[str] = []
     predictions = _watched(predictor.predict(images), failed)
     if asked.explain:
@@ -126,7 +128,8 @@ def _table(predictions: Iterable[Prediction], top_k: int | None, images: list[Pa
             continue
         ranked = sorted(prediction.probabilities.items(), key=lambda item: -item[1])[1 : top_k or 3]
         others = ", ".join(f"{label} {probability:.1%}" for label, probability in ranked)
-        yield f"{prediction.path:<{width}}  {prediction.label:<24}  {prediction.confidence:>10.1%}  {others}"
+        why = f"; abstain, {prediction.reason}" if prediction.reason else ""
+        yield f"{prediction.path:<{width}}  {prediction.label:<24}  {prediction.confidence:>10.1%}  {others}{why}"
 
 
 def _jsonl(predictions: Iterable[Prediction], top_k: int | None, images: list[Path]) -> Iterator[str]:
@@ -145,10 +148,13 @@ def _json(predictions: Iterable[Prediction], top_k: int | None, images: list[Pat
 def _csv(predictions: Iterable[Prediction], top_k: int | None, images: list[Path]) -> Iterator[str]:
     for number, prediction in enumerate(predictions):
         if number == 0:
-            yield _row(("path", "predicted_class", "confidence", "error", "all_predictions"))
+            yield _row(("path", "predicted_class", "confidence", "error", "all_predictions", "decision", "reason", "prediction_set"))
         answer = prediction.answer(top_k)
-        probabilities = json.dumps(answer.get("all_predictions", {}), ensure_ascii=False)
-        yield _row((prediction.path, prediction.label, "" if prediction.error else prediction.confidence, prediction.error, probabilities))
+        probabilities, may_be = (
+            json.dumps(answer.get(key, empty), ensure_ascii=False) for key, empty in (("all_predictions", {}), ("prediction_set", None))
+        )
+        told = ("", "", "") if prediction.error else (prediction.decision, prediction.reason, may_be)
+        yield _row((prediction.path, prediction.label, "" if prediction.error else prediction.confidence, prediction.error, probabilities, *told))
 
 
 def _row(values: Iterable[object]) -> str:

@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from image_classifier.bundle import INFO_NAME, find_checkpoint, read_bundle
 from image_classifier.dataset.fetch.dvc import pull_missing
 from image_classifier.errors import CheckpointError, ConfigError
+from image_classifier.evaluation.decision import Decision, DecisionSettings
+from image_classifier.evaluation.ood import DETECTOR, Detector
 from image_classifier.images import DEFAULT_LIMITS, DecodeLimits, Preprocess
 from image_classifier.inference.predictor import Backend, Predictor
+
+log = logging.getLogger(__name__)
 
 BACKENDS = {"onnx": "model.onnx", "checkpoint": "model.ckpt"}
 
@@ -28,25 +34,42 @@ def pulled_checkpoint(name: str, models_dir: Path, dvc: bool | None = None) -> P
 
 
 def load_predictor(
-    path: Path, backend: str | None = None, batch_size: int = 64, trusted: Sequence[str] = (), limits: DecodeLimits = DEFAULT_LIMITS
+    path: Path,
+    backend: str | None = None,
+    batch_size: int = 64,
+    trusted: Sequence[str] = (),
+    limits: DecodeLimits = DEFAULT_LIMITS,
+    asked: DecisionSettings = DecisionSettings(),  # noqa: B008  # frozen
 ) -> Predictor:
     """A predictor over what `bundle.find_checkpoint` found; `backend` null takes ONNX for a bundle, else what the file is.
 
-    `trusted` names packages of the user's own that a checkpoint's network may come from.
+    `trusted` names packages of the user's own that a checkpoint's network may come from; `asked` are other limits than the model was delivered with.
 
     Raises:
-        ConfigError: The backend is unknown or does not fit the file.
+        ConfigError: The backend is unknown or does not fit the file, or limits are asked of one that does not know what val told.
         CheckpointError: The file is damaged or says too little of itself.
     """
     if backend not in (None, *BACKENDS):
         raise ConfigError(f"there is no backend {backend!r}", f"use one of {', '.join(BACKENDS)}")
     if (path / INFO_NAME).is_file():
-        return _from_bundle(path, backend or "onnx", batch_size, trusted, limits)
+        return _decided(_from_bundle(path, backend or "onnx", batch_size, trusted, limits), asked, path)
     own = "checkpoint" if path.suffix == ".ckpt" else "onnx"
     if backend not in (None, own):
         raise ConfigError(f"{path.name} cannot be run by the backend {backend!r}", f"leave --backend out, or use --backend {own}")
     runner, facts = _open(path, own, trusted)
-    return _predictor(runner, facts, batch_size, path, limits)
+    return _decided(_predictor(runner, facts, batch_size, path, limits), asked, path)
+
+
+def _decided(predictor: Predictor, asked: DecisionSettings, path: Path) -> Predictor:
+    """The predictor with the limits that are asked for in place of its own; the log says where they cannot be kept."""
+    if asked == DecisionSettings():
+        return predictor
+    if predictor.decision is None:
+        raise ConfigError(f"{path.name!r} does not say what its val part told, from which decision.* is chosen", "use a bundle of this version")
+    decision = predictor.decision.again(asked)
+    if decision.note:
+        log.warning(decision.note)
+    return replace(predictor, decision=decision)
 
 
 def _from_bundle(directory: Path, backend: str, batch_size: int, trusted: Sequence[str], limits: DecodeLimits) -> Predictor:
@@ -54,7 +77,11 @@ def _from_bundle(directory: Path, backend: str, batch_size: int, trusted: Sequen
     name = BACKENDS[backend]
     bundle.verify([name])
     runner, _ = _open(bundle.path(name), backend, trusted)
-    return _predictor(runner, {**vars(bundle.info)}, batch_size, directory, limits)
+    predictor = _predictor(runner, {**vars(bundle.info)}, batch_size, directory, limits)
+    if DETECTOR not in bundle.info.files or predictor.decision is None or predictor.decision.evidence.ood_scores == ():
+        return predictor
+    bundle.verify([DETECTOR])
+    return replace(predictor, detector=Detector.read(bundle.path(DETECTOR)))
 
 
 def _open(path: Path, backend: str, trusted: Sequence[str]) -> tuple[Backend, Mapping[str, Any]]:
@@ -73,4 +100,6 @@ def _predictor(runner: Backend, facts: Mapping[str, Any], batch_size: int, path:
     if "classes" not in facts or "preprocess" not in facts:
         raise CheckpointError(f"{str(path)!r} does not say its classes and preprocessing", "use a model exported by this package, or its bundle")
     preprocess = Preprocess.from_dict(facts["preprocess"])
-    return Predictor(runner, tuple(facts["classes"]), preprocess, float(facts.get("temperature", 1.0)), batch_size, limits=limits)
+    decision = Decision.from_dict(facts["decision"]) if facts.get("decision") else None
+    temperature = float(facts.get("temperature", 1.0))
+    return Predictor(runner, tuple(facts["classes"]), preprocess, temperature, batch_size, limits=limits, decision=decision)

@@ -11,9 +11,11 @@ import onnxruntime
 
 from image_classifier.errors import CheckpointError
 
+_FACTS = ("classes", "preprocess", "temperature", "decision")
+
 
 class OnnxBackend:
-    """Runs a `model.onnx`: pixels uint8 [N, 3, H, W] -> logits float32 [N, C]."""
+    """Runs a `model.onnx`: pixels uint8 [N, 3, H, W] -> logits float32 [N, C], and embeddings [N, D] in files that have them."""
 
     def __init__(self, path: Path) -> None:
         options = onnxruntime.SessionOptions()
@@ -27,7 +29,11 @@ class OnnxBackend:
     def logits(self, pixels: np.ndarray) -> np.ndarray:
         return np.asarray(self.session.run(["logits"], {"pixels": pixels})[0])
 
+    def logits_and_embeddings(self, pixels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        logits, embeddings = self.session.run(["logits", "embedding"], {"pixels": pixels})
+        return np.asarray(logits), np.asarray(embeddings)
+
     def metadata(self) -> dict[str, Any]:
-        """What the file says of itself: classes, preprocess, temperature."""
+        """What the file says of itself: classes, preprocess, temperature, decision."""
         found = self.session.get_modelmeta().custom_metadata_map
-        return {key: json.loads(value) for key, value in found.items() if key in ("classes", "preprocess", "temperature")}
+        return {key: json.loads(value) for key, value in found.items() if key in _FACTS}

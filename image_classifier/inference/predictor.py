@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, cast
 
 import numpy as np
 
 from image_classifier.errors import UnreadableImage
+from image_classifier.evaluation.decision import Decision
+from image_classifier.evaluation.ood import Detector, looks
 from image_classifier.images import DEFAULT_LIMITS, DecodeLimits, Preprocess
 from image_classifier.records import Prediction, PredictionTable, softmax
 
@@ -22,9 +24,18 @@ class Backend(Protocol):
     def logits(self, pixels: np.ndarray) -> np.ndarray: ...
 
 
+class EmbeddingBackend(Backend, Protocol):
+    """A backend that also gives the embeddings float32 [N, D] of the images as they are."""
+
+    def logits_and_embeddings(self, pixels: np.ndarray) -> tuple[np.ndarray, np.ndarray]: ...
+
+
 @dataclass(frozen=True)
 class Predictor:
-    """Images to Predictions: decode, preprocess, batch, ask the backend, softmax(logits / temperature)."""
+    """Images to Predictions: decode, preprocess, batch, ask the backend, softmax(logits / temperature), label or abstain.
+
+    With a `detector` the backend must be an EmbeddingBackend.
+    """
 
     backend: Backend
     classes: tuple[str, ...]
@@ -33,31 +44,44 @@ class Predictor:
     batch_size: int = 64
     workers: int = 2
     limits: DecodeLimits = DEFAULT_LIMITS
+    decision: Decision | None = None
+    detector: Detector | None = None
 
     def predict(self, paths: Iterable[Path]) -> Iterator[Prediction]:
         """One Prediction an image, in order; an unreadable image gets its reason instead of an answer."""
         for batch, pixels in self._batches(paths):
             readable = [row for row, item in enumerate(pixels) if isinstance(item, np.ndarray)]
-            logits = self.logits([pixels[row] for row in readable])  # type: ignore[misc]
-            answers = iter(softmax(logits / self.temperature)) if readable else iter(())
+            logits, scores = self.judge([pixels[row] for row in readable])  # type: ignore[misc]
+            probabilities = softmax(logits, self.temperature) if readable else logits
+            answers = zip(probabilities, [None] * len(logits) if scores is None else scores.tolist(), strict=True)
             for path, item in zip(batch, pixels, strict=True):
-                yield Prediction(str(path), error=item.reason) if isinstance(item, UnreadableImage) else self._prediction(path, next(answers))
+                yield Prediction(str(path), error=item.reason) if isinstance(item, UnreadableImage) else self._prediction(path, *next(answers))
 
     def table(self, paths: Sequence[Path], names: Sequence[str], targets: np.ndarray) -> PredictionTable:
-        """Calibrated logits of labelled images, named `names`; UnreadableImage for the first that cannot be read."""
-        parts: list[np.ndarray] = [np.empty((0, len(self.classes)), np.float32)]
+        """What is said of labelled images, named `names`; UnreadableImage for the first that cannot be read."""
+        parts = [self.judge([])]
         for _, pixels in self._batches(paths):
             for item in pixels:
                 if isinstance(item, UnreadableImage):
                     raise item
-            parts.append(self.logits([item for item in pixels if isinstance(item, np.ndarray)]) / np.float32(self.temperature))
-        return PredictionTable(tuple(names), targets, np.concatenate(parts), self.classes)
+            parts.append(self.judge([item for item in pixels if isinstance(item, np.ndarray)]))
+        logits = np.concatenate([part for part, _ in parts])
+        scores = None if self.detector is None else np.concatenate([part for _, part in parts if part is not None])
+        return PredictionTable(tuple(names), targets, logits, self.classes, self.temperature, scores)
+
+    def judge(self, pixels: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray | None]:
+        """Logits float32 [N, C] of preprocessed images uint8 [S, S, 3], and with a detector their out-of-distribution scores float32 [N]."""
+        if self.detector is None:
+            return self.logits(pixels), None
+        if not pixels:
+            return self.logits(pixels), np.empty(0, np.float32)
+        batch = _batch(pixels)
+        logits, embeddings = cast(EmbeddingBackend, self.backend).logits_and_embeddings(batch)
+        return logits, self.detector.scores(embeddings, looks(batch))
 
     def logits(self, pixels: Sequence[np.ndarray]) -> np.ndarray:
         """Logits float32 [N, C] of preprocessed images uint8 [S, S, 3]."""
-        if not pixels:
-            return np.empty((0, len(self.classes)), np.float32)
-        return self.backend.logits(np.ascontiguousarray(np.stack(pixels).transpose(0, 3, 1, 2)))
+        return self.backend.logits(_batch(pixels)) if pixels else np.empty((0, len(self.classes)), np.float32)
 
     def read(self, path: Path) -> np.ndarray | UnreadableImage:
         """The preprocessed pixels uint8 [S, S, 3] of one file, or why there are none."""
@@ -78,8 +102,17 @@ class Predictor:
                 yield batch, [future.result() for future in waiting]
                 batch, waiting = upcoming, following
 
-    def _prediction(self, path: Path, probabilities: np.ndarray) -> Prediction:
+    def _prediction(self, path: Path, probabilities: np.ndarray, ood_score: float | None) -> Prediction:
         if not np.isfinite(probabilities).all():
             return Prediction(str(path), error="the model answers with numbers that are not finite")
-        top = int(probabilities.argmax())
-        return Prediction(str(path), self.classes[top], float(probabilities[top]), dict(zip(self.classes, probabilities.tolist(), strict=True)))
+        top, ranked = int(probabilities.argmax()), dict(zip(self.classes, probabilities.tolist(), strict=True))
+        answer = Prediction(str(path), self.classes[top], float(probabilities[top]), ranked)
+        if self.decision is None:
+            return answer
+        may_be = tuple(self.classes[code] for code in self.decision.prediction_set(probabilities))
+        return replace(answer, reason=self.decision.reason(answer.confidence, ood_score), prediction_set=may_be)
+
+
+def _batch(pixels: Sequence[np.ndarray]) -> np.ndarray:
+    """Images uint8 [S, S, 3] as one array [N, 3, S, S]."""
+    return np.ascontiguousarray(np.stack(pixels).transpose(0, 3, 1, 2))

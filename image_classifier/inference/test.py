@@ -20,6 +20,8 @@ from image_classifier.dataset.fetch.dvc import pull_missing
 from image_classifier.errors import CheckpointError, ConfigError, DataError
 from image_classifier.evaluation import baselines
 from image_classifier.evaluation.baselines import Baseline
+from image_classifier.evaluation.decision import DecisionSettings
+from image_classifier.evaluation.decision_results import write_trust
 from image_classifier.evaluation.leaks import LeakScore, leak_score
 from image_classifier.evaluation.metrics import Metrics, compute_metrics
 from image_classifier.evaluation.results import metrics_dict, metrics_lines, write_evaluation
@@ -56,6 +58,7 @@ class TestSettings:
     latency: bool = False
     dvc: bool | None = None
     limits: DecodeLimits = field(default_factory=DecodeLimits)
+    decision: DecisionSettings = field(default_factory=DecisionSettings)
     trusted_packages: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
@@ -71,7 +74,7 @@ def test(config: Any) -> Metrics:
     """Predict a labelled part, print the metrics and write predictions, metrics and plots."""
     asked = settings.typed(TestSettings, config, "")
     path = pulled_checkpoint(asked.checkpoint_name, Path(asked.models_dir), asked.dvc)
-    predictor = load_predictor(path, asked.backend, asked.batch_size, asked.trusted_packages, asked.limits)
+    predictor = load_predictor(path, asked.backend, asked.batch_size, asked.trusted_packages, asked.limits, asked.decision)
     manifest, leaked, known = _labelled_folder(asked, path, predictor.classes) if asked.test_dir else _own_part(asked, path)
     table = predictor.table([manifest.file(record) for record in manifest], [record.path for record in manifest], _targets(manifest, predictor))
     copies = "are training images or near copies of one" if asked.near_copies else "are training images, byte for byte"
@@ -82,12 +85,13 @@ def test(config: Any) -> Metrics:
     beside, own = baselines.beside(found, asked.split), metrics.scalars()
     title = f"{path.name}, {'folder ' + asked.test_dir if asked.test_dir else asked.split}"
     write_evaluation(table, metrics, manifest, directory, title, leak, beside)
+    trust = write_trust(table, predictor.decision, directory, title)
     baselines.warn_if_not_better(found, asked.split, own)
     further, lines = _further(asked, path, manifest, predictor, table, directory, title)
     if asked.format == "json":
         print(json.dumps({**metrics_dict(metrics, leak, beside), **further}, ensure_ascii=False))
     else:
-        print("\n".join([*metrics_lines(metrics, asked.split, leak), *baselines.lines(found, asked.split, own), *lines]))
+        print("\n".join([*metrics_lines(metrics, asked.split, leak), *trust.lines(asked.split), *baselines.lines(found, asked.split, own), *lines]))
     log.info("predictions, metrics and plots: %s", directory)
     return metrics
 

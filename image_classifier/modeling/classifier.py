@@ -47,11 +47,18 @@ class Classifier(nn.Module):
 
     def forward(self, pixels: torch.Tensor) -> torch.Tensor:
         """Logits; in evaluation mode averaged over the views that `tta` names, which go through the network as one batch."""
+        return self.answer(pixels)[0]
+
+    def answer(self, pixels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """The logits of `forward`, and the embeddings float32 [N, D] of the images as they are, whatever views `tta` adds."""
         if self.training or self.tta == "none":
-            return self.classify(self.embed(pixels))
+            embeddings = self.embed(pixels)
+            return self.classify(embeddings), embeddings.float()
         views, weights = zip(*tta_views(pixels, self.tta), strict=True)
-        logits = self.classify(self.embed(torch.cat(views))).unflatten(0, (len(views), -1))
-        return (logits * torch.tensor(weights, device=logits.device).view(-1, 1, 1)).sum(dim=0)
+        embeddings = self.embed(torch.cat(views))
+        logits = self.classify(embeddings).unflatten(0, (len(views), -1))
+        averaged = (logits * torch.tensor(weights, device=logits.device).view(-1, 1, 1)).sum(dim=0)
+        return averaged, embeddings.unflatten(0, (len(views), -1))[0].float()
 
 
 def tta_views(pixels: torch.Tensor, tta: str) -> list[tuple[torch.Tensor, float]]:

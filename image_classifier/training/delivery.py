@@ -15,9 +15,11 @@ from image_classifier import settings
 from image_classifier.bundle import BundleInfo, seal
 from image_classifier.dataset.cache import PixelCache
 from image_classifier.evaluation.baselines import Baseline
+from image_classifier.evaluation.decision import Decision
+from image_classifier.evaluation.ood import DETECTOR, Detector
 from image_classifier.evaluation.results import shown
 from image_classifier.exporting.onnx import export_onnx
-from image_classifier.exporting.parity import check_parity
+from image_classifier.exporting.parity import check_embeddings, check_parity
 from image_classifier.files import whole_directory
 from image_classifier.inference.checkpoint import CheckpointBackend
 from image_classifier.inference.onnx_runtime import OnnxBackend
@@ -43,6 +45,8 @@ def deliver(
     baselines: Sequence[Baseline],
     config: Any,
     images_per_second: float,
+    decision: Decision,
+    detector: Detector | None,
 ) -> dict[str, Any]:
     """Write `models/<name>/` and return its provenance; ParityError where ONNX and torch disagree, and then nothing is written."""
     classifier = classifier.cpu().to(memory_format=torch.contiguous_format)
@@ -58,7 +62,9 @@ def deliver(
     )
     with whole_directory(run.bundle, overwrite=config.overwrite or run.resumed) as directory:
         _write_checkpoint(classifier, blueprint, directory / "model.ckpt")
-        export_onnx(classifier, blueprint["preprocess"]["size"], {**_plain(blueprint), "temperature": 1.0}, directory / "model.onnx")
+        export_onnx(classifier, blueprint["preprocess"]["size"], _plain(blueprint), directory / "model.onnx")
+        if detector:
+            detector.write(directory / DETECTOR)
         difference = _gate(classifier, directory, manifest, cache)
         facts["onnx_largest_difference"] = difference
         log.info("ONNX agrees with torch: largest difference of a probability %.1e", difference)
@@ -72,6 +78,9 @@ def deliver(
             metrics=results.scores,
             intervals=results.intervals,
             provenance=facts,
+            temperature=blueprint["temperature"],
+            threshold=decision.threshold,
+            decision=decision.as_dict(),
         )
         (directory / "MODEL_CARD.md").write_text(model_card(info, manifest), encoding="utf-8")
         seal(directory, info)
@@ -79,7 +88,7 @@ def deliver(
 
 
 def _plain(blueprint: dict[str, Any]) -> dict[str, Any]:
-    return {key: blueprint[key] for key in ("classes", "preprocess", "normalise")}
+    return {key: blueprint[key] for key in ("classes", "preprocess", "normalise", "temperature", "decision")}
 
 
 def _write_checkpoint(classifier: Classifier, blueprint: dict[str, Any], path: Path) -> None:
@@ -93,16 +102,19 @@ def _gate(classifier: Classifier, directory: Path, manifest: Manifest, cache: Pi
     rows = manifest.indices("val")
     rows = rows[np.unique(np.linspace(0, len(rows) - 1, min(len(rows), _NUM_PARITY_IMAGES)).astype(int))]
     pixels = np.ascontiguousarray(cache.gather(rows).transpose(0, 3, 1, 2))
-    expected = _in_batches(CheckpointBackend(classifier), pixels)
-    actual = _in_batches(OnnxBackend(directory / "model.onnx"), pixels)
-    difference = check_parity(expected, actual, [manifest.paths[row] for row in rows], "ONNX Runtime")
+    expected, embeddings = _in_batches(CheckpointBackend(classifier), pixels)
+    actual, others = _in_batches(OnnxBackend(directory / "model.onnx"), pixels)
+    paths = [manifest.paths[row] for row in rows]
+    difference = check_parity(expected, actual, paths, "ONNX Runtime")
+    check_embeddings(embeddings, others, paths, "ONNX Runtime")
     golden = np.unique(np.linspace(0, len(rows) - 1, min(len(rows), _NUM_GOLDEN_IMAGES)).astype(int))
-    np.savez(directory / "golden.npz", pixels=pixels[golden], logits=expected[golden])
+    np.savez(directory / "golden.npz", pixels=pixels[golden], logits=expected[golden], embeddings=embeddings[golden])
     return difference
 
 
-def _in_batches(backend: CheckpointBackend | OnnxBackend, pixels: np.ndarray, size: int = 32) -> np.ndarray:
-    return np.concatenate([backend.logits(pixels[start : start + size]) for start in range(0, len(pixels), size)])
+def _in_batches(backend: CheckpointBackend | OnnxBackend, pixels: np.ndarray, size: int = 32) -> tuple[np.ndarray, np.ndarray]:
+    answers = [backend.logits_and_embeddings(pixels[start : start + size]) for start in range(0, len(pixels), size)]
+    return np.concatenate([logits for logits, _ in answers]), np.concatenate([embeddings for _, embeddings in answers])
 
 
 def model_card(info: BundleInfo, manifest: Manifest) -> str:
@@ -121,7 +133,8 @@ def model_card(info: BundleInfo, manifest: Manifest) -> str:
         f"{len(manifest)} images ({', '.join(f'{count} {split}' for split, count in counts.items())}), manifest sha256 `{facts['manifest_sha256']}`.",
         "## Input and output",
         f"Pixels uint8 [batch, 3, {info.preprocess['size']}, {info.preprocess['size']}] after preprocessing `{json.dumps(info.preprocess)}`; "
-        "logits float32 [batch, classes]. Normalisation is inside the model.",
+        "logits float32 [batch, classes]. Normalisation is inside the model; "
+        f"probabilities are softmax(logits / {info.temperature:.6g}), the temperature fitted on val.",
         "## Results",
         "| part | metric | value | 95 % interval |\n|---|---|---|---|\n" + "\n".join(rows),
         "### Baselines",

@@ -12,6 +12,8 @@ import pytorch_lightning as pl
 
 from image_classifier.evaluation import baselines as simple
 from image_classifier.evaluation.baselines import Baseline
+from image_classifier.evaluation.decision import Decision
+from image_classifier.evaluation.decision_results import Trust, write_trust
 from image_classifier.evaluation.leaks import LeakScore, leak_score
 from image_classifier.evaluation.metrics import Metrics, compute_metrics
 from image_classifier.evaluation.plots import plot_learning_curves, plot_loss_in_parts
@@ -31,6 +33,7 @@ class Results:
     metrics: dict[str, Metrics]
     leaks: dict[str, LeakScore | None]
     scores: dict[str, dict[str, float]]
+    trusts: dict[str, Trust]
 
     @property
     def score(self) -> float:
@@ -49,11 +52,13 @@ def write_results(
     tables: dict[str, PredictionTable],
     history: RunHistory,
     baselines: Sequence[Baseline],
+    decision: Decision,
 ) -> Results:
     """Judge the predictions, and write the figures and tables of the run to its folder in plots/."""
     metrics = {split: compute_metrics(table) for split, table in tables.items()}
     leaks = {split: leak_score(table, manifest.leaked(split)) for split, table in tables.items()}
-    results = Results(metrics, leaks, {split: scalars(metrics[split], leaks[split]) for split in tables})
+    trusts = {split: write_trust(table, decision, run.plots / split, f"{run.name}, {split}") for split, table in tables.items()}
+    results = Results(metrics, leaks, {split: scalars(metrics[split], leaks[split]) for split in tables}, trusts)
     write_text(run.plots / "metrics.json", json.dumps(results.scores, indent=2) + "\n")
     plot_learning_curves(history.curves(), run.plots)
     plot_loss_in_parts(history.curves(), run.plots)
@@ -90,7 +95,8 @@ def summarise(
     split = next(split for split in reversed(SPLITS) if split in results.metrics)
     own = results.metrics[split].scalars()
     simple.warn_if_not_better(baselines, split, own)
-    print("\n".join([*metrics_lines(results.metrics[split], split, results.leaks[split]), *simple.lines(baselines, split, own)]))
+    said = (*metrics_lines(results.metrics[split], split, results.leaks[split]), *results.trusts[split].lines(split))
+    print("\n".join([*said, *simple.lines(baselines, split, own)]))
     if split == "val" and has_test_part:
         print("these figures are of the part that chose the best epoch; test=false left the test part alone")
     elif split == "val":

@@ -21,6 +21,7 @@ from image_classifier.dataset.cache import open_cache
 from image_classifier.dataset.prepare import DataSettings
 from image_classifier.dataset.run import prepare_from
 from image_classifier.errors import ConfigError, DataError
+from image_classifier.evaluation.ood import Detector, looks
 from image_classifier.modeling.classifier import Classifier
 from image_classifier.records import SPLITS, Manifest, PredictionTable
 from image_classifier.training.assemble import build_datamodule, build_module, build_trainer, check_optimisation, speed_settings
@@ -32,6 +33,7 @@ from image_classifier.training.callbacks.signals import Signals, StopOnSignal
 from image_classifier.training.callbacks.state import ExactState
 from image_classifier.training.callbacks.throughput import Throughput
 from image_classifier.training.datamodule import ImageDataModule
+from image_classifier.training.decide import calibrated, decided, decision_settings, fit_detector
 from image_classifier.training.delivery import deliver
 from image_classifier.training.distributed import (
     broadcast,
@@ -68,6 +70,7 @@ def train(config: Any) -> float:
     check_on_nan(config.trainer.on_nan)
     check_choices(config)
     check_optimisation(config)
+    decision_settings(config)
     devices = settings.to_plain(config.trainer)
     if run_ranks(devices["accelerator"], devices["devices"], devices.get("num_nodes", 1)):
         return math.nan  # the ranks did it
@@ -142,11 +145,16 @@ def _train(config: Any, run: RunFolder, manifest: Manifest, data: DataSettings, 
         with signals.deferred():
             _fit(trainer, module, datamodule, going.checkpoint if going else None)
         classifier = _best_classifier(trainer, module)
-        tables = {split: _predict(classifier, datamodule, manifest, split) for split in _judged_parts(config, manifest)}
+        asked = decision_settings(config)
+        detector = from_main(lambda: fit_detector(classifier, manifest, cache, asked))
+        tables = {split: _predict(classifier, detector, datamodule, manifest, split) for split in _judged_parts(config, manifest)}
         if not is_main():
             return None
-        results = write_results(run, manifest, tables, history, baselines)
-        facts = deliver(classifier, module.hparams["blueprint"], run, manifest, cache, results, baselines, config, throughput.images_per_second)
+        tables = calibrated(tables)
+        decision = decided(tables["val"], asked)
+        results = write_results(run, manifest, tables, history, baselines, decision)
+        blueprint = {**module.hparams["blueprint"], "temperature": tables["val"].temperature, "decision": decision.as_dict()}
+        facts = deliver(classifier, blueprint, run, manifest, cache, results, baselines, config, throughput.images_per_second, decision, detector)
         note_finished(run, results.score, length_of(_flat(config)))
         log_outcome(loggers, run, results.scores, baselines, facts, trainer)
     except BaseException as error:
@@ -199,10 +207,17 @@ def _best_classifier(trainer: pl.Trainer, module: ClassifierModule) -> Classifie
     return classifier.eval().float().to(trainer.strategy.root_device)
 
 
-def _predict(classifier: Classifier, datamodule: ImageDataModule, manifest: Manifest, split: str) -> PredictionTable:
-    device = classifier.scale.device
+def _predict(classifier: Classifier, detector: Detector | None, datamodule: ImageDataModule, manifest: Manifest, split: str) -> PredictionTable:
+    device, logits, scores = classifier.scale.device, [], []
     with torch.inference_mode():
         parts = (part for pixels, _ in datamodule.in_order(split) for part in pixels.split(-(-len(pixels) // classifier.num_views)))
-        logits = gather_rows([classifier(part.to(device)).cpu() for part in parts])
+        for part in parts:
+            answers, embeddings = classifier.answer(part.to(device))
+            logits.append(answers.cpu())
+            scores.append(
+                torch.from_numpy(detector.scores(embeddings.cpu().numpy(), looks(part.cpu().numpy()))) if detector else torch.zeros(len(answers))
+            )
+        whole, unlike = gather_rows(logits).numpy(), gather_rows(scores).numpy()
     rows = manifest.indices(split)
-    return PredictionTable(tuple(manifest.paths[row] for row in rows), manifest.targets[rows], logits.numpy(), manifest.classes)
+    paths = tuple(manifest.paths[row] for row in rows)
+    return PredictionTable(paths, manifest.targets[rows], whole, manifest.classes, ood_scores=unlike if detector else None)

@@ -10,7 +10,7 @@ import pytest
 
 from tests.conftest import Command
 
-KEYS = {"path", "predicted_class", "confidence", "all_predictions"}
+KEYS = {"path", "predicted_class", "confidence", "all_predictions", "decision", "reason", "prediction_set"}
 
 
 @pytest.fixture(autouse=True)
@@ -83,7 +83,8 @@ def test_the_test_verb_repeats_the_figures_of_the_run(command: Command, trained:
     recorded = json.loads((trained / "models/digits/bundle.json").read_text())["metrics"]["test"]
     assert answer.code == 0, answer.err
     assert json.loads(answer.out)["accuracy"] == recorded["accuracy"]
-    names = {"metrics.json", "predictions.csv", "logits.npy", "confusion_matrix.png", "class_scores.png", "samples.png"}
+    pictures = {"confusion_matrix.png", "class_scores.png", "samples.png", "reliability.png", "risk_coverage.png"}
+    names = {"metrics.json", "predictions.csv", "logits.npy", "predictions.json", "calibration.json"} | pictures
     assert {path.name for path in tmp_path.iterdir()} == names
 
 

@@ -14,7 +14,10 @@ import numpy as np
 import pytest
 import torch
 
+from image_classifier.evaluation.calibration import calibration_score
+from image_classifier.evaluation.decision_results import Trust
 from image_classifier.evaluation.metrics import compute_metrics
+from image_classifier.evaluation.selective import risk_curve
 from image_classifier.modeling.classifier import Classifier
 from image_classifier.records import PredictionTable
 from image_classifier.training.callbacks.history import RunHistory
@@ -48,7 +51,8 @@ def answers_only(run: RunFolder, manifest: Any, tables: dict[str, PredictionTabl
     run.plots.mkdir(parents=True, exist_ok=True)
     np.save(run.plots / "logits.npy", tables["val"].logits)
     metrics = {split: compute_metrics(table) for split, table in tables.items()}
-    return Results(metrics, dict.fromkeys(tables), {split: found.scalars() for split, found in metrics.items()})
+    trusts = {split: Trust(calibration_score(table), risk_curve(table), None, None) for split, table in tables.items()}
+    return Results(metrics, dict.fromkeys(tables), {split: found.scalars() for split, found in metrics.items()}, trusts)
 
 
 @pytest.fixture

@@ -55,7 +55,7 @@ def test_the_log_says_what_was_chosen_and_why(trained: Path) -> None:
 def test_the_bundle_is_whole_and_hashed(digits_bundle: Path) -> None:
     bundle = read_bundle(digits_bundle)
     bundle.verify()
-    assert set(bundle.info.files) == {"model.onnx", "model.ckpt", "manifest.csv", "config.yaml", "golden.npz", "MODEL_CARD.md"}
+    assert set(bundle.info.files) == {"model.onnx", "model.ckpt", "manifest.csv", "config.yaml", "golden.npz", "MODEL_CARD.md", "ood.npz"}
     assert bundle.info.classes == tuple("0123456789")
     assert bundle.info.provenance["manifest_sha256"] == Manifest.read(digits_bundle / "manifest.csv", Path("data/digits")).sha256
     assert bundle.info.provenance["command"][1:] == ["train", "name=digits", "trainer.max_epochs=2", "+trainer.limit_train_batches=6"]
@@ -81,7 +81,9 @@ def test_the_metrics_are_functions_of_the_predictions(trained: Path) -> None:
 
 def test_every_plot_is_a_picture(trained: Path) -> None:
     plots = {path.relative_to(trained / "plots/digits").as_posix() for path in (trained / "plots/digits").rglob("*.png")}
-    parts = {f"{part}/{name}.png" for part in ("val", "test") for name in ("confusion_matrix", "class_scores", "samples")}
+    parts = {
+        f"{part}/{name}.png" for part in ("val", "test") for name in ("confusion_matrix", "class_scores", "samples", "reliability", "risk_coverage")
+    }
     assert plots == parts | {"loss.png", "accuracy.png", "f1.png"}
     for name in plots:
         with Image.open(trained / "plots/digits" / name) as picture:
