@@ -49,7 +49,7 @@ def render(audit: Audit, limits: DecodeLimits = DEFAULT_LIMITS, background: tupl
     return document.render(
         _HERE / "page.html.j2",
         _HERE / "page.css",
-        _HERE / "page.js",
+        Path(document.__file__).parent / "filter.js",
         audit=audit,
         data=audit.data,
         name=plain(audit.root.resolve().name or str(audit.root)),
