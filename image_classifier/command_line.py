@@ -29,7 +29,7 @@ TEXT_KEYS: dict[str, frozenset[str]] = {
     "train": _DATA_TEXT | {"model.weights", "model.from", "name", "resume", "models_dir", "plots_dir", "runs_dir", "logger.tracking_uri"},
     "test": frozenset({"cache_dir", "checkpoint_name", "test_dir", "output_dir", "models_dir", "plots_dir"}),
     "infer": frozenset({"checkpoint_name", "output", "models_dir"}),
-    "report": frozenset({"name", "other", "data_dir", "models_dir", "plots_dir", "output"}),
+    "report": frozenset({"name", "other", "data_dir", "models_dir", "plots_dir", "runs_dir", "audit_dir", "output"}),
 }
 TEXT_KEYS["tune"] = TEXT_KEYS["train"] | {"tune.storage"}
 LIST_KEYS: dict[str, frozenset[str]] = {"infer": frozenset({"images"})}

@@ -11,7 +11,9 @@ from image_classifier import settings
 from image_classifier.errors import ConfigError
 from image_classifier.evaluation.compare import compare
 from image_classifier.evaluation.report import versus
+from image_classifier.evaluation.report.facts import Places, RunFacts, gather, sizes_of
 from image_classifier.evaluation.report.found import Judged, find_judged
+from image_classifier.evaluation.report.page import run_page
 from image_classifier.files import write_text
 from image_classifier.records import SPLITS
 
@@ -26,6 +28,8 @@ class ReportSettings:
     data_dir: str | None = None
     models_dir: str = "models"
     plots_dir: str = "plots"
+    runs_dir: str = "runs"
+    audit_dir: str = "data/audit"
     output: str | None = None
     resamples: int = 1000
     seed: int = 0
@@ -49,7 +53,25 @@ def report(config: Any) -> Path:
 
 
 def _report(asked: ReportSettings) -> Path:
-    raise ConfigError("the report of one run is not written yet", "give two names to compare")
+    """Write the page of one run."""
+    judged = _find(asked, asked.name)
+    run = judged.bundle.name if judged.bundle else judged.directory.parent.name
+    places = Places(judged.directory, judged.bundle, Path(asked.runs_dir) / run, Path(asked.audit_dir), _there(judged.root))
+    facts = gather(run, judged.table, places, judged.info, sizes_of(judged.bundle))
+    path = Path(asked.output) if asked.output else Path(asked.plots_dir) / run / "report.html"
+    write_text(path, run_page(facts))
+    print("\n".join([f"split      {facts.split}", *_answer(facts), f"page       {path}"]))
+    return path
+
+
+def _there(root: Path | None) -> Path | None:
+    """The folder of the images, where it is one on this machine."""
+    return root if root is not None and root.is_dir() else None
+
+
+def _answer(facts: RunFacts) -> Iterator[str]:
+    accuracy, bounds = facts.metrics["accuracy"], facts.interval("accuracy")
+    yield f"accuracy   {accuracy:.4f}" + (f", 95 % interval {bounds[0]:.4f} to {bounds[1]:.4f}" if bounds else "")
 
 
 def _find(asked: ReportSettings, name: str) -> Judged:
