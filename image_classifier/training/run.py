@@ -145,7 +145,7 @@ def _train(config: Any, run: RunFolder, manifest: Manifest, data: DataSettings, 
         tables = {split: _predict(classifier, datamodule, manifest, split) for split in _judged_parts(config, manifest)}
         if not is_main():
             return None
-        results = write_results(run, manifest, tables, history, baselines)
+        results = write_results(run, manifest, tables, history, baselines, _run_settings(config).plots.parts)
         facts = deliver(
             classifier, module.hparams["blueprint"], run, manifest, cache, results.scores, baselines, config, throughput.images_per_second
         )

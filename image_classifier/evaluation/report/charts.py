@@ -12,7 +12,7 @@ from matplotlib.ticker import MaxNLocator
 Points = Sequence[tuple[float, float]]
 
 _WIDTH, _HEIGHT = 440, 250
-_LEFT, _RIGHT, _TOP, _BOTTOM = 52, 14, 14, 40
+_LEFT, _RIGHT, _TOP, _BOTTOM = 58, 26, 14, 44
 _MOST = 400  # points of a line
 
 

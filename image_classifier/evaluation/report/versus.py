@@ -15,7 +15,7 @@ from image_classifier.page.pictures import NO_PICTURE, Thumbnail, thumbnail
 from image_classifier.page.words import counted, plain, printable
 
 _HERE = Path(__file__).parent
-_SHOWN = 200  # images of one direction
+_SHOWN = 96  # images of one direction
 _MARKUP = 400  # characters of HTML around one image
 _WORDS = {"accuracy": "accuracy", "f1_macro": "F1 (macro)", "log_loss": "log loss"}
 _WIDTH, _ROW = 360, 34  # of the drawing of intervals, in its own units
@@ -50,10 +50,17 @@ def verdict(comparison: Comparison, names: tuple[str, str]) -> str:
     if comparison.better:
         better, worse = (second, first) if comparison.better > 0 else (first, second)
         opening = "Yes" if comparison.better > 0 else "No, the other way round"
-        return f"{opening}: {better} is better than {worse} by {abs(points):.2f} points of accuracy ({bounds})."
+        return f"{opening}: {better} is better than {worse} by {abs(points):.2f} points of accuracy ({bounds}).{_against(comparison, better)}"
     if not sum(comparison.only_right):
         return f"No difference: {first} and {second} are right on the very same images."
     return f"Not shown: {second} differs from {first} by {points:+.2f} points of accuracy, which may be chance ({bounds})."
+
+
+def _against(comparison: Comparison, better: str) -> str:
+    """A sentence where the probabilities of the better one are worse."""
+    loss = comparison.paired["log_loss"]
+    worse = loss.interval[0] > 0 if comparison.better > 0 else loss.interval[1] < 0
+    return f" But the probabilities of {better} are worse: log loss {max(loss.values):.3f} against {min(loss.values):.3f}." if worse else ""
 
 
 def lines(comparison: Comparison, names: tuple[str, str]) -> Iterator[str]:
