@@ -14,6 +14,7 @@ Points = Sequence[tuple[float, float]]
 _WIDTH, _HEIGHT = 440, 250
 _LEFT, _RIGHT, _TOP, _BOTTOM = 58, 26, 14, 44
 _MOST = 400  # points of a line
+_STYLES = {"train": 0, "val": 1}  # a part looks the same in every chart; other lines by their order
 
 
 @dataclass(frozen=True)
@@ -58,8 +59,8 @@ def line_chart(lines: Mapping[str, Points], across: Scale, up: Scale, about: str
     parts += [_grid(across, up)]
     if guide:
         parts.append(f'<polyline class="guide" points="{_path(guide, across, up)}"/>')
-    for number, points in enumerate(lines.values()):
-        kept = _thinned(points)
+    for number, (name, points) in enumerate(lines.items()):
+        number, kept = _STYLES.get(name, number), _thinned(points)
         parts.append(f'<polyline class="line line{number}" points="{_path(kept, across, up)}"/>')
         if len(kept) <= 30:
             parts += [f'<circle class="dot line{number}" cx="{x}" cy="{y}" r="2.6"/>' for x, y in _places(kept, across, up)]
@@ -100,7 +101,7 @@ def _path(points: Points, across: Scale, up: Scale) -> str:
 def _legend(names: Sequence[str]) -> str:
     marks = (
         f'<svg class="mark" viewBox="0 0 22 6" aria-hidden="true"><line class="line line{number}" x1="0" x2="22" y1="3" y2="3"/></svg>'
-        for number in range(len(names))
+        for number in (_STYLES.get(name, place) for place, name in enumerate(names))
     )
     items = "".join(f"<span>{mark}{escape(name)}</span>" for mark, name in zip(marks, names, strict=True))
-    return f'<p class="legend">{items}</p>' if len(names) > 1 else ""
+    return f'<p class="legend">{items}</p>' if len(names) > 1 or names[0] in _STYLES else ""

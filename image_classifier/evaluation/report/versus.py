@@ -15,7 +15,7 @@ from image_classifier.page.pictures import NO_PICTURE, Thumbnail, thumbnail
 from image_classifier.page.words import counted, plain, printable
 
 _HERE = Path(__file__).parent
-_SHOWN = 96  # images of one direction
+_SHOWN = 60  # images of one direction
 _MARKUP = 400  # characters of HTML around one image
 _WORDS = {"accuracy": "accuracy", "f1_macro": "F1 (macro)", "log_loss": "log loss"}
 _WIDTH, _ROW = 360, 34  # of the drawing of intervals, in its own units
