@@ -26,7 +26,7 @@ class Places:
     """Where the files of a run lie; any of them may be missing.
 
     Args:
-        part: Of predictions.csv, logits.npy, metrics.json and explanations/, plots/NAME/SPLIT.
+        part: Of predictions.csv, logits.npy and metrics.json, plots/NAME/SPLIT; beside it robustness.json, latency.json and explain/.
         bundle: Of manifest.csv and the exports, models/NAME.
         run: Of the learning curves, runs/NAME.
         audits: Of one folder a data set with audit.json, data/audit.
@@ -38,6 +38,11 @@ class Places:
     run: Path | None = None
     audits: Path | None = None
     root: Path | None = None
+
+    @property
+    def explanations(self) -> Path:
+        """Where `infer --explain` leaves its figures."""
+        return self.part.parent / "explain"
 
 
 @dataclass(frozen=True)
@@ -54,8 +59,8 @@ class RunFacts:
         parts: Split -> images of each class, in the order of `labels`.
         labels: Classes of the manifest.
         audit: As audit.json has it.
-        robustness: Corruption -> severity -> accuracy.
-        latency: Export -> figure -> value.
+        robustness: Corruption -> severity -> accuracy, and `about` what it rests on.
+        latency: `backends` -> backend -> figure -> value, and the `hardware`.
         sizes: File of the bundle -> (bytes, sha256).
     """
 
@@ -69,7 +74,7 @@ class RunFacts:
     labels: Sequence[str] = ()
     audit: Mapping[str, Any] = field(default_factory=dict)
     robustness: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
-    latency: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
+    latency: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     sizes: Mapping[str, tuple[int, str]] = field(default_factory=dict)
 
     @property

@@ -11,6 +11,7 @@ from image_classifier.evaluation.report.facts import RunFacts
 from image_classifier.page.words import plain
 
 _CLASSES = 100  # classes that are drawn
+_FILES = {"onnx": "model.onnx", "checkpoint": "model.ckpt"}  # backend -> the export it reads
 _EXPORTS = (".onnx", ".ckpt", ".engine", ".pt", ".safetensors")
 
 
@@ -44,13 +45,12 @@ def _findings(audit: Mapping[str, Any]) -> list[tuple[str, str, str, str]]:
 
 
 def exports(sizes: Mapping[str, tuple[int, str]], latency: Mapping[str, Any]) -> dict[str, Any]:
-    """The models of the bundle with their sizes and, where it was measured, how fast they answer; notes are what is said of all."""
-    measured = {name: flat(values) for name, values in latency.items() if isinstance(values, Mapping)}
+    """The models of the bundle with their sizes and, where it was measured, how fast they answer and on which machine."""
+    measured = {_FILES.get(name, name): flat(values) for name, values in (latency.get("backends") or {}).items()}
     columns = list(dict.fromkeys(column for values in measured.values() for column in values))
     names = [*(name for name in sizes if name.endswith(_EXPORTS)), *(name for name in measured if name not in sizes)]
     rows = [{"name": plain(name), "size": sizes.get(name, (0, ""))[0], "values": measured.get(name, {})} for name in names]
-    notes = {name: value for name, value in latency.items() if not isinstance(value, Mapping)}
-    return {"rows": rows, "columns": columns, "notes": notes} if rows else {}
+    return {"rows": rows, "columns": columns, "notes": flat(latency.get("hardware") or {})} if rows else {}
 
 
 def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

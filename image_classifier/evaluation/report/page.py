@@ -12,7 +12,7 @@ from image_classifier.evaluation.report.charts import Scale, line_chart
 from image_classifier.evaluation.report.confusions import frequent, matrix
 from image_classifier.evaluation.report.facts import RunFacts
 from image_classifier.evaluation.report.gallery import cell_images, worst
-from image_classifier.evaluation.report.origin import data_rows, exports, origin
+from image_classifier.evaluation.report.origin import data_rows, exports, flat, origin
 from image_classifier.evaluation.report.trust import Reliability, calibrated, reliability, risk_coverage, risks
 from image_classifier.evaluation.report.words import absent, per_cent, verdict
 from image_classifier.page import document
@@ -44,7 +44,7 @@ def run_page(facts: RunFacts) -> str:
     confidence, right = calibrated(table, temperature)
     confusion = np.array(facts.metrics["confusion"], dtype=np.int64)
     pairs = frequent(confusion)
-    mistakes = worst(table, softmax(table.logits / temperature), facts.places.root, facts.places.part / "explanations")
+    mistakes = worst(table, softmax(table.logits / temperature), facts.places.root, facts.places.explanations)
     cells = cell_images(table, confidence, facts.places.root)
     explained = any(mistake.explanation.address for mistake in mistakes)
     return document.render(
@@ -66,6 +66,7 @@ def run_page(facts: RunFacts) -> str:
         pictures=any(image["picture"] for image in cells["images"]),
         mistakes=mistakes,
         num_wrong=int((~right).sum()),
+        decision=flat(getattr(facts.info, "decision", None) or {}),
         trust=_trust(facts, confidence, right, temperature),
         robustness=_robustness(facts.robustness),
         exports=exports(facts.sizes, facts.latency),
@@ -160,17 +161,19 @@ def _risk_said(curve: list[tuple[float, float]]) -> str:
 
 
 def _robustness(found: Mapping[str, Any]) -> dict[str, Any]:
-    """Accuracy by severity of each corruption, as a table and a drawing; {} where none was measured."""
-    rows = {
-        name: sorted((float(level), float(value)) for level, value in levels.items()) for name, levels in found.items() if isinstance(levels, Mapping)
-    }
-    rows = {plain(name): points for name, points in rows.items() if points}
-    if not rows:
+    """Accuracy by severity of each corruption, as a table and a drawing, and what it rests on; {} where none was measured."""
+    rows = {plain(name): _levels(levels) for name, levels in found.items() if name != "about"}
+    if not any(rows.values()):
         return {}
     levels = sorted({level for points in rows.values() for level, _ in points})
     values = [value for points in rows.values() for _, value in points]
     about = "; ".join(f"{name} {per_cent(points[0][1])} to {per_cent(points[-1][1])}" for name, points in rows.items())
-    drawing = line_chart(
-        rows, Scale.over("severity", levels, whole=True), Scale.over("accuracy", values, percent=True), f"Accuracy by severity: {about}"
-    )
-    return {"levels": levels, "rows": {name: dict(points) for name, points in rows.items()}, "drawing": drawing}
+    up = Scale.over("accuracy", values, percent=True)
+    drawing = line_chart(rows, Scale.over("severity", levels, whole=True), up, f"Accuracy by severity: {about}")
+    images = (found.get("about") or {}).get("images")
+    return {"levels": levels, "rows": {name: dict(points) for name, points in rows.items()}, "drawing": drawing, "images": images}
+
+
+def _levels(levels: Mapping[str, float]) -> list[tuple[float, float]]:
+    """(severity, accuracy), the mildest first."""
+    return sorted((float(level), float(value)) for level, value in levels.items())

@@ -74,6 +74,7 @@ def absent(facts: RunFacts, explained: bool) -> list[tuple[str, str]]:
     """What the report could hold and does not: title, and how to get it."""
     plots = facts.places.part.parent
     name, again = facts.name, f"then write the report anew: python commands.py report {facts.name}"
+    test, infer = f"python commands.py test --checkpoint_name {name}", f"python commands.py infer --checkpoint_name {name} --images FILES --explain"
     rows = [
         (not facts.curves, "Learning curves", f"no metrics.csv in {facts.places.run}: give the folder of the runs with runs_dir=PATH"),
         (
@@ -86,10 +87,10 @@ def absent(facts: RunFacts, explained: bool) -> list[tuple[str, str]]:
         (
             not facts.metrics.get("intervals"),
             "Intervals of every metric",
-            f"metrics.json holds none: python commands.py test --checkpoint_name {name}",
+            f"metrics.json holds none: {test}",
         ),
-        (not explained, "Explanations", f"no figures in {facts.places.part / 'explanations'}: infer --explain makes them; {again}"),
-        (not facts.robustness, "Robustness", f"no robustness.json in {plots}: not measured yet"),
-        (not facts.latency, "Latency", f"no latency.json in {plots}: not measured yet"),
+        (not explained, "Explanations", f"no figures of these mistakes in {facts.places.explanations}: {infer}, {again}"),
+        (not facts.robustness, "Robustness", f"no robustness.json in {plots}: {test} --robustness, {again}"),
+        (not facts.latency, "Latency", f"no latency.json in {plots}: {test} --latency, {again}"),
     ]
     return [(title, how) for missing, title, how in rows if missing]

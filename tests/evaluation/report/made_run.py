@@ -62,12 +62,15 @@ def _write_part(plots: Path, table: PredictionTable, manifest: Manifest, accurac
     for row in found["per_class"]:
         row["intervals"] = {"precision": [0.4, 0.9], "recall": None, "f1": [0.5, 0.8]}
     _write(plots / "test/metrics.json", json.dumps(found))
-    _write(plots / "robustness.json", json.dumps({"blur": {"1": 0.6, "3": 0.4, "5": 0.2}, "jpeg": {"1": 0.7, "3": 0.65, "5": 0.6}}))
-    _write(plots / "latency.json", json.dumps({"model.onnx": {"batch 1": {"p50_ms": 3.25}}, "device": "two cores"}))
+    _write(
+        plots / "robustness.json",
+        json.dumps({"blur": {"1": 0.6, "3": 0.4, "5": 0.2}, "jpeg": {"1": 0.7, "3": 0.65, "5": 0.6}, "about": {"images": 60}}),
+    )
+    _write(plots / "latency.json", json.dumps({"backends": {"onnx": {"p50_ms": 3.25}, "checkpoint": {"p50_ms": 7.5}}, "hardware": {"cores": 2}}))
     predicted = table.logits.argmax(axis=1)
     probabilities = table.probabilities.max(axis=1)
     worst = max(np.flatnonzero(predicted != table.targets), key=lambda row: probabilities[row])
-    explanation = plots / "test/explanations" / explanation_name(table.paths[worst])
+    explanation = plots / "explain" / explanation_name(table.paths[worst])
     explanation.parent.mkdir(parents=True)
     Image.new("RGB", (480, 240), "red").save(explanation)
 

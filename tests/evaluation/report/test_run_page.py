@@ -11,8 +11,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from image_classifier.bundle import read_bundle
 from image_classifier.evaluation.report.confusions import frequent, images_of_cells, matrix
+from image_classifier.evaluation.report.facts import Places, gather
 from image_classifier.evaluation.report.found import read_predictions
+from image_classifier.evaluation.report.page import run_page
 from image_classifier.evaluation.report.trust import calibrated, reliability, risk_coverage, risks
 from image_classifier.page import document
 from tests.conftest import Command
@@ -43,7 +46,7 @@ def test_all_that_was_measured_is_there(html: str) -> None:
         "below a confidence of 0.250",
         "batch 1 p50 ms",
         "3.25",
-        "device: two cores",
+        "cores: 2",
         "&#39;name=a b&#39;",
         "near duplicates",
     ):
@@ -92,13 +95,20 @@ def test_the_bundle_stays_sealed_and_the_page_is_the_same_each_time(home: Path, 
 
 def test_what_is_absent_is_said_with_how_to_get_it(home: Path, tmp_path: Path, command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
     shutil.copytree(home / "plots/run/test", tmp_path / "plots/bare/test")
-    shutil.rmtree(tmp_path / "plots/bare/test/explanations")
     monkeypatch.chdir(tmp_path)
     assert command("report", "bare").code == 0
     html = Path("plots/bare/report.html").read_text(encoding="utf-8")
     for title in ("Learning curves", "Data audit", "Split", "Origin", "Explanations", "Robustness", "Latency"):
         assert f"<strong>{title}</strong>: no " in html
     assert "give their folder with data_dir=PATH" in html and "data:image/webp" not in html
+
+
+def test_what_a_bundle_says_of_its_decisions_is_shown(home: Path) -> None:
+    info = read_bundle(home / "models/run").info
+    object.__setattr__(info, "decision", {"risk": 0.05, "conformal": {"coverage": 0.9}})
+    facts = gather("run", read_predictions(home / "plots/run/test"), Places(home / "plots/run/test"), info, {})
+    html = run_page(facts)
+    assert "<dt>risk</dt><dd>0.05</dd>" in html and "<dt>conformal coverage</dt><dd>0.9</dd>" in html
 
 
 def test_a_thousand_classes_stay_below_ten_megabytes(tmp_path: Path, command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
