@@ -51,6 +51,10 @@ class Commands:
         """Measure a bundle or a checkpoint on images it never saw."""
         self._run("test", "image_classifier.inference.test:test")
 
+    def report(self) -> None:
+        """Write one page about a run, or say whether the second of two is really better."""
+        self._run("report", "image_classifier.evaluation.report.run:report")
+
     def infer(self) -> None:
         """Say what images show, with a bundle, a checkpoint or an ONNX file."""
         self._run("infer", "image_classifier.inference.infer:infer")

@@ -29,9 +29,11 @@ TEXT_KEYS: dict[str, frozenset[str]] = {
     "train": _DATA_TEXT | {"model.weights", "model.from", "name", "resume", "models_dir", "plots_dir", "runs_dir", "logger.tracking_uri"},
     "test": frozenset({"cache_dir", "checkpoint_name", "test_dir", "output_dir", "models_dir", "plots_dir"}),
     "infer": frozenset({"checkpoint_name", "output", "models_dir", "plots_dir"}),
+    "report": frozenset({"name", "other", "data_dir", "models_dir", "plots_dir", "runs_dir", "audit_dir", "output"}),
 }
 TEXT_KEYS["tune"] = TEXT_KEYS["train"] | {"tune.storage"}
 LIST_KEYS: dict[str, frozenset[str]] = {"infer": frozenset({"images"})}
+WORD_KEYS: dict[str, tuple[str, ...]] = {"report": ("name", "other")}  # what bare words mean, in their order
 MAP_KEYS = frozenset({"data.rename"})  # of any names: Hydra must be told that they are new
 
 # Hydra's own flags that stand alone, and those that take a value.
@@ -73,7 +75,7 @@ def translate(verb: str, arguments: Sequence[str]) -> CommandLine:
     """
     flags: list[tuple[str, str | None]] = []
     overrides: list[str] = []
-    rest = list(arguments)
+    rest, keys = list(arguments), list(WORD_KEYS.get(verb, ()))
     while rest:
         word = rest.pop(0)
         name, equals, value = word.partition("=")
@@ -85,6 +87,8 @@ def translate(verb: str, arguments: Sequence[str]) -> CommandLine:
             raise ConfigError(f"{word!r} is not an option", "write --key value, key=value, or see --help")
         elif _is_override(word) or "--shell-completion" in dict(flags):
             overrides.append(_mapped(_listed(verb, word)))
+        elif keys:
+            overrides.append(f"{keys.pop(0)}={quoted(word)}")
         else:
             raise ConfigError(f"{word!r} is not key=value", "write key=value or --key value")
     return CommandLine(tuple(flags), tuple(overrides))

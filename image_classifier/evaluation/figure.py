@@ -1,4 +1,4 @@
-"""A page for a figure: made without pyplot, laid out in inches from measured text so that nothing can overlap, written whole as PNG.
+"""A page for a figure: made without pyplot, laid out in inches from measured text so that nothing can overlap, written whole as PNG and SVG.
 
 Colours are those of Okabe and Ito (2008), told apart in every colour vision.
 """
@@ -12,8 +12,10 @@ from math import ceil
 from pathlib import Path
 from typing import cast
 
+import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 from matplotlib.font_manager import findfont, get_font
 from matplotlib.ft2font import FT2Font
@@ -41,14 +43,23 @@ def axes_at(figure: Figure, left: float, bottom: float, width: float, height: fl
 
 
 def save_figure(figure: Figure, path: Path) -> Path:
-    """Write the figure as PNG, whole or not at all."""
+    """Write the figure as PNG and, beside it, as SVG, each whole or not at all; the same figure gives the same bytes."""
     for text in figure.findobj(lambda artist: isinstance(artist, Text)):
         cast(Text, text).set_fontfamily(_FONT)
         cast(Text, text).set_parse_math(False)  # a class may be called `$x_1$`
-    buffer = io.BytesIO()
+    drawing, buffer = _svg(figure), io.BytesIO()
     FigureCanvasAgg(figure).print_figure(buffer, format="png", dpi=DPI, facecolor="white")
     write_bytes(path, buffer.getvalue())
+    write_bytes(path.with_suffix(".svg"), drawing)
     return path
+
+
+def _svg(figure: Figure) -> bytes:
+    """The figure as SVG: letters as outlines, which need no font, lie where they were measured to, and are no code; no date, no random names."""
+    buffer = io.BytesIO()
+    with matplotlib.rc_context({"svg.fonttype": "path", "svg.hashsalt": "image_classifier"}):
+        FigureCanvasSVG(figure).print_figure(buffer, format="svg", dpi=DPI, facecolor="white", metadata={"Date": None})
+    return buffer.getvalue()
 
 
 @lru_cache(maxsize=4096)

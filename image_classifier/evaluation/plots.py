@@ -1,4 +1,4 @@
-"""Pictures of a run as PNG files: learning curves, confusion matrix, sample grid, scores per class."""
+"""Pictures of a run as PNG and SVG files: learning curves, confusion matrix, sample grid, scores per class."""
 
 from __future__ import annotations
 
@@ -58,26 +58,45 @@ def _learning_curve(series: Mapping[str, np.ndarray], title: str, lowest: bool) 
 
 
 def plot_loss_in_parts(history: Mapping[str, Sequence[tuple[float, float]]], directory: Path) -> list[Path]:
-    """Write loss_parts.png for a run of 40 epochs or more: four equal shares of them, each on its own scale, so that late progress is seen."""
-    series = {split: _points(history.get(f"{split}/loss", ())) for split in ("train", "val")}
-    epochs = np.concatenate([points[:, 0] for points in series.values()])
-    if len(np.unique(epochs)) < _LONG:
-        return []
-    figure = new_figure(7.2, 6.0, "Loss, in four parts")
-    edges = np.linspace(epochs.min(), epochs.max(), 5)
-    for part in range(4):
-        axes = axes_at(figure, 0.75 + 3.55 * (part % 2), 3.3 - 2.7 * (part // 2), 2.6, 2.05)
+    """Write loss_parts.png for a run of 40 epochs or more, in four parts."""
+    return plot_curves_in_parts({name: points for name, points in history.items() if name.endswith("/loss")}, directory, 4, _LONG)
+
+
+def plot_curves_in_parts(history: Mapping[str, Sequence[tuple[float, float]]], directory: Path, parts: int, least: int = 2) -> list[Path]:
+    """Write loss_parts.png, accuracy_parts.png and f1_parts.png: equal shares of the epochs, each on its own scale, so that late progress is seen.
+
+    A metric that was followed for fewer than `least` epochs is skipped; there are never more parts than steps between epochs.
+    """
+    written = []
+    for name, metric, title in _CURVES:
+        series = {split: _points(history.get(f"{split}/{metric}", ())) for split in ("train", "val")}
+        series = {split: points for split, points in series.items() if np.isfinite(points[:, 1]).any()}
+        epochs = np.unique(np.concatenate([points[:, 0] for points in series.values()])) if series else np.zeros(0)
+        if len(epochs) >= max(2, least):
+            figure = _curve_in_parts(series, title, np.linspace(epochs[0], epochs[-1], min(parts, len(epochs) - 1) + 1))
+            written.append(save_figure(figure, directory / f"{name}_parts.png"))
+    return written
+
+
+def _curve_in_parts(series: Mapping[str, np.ndarray], title: str, edges: np.ndarray) -> Figure:
+    """One panel between each two `edges` (epochs), two in a row, three where there are more than four."""
+    parts = len(edges) - 1
+    columns = min(parts, 2 if parts <= 4 else 3)
+    rows = ceil(parts / columns)
+    figure = new_figure(max(4.6, 0.1 + 3.55 * columns), 0.6 + 2.7 * rows, f"{title}, in {parts} parts" if parts > 1 else title)
+    for part in range(parts):
+        axes = axes_at(figure, 0.75 + 3.55 * (part % columns), 0.6 + 2.7 * (rows - 1 - part // columns), 2.6, 2.05)
         for split, points in series.items():
             inside = points[(points[:, 0] >= edges[part]) & (points[:, 0] <= edges[part + 1])]
             if len(inside):
                 _draw_curve(axes, inside, split)
         axes.xaxis.set_major_locator(MaxNLocator(nbins=5, integer=True, min_n_ticks=1))
         axes.ticklabel_format(axis="y", useOffset=False)
-        axes.set(xlabel="epoch", ylabel="loss")
+        axes.set(xlabel="epoch", ylabel=title.lower().replace("f1", "F1"))
         axes.grid(color="#e3e3e3", linewidth=0.8)
     axes = figure.axes[0]
     axes.legend(loc="lower left", bbox_to_anchor=(0.0, 1.01), ncols=2, fontsize=9, frameon=False, columnspacing=1.4, borderaxespad=0.0)
-    return [save_figure(figure, directory / "loss_parts.png")]
+    return figure
 
 
 def plot_learning_rate_finder(rates: np.ndarray, losses: np.ndarray, smooth: np.ndarray, found: float | None, path: Path) -> Path:

@@ -16,7 +16,7 @@ from image_classifier.evaluation.decision import Decision
 from image_classifier.evaluation.decision_results import Trust, write_trust
 from image_classifier.evaluation.leaks import LeakScore, leak_score
 from image_classifier.evaluation.metrics import Metrics, compute_metrics
-from image_classifier.evaluation.plots import plot_learning_curves, plot_loss_in_parts
+from image_classifier.evaluation.plots import plot_curves_in_parts, plot_learning_curves, plot_loss_in_parts
 from image_classifier.evaluation.results import metrics_lines, scalars, write_evaluation
 from image_classifier.files import write_text
 from image_classifier.records import SPLITS, Manifest, PredictionTable
@@ -53,15 +53,16 @@ def write_results(
     history: RunHistory,
     baselines: Sequence[Baseline],
     decision: Decision,
+    parts: int | None = None,
 ) -> Results:
-    """Judge the predictions, and write the figures and tables of the run to its folder in plots/."""
+    """Judge the predictions, and write the figures and tables of the run to its folder in plots/; `parts` as in `plots.parts`."""
     metrics = {split: compute_metrics(table) for split, table in tables.items()}
     leaks = {split: leak_score(table, manifest.leaked(split)) for split, table in tables.items()}
     trusts = {split: write_trust(table, decision, run.plots / split, f"{run.name}, {split}") for split, table in tables.items()}
     results = Results(metrics, leaks, {split: scalars(metrics[split], leaks[split]) for split in tables}, trusts)
     write_text(run.plots / "metrics.json", json.dumps(results.scores, indent=2) + "\n")
     plot_learning_curves(history.curves(), run.plots)
-    plot_loss_in_parts(history.curves(), run.plots)
+    plot_curves_in_parts(history.curves(), run.plots, parts) if parts else plot_loss_in_parts(history.curves(), run.plots)
     for split, table in tables.items():
         beside = simple.beside(baselines, split)
         write_evaluation(table, metrics[split], manifest.part(split), run.plots / split, f"{run.name}, {split}", leaks[split], beside)

@@ -152,7 +152,7 @@ def _train(config: Any, run: RunFolder, manifest: Manifest, data: DataSettings, 
             return None
         tables = calibrated(tables)
         decision = decided(tables["val"], asked)
-        results = write_results(run, manifest, tables, history, baselines, decision)
+        results = write_results(run, manifest, tables, history, baselines, decision, _run_settings(config).plots.parts)
         blueprint = {**module.hparams["blueprint"], "temperature": tables["val"].temperature, "decision": decision.as_dict()}
         facts = deliver(classifier, blueprint, run, manifest, cache, results, baselines, config, throughput.images_per_second, decision, detector)
         note_finished(run, results.score, length_of(_flat(config)))

@@ -39,6 +39,17 @@ class RunFolder:
 
 
 @dataclass(frozen=True)
+class PlotSettings:
+    """The keys of `plots`: in how many parts learning curves are drawn besides whole; None: the loss in four, from 40 epochs on."""
+
+    parts: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.parts is not None and not 1 <= self.parts <= 12:
+            raise ConfigError(f"plots.parts must be from 1 to 12, or null, not {self.parts}")
+
+
+@dataclass(frozen=True)
 class RunSettings:
     """The keys at the root of conf/train.yaml."""
 
@@ -51,6 +62,7 @@ class RunSettings:
     runs_dir: str = "runs"
     baselines: bool = False
     test: bool = True
+    plots: PlotSettings = field(default_factory=PlotSettings)
     trusted_packages: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:

@@ -31,3 +31,18 @@ def test_every_epoch_of_a_long_run_is_in_a_part(num_epochs: int, each: int, tmp_
 def test_a_short_run_needs_none(tmp_path: Path) -> None:
     assert plots.plot_loss_in_parts({"train/loss": curve(39, 1, 0), "val/loss": curve(20, 1, 0)}, tmp_path) == []
     assert plots.plot_loss_in_parts({}, tmp_path) == []
+
+
+@pytest.mark.parametrize("parts", [1, 2, 3, 5, 12])
+def test_curves_are_split_into_as_many_parts_as_asked(parts: int, tmp_path: Path, drawn: list[Figure]) -> None:
+    history = {"train/loss": curve(30, 2, 0.5), "val/loss": curve(30, 2, 0.6), "val/accuracy": curve(30, 0.1, 0.9), "val/f1_macro": curve(1, 0, 0)}
+    written = plots.plot_curves_in_parts(history, tmp_path, parts)
+    assert [path.name for path in written] == ["loss_parts.png", "accuracy_parts.png"]
+    for figure in drawn:
+        assert len(figure.axes) == parts
+        assert_legible(figure)
+
+
+def test_there_are_never_more_parts_than_steps(tmp_path: Path, drawn: list[Figure]) -> None:
+    plots.plot_curves_in_parts({"val/loss": curve(4, 2, 1)}, tmp_path, 12)
+    assert len(drawn[0].axes) == 3

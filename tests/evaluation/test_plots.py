@@ -1,9 +1,10 @@
-"""Every picture is a PNG whose texts neither overlap nor leave the figure, at 2 to 200 classes and with odd names."""
+"""Every picture is a PNG whose texts neither overlap nor leave the figure, at 2 to 1 000 classes and with odd names."""
 
 from __future__ import annotations
 
 from itertools import pairwise
 from pathlib import Path
+from xml.etree import ElementTree
 
 import numpy as np
 import pytest
@@ -17,7 +18,7 @@ from image_classifier.errors import DataError, StorageError
 from image_classifier.evaluation import figure, plots
 from image_classifier.evaluation.metrics import ClassScore
 
-NUM_CLASSES = [2, 10, 60, 200]
+NUM_CLASSES = [2, 10, 60, 200, 1000]
 ODD = ("$x_1$", "a$b", "dog 🐶", "Гомер_Симпсон", "猫", "\udcff", "line\nbreak", "", r"\frac{1}{0}", "W" * 300, "i" * 5000, "\u202eevil", "^_{}")
 NAMES = ("abraham_grampa_simpson", "n02085936-Maltese_dog_with_a_very_long_name", "cat", "Чёрный_терьер_длинное_имя_породы")
 
@@ -224,3 +225,12 @@ def test_rates_on_the_axis_are_plain_numbers(tmp_path: Path, monkeypatch: pytest
     figures[0].canvas.draw()
     labels = [label.get_text() for label in figures[0].axes[0].get_xticklabels()]
     assert {"1e-06", "0.001", "0.1"} <= set(labels) and not any("$" in label for label in labels)
+
+
+def test_the_svg_beside_it_is_the_same_each_time_and_holds_no_code_font_or_date(tmp_path: Path) -> None:
+    for name in ("one", "two"):
+        plots.plot_confusion_matrix(make_confusion(3), ["<script>alert(1)</script>", "--><b>", "]]>&"], tmp_path / name / "x.png", "<title>")
+    svg, again = ((tmp_path / name / "x.svg").read_bytes() for name in ("one", "two"))
+    assert svg == again
+    tags = {element.tag.rpartition("}")[2] for element in ElementTree.fromstring(svg).iter()}
+    assert "path" in tags and not tags & {"script", "text", "foreignObject", "a", "date"}

@@ -55,7 +55,16 @@ def test_the_log_says_what_was_chosen_and_why(trained: Path) -> None:
 def test_the_bundle_is_whole_and_hashed(digits_bundle: Path) -> None:
     bundle = read_bundle(digits_bundle)
     bundle.verify()
-    assert set(bundle.info.files) == {"model.onnx", "model.ckpt", "manifest.csv", "config.yaml", "golden.npz", "MODEL_CARD.md", "ood.npz"}
+    assert set(bundle.info.files) == {
+        "model.onnx",
+        "model.ckpt",
+        "manifest.csv",
+        "config.yaml",
+        "golden.npz",
+        "MODEL_CARD.md",
+        "ood.npz",
+        "report.html",
+    }
     assert bundle.info.classes == tuple("0123456789")
     assert bundle.info.provenance["manifest_sha256"] == Manifest.read(digits_bundle / "manifest.csv", Path("data/digits")).sha256
     assert bundle.info.provenance["command"][1:] == ["train", "name=digits", "trainer.max_epochs=2", "+trainer.limit_train_batches=6"]

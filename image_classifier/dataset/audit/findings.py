@@ -10,6 +10,7 @@ from typing import Any
 
 from image_classifier.dataset.audit.kinds import ALIKE, EXCLUDABLE, GROUPED, KINDS, NOUNS, SEVERITIES, UNREADABLE
 from image_classifier.errors import ConfigError
+from image_classifier.page.words import counted, printable
 
 SCHEMA_VERSION = 1
 
@@ -204,18 +205,6 @@ class Audit:
             "findings": [finding.as_dict() for finding in self.findings],
             "exclude": {"left_out": dict(self.left_out), "proposed": dict(self.proposed), "unmatched": list(self.unmatched)},
         }
-
-
-def counted(number: int, noun: str) -> str:
-    """A number with its noun: 1 image, 2 classes, 12 345 images."""
-    plural = {"class": "classes"}.get(noun, f"{noun}s")
-    return f"{number:,} {noun if number == 1 else plural}".replace(",", " ")
-
-
-def printable(text: str) -> str:
-    """The text as a terminal or a page can show it: control characters and bytes that are no UTF-8 spelt out."""
-    shown = text.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
-    return "".join(letter if letter.isprintable() else letter.encode("unicode_escape").decode() for letter in shown)
 
 
 def _example(finding: Finding) -> str:

@@ -1,0 +1,96 @@
+"""What the report says in sentences: the verdict on top, and of everything absent how to get it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from image_classifier.evaluation.report.confusions import Pair
+from image_classifier.evaluation.report.facts import RunFacts
+from image_classifier.page.words import counted, plain
+
+_NAMES = {"most_frequent": "always the most frequent class", "logistic": "logistic regression on the backbone's embeddings"}
+_HONEST = 0.02  # mean confidence and accuracy this near are called honest
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """The first lines of the report: how good, how sure, compared with what, what hurts; `beats` is None where there is nothing to beat."""
+
+    sentences: tuple[str, ...]
+    beats: bool | None
+
+
+def verdict(facts: RunFacts, sure: float, confusions: list[Pair]) -> Verdict:
+    """In a few sentences; `sure` is the mean confidence, `confusions` the most frequent mistakes."""
+    accuracy, interval = float(facts.metrics["accuracy"]), facts.interval("accuracy")
+    number = len(facts.table.targets)
+    assert interval is not None  # of the accuracy there is always one
+    bounds = f"95 % interval {per_cent(interval[0])} to {per_cent(interval[1])}"
+    good = f"Right on {per_cent(accuracy)} of {counted(number, f'{facts.split} image')} ({bounds})."
+    beats, compared = _compared(facts, accuracy, interval[0])
+    return Verdict((good, compared, _honesty(sure, accuracy), *_hurts(facts, confusions)), beats)
+
+
+def _compared(facts: RunFacts, accuracy: float, low: float) -> tuple[bool | None, str]:
+    known: Mapping[str, Any] = facts.metrics.get("baselines") or {}
+    if not known:
+        return None, "No baseline was judged on these images, so nothing says whether this is much."
+    name, best = max(known.items(), key=lambda item: item[1]["accuracy"])
+    said, ahead = f"{_NAMES.get(name, name)} ({per_cent(best['accuracy'])})", accuracy - best["accuracy"]
+    if low > best["accuracy"]:
+        return True, f"That is {100 * ahead:.1f} points above the best baseline, {said}."
+    words = "more than chance explains" if ahead > 0 else "at all"
+    return False, f"It does not beat the best baseline, {said}, {words if ahead <= 0 else 'by ' + words}."
+
+
+def _honesty(sure: float, accuracy: float) -> str:
+    gap = sure - accuracy
+    if abs(gap) <= _HONEST:
+        return f"Its confidence is honest: {per_cent(sure)} on average."
+    how, side = ("too sure", "above") if gap > 0 else ("not sure enough", "below")
+    return f"It is {how}: its mean confidence is {per_cent(sure)}, {100 * abs(gap):.1f} points {side} its accuracy."
+
+
+def _hurts(facts: RunFacts, confusions: list[Pair]) -> Iterator[str]:
+    if not confusions:
+        yield "There is no mistake."
+        return
+    pair, classes = confusions[0], facts.table.classes
+    total = round(pair.count / pair.share)
+    words = f"What hurts most: {pair.count} of {total} images of “{plain(classes[pair.truth])}” are taken for “{plain(classes[pair.predicted])}”"
+    rows = [row for row in facts.metrics["per_class"] if row["support"]]
+    weakest = min(rows, key=lambda row: (row["f1"], -row["support"]))
+    yield f"{words}; the weakest class is “{plain(weakest['label'])}” (F1 {weakest['f1']:.2f})."
+
+
+def per_cent(share: float) -> str:
+    """A share as a person reads it; what is not everything is never called 100."""
+    return f"{100 * share:.1f} %" if share in (0, 1) or 0.0005 < share < 0.9995 else f"{100 * share:.3f} %"
+
+
+def absent(facts: RunFacts, explained: bool) -> list[tuple[str, str]]:
+    """What the report could hold and does not: title, and how to get it."""
+    plots = facts.places.part.parent
+    name, again = facts.name, f"then write the report anew: python commands.py report {facts.name}"
+    test, infer = f"python commands.py test --checkpoint_name {name}", f"python commands.py infer --checkpoint_name {name} --images FILES --explain"
+    rows = [
+        (not facts.curves, "Learning curves", f"no metrics.csv in {facts.places.run}: give the folder of the runs with runs_dir=PATH"),
+        (
+            not facts.audit,
+            "Data audit",
+            f"no audit.json of these images in {facts.places.audits}: python commands.py audit with the same data.*, {again}",
+        ),
+        (not facts.parts, "Split", "no manifest.csv: it lies in the bundle, and there is no bundle of this name"),
+        (facts.info is None, "Origin", f"no bundle {name!r}: command, versions and hashes stand in its bundle.json"),
+        (
+            not facts.metrics.get("intervals"),
+            "Intervals of every metric",
+            f"metrics.json holds none: {test}",
+        ),
+        (not explained, "Explanations", f"no figures of these mistakes in {facts.places.explanations}: {infer}, {again}"),
+        (not facts.robustness, "Robustness", f"no robustness.json in {plots}: {test} --robustness, {again}"),
+        (not facts.latency, "Latency", f"no latency.json in {plots}: {test} --latency, {again}"),
+    ]
+    return [(title, how) for missing, title, how in rows if missing]

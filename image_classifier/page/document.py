@@ -1,0 +1,38 @@
+"""One HTML text from a template of one's own that extends base.html.j2: styles and script inside, and a policy that lets nothing else run."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+from pathlib import Path
+from typing import Any
+
+import jinja2
+
+from image_classifier.page.words import counted, number, plain, unbroken
+
+_HERE = Path(__file__).parent
+
+
+def render(template: Path, styles: Path, script: Path, **values: Any) -> str:
+    """The page: `template` filled with `values`, all of it escaped; the shared styles and `styles`, and `script`, each allowed by its hash.
+
+    The template extends base.html.j2 and fills its blocks `title` and `body`; no element of it has a style= or on…= attribute.
+    """
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader([template.parent, _HERE]),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters |= {"number": number, "plain": plain, "counted": counted, "unbroken": unbroken}
+    style = "\n".join(path.read_text(encoding="utf-8") for path in (_HERE / "base.css", styles))
+    code = script.read_text(encoding="utf-8")
+    inside = {"style": style, "style_hash": digest(style), "script": code, "script_hash": digest(code)}
+    return environment.get_template(template.name).render(**inside, **values)
+
+
+def digest(text: str) -> str:
+    """The sha256 of an inline script or style as a content security policy names it."""
+    return base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()

@@ -1,0 +1,85 @@
+"""The verb `report` on files as `test` leaves them: what it finds, says and refuses."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from image_classifier.evaluation.metrics import compute_metrics
+from image_classifier.evaluation.report.found import read_predictions
+from image_classifier.evaluation.results import metrics_dict
+from tests.conftest import Command, MakeTree, listed
+from tests.evaluation.test_compare import made, taken
+from tests.test_architecture import assert_torch_free
+
+
+@pytest.fixture
+def plots(make_tree: MakeTree, tmp_path: Path) -> Path:
+    """plots/first/test, plots/second/test: predictions of the same 80 images, the second better."""
+    manifest = listed(make_tree(a=20, b=20, c=20, d=20))
+    for number, (name, accuracy) in enumerate({"first": 0.5, "second": 0.95}.items()):
+        table = made(manifest.targets, accuracy, number)
+        table = type(table)(tuple(manifest.paths), table.targets, table.logits, table.classes)
+        directory = tmp_path / "plots" / name / "test"
+        table.write(directory)
+        (directory / "metrics.json").write_text(json.dumps(metrics_dict(compute_metrics(table), None)))
+    return tmp_path / "plots"
+
+
+def test_predictions_come_back_as_they_were(tmp_path: Path) -> None:
+    table = made(np.arange(40) % 3, 0.5, 0)  # no image of class d
+    write = tmp_path / "x"
+    table.write(write)
+    (write / "metrics.json").write_text('{"per_class": [{"label": "a"}, {"label": "b"}, {"label": "c"}, {"label": "d"}]}')
+    back = read_predictions(write)
+    assert back.paths == table.paths and back.classes == table.classes
+    assert np.array_equal(back.targets, table.targets) and np.array_equal(back.logits, table.logits)
+
+
+def test_two_names_say_whether_the_second_is_better(plots: Path, command: Command) -> None:
+    answer = command("report", "first", "second", f"plots_dir={plots}", "models_dir=none", f"--data_dir={plots.parent / 'tree'}")
+    assert answer.code == 0, answer.err
+    assert "Yes: second is better than first by " in answer.out and "McNemar    only A right" in answer.out
+    html = (plots / "compare-first-second" / "report.html").read_text()
+    assert html.count("data:image/webp") > 20 and "Is second really better than first?" in html
+
+
+def test_folders_are_compared_without_images_or_torch(plots: Path) -> None:
+    line = ("report", "plots/second/test", "plots/first/test", "resamples=100", "output=page.html")
+    assert "No, the other way round: second/test is better than first/test" not in assert_torch_free(plots.parent, *line[:1], "--help")
+    assert "No, the other way round: second/test is better than first/test" in assert_torch_free(plots.parent, *line)
+    html = (plots.parent / "page.html").read_text()
+    assert "give their folder with data_dir=PATH" in html and "data:image/webp" not in html
+
+
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        (("first", "first"), "are the same predictions"),
+        (("first", "second", "third"), "'third' is not key=value"),
+        (("first", "secnd"), "there is no checkpoint 'secnd'"),
+        (("first", "second", "split=val"), "'first' has no predictions of its val part"),
+        (("first", "second", "split=tests"), "there is no split 'tests'"),
+        (("first", "second", "resamples=5"), "resamples must be from 100"),
+        (("first", "second", "output=page.pdf"), "does not end so"),
+        (("first", "second", "data_dir=nowhere"), "is not a folder"),
+        ((), "name is missing"),
+    ],
+)
+def test_what_cannot_be_is_one_line(line: tuple[str, ...], said: str, plots: Path, command: Command) -> None:
+    answer = command("report", *line, f"plots_dir={plots}", "models_dir=none")
+    assert answer.code == 2 and said in answer.err and len(answer.err.splitlines()) == 1, answer.err
+
+
+def test_predictions_that_are_damaged_are_refused(plots: Path, command: Command) -> None:
+    whole = read_predictions(plots / "first/test")
+    taken(whole, np.arange(10)).write(plots / "first/test/cut")
+    (plots / "first/test/cut/logits.npy").replace(plots / "first/test/logits.npy")
+    answer = command("report", "first", "second", f"plots_dir={plots}", "models_dir=none")
+    assert answer.code == 2 and "has 80 rows, logits.npy the shape [10, 4]" in answer.err
+    (plots / "second/test/logits.npy").write_bytes(b"")
+    answer = command("report", "second", "first", f"plots_dir={plots}", "models_dir=none")
+    assert answer.code == 2 and "cannot read the predictions" in answer.err

@@ -1,0 +1,153 @@
+"""The report of one run: true to the files, bounded, safe, and plain about what is absent."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from image_classifier.bundle import read_bundle
+from image_classifier.evaluation.report.confusions import frequent, images_of_cells, matrix
+from image_classifier.evaluation.report.facts import Places, gather
+from image_classifier.evaluation.report.found import read_predictions
+from image_classifier.evaluation.report.page import run_page
+from image_classifier.evaluation.report.trust import calibrated, reliability, risk_coverage, risks
+from image_classifier.page import document
+from tests.conftest import Command
+from tests.evaluation.report.made_run import HOSTILE, make_run
+from tests.evaluation.test_compare import made
+from tests.test_architecture import assert_torch_free
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    place = tmp_path_factory.mktemp("home")
+    make_run(place)
+    assert "accuracy   0." in assert_torch_free(place, "report", "run")
+    return place
+
+
+@pytest.fixture
+def html(home: Path) -> str:
+    return (home / "plots/run/report.html").read_text(encoding="utf-8")
+
+
+def test_all_that_was_measured_is_there(html: str) -> None:
+    for section in ("scores", "curves", "classes", "confusions", "mistakes", "trust", "robustness", "exports", "data", "origin"):
+        assert f'<h2 id="{section}">' in html and f'href="#{section}"' in html
+    assert 'id="absent"' not in html
+    for said in (
+        "Temperature 1.500",
+        "below a confidence of 0.250",
+        "p50 ms",
+        "model.ckpt",
+        "Accuracy on 60 images",
+        "3.25",
+        "cores: 2",
+        "&#39;name=a b&#39;",
+        "near duplicates",
+    ):
+        assert said in html, said
+    assert 'class="explanation"' in html and "0.5000 to 0.9000" in html and "most frequent class (20.0 %)" in html
+
+
+def test_nothing_foreign_runs_and_no_name_is_code(html: str) -> None:
+    assert HOSTILE not in html and "&lt;img src=x onerror" in html
+    policy = re.findall(r'Content-Security-Policy" content="([^"]+)"', html)[0]
+    assert "unsafe" not in policy and "default-src 'none'" in policy
+    style, script = re.findall(r"<style>(.*?)</style>", html, re.DOTALL)[0], re.findall(r"<script>(.*?)</script>", html, re.DOTALL)[0]
+    assert f"style-src 'sha256-{document.digest(style)}'" in policy and f"script-src 'sha256-{document.digest(script)}'" in policy
+    bare = re.sub(r'(?s)<style>.*?</style>|<script.*?</script>|="[^"]*"', "=", html)
+    assert not re.findall(r"<[a-z]+[^>]*\s(?:style|on\w+)=", bare)
+    assert all(address.startswith(("#", "data:")) for address in re.findall(r'(?:src|href)="([^"]*)"', html))
+
+
+def test_every_link_leads_somewhere_and_every_picture_has_words(html: str) -> None:
+    ids = re.findall(r'\sid="([^"]+)"', html)
+    assert len(ids) == len(set(ids)) and set(re.findall(r'href="#([^"]+)"', html)) <= set(ids)
+    assert all('alt="' in tag for tag in re.findall(r"<img[^>]*>", html))
+    levels = [int(level) for level in re.findall(r"<h(\d)", html)]
+    assert levels[0] == 1 and levels.count(1) == 1 and all(after <= before + 1 for before, after in pairwise(levels))
+
+
+def test_the_images_behind_a_cell_are_those_of_the_pair(home: Path, html: str) -> None:
+    table = read_predictions(home / "plots/run/test")
+    content = json.loads(re.findall(r'id="cells">(.*?)</script>', html, re.DOTALL)[0])
+    predicted = table.logits.argmax(axis=1)
+    for cell, places in content["cells"].items():
+        truth, answer = map(int, cell.split(","))
+        expected = {path for path, target, found in zip(table.paths, table.targets, predicted, strict=True) if (target, found) == (truth, answer)}
+        assert {content["images"][place]["path"] for place in places} == expected
+    assert content["images"][0]["picture"].startswith("data:image/webp;base64,")
+    assert content["classes"] == list(table.classes)
+
+
+def test_the_bundle_stays_sealed_and_the_page_is_the_same_each_time(home: Path, html: str, command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(home)
+    before = {path: path.read_bytes() for path in Path("models").rglob("*") if path.is_file()}
+    assert command("report", "run", "output=again.html").code == 0
+    assert Path("again.html").read_text() == html
+    assert {path: path.read_bytes() for path in Path("models").rglob("*") if path.is_file()} == before
+
+
+def test_what_is_absent_is_said_with_how_to_get_it(home: Path, tmp_path: Path, command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+    shutil.copytree(home / "plots/run/test", tmp_path / "plots/bare/test")
+    monkeypatch.chdir(tmp_path)
+    assert command("report", "bare").code == 0
+    html = Path("plots/bare/report.html").read_text(encoding="utf-8")
+    for title in ("Learning curves", "Data audit", "Split", "Origin", "Explanations", "Robustness", "Latency"):
+        assert f"<strong>{title}</strong>: no " in html
+    assert "give their folder with data_dir=PATH" in html and "data:image/webp" not in html
+
+
+def test_what_a_bundle_says_of_its_decisions_is_shown(home: Path) -> None:
+    info = read_bundle(home / "models/run").info
+    object.__setattr__(info, "decision", {"risk": 0.05, "conformal": {"coverage": 0.9}})
+    facts = gather("run", read_predictions(home / "plots/run/test"), Places(home / "plots/run/test"), info, {})
+    html = run_page(facts)
+    assert "<dt>risk</dt><dd>0.05</dd>" in html and "<dt>conformal coverage</dt><dd>0.9</dd>" in html
+
+
+def test_a_thousand_classes_stay_below_ten_megabytes(tmp_path: Path, command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+    make_run(tmp_path, num_classes=1000, each=4, pictures=False)
+    monkeypatch.chdir(tmp_path)
+    assert command("report", "run").code == 0
+    html = Path("plots/run/report.html").read_text(encoding="utf-8")
+    assert len(html.encode()) < 10_000_000
+    assert html.count("<tr data-name=") == 1000 + 200 and "the 40 with most mistakes" in html.replace("  ", " ")
+
+
+def test_the_matrix_shows_the_classes_that_are_mixed_up_most() -> None:
+    confusion = np.diag(np.full(60, 9))
+    confusion[50, 7] = 4
+    shown = matrix(confusion)
+    assert len(shown.classes) == 40 and {7, 50} <= set(shown.classes) and not shown.whole
+    (pair,) = frequent(confusion)
+    assert (pair.truth, pair.predicted, pair.count) == (50, 7, 4) and pair.share == pytest.approx(4 / 13)
+    assert matrix(np.diag([1, 0])).rows[1] == [None, None]
+
+
+def test_every_cell_gets_its_turn_before_any_gets_a_second_image() -> None:
+    table = made(np.random.default_rng(0).integers(0, 4, 800), 0.5, 1)
+    confidence = table.probabilities.max(axis=1)
+    chosen = images_of_cells(table, confidence, 26, 24)
+    wrong = {cell: rows for cell, rows in chosen.items() if cell[0] != cell[1]}
+    assert len(wrong) == 12 and {len(rows) for rows in wrong.values()} <= {2, 3}
+    for rows in wrong.values():
+        assert list(confidence[rows]) == sorted(confidence[rows], reverse=True)
+
+
+def test_risk_falls_to_that_of_the_surest_and_reliability_adds_up() -> None:
+    table = made(np.random.default_rng(0).integers(0, 4, 800), 0.6, 1)
+    confidence, right = calibrated(table, 1.0)
+    curve = risk_coverage(confidence, right)
+    assert curve[-1] == (1.0, pytest.approx(1 - right.mean())) and risks(curve)[0][1] == curve[-1][1]
+    found = reliability(confidence, right)
+    assert sum(count for _, _, count in found.bins) == 800
+    assert sum(accuracy * count for _, accuracy, count in found.bins) == pytest.approx(right.sum())
+    assert risk_coverage(np.array([0.5, 0.5, 0.9]), np.array([True, False, True])) == [(pytest.approx(1 / 3), 0.0), (1.0, pytest.approx(1 / 3))]
