@@ -18,7 +18,7 @@ CONF_DIR = Path(__file__).resolve().parents[1] / "conf"
 
 # Values that are text and never Hydra's grammar, for each verb: names and paths. `--KEY VALUE` keeps them to the letter.
 _DATA_TEXT = frozenset(
-    {"data.dir", "data.archive", "data.manifest_path", "data.exclude_path", "data.cache.dir", "data.split.group", "audit.output_dir"}
+    {"data.dir", "data.archive", "data.manifest_path", "data.exclude_path", "data.fix_path", "data.cache.dir", "data.split.group", "audit.output_dir"}
 )
 TEXT_KEYS: dict[str, frozenset[str]] = {
     "prepare": _DATA_TEXT,
@@ -30,6 +30,7 @@ TEXT_KEYS: dict[str, frozenset[str]] = {
     "test": frozenset({"cache_dir", "checkpoint_name", "test_dir", "output_dir", "models_dir", "plots_dir"}),
     "infer": frozenset({"checkpoint_name", "output", "models_dir"}),
 }
+TEXT_KEYS["suspects"] = TEXT_KEYS["train"] | {"checkpoint_name"}
 TEXT_KEYS["tune"] = TEXT_KEYS["train"] | {"tune.storage"}
 LIST_KEYS: dict[str, frozenset[str]] = {"infer": frozenset({"images"})}
 MAP_KEYS = frozenset({"data.rename"})  # of any names: Hydra must be told that they are new
