@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from image_classifier.dataset.audit.exclude import Exclusions, read_exclusions
-from image_classifier.dataset.audit.findings import Audit, AuditSettings, counted, in_words
+from image_classifier.dataset.audit.findings import Audit, AuditSettings, in_words
 from image_classifier.dataset.audit.fix import FILE_NAME, Correction, Fixes, read_fixes
 from image_classifier.dataset.audit.problems import find_problems
 from image_classifier.dataset.cache import CacheSettings
@@ -28,6 +28,7 @@ from image_classifier.dataset.tree import Tree, find, find_test, unreadable
 from image_classifier.dataset.twins_store import known_twins
 from image_classifier.errors import ConfigError, DataError, UnreadableImage
 from image_classifier.images import DecodeLimits, Preprocess
+from image_classifier.page.words import counted
 from image_classifier.records import SPLITS, Manifest, Texts
 
 log = logging.getLogger(__name__)

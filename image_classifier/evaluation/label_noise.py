@@ -20,7 +20,7 @@ CONFIDENT, LOSS, TWINS = "confident learning", "highest loss", "conflicting twin
 class Suspect:
     """An image whose label is in doubt.
 
-    `score` is the quality of its label from 0 (surely wrong) to 1, `suggested` the label that the models find likelier or that its twin
+    `score` is the quality of its label from 0 (surely wrong) to 1: the label's probability, or less where a twin speaks against it; `suggested` the label that the models find likelier or that its twin
     has ("" where none is), `reasons` why it is listed, and `note` what a person should know of it, such as the path of its twin.
     """
 
@@ -50,16 +50,6 @@ class _Doubt:
     note: str = ""
 
 
-def label_quality(answers: Answers) -> np.ndarray:
-    """How far each image's label is believed, float64 [M] in 0..1: by how much its probability exceeds that of the likeliest other class.
-
-    The normalised margin (p(label) - p(likeliest other) + 1) / 2; 1 where there is one class only.
-    """
-    others = answers.probabilities.copy()
-    others[np.arange(len(others)), answers.targets] = 0
-    return np.asarray((answers.given - others.max(axis=1) + 1) / 2)
-
-
 def confident_errors(answers: Answers) -> np.ndarray:
     """The images that confident learning finds labelled wrong, bool [M].
 
@@ -84,7 +74,7 @@ def highest_losses(answers: Answers, share: float) -> np.ndarray:
     return chosen
 
 
-def find_suspects(answers: Answers, twins: Iterable[Sequence[str]] = (), share: float = 0.02) -> list[Suspect]:
+def find_suspects(answers: Answers, twins: Iterable[Sequence[str]] = (), share: float = 0.1) -> list[Suspect]:
     """All images in doubt, the worst first, equals by path: the same list on any machine for the same answers.
 
     Args:
@@ -97,7 +87,7 @@ def find_suspects(answers: Answers, twins: Iterable[Sequence[str]] = (), share: 
     """
     if not np.isfinite(answers.probabilities).all():
         raise DataError("there are probabilities that are not finite", "train again, with trainer.precision=32-true if need be")
-    quality, likeliest = label_quality(answers), answers.probabilities.argmax(axis=1)
+    quality, likeliest = answers.given, answers.probabilities.argmax(axis=1)
     doubts: dict[int, _Doubt] = {}
 
     def doubt(row: int) -> _Doubt:

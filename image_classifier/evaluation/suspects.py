@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from image_classifier.evaluation.answers import Answers
-from image_classifier.evaluation.label_noise import CONFIDENT, TWINS, Suspect, highest_losses, label_quality
+from image_classifier.evaluation.label_noise import CONFIDENT, TWINS, Suspect, highest_losses
 from image_classifier.files import write_text
 from image_classifier.records import csv_writer
 
@@ -22,7 +22,7 @@ _SHOWN = 10
 
 def worst_answers(answers: Answers, share: float, model: str) -> list[Suspect]:
     """The images of one part that a model was not trained on and answered worst, by its own loss."""
-    likeliest, quality = answers.probabilities.argmax(axis=1), label_quality(answers)
+    likeliest = answers.probabilities.argmax(axis=1)
     found = []
     for row in np.flatnonzero(highest_losses(answers, share)).tolist():
         label, other = int(answers.targets[row]), int(likeliest[row])
@@ -30,7 +30,7 @@ def worst_answers(answers: Answers, share: float, model: str) -> list[Suspect]:
         suggested = "" if other == label else answers.classes[other]
         reason = f"highest loss of {model} on {answers.splits[row]}"
         place = (answers.paths[row], answers.splits[row], answers.classes[label], suggested)
-        found.append(Suspect(*place, float(quality[row]), (reason,), given, best))
+        found.append(Suspect(*place, given, (reason,), given, best))
     return found
 
 

@@ -22,6 +22,8 @@ from image_classifier.errors import ConfigError, DataError
 from image_classifier.evaluation.answers import Answers, out_of_fold, read_probabilities
 from image_classifier.evaluation.label_noise import Suspect, find_suspects
 from image_classifier.evaluation.suspects import accepted, lines, merged, worst_answers, write_csv
+from image_classifier.evaluation.suspects_page import Gallery, Row, render
+from image_classifier.files import write_text
 from image_classifier.inference.load import pulled_checkpoint
 from image_classifier.records import SPLITS, Manifest
 from image_classifier.training.fold_runs import answer_by_training, fold_runs
@@ -44,7 +46,7 @@ class SuspectSettings:
 
     by: str = "auto"
     folds: int = 5
-    highest_loss: float = 0.02
+    highest_loss: float = 0.1
     max_listed: int = 500
 
     def __post_init__(self) -> None:
@@ -53,7 +55,7 @@ class SuspectSettings:
         if isinstance(self.folds, int) and self.folds < 2:
             raise ConfigError(f"suspects.folds must be at least 2, not {self.folds}", "5 trains on four fifths of the images each time")
         if isinstance(self.highest_loss, int | float) and not 0 <= self.highest_loss <= 1:
-            raise ConfigError(f"suspects.highest_loss must lie between 0 and 1, not {self.highest_loss}", "0.02 lists the worst fiftieth")
+            raise ConfigError(f"suspects.highest_loss must lie between 0 and 1, not {self.highest_loss}", "0.1 lists the worst tenth")
         if isinstance(self.max_listed, int) and self.max_listed < 0:
             raise ConfigError(f"suspects.max_listed must be at least 0, not {self.max_listed}")
 
@@ -76,7 +78,7 @@ def suspects(config: Any) -> Path:
         suspected = merged(suspected, _of_bundle(str(config.checkpoint_name), run, first, asked.highest_loss))
     fixes = read_fixes(found.fixes.path)  # read again: a person may have written to it meanwhile
     suspected = [suspect for suspect in suspected if suspect.path not in fixes.decided]
-    return _write(suspected, fixes, apply, found, answers)
+    return _write(suspected, fixes, apply, asked.max_listed, found, data, answers)
 
 
 def _apply(value: Any) -> bool | int:
@@ -164,7 +166,9 @@ def _of_bundle(name: str, run: RunSettings, manifest: Manifest, share: float) ->
     return found
 
 
-def _write(suspected: Sequence[Suspect], fixes: Fixes, apply: bool | int, found: Examination, answers: Answers) -> Path:
+def _write(
+    suspected: Sequence[Suspect], fixes: Fixes, apply: bool | int, most: int, found: Examination, data: DataSettings, answers: Answers
+) -> Path:
     """Leave the table, the page and the proposals beside the audit, and say where."""
     decided, directory = len(fixes.decided), found.directory
     done = accepted(suspected, apply)
@@ -174,10 +178,14 @@ def _write(suspected: Sequence[Suspect], fixes: Fixes, apply: bool | int, found:
         note = f"accepted unseen: {suspect.reason}" if action else suspect.reason
         if suspect.split != "test":
             rows.append(Fix(suspect.path, suspect.label, action, label, note))
-    path = directory / "suspects.csv"
+    path, page = directory / "suspects.csv", directory / "suspects.html"
     write_csv(suspected, path)
     fixes.proposing(rows).write()
+    kept = {row.path: Row(row.path, row.label, row.action, row.reason) for row in rows}
+    gallery = Gallery(found.tree.root, fixes.path, len(answers.paths), answers.classes, kept, fixes.proposing(()).to_csv(), decided)
+    write_text(page, render(suspected, gallery, most, data.limits, data.background))
     print("\n".join(lines(suspected, len(answers.paths))))
-    print(f"table    {path}\nfix      {fixes.path}: {decided} decided before, {len(done)} accepted now, {len(rows) - len(done)} proposed")
+    counts = f"{decided} decided before, {len(done)} accepted now, {len(rows) - len(done)} proposed"
+    print(f"table    {path}\npage     {page}\nfix      {fixes.path}: {counts}")
     print("next     write relabel, exclude or keep into its column action; every run honours it, and removing a row undoes it")
     return path

@@ -10,6 +10,7 @@ from typing import Any
 
 from image_classifier.dataset.audit.kinds import ALIKE, EXCLUDABLE, GROUPED, KINDS, NOUNS, SEVERITIES, UNREADABLE
 from image_classifier.errors import ConfigError
+from image_classifier.page.words import counted, printable
 
 SCHEMA_VERSION = 1
 
@@ -127,6 +128,12 @@ class Audit:
         return Path(self.data["root"])
 
     @property
+    def corrected(self) -> Mapping[str, int]:
+        """How many labels fix.csv changed and images it leaves out; empty where none."""
+        corrected: Mapping[str, int] = self.data.get("corrected", {})
+        return corrected
+
+    @property
     def by_kind(self) -> dict[str, list[Finding]]:
         """The findings of each kind that there is, worst first."""
         kinds: dict[str, list[Finding]] = {}
@@ -175,9 +182,9 @@ class Audit:
         return [f"{size}: {self._severity_counts()}", "", *lines, *self._left_out_lines()]
 
     def _left_out_lines(self) -> list[str]:
-        excluded = len(self.left_out) - self.data["corrected"].get("excluded", 0)
+        excluded = len(self.left_out) - self.corrected.get("excluded", 0)
         lines = [f"{counted(excluded, 'image')} left out by exclude.csv"] if excluded > 0 else []
-        lines += [f"fix.csv: {in_words(self.data['corrected'])}"] if self.data["corrected"] else []
+        lines += [f"fix.csv: {in_words(self.corrected)}"] if self.corrected else []
         return lines + [f"exclude.csv names {printable(name)!r}, which is not there" for name in self.unmatched[:5]]
 
     def _severity_counts(self) -> str:
@@ -186,7 +193,7 @@ class Audit:
 
     def summary(self) -> list[str]:
         """One or two lines for a log: what is wrong, worst first."""
-        corrected = [f"audit: after fix.csv: {in_words(self.data['corrected'])}"] if self.data["corrected"] else []
+        corrected = [f"audit: after fix.csv: {in_words(self.corrected)}"] if self.corrected else []
         if not self.exceeds("warning"):
             return ["audit: nothing wrong found", *corrected]
         parts = [f"{kind} {self.amount(kind)}" for kind in self.by_kind if KINDS[kind].severity != "info"]
@@ -207,18 +214,6 @@ class Audit:
             "findings": [finding.as_dict() for finding in self.findings],
             "exclude": {"left_out": dict(self.left_out), "proposed": dict(self.proposed), "unmatched": list(self.unmatched)},
         }
-
-
-def counted(number: int, noun: str) -> str:
-    """A number with its noun: 1 image, 2 classes, 12 345 images."""
-    plural = {"class": "classes"}.get(noun, f"{noun}s")
-    return f"{number:,} {noun if number == 1 else plural}".replace(",", " ")
-
-
-def printable(text: str) -> str:
-    """The text as a terminal or a page can show it: control characters and bytes that are no UTF-8 spelt out."""
-    shown = text.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
-    return "".join(letter if letter.isprintable() else letter.encode("unicode_escape").decode() for letter in shown)
 
 
 def in_words(corrected: Mapping[str, int]) -> str:

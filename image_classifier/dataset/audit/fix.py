@@ -12,10 +12,10 @@ from functools import cached_property
 from pathlib import Path
 
 from image_classifier.command_line import did_you_mean
-from image_classifier.dataset.audit.findings import counted
 from image_classifier.dataset.audit.hand_rows import ended, read_rows, row_text, write_if_changed
 from image_classifier.dataset.tree import Tree
 from image_classifier.errors import DataError
+from image_classifier.page.words import counted
 
 log = logging.getLogger(__name__)
 
@@ -106,7 +106,11 @@ class Fixes:
 
     def write(self) -> bool:
         """Write the file whole or not at all, and only where its content changes; says whether it did. StorageError where the disk refuses."""
-        return write_if_changed(self.path, (self.header or _HEADER) + "".join(text for text, _ in self.lines))
+        return write_if_changed(self.path, self.to_csv())
+
+    def to_csv(self) -> str:
+        """The file as text."""
+        return (self.header or _HEADER) + "".join(text for text, _ in self.lines)
 
 
 def _check_labels(fixes: Fixes, classes: Iterable[str]) -> None:

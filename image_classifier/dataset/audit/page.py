@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-import base64
-import hashlib
-import io
 import json
-import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -14,32 +10,27 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import jinja2
-from PIL import Image
-
-from image_classifier.dataset.audit.findings import Audit, Finding, Item, counted, printable
+from image_classifier.dataset.audit.findings import Audit, Finding, Item
 from image_classifier.dataset.audit.kinds import ALIKE, KINDS, NOUNS, SEVERITIES, UNREADABLE, Kind
-from image_classifier.errors import UnreadableImage
 from image_classifier.files import write_text
-from image_classifier.images import DEFAULT_LIMITS, DecodeLimits, decode
+from image_classifier.images import DEFAULT_LIMITS, DecodeLimits
+from image_classifier.page.pictures import WHITE, thumbnail
+from image_classifier.page.render import render_page
+from image_classifier.page.words import counted, number, plain, unbroken
 
-_THUMBNAIL = 128  # longer side, pixels
-_PIXELATED = 48  # images up to this side keep their pixels
 _BUDGET = 7_000_000  # characters of thumbnails and captions; the page stays below 10 MB
 _MARKUP = 250  # characters of HTML around one image
 _GROUP = 12  # images of one group that are shown
 _CLASSES = 100  # classes that are drawn
-_LONGEST = 300  # characters of a path or a detail
 _ROWS = 200  # rows of exclude.csv that are listed
 _WORKERS = 4
 _BATCH = 32  # images decoded before the room is looked at again
 _NO_PICTURE = ("stray_files", "ignored_folders", "empty_class")
 _HERE = Path(__file__).parent
-_WHITE = (255, 255, 255)
 
 
 def write_audit(
-    audit: Audit, directory: Path, page: bool = True, limits: DecodeLimits = DEFAULT_LIMITS, background: tuple[int, int, int] = _WHITE
+    audit: Audit, directory: Path, page: bool = True, limits: DecodeLimits = DEFAULT_LIMITS, background: tuple[int, int, int] = WHITE
 ) -> Path:
     """Write audit.json and, with `page`, audit.html; each whole or not at all. Returns the path of audit.json.
 
@@ -54,26 +45,19 @@ def write_audit(
     return path
 
 
-def render(audit: Audit, limits: DecodeLimits = DEFAULT_LIMITS, background: tuple[int, int, int] = _WHITE) -> str:
+def render(audit: Audit, limits: DecodeLimits = DEFAULT_LIMITS, background: tuple[int, int, int] = WHITE) -> str:
     """The page as one HTML text below 10 MB; file names are shown, never run."""
-    script = (_HERE / "page.js").read_text(encoding="utf-8")
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(_HERE), autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
-    environment.filters |= {"number": _number, "plain": _plain, "counted": counted, "unbroken": _unbroken}
-    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
-    template = environment.get_template("page.html.j2")
-    return template.render(
+    return render_page(
+        _HERE / "page.html.j2",
+        _HERE / "page.js",
         audit=audit,
         data=audit.data,
-        name=_plain(audit.root.resolve().name or str(audit.root)),
+        name=plain(audit.root.resolve().name or str(audit.root)),
         severities=[(severity, audit.severities[severity]) for severity in SEVERITIES],
         sections=list(_sections(audit, limits, background)),
         classes=_classes(audit.data["classes"]),
         splits=[split for split in ("train", "val", "test", "undealt") if split in audit.data["splits"]],
-        left_out=[(_plain(path), _plain(reason)) for path, reason in list(audit.left_out.items())[:_ROWS]],
-        script=script,
-        script_hash=digest,
+        left_out=[(plain(path), plain(reason)) for path, reason in list(audit.left_out.items())[:_ROWS]],
     )
 
 
@@ -126,7 +110,7 @@ def _sections(audit: Audit, limits: DecodeLimits, background: tuple[int, int, in
             share = room // (len(kinds) - place)
             groups, spent = _drawn(_chosen(findings, audit.settings.max_listed), partial(pool.map, draw), share)
             room -= spent
-            yield _Section(kind, KINDS[kind], _unbroken(audit.headlines.get(kind, "")), _unbroken(audit.amount(kind)), _cut(findings, groups), groups)
+            yield _Section(kind, KINDS[kind], unbroken(audit.headlines.get(kind, "")), unbroken(audit.amount(kind)), _cut(findings, groups), groups)
 
 
 def _chosen(findings: Iterable[Finding], limit: int) -> Iterator[tuple[Finding, Sequence[Item]]]:
@@ -154,7 +138,7 @@ def _drawn(
                     pictures.append(picture)
         if pictures or not items:
             spent += _MARKUP
-            groups.append(_Group(_plain(finding.detail), pictures, len(finding.items) - len(pictures)))
+            groups.append(_Group(plain(finding.detail), pictures, len(finding.items) - len(pictures)))
         if spent >= room:
             break
     return groups, min(spent, room)
@@ -167,19 +151,12 @@ def _cut(findings: Sequence[Finding], groups: Sequence[_Group]) -> str:
     else:
         noun = NOUNS.get(findings[0].kind, "image")
         shown, whole = sum(len(group.pictures) for group in groups), sum(len(finding.items) for finding in findings)
-    return _unbroken(f"{_number(shown)} of {counted(whole, noun)} shown; all are in audit.json") if shown < whole else ""
+    return unbroken(f"{number(shown)} of {counted(whole, noun)} shown; all are in audit.json") if shown < whole else ""
 
 
 def _picture(root: Path, limits: DecodeLimits, background: tuple[int, int, int], item: Item) -> _Picture:
-    try:
-        image = Image.fromarray(decode(root / item.path, limits, background, at_least=(_THUMBNAIL, _THUMBNAIL)))
-    except UnreadableImage:  # changed since the audit looked
-        return _Picture(item)
-    small = max(image.size) <= _PIXELATED
-    image.thumbnail((_THUMBNAIL, _THUMBNAIL))
-    buffer = io.BytesIO()
-    image.save(buffer, "WEBP", lossless=small, quality=75)
-    return _Picture(item, f"data:image/webp;base64,{base64.b64encode(buffer.getvalue()).decode()}", small)
+    drawn = thumbnail(root / item.path, limits, background)
+    return _Picture(item, drawn.address, drawn.small)
 
 
 def _classes(classes: Mapping[str, Mapping[str, int]]) -> list[dict[str, Any]]:
@@ -187,18 +164,4 @@ def _classes(classes: Mapping[str, Mapping[str, int]]) -> list[dict[str, Any]]:
     ordered = sorted(classes, key=lambda label: (-classes[label]["images"], label))
     shown = ordered if len(ordered) <= _CLASSES else ordered[: _CLASSES // 2] + ordered[-_CLASSES // 2 :]
     largest = max((classes[label]["images"] for label in ordered), default=0) or 1
-    return [{"label": _plain(label), "counts": classes[label], "largest": largest} for label in shown]
-
-
-def _number(value: float) -> str:
-    return f"{value:,}".replace(",", "\u00a0")
-
-
-def _unbroken(sentence: str) -> str:
-    """Our own words with numbers that do not break across lines; a path must stay as it is."""
-    return re.sub(r"(?<=\d) (?=\d{3})", "\u00a0", sentence)
-
-
-def _plain(text: str) -> str:
-    shown = printable(text)
-    return shown if len(shown) <= _LONGEST else f"{shown[: _LONGEST // 2]} … {shown[-_LONGEST // 2 :]}"
+    return [{"label": plain(label), "counts": classes[label], "largest": largest} for label in shown]

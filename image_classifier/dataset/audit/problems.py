@@ -13,12 +13,13 @@ import numpy as np
 
 from image_classifier.dataset.audit.copies import Copies, find_conflicts, find_duplicates, find_leaks, leaked_counts
 from image_classifier.dataset.audit.exclude import AUDIT, Exclusions
-from image_classifier.dataset.audit.findings import Audit, AuditSettings, Finding, Item, by_detail, counted, in_order
+from image_classifier.dataset.audit.findings import Audit, AuditSettings, Finding, Item, by_detail, in_order
 from image_classifier.dataset.audit.overview import describe
 from image_classifier.dataset.duplicates import Twins
 from image_classifier.dataset.facts import Facts
 from image_classifier.dataset.tree import Tree
 from image_classifier.images import is_image_name
+from image_classifier.page.words import counted
 
 __all__ = ["Audit", "AuditSettings", "Finding", "find_problems"]
 

@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 from PIL import Image
 
+from image_classifier import page as page_room
 from image_classifier.dataset.audit import page as audit_page
 from image_classifier.dataset.audit.exclude import Exclusions, merge
 from image_classifier.dataset.audit.findings import Finding, Item
@@ -117,7 +118,7 @@ def test_both_files_are_whole_or_not_there(messy: Audit, tmp_path: Path, monkeyp
 
 
 def test_without_a_page_no_picture_is_opened(messy: Audit, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(audit_page, "decode", lambda *_, **__: pytest.fail("decoded"))
+    monkeypatch.setattr(audit_page, "thumbnail", lambda *_, **__: pytest.fail("decoded"))
     write_audit(messy, tmp_path / "out", page=False)
     assert [file.name for file in (tmp_path / "out").iterdir()] == ["audit.json"]
 
@@ -160,7 +161,7 @@ def _luminance(colour: str) -> float:
 
 @pytest.mark.parametrize("theme", [0, 1], ids=["light", "dark"])
 def test_every_text_has_contrast(theme: int) -> None:
-    css = (Path(audit_page.__file__).parent / "page.html.j2").read_text(encoding="utf-8")
+    css = (Path(page_room.__file__).parent / "style.css").read_text(encoding="utf-8")
     colours = dict(re.findall(r"--([\w-]+): (#[0-9a-f]{3,6})", re.findall(r":root \{(.*?)\}", css, re.DOTALL)[theme]))
     pairs = [(ink, paper) for ink in ("ink", "soft", "error", "warning", "info") for paper in ("paper", "card")]
     pairs += [(name, f"{name}-paper") for name in ("error", "warning", "info")] + [("ink", "mat"), ("ink", "info-paper")]

@@ -1,0 +1,35 @@
+"""Words and numbers as a terminal or a page shows them."""
+
+from __future__ import annotations
+
+import re
+
+_LONGEST = 300  # characters of a path or a detail
+
+
+def counted(number: int, noun: str) -> str:
+    """A number with its noun: 1 image, 2 classes, 12 345 images."""
+    plural = {"class": "classes"}.get(noun, f"{noun}s")
+    return f"{number:,} {noun if number == 1 else plural}".replace(",", " ")
+
+
+def printable(text: str) -> str:
+    """The text as a terminal or a page can show it: control characters and bytes that are no UTF-8 spelt out."""
+    shown = text.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
+    return "".join(letter if letter.isprintable() else letter.encode("unicode_escape").decode() for letter in shown)
+
+
+def plain(text: str) -> str:
+    """The text as a page shows it: printable, and its middle left out where it is long."""
+    shown = printable(text)
+    return shown if len(shown) <= _LONGEST else f"{shown[: _LONGEST // 2]} … {shown[-_LONGEST // 2 :]}"
+
+
+def number(value: float) -> str:
+    """A number whose thousands stand apart and never on two lines."""
+    return f"{value:,}".replace(",", "\u00a0")
+
+
+def unbroken(sentence: str) -> str:
+    """Our own words with numbers that do not break across lines; a path must stay as it is."""
+    return re.sub(r"(?<=\d) (?=\d{3})", "\u00a0", sentence)
