@@ -5,6 +5,7 @@ Knows predictions and paths, never a model. Confident learning: Northcutt, Jiang
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
@@ -20,8 +21,9 @@ CONFIDENT, LOSS, TWINS = "confident learning", "highest loss", "conflicting twin
 class Suspect:
     """An image whose label is in doubt.
 
-    `score` is the quality of its label from 0 (surely wrong) to 1: the label's probability, or less where a twin speaks against it; `suggested` the label that the models find likelier or that its twin
-    has ("" where none is), `reasons` why it is listed, and `note` what a person should know of it, such as the path of its twin.
+    `score` is the quality of its label from 0 (surely wrong) to 1: the label's probability, or less where a twin speaks against it.
+    `suggested` is the label that the models find likelier or that its twin has ("" where none is), `reasons` say why it is listed,
+    and `note` what a person should know of it, such as the path of its twin.
     """
 
     path: str
@@ -62,7 +64,9 @@ def confident_errors(answers: Answers) -> np.ndarray:
         return np.zeros(len(targets), dtype=bool)
     probabilities = np.maximum(answers.probabilities[:, present], 1e-12)
     probabilities /= probabilities.sum(axis=1, keepdims=True)
-    return np.asarray(find_label_issues(targets, probabilities, filter_by="prune_by_noise_rate", n_jobs=1), dtype=bool)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "May not flag all label issues in class")  # a class of one image has none to spare: no more can be said
+        return np.asarray(find_label_issues(targets, probabilities, filter_by="prune_by_noise_rate", n_jobs=1), dtype=bool)
 
 
 def highest_losses(answers: Answers, share: float) -> np.ndarray:
