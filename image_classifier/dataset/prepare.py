@@ -214,7 +214,9 @@ def _dealt(found: Examination, settings: DataSettings) -> Manifest:
     if found.audit.unmatched:
         log.warning("%s: no image is called %s", found.exclusions.path, ", ".join(map(repr, found.audit.unmatched[:5])))
     excluded = found.exclusions.covers([image.path for image in tree.images])
-    broken = [UnreadableImage(tree.root / tree.images[row].path, reason) for row, reason in facts.errors.items() if not excluded[row]]
+    gone = found.correction.excluded
+    errors = {tree.images[row].path: reason for row, reason in facts.errors.items() if not excluded[row] and tree.images[row].path not in gone}
+    broken = [UnreadableImage(tree.root / path, reason) for path, reason in errors.items()]
     if broken:
         raise unreadable(tree.root, broken)
     if excluded.any():
@@ -228,7 +230,7 @@ def _dealt(found: Examination, settings: DataSettings) -> Manifest:
     if chosen.summary:
         log.info("%s", chosen.summary)
     manifest = whole.take(chosen.rows)
-    _check_classes(manifest)
+    _check_classes(divided(manifest, found.correction)[0])
     return replace(manifest, corrected=found.correction.counts)
 
 

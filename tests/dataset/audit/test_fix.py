@@ -147,6 +147,14 @@ def test_applying_and_taking_back_gives_the_same_manifest(tree: Path, caplog: py
     assert prepared(tree)[0].sha256 == before.sha256 and not beside(path).exists()
 
 
+def test_an_unreadable_image_may_be_left_out_by_either_file(tree: Path) -> None:
+    (tree / "cat/000.png").write_bytes(b"no image")
+    fixes("cat/000.png,cat,exclude,,broken")
+    manifest, found = prepared(tree)
+    assert len(manifest) == 19 and dict(manifest.corrected) == {"relabelled": 0, "excluded": 1}
+    assert not found.exclusions.lines and "not_an_image" not in found.audit.by_kind
+
+
 def test_folds_are_those_that_each_run_deals(tree: Path) -> None:
     fixes("cat/001.png,cat,exclude,,x", "dog/001.png,dog,relabel,cat,x")
     _, found = prepared(tree, folds=3, fold=0)
