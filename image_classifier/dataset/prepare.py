@@ -214,8 +214,8 @@ def _dealt(found: Examination, settings: DataSettings) -> Manifest:
     if found.audit.unmatched:
         log.warning("%s: no image is called %s", found.exclusions.path, ", ".join(map(repr, found.audit.unmatched[:5])))
     excluded = found.exclusions.covers([image.path for image in tree.images])
-    gone = found.correction.excluded
-    errors = {tree.images[row].path: reason for row, reason in facts.errors.items() if not excluded[row] and tree.images[row].path not in gone}
+    corrected = found.correction.excluded
+    errors = {tree.images[row].path: reason for row, reason in facts.errors.items() if not excluded[row] and tree.images[row].path not in corrected}
     broken = [UnreadableImage(tree.root / path, reason) for path, reason in errors.items()]
     if broken:
         raise unreadable(tree.root, broken)

@@ -6,7 +6,7 @@ Knows predictions and paths, never a model. Confident learning: Northcutt, Jiang
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -78,12 +78,12 @@ def highest_losses(answers: Answers, share: float) -> np.ndarray:
     return chosen
 
 
-def find_suspects(answers: Answers, twins: Iterable[Sequence[str]] = (), share: float = 0.1) -> list[Suspect]:
+def find_suspects(answers: Answers, twins: Iterable[Sequence[tuple[str, str]]] = (), share: float = 0.1) -> list[Suspect]:
     """All images in doubt, the worst first, equals by path: the same list on any machine for the same answers.
 
     Args:
         answers: Of models that never saw the image, nor a twin of it.
-        twins: Groups of paths that show the same picture under several labels.
+        twins: Groups of images, each path and label, that show the same picture under several labels; some may have no answer.
         share: Of the images, that are listed for their loss alone.
 
     Raises:
@@ -102,31 +102,31 @@ def find_suspects(answers: Answers, twins: Iterable[Sequence[str]] = (), share: 
             doubt(row).reasons.append(reason)
     places = {path: row for row, path in enumerate(answers.paths)}
     for group in twins:
-        rows = [places[path] for path in group if path in places]
-        for row, shared, best in _judged_twins(answers, rows):
+        for row, shared, best in _judged_twins(answers, group, places):
             entry = doubt(row)
             entry.reasons.append(TWINS)
             entry.score, entry.suggested = min(entry.score, shared), best
-            entry.note = _note(answers, row, rows)
+            entry.note = _note(answers.classes[answers.targets[row]], group)
     found = [_suspect(answers, row, entry) for row, entry in doubts.items()]
     return sorted(found, key=lambda suspect: (suspect.score, suspect.path))
 
 
-def _judged_twins(answers: Answers, rows: Sequence[int]) -> list[tuple[int, float, int]]:
-    """Row, share of belief in its label and likeliest label of one picture's copies: each label as probable as they are on average."""
-    labels = sorted({int(answers.targets[row]) for row in rows})
-    if len(labels) < 2:
+def _judged_twins(answers: Answers, group: Sequence[tuple[str, str]], places: Mapping[str, int]) -> list[tuple[int, float, int]]:
+    """Row, share of belief in its label and likeliest label of each answered copy of one picture: a label is as probable as it is on average."""
+    rows = [places[path] for path, _ in group if path in places]
+    labels = sorted({answers.classes.index(label) for _, label in group if label in answers.classes})
+    if len(labels) < 2 or not rows:
         return []
-    belief = answers.probabilities[list(rows)][:, labels].mean(axis=0)
+    belief = answers.probabilities[rows][:, labels].mean(axis=0)
     belief = belief / belief.sum() if belief.sum() > 0 else np.full(len(labels), 1 / len(labels))
     best = labels[int(belief.argmax())]
     return [(row, float(belief[labels.index(int(answers.targets[row]))]), best) for row in rows]
 
 
-def _note(answers: Answers, row: int, rows: Sequence[int]) -> str:
-    others = [other for other in rows if answers.targets[other] != answers.targets[row]]
+def _note(label: str, group: Sequence[tuple[str, str]]) -> str:
+    others = [(path, other) for path, other in group if other != label]
     more = f" and {len(others) - 1} more" if len(others) > 1 else ""
-    return f"like {answers.paths[others[0]]}, a {answers.classes[answers.targets[others[0]]]}{more}"
+    return f"like {others[0][0]}, labelled {others[0][1]}{more}"
 
 
 def _suspect(answers: Answers, row: int, doubt: _Doubt) -> Suspect:

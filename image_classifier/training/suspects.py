@@ -140,9 +140,9 @@ def _words(config: Any, study: str) -> tuple[str, ...]:
     return (*flags, *kept, *tracking_words(config, study))
 
 
-def _conflicts(found: Examination) -> list[tuple[str, ...]]:
-    """The audit's groups of one picture under several labels, as fix.csv has left them."""
-    return [finding.paths for finding in found.audit.findings if finding.kind == "label_conflict"]
+def _conflicts(found: Examination) -> list[list[tuple[str, str]]]:
+    """The audit's groups of one picture under several labels, paths and labels as fix.csv has left them."""
+    return [[(item.path, item.label) for item in finding.items] for finding in found.audit.findings if finding.kind == "label_conflict"]
 
 
 def _of_bundle(name: str, run: RunSettings, manifest: Manifest, share: float) -> list[Suspect]:

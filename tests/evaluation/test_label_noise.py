@@ -92,21 +92,24 @@ def test_the_order_of_images_does_not_matter() -> None:
     found, _ = planted(0)
     order = np.random.default_rng(1).permutation(len(found.paths))
     mixed = Answers([found.paths[row] for row in order], found.targets[order], found.probabilities[order], CLASSES, found.splits)
-    twins = [("0001.png", "0002.png", "0003.png")]
+    twins = [[(f"000{row}.png", CLASSES[found.targets[row]]) for row in (1, 2, 3, 4)]]
     assert find_suspects(found, twins) == find_suspects(mixed, twins)
 
 
 def test_twins_under_two_labels_lower_the_score_of_the_less_probable() -> None:
     probabilities = np.array([[0.8, 0.1, 0.05, 0.05], [0.6, 0.3, 0.05, 0.05], *np.eye(4), *np.eye(4)])
     found = answers(np.array([0, 1, 0, 1, 2, 3, 0, 1, 2, 3]), probabilities)
-    suspects = {suspect.path: suspect for suspect in find_suspects(found, [("0000.png", "0001.png", "elsewhere.png")], share=0)}
+    suspects = {suspect.path: suspect for suspect in find_suspects(found, [[("0000.png", "ant"), ("0001.png", "bee")]], share=0)}
     right, wrong = suspects["0000.png"], suspects["0001.png"]
     assert TWINS in right.reasons and TWINS in wrong.reasons
     assert right.score == pytest.approx(0.7 / 0.9) and right.suggested == ""
     assert wrong.score == pytest.approx(0.2 / 0.9) and wrong.suggested == "ant"
-    assert wrong.note == "like 0000.png, a ant" and decision(wrong) == ("relabel", "ant") and decision(right) is None
+    assert wrong.note == "like 0000.png, labelled ant" and decision(wrong) == ("relabel", "ant") and decision(right) is None
     settled = replace(found, targets=np.zeros_like(found.targets))
-    assert not any(TWINS in suspect.reasons for suspect in find_suspects(settled, [("0000.png", "0001.png")], share=0))
+    assert not any(TWINS in suspect.reasons for suspect in find_suspects(settled, [[("0000.png", "ant"), ("0001.png", "ant")]], share=0))
+    alone = {suspect.path: suspect for suspect in find_suspects(found, [[("0001.png", "bee"), ("test/7.png", "ant")]], share=0)}
+    assert alone["0001.png"].score == pytest.approx(0.3) and alone["0001.png"].note == "like test/7.png, labelled ant"
+    assert "test/7.png" not in alone
 
 
 def test_answers_that_are_no_numbers_are_refused_and_one_class_has_no_suspects() -> None:
