@@ -180,5 +180,5 @@ def test_folds_are_trained_for_real_without_torch_in_this_process(tmp_path: Path
 
     digits(command, 12)
     line = ("suspects", "data=folder", "data.dir=images", "data.image_size=16", "logger=none", "suspects.folds=2", "trainer.max_epochs=1")
-    printed = assert_torch_free(tmp_path, *line)
+    printed = assert_torch_free(tmp_path, *line, timeout_s=1200)
     assert "of 120 images" in printed and len(list(Path("runs/images-suspects/bundles").iterdir())) == 2
