@@ -39,6 +39,10 @@ class Commands:
         """Judge what a model must beat: the most frequent class, and logistic regression on embeddings."""
         self._run("baseline", "image_classifier.training.baseline:baseline")
 
+    def suspects(self) -> None:
+        """Find the images that are probably labelled wrong, and propose what to do about each in fix.csv."""
+        self._run("suspects", "image_classifier.training.suspects:suspects")
+
     def train(self) -> None:
         """Train a classifier and leave a bundle in models/NAME/."""
         self._run("train", "image_classifier.training.run:train")

@@ -18,7 +18,7 @@ CONF_DIR = Path(__file__).resolve().parents[1] / "conf"
 
 # Values that are text and never Hydra's grammar, for each verb: names and paths. `--KEY VALUE` keeps them to the letter.
 _DATA_TEXT = frozenset(
-    {"data.dir", "data.archive", "data.manifest_path", "data.exclude_path", "data.cache.dir", "data.split.group", "audit.output_dir"}
+    {"data.dir", "data.archive", "data.manifest_path", "data.exclude_path", "data.fix_path", "data.cache.dir", "data.split.group", "audit.output_dir"}
 )
 TEXT_KEYS: dict[str, frozenset[str]] = {
     "prepare": _DATA_TEXT,
@@ -31,6 +31,7 @@ TEXT_KEYS: dict[str, frozenset[str]] = {
     "infer": frozenset({"checkpoint_name", "output", "models_dir", "plots_dir"}),
     "report": frozenset({"name", "other", "data_dir", "models_dir", "plots_dir", "runs_dir", "audit_dir", "output"}),
 }
+TEXT_KEYS["suspects"] = TEXT_KEYS["train"] | {"checkpoint_name"}
 TEXT_KEYS["tune"] = TEXT_KEYS["train"] | {"tune.storage"}
 LIST_KEYS: dict[str, frozenset[str]] = {"infer": frozenset({"images"})}
 WORD_KEYS: dict[str, tuple[str, ...]] = {"report": ("name", "other")}  # what bare words mean, in their order

@@ -8,7 +8,7 @@ import io
 import json
 from array import array
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import astuple, dataclass, field, fields
+from dataclasses import astuple, dataclass, field, fields, replace
 from functools import cached_property
 from pathlib import Path
 from typing import IO
@@ -94,6 +94,7 @@ class Manifest:
         digests: sha256 of each file's bytes, uint8 [N, 32].
         widths: Pixels after EXIF orientation, int32 [N].
         heights: The same, int32 [N].
+        corrected: How many labels fix.csv changed ("relabelled") and images it left out ("excluded"), for those who report; not in the file.
     """
 
     root: Path
@@ -105,6 +106,7 @@ class Manifest:
     digests: np.ndarray = field(repr=False)
     widths: np.ndarray = field(repr=False)
     heights: np.ndarray = field(repr=False)
+    corrected: Mapping[str, int] = field(default_factory=dict, repr=False)
 
     @classmethod
     def of(cls, root: Path, records: Iterable[Record]) -> Manifest:
@@ -173,7 +175,8 @@ class Manifest:
         paths = Texts.of(self.paths[row] for row in np.asarray(rows).tolist())
         classes = tuple(self.classes[code] for code in present.tolist())
         columns = (self.splits, self.groups, self.digests, self.widths, self.heights)
-        return Manifest(self.root, paths, classes, targets.astype(np.int64), *(column[rows] for column in columns))
+        taken = Manifest(self.root, paths, classes, targets.astype(np.int64), *(column[rows] for column in columns))
+        return replace(taken, corrected=self.corrected)
 
     def part(self, split: str) -> Manifest:
         """The records of one split, in manifest order."""

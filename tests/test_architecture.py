@@ -32,10 +32,10 @@ sys.exit(code)
 """
 
 
-def assert_torch_free(cwd: Path, *line: str) -> str:
+def assert_torch_free(cwd: Path, *line: str, timeout_s: float = 120) -> str:
     """Run `commands.py *line` in `cwd`, without a torch import; returns what it printed."""
     command = [sys.executable, "-c", PROBE, str(COMMANDS), ",".join(TORCH_ZONE), *line]
-    done = subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=120, check=False)
+    done = subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=timeout_s, check=False)
     assert done.returncode == 0, done.stderr
     assert done.stderr.splitlines()[-1].split() == ["loaded:"], f"{line} {done.stderr.splitlines()[-1]}"
     return done.stdout

@@ -14,12 +14,14 @@ from typing import Any
 import numpy as np
 
 from image_classifier.dataset.audit.exclude import Exclusions, read_exclusions
-from image_classifier.dataset.audit.findings import Audit, AuditSettings
+from image_classifier.dataset.audit.findings import Audit, AuditSettings, in_words
+from image_classifier.dataset.audit.fix import FILE_NAME, Correction, Fixes, read_fixes
 from image_classifier.dataset.audit.problems import find_problems
 from image_classifier.dataset.cache import CacheSettings
 from image_classifier.dataset.clean import tag_cache
 from image_classifier.dataset.duplicates import DuplicateSettings, Twins
 from image_classifier.dataset.facts import Facts, read_facts
+from image_classifier.dataset.left_out import divided, remembered, without_excluded
 from image_classifier.dataset.select import ClassSettings, select
 from image_classifier.dataset.split import SplitSettings, assign_splits, check_folds, content_names, group_keys, join_groups
 from image_classifier.dataset.tree import Tree, find, find_test, unreadable
@@ -60,6 +62,7 @@ class DataSettings:
     rename: dict[str, str] = field(default_factory=dict)
     classes: ClassSettings = field(default_factory=ClassSettings)
     exclude_path: str | None = None
+    fix_path: str | None = None
     manifest_path: str | None = None
     limits: DecodeLimits = field(default_factory=DecodeLimits)
     duplicates: DuplicateSettings = field(default_factory=DuplicateSettings)
@@ -95,7 +98,7 @@ class DataSettings:
 
 @dataclass(frozen=True)
 class Examination:
-    """What is known of a data set before it is split: its files, what one look at each told, and what the audit found."""
+    """What is known of a data set before it is split: its files as `fixes` corrected them, what one look at each told, and what the audit found."""
 
     tree: Tree
     facts: Facts
@@ -103,6 +106,8 @@ class Examination:
     audit: Audit
     exclusions: Exclusions
     directory: Path
+    fixes: Fixes
+    correction: Correction
 
 
 def _check_sizes(sizes: Sequence[int], image_size: int) -> None:
@@ -122,10 +127,10 @@ def manifest_path(root: Path, paths: Sequence[Path], settings: DataSettings) -> 
 
 
 def examine(paths: Sequence[Path], settings: DataSettings, asked: AuditSettings, progress: bool = False) -> Examination:
-    """Look at every file, find what is wrong, and bring exclude.csv up to date.
+    """Look at every file, correct labels as fix.csv says, find what is wrong, and bring exclude.csv up to date.
 
     Raises:
-        DataError: There are no images in class folders, or exclude.csv is damaged.
+        DataError: There are no images in class folders, or exclude.csv or fix.csv is damaged.
         StorageError: The stores or exclude.csv cannot be written.
     """
     tree = find(paths, settings.rename, group_column=settings.split.group, progress=progress)
@@ -135,10 +140,14 @@ def examine(paths: Sequence[Path], settings: DataSettings, asked: AuditSettings,
     twins = known_twins(facts, settings.duplicates, store / "twins", progress)
     place = Path("data/audit") / settings.place(tree.root, paths)
     path = Path(settings.exclude_path) if settings.exclude_path else place / "exclude.csv"
-    audit = find_problems(tree, facts, twins, asked, read_exclusions(path))
+    fixes = read_fixes(Path(settings.fix_path) if settings.fix_path else place / FILE_NAME)
+    correction = fixes.applied(tree)
+    left_out = {image: f"{fixes.path.name}: {reason}" for image, reason in correction.excluded.items()}
+    audit = find_problems(correction.tree, facts, twins, asked, read_exclusions(path).also(left_out), correction.counts)
     exclusions = read_exclusions(path).updated(audit)  # read again: a person may have written to it meanwhile
     exclusions.write(path)
-    return Examination(tree, facts, twins, audit, exclusions, Path(asked.output_dir) if asked.output_dir else place)
+    directory = Path(asked.output_dir) if asked.output_dir else place
+    return Examination(correction.tree, facts, twins, audit, exclusions, directory, fixes, correction)
 
 
 def prepare(paths: Sequence[Path], settings: DataSettings, asked: AuditSettings, progress: bool = False) -> tuple[Manifest, Examination]:
@@ -152,13 +161,28 @@ def prepare(paths: Sequence[Path], settings: DataSettings, asked: AuditSettings,
     manifest = _dealt(found, settings)
     path = manifest_path(found.tree.root, paths, settings)
     previous = Manifest.read(path, manifest.root) if path.exists() else None
-    manifest = assign_splits(manifest, settings.split, previous, settings.fold, settings.folds)
+    manifest = assign_splits(manifest, settings.split, remembered(previous, path), settings.fold, settings.folds)
+    manifest = without_excluded(manifest, found.correction, path)
+    _check_classes(manifest)
     if previous is None or previous != manifest:  # an untouched file keeps its date, and a read-only one its peace
         manifest.write(path)
     if previous is not None and settings.folds is None:
         _warn_of_kept_split(manifest, found.tree, settings, path)
     _report(manifest, path)
+    if manifest.corrected:
+        log.info("%s: %s", found.fixes.path, in_words(manifest.corrected))
     return manifest, found
+
+
+def all_folds(found: Examination, settings: DataSettings) -> list[Manifest]:
+    """The manifests that `data.fold=0` to the last one of `data.folds` give, none of them written.
+
+    Raises:
+        DataError: As `prepare`.
+    """
+    whole = _dealt(found, settings)
+    dealt = (assign_splits(whole, settings.split, None, fold, settings.folds) for fold in range(settings.folds or 0))
+    return [divided(manifest, found.correction)[0] for manifest in dealt]
 
 
 def _warn_of_kept_split(manifest: Manifest, tree: Tree, settings: DataSettings, path: Path) -> None:
@@ -184,13 +208,15 @@ def load_test_manifest(folders: Sequence[Path], limits: DecodeLimits, store_dir:
 
 
 def _dealt(found: Examination, settings: DataSettings) -> Manifest:
-    """The images that are to be dealt, their groups joined."""
+    """The images that are to be dealt, their groups joined; those that fix.csv leaves out among them, so that no other moves because of them."""
     tree, facts = found.tree, found.facts
     _refuse_empty(tree, settings)
     if found.audit.unmatched:
         log.warning("%s: no image is called %s", found.exclusions.path, ", ".join(map(repr, found.audit.unmatched[:5])))
     excluded = found.exclusions.covers([image.path for image in tree.images])
-    broken = [UnreadableImage(tree.root / tree.images[row].path, reason) for row, reason in facts.errors.items() if not excluded[row]]
+    corrected = found.correction.excluded
+    errors = {tree.images[row].path: reason for row, reason in facts.errors.items() if not excluded[row] and tree.images[row].path not in corrected}
+    broken = [UnreadableImage(tree.root / path, reason) for path, reason in errors.items()]
     if broken:
         raise unreadable(tree.root, broken)
     if excluded.any():
@@ -204,8 +230,8 @@ def _dealt(found: Examination, settings: DataSettings) -> Manifest:
     if chosen.summary:
         log.info("%s", chosen.summary)
     manifest = whole.take(chosen.rows)
-    _check_classes(manifest)
-    return manifest
+    _check_classes(divided(manifest, found.correction)[0])
+    return replace(manifest, corrected=found.correction.counts)
 
 
 def manifest_of(tree: Tree, facts: Facts, rows: np.ndarray) -> Manifest:

@@ -11,7 +11,7 @@ from typing import Any
 from image_classifier import settings
 from image_classifier.dataset.audit.findings import AuditSettings
 from image_classifier.dataset.audit.page import write_audit
-from image_classifier.dataset.prepare import DataSettings, examine, prepare
+from image_classifier.dataset.prepare import DataSettings, Examination, examine, prepare
 from image_classifier.errors import DataError
 from image_classifier.records import Manifest
 
@@ -19,6 +19,12 @@ log = logging.getLogger(__name__)
 
 
 def prepare_from(config: Any) -> tuple[Manifest, DataSettings]:
+    """As `examined`, without what was found on the way."""
+    manifest, data, _ = examined(config)
+    return manifest, data
+
+
+def examined(config: Any) -> tuple[Manifest, DataSettings, Examination]:
     """Fetch the images that `config.data` describes, audit and split them and write the manifest; says the counts and the paths.
 
     Raises:
@@ -33,7 +39,7 @@ def prepare_from(config: Any) -> tuple[Manifest, DataSettings]:
     log.info("audit: %s; a page to look at: python commands.py audit with the same data.*", report)
     if found.audit.exceeds(asked.fail_on):
         raise DataError(f"the audit found problems of level {asked.fail_on!r} or above", f"see {report}, or set audit.fail_on=null")
-    return manifest, data
+    return manifest, data, found
 
 
 def audit(config: Any) -> None:

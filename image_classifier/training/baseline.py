@@ -82,7 +82,7 @@ def baseline(config: Any) -> Path:
     cache = open_cache(manifest, data.preprocess, data.cache, data.limits, progress=sys.stderr.isatty())
     pl.seed_everything(asked.seed, workers=True, verbose=False)
     classifier, _ = build_network(config, manifest, data, cache, hardware)
-    found = (most_frequent_of(manifest), logistic(config, classifier.to(_device(asked.accelerator)), manifest, data, cache, hardware))
+    found = (most_frequent_of(manifest), logistic(config, classifier.to(device_of(asked.accelerator)), manifest, data, cache, hardware))
     name = asked.name or f"{data.name or manifest.root.resolve().name}-{config.model.name}".replace("/", "-")
     path = write_baselines(found, manifest.sha256, Path(asked.plots_dir) / name)
     for split in SPLITS[1:]:
@@ -101,7 +101,7 @@ def baselines_of_run(
     simplest, known = most_frequent_of(manifest), known_baseline(Path(config.plots_dir), manifest.sha256, LOGISTIC)
     if config.baselines and not (resumed and known):
         before = classifier.scale.device
-        computed = logistic(config, classifier.to(_device(config.trainer.accelerator)), manifest, data, cache, hardware)
+        computed = logistic(config, classifier.to(device_of(config.trainer.accelerator)), manifest, data, cache, hardware)
         classifier.to(before)
         write_baselines((simplest, computed), manifest.sha256, plots)
         known = known_baseline(Path(config.plots_dir), manifest.sha256, LOGISTIC)
@@ -111,15 +111,22 @@ def baselines_of_run(
 def logistic(config: Any, classifier: Classifier, manifest: Manifest, data: DataSettings, cache: PixelCache, hardware: Hardware) -> Baseline:
     """Logistic regression on the backbone's embeddings, of the strength that answers best on val; embeddings are computed once and kept."""
     plain = settings.to_plain(config.model)
-    network = fingerprint(classifier, plain["backbone"], hardware.precision)
-    key = hashlib.sha256(json.dumps([_FORMAT, pixels_key(data.preprocess), network]).encode()).hexdigest()[:16]
-    directory = Path(data.cache.dir) / "embeddings" / key
-    store = known_embeddings(classifier, manifest.digests, cache.gather, directory, hardware.precision, hardware.channels_last)
+    store = embeddings_of(config, classifier, manifest, data, cache, hardware)
     models = fit_logistic(store, manifest, config.seed)
     strength, tables = _chosen(models, store, manifest)
     features = len(models[strength].mean)
     where = f"{features} features of {plain['name']} ({_origin(plain, config.seed)}) at {data.image_size} px"
     return judged(LOGISTIC, f"logistic regression (C={strength:g}) on {where}", tables)
+
+
+def embeddings_of(
+    config: Any, classifier: Classifier, manifest: Manifest, data: DataSettings, cache: PixelCache, hardware: Hardware
+) -> EmbeddingStore:
+    """The backbone's embeddings of all images, computed where they are not kept yet."""
+    network = fingerprint(classifier, settings.to_plain(config.model)["backbone"], hardware.precision)
+    key = hashlib.sha256(json.dumps([_FORMAT, pixels_key(data.preprocess), network]).encode()).hexdigest()[:16]
+    directory = Path(data.cache.dir) / "embeddings" / key
+    return known_embeddings(classifier, manifest.digests, cache.gather, directory, hardware.precision, hardware.channels_last)
 
 
 def fit_logistic(store: EmbeddingStore, manifest: Manifest, seed: int) -> dict[float, LinearModel]:
@@ -198,7 +205,8 @@ def _origin(plain: Mapping[str, Any], seed: int) -> str:
     return "pretrained" if pretrained else f"random weights, seed {seed}"
 
 
-def _device(accelerator: str) -> torch.device:
+def device_of(accelerator: str) -> torch.device:
+    """Where a network computes that Lightning does not move."""
     if accelerator in ("auto", "gpu", "cuda") and torch.cuda.is_available():
         return torch.device("cuda")
     return torch.device("mps" if accelerator in ("auto", "mps") and torch.backends.mps.is_available() else "cpu")

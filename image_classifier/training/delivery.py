@@ -13,6 +13,7 @@ import torch
 
 from image_classifier import settings
 from image_classifier.bundle import BundleInfo, seal
+from image_classifier.dataset.audit.findings import in_words
 from image_classifier.dataset.cache import PixelCache
 from image_classifier.evaluation.baselines import Baseline
 from image_classifier.evaluation.decision import Decision
@@ -57,6 +58,7 @@ def deliver(
         provenance(
             config.seed,
             manifest_sha256=manifest.sha256,
+            corrected=dict(manifest.corrected),
             data_root=str(manifest.root),
             images_per_second=round(images_per_second, 1),
             baselines={baseline.name: baseline.as_dict() for baseline in baselines},
@@ -141,7 +143,8 @@ def model_card(info: BundleInfo, manifest: Manifest) -> str:
         f"# {info.name}",
         f"An image classifier for {len(info.classes)} classes: {', '.join(info.classes)}.",
         "## Data",
-        f"{len(manifest)} images ({', '.join(f'{count} {split}' for split, count in counts.items())}), manifest sha256 `{facts['manifest_sha256']}`.",
+        f"{len(manifest)} images ({', '.join(f'{count} {split}' for split, count in counts.items())}), manifest sha256 `{facts['manifest_sha256']}`."
+        + (f" Corrected by fix.csv: {in_words(manifest.corrected)}." if manifest.corrected else ""),
         "## Input and output",
         f"Pixels uint8 [batch, 3, {info.preprocess['size']}, {info.preprocess['size']}] after preprocessing `{json.dumps(info.preprocess)}`; "
         "logits float32 [batch, classes]. Normalisation is inside the model; "

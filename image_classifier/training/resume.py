@@ -32,7 +32,18 @@ _FIXED = (
     "callbacks.unfreeze.",
     "trainer.accumulate",
 )
-_FREE = ("data.dir", "data.archive", "data.sha256", "data.dvc", "data.name", "data.manifest_path", "data.exclude_path", "data.cache.", "data.limits.")
+_FREE = (
+    "data.dir",
+    "data.archive",
+    "data.sha256",
+    "data.dvc",
+    "data.name",
+    "data.manifest_path",
+    "data.exclude_path",
+    "data.fix_path",
+    "data.cache.",
+    "data.limits.",
+)
 
 _LENGTH = ("trainer.max_epochs", "trainer.max_steps", "trainer.max_time")
 

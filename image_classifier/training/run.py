@@ -17,6 +17,7 @@ import torch
 from pytorch_lightning.utilities.exceptions import MisconfigurationException
 
 from image_classifier import settings
+from image_classifier.dataset.audit.findings import in_words
 from image_classifier.dataset.cache import open_cache
 from image_classifier.dataset.prepare import DataSettings
 from image_classifier.dataset.run import prepare_from
@@ -141,7 +142,8 @@ def _train(config: Any, run: RunFolder, manifest: Manifest, data: DataSettings, 
     loggers = RunLoggers(trainer.loggers)
     loggers.go_on_as(run.key, run.resumed)
     try:
-        loggers.begin(_flat(config), {"manifest_sha256": manifest.sha256, "run_folder": str(run.directory)})
+        corrected = {"corrected": in_words(manifest.corrected)} if manifest.corrected else {}
+        loggers.begin(_flat(config), {"manifest_sha256": manifest.sha256, "run_folder": str(run.directory), **corrected})
         with signals.deferred():
             _fit(trainer, module, datamodule, going.checkpoint if going else None)
         classifier = _best_classifier(trainer, module)

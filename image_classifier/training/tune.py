@@ -4,19 +4,14 @@ from __future__ import annotations
 
 import logging
 import re
-import signal
-import threading
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import fields
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 from optuna.trial import TrialState
 
 from image_classifier import settings
-from image_classifier.command_line import TEXT_KEYS, CommandLine, quoted
+from image_classifier.command_line import TEXT_KEYS, CommandLine
 from image_classifier.dataset.cache import open_cache
 from image_classifier.dataset.prepare import DataSettings
 from image_classifier.dataset.run import prepare_from
@@ -24,6 +19,7 @@ from image_classifier.errors import ConfigError, TrainingError
 from image_classifier.training.run_folder import RunSettings
 from image_classifier.training.tuning.outcome import Places, ranked, table, winner_command, write_csv
 from image_classifier.training.tuning.plots import plot_study
+from image_classifier.training.tuning.process import sigterm_stops, tracking_words
 from image_classifier.training.tuning.space import Entry, as_facts, parse_space
 from image_classifier.training.tuning.study import TuneSettings, open_study
 from image_classifier.training.tuning.trials import Trials, owner_in
@@ -33,7 +29,6 @@ log = logging.getLogger(__name__)
 
 _OURS = ("name", "overwrite", "resume", "tune", "search")  # of the command line, not a trial's
 _REPORTER = "image_classifier.training.callbacks.tuner.ReportToTuner"
-_MLFLOW = "image_classifier.training.loggers.MLflowLogger"
 
 
 def tune(config: Any) -> float:
@@ -56,7 +51,7 @@ def tune(config: Any) -> float:
     plan = Plan(space, (*flags, *line.overrides), _for_trials(config, asked, name), places)
     log.info("study %s: %d trials so far, in %s", name, len(trials.trials()), settings.without_passwords(asked.storage))
     places.folder.mkdir(parents=True, exist_ok=True)
-    with _sigterm_stops(), owner_in(places.folder) as owner:
+    with sigterm_stops(), owner_in(places.folder) as owner:
         Workers(trials, asked, plan, owner).run()
     return _summarise(trials, asked, plan)
 
@@ -102,29 +97,7 @@ def _for_trials(config: Any, asked: TuneSettings, study: str) -> tuple[str, ...]
         node = (config.get("callbacks") or {}).get(name)
         if node and "monitor" in node and node.monitor != asked.metric:
             words += [f"callbacks.{name}.monitor={asked.metric}", f"callbacks.{name}.mode={mode}"]
-    logger = config.get("logger") or {}
-    nodes = {"logger": logger} | {f"logger.{name}": node for name, node in logger.items() if isinstance(node, Mapping) or hasattr(node, "items")}
-    for key, node in nodes.items():
-        if node and node.get("_target_") == _MLFLOW:
-            words += [f"++{key}.tags.study={quoted(study)}", f"{key}.artifacts=false"]  # a copy of each bundle would have no bound
-    return tuple(words)
-
-
-@contextmanager
-def _sigterm_stops() -> Iterator[None]:
-    """SIGTERM ends the block as Ctrl-C does, with exit code 143."""
-
-    def stop(number: int, frame: FrameType | None) -> None:
-        raise SystemExit(143)
-
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    before = signal.signal(signal.SIGTERM, stop)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
+    return (*words, *tracking_words(config, study))
 
 
 def _summarise(trials: Trials, asked: TuneSettings, plan: Plan) -> float:

@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-import csv
 import fnmatch
-import io
+import glob
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from image_classifier.errors import DataError
-from image_classifier.files import write_text
+from image_classifier.dataset.audit.hand_rows import ended, read_rows, row_text, write_if_changed
 
 if TYPE_CHECKING:
     from image_classifier.dataset.audit.findings import Audit
@@ -25,7 +23,6 @@ KEEP = "keep"  # the reason that makes a path stay, whatever other rows say
 
 _HEADER = "path,reason\n"
 _COLUMNS = ["path", "reason"]
-_ENCODING = ("utf-8", "surrogateescape")  # any file name survives
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,6 +105,10 @@ class Exclusions:
         named = dict.fromkeys(line.path for line in self.lines if line.path and not line.by_audit and line.path not in known)
         return [name for name in named if not _matches_any(name, paths)]
 
+    def also(self, left_out: Mapping[str, str]) -> Exclusions:
+        """These exclusions and, as if by hand, the images of `left_out` (path to reason): to look with, not to write."""
+        return replace(self, lines=(*self.lines, *(Line("", glob.escape(path), reason) for path, reason in left_out.items())))
+
     def updated(self, audit: Audit) -> Exclusions:
         """These exclusions with the audit's rows brought up to date."""
         return merge(self, audit.proposed)
@@ -118,13 +119,7 @@ class Exclusions:
         Raises:
             StorageError: The disk refuses.
         """
-        target = path or self.path
-        text = (self.header or _HEADER) + "".join(line.text for line in self.lines)
-        content = text.encode(*_ENCODING)
-        if target.is_file() and target.read_bytes() == content:
-            return False
-        write_text(target, text)
-        return True
+        return write_if_changed(path or self.path, (self.header or _HEADER) + "".join(line.text for line in self.lines))
 
 
 class _Names:
@@ -178,18 +173,12 @@ def merge(existing: Exclusions, proposed: Mapping[str, str]) -> Exclusions:
             reason = new.pop(line.path)
             lines.append(line if line.reason == reason else _row(line.path, reason, existing.delimiter))
     lines += [_row(path, new[path], existing.delimiter) for path in sorted(new)]
-    ended = [line if line.text.endswith("\n") else Line(line.text + "\n", line.path, line.reason) for line in lines[:-1]]
-    header = existing.header if existing.header.endswith("\n") or not existing.header else existing.header + "\n"
-    return Exclusions(existing.path, (*ended, *lines[-1:]), header)
+    whole = [Line(ended(line.text), line.path, line.reason) for line in lines[:-1]]
+    return Exclusions(existing.path, (*whole, *lines[-1:]), ended(existing.header))
 
 
 def _row(path: str, reason: str, delimiter: str) -> Line:
-    text = io.StringIO()
-    # A path that begins with # would be a comment, and the writer lets a bare carriage return pass.
-    special = path.startswith("#") or "\r" in path + reason
-    rows = csv.writer(text, delimiter=delimiter, lineterminator="\n", quoting=csv.QUOTE_ALL if special else csv.QUOTE_MINIMAL)
-    rows.writerow((path, reason))
-    return Line(text.getvalue(), path, reason)
+    return Line(row_text((path, reason), delimiter), path, reason)
 
 
 def read_exclusions(path: Path) -> Exclusions:
@@ -198,42 +187,5 @@ def read_exclusions(path: Path) -> Exclusions:
     Raises:
         DataError: The file cannot be read, its header is not `path,reason`, or a line is no such row (named by its number).
     """
-    try:
-        text = path.read_bytes().decode(*_ENCODING)
-    except FileNotFoundError:
-        return Exclusions(path)
-    except OSError as error:
-        raise DataError(f"cannot read {str(path)!r} ({error.strerror})", "check its permissions") from error
-    if not text.strip("\ufeff\r\n\t "):
-        return Exclusions(path)
-    physical = [line + "\n" for line in text.split("\n")]
-    physical[-1] = physical[-1].removesuffix("\n")
-    header = physical[0]
-    if [name.strip().lower() for name in header.removeprefix("\ufeff").replace(";", ",").split(",")] != _COLUMNS:
-        raise DataError(f"line 1 of {str(path)!r} is not the header path,reason", "write it there; a comma separates the columns")
-    return Exclusions(path, tuple(_parsed(physical[1:], path, ";" if ";" in header else ",")), header)
-
-
-def _parsed(physical: Sequence[str], path: Path, delimiter: str) -> Iterator[Line]:
-    position = 0
-    while position < len(physical):
-        first = physical[position]
-        if not first.strip() or first.startswith("#"):
-            position += 1
-            if first:
-                yield Line(first)
-            continue
-        rest = (physical[index] for index in range(position, len(physical)))
-        reader = csv.reader(rest, delimiter=delimiter, strict=True)
-        number = position + 2
-        try:
-            row = next(reader)
-        except csv.Error as error:
-            raise DataError(
-                f"line {number} of {str(path)!r} is not a row ({error})", 'write path,reason and put a path that holds " in quotes'
-            ) from error
-        if len(row) != 2 or not row[0]:
-            fact = f"line {number} of {str(path)!r} has {len(row)} columns" if len(row) != 2 else f"line {number} of {str(path)!r} has no path"
-            raise DataError(fact, "write path,reason; put what holds a comma in quotes, and begin a comment with #")
-        position += reader.line_num
-        yield Line("".join(physical[position - reader.line_num : position]), row[0], row[1])
+    rows = read_rows(path, _COLUMNS)
+    return Exclusions(path, tuple(Line(text, *cells) for text, cells in rows.lines), rows.header) if rows else Exclusions(path)

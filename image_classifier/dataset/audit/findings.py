@@ -128,6 +128,12 @@ class Audit:
         return Path(self.data["root"])
 
     @property
+    def corrected(self) -> Mapping[str, int]:
+        """How many labels fix.csv changed and images it leaves out; empty where none."""
+        corrected: Mapping[str, int] = self.data.get("corrected", {})
+        return corrected
+
+    @property
     def by_kind(self) -> dict[str, list[Finding]]:
         """The findings of each kind that there is, worst first."""
         kinds: dict[str, list[Finding]] = {}
@@ -176,7 +182,9 @@ class Audit:
         return [f"{size}: {self._severity_counts()}", "", *lines, *self._left_out_lines()]
 
     def _left_out_lines(self) -> list[str]:
-        lines = [f"{counted(len(self.left_out), 'image')} left out by exclude.csv"] if self.left_out else []
+        excluded = len(self.left_out) - self.corrected.get("excluded", 0)
+        lines = [f"{counted(excluded, 'image')} left out by exclude.csv"] if excluded > 0 else []
+        lines += [f"fix.csv: {in_words(self.corrected)}"] if self.corrected else []
         return lines + [f"exclude.csv names {printable(name)!r}, which is not there" for name in self.unmatched[:5]]
 
     def _severity_counts(self) -> str:
@@ -185,12 +193,13 @@ class Audit:
 
     def summary(self) -> list[str]:
         """One or two lines for a log: what is wrong, worst first."""
+        corrected = [f"audit: after fix.csv: {in_words(self.corrected)}"] if self.corrected else []
         if not self.exceeds("warning"):
-            return ["audit: nothing wrong found"]
+            return ["audit: nothing wrong found", *corrected]
         parts = [f"{kind} {self.amount(kind)}" for kind in self.by_kind if KINDS[kind].severity != "info"]
         more = f" and {len(parts) - 6} more kinds" if len(parts) > 6 else ""
         lines = [f"audit: {'; '.join(parts[:6])}{more}"]
-        return lines + ([f"audit: {self.headlines['leak']}"] if "leak" in self.headlines else [])
+        return [*lines, *([f"audit: {self.headlines['leak']}"] if "leak" in self.headlines else []), *corrected]
 
     def as_dict(self) -> dict[str, Any]:
         """All of it as plain values: audit.json."""
@@ -205,6 +214,12 @@ class Audit:
             "findings": [finding.as_dict() for finding in self.findings],
             "exclude": {"left_out": dict(self.left_out), "proposed": dict(self.proposed), "unmatched": list(self.unmatched)},
         }
+
+
+def in_words(corrected: Mapping[str, int]) -> str:
+    """What fix.csv did: "3 labels changed, 1 image left out"."""
+    parts = {"label": (corrected.get("relabelled", 0), "changed"), "image": (corrected.get("excluded", 0), "left out")}
+    return ", ".join(f"{counted(number, noun)} {done}" for noun, (number, done) in parts.items() if number)
 
 
 def _example(finding: Finding) -> str:

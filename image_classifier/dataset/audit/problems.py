@@ -39,7 +39,9 @@ _REASONS = {  # what the decoder says -> kind; the first that fits
 _TRAINED = ("train", "")  # what is not given to a part is dealt, most of it to train
 
 
-def find_problems(tree: Tree, facts: Facts, twins: Twins, settings: AuditSettings, exclusions: Exclusions | None = None) -> Audit:
+def find_problems(
+    tree: Tree, facts: Facts, twins: Twins, settings: AuditSettings, exclusions: Exclusions | None = None, corrected: Mapping[str, int] | None = None
+) -> Audit:
     """Everything that is wrong with a data set, or worth knowing.
 
     Args:
@@ -49,6 +51,7 @@ def find_problems(tree: Tree, facts: Facts, twins: Twins, settings: AuditSetting
         settings: What counts as a finding.
         exclusions: What is left out. Images that a person left out yield no finding; what the audit itself left out does, again
             and again: a finding lasts as long as its reason, and so does its row.
+        corrected: How many labels of the tree fix.csv changed and images it leaves out, for the summary.
     """
     exclusions = exclusions or Exclusions()
     paths = [image.path for image in tree.images]
@@ -56,7 +59,7 @@ def find_problems(tree: Tree, facts: Facts, twins: Twins, settings: AuditSetting
     seen = _Seen(tree, facts, settings, ~exclusions.by_hand(paths))
     findings = _findings(seen, twins)
     leaks = leaked_counts((finding for finding in findings if finding.kind == "leak"), Counter(tree.images[row].split for row in seen.rows.tolist()))
-    data = describe(tree, facts, seen.kept) | {"leaked": leaks}
+    data = describe(tree, facts, seen.kept) | {"leaked": leaks, "corrected": dict(corrected or {})}
     return Audit(
         findings,
         data,

@@ -1,4 +1,4 @@
-"""One trial as a process: started, listened to, answered, stopped."""
+"""One training as a process, a trial or a fold: what its command line is given, how it is started, listened to, answered and stopped."""
 
 from __future__ import annotations
 
@@ -9,13 +9,18 @@ import shutil
 import signal
 import subprocess
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO
+from types import FrameType
+from typing import IO, Any
+
+from image_classifier.command_line import quoted
 
 MARK = "\x1etrial "  # starts a line of the child's standard output that is a report: [number of the validation, value]
 GO_ON, STOP = "go", "stop"
+_MLFLOW = "image_classifier.training.loggers.MLflowLogger"
 # Of a job with many ranks: the tuner may be one of its tasks, a trial is none.
 _RANKS = ("SLURM_", "TORCHELASTIC_", "RANK", "LOCAL_RANK", "GROUP_RANK", "NODE_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 _INTERRUPTED = (130, 143, -signal.SIGINT, -signal.SIGTERM)
@@ -102,6 +107,33 @@ def _reason(code: int, log: Path, start: int) -> str:
         return f"killed by {name}{' (out of memory?)' if name == 'SIGKILL' else ''}"
     said = [line for line in lines if line.startswith("error: ")] or lines or [f"exit code {code}"]
     return re.sub(r"^error: ", "", said[-1])[:300]
+
+
+def tracking_words(config: Any, group: str) -> list[str]:
+    """What makes MLflow show the trainings of one `group` together, and keep no copy of their bundles, which would have no bound."""
+    logger, words = config.get("logger") or {}, []
+    nodes = {"logger": logger} | {f"logger.{name}": node for name, node in logger.items() if hasattr(node, "items")}
+    for key, node in nodes.items():
+        if node and node.get("_target_") == _MLFLOW:
+            words += [f"++{key}.tags.study={quoted(group)}", f"{key}.artifacts=false"]
+    return words
+
+
+@contextmanager
+def sigterm_stops() -> Iterator[None]:
+    """SIGTERM ends the block as Ctrl-C does, with exit code 143."""
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        raise SystemExit(143)
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def gpus() -> list[str]:
