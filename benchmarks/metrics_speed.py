@@ -25,7 +25,7 @@ sys.path.insert(0, str(ROOT))
 
 from image_classifier.evaluation.blocks import slices  # noqa: E402
 from image_classifier.evaluation.metrics import compute_metrics  # noqa: E402
-from image_classifier.records import PredictionTable  # noqa: E402
+from image_classifier.predictions import PredictionTable  # noqa: E402
 
 
 def main() -> None:

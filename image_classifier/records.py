@@ -1,11 +1,10 @@
-"""The value objects that cross rooms: Record, Manifest, Prediction; CSV in and out, never half-written."""
+"""The images of a data set as value objects that cross rooms: Record and Manifest; CSV in and out, never half-written."""
 
 from __future__ import annotations
 
 import csv
 import hashlib
 import io
-import json
 from array import array
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import astuple, dataclass, field, fields, replace
@@ -16,12 +15,11 @@ from typing import IO
 import numpy as np
 
 from image_classifier.errors import DataError
-from image_classifier.files import whole_file, write_text
+from image_classifier.files import whole_file
 
 SPLITS = ("train", "val", "test")
-_ENCODING = ("utf-8", "surrogateescape")  # any file name survives
+ENCODING = ("utf-8", "surrogateescape")  # any file name survives
 _BLOCK = 4096
-_BLOCK_VALUES = 2**17  # 1 MB of float64, which stays in a core's cache
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,7 +53,7 @@ class Texts(Sequence[str]):
         """The texts, packed."""
         block, ends = bytearray(), array("q")
         for text in texts:
-            block += text.encode(*_ENCODING)
+            block += text.encode(*ENCODING)
             ends.append(len(block))
         return cls(bytes(block), np.frombuffer(ends, dtype=np.int64) if ends else np.zeros(0, np.int64))
 
@@ -65,12 +63,12 @@ class Texts(Sequence[str]):
     def __getitem__(self, index: int) -> str:  # type: ignore[override]  # no slices: nobody needs them
         index = range(len(self._ends))[index]
         start = int(self._ends[index - 1]) if index else 0
-        return self._block[start : int(self._ends[index])].decode(*_ENCODING)
+        return self._block[start : int(self._ends[index])].decode(*ENCODING)
 
     def __iter__(self) -> Iterator[str]:
         start = 0
         for end in self._ends.tolist():
-            yield self._block[start:end].decode(*_ENCODING)
+            yield self._block[start:end].decode(*ENCODING)
             start = end
 
     def __eq__(self, other: object) -> bool:
@@ -162,7 +160,7 @@ class Manifest:
         """Fingerprint of the table: equal if and only if every row is equal and in the same order."""
         digest = hashlib.sha256()
         for text in self._csv():
-            digest.update(text.encode(*_ENCODING))
+            digest.update(text.encode(*ENCODING))
         return digest.hexdigest()
 
     def indices(self, split: str) -> np.ndarray:
@@ -198,7 +196,7 @@ class Manifest:
         """Write `manifest.csv` whole or not at all; StorageError where the disk refuses."""
         with whole_file(path) as file:
             for text in self._csv():
-                file.write(text.encode(*_ENCODING))
+                file.write(text.encode(*ENCODING))
 
     def _csv(self) -> Iterator[str]:
         text = io.StringIO()
@@ -216,7 +214,7 @@ class Manifest:
     def read(cls, path: Path, root: Path) -> Manifest:
         """Read `manifest.csv`; DataError names the line that is not a record."""
         try:
-            with path.open(encoding=_ENCODING[0], errors=_ENCODING[1], newline="") as file:
+            with path.open(encoding=ENCODING[0], errors=ENCODING[1], newline="") as file:
                 return _read(csv.DictReader(file), path, root)
         except OSError as error:
             raise DataError(f"cannot read the manifest {str(path)!r} ({error.strerror})", "run `python commands.py prepare` first") from error
@@ -249,7 +247,7 @@ class _Columns:
         self.groups.append(row[0])
         self.splits.append(row[1])
         self.digests += digest
-        self.paths += path.encode(*_ENCODING)
+        self.paths += path.encode(*ENCODING)
         self.ends.append(len(self.paths))
         self.targets.append(self.labels.setdefault(label, len(self.labels)))
         self.widths.append(width)
@@ -282,123 +280,3 @@ def _read(rows: csv.DictReader[str], path: Path, root: Path) -> Manifest:
             hint = "sha256 has 64 hex digits, group 16; width and height are whole numbers"
             raise DataError(f"line {number} of the manifest {str(path)!r} is not a record", hint) from error
     return columns.manifest(root)
-
-
-@dataclass(frozen=True, slots=True)
-class Prediction:
-    """The answer for one image: probabilities over all classes, or the `error` why there is none.
-
-    `reason` says why the label should not be given ("" where it should), `prediction_set` which classes it may be (None where that is not known).
-    """
-
-    path: str
-    label: str = ""
-    confidence: float = 0.0
-    probabilities: Mapping[str, float] = field(default_factory=dict)
-    error: str = ""
-    reason: str = ""
-    prediction_set: tuple[str, ...] | None = None
-
-    @property
-    def decision(self) -> str:
-        """`label` or `abstain`."""
-        return "abstain" if self.reason else "label"
-
-    def answer(self, top_k: int | None = None) -> dict[str, object]:
-        """The JSON object of the command line and the servers, most probable class first."""
-        if self.error:
-            return {"path": self.path, "error": self.error}
-        ranked = sorted(self.probabilities.items(), key=lambda item: -item[1])[:top_k]
-        answer = {"path": self.path, "predicted_class": self.label, "confidence": self.confidence, "all_predictions": dict(ranked)}
-        may_be = None if self.prediction_set is None else list(self.prediction_set)
-        return {**answer, "decision": self.decision, "reason": self.reason, "prediction_set": may_be}
-
-
-@dataclass(frozen=True)
-class PredictionTable:
-    """What a model said of one split: raw `logits` float32 [N, C] beside the rows' paths and true labels, and its calibration's `temperature`.
-
-    `ood_scores` float32 [N] say how unlike the training images each is (None where that is not known).
-    """
-
-    paths: tuple[str, ...]
-    targets: np.ndarray
-    logits: np.ndarray
-    classes: tuple[str, ...]
-    temperature: float = 1.0
-    ood_scores: np.ndarray | None = None
-
-    @cached_property
-    def probabilities(self) -> np.ndarray:
-        """Softmax of logits / temperature, float64 [N, C]."""
-        return softmax(self.logits, self.temperature)
-
-    def block(self, rows: slice, columns: slice = slice(None)) -> np.ndarray:
-        """What softmax is taken of, for a block of images and classes, float64; a copy, so that no large table need be one at once."""
-        return np.array(self.logits[rows, columns], dtype=np.float64) / self.temperature
-
-    def answers(self) -> tuple[np.ndarray, np.ndarray]:
-        """The most probable class of each image, int64 [N] (the first of equals), and its probability, float64 [N]."""
-        predicted, confidence = np.zeros(len(self.targets), dtype=np.int64), np.zeros(len(self.targets))
-        step = max(1, _BLOCK_VALUES // len(self.classes))
-        for start in range(0, len(self.targets), step):
-            rows = slice(start, start + step)
-            probabilities = softmax(self.block(rows))
-            predicted[rows], confidence[rows] = probabilities.argmax(axis=1), probabilities.max(axis=1)
-        return predicted, confidence
-
-    def write(self, directory: Path) -> None:
-        """Write `predictions.csv`, one row an image, and beside it `logits.npy` and `predictions.json`: the classes and the temperature."""
-        with whole_file(directory / "predictions.csv") as file:
-            for text in self._csv():
-                file.write(text.encode(*_ENCODING))
-        with whole_file(directory / "logits.npy") as file:
-            np.save(file, self.logits.astype(np.float32, copy=False))
-        facts = {"classes": self.classes, "temperature": self.temperature}
-        write_text(directory / "predictions.json", json.dumps(facts, indent=2) + "\n")
-
-    def _csv(self) -> Iterator[str]:
-        text = io.StringIO()
-        write_row = csv_writer(text)
-        scores = self.ood_scores
-        write_row((*_PREDICTION_COLUMNS, *(() if scores is None else ("ood_score",))))
-        rows = zip(self.paths, self.targets.tolist(), *(column.tolist() for column in self.answers()), strict=True)
-        for number, (path, target, predicted, confidence) in enumerate(rows, start=1):
-            score = () if scores is None else (f"{scores[number - 1]:.7g}",)
-            write_row((path, self.classes[target], self.classes[predicted], f"{confidence:.6f}", *score))
-            if number % _BLOCK == 0:
-                yield text.getvalue()
-                text.seek(0)
-                text.truncate()
-        yield text.getvalue()
-
-    @classmethod
-    def read(cls, directory: Path) -> PredictionTable:
-        """What `write` left in a folder; DataError where a file is missing or they are not of one table."""
-        try:
-            facts = json.loads((directory / "predictions.json").read_text(encoding="utf-8"))
-            logits: np.ndarray = np.load(directory / "logits.npy", allow_pickle=False)
-            with (directory / "predictions.csv").open(encoding=_ENCODING[0], errors=_ENCODING[1], newline="") as file:
-                reader = csv.DictReader(file)
-                rows = list(reader)
-            scores = np.array([row["ood_score"] for row in rows], np.float32) if "ood_score" in (reader.fieldnames or ()) else None
-            codes = {label: code for code, label in enumerate(facts["classes"])}
-            targets, named = (np.array([codes[row[column]] for row in rows], dtype=np.int64) for column in ("label", "predicted_class"))
-            table = cls(tuple(row["path"] for row in rows), targets, logits, tuple(codes), float(facts["temperature"]), scores)
-            if logits.shape != (len(rows), len(codes)) or (table.answers()[0] != named).any():
-                raise ValueError("logits.npy holds other answers than predictions.csv")
-            return table
-        except (OSError, EOFError, ValueError, KeyError, TypeError) as error:
-            reason = error.strerror if isinstance(error, OSError) else f"{type(error).__name__}: {error}"
-            fact = f"{str(directory)!r} holds no whole predictions.csv, logits.npy and predictions.json ({reason})"
-            raise DataError(fact, "write them again with `python commands.py test`") from error
-
-
-_PREDICTION_COLUMNS = ("path", "label", "predicted_class", "confidence")
-
-
-def softmax(logits: np.ndarray, temperature: float = 1.0) -> np.ndarray:
-    """Probabilities of logits [N, C] divided by a temperature, float64 [N, C]."""
-    shifted = logits.astype(np.float64) - logits.max(axis=1, keepdims=True)
-    exponents = np.exp(shifted / temperature if temperature != 1 else shifted)
-    return np.asarray(exponents / exponents.sum(axis=1, keepdims=True))

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from image_classifier.errors import DataError
-from image_classifier.records import softmax
+from image_classifier.predictions import softmax
 
 
 @dataclass(frozen=True)

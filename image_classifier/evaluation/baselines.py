@@ -13,7 +13,8 @@ import numpy as np
 
 from image_classifier.evaluation.metrics import compute_metrics
 from image_classifier.files import write_text
-from image_classifier.records import SPLITS, Manifest, PredictionTable
+from image_classifier.predictions import PredictionTable
+from image_classifier.records import SPLITS, Manifest
 
 log = logging.getLogger(__name__)
 

@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, replace
 import numpy as np
 
 from image_classifier.errors import DataError
-from image_classifier.records import PredictionTable
+from image_classifier.predictions import PredictionTable
 
 NUM_BINS = 15
 _EDGES = np.linspace(0.0, 1.0, NUM_BINS + 1)

@@ -8,7 +8,7 @@ import numpy as np
 from scipy.special import bdtr
 
 from image_classifier.errors import DataError
-from image_classifier.records import PredictionTable
+from image_classifier.predictions import PredictionTable
 
 LEVEL = 0.95  # of every interval
 _TINY = np.finfo(np.float64).tiny  # the least probability that counts as itself

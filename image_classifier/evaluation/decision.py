@@ -14,7 +14,7 @@ import numpy as np
 
 from image_classifier.errors import CheckpointError, ConfigError
 from image_classifier.evaluation.selective import RiskLevel, choose_level, lowest_risk, risk_levels
-from image_classifier.records import PredictionTable
+from image_classifier.predictions import PredictionTable
 
 _KEPT = 1000  # values that stand for all of val's
 

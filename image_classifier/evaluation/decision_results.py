@@ -16,7 +16,7 @@ from image_classifier.evaluation.decision import Decision
 from image_classifier.evaluation.decision_plots import plot_reliability, plot_risk_coverage
 from image_classifier.evaluation.selective import RiskCurve, risk_curve
 from image_classifier.files import write_text
-from image_classifier.records import PredictionTable
+from image_classifier.predictions import PredictionTable
 
 
 @dataclass(frozen=True)

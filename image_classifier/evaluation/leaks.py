@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 
 import numpy as np
 
-from image_classifier.records import PredictionTable
+from image_classifier.predictions import PredictionTable
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from image_classifier.evaluation.counts import Counts
 from image_classifier.evaluation.per_image import TOP, judge_images
 from image_classifier.evaluation.ranking import rank_classes
 from image_classifier.evaluation.sums import SCALARS, Part
-from image_classifier.records import PredictionTable
+from image_classifier.predictions import PredictionTable
 
 Interval = tuple[float, float]
 Intervals = Mapping[str, Interval | None]

@@ -8,7 +8,7 @@ import numpy as np
 
 from image_classifier.errors import DataError
 from image_classifier.evaluation.blocks import in_order, slices
-from image_classifier.records import PredictionTable
+from image_classifier.predictions import PredictionTable
 
 TOP = 5
 _BLOCK = 2**17  # values in a block of rows: 1 MB of float64 stays in a core's cache

@@ -12,7 +12,7 @@ import numpy as np
 
 from image_classifier.evaluation.blocks import in_order, slices
 from image_classifier.evaluation.per_image import PerImage
-from image_classifier.records import PredictionTable
+from image_classifier.predictions import PredictionTable
 
 _BLOCK = 2**25  # values in a block of columns, 128 MB of float32
 _ROWS = 4096  # turned from rows into columns at a time

@@ -14,7 +14,8 @@ from image_classifier.evaluation.metrics import Interval, Metrics
 from image_classifier.evaluation.plots import plot_class_scores, plot_confusion_matrix, plot_samples
 from image_classifier.files import write_text
 from image_classifier.images import decode
-from image_classifier.records import Manifest, PredictionTable
+from image_classifier.predictions import PredictionTable
+from image_classifier.records import Manifest
 
 _NUM_SAMPLES = 24
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from image_classifier.records import PredictionTable
+from image_classifier.predictions import PredictionTable
 
 _LEVELS = 64  # thresholds that are kept, at equal steps of the coverage
 _DIGITS = 1e6

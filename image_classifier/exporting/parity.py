@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from image_classifier.errors import ParityError
-from image_classifier.records import softmax
+from image_classifier.predictions import softmax
 
 TOLERANCE = 1e-4
 

@@ -16,7 +16,7 @@ from image_classifier.bundle import INFO_NAME, read_bundle
 from image_classifier.errors import CheckpointError, ConfigError
 from image_classifier.evaluation.heat import plot_explanation
 from image_classifier.images import DEFAULT_LIMITS, DecodeLimits, Preprocess, inspect
-from image_classifier.records import Prediction
+from image_classifier.predictions import Prediction
 
 log = logging.getLogger(__name__)
 

@@ -20,7 +20,7 @@ from image_classifier.evaluation.decision import DecisionSettings
 from image_classifier.files import whole_file
 from image_classifier.images import IMAGE_SUFFIXES, DecodeLimits
 from image_classifier.inference.load import load_predictor, pulled_checkpoint
-from image_classifier.records import Prediction
+from image_classifier.predictions import Prediction
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from image_classifier.errors import UnreadableImage
 from image_classifier.evaluation.decision import Decision
 from image_classifier.evaluation.ood import Detector, looks
 from image_classifier.images import DEFAULT_LIMITS, DecodeLimits, Preprocess
-from image_classifier.records import Prediction, PredictionTable, softmax
+from image_classifier.predictions import Prediction, PredictionTable, softmax
 
 
 class Backend(Protocol):

@@ -31,7 +31,8 @@ from image_classifier.inference.latency import measure_latency
 from image_classifier.inference.load import load_predictor, pulled_checkpoint
 from image_classifier.inference.predictor import Predictor
 from image_classifier.inference.robustness import measure_robustness
-from image_classifier.records import SPLITS, Manifest, PredictionTable
+from image_classifier.predictions import PredictionTable
+from image_classifier.records import SPLITS, Manifest
 
 log = logging.getLogger(__name__)
 

@@ -28,7 +28,8 @@ from image_classifier.errors import DataError
 from image_classifier.evaluation.baselines import LOGISTIC, Baseline, judged, known_baseline, lines, most_frequent_of, write_baselines
 from image_classifier.modeling.classifier import Classifier
 from image_classifier.modeling.features import EmbeddingStore, fingerprint, known_embeddings
-from image_classifier.records import SPLITS, Manifest, PredictionTable
+from image_classifier.predictions import PredictionTable
+from image_classifier.records import SPLITS, Manifest
 from image_classifier.training.assemble import build_network
 from image_classifier.training.hardware import Hardware, choose_channels_last, choose_precision
 from image_classifier.training.start import settle_start

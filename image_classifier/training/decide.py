@@ -16,7 +16,8 @@ from image_classifier.evaluation.decision import DEFAULTS, Decision, DecisionSet
 from image_classifier.evaluation.ood import Detector, looks
 from image_classifier.modeling.classifier import Classifier
 from image_classifier.modeling.features import embed
-from image_classifier.records import Manifest, PredictionTable
+from image_classifier.predictions import PredictionTable
+from image_classifier.records import Manifest
 
 log = logging.getLogger(__name__)
 

@@ -17,7 +17,8 @@ from image_classifier.dataset.cache import open_cache
 from image_classifier.dataset.prepare import DataSettings
 from image_classifier.files import write_text
 from image_classifier.modeling.features import EmbeddingStore
-from image_classifier.records import Manifest, PredictionTable, softmax
+from image_classifier.predictions import PredictionTable, softmax
+from image_classifier.records import Manifest
 from image_classifier.training.assemble import build_network
 from image_classifier.training.baseline import device_of, embeddings_of, fit_logistic
 from image_classifier.training.hardware import Hardware, choose_channels_last, choose_precision

@@ -14,7 +14,7 @@ from torchmetrics.classification import MulticlassAccuracy
 from image_classifier.errors import TrainingError
 from image_classifier.evaluation.metrics import compute_metrics
 from image_classifier.modeling.classifier import Classifier
-from image_classifier.records import PredictionTable
+from image_classifier.predictions import PredictionTable
 from image_classifier.training.datamodule import Batch
 from image_classifier.training.distributed import gather_rows
 from image_classifier.training.optimizers.freezing import quieten

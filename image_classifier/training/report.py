@@ -19,7 +19,8 @@ from image_classifier.evaluation.metrics import Metrics, compute_metrics
 from image_classifier.evaluation.plots import plot_curves_in_parts, plot_learning_curves, plot_loss_in_parts
 from image_classifier.evaluation.results import metrics_lines, scalars, write_evaluation
 from image_classifier.files import write_text
-from image_classifier.records import SPLITS, Manifest, PredictionTable
+from image_classifier.predictions import PredictionTable
+from image_classifier.records import SPLITS, Manifest
 from image_classifier.training.callbacks.history import RunHistory
 from image_classifier.training.callbacks.throughput import Throughput
 from image_classifier.training.loggers import RunLoggers

@@ -24,7 +24,8 @@ from image_classifier.dataset.run import prepare_from
 from image_classifier.errors import ConfigError, DataError
 from image_classifier.evaluation.ood import Detector, looks
 from image_classifier.modeling.classifier import Classifier
-from image_classifier.records import SPLITS, Manifest, PredictionTable
+from image_classifier.predictions import PredictionTable
+from image_classifier.records import SPLITS, Manifest
 from image_classifier.training.assemble import build_datamodule, build_module, build_trainer, check_optimisation, speed_settings
 from image_classifier.training.baseline import baselines_of_run
 from image_classifier.training.callbacks.bad_loss import BadLoss, check_on_nan

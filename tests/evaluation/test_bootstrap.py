@@ -18,7 +18,7 @@ from image_classifier.evaluation.per_image import judge_images
 from image_classifier.evaluation.ranking import rank_classes
 from image_classifier.evaluation.results import metrics_lines
 from image_classifier.evaluation.sums import Part
-from image_classifier.records import PredictionTable
+from image_classifier.predictions import PredictionTable
 from tests.evaluation.test_ranking import made_table
 
 

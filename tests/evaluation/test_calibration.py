@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from image_classifier.errors import DataError
 from image_classifier.evaluation.calibration import Reliability, calibration_score, fit_temperature, noise_floor
 from image_classifier.evaluation.metrics import compute_metrics
-from image_classifier.records import PredictionTable, softmax
+from image_classifier.predictions import PredictionTable, softmax
 
 
 def table(logits: np.ndarray, targets: np.ndarray, temperature: float = 1.0) -> PredictionTable:

@@ -11,7 +11,7 @@ from scipy.stats import binomtest
 from image_classifier.errors import DataError
 from image_classifier.evaluation.compare import compare, mcnemar, share
 from image_classifier.evaluation.metrics import compute_metrics
-from image_classifier.records import PredictionTable
+from image_classifier.predictions import PredictionTable
 
 
 def made(targets: np.ndarray, accuracy: float, seed: int, num_classes: int = 4) -> PredictionTable:

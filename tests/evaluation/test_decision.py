@@ -13,7 +13,7 @@ from image_classifier.errors import CheckpointError, ConfigError
 from image_classifier.evaluation.decision import DEFAULTS, Decision, DecisionSettings, Evidence
 from image_classifier.evaluation.decision_results import decision_score
 from image_classifier.evaluation.selective import RiskLevel, chance_of_fewer, choose_level, lowest_risk, risk_curve, risk_levels
-from image_classifier.records import PredictionTable, softmax
+from image_classifier.predictions import PredictionTable, softmax
 
 
 def honest(num_images: int, seed: int, num_classes: int = 4, spread: float = 3.0, scores: bool = False) -> PredictionTable:

@@ -12,7 +12,7 @@ from PIL import Image
 
 from image_classifier.evaluation.decision import Decision, DecisionSettings, Evidence
 from image_classifier.evaluation.decision_results import write_trust
-from image_classifier.records import PredictionTable, softmax
+from image_classifier.predictions import PredictionTable, softmax
 from tests.evaluation.test_plots import assert_legible, drawn  # noqa: F401  # a fixture
 
 

@@ -15,7 +15,7 @@ from image_classifier.errors import DataError
 from image_classifier.evaluation.answers import Answers, out_of_fold, read_probabilities
 from image_classifier.evaluation.label_noise import CONFIDENT, LOSS, TWINS, confident_errors, find_suspects, highest_losses
 from image_classifier.evaluation.suspects import COLUMNS, accepted, decision, lines, merged, worst_answers, write_csv
-from image_classifier.records import PredictionTable
+from image_classifier.predictions import PredictionTable
 
 CLASSES = ("ant", "bee", "cat", "dog")
 

@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from image_classifier.evaluation.leaks import leak_score
-from image_classifier.records import PredictionTable
+from image_classifier.predictions import PredictionTable
 
 
 def table(correct: list[bool]) -> PredictionTable:

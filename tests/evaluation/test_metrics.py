@@ -14,7 +14,7 @@ from sklearn import metrics as sk
 from image_classifier.errors import DataError
 from image_classifier.evaluation.metrics import Metrics, compute_metrics
 from image_classifier.evaluation.sums import SCALARS
-from image_classifier.records import PredictionTable
+from image_classifier.predictions import PredictionTable
 
 
 def make_table(targets: list[int], logits: np.ndarray, num_classes: int) -> PredictionTable:

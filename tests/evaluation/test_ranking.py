@@ -17,7 +17,7 @@ from image_classifier.evaluation.bootstrap import resample, spread
 from image_classifier.evaluation.metrics import compute_metrics
 from image_classifier.evaluation.per_image import judge_images
 from image_classifier.evaluation.ranking import rank_classes
-from image_classifier.records import PredictionTable
+from image_classifier.predictions import PredictionTable
 
 LOG_PROBABILITIES = st.floats(-(2.0**127), 0.0, width=32)
 

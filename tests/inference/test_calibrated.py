@@ -10,7 +10,7 @@ import pytest
 
 from image_classifier.bundle import read_bundle
 from image_classifier.evaluation.calibration import fit_temperature
-from image_classifier.records import PredictionTable
+from image_classifier.predictions import PredictionTable
 from tests.conftest import Command
 
 

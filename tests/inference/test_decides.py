@@ -18,7 +18,7 @@ from image_classifier.bundle import read_bundle
 from image_classifier.evaluation.decision import Decision
 from image_classifier.evaluation.ood import DETECTOR
 from image_classifier.evaluation.selective import lowest_risk
-from image_classifier.records import PredictionTable
+from image_classifier.predictions import PredictionTable
 from tests.conftest import Command
 
 

@@ -19,7 +19,7 @@ from image_classifier.evaluation.decision_results import Trust
 from image_classifier.evaluation.metrics import compute_metrics
 from image_classifier.evaluation.selective import risk_curve
 from image_classifier.modeling.classifier import Classifier
-from image_classifier.records import PredictionTable
+from image_classifier.predictions import PredictionTable
 from image_classifier.training.callbacks.history import RunHistory
 from image_classifier.training.report import Results
 from image_classifier.training.run_folder import RunFolder

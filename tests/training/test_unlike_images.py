@@ -13,7 +13,8 @@ from sklearn.datasets import load_digits
 from image_classifier.bundle import read_bundle
 from image_classifier.evaluation.ood import auroc
 from image_classifier.inference.load import load_predictor
-from image_classifier.records import Manifest, PredictionTable
+from image_classifier.predictions import PredictionTable
+from image_classifier.records import Manifest
 from tests.conftest import Command
 
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from image_classifier.records import PredictionTable
+from image_classifier.predictions import PredictionTable
 
 MOST_CLASSES = 40  # rows and columns of the matrix
 _PAIRS = 200  # rows of the list

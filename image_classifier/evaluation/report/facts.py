@@ -16,7 +16,8 @@ from image_classifier.bundle import INFO_NAME, BundleInfo, sha256_of
 from image_classifier.evaluation.metrics import compute_metrics
 from image_classifier.evaluation.report.found import read_json
 from image_classifier.evaluation.results import metrics_dict
-from image_classifier.records import SPLITS, Manifest, PredictionTable
+from image_classifier.predictions import PredictionTable
+from image_classifier.records import SPLITS, Manifest
 
 Interval = tuple[float, float]
 

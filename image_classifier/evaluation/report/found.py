@@ -12,7 +12,8 @@ import numpy as np
 
 from image_classifier.bundle import INFO_NAME, BundleInfo, find_checkpoint, read_bundle
 from image_classifier.errors import CheckpointError, DataError
-from image_classifier.records import SPLITS, PredictionTable
+from image_classifier.predictions import PredictionTable
+from image_classifier.records import SPLITS
 
 PREDICTIONS = "predictions.csv"
 

@@ -16,7 +16,7 @@ import numpy as np
 from image_classifier.evaluation.report.confusions import images_of_cells
 from image_classifier.page.pictures import BUDGET, NO_PICTURE, Thumbnail, thumbnail
 from image_classifier.page.words import plain
-from image_classifier.records import PredictionTable
+from image_classifier.predictions import PredictionTable
 
 _CELL_IMAGES, _EACH = 1000, 24  # behind all cells, behind one
 _CELL_SIDE, _CELL_QUALITY = 96, 65

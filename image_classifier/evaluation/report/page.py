@@ -17,7 +17,7 @@ from image_classifier.evaluation.report.trust import Reliability, calibrated, re
 from image_classifier.evaluation.report.words import absent, per_cent, verdict
 from image_classifier.page import document
 from image_classifier.page.words import plain
-from image_classifier.records import softmax
+from image_classifier.predictions import softmax
 
 _HERE = Path(__file__).parent
 _TITLES = {"loss": "Loss", "accuracy": "Accuracy", "f1_macro": "F1 (macro)"}

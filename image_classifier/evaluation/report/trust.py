@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from image_classifier.records import PredictionTable, softmax
+from image_classifier.predictions import PredictionTable, softmax
 
 _NUM_BINS = 15
 _COVERAGES = (1.0, 0.95, 0.9, 0.8, 0.7, 0.5)

@@ -14,7 +14,8 @@ from image_classifier.evaluation import baselines
 from image_classifier.evaluation.metrics import compute_metrics
 from image_classifier.evaluation.report.gallery import explanation_name
 from image_classifier.evaluation.results import metrics_dict
-from image_classifier.records import Manifest, PredictionTable, Record
+from image_classifier.predictions import PredictionTable
+from image_classifier.records import Manifest, Record
 from tests.conftest import write_image
 
 HOSTILE = "<img src=x onerror=window.hacked=1>"
