@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from image_classifier.errors import DataError
-from image_classifier.predictions import softmax
+from image_classifier.predictions import PredictionTable, softmax
 
 
 @dataclass(frozen=True)
@@ -37,23 +36,6 @@ class Answers:
         return np.asarray(self.probabilities[np.arange(len(self.targets)), self.targets])
 
 
-def read_probabilities(directory: Path) -> tuple[list[str], np.ndarray]:
-    """Paths and probabilities float64 [N, C] that `PredictionTable.write` put into a folder.
-
-    Raises:
-        DataError: One of the two files is missing or damaged, or they are not of the same images.
-    """
-    try:
-        with (directory / "predictions.csv").open(encoding="utf-8", errors="surrogateescape", newline="") as file:
-            paths = [row["path"] for row in csv.DictReader(file)]
-        logits = np.load(directory / "logits.npy", allow_pickle=False)
-    except (OSError, ValueError, KeyError, EOFError) as error:
-        raise DataError(f"there are no predictions to read in {str(directory)!r} ({error})", "run the command that writes them again") from error
-    if logits.ndim != 2 or len(logits) != len(paths):
-        raise DataError(f"predictions.csv and logits.npy in {str(directory)!r} are not of the same images", "run the command that writes them again")
-    return paths, softmax(logits)
-
-
 def out_of_fold(directories: Iterable[Path], labels: dict[str, int], splits: dict[str, str], classes: Sequence[str]) -> Answers:
     """The answers of all folds together, in the order of `labels`, of which each image is answered exactly once.
 
@@ -68,7 +50,8 @@ def out_of_fold(directories: Iterable[Path], labels: dict[str, int], splits: dic
     """
     answered: dict[str, np.ndarray] = {}
     for directory in directories:
-        paths, probabilities = read_probabilities(directory)
+        table = PredictionTable.read(directory)
+        paths, probabilities = table.paths, softmax(table.logits)  # each fold has a temperature of its own: none is applied
         if probabilities.shape[1] != len(classes):
             raise DataError(f"the predictions in {str(directory)!r} are of other classes", f"remove {str(directory.parent)!r} and run again")
         twice = next((path for path in paths if path in answered), None)

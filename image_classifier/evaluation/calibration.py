@@ -96,13 +96,13 @@ class Reliability:
     @classmethod
     def of(cls, table: PredictionTable) -> Reliability:
         """The bins of one part."""
-        probabilities = table.probabilities
-        return cls.counted(probabilities.max(axis=1), probabilities.argmax(axis=1) == table.targets)
+        predicted, confidence = table.answers()
+        return cls.counted(confidence, predicted == table.targets)
 
     @classmethod
     def counted(cls, confidence: np.ndarray, correct: np.ndarray) -> Reliability:
         """The bins of confidences float64 [N] and right answers bool [N]."""
-        edges, bins = _EDGES, _bins(confidence)
+        edges, bins = _EDGES, bins_of(confidence)
         counts, sums, hits = (np.bincount(bins, weights=weights, minlength=NUM_BINS) for weights in (None, confidence, correct))
         return cls(edges, counts, sums / np.maximum(counts, 1), hits / np.maximum(counts, 1))
 
@@ -117,8 +117,8 @@ class Reliability:
         return {name: column.tolist() for name, column in columns.items()}
 
 
-def _bins(confidence: np.ndarray) -> np.ndarray:
-    """The bin of each confidence, int64 [N]."""
+def bins_of(confidence: np.ndarray) -> np.ndarray:
+    """The bin of each confidence, int64 [N]: 15 of equal width, each open on the left (Guo et al., 2017)."""
     return np.asarray(np.clip(np.searchsorted(_EDGES, confidence, side="left") - 1, 0, NUM_BINS - 1))
 
 
@@ -129,7 +129,7 @@ def noise_floor(confidence: np.ndarray, seed: int = 0) -> tuple[float, float]:
     """
     generator = np.random.default_rng(seed)
     chosen = confidence if len(confidence) <= _MOST_SIMULATED else generator.choice(confidence, _MOST_SIMULATED, replace=False)
-    bins = _bins(chosen)
+    bins = bins_of(chosen)
     gaps = ((generator.random(len(chosen)) < chosen) - chosen for _ in range(_DRAWS))
     draws = [np.abs(np.bincount(bins, weights=gap)).sum() / len(chosen) for gap in gaps]
     scale = math.sqrt(len(chosen) / len(confidence))
@@ -171,6 +171,6 @@ class CalibrationScore:
 def calibration_score(table: PredictionTable) -> CalibrationScore:
     """Judge one part with its table's temperature and without."""
     before, after = Reliability.of(replace(table, temperature=1.0)), Reliability.of(table)
-    chance = noise_floor(table.probabilities.max(axis=1))
+    chance = noise_floor(table.answers()[1])
     nll_before, nll_after = (_moments(table, sharpness)[0] for sharpness in (1.0, 1 / table.temperature))
     return CalibrationScore(table.temperature, len(table.targets), before.ece, after.ece, nll_before, nll_after, *chance)

@@ -40,6 +40,6 @@ def leak_score(table: PredictionTable, leaked: np.ndarray, what: str = LeakScore
     """The two accuracies, `leaked` bool [N] saying which rows have leaked and `what` in which way; None where none has."""
     if not leaked.any():
         return None
-    correct = table.probabilities.argmax(axis=1) == table.targets
+    correct = table.answers()[0] == table.targets
     clean = float(correct[~leaked].mean()) if not leaked.all() else None
     return LeakScore(int(leaked.sum()), int((~leaked).sum()), float(correct[leaked].mean()), clean, what)

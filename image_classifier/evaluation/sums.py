@@ -7,6 +7,7 @@ from functools import cached_property
 
 import numpy as np
 
+from image_classifier.evaluation.calibration import NUM_BINS, bins_of
 from image_classifier.evaluation.counts import Counts
 from image_classifier.evaluation.per_image import TOP, PerImage
 from image_classifier.evaluation.ranking import Ranking
@@ -16,7 +17,6 @@ SCALARS = (
     *("precision_macro", "recall_macro", "f1_macro", "precision_weighted", "recall_weighted", "f1_weighted"),
     *("roc_auc", "average_precision", "log_loss", "brier", "ece", "kappa"),
 )
-_NUM_BINS = 15
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,7 @@ class Part:
         """All sums [S] with image i counted weights[i] times, float64 [N]: hits, support and named by class, gaps by bin, other values."""
         wrong, hits = np.bincount(self._outcomes, weights, minlength=2 * self.num_classes).reshape(-1, 2).T
         named = np.bincount(self.images.predicted, weights, minlength=self.num_classes)
-        gaps = np.bincount(self._bins, weights * self._gaps, minlength=_NUM_BINS)
+        gaps = np.bincount(self._bins, weights * self._gaps, minlength=NUM_BINS)
         values = np.einsum("vn,n->v", self._values, weights)  # no BLAS: its rounding depends on its threads
         return np.concatenate([hits, wrong + hits, named, gaps, values])
 
@@ -43,7 +43,7 @@ class Part:
         """The single numbers of sums [..., S] under their stable names in their order, each [...]; NaN where one is not defined."""
         averages = self.counts(sums).scalars()
         total = sums[..., self.num_classes : 2 * self.num_classes].sum(axis=-1)
-        gaps, values = np.split(sums[..., 3 * self.num_classes :], [_NUM_BINS], axis=-1)
+        gaps, values = np.split(sums[..., 3 * self.num_classes :], [NUM_BINS], axis=-1)
         in_top, log_loss, brier, roc_auc, average_precision = np.moveaxis(values, -1, 0)
         found = {
             **averages,
@@ -78,9 +78,8 @@ class Part:
 
     @cached_property
     def _bins(self) -> np.ndarray:
-        """The bin of each confidence, int64 [N]: 15 of equal width, each open on the left (Guo et al., 2017)."""
-        edges = np.linspace(0.0, 1.0, _NUM_BINS + 1)
-        return np.clip(np.searchsorted(edges, self.images.confidence, side="left") - 1, 0, _NUM_BINS - 1)
+        """The bin of each confidence, int64 [N]."""
+        return bins_of(self.images.confidence)
 
 
 def _macro(values: np.ndarray) -> float:

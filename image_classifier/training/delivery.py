@@ -19,7 +19,6 @@ from image_classifier.evaluation.baselines import Baseline
 from image_classifier.evaluation.decision import Decision
 from image_classifier.evaluation.ood import DETECTOR, Detector
 from image_classifier.evaluation.report.facts import Places, gather, sizes_of
-from image_classifier.evaluation.report.found import read_predictions
 from image_classifier.evaluation.report.page import run_page
 from image_classifier.evaluation.results import shown
 from image_classifier.exporting.onnx import export_onnx
@@ -28,6 +27,7 @@ from image_classifier.files import whole_directory, write_text
 from image_classifier.inference.checkpoint import CheckpointBackend
 from image_classifier.inference.onnx_runtime import OnnxBackend
 from image_classifier.modeling.classifier import Classifier
+from image_classifier.predictions import PredictionTable
 from image_classifier.records import SPLITS, Manifest
 from image_classifier.training.checkpoint_io import save_whole
 from image_classifier.training.report import Results
@@ -97,7 +97,7 @@ def _report(info: BundleInfo, run: RunFolder, manifest: Manifest, directory: Pat
     """report.html, read from the files that the run has written so far, the bundle's in `directory`."""
     part = run.plots / next(split for split in reversed(SPLITS) if split in info.metrics)
     places = Places(part, directory, run.directory, Path("data/audit"), manifest.root)
-    return run_page(gather(run.name, read_predictions(part), places, info, sizes_of(directory)))
+    return run_page(gather(run.name, PredictionTable.read(part), places, info, sizes_of(directory)))
 
 
 def _plain(blueprint: dict[str, Any]) -> dict[str, Any]:

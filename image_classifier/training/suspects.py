@@ -19,12 +19,13 @@ from image_classifier.dataset.prepare import DataSettings, Examination, all_fold
 from image_classifier.dataset.run import examined
 from image_classifier.dataset.split import content_names
 from image_classifier.errors import ConfigError, DataError
-from image_classifier.evaluation.answers import Answers, out_of_fold, read_probabilities
+from image_classifier.evaluation.answers import Answers, out_of_fold
 from image_classifier.evaluation.label_noise import Suspect, find_suspects
 from image_classifier.evaluation.suspects import accepted, lines, merged, worst_answers, write_csv
 from image_classifier.evaluation.suspects_page import Gallery, Row, render
 from image_classifier.files import write_text
 from image_classifier.inference.load import pulled_checkpoint
+from image_classifier.predictions import PredictionTable
 from image_classifier.records import SPLITS, Manifest
 from image_classifier.training.fold_runs import answer_by_training, fold_runs
 from image_classifier.training.run_folder import RunSettings
@@ -155,11 +156,11 @@ def _of_bundle(name: str, run: RunSettings, manifest: Manifest, share: float) ->
     for split in SPLITS[1:]:
         place = Path(run.plots_dir) / bundle.directory.name / split
         if (place / "logits.npy").is_file():
-            paths, probabilities = read_probabilities(place)
-            rows = [row for row, path in enumerate(paths) if path in targets]
-            part = [paths[row] for row in rows]
+            table = PredictionTable.read(place)
+            rows = [row for row, path in enumerate(table.paths) if path in targets]
+            part = [table.paths[row] for row in rows]
             codes = np.array([targets[path] for path in part], dtype=np.int64)
-            found += worst_answers(Answers(part, codes, probabilities[rows], manifest.classes, [split] * len(rows)), share, name)
+            found += worst_answers(Answers(part, codes, table.probabilities[rows], manifest.classes, [split] * len(rows)), share, name)
     if not found and share:
         fact = f"there are no predictions of {name!r} for these images in {run.plots_dir}"
         raise DataError(fact, f"python commands.py test --checkpoint_name {name} --split val writes them")

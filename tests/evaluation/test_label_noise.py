@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from image_classifier.errors import DataError
-from image_classifier.evaluation.answers import Answers, out_of_fold, read_probabilities
+from image_classifier.evaluation.answers import Answers, out_of_fold
 from image_classifier.evaluation.label_noise import CONFIDENT, LOSS, TWINS, confident_errors, find_suspects, highest_losses
 from image_classifier.evaluation.suspects import COLUMNS, accepted, decision, lines, merged, worst_answers, write_csv
 from image_classifier.predictions import PredictionTable
@@ -130,14 +130,18 @@ def test_folds_answer_each_image_exactly_once(tmp_path: Path) -> None:
     found = out_of_fold(folds, labels, {"a.png": "train"}, ("ant", "bee"))
     assert list(found.paths) == list(labels) and found.targets.tolist() == [0, 1] * 3 and found.splits[:2] == ["train", ""]
     assert found.probabilities.argmax(axis=1).tolist() == [1, 1, 1, 0, 0, 0]
-    for places, words in (([*folds, folds[0]], "'a.png' is in two folds"), (folds[:2], "not in both"), ([*folds, tmp_path], "no predictions")):
+    for places, words in (
+        ([*folds, folds[0]], "'a.png' is in two folds"),
+        (folds[:2], "not in both"),
+        ([*folds, tmp_path], "no whole predictions.csv"),
+    ):
         with pytest.raises(DataError, match=words):
             out_of_fold(places, labels, {}, ("ant", "bee"))
     with pytest.raises(DataError, match="other classes"):
         out_of_fold(folds, labels, {}, CLASSES)
     np.save(folds[0] / "logits.npy", np.zeros((3, 2)))
-    with pytest.raises(DataError, match="not of the same images"):
-        read_probabilities(folds[0])
+    with pytest.raises(DataError, match="other answers"):
+        out_of_fold(folds, labels, {}, ("ant", "bee"))
 
 
 def test_accepting_takes_the_worst_and_never_a_test_image() -> None:

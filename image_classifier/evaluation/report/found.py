@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import csv
 import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-
-import numpy as np
 
 from image_classifier.bundle import INFO_NAME, BundleInfo, find_checkpoint, read_bundle
 from image_classifier.errors import CheckpointError, DataError
@@ -84,40 +81,7 @@ def _in_folder(folder: Path, models_dir: Path, data_dir: Path | None) -> Judged:
 def _judged(name: str, directory: Path, bundle: Path | None, data_dir: Path | None) -> Judged:
     info = read_bundle(bundle).info if bundle else None
     known = str(info.provenance.get("data_root", "")) if info else ""
-    return Judged(name, directory, read_predictions(directory), data_dir or (Path(known) if known else None), bundle, info)
-
-
-def read_predictions(directory: Path) -> PredictionTable:
-    """The table that `PredictionTable.write` wrote.
-
-    Raises:
-        DataError: A file is missing or damaged, or the two do not belong together.
-    """
-    try:
-        with (directory / PREDICTIONS).open(encoding="utf-8", errors="surrogateescape", newline="") as file:
-            rows = [(row["path"], row["label"], row["predicted_class"]) for row in csv.DictReader(file)]
-        logits = np.load(directory / "logits.npy", allow_pickle=False)
-    except (OSError, EOFError, ValueError, KeyError, csv.Error) as error:
-        raise DataError(
-            f"cannot read the predictions in {str(directory)!r} ({type(error).__name__}: {error})", "write them again with `test`"
-        ) from error
-    if logits.ndim != 2 or len(logits) != len(rows) or not rows:
-        fact = f"{PREDICTIONS} in {str(directory)!r} has {len(rows)} rows, logits.npy the shape {list(logits.shape)}"
-        raise DataError(fact, "write them again with `test`")
-    paths, labels, answers = zip(*rows, strict=True)
-    classes = _classes(directory, {*labels, *answers}, logits.shape[1])
-    codes = {label: code for code, label in enumerate(classes)}
-    return PredictionTable(tuple(paths), np.array([codes[label] for label in labels], dtype=np.int64), logits, classes)
-
-
-def _classes(directory: Path, met: set[str], number: int) -> tuple[str, ...]:
-    """The order of the logits: that of metrics.json beside them, or of the names where every class was met."""
-    per_class = read_json(directory / "metrics.json").get("per_class", [])
-    classes = tuple(row["label"] for row in per_class) or tuple(sorted(met))
-    if len(classes) != number or not met <= set(classes):
-        fact = f"the predictions in {str(directory)!r} do not say what their {number} classes are called"
-        raise DataError(fact, "their metrics.json is missing or of other predictions; write them again with `test`")
-    return classes
+    return Judged(name, directory, PredictionTable.read(directory), data_dir or (Path(known) if known else None), bundle, info)
 
 
 def read_json(path: Path) -> dict[str, Any]:

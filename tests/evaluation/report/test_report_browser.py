@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from image_classifier.evaluation.report.found import read_predictions
+from image_classifier.predictions import PredictionTable
 from tests.evaluation.report.made_run import make_run
 from tests.test_architecture import assert_torch_free
 
@@ -22,7 +22,7 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     place = tmp_path_factory.mktemp("home")
     make_run(place, accuracy=0.6)
     shutil.copytree(place / "plots/run", place / "plots/other")
-    table = read_predictions(place / "plots/run/test")
+    table = PredictionTable.read(place / "plots/run/test")
     type(table)(table.paths, table.targets, table.logits[:, ::-1].copy(), table.classes).write(place / "plots/other/test")
     assert_torch_free(place, "report", "run")
     assert_torch_free(place, "report", "run", "other", "resamples=100", f"data_dir={place / 'images'}")

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 from image_classifier.evaluation.metrics import compute_metrics
-from image_classifier.evaluation.report.found import read_predictions
 from image_classifier.evaluation.results import metrics_dict
+from image_classifier.predictions import PredictionTable
 from tests.conftest import Command, MakeTree, listed
 from tests.evaluation.test_compare import made, taken
 from tests.test_architecture import assert_torch_free
@@ -34,7 +34,7 @@ def test_predictions_come_back_as_they_were(tmp_path: Path) -> None:
     write = tmp_path / "x"
     table.write(write)
     (write / "metrics.json").write_text('{"per_class": [{"label": "a"}, {"label": "b"}, {"label": "c"}, {"label": "d"}]}')
-    back = read_predictions(write)
+    back = PredictionTable.read(write)
     assert back.paths == table.paths and back.classes == table.classes
     assert np.array_equal(back.targets, table.targets) and np.array_equal(back.logits, table.logits)
 
@@ -75,7 +75,7 @@ def test_what_cannot_be_is_one_line(line: tuple[str, ...], said: str, plots: Pat
 
 
 def test_predictions_that_are_damaged_are_refused(plots: Path, command: Command) -> None:
-    whole = read_predictions(plots / "first/test")
+    whole = PredictionTable.read(plots / "first/test")
     taken(whole, np.arange(10)).write(plots / "first/test/cut")
     (plots / "first/test/cut/logits.npy").replace(plots / "first/test/logits.npy")
     answer = command("report", "first", "second", f"plots_dir={plots}", "models_dir=none")

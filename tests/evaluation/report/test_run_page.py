@@ -14,10 +14,10 @@ import pytest
 from image_classifier.bundle import read_bundle
 from image_classifier.evaluation.report.confusions import frequent, images_of_cells, matrix
 from image_classifier.evaluation.report.facts import Places, gather
-from image_classifier.evaluation.report.found import read_predictions
 from image_classifier.evaluation.report.page import run_page
 from image_classifier.evaluation.report.trust import calibrated, reliability, risk_coverage, risks
 from image_classifier.page import document
+from image_classifier.predictions import PredictionTable
 from tests.conftest import Command
 from tests.evaluation.report.made_run import HOSTILE, make_run
 from tests.evaluation.test_compare import made
@@ -76,7 +76,7 @@ def test_every_link_leads_somewhere_and_every_picture_has_words(html: str) -> No
 
 
 def test_the_images_behind_a_cell_are_those_of_the_pair(home: Path, html: str) -> None:
-    table = read_predictions(home / "plots/run/test")
+    table = PredictionTable.read(home / "plots/run/test")
     content = json.loads(re.findall(r'id="cells">(.*?)</script>', html, re.DOTALL)[0])
     predicted = table.logits.argmax(axis=1)
     for cell, places in content["cells"].items():
@@ -108,7 +108,7 @@ def test_what_is_absent_is_said_with_how_to_get_it(home: Path, tmp_path: Path, c
 def test_what_a_bundle_says_of_its_decisions_is_shown(home: Path) -> None:
     info = read_bundle(home / "models/run").info
     object.__setattr__(info, "decision", {"risk": 0.05, "conformal": {"coverage": 0.9}})
-    facts = gather("run", read_predictions(home / "plots/run/test"), Places(home / "plots/run/test"), info, {})
+    facts = gather("run", PredictionTable.read(home / "plots/run/test"), Places(home / "plots/run/test"), info, {})
     html = run_page(facts)
     assert "<dt>risk</dt><dd>0.05</dd>" in html and "<dt>conformal coverage</dt><dd>0.9</dd>" in html
 
