@@ -16,7 +16,7 @@ import numpy as np
 from image_classifier.evaluation.report.confusions import images_of_cells
 from image_classifier.page.pictures import BUDGET, NO_PICTURE, Thumbnail, thumbnail
 from image_classifier.page.words import plain
-from image_classifier.predictions import PredictionTable
+from image_classifier.predictions import PredictionTable, softmax
 
 _CELL_IMAGES, _EACH = 1000, 24  # behind all cells, behind one
 _CELL_SIDE, _CELL_QUALITY = 96, 65
@@ -62,11 +62,11 @@ def _drawn(paths: Sequence[str], root: Path | None, side: int, quality: int, roo
     return [picture if total <= room else NO_PICTURE for picture, total in zip(pictures, spent.tolist(), strict=True)]
 
 
-def worst(table: PredictionTable, probabilities: np.ndarray, root: Path | None, explanations: Path) -> list[Mistake]:
-    """The surest wrong answers, `probabilities` [N, C]; an explanation is a figure in the folder `explanations` that `infer --explain` named."""
-    predicted = probabilities.argmax(axis=1)
+def worst(table: PredictionTable, root: Path | None, explanations: Path) -> list[Mistake]:
+    """The surest wrong answers; an explanation is a figure in the folder `explanations` that `infer --explain` named."""
+    predicted, confidence = table.answers()
     wrong = np.flatnonzero(predicted != table.targets)
-    rows = wrong[np.argsort(-probabilities[wrong, predicted[wrong]], kind="stable")][:_WORST].tolist()
+    rows = wrong[np.argsort(-confidence[wrong], kind="stable")][:_WORST].tolist()
     pictures = _drawn([table.paths[row] for row in rows], root, 160, 75, BUDGET // 7)
     known = {path.name: path for path in explanations.glob("*.png")} if explanations.is_dir() else {}
     return [
@@ -74,8 +74,8 @@ def worst(table: PredictionTable, probabilities: np.ndarray, root: Path | None, 
             plain(table.paths[row]),
             plain(table.classes[table.targets[row]]),
             plain(table.classes[predicted[row]]),
-            float(probabilities[row, predicted[row]]),
-            float(probabilities[row, table.targets[row]]),
+            float(confidence[row]),
+            float(softmax(table.block(slice(row, row + 1)))[0, table.targets[row]]),
             picture,
             _explanation(table.paths[row], root, known),
         )

@@ -3,23 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from image_classifier.evaluation.calibration import GOAL, Reliability
 from image_classifier.evaluation.report.charts import Scale, line_chart
 from image_classifier.evaluation.report.confusions import frequent, matrix
 from image_classifier.evaluation.report.facts import RunFacts
 from image_classifier.evaluation.report.gallery import cell_images, worst
 from image_classifier.evaluation.report.origin import data_rows, exports, flat, origin
-from image_classifier.evaluation.report.trust import Reliability, calibrated, reliability, risk_coverage, risks
 from image_classifier.evaluation.report.words import absent, per_cent, verdict
+from image_classifier.evaluation.selective import RiskCurve, risk_curve
 from image_classifier.page import document
 from image_classifier.page.words import plain
-from image_classifier.predictions import softmax
+from image_classifier.predictions import PredictionTable
 
 _HERE = Path(__file__).parent
+_COVERAGES = (1.0, 0.95, 0.9, 0.8, 0.7, 0.5)
 _TITLES = {"loss": "Loss", "accuracy": "Accuracy", "f1_macro": "F1 (macro)"}
 _NAMES = {
     "accuracy": "Accuracy",
@@ -40,11 +43,11 @@ _NAMES = {
 
 def run_page(facts: RunFacts) -> str:
     """The page as one text."""
-    table, temperature = facts.table, facts.info.temperature if facts.info else 1.0
-    confidence, right = calibrated(table, temperature)
+    table = facts.table
+    predicted, confidence = table.answers()
     confusion = np.array(facts.metrics["confusion"], dtype=np.int64)
     pairs = frequent(confusion)
-    mistakes = worst(table, softmax(table.logits / temperature), facts.places.root, facts.places.explanations)
+    mistakes = worst(table, facts.places.root, facts.places.explanations)
     cells = cell_images(table, confidence, facts.places.root)
     explained = any(mistake.explanation.address for mistake in mistakes)
     return document.render(
@@ -65,9 +68,9 @@ def run_page(facts: RunFacts) -> str:
         cells=cells,
         pictures=any(image["picture"] for image in cells["images"]),
         mistakes=mistakes,
-        num_wrong=int((~right).sum()),
-        decision=flat(getattr(facts.info, "decision", None) or {}),
-        trust=_trust(facts, confidence, right, temperature),
+        num_wrong=int((predicted != table.targets).sum()),
+        decision=_decision(facts),
+        trust=_trust(table),
         robustness=_robustness(facts.robustness),
         exports=exports(facts.sizes, facts.latency),
         data=data_rows(facts),
@@ -133,30 +136,44 @@ def _classes(facts: RunFacts, confusion: np.ndarray) -> list[dict[str, Any]]:
     return rows
 
 
-def _trust(facts: RunFacts, confidence: np.ndarray, right: np.ndarray, temperature: float) -> dict[str, Any]:
+def _decision(facts: RunFacts) -> dict[str, Any]:
+    """The limits in the bundle; what val told, from which they were chosen, stays there."""
+    known = facts.info.decision if facts.info else {}
+    return flat({name: value for name, value in known.items() if name != "evidence" and value not in ("", None)})
+
+
+def _trust(table: PredictionTable) -> dict[str, Any]:
     """Reliability before and after the temperature, and risk against coverage."""
-    found = {"confidence": reliability(confidence, right)}
-    if temperature != 1:
-        found = {"before": reliability(*calibrated(facts.table, 1.0)), "after": found["confidence"]}
+    found = {"confidence": Reliability.of(table)}
+    if table.temperature != 1:
+        found = {"before": Reliability.of(replace(table, temperature=1.0)), "after": found["confidence"]}
     across, up = Scale("confidence", 0, 1, percent=True), Scale("accuracy", 0, 1, percent=True)
     diagram = line_chart({name: _line(item) for name, item in found.items()}, across, up, _said(found), guide=[(0, 0), (1, 1)])
-    curve = risk_coverage(confidence, right)
-    top = max(0.01, max(risk for coverage, risk in curve if coverage >= 0.02 or coverage == curve[-1][0]) * 1.1)
-    points = [point for point in curve if point[1] <= top]
+    curve = risk_curve(table)
+    kept = (curve.coverage >= 0.02) | (curve.coverage == curve.coverage[-1])  # the first few answers are a matter of luck
+    top = max(0.01, float(curve.risk[kept].max()) * 1.1)
+    points = [point for point in zip(curve.coverage.tolist(), curve.risk.tolist(), strict=True) if point[1] <= top]
     risk = line_chart({"risk": points}, Scale("answered", 0, 1, percent=True), Scale("wrong", 0, min(1, top), percent=True), _risk_said(curve))
-    return {"reliability": found, "temperature": temperature, "diagram": diagram, "risk": risk, "risks": risks(curve)}
+    return {"reliability": found, "temperature": table.temperature, "goal": GOAL, "diagram": diagram, "risk": risk, "risks": risks(curve)}
+
+
+def risks(curve: RiskCurve) -> list[tuple[float, float]]:
+    """The risk at a few round coverages: the smallest that reaches each."""
+    places = np.searchsorted(curve.coverage, np.array(_COVERAGES) - 1e-12)
+    return list(zip(_COVERAGES, curve.risk[places].tolist(), strict=True))
 
 
 def _line(found: Reliability) -> list[tuple[float, float]]:
-    return [(sure, accuracy) for sure, accuracy, _ in found.bins]
+    met = found.counts > 0
+    return list(zip(found.confidence[met].tolist(), found.accuracy[met].tolist(), strict=True))
 
 
 def _said(found: Mapping[str, Reliability]) -> str:
-    words = ", ".join(f"{name}: expected calibration error {per_cent(item.error)}" for name, item in found.items())
+    words = ", ".join(f"{name}: expected calibration error {per_cent(item.ece)}" for name, item in found.items())
     return f"Accuracy against confidence; the grey line is where both are equal; {words}"
 
 
-def _risk_said(curve: list[tuple[float, float]]) -> str:
+def _risk_said(curve: RiskCurve) -> str:
     return "Share of wrong answers by share answered: " + ", ".join(f"{per_cent(risk)} at {per_cent(coverage)}" for coverage, risk in risks(curve))
 
 

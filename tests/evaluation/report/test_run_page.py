@@ -14,8 +14,8 @@ import pytest
 from image_classifier.bundle import read_bundle
 from image_classifier.evaluation.report.confusions import frequent, images_of_cells, matrix
 from image_classifier.evaluation.report.facts import Places, gather
-from image_classifier.evaluation.report.page import run_page
-from image_classifier.evaluation.report.trust import calibrated, reliability, risk_coverage, risks
+from image_classifier.evaluation.report.page import risks, run_page
+from image_classifier.evaluation.selective import risk_curve
 from image_classifier.page import document
 from image_classifier.predictions import PredictionTable
 from tests.conftest import Command
@@ -142,12 +142,10 @@ def test_every_cell_gets_its_turn_before_any_gets_a_second_image() -> None:
         assert list(confidence[rows]) == sorted(confidence[rows], reverse=True)
 
 
-def test_risk_falls_to_that_of_the_surest_and_reliability_adds_up() -> None:
+def test_the_risks_at_round_coverages_are_those_of_the_curve() -> None:
     table = made(np.random.default_rng(0).integers(0, 4, 800), 0.6, 1)
-    confidence, right = calibrated(table, 1.0)
-    curve = risk_coverage(confidence, right)
-    assert curve[-1] == (1.0, pytest.approx(1 - right.mean())) and risks(curve)[0][1] == curve[-1][1]
-    found = reliability(confidence, right)
-    assert sum(count for _, _, count in found.bins) == 800
-    assert sum(accuracy * count for _, accuracy, count in found.bins) == pytest.approx(right.sum())
-    assert risk_coverage(np.array([0.5, 0.5, 0.9]), np.array([True, False, True])) == [(pytest.approx(1 / 3), 0.0), (1.0, pytest.approx(1 / 3))]
+    found = dict(risks(risk_curve(table)))
+    predicted, confidence = table.answers()
+    surest = np.argsort(-confidence, kind="stable")[:400]
+    assert found[1.0] == pytest.approx((predicted != table.targets).mean())
+    assert found[0.5] == pytest.approx((predicted != table.targets)[surest].mean(), abs=0.01)
