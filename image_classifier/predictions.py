@@ -122,7 +122,9 @@ class PredictionTable:
             codes = {label: code for code, label in enumerate(facts["classes"])}
             targets, named = (np.array([codes[row[column]] for row in rows], dtype=np.int64) for column in ("label", "predicted_class"))
             table = cls(tuple(row["path"] for row in rows), targets, logits, tuple(codes), float(facts["temperature"]), scores)
-            if logits.shape != (len(rows), len(codes)) or (table.answers()[0] != named).any():
+            if logits.shape != (len(rows), len(codes)):
+                raise ValueError(f"{len(rows)} rows of {len(codes)} classes, logits of the shape {list(logits.shape)}")
+            if (table.answers()[0] != named).any():
                 raise ValueError("logits.npy holds other answers than predictions.csv")
             return table
         except (OSError, EOFError, ValueError, KeyError, TypeError) as error:

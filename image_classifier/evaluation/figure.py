@@ -42,15 +42,16 @@ def axes_at(figure: Figure, left: float, bottom: float, width: float, height: fl
     return figure.add_axes((left / across, bottom / up, width / across, height / up))
 
 
-def save_figure(figure: Figure, path: Path) -> Path:
-    """Write the figure as PNG and, beside it, as SVG, each whole or not at all; the same figure gives the same bytes."""
+def save_figure(figure: Figure, path: Path, vector: bool = True) -> Path:
+    """Write the figure as PNG and, with `vector`, as SVG beside it, each whole or not at all; the same figure gives the same bytes."""
     for text in figure.findobj(lambda artist: isinstance(artist, Text)):
         cast(Text, text).set_fontfamily(_FONT)
         cast(Text, text).set_parse_math(False)  # a class may be called `$x_1$`
-    drawing, buffer = _svg(figure), io.BytesIO()
+    drawing, buffer = _svg(figure) if vector else None, io.BytesIO()
     FigureCanvasAgg(figure).print_figure(buffer, format="png", dpi=DPI, facecolor="white")
     write_bytes(path, buffer.getvalue())
-    write_bytes(path.with_suffix(".svg"), drawing)
+    if drawing is not None:
+        write_bytes(path.with_suffix(".svg"), drawing)
     return path
 
 

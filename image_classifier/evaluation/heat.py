@@ -46,7 +46,7 @@ def plot_explanation(picture: np.ndarray, heat: np.ndarray, answer: str, method:
         else ""
     )
     figure.text(0.15 / across, 0.1 / up, fit_text(note, 72 * (across - 0.3), 8), fontsize=8, color=GREY, va="bottom")
-    return save_figure(figure, path)
+    return save_figure(figure, path, vector=False)
 
 
 def _frame(axes: matplotlib.axes.Axes, heat: np.ndarray) -> None:

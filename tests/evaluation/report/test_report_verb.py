@@ -79,7 +79,7 @@ def test_predictions_that_are_damaged_are_refused(plots: Path, command: Command)
     taken(whole, np.arange(10)).write(plots / "first/test/cut")
     (plots / "first/test/cut/logits.npy").replace(plots / "first/test/logits.npy")
     answer = command("report", "first", "second", f"plots_dir={plots}", "models_dir=none")
-    assert answer.code == 2 and "has 80 rows, logits.npy the shape [10, 4]" in answer.err
+    assert answer.code == 2 and "80 rows of 4 classes, logits of the shape [10, 4]" in answer.err
     (plots / "second/test/logits.npy").write_bytes(b"")
     answer = command("report", "second", "first", f"plots_dir={plots}", "models_dir=none")
-    assert answer.code == 2 and "cannot read the predictions" in answer.err
+    assert answer.code == 2 and "holds no whole predictions.csv, logits.npy" in answer.err
