@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 import commands
-from image_classifier.command_line import CONF_DIR, choices, exit_code, root_groups, summaries
+from image_classifier.command_line import CONF_DIR, choices, exit_code, root_groups, summaries, translate
 from image_classifier.errors import ConfigError, DataError
 
 ROOT = CONF_DIR.parent

@@ -140,7 +140,7 @@ def test_folds_answer_each_image_exactly_once(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="other classes"):
         out_of_fold(folds, labels, {}, CLASSES)
     np.save(folds[0] / "logits.npy", np.zeros((3, 2)))
-    with pytest.raises(DataError, match="other answers"):
+    with pytest.raises(DataError, match="logits of the shape"):
         out_of_fold(folds, labels, {}, ("ant", "bee"))
 
 
