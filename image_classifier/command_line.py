@@ -112,7 +112,7 @@ def _option(verb: str, key: str, value: str | None, rest: list[str]) -> str:
     """One `--key …` as an override; takes its values from the front of `rest`."""
     if key in LIST_KEYS.get(verb, ()):
         values = [] if value is None else [value]
-        while rest and not _is_option(rest[0]) and not (values and _is_no_file(rest[0])):
+        while rest and not _is_option(rest[0]):
             values.append(rest.pop(0))
         if not values:
             raise ConfigError(f"--{key} needs at least one value")
@@ -142,11 +142,6 @@ def _mapped(override: str) -> str:
 
 def _is_option(word: str) -> bool:
     return len(word) > 1 and word.startswith("-") and not re.match(r"-[\d.]", word)
-
-
-def _is_no_file(word: str) -> bool:
-    """Whether key=value after a list of files is meant as an override: a file may be called so, and a pattern match such files."""
-    return _is_override(word) and not os.path.lexists(word) and not any(letter in word for letter in "*?[")
 
 
 def _is_override(word: str) -> bool:

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 import commands
-from image_classifier.command_line import CONF_DIR, choices, exit_code, root_groups, summaries, translate
+from image_classifier.command_line import CONF_DIR, choices, exit_code, root_groups, summaries
 from image_classifier.errors import ConfigError, DataError
 
 ROOT = CONF_DIR.parent
@@ -121,10 +121,3 @@ def test_completion_in_a_real_bash(tmp_path: Path) -> None:
     path = os.pathsep.join([os.path.dirname(sys.executable), str(tmp_path), os.environ["PATH"]])
     done = subprocess.run(["bash", "-c", script], cwd=ROOT, capture_output=True, text=True, timeout=60, env={**os.environ, "PATH": path})
     assert done.stdout.split("\n")[:2] == ["infer", "--format="], done.stderr
-
-
-def test_an_override_after_a_list_of_files_is_one_unless_a_file_is_called_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    Path("a=b.png").touch()
-    line = translate("infer", ["--images", "a=b.png", "x=*.png", "missing.png", "decision.risk=0.02", "top_k=3"])
-    assert line.overrides == ("images=['a=b.png','x=*.png','missing.png']", "decision.risk=0.02", "top_k=3")

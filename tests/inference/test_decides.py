@@ -129,12 +129,12 @@ def test_a_damaged_detector_is_noticed(command: Command, tmp_path: Path) -> None
 
 
 def test_a_share_that_cannot_be_is_one_line(command: Command) -> None:
-    answer = command("infer", "--checkpoint_name", "digits", "--images", "data/digits/test/0", "decision.risk=5")
+    answer = command("infer", "--checkpoint_name", "digits", "decision.risk=5", "--images", "data/digits/test/0")
     assert answer.code == 2 and "decision.risk=5" in answer.err
 
 
 def test_a_risk_that_val_cannot_promise_is_said_and_holds_no_label_back(command: Command) -> None:
-    line = ("infer", "--checkpoint_name", "digits", "--images", "data/digits/test/0", "decision.risk=0.001", "decision.ood_rate=0")
+    line = ("infer", "--checkpoint_name", "digits", "decision.risk=0.001", "decision.ood_rate=0", "--images", "data/digits/test/0")
     answer = command(*line, "--format", "json")
     assert answer.code == 0 and "cannot promise a risk of 0.001" in answer.err
     assert all(row["decision"] == "label" for row in json.loads(answer.out))
