@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -17,6 +19,7 @@ from PIL import Image
 from image_classifier.dataset.facts import read_facts
 from image_classifier.dataset.prepare import manifest_of
 from image_classifier.dataset.tree import find
+from image_classifier.files import locked
 from image_classifier.images import DecodeLimits
 from image_classifier.records import Manifest
 
@@ -109,14 +112,24 @@ def run_command(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[st
 
 @pytest.fixture(scope="session")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder in which `python commands.py train` ran once on a few batches of digits, with MLflow in a local file."""
-    folder = tmp_path_factory.mktemp("trained")
+    """A folder of this process in which, as it looks, `python commands.py train` ran on a few batches of digits, with MLflow in a local file."""
+    base = tmp_path_factory.getbasetemp()
+    shared = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
+    with locked(shared / "trained.lock"):  # the processes of one test run train once
+        if not (shared / "trained" / "stdout.txt").exists():
+            _train(shared / "trained")
+    folder = tmp_path_factory.mktemp("own") / "trained"
+    shutil.copytree(shared / "trained", folder)
+    return folder
+
+
+def _train(folder: Path) -> None:
+    folder.mkdir()
     line = ["train", "name=digits", "trainer.max_epochs=2", "+trainer.limit_train_batches=6"]
     done = subprocess.run([sys.executable, str(ROOT / "commands.py"), *line], cwd=folder, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
-    (folder / "stdout.txt").write_text(done.stdout)
     (folder / "stderr.txt").write_text(done.stderr)
-    return folder
+    (folder / "stdout.txt").write_text(done.stdout)
 
 
 @pytest.fixture(scope="session")
