@@ -9,12 +9,14 @@ from typing import Any
 
 import numpy as np
 
+from image_classifier.bundle import BundleInfo
 from image_classifier.evaluation.calibration import GOAL, Reliability
+from image_classifier.evaluation.decision import Decision
 from image_classifier.evaluation.report.charts import Scale, line_chart
 from image_classifier.evaluation.report.confusions import frequent, matrix
 from image_classifier.evaluation.report.facts import RunFacts
 from image_classifier.evaluation.report.gallery import cell_images, worst
-from image_classifier.evaluation.report.origin import data_rows, exports, flat, origin
+from image_classifier.evaluation.report.origin import data_rows, exports, origin
 from image_classifier.evaluation.report.words import absent, per_cent, verdict
 from image_classifier.evaluation.selective import RiskCurve, risk_curve
 from image_classifier.page import document
@@ -69,7 +71,7 @@ def run_page(facts: RunFacts) -> str:
         pictures=any(image["picture"] for image in cells["images"]),
         mistakes=mistakes,
         num_wrong=int((predicted != table.targets).sum()),
-        decision=_decision(facts),
+        decision=_decision(facts.info),
         trust=_trust(table),
         robustness=_robustness(facts.robustness),
         exports=exports(facts.sizes, facts.latency),
@@ -136,10 +138,20 @@ def _classes(facts: RunFacts, confusion: np.ndarray) -> list[dict[str, Any]]:
     return rows
 
 
-def _decision(facts: RunFacts) -> dict[str, Any]:
-    """The limits in the bundle; what val told, from which they were chosen, stays there."""
-    known = facts.info.decision if facts.info else {}
-    return flat({name: value for name, value in known.items() if name != "evidence" and value not in ("", None)})
+def _decision(info: BundleInfo | None) -> dict[str, str]:
+    """The limits in the bundle, in words; {} where it holds none."""
+    if not info or not info.decision:
+        return {}
+    limits = Decision.from_dict(info.decision)
+    asked = limits.settings
+    unsure, unlike = "no limit is set", "is not looked for"
+    if asked.risk is not None and asked.risk < 1:
+        kept = f"{per_cent(limits.answered)} of val get a label, at most {per_cent(asked.risk)} of them wrong"
+        unsure = limits.note or f"a confidence below {limits.threshold:.3f}: {kept}, with {per_cent(asked.risk_confidence or 0)} confidence"
+    if limits.ood_limit is not None:
+        unlike = f"a score above {limits.ood_limit:.3f}; {per_cent(asked.ood_rate or 0)} of val is refused so"
+    sets = f"classes from a probability of {limits.set_level:.3f} up hold the true one of {per_cent(asked.coverage or 0)} of the images"
+    return {"not sure enough": unsure, "unlike the training images": unlike, "prediction sets": sets}
 
 
 def _trust(table: PredictionTable) -> dict[str, Any]:

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from image_classifier.bundle import read_bundle
+from image_classifier.evaluation.decision import Decision, DecisionSettings, Evidence
 from image_classifier.evaluation.report.confusions import frequent, images_of_cells, matrix
 from image_classifier.evaluation.report.facts import Places, gather
 from image_classifier.evaluation.report.page import risks, run_page
@@ -106,11 +107,17 @@ def test_what_is_absent_is_said_with_how_to_get_it(home: Path, tmp_path: Path, c
 
 
 def test_what_a_bundle_says_of_its_decisions_is_shown(home: Path) -> None:
+    table = PredictionTable.read(home / "plots/run/test")
     info = read_bundle(home / "models/run").info
-    object.__setattr__(info, "decision", {"risk": 0.05, "conformal": {"coverage": 0.9}})
-    facts = gather("run", PredictionTable.read(home / "plots/run/test"), Places(home / "plots/run/test"), info, {})
-    html = run_page(facts)
-    assert "<dt>risk</dt><dd>0.05</dd>" in html and "<dt>conformal coverage</dt><dd>0.9</dd>" in html
+    for asked, words in (
+        (DecisionSettings(), "no limit is set"),
+        (DecisionSettings(risk=0.9), "at most 90.0 % of them wrong, with 95.0 % confidence"),
+        (DecisionSettings(risk=1e-6), "cannot promise a risk of 1e-06"),
+    ):
+        decision = Decision.chosen(Evidence.of(table), asked)
+        object.__setattr__(info, "decision", decision.as_dict())
+        html = run_page(gather("run", table, Places(home / "plots/run/test"), info, {}))
+        assert words in html and "hold the true one of 90.0 % of the images" in html and "evidence" not in html
 
 
 def test_a_thousand_classes_stay_below_ten_megabytes(tmp_path: Path, command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
