@@ -6,7 +6,8 @@ import logging
 import os
 import re
 import time
-from collections.abc import Callable, Mapping
+import warnings
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -78,6 +79,17 @@ class Tracker:
     def log_artifacts(self, directory: Path, name: str) -> None:
         """Copy a folder into the run's artifacts under `name`."""
         self._do(lambda client: client.log_artifacts(self.run_id, str(directory), name))
+
+    def log_table(self, columns: Mapping[str, Sequence[Any]], name: str) -> None:
+        """Log columns of one length as a table that MLflow's pages show and compare."""
+        data = {key: list(values) for key, values in columns.items()}
+
+        def call(client: Any) -> None:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # MLflow's own use of pandas
+                client.log_table(self.run_id, data=data, artifact_file=f"{name}.json")
+
+        self._do(call)
 
     def set_tags(self, tags: Mapping[str, str]) -> None:
         """Set facts on the run."""

@@ -1,6 +1,7 @@
 """A run is logged where the store answers, and never lost where it does not."""
 
 import http.server
+import json
 import logging
 import threading
 from pathlib import Path
@@ -26,10 +27,13 @@ def test_everything_is_logged_to_a_local_file(tmp_path: Path, monkeypatch: pytes
     (tmp_path / "plots").mkdir()
     (tmp_path / "plots" / "loss.png").write_bytes(b"png")
     tracker.log_artifacts(tmp_path / "plots", "plots")
+    tracker.log_table({"path": ["a.png", "b.png"], "correct": [True, False]}, "test/answers")
     tracker.finish()
     metrics, params, status = read_back(f"sqlite:///{tmp_path}/mlflow.db", tracker.run_id)
     assert (metrics, len(params), status) == ({"val/f1_macro": 0.5, "train/loss": 1.5}, 130, "FINISHED")
     assert list(tmp_path.glob("mlruns/*/*/artifacts/plots/loss.png"))
+    (table,) = tmp_path.glob("mlruns/*/*/artifacts/test/answers.json")
+    assert json.loads(table.read_text()) == {"columns": ["path", "correct"], "data": [["a.png", True], ["b.png", False]]}
     assert tracker.run_id in tracker.where
 
 

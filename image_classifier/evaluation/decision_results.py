@@ -83,6 +83,14 @@ class Trust:
         found = {"decision": {**stated, "threshold": self.decision.threshold, "measured": asdict(self.score)}} if self.decision and self.score else {}
         return {**self.calibration.as_dict(), "risk_coverage": curve, **found}
 
+    def scalars(self) -> dict[str, float]:
+        """The single numbers under their stable names."""
+        found = {"ece_uncalibrated": self.calibration.ece_before, "aurc": self.curve.area}
+        if self.score:
+            names = {"answered": self.score.answered, "refused_as_unlike": self.score.unknown, "set_coverage": self.score.set_coverage}
+            found |= {**names, "set_size": self.score.set_size} | ({} if self.score.risk is None else {"risk": self.score.risk})
+        return found
+
     def lines(self, split: str) -> Iterator[str]:
         """The figures in words, for a terminal."""
         yield self.calibration.line(split)

@@ -18,6 +18,7 @@ from image_classifier.predictions import PredictionTable
 from image_classifier.records import Manifest
 
 _NUM_SAMPLES = 24
+_MOST_ROWS = 10_000
 
 
 def write_evaluation(
@@ -56,6 +57,26 @@ def _samples(targets: np.ndarray, predicted: np.ndarray, confidence: np.ndarray)
     others = np.setdiff1d(np.arange(len(targets)), worst)
     spread = others[np.unique(np.linspace(0, len(others) - 1, min(len(others), _NUM_SAMPLES - len(worst))).astype(int))] if len(others) else others
     return [int(row) for row in (*worst, *spread)]
+
+
+def answer_columns(table: PredictionTable) -> dict[str, list[Any]]:
+    """The answers as columns of a table for the trackers: the surest mistakes first, at most 10 000 images."""
+    predicted, confidence = table.answers()
+    right = predicted == table.targets
+    rows = np.lexsort((-confidence, right))[:_MOST_ROWS].tolist()
+    return {
+        "path": [table.paths[row] for row in rows],
+        "label": [table.classes[table.targets[row]] for row in rows],
+        "predicted_class": [table.classes[predicted[row]] for row in rows],
+        "confidence": confidence[rows].tolist(),
+        "correct": right[rows].tolist(),
+    }
+
+
+def class_columns(metrics: Metrics) -> dict[str, list[Any]]:
+    """The scores of each class as columns of a table."""
+    names = ("label", "precision", "recall", "f1", "support")
+    return {name: [getattr(score, name) for score in metrics.per_class] for name in names}
 
 
 def metrics_dict(metrics: Metrics, leak: LeakScore | None, beside: Mapping[str, Any] | None = None) -> dict[str, object]:

@@ -99,6 +99,13 @@ class RunLoggers:
                 mlflow.tracker.log_artifacts(directory, name)
 
     @rank_zero_only
+    def keep_tables(self, tables: Mapping[str, Mapping[str, Sequence[Any]]]) -> None:
+        """Log tables, name to columns, where a logger shows such."""
+        for mlflow in self._mlflow:
+            for name, columns in tables.items() if mlflow.artifacts else ():
+                mlflow.tracker.log_table(columns, name)
+
+    @rank_zero_only
     def finish(self, status: str = "FINISHED") -> None:
         """End the run everywhere as FINISHED, FAILED or KILLED."""
         for logger in self.loggers:

@@ -17,7 +17,7 @@ from image_classifier.evaluation.decision_results import Trust, write_trust
 from image_classifier.evaluation.leaks import LeakScore, leak_score
 from image_classifier.evaluation.metrics import Metrics, compute_metrics
 from image_classifier.evaluation.plots import plot_curves_in_parts, plot_learning_curves, plot_loss_in_parts
-from image_classifier.evaluation.results import metrics_lines, scalars, write_evaluation
+from image_classifier.evaluation.results import answer_columns, class_columns, metrics_lines, scalars, write_evaluation
 from image_classifier.files import write_text
 from image_classifier.predictions import PredictionTable
 from image_classifier.records import SPLITS, Manifest
@@ -73,14 +73,18 @@ def write_results(
 def log_outcome(
     loggers: RunLoggers,
     run: RunFolder,
-    scores: dict[str, dict[str, float]],
+    results: Results,
+    tables: dict[str, PredictionTable],
     baselines: Sequence[Baseline],
     facts: dict[str, Any],
     trainer: pl.Trainer,
 ) -> None:
-    """Give the loggers what is known at the end, and the bundle and the figures."""
-    test = {f"test/{name}": value for name, value in scores.get("test", {}).items()}
+    """Give the loggers what is known at the end: the scores, tables of answers and classes, the bundle and the figures."""
+    scores = {**results.scores["test"], **results.trusts["test"].scalars()} if "test" in results.scores else {}
+    test = {f"test/{name}": value for name, value in scores.items()}
     loggers.log_metrics({**test, **simple.as_metrics(baselines)}, max(0, trainer.current_epoch - 1), trainer.global_step)
+    for split, table in tables.items():
+        loggers.keep_tables({f"tables/{split}_answers": answer_columns(table), f"tables/{split}_classes": class_columns(results.metrics[split])})
     loggers.keep({"git_commit": str(facts["git"]), "bundle": str(run.bundle)}, {"bundle": run.bundle, "plots": run.plots})
     loggers.finish()
 

@@ -159,7 +159,7 @@ def _train(config: Any, run: RunFolder, manifest: Manifest, data: DataSettings, 
         blueprint = {**module.hparams["blueprint"], "temperature": tables["val"].temperature, "decision": decision.as_dict()}
         facts = deliver(classifier, blueprint, run, manifest, cache, results, baselines, config, throughput.images_per_second, decision, detector)
         note_finished(run, results.score, length_of(_flat(config)))
-        log_outcome(loggers, run, results.scores, baselines, facts, trainer)
+        log_outcome(loggers, run, results, tables, baselines, facts, trainer)
     except BaseException as error:
         loggers.finish("KILLED" if isinstance(error, KeyboardInterrupt | SystemExit) else "FAILED")
         raise

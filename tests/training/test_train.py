@@ -121,7 +121,10 @@ def test_mlflow_has_parameters_metrics_an_epoch_tags_and_artifacts(trained: Path
     assert {"train/loss", "train/accuracy", "val/loss", "val/f1_macro", "test/accuracy", "test/f1_macro"} <= set(run.data.metrics)
     assert [point.step for point in client.get_metric_history(run.info.run_id, "val/f1_macro")] == [1, 2]
     assert {"git_commit", "manifest_sha256", "bundle"} <= set(run.data.tags)
-    assert {path.name for path in trained.glob("mlruns/*/*/artifacts/*")} == {"bundle", "plots"}
+    assert {path.name for path in trained.glob("mlruns/*/*/artifacts/*")} == {"bundle", "plots", "tables"}
+    (table,) = trained.glob("mlruns/*/*/artifacts/tables/test_answers.json")
+    assert len(json.loads(table.read_text())["data"]) == 355
+    assert {"test/ece_uncalibrated", "test/aurc", "test/set_coverage"} <= set(run.data.metrics)
 
 
 @pytest.mark.slow
