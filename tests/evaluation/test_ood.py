@@ -48,7 +48,7 @@ def test_the_distance_is_that_of_mahalanobis() -> None:
     covariance = np.cov(values.T, bias=True)
     covariance = 0.9 * covariance + 0.1 * np.trace(covariance) / 4 * np.eye(4)
     away = values - values.mean(axis=0)
-    np.testing.assert_allclose(shape.distances(values), np.einsum("nd,de,ne->n", away, np.linalg.inv(covariance), away), rtol=1e-3, atol=1e-3)
+    np.testing.assert_allclose(shape.distances(values), np.einsum("ij,jk,ik->i", away, np.linalg.inv(covariance), away), rtol=1e-3, atol=1e-3)
 
 
 @pytest.mark.parametrize("count", [1, 2, 5])

@@ -60,7 +60,7 @@ def test_folders_are_compared_without_images_or_torch(plots: Path) -> None:
     [
         (("first", "first"), "are the same predictions"),
         (("first", "second", "third"), "'third' is not key=value"),
-        (("first", "secnd"), "there is no checkpoint 'secnd'"),
+        (("first", "secondo"), "there is no checkpoint 'secondo'"),
         (("first", "second", "split=val"), "'first' has no predictions of its val part"),
         (("first", "second", "split=tests"), "there is no split 'tests'"),
         (("first", "second", "resamples=5"), "resamples must be from 100"),
