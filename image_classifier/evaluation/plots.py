@@ -174,7 +174,7 @@ def plot_samples(
         down, across = divmod(position, num_columns)
         axes = axes_at(figure, gap + across * (cell + gap), height - 0.42 - (down + 1) * (cell + text), cell, cell)
         _draw_sample(axes, *row, cell)
-    return save_figure(figure, path)
+    return save_figure(figure, path, vector=False)
 
 
 def plot_class_scores(per_class: Sequence[ClassScore], path: Path, title: str = "") -> Path:
