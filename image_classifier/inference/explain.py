@@ -13,7 +13,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from image_classifier.modeling.classifier import Classifier
+from image_classifier.modeling.classifier import Classifier, in_evaluation
 
 _SMALLEST = 4  # places a side: a coarser map says nothing of where
 _MOST_EXTRA = 16  # tokens before those of the image: class, distillation, registers
@@ -38,7 +38,7 @@ def explain(classifier: Classifier, pixels: np.ndarray, target: int) -> Explanat
     patch tokens still reach the answer. Networks without places: gradients of the pixels. Of a classifier with test-time augmentation the
     plain view is explained.
     """
-    with _evaluating(classifier), torch.inference_mode(False), torch.enable_grad():
+    with in_evaluation(classifier), torch.inference_mode(False), torch.enable_grad():
         images = torch.tensor(pixels[None], dtype=torch.float32, device=classifier.scale.device, requires_grad=True)
         with _watched(classifier.backbone, images) as watch:
             logit = classifier.classify(classifier.embed(images))[0, target]
@@ -108,18 +108,6 @@ def _watched(backbone: nn.Module, images: torch.Tensor) -> Iterator[_Watch]:
     finally:
         for hook in hooks:
             hook.remove()
-
-
-@contextmanager
-def _evaluating(classifier: nn.Module) -> Iterator[None]:
-    """Evaluation mode, each module's own mode put back afterwards."""
-    modes = [(module, module.training) for module in classifier.modules()]
-    classifier.eval()
-    try:
-        yield
-    finally:
-        for module, training in modes:
-            module.training = training
 
 
 def _last_evidence(layers: list[_Layer], gradients: tuple[torch.Tensor | None, ...]) -> tuple[torch.Tensor, str] | None:

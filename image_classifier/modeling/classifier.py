@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 from torch import nn
@@ -111,19 +112,27 @@ def check_sizes(backbone: nn.Module, sizes: Sequence[int]) -> None:
         raise ConfigError(f"data.progressive_sizes: the network gives {given}", "choose a network that averages over places, or one size")
 
 
-def _num_features(backbone: nn.Module, image_size: int) -> int:
-    was_training = backbone.training
-    backbone.eval()
+@contextmanager
+def in_evaluation(network: nn.Module) -> Iterator[None]:
+    """The network in evaluation mode; each of its parts is put back as it was."""
+    before = [(module, module.training) for module in network.modules()]
+    network.eval()
     try:
-        with torch.inference_mode():
+        yield
+    finally:
+        for module, training in before:
+            module.training = training
+
+
+def _num_features(backbone: nn.Module, image_size: int) -> int:
+    try:
+        with in_evaluation(backbone), torch.inference_mode():
             embedding = backbone(torch.zeros(1, 3, image_size, image_size))
     except (RuntimeError, ValueError, AssertionError) as error:
         raise ConfigError(
             f"the backbone cannot take images of {image_size} px ({' '.join(str(error).split())[:160]})",
             "choose the size it was made for with data.image_size=, or +model.backbone.img_size= where it has one",
         ) from error
-    finally:
-        backbone.train(was_training)
     if not isinstance(embedding, torch.Tensor) or embedding.flatten(1).shape[0] != 1:
         raise ConfigError("the backbone returns no embedding [N, D]", "give it num_classes=0 or choose another network")
     return embedding.flatten(1).shape[1]

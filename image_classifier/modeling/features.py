@@ -8,17 +8,15 @@ import logging
 import zipfile
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
 
 from image_classifier.errors import StorageError, TrainingError
 from image_classifier.files import locked, whole_file
-from image_classifier.modeling.classifier import Classifier
+from image_classifier.modeling.classifier import Classifier, in_evaluation
 
 log = logging.getLogger(__name__)
 
@@ -112,25 +110,13 @@ def embed(classifier: Classifier, rows: np.ndarray, gather: Gather, precision: s
     device = classifier.scale.device
     layout = torch.channels_last if channels_last else torch.contiguous_format
     half = _HALVES.get(precision)
-    with _in_use(classifier), torch.inference_mode(), torch.autocast(device.type, half, enabled=half is not None):
+    with in_evaluation(classifier), torch.inference_mode(), torch.autocast(device.type, half, enabled=half is not None):
         for pixels in _ahead(rows, gather):
             batch = torch.from_numpy(pixels).permute(0, 3, 1, 2).contiguous(memory_format=layout)
             embeddings = classifier.embed(batch.to(device, non_blocking=True)).float()
             if not torch.isfinite(embeddings).all():
                 raise TrainingError("the backbone answers with numbers that are not finite", "choose other weights, or precision=32-true")
             yield embeddings.cpu().numpy()
-
-
-@contextmanager
-def _in_use(network: nn.Module) -> Iterator[None]:
-    """The network in evaluation mode; each of its parts is put back as it was."""
-    before = [(module, module.training) for module in network.modules()]
-    network.eval()
-    try:
-        yield
-    finally:
-        for module, training in before:
-            module.training = training
 
 
 def _ahead(rows: np.ndarray, gather: Gather) -> Iterator[np.ndarray]:
