@@ -84,6 +84,12 @@ class PredictionTable:
             predicted[rows], confidence[rows] = probabilities.argmax(axis=1), probabilities.max(axis=1)
         return predicted, confidence
 
+    def surest_mistakes(self, most: int) -> np.ndarray:
+        """Rows int64 of at most so many wrong answers, the most confident first."""
+        predicted, confidence = self.answers()
+        wrong = np.flatnonzero(predicted != self.targets)
+        return wrong[np.argsort(-confidence[wrong], kind="stable")][:most]
+
     def write(self, directory: Path) -> None:
         """Write `predictions.csv`, one row an image, and beside it `logits.npy` and `predictions.json`: the classes and the temperature."""
         with whole_file(directory / "predictions.csv") as file:

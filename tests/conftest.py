@@ -27,6 +27,7 @@ settings.register_profile("project", deadline=None)  # how long an example takes
 settings.load_profile("project")
 
 ROOT = Path(__file__).resolve().parents[1]
+QUICK = ("logger=none", "plots.figures=false", "diagnostics=none")  # a training without what is told to people
 MakeTree = Callable[..., Path]
 
 

@@ -111,13 +111,15 @@ class Trust:
         )
 
 
-def write_trust(table: PredictionTable, decision: Decision | None, directory: Path, title: str) -> Trust:
-    """Judge calibration and decision on one part; writes calibration.json, reliability.png and risk_coverage.png."""
+def write_trust(table: PredictionTable, decision: Decision | None, directory: Path, title: str, figures: bool = True) -> Trust:
+    """Judge calibration and decision on one part; writes calibration.json and, with `figures`, reliability.png and risk_coverage.png."""
     score = decision_score(table, decision) if decision else None
     trust = Trust(calibration_score(table), risk_curve(table), decision, score)
     before, after = Reliability.of(replace(table, temperature=1.0)), Reliability.of(table)
     content = {**trust.as_dict(), "bins_before": before.as_dict(), "bins_after": after.as_dict()}
     write_text(directory / "calibration.json", json.dumps(content, indent=2) + "\n")
+    if not figures:
+        return trust
     plot_reliability(before, after, table.temperature, directory / "reliability.png", title)
     point = (score.answered, score.risk) if score and score.risk is not None else None
     asked = decision.settings.risk if decision and not decision.note else None

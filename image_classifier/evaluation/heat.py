@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import os
 from pathlib import Path
 
 import matplotlib
@@ -22,6 +24,11 @@ def overlay(picture: np.ndarray, heat: np.ndarray) -> np.ndarray:
     strength = 0.8 * known**0.7
     mixed = np.where(np.isnan(heat)[..., None], 0.75 + 0.25 * grey, (1 - strength) * 0.8 * grey + strength * coloured)
     return np.asarray(np.rint(255 * mixed).clip(0, 255).astype(np.uint8))
+
+
+def explanation_name(path: str) -> str:
+    """The file name of the figure that explains an answer: the same for the same path of an image, and no two alike."""
+    return f"{Path(path).stem[:60]}-{hashlib.sha256(os.fsencode(path)).hexdigest()[:8]}.png"
 
 
 def plot_explanation(picture: np.ndarray, heat: np.ndarray, answer: str, method: str, path: Path, title: str = "") -> Path:

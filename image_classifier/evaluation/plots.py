@@ -12,6 +12,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.colors import PowerNorm
 from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
 from matplotlib.ticker import MaxNLocator
 
 from image_classifier.errors import DataError
@@ -20,6 +21,7 @@ from image_classifier.evaluation.metrics import ClassScore
 
 _CURVES = (("loss", "loss", "Loss"), ("accuracy", "accuracy", "Accuracy"), ("f1", "f1_macro", "F1 (macro)"))
 _LONG = 40  # epochs from which the loss is drawn in parts too
+_CELL = 1.9  # side of a sample in inches
 _LINE = 1.4  # height of a line of text, in font sizes
 _MAX_SAMPLES, _MAX_BARS, _NUM_WORST, _NUM_BEST = 24, 60, 30, 10
 
@@ -166,26 +168,34 @@ def plot_samples(
     rows = list(zip(images, truths, predictions, confidences, strict=True))[:_MAX_SAMPLES]
     if not rows:
         raise DataError("there is no image to draw", "give a part that holds at least one image")
-    cell, gap, text = 1.9, 0.2, 0.46 if any(truth != predicted for _, truth, predicted, _ in rows) else 0.3
+    gap, text = 0.2, 0.46 if any(truth != predicted for _, truth, predicted, _ in rows) else 0.3
     num_columns = min(6, len(rows))
-    width, height = max(3.2, gap + num_columns * (cell + gap)), 0.42 + ceil(len(rows) / num_columns) * (cell + text) + gap
+    width, height = max(3.2, gap + num_columns * (_CELL + gap)), 0.42 + ceil(len(rows) / num_columns) * (_CELL + text) + gap
     figure = new_figure(width, height, title or "Predictions")
+    axes = axes_at(figure, 0, 0, width, height)  # one for all pictures, in inches: axes are what costs time
     for position, row in enumerate(rows):
         down, across = divmod(position, num_columns)
-        axes = axes_at(figure, gap + across * (cell + gap), height - 0.42 - (down + 1) * (cell + text), cell, cell)
-        _draw_sample(axes, *row, cell)
+        _draw_sample(axes, *row, gap + across * (_CELL + gap), height - 0.42 - (down + 1) * (_CELL + text))
+    axes.set(xlim=(0, width), ylim=(0, height))
+    axes.set_axis_off()
     return save_figure(figure, path, vector=False)
 
 
 def plot_class_scores(per_class: Sequence[ClassScore], path: Path, title: str = "") -> Path:
-    """Write the F1 of each class, worst first; above 60 classes the worst 30 and the best 10."""
+    """Write the F1 of each class with its 95 % interval where it has one, worst first; above 60 classes the worst 30 and the best 10."""
     rows, note = _choose_scores(per_class)
+    if any(score.intervals.get("f1") for score in per_class):
+        note += "; lines: 95 % intervals"
     names = [fit_text(score.label, 170, 9) if score else "…" for score in rows]
     left, height = max(text_width(name, 9) for name in names) / 72 + 0.3, 0.22 * len(rows)
     figure = new_figure(left + 5.6, height + 1.4, title or "F1 per class")
     axes = axes_at(figure, left, 0.6, 3.7, height)
     values = [score.f1 if score else 0.0 for score in rows]
     axes.barh(range(len(rows)), values, height=0.72, color=BLUE)
+    spans = [(line, *bounds) for line, score in enumerate(rows) if score and (bounds := score.intervals.get("f1"))]
+    if spans:
+        lines, lows, highs = zip(*spans, strict=True)
+        axes.hlines(lines, lows, highs, color=INK, linewidth=1.2)
     axes.set(xlim=(0, 1), ylim=(len(rows) - 0.5, -0.5), xlabel="F1", axisbelow=True)
     axes.set_yticks(range(len(rows)), names, fontsize=9)
     axes.tick_params(axis="y", length=0)
@@ -269,17 +279,20 @@ def _list_confusions(axes: Axes, confusion: np.ndarray, classes: Sequence[str], 
         axes.text(0, 1 - 0.36 / height, "none: every image is right", fontsize=9, va="top", color=INK)
 
 
-def _draw_sample(axes: Axes, image: np.ndarray, truth: str, predicted: str, confidence: float, cell: float) -> None:
+def _draw_sample(axes: Axes, image: np.ndarray, truth: str, predicted: str, confidence: float, left: float, bottom: float) -> None:
+    """One picture in its square, in its own proportions, framed, with what was answered above it."""
     right = truth == predicted
     colour, mark = (BLUE, "✓") if right else (ORANGE, "✗")
+    height, width = (_CELL * side / max(image.shape[:2]) for side in image.shape[:2])
+    left, bottom = left + (_CELL - width) / 2, bottom + (_CELL - height) / 2
     # Small images keep their square pixels; large ones are averaged down.
-    axes.imshow(image, interpolation="nearest" if max(image.shape[:2]) < cell * DPI else "antialiased")
-    axes.set(xticks=[], yticks=[])
-    axes.spines[:].set(color=colour, linewidth=2)
-    percent, points = f" {confidence:.0%}", cell * 72
+    how = "nearest" if max(image.shape[:2]) < _CELL * DPI else "antialiased"
+    axes.imshow(image, interpolation=how, extent=(left, left + width, bottom, bottom + height), aspect="auto")
+    axes.add_patch(Rectangle((left, bottom), width, height, fill=False, edgecolor=colour, linewidth=2))
+    percent, points = f" {confidence:.0%}", _CELL * 72
     first = f"{mark} {fit_text(predicted, points - text_width(f'{mark} {percent}', 8) - 2, 8)}{percent}"
     second = "" if right else f"\ntrue: {fit_text(truth, points - text_width('true: ', 8) - 2, 8)}"
-    axes.set_title(first + second, fontsize=8, color=colour, loc="left", pad=4)
+    axes.text(left, bottom + height + 4 / 72, first + second, fontsize=8, color=colour, va="bottom")
 
 
 def _choose_scores(per_class: Sequence[ClassScore]) -> tuple[Sequence[ClassScore | None], str]:

@@ -29,17 +29,20 @@ def write_evaluation(
     title: str,
     leak: LeakScore | None = None,
     beside: Mapping[str, Any] | None = None,
+    figures: bool = True,
 ) -> None:
-    """Write predictions.csv, logits.npy, metrics.json and the figures of one part; `beside` are the baselines' scores.
+    """Write predictions.csv, logits.npy, metrics.json and, with `figures`, the figures of one part; `beside` are the baselines' scores.
 
     The table's rows are the part's records.
     """
     table.write(directory)
     write_text(directory / "metrics.json", json.dumps(metrics_dict(metrics, leak, beside), indent=2, ensure_ascii=False) + "\n")
+    if not figures:
+        return
     plot_confusion_matrix(metrics.confusion, table.classes, directory / "confusion_matrix.png", title)
     plot_class_scores(metrics.per_class, directory / "class_scores.png", title)
     predicted, confidence = table.answers()
-    rows = _samples(table.targets, predicted, confidence)
+    rows = _samples(table)
     plot_samples(
         [decode(part.file(part[int(row)])) for row in rows],
         [table.classes[table.targets[row]] for row in rows],
@@ -50,11 +53,10 @@ def write_evaluation(
     )
 
 
-def _samples(targets: np.ndarray, predicted: np.ndarray, confidence: np.ndarray) -> list[int]:
-    """Half of the grid for the most confident mistakes, the rest spread evenly over the part; all inputs [N]."""
-    wrong = np.flatnonzero(predicted != targets)
-    worst = wrong[np.argsort(-confidence[wrong], kind="stable")][: _NUM_SAMPLES // 2]
-    others = np.setdiff1d(np.arange(len(targets)), worst)
+def _samples(table: PredictionTable) -> list[int]:
+    """Half of the grid for the most confident mistakes, the rest spread evenly over the part."""
+    worst = table.surest_mistakes(_NUM_SAMPLES // 2)
+    others = np.setdiff1d(np.arange(len(table.targets)), worst)
     spread = others[np.unique(np.linspace(0, len(others) - 1, min(len(others), _NUM_SAMPLES - len(worst))).astype(int))] if len(others) else others
     return [int(row) for row in (*worst, *spread)]
 

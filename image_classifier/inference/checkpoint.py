@@ -46,16 +46,15 @@ def load_classifier(path: Path, trusted: Sequence[str] = ()) -> tuple[Classifier
 
 
 class CheckpointBackend:
-    """Runs a `.ckpt` with torch: pixels uint8 [N, 3, H, W] -> logits float32 [N, C], and embeddings [N, D]."""
+    """Runs a `.ckpt` with torch, where its weights lie: pixels uint8 [N, 3, H, W] -> logits float32 [N, C], and embeddings [N, D]."""
 
     def __init__(self, classifier: Classifier) -> None:
         self.classifier = classifier.eval()
 
     def logits(self, pixels: np.ndarray) -> np.ndarray:
-        with torch.inference_mode():
-            return self.classifier(torch.from_numpy(pixels)).numpy()
+        return self.logits_and_embeddings(pixels)[0]
 
     def logits_and_embeddings(self, pixels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         with torch.inference_mode():
-            logits, embeddings = self.classifier.answer(torch.from_numpy(pixels))
-        return logits.numpy(), embeddings.numpy()
+            logits, embeddings = self.classifier.answer(torch.from_numpy(pixels).to(self.classifier.scale.device))
+        return logits.cpu().numpy(), embeddings.cpu().numpy()

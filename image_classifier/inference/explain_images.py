@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
-import hashlib
 import logging
-import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 from PIL import Image
 
 from image_classifier.bundle import INFO_NAME, read_bundle
 from image_classifier.errors import CheckpointError, ConfigError
-from image_classifier.evaluation.heat import plot_explanation
+from image_classifier.evaluation.heat import explanation_name, plot_explanation
 from image_classifier.images import DEFAULT_LIMITS, DecodeLimits, Preprocess, inspect
 from image_classifier.predictions import Prediction
+
+if TYPE_CHECKING:
+    from image_classifier.modeling.classifier import Classifier
 
 log = logging.getLogger(__name__)
 
@@ -44,13 +45,19 @@ def explainer_of(path: Path, trusted: Sequence[str] = (), limits: DecodeLimits =
     """
     checkpoint = checkpoint_of(path)
     from image_classifier.inference.checkpoint import load_classifier  # torch
-    from image_classifier.inference.explain import explain
 
     classifier, blueprint = load_classifier(checkpoint, trusted)
-    classes, preprocess = list(blueprint["classes"]), Preprocess.from_dict(blueprint["preprocess"])
+    return explainer_with(classifier, blueprint["classes"], Preprocess.from_dict(blueprint["preprocess"]), limits)
+
+
+def explainer_with(classifier: Classifier, classes: Sequence[str], preprocess: Preprocess, limits: DecodeLimits) -> Explainer:
+    """What explains images with a classifier at hand."""
+    from image_classifier.inference.explain import explain  # torch
+
+    codes = {label: code for code, label in enumerate(classes)}
 
     def explain_file(file: Path, label: str) -> Explained:
-        found = explain(classifier, preprocess.read(file, limits).transpose(2, 0, 1), classes.index(label))
+        found = explain(classifier, preprocess.read(file, limits).transpose(2, 0, 1), codes[label])
         return Explained(*over_picture(file, found.heat, preprocess, limits), found.method)
 
     return explain_file
@@ -61,12 +68,16 @@ def explained(predictions: Iterable[Prediction], explainer: Explainer, directory
     count = 0
     for prediction in predictions:
         if not prediction.error:
-            file, answer = Path(prediction.path), f"{prediction.label} {prediction.confidence:.1%}"
-            picture, heat, method = explainer(file, prediction.label)
-            plot_explanation(picture, heat, answer, method, directory / file_name(prediction.path), "/".join(file.parts[-2:]))
+            file = Path(prediction.path)
+            write_explanation(explainer(file, prediction.label), prediction.label, prediction.confidence, file, prediction.path, directory)
             count += 1
         yield prediction
     log.info("explanations of %d images: %s", count, directory)
+
+
+def write_explanation(found: Explained, label: str, confidence: float, file: Path, path: str, directory: Path) -> None:
+    """Write the figure of one answer to the directory, under the name that the report looks for the explanation of `path` by."""
+    plot_explanation(*found[:2], f"{label} {confidence:.1%}", found.method, directory / explanation_name(path), "/".join(file.parts[-2:]))
 
 
 def checkpoint_of(path: Path) -> Path:
@@ -91,9 +102,3 @@ def over_picture(path: Path, heat: np.ndarray, preprocess: Preprocess, limits: D
     shape = max(1, round(whole[0] * scale)), max(1, round(whole[1] * scale))
     sampling = Image.Resampling.NEAREST if scale > 3 else Image.Resampling.BICUBIC  # pixels that can be counted stay squares
     return np.array(Image.fromarray(image).resize(shape, sampling)), preprocess.laid_back(heat, whole, shape)
-
-
-def file_name(path: str) -> str:
-    """A name for the figure of one image: the same for the same path, and no two alike."""
-    digest = hashlib.sha256(os.fsencode(path)).hexdigest()[:8]
-    return f"{Path(path).stem[:60]}-{digest}.png"

@@ -19,9 +19,10 @@ from image_classifier.bundle import INFO_NAME
 from image_classifier.errors import CheckpointError
 from image_classifier.files import write_text
 from image_classifier.inference.load import BACKENDS, load_predictor
-from image_classifier.inference.predictor import Predictor
+from image_classifier.inference.predictor import Backend
 
 _WARM_UP, _FEWEST, _MOST, _SECONDS = 3, 10, 200, 4.0  # calls, and how long they may take
+_SMALL_BATCH, _HURRY = 16, 0.5
 
 
 @dataclass(frozen=True)
@@ -78,11 +79,11 @@ def timed(logits: Callable[[], object], fewest: int = _FEWEST, most: int = _MOST
     return np.array(spent)
 
 
-def measured(predictor: Predictor, batch_size: int) -> dict[str, float]:
+def measured(backend: Backend, size: int, batch_size: int, seconds: float = _SECONDS) -> dict[str, float]:
     """Milliseconds for one image (median and 95th percentile) and images a second in batches, from preprocessed pixels to logits."""
-    size = predictor.preprocess.size
     pixels = np.random.default_rng(0).integers(0, 256, (batch_size, 3, size, size), dtype=np.uint8)
-    single, batches = timed(lambda: predictor.backend.logits(pixels[:1])), timed(lambda: predictor.backend.logits(pixels), fewest=3)
+    single = timed(lambda: backend.logits(pixels[:1]), seconds=seconds)
+    batches = timed(lambda: backend.logits(pixels), fewest=3, seconds=seconds)
     p50, p95 = np.percentile(1000 * single, (50, 95))
     return {"p50_ms": float(p50), "p95_ms": float(p95), "images_per_s": batch_size / float(np.median(batches)), "calls": len(single)}
 
@@ -106,9 +107,16 @@ def _in_a_process(path: Path, backend: str, batch_size: int, trusted: Sequence[s
     if done.returncode:
         reason = (done.stderr.strip().splitlines() or ["no reason given"])[-1][:300]
         raise CheckpointError(f"the latency of the backend {backend} cannot be measured", reason)
-    file = path / BACKENDS[backend] if path.is_dir() else path
-    row: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
-    return {**row, "batch_size": batch_size, "file": file.name, "megabytes": file.stat().st_size / 1e6}
+    return _row(json.loads(done.stdout.splitlines()[-1]), batch_size, path / BACKENDS[backend] if path.is_dir() else path)
+
+
+def in_this_process(backend: Backend, file: Path, size: int) -> dict[str, Any]:
+    """What was measured of one backend in a second or two, beside whatever else this process holds: for the end of a training."""
+    return _row(measured(backend, size, _SMALL_BATCH, _HURRY), _SMALL_BATCH, file)
+
+
+def _row(figures: Mapping[str, float], batch_size: int, file: Path) -> dict[str, Any]:
+    return {**figures, "batch_size": batch_size, "file": file.name, "megabytes": file.stat().st_size / 1e6}
 
 
 def _processor() -> str:
@@ -123,7 +131,8 @@ def _processor() -> str:
 def main(request: str) -> None:
     """Measure one backend in this process and print its figures as a line of JSON."""
     path, backend, batch_size, trusted = json.loads(request)
-    print(json.dumps(measured(load_predictor(Path(path), backend, trusted=trusted), batch_size)))
+    predictor = load_predictor(Path(path), backend, trusted=trusted)
+    print(json.dumps(measured(predictor.backend, predictor.preprocess.size, batch_size)))
 
 
 if __name__ == "__main__":

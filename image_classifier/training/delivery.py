@@ -20,16 +20,20 @@ from image_classifier.evaluation.decision import Decision
 from image_classifier.evaluation.ood import DETECTOR, Detector
 from image_classifier.evaluation.report.facts import Places, gather, sizes_of
 from image_classifier.evaluation.report.page import run_page
+from image_classifier.evaluation.report.words import limits_in_words
 from image_classifier.evaluation.results import shown
 from image_classifier.exporting.onnx import export_onnx
 from image_classifier.exporting.parity import check_embeddings, check_parity
 from image_classifier.files import whole_directory, write_text
 from image_classifier.inference.checkpoint import CheckpointBackend
+from image_classifier.inference.load import BACKENDS
 from image_classifier.inference.onnx_runtime import OnnxBackend
+from image_classifier.inference.predictor import EmbeddingBackend
 from image_classifier.modeling.classifier import Classifier
 from image_classifier.predictions import PredictionTable
-from image_classifier.records import SPLITS, Manifest
+from image_classifier.records import Manifest
 from image_classifier.training.checkpoint_io import save_whole
+from image_classifier.training.diagnostics import diagnostics_settings, measure_exports
 from image_classifier.training.report import Results
 from image_classifier.training.run_folder import RunFolder, provenance
 
@@ -70,9 +74,12 @@ def deliver(
         export_onnx(classifier, blueprint["preprocess"]["size"], _plain(blueprint), directory / "model.onnx")
         if detector:
             detector.write(directory / DETECTOR)
-        difference = _gate(classifier, directory, manifest, cache)
+        backends: dict[str, EmbeddingBackend] = {"onnx": OnnxBackend(directory / "model.onnx"), "checkpoint": CheckpointBackend(classifier)}
+        difference = _gate(backends["checkpoint"], backends["onnx"], directory, manifest, cache)
         facts["onnx_largest_difference"] = difference
         log.info("ONNX agrees with torch: largest difference of a probability %.1e", difference)
+        if diagnostics_settings(config).latency:
+            measure_exports({name: (backend, directory / BACKENDS[name]) for name, backend in backends.items()}, run, blueprint["preprocess"]["size"])
         manifest.write(directory / "manifest.csv")
         settings.save(config, directory / "config.yaml")
         info = BundleInfo(
@@ -88,14 +95,14 @@ def deliver(
             decision=decision.as_dict(),
         )
         (directory / "MODEL_CARD.md").write_text(model_card(info, manifest), encoding="utf-8")
-        write_text(directory / "report.html", _report(info, run, manifest, directory))
+        write_text(directory / "report.html", _report(info, run, manifest, directory, results.judged))
         seal(directory, info)
     return facts
 
 
-def _report(info: BundleInfo, run: RunFolder, manifest: Manifest, directory: Path) -> str:
+def _report(info: BundleInfo, run: RunFolder, manifest: Manifest, directory: Path, judged: str) -> str:
     """report.html, read from the files that the run has written so far, the bundle's in `directory`."""
-    part = run.plots / next(split for split in reversed(SPLITS) if split in info.metrics)
+    part = run.plots / judged
     places = Places(part, directory, run.directory, Path("data/audit"), manifest.root)
     return run_page(gather(run.name, PredictionTable.read(part), places, info, sizes_of(directory)))
 
@@ -110,13 +117,13 @@ def _write_checkpoint(classifier: Classifier, blueprint: dict[str, Any], path: P
     save_whole({"state_dict": state, "hyper_parameters": {"blueprint": blueprint}}, path)
 
 
-def _gate(classifier: Classifier, directory: Path, manifest: Manifest, cache: PixelCache) -> float:
+def _gate(checkpoint: EmbeddingBackend, exported: EmbeddingBackend, directory: Path, manifest: Manifest, cache: PixelCache) -> float:
     """Compare ONNX with torch on real validation images, and keep some of them as golden answers."""
     rows = manifest.indices("val")
     rows = rows[np.unique(np.linspace(0, len(rows) - 1, min(len(rows), _NUM_PARITY_IMAGES)).astype(int))]
     pixels = np.ascontiguousarray(cache.gather(rows).transpose(0, 3, 1, 2))
-    expected, embeddings = _in_batches(CheckpointBackend(classifier), pixels)
-    actual, others = _in_batches(OnnxBackend(directory / "model.onnx"), pixels)
+    expected, embeddings = _in_batches(checkpoint, pixels)
+    actual, others = _in_batches(exported, pixels)
     paths = [manifest.paths[row] for row in rows]
     difference = check_parity(expected, actual, paths, "ONNX Runtime")
     check_embeddings(embeddings, others, paths, "ONNX Runtime")
@@ -125,7 +132,7 @@ def _gate(classifier: Classifier, directory: Path, manifest: Manifest, cache: Pi
     return difference
 
 
-def _in_batches(backend: CheckpointBackend | OnnxBackend, pixels: np.ndarray, size: int = 32) -> tuple[np.ndarray, np.ndarray]:
+def _in_batches(backend: EmbeddingBackend, pixels: np.ndarray, size: int = 32) -> tuple[np.ndarray, np.ndarray]:
     answers = [backend.logits_and_embeddings(pixels[start : start + size]) for start in range(0, len(pixels), size)]
     return np.concatenate([logits for logits, _ in answers]), np.concatenate([embeddings for _, embeddings in answers])
 
@@ -154,6 +161,8 @@ def model_card(info: BundleInfo, manifest: Manifest) -> str:
         "### Baselines",
         "What simple classifiers reach on the same parts:",
         "\n".join(_baseline_rows(facts.get("baselines", {}), info.metrics)),
+        "## Limits of an answer",
+        "\n".join(f"- {name}: {limit}." for name, limit in limits_in_words(info.decision).items()),
         "## Origin",
         f"Trained {facts['created']} by image_classifier {facts['version']} at commit `{facts['git']}`, seed {facts['seed']}, "
         f"torch {facts['packages']['torch']}, Python {facts['python']}.",

@@ -24,7 +24,7 @@ from image_classifier.records import SPLITS, Manifest
 from image_classifier.training.callbacks.history import RunHistory
 from image_classifier.training.callbacks.throughput import Throughput
 from image_classifier.training.loggers import RunLoggers
-from image_classifier.training.run_folder import RunFolder
+from image_classifier.training.run_folder import PlotSettings, RunFolder
 
 
 @dataclass(frozen=True)
@@ -42,6 +42,11 @@ class Results:
         return self.metrics["val"].f1_macro
 
     @property
+    def judged(self) -> str:
+        """The part that the figures are read from: test, where it was judged."""
+        return next(split for split in reversed(SPLITS) if split in self.metrics)
+
+    @property
     def intervals(self) -> dict[str, dict[str, list[float]]]:
         """The 95 % intervals of each part by name, where there is one."""
         return {split: {name: list(bounds) for name, bounds in metrics.intervals.items() if bounds} for split, metrics in self.metrics.items()}
@@ -54,19 +59,21 @@ def write_results(
     history: RunHistory,
     baselines: Sequence[Baseline],
     decision: Decision,
-    parts: int | None = None,
+    plots: PlotSettings,
 ) -> Results:
-    """Judge the predictions, and write the figures and tables of the run to its folder in plots/; `parts` as in `plots.parts`."""
+    """Judge the predictions, and write the tables of the run and, if asked for, its figures to its folder in plots/."""
     metrics = {split: compute_metrics(table) for split, table in tables.items()}
     leaks = {split: leak_score(table, manifest.leaked(split)) for split, table in tables.items()}
-    trusts = {split: write_trust(table, decision, run.plots / split, f"{run.name}, {split}") for split, table in tables.items()}
+    trusts = {split: write_trust(table, decision, run.plots / split, f"{run.name}, {split}", plots.figures) for split, table in tables.items()}
     results = Results(metrics, leaks, {split: scalars(metrics[split], leaks[split]) for split in tables}, trusts)
     write_text(run.plots / "metrics.json", json.dumps(results.scores, indent=2) + "\n")
-    plot_learning_curves(history.curves(), run.plots)
-    plot_curves_in_parts(history.curves(), run.plots, parts) if parts else plot_loss_in_parts(history.curves(), run.plots)
+    if plots.figures:
+        plot_learning_curves(history.curves(), run.plots)
+        plot_curves_in_parts(history.curves(), run.plots, plots.parts) if plots.parts else plot_loss_in_parts(history.curves(), run.plots)
     for split, table in tables.items():
         beside = simple.beside(baselines, split)
-        write_evaluation(table, metrics[split], manifest.part(split), run.plots / split, f"{run.name}, {split}", leaks[split], beside)
+        title, directory = f"{run.name}, {split}", run.plots / split
+        write_evaluation(table, metrics[split], manifest.part(split), directory, title, leaks[split], beside, plots.figures)
     return results
 
 
@@ -98,7 +105,7 @@ def summarise(
     has_test_part: bool,
 ) -> None:
     """Print what was reached, beside the baselines, and where everything is."""
-    split = next(split for split in reversed(SPLITS) if split in results.metrics)
+    split = results.judged
     own = results.metrics[split].scalars()
     simple.warn_if_not_better(baselines, split, own)
     said = (*metrics_lines(results.metrics[split], split, results.leaks[split]), *results.trusts[split].lines(split))

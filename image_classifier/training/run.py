@@ -37,6 +37,7 @@ from image_classifier.training.callbacks.throughput import Throughput
 from image_classifier.training.datamodule import ImageDataModule
 from image_classifier.training.decide import calibrated, decided, decision_settings, fit_detector
 from image_classifier.training.delivery import deliver
+from image_classifier.training.diagnostics import diagnostics_settings, examine
 from image_classifier.training.distributed import (
     broadcast,
     check_shares,
@@ -73,6 +74,7 @@ def train(config: Any) -> float:
     check_choices(config)
     check_optimisation(config)
     decision_settings(config)
+    diagnostics_settings(config)
     devices = settings.to_plain(config.trainer)
     if run_ranks(devices["accelerator"], devices["devices"], devices.get("num_nodes", 1)):
         return math.nan  # the ranks did it
@@ -155,7 +157,9 @@ def _train(config: Any, run: RunFolder, manifest: Manifest, data: DataSettings, 
             return None
         tables = calibrated(tables)
         decision = decided(tables["val"], asked)
-        results = write_results(run, manifest, tables, history, baselines, decision, _run_settings(config).plots.parts)
+        results = write_results(run, manifest, tables, history, baselines, decision, _run_settings(config).plots)
+        judged, seen = tables[results.judged], trainer.current_epoch * len(manifest.indices("train"))
+        examine(classifier, judged, manifest.part(results.judged), run, data, diagnostics_settings(config), seen)
         blueprint = {**module.hparams["blueprint"], "temperature": tables["val"].temperature, "decision": decision.as_dict()}
         facts = deliver(classifier, blueprint, run, manifest, cache, results, baselines, config, throughput.images_per_second, decision, detector)
         note_finished(run, results.score, length_of(_flat(config)))

@@ -40,8 +40,9 @@ class RunFolder:
 
 @dataclass(frozen=True)
 class PlotSettings:
-    """The keys of `plots`: in how many parts learning curves are drawn besides whole; None: the loss in four, from 40 epochs on."""
+    """The keys of `plots`: whether figures are drawn, and in how many parts learning curves, too (None: the loss in four, from 40 epochs)."""
 
+    figures: bool = True
     parts: int | None = None
 
     def __post_init__(self) -> None:

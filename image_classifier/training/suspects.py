@@ -29,7 +29,7 @@ from image_classifier.predictions import PredictionTable
 from image_classifier.records import SPLITS, Manifest
 from image_classifier.training.fold_runs import answer_by_training, fold_runs
 from image_classifier.training.run_folder import RunSettings
-from image_classifier.training.tuning.process import tracking_words
+from image_classifier.training.tuning.process import spared_words, tracking_words
 
 log = logging.getLogger(__name__)
 
@@ -138,7 +138,7 @@ def _words(config: Any, study: str) -> tuple[str, ...]:
     flags = [part for flag, value in line.flags if flag in ("--config-dir", "--config-path") for part in (flag, str(value))]
     own = [text for text in line.overrides if re.split(r"[.=]", text.lstrip("+~"))[0].partition("@")[0] not in _OURS]
     kept = [text for text in own if not text.lstrip("+~").startswith(("data.fold=", "data.folds=", "data.manifest_path="))]
-    return (*flags, *kept, *tracking_words(config, study))
+    return (*flags, *kept, "plots.figures=false", *spared_words(kept), *tracking_words(config, study))
 
 
 def _conflicts(found: Examination) -> list[list[tuple[str, str]]]:

@@ -19,7 +19,7 @@ from image_classifier.errors import ConfigError, TrainingError
 from image_classifier.training.run_folder import RunSettings
 from image_classifier.training.tuning.outcome import Places, ranked, table, winner_command, write_csv
 from image_classifier.training.tuning.plots import plot_study
-from image_classifier.training.tuning.process import sigterm_stops, tracking_words
+from image_classifier.training.tuning.process import sigterm_stops, spared_words, tracking_words
 from image_classifier.training.tuning.space import Entry, as_facts, parse_space
 from image_classifier.training.tuning.study import TuneSettings, open_study
 from image_classifier.training.tuning.trials import Trials, owner_in
@@ -48,7 +48,7 @@ def tune(config: Any) -> float:
     places = Places(name, Path(run.runs_dir), Path(run.models_dir), Path(run.plots_dir))
     trials = open_study(asked, name, run.seed, _facts(asked, line, space))
     flags = tuple(part for flag, value in line.flags for part in (flag, str(value)))
-    plan = Plan(space, (*flags, *line.overrides), _for_trials(config, asked, name), places)
+    plan = Plan(space, (*flags, *line.overrides), _for_trials(config, asked, name, line), places)
     log.info("study %s: %d trials so far, in %s", name, len(trials.trials()), settings.without_passwords(asked.storage))
     places.folder.mkdir(parents=True, exist_ok=True)
     with sigterm_stops(), owner_in(places.folder) as owner:
@@ -89,15 +89,15 @@ def _facts(asked: TuneSettings, line: CommandLine, space: tuple[Entry, ...]) -> 
     return {"search": as_facts(space), "metric": asked.metric, "mode": "max" if asked.maximise else "min", "command": same}
 
 
-def _for_trials(config: Any, asked: TuneSettings, study: str) -> tuple[str, ...]:
-    """What every trial is given beside the user's words: no test part, whom to report to, the metric to keep weights by, tags in MLflow."""
+def _for_trials(config: Any, asked: TuneSettings, study: str, line: CommandLine) -> tuple[str, ...]:
+    """What every trial is given beside the user's words: no test part or diagnostics, whom to report to, the best weights' metric, MLflow's tags."""
     words = ["test=false", f"+callbacks.tuner._target_={_REPORTER}", f"+callbacks.tuner.metric={asked.metric}"]
     mode = "max" if asked.maximise else "min"
     for name in ("best_checkpoint", "early_stopping"):
         node = (config.get("callbacks") or {}).get(name)
         if node and "monitor" in node and node.monitor != asked.metric:
             words += [f"callbacks.{name}.monitor={asked.metric}", f"callbacks.{name}.mode={mode}"]
-    return (*words, *tracking_words(config, study))
+    return (*words, *spared_words(line.overrides), *tracking_words(config, study))
 
 
 def _summarise(trials: Trials, asked: TuneSettings, plan: Plan) -> float:

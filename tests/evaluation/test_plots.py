@@ -131,13 +131,13 @@ def test_samples_are_legible(num_images: int, size: tuple[int, int], tmp_path: P
     path = plots.plot_samples(images, truths, predictions, [1.0] * num_images, tmp_path / "samples.png", "resnet18 · test")
     assert_png(path, drawn[0])
     assert_legible(drawn[0])
-    assert len(drawn[0].axes) == min(num_images, 24)
+    assert len(drawn[0].axes[0].images) == min(num_images, 24)
 
 
 def test_samples_mark_right_and_wrong_without_colour_alone(tmp_path: Path, drawn: list[Figure]) -> None:
     image = np.zeros((8, 8, 3), dtype=np.uint8)
     plots.plot_samples([image, image], ["cat", "dog"], ["cat", "cat"], [0.9, 0.51], tmp_path / "samples.png")
-    assert [axes.get_title(loc="left") for axes in drawn[0].axes] == ["✓ cat 90%", "✗ cat 51%\ntrue: dog"]
+    assert [text.get_text() for text in drawn[0].axes[0].texts] == ["✓ cat 90%", "✗ cat 51%\ntrue: dog"]
 
 
 def test_tiny_images_are_enlarged_crisply(tmp_path: Path) -> None:

@@ -12,8 +12,8 @@ from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 from PIL import Image
 
+from image_classifier.evaluation.heat import explanation_name
 from image_classifier.images import Preprocess
-from image_classifier.inference.explain_images import file_name
 from tests.conftest import Command
 
 
@@ -44,9 +44,9 @@ def test_what_was_found_in_the_square_comes_to_lie_where_it_was(width: int, heig
 
 
 def test_equal_names_in_two_folders_are_two_files() -> None:
-    assert file_name("a/1.png") != file_name("b/1.png")
-    assert file_name("a/1.png") == file_name("a/1.png")
-    assert len(file_name("x" * 200 + ".png")) < 100
+    assert explanation_name("a/1.png") != explanation_name("b/1.png")
+    assert explanation_name("a/1.png") == explanation_name("a/1.png")
+    assert len(explanation_name("x" * 200 + ".png")) < 100
 
 
 @pytest.fixture(autouse=True)
@@ -64,7 +64,7 @@ def test_each_answer_gets_a_figure_and_stays_the_same(command: Command, trained:
     assert (plain.code, drawn.code) == (2, 2) and plain.out == drawn.out  # the bad image's row says why
     assert "explanations of 3 images" in drawn.err
     files = sorted((tmp_path / "heat maps").iterdir())
-    assert {path.name for path in files} == {file_name(str(path)) for path in images}
+    assert {path.name for path in files} == {explanation_name(str(path)) for path in images}
     with Image.open(files[0]) as figure:
         assert figure.format == "PNG" and figure.width > figure.height > 300
         colours = np.asarray(figure.convert("RGB")).reshape(-1, 3).astype(int)
@@ -75,7 +75,7 @@ def test_figures_go_beside_the_others_of_the_model(command: Command, trained: Pa
     image = next((trained / "data/digits/test/0").iterdir())
     answer = command("infer", "--checkpoint_name", "digits", "--images", str(image), "--plots_dir", str(tmp_path), "--explain")
     assert answer.code == 0, answer.err
-    assert [path.relative_to(tmp_path) for path in tmp_path.rglob("*.png")] == [Path("digits/explain") / file_name(str(image))]
+    assert [path.relative_to(tmp_path) for path in tmp_path.rglob("*.png")] == [Path("digits/explain") / explanation_name(str(image))]
     first = next(tmp_path.rglob("*.png")).read_bytes()
     command("infer", "--checkpoint_name", "digits", "--images", str(image), "--plots_dir", str(tmp_path), "--explain")
     assert next(tmp_path.rglob("*.png")).read_bytes() == first

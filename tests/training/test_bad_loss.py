@@ -15,7 +15,7 @@ from torch.optim import SGD
 
 from image_classifier.errors import ConfigError, TrainingError
 from image_classifier.training.callbacks.bad_loss import BadLoss
-from tests.conftest import Command, MakeTree
+from tests.conftest import QUICK, Command, MakeTree
 from tests.training.short_runs import Options, same, train, weights
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*:UserWarning", "ignore:.*LeafSpec.*:FutureWarning")
@@ -111,7 +111,7 @@ def test_on_the_command_line_it_is_one_line_and_the_list_of_images_stays(
 ) -> None:
     make_tree(cat=10, dog=10)
     monkeypatch.chdir(tmp_path)
-    line = ("train", "data=folder", "data.dir=tree", "data.image_size=16", "data.batch_size=4", "logger=none", "model.backbone.channels=[4,8]")
+    line = ("train", "data=folder", "data.dir=tree", "data.image_size=16", "data.batch_size=4", *QUICK, "model.backbone.channels=[4,8]")
     answer = command(*line, "trainer.on_nan=never")
     assert answer.code == 2 and "trainer.on_nan=never" in answer.err.splitlines()[-1] and not Path("data").exists()
     answer = command(*line, "optimizer=sgd", "optimizer.lr=1e38", "scheduler=constant", "name=hot")

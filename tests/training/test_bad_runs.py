@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.conftest import Command, MakeTree, write_image
+from tests.conftest import QUICK, Command, MakeTree, write_image
 
 SMALL = (
     "data=folder",
@@ -13,7 +13,7 @@ SMALL = (
     "data.image_size=16",
     "data.batch_size=4",
     "trainer.max_epochs=1",
-    "logger=none",
+    *QUICK,
     "model.backbone.channels=[4,8]",
 )
 

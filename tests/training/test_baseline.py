@@ -23,10 +23,10 @@ from image_classifier.records import Manifest, Record
 from image_classifier.training import baseline as baseline_module
 from image_classifier.training.baseline import baselines_of_run, fit_logistic
 from image_classifier.training.hardware import Hardware
-from tests.conftest import Command, MakeTree
+from tests.conftest import QUICK, Command, MakeTree
 
 LINE = ("data=folder", "data.dir=tree", "data.image_size=16", "model.backbone.channels=[4,8]", "data.split.test=0.2")
-TRAIN = ("data.batch_size=8", "trainer.max_epochs=1", "logger=none")
+TRAIN = ("data.batch_size=8", "trainer.max_epochs=1", *QUICK)
 
 
 @pytest.fixture(autouse=True)

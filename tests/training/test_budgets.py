@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.conftest import Command, MakeTree
+from tests.conftest import QUICK, Command, MakeTree
 
-SMALL = ("data=folder", "data.dir=tree", "data.image_size=16", "data.batch_size=4", "logger=none", "model.backbone.channels=[4,8]", "name=run")
+SMALL = ("data=folder", "data.dir=tree", "data.image_size=16", "data.batch_size=4", *QUICK, "model.backbone.channels=[4,8]", "name=run")
 
 
 @pytest.fixture(autouse=True)

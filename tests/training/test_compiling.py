@@ -14,7 +14,7 @@ from torch import nn
 from image_classifier.errors import ConfigError
 from image_classifier.training.callbacks import compiling, rehearsing
 from image_classifier.training.callbacks.compiling import Compiling
-from tests.conftest import Command
+from tests.conftest import QUICK, Command
 
 
 class Clock:
@@ -128,7 +128,7 @@ def test_a_compiled_network_whose_gradients_are_no_numbers_is_given_up(gradient:
 @pytest.mark.slow
 def test_a_compiled_run_leaves_a_bundle_that_answers_without_compiling(command: Command, tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    line = ["train", "name=fast", "trainer.compile=true", "trainer.max_epochs=2", "logger=none", "+trainer.limit_train_batches=8"]
+    line = ["train", "name=fast", "trainer.compile=true", "trainer.max_epochs=2", *QUICK, "+trainer.limit_train_batches=8"]
     done = command(*line)
     assert done.code == 0, done.err
     assert "torch.compile: on (asked for)" in done.err

@@ -24,7 +24,7 @@ from hypothesis import strategies as st
 from image_classifier.errors import ConfigError, DataError
 from image_classifier.training import distributed, launch
 from image_classifier.training.datamodule import BalancedBatches, ShuffledBatches
-from tests.conftest import write_image
+from tests.conftest import QUICK, write_image
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -145,7 +145,7 @@ def test_alone_every_rank_function_gives_back_what_it_was_given() -> None:
 
 
 LINE = ("data=folder", "data.dir=tree", "data.image_size=16", "data.split.test=0.2", "model=mlp", "model.backbone.hidden=[16]", "augment=none")
-LINE += ("logger=none", "scheduler=constant", "trainer.max_epochs=2", "trainer.speed=safe", "data.batch_size=8", "trainer.accelerator=cpu")
+LINE += (*QUICK, "scheduler=constant", "trainer.max_epochs=2", "trainer.speed=safe", "data.batch_size=8", "trainer.accelerator=cpu")
 TWO = ("trainer=ddp", "trainer.devices=2")
 
 

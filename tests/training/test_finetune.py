@@ -17,7 +17,7 @@ from image_classifier.inference.checkpoint import load_classifier
 from image_classifier.modeling.losses import BinaryCrossEntropy, CrossEntropy, FocalLoss
 from image_classifier.modeling.weights import last_linear
 from image_classifier.training.assemble import build_criteria
-from tests.conftest import ROOT, Answer, Command, MakeTree
+from tests.conftest import QUICK, ROOT, Answer, Command, MakeTree
 
 SMALL = (
     "data=folder",
@@ -27,7 +27,7 @@ SMALL = (
     "data.duplicates.threshold=1",
     "trainer.max_epochs=1",
     "+trainer.limit_train_batches=1",
-    "logger=none",
+    *QUICK,
     "name=child",
 )
 

@@ -16,7 +16,7 @@ from image_classifier.training.callbacks.unfreeze import Unfreeze
 from image_classifier.training.module import ClassifierModule
 from image_classifier.training.optimizers.freezing import describe, freeze
 from image_classifier.training.optimizers.schedules import SchedulerSettings
-from tests.conftest import Command
+from tests.conftest import QUICK, Command
 from tests.training.small_fits import SaveAt, equal_states, fit, small_module
 
 
@@ -130,7 +130,7 @@ def test_impossible_numbers_are_refused(arguments: dict[str, int]) -> None:
         Unfreeze(**arguments)
 
 
-LINE = ("train", "trainer.max_epochs=1", "+trainer.limit_train_batches=2", "logger=none", "name=probe")
+LINE = ("train", "trainer.max_epochs=1", "+trainer.limit_train_batches=2", *QUICK, "name=probe")
 
 
 @pytest.mark.slow

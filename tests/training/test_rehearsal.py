@@ -18,10 +18,10 @@ from image_classifier.training import rehearsal
 from image_classifier.training.callbacks.rehearsing import Stopwatch, Sweep
 from image_classifier.training.memory import _container_free, free_memory, memory_used
 from image_classifier.training.rehearsal import find_batch_size, seconds_of, smoothed, suggest
-from tests.conftest import Command, MakeTree
+from tests.conftest import QUICK, Command, MakeTree
 from tests.training.small_fits import fit, small_module
 
-SMALL = ("data=folder", "data.dir=tree", "data.image_size=16", "logger=none", "model.backbone.channels=[4,8]", "trainer.accelerator=cpu")
+SMALL = ("data=folder", "data.dir=tree", "data.image_size=16", *QUICK, "model.backbone.channels=[4,8]", "trainer.accelerator=cpu")
 RATES = np.geomspace(1e-6, 10, 100)
 
 

@@ -23,10 +23,10 @@ from image_classifier.predictions import PredictionTable
 from image_classifier.training.callbacks.history import RunHistory
 from image_classifier.training.report import Results
 from image_classifier.training.run_folder import RunFolder
-from tests.conftest import Answer, Command, MakeTree, write_image
+from tests.conftest import QUICK, Answer, Command, MakeTree, write_image
 
 SMALL = ("data=folder", "data.dir=tree", "data.image_size=16", "data.batch_size=4", "model.backbone.channels=[4,8]", "model.backbone.dropout=0.2")
-SHORT = (*SMALL, "logger=none", "trainer.max_epochs=3", "trainer.deterministic=true", "scheduler=exponential")
+SHORT = (*SMALL, *QUICK, "trainer.max_epochs=3", "trainer.deterministic=true", "scheduler=exponential")
 
 
 @pytest.fixture(autouse=True)

@@ -11,10 +11,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.conftest import Command, MakeTree
+from tests.conftest import QUICK, Command, MakeTree
 
 ROOT = Path(__file__).resolve().parents[2]
-SMALL = ("data=folder", "data.dir=tree", "data.image_size=16", "data.batch_size=4", "logger=none", "model.backbone.channels=[4,8]", "name=run")
+SMALL = ("data=folder", "data.dir=tree", "data.image_size=16", "data.batch_size=4", *QUICK, "model.backbone.channels=[4,8]", "name=run")
 
 
 @pytest.fixture(autouse=True)

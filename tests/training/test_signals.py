@@ -16,7 +16,7 @@ import torch
 
 from image_classifier.training.callbacks import signals as signals_file
 from image_classifier.training.callbacks.signals import Signals, slurm_job, slurm_warnings
-from tests.conftest import write_image
+from tests.conftest import QUICK, write_image
 
 ROOT = Path(__file__).resolve().parents[2]
 LINE = (
@@ -32,7 +32,7 @@ LINE = (
     "callbacks.last_checkpoint.every_n_steps=3",
     "trainer.deterministic=true",
     "trainer.max_epochs=12",
-    "logger=none",
+    *QUICK,
 )
 
 

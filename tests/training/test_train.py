@@ -93,7 +93,8 @@ def test_every_plot_is_a_picture(trained: Path) -> None:
     parts = {
         f"{part}/{name}.png" for part in ("val", "test") for name in ("confusion_matrix", "class_scores", "samples", "reliability", "risk_coverage")
     }
-    assert plots == parts | {"loss.png", "accuracy.png", "f1.png"}
+    explained = {name for name in plots if name.startswith("explain/")}
+    assert plots - explained == parts | {"loss.png", "accuracy.png", "f1.png", "robustness.png"} and len(explained) == 12
     for name in plots:
         with Image.open(trained / "plots/digits" / name) as picture:
             assert min(picture.size) > 300

@@ -42,7 +42,7 @@ class Scale:
 
     def ticks(self) -> list[float]:
         """Round values within the axis."""
-        values = MaxNLocator(nbins=5, integer=self.whole, min_n_ticks=2).tick_values(self.low, self.high)
+        values = MaxNLocator(nbins=5, integer=self.whole, min_n_ticks=1 if self.whole else 2).tick_values(self.low, self.high)
         return [float(value) for value in values if self.low - 1e-9 <= value <= self.high + 1e-9]
 
     def words(self, value: float) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -13,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from image_classifier.evaluation.heat import explanation_name
 from image_classifier.evaluation.report.confusions import images_of_cells
 from image_classifier.page.pictures import BUDGET, NO_PICTURE, Thumbnail, thumbnail
 from image_classifier.page.words import plain
@@ -65,8 +65,7 @@ def _drawn(paths: Sequence[str], root: Path | None, side: int, quality: int, roo
 def worst(table: PredictionTable, root: Path | None, explanations: Path) -> list[Mistake]:
     """The surest wrong answers; an explanation is a figure in the folder `explanations` that `infer --explain` named."""
     predicted, confidence = table.answers()
-    wrong = np.flatnonzero(predicted != table.targets)
-    rows = wrong[np.argsort(-confidence[wrong], kind="stable")][:_WORST].tolist()
+    rows = table.surest_mistakes(_WORST).tolist()
     pictures = _drawn([table.paths[row] for row in rows], root, 160, 75, BUDGET // 7)
     known = {path.name: path for path in explanations.glob("*.png")} if explanations.is_dir() else {}
     return [
@@ -88,8 +87,3 @@ def _explanation(path: str, root: Path | None, known: Mapping[str, Path]) -> Thu
     names = [path] if root is None else [path, os.fspath(root / path), os.fspath((root / path).resolve())]
     found = next((known[name] for name in map(explanation_name, names) if name in known), None)
     return thumbnail(found, side=_EXPLANATION_SIDE, quality=70) if found else NO_PICTURE
-
-
-def explanation_name(path: str) -> str:
-    """The name of the figure that explains an answer: the same for the same path, and no two alike."""
-    return f"{Path(path).stem[:60]}-{hashlib.sha256(os.fsencode(path)).hexdigest()[:8]}.png"

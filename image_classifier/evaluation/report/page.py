@@ -9,15 +9,13 @@ from typing import Any
 
 import numpy as np
 
-from image_classifier.bundle import BundleInfo
 from image_classifier.evaluation.calibration import GOAL, Reliability
-from image_classifier.evaluation.decision import Decision
 from image_classifier.evaluation.report.charts import Scale, line_chart
 from image_classifier.evaluation.report.confusions import frequent, matrix
 from image_classifier.evaluation.report.facts import RunFacts
 from image_classifier.evaluation.report.gallery import cell_images, worst
 from image_classifier.evaluation.report.origin import data_rows, exports, origin
-from image_classifier.evaluation.report.words import absent, per_cent, verdict
+from image_classifier.evaluation.report.words import absent, limits_in_words, per_cent, verdict
 from image_classifier.evaluation.selective import RiskCurve, risk_curve
 from image_classifier.page import document
 from image_classifier.page.words import plain
@@ -71,7 +69,7 @@ def run_page(facts: RunFacts) -> str:
         pictures=any(image["picture"] for image in cells["images"]),
         mistakes=mistakes,
         num_wrong=int((predicted != table.targets).sum()),
-        decision=_decision(facts.info),
+        decision=limits_in_words(facts.info.decision if facts.info else None),
         trust=_trust(table),
         robustness=_robustness(facts.robustness),
         exports=exports(facts.sizes, facts.latency),
@@ -136,22 +134,6 @@ def _classes(facts: RunFacts, confusion: np.ndarray) -> list[dict[str, Any]]:
             }
         )
     return rows
-
-
-def _decision(info: BundleInfo | None) -> dict[str, str]:
-    """The limits in the bundle, in words; {} where it holds none."""
-    if not info or not info.decision:
-        return {}
-    limits = Decision.from_dict(info.decision)
-    asked = limits.settings
-    unsure, unlike = "no limit is set", "is not looked for"
-    if asked.risk is not None and asked.risk < 1:
-        kept = f"{per_cent(limits.answered)} of val get a label, at most {per_cent(asked.risk)} of them wrong"
-        unsure = limits.note or f"a confidence below {limits.threshold:.3f}: {kept}, with {per_cent(asked.risk_confidence or 0)} confidence"
-    if limits.ood_limit is not None:
-        unlike = f"a score above {limits.ood_limit:.3f}; {per_cent(asked.ood_rate or 0)} of val is refused so"
-    sets = f"classes from a probability of {limits.set_level:.3f} up hold the true one of {per_cent(asked.coverage or 0)} of the images"
-    return {"not sure enough": unsure, "unlike the training images": unlike, "prediction sets": sets}
 
 
 def _trust(table: PredictionTable) -> dict[str, Any]:

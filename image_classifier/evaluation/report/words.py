@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
+from image_classifier.evaluation.decision import Decision
 from image_classifier.evaluation.report.confusions import Pair
 from image_classifier.evaluation.report.facts import RunFacts
 from image_classifier.page.words import counted, plain
 
 _NAMES = {"most_frequent": "always the most frequent class", "logistic": "logistic regression on the backbone's embeddings"}
+_NAMED = 3  # mistakes in the command that explains them
 _HONEST = 0.02  # mean confidence and accuracy this near are called honest
 
 
@@ -70,11 +74,29 @@ def per_cent(share: float) -> str:
     return f"{100 * share:.1f} %" if share in (0, 1) or 0.0005 < share < 0.9995 else f"{100 * share:.3f} %"
 
 
+def limits_in_words(decision: Mapping[str, Any] | None) -> dict[str, str]:
+    """The limits of an answer as bundle.json has them, in words; {} where it holds none."""
+    if not decision:
+        return {}
+    limits = Decision.from_dict(decision)
+    asked = limits.settings
+    unsure, unlike = "no limit is set", "is not looked for"
+    if asked.risk is not None and asked.risk < 1:
+        kept = f"{per_cent(limits.answered)} of val get a label, at most {per_cent(asked.risk)} of them wrong"
+        unsure = limits.note or f"a confidence below {limits.threshold:.3f}: {kept}, with {per_cent(asked.risk_confidence or 0)} confidence"
+    if limits.ood_limit is not None:
+        unlike = f"a score above {limits.ood_limit:.3f}; {per_cent(asked.ood_rate or 0)} of val is refused so"
+    sets = f"classes from a probability of {limits.set_level:.3f} up hold the true one of {per_cent(asked.coverage or 0)} of the images"
+    return {"not sure enough": unsure, "unlike the training images": unlike, "prediction sets": sets}
+
+
 def absent(facts: RunFacts, explained: bool) -> list[tuple[str, str]]:
     """What the report could hold and does not: title, and how to get it."""
     plots = facts.places.part.parent
-    name, again = facts.name, f"then write the report anew: python commands.py report {facts.name}"
-    test, infer = f"python commands.py test --checkpoint_name {name}", f"python commands.py infer --checkpoint_name {name} --images FILES --explain"
+    name, again = facts.name, f"then write the report anew: python commands.py report {shlex.quote(facts.name)}"
+    test = f"python commands.py test --checkpoint_name {shlex.quote(name)}"
+    worst = [str((facts.places.root or Path()) / facts.table.paths[row]) for row in facts.table.surest_mistakes(_NAMED)]
+    infer = f"python commands.py infer --checkpoint_name {shlex.quote(name)} --images {shlex.join(worst)} --explain"
     rows = [
         (not facts.curves, "Learning curves", f"no metrics.csv in {facts.places.run}: give the folder of the runs with runs_dir=PATH"),
         (

@@ -1,0 +1,90 @@
+"""What is measured of a finished model for its report: why it was most surely wrong, how it bears worse pictures, how fast its exports are."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from image_classifier import settings
+from image_classifier.errors import ConfigError
+from image_classifier.images import DecodeLimits, Preprocess
+from image_classifier.inference.checkpoint import CheckpointBackend
+from image_classifier.inference.explain_images import explainer_with, write_explanation
+from image_classifier.inference.latency import Latency, hardware, in_this_process
+from image_classifier.inference.predictor import Backend, Predictor
+from image_classifier.inference.robustness import measure_robustness
+from image_classifier.modeling.classifier import Classifier
+from image_classifier.predictions import PredictionTable
+from image_classifier.records import Manifest
+from image_classifier.training.run_folder import RunFolder
+
+log = logging.getLogger(__name__)
+
+_FEWEST, _MOST = 50, 500  # images that `auto` takes
+_PASSES = 19  # over each of them: as it is, and in six ways and three steps
+_SHARE = 0.1  # of what training saw
+
+
+@dataclass(frozen=True)
+class DiagnosticsSettings:
+    """The keys of `diagnostics`; `robustness_images` is a number or `auto`."""
+
+    explanations: int = 12
+    robustness_images: Any = "auto"
+    latency: bool = True
+
+    def __post_init__(self) -> None:
+        if self.explanations < 0:
+            raise ConfigError(f"diagnostics.explanations must not be negative, got {self.explanations}")
+        images = self.robustness_images
+        if images != "auto" and (isinstance(images, bool) or not isinstance(images, int) or images < 0):
+            raise ConfigError(f"diagnostics.robustness_images must be a whole number, 0 for none, or auto, got {images!r}")
+
+    def most_images(self, images_seen: int) -> int:
+        """On how many images robustness is measured at most; `auto`: a tenth as many predictions as training saw images, within bounds."""
+        if self.robustness_images != "auto":
+            return int(self.robustness_images)
+        return min(_MOST, max(_FEWEST, round(_SHARE * images_seen / _PASSES)))
+
+
+def diagnostics_settings(config: Any) -> DiagnosticsSettings:
+    """The keys of `diagnostics`, checked before any data is read."""
+    return settings.typed(DiagnosticsSettings, config.diagnostics, "diagnostics")
+
+
+def examine(
+    classifier: Classifier, table: PredictionTable, part: Manifest, run: RunFolder, data: Any, asked: DiagnosticsSettings, images_seen: int
+) -> None:
+    """Write explain/*.png and robustness.json with its figure to the run's plots; the table's rows are the part's records.
+
+    `data` has the `preprocess` and the `limits` that the model was trained with.
+    """
+    _explain(classifier, table, part, run.plots / "explain", data.preprocess, data.limits, asked.explanations)
+    if most := asked.most_images(images_seen):
+        predictor = Predictor(CheckpointBackend(classifier), table.classes, data.preprocess, limits=data.limits)
+        measured = measure_robustness(predictor, [part.file(record) for record in part], table.targets, most)
+        measured.write(run.plots, f"Robustness of {run.name}")
+
+
+def _explain(
+    classifier: Classifier, table: PredictionTable, part: Manifest, directory: Path, preprocess: Preprocess, limits: DecodeLimits, most: int
+) -> None:
+    """A figure of each of the surest mistakes; a network through which no gradient flows has none, which is said."""
+    explainer = explainer_with(classifier, table.classes, preprocess, limits)
+    predicted, confidence = table.answers()
+    for row in table.surest_mistakes(most).tolist():
+        label = table.classes[predicted[row]]
+        try:
+            found = explainer(part.file(part[row]), label)
+        except RuntimeError as error:  # of autograd; the model itself is whole
+            log.warning("no explanations: %s", str(error).partition("\n")[0])
+            return
+        write_explanation(found, label, float(confidence[row]), part.file(part[row]), table.paths[row], directory)
+
+
+def measure_exports(backends: Mapping[str, tuple[Backend, Path]], run: RunFolder, size: int) -> None:
+    """Write latency.json: how fast each backend answers for images of `size` pixels a side, and how large its file is."""
+    Latency({name: in_this_process(backend, file, size) for name, (backend, file) in backends.items()}, hardware()).write(run.plots)
