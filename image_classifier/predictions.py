@@ -77,12 +77,20 @@ class PredictionTable:
     def answers(self) -> tuple[np.ndarray, np.ndarray]:
         """The most probable class of each image, int64 [N] (the first of equals), and its probability, float64 [N]."""
         predicted, confidence = np.zeros(len(self.targets), dtype=np.int64), np.zeros(len(self.targets))
-        step = max(1, _BLOCK_VALUES // len(self.classes))
-        for start in range(0, len(self.targets), step):
-            rows = slice(start, start + step)
-            probabilities = softmax(self.block(rows))
+        for rows, probabilities in self.blocks():
             predicted[rows], confidence[rows] = probabilities.argmax(axis=1), probabilities.max(axis=1)
         return predicted, confidence
+
+    def blocks(self) -> Iterator[tuple[slice, np.ndarray]]:
+        """Some rows at a time and their probabilities, float64 [n, C]: all that judges a large table goes through these, and never copies it."""
+        step = max(1, _BLOCK_VALUES // len(self.classes))
+        for start in range(0, len(self.targets), step):
+            yield (rows := slice(start, min(start + step, len(self.targets)))), softmax(self.block(rows))
+
+    def true_probabilities(self) -> np.ndarray:
+        """The probability of each image's true class, float64 [N]."""
+        found = [block[np.arange(len(block)), self.targets[rows]] for rows, block in self.blocks()]
+        return np.concatenate(found) if found else np.zeros(0)
 
     def surest_mistakes(self, most: int) -> np.ndarray:
         """Rows int64 of at most so many wrong answers, the most confident first."""
@@ -107,7 +115,7 @@ class PredictionTable:
         write_row((*_COLUMNS, *(() if scores is None else ("ood_score",))))
         rows = zip(self.paths, self.targets.tolist(), *(column.tolist() for column in self.answers()), strict=True)
         for number, (path, target, predicted, confidence) in enumerate(rows, start=1):
-            score = () if scores is None else (f"{scores[number - 1]:.7g}",)
+            score = () if scores is None else (f"{scores[number - 1]:.9g}",)
             write_row((path, self.classes[target], self.classes[predicted], f"{confidence:.6f}", *score))
             if number % _BLOCK == 0:
                 yield text.getvalue()

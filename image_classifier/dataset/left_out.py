@@ -30,12 +30,7 @@ def divided(manifest: Manifest, correction: Correction) -> tuple[Manifest, Manif
     return (manifest.take(np.flatnonzero(~gone)), manifest.take(np.flatnonzero(gone))) if gone.any() else (manifest, None)
 
 
-def without_excluded(manifest: Manifest, correction: Correction, path: Path) -> Manifest:
-    """The manifest without the images that fix.csv leaves out, which are written down beside it; StorageError where the disk refuses."""
-    kept, gone = divided(manifest, correction)
-    if gone is not None:
-        gone.write(beside(path))
-    else:
-        with storage_errors(path):
-            beside(path).unlink(missing_ok=True)
-    return kept
+def forget(path: Path) -> None:
+    """Remove what lies beside a manifest that lacks nothing any more; StorageError where the disk refuses."""
+    with storage_errors(path):
+        beside(path).unlink(missing_ok=True)

@@ -21,7 +21,7 @@ from image_classifier.dataset.cache import CacheSettings
 from image_classifier.dataset.clean import tag_cache
 from image_classifier.dataset.duplicates import DuplicateSettings, Twins
 from image_classifier.dataset.facts import Facts, read_facts
-from image_classifier.dataset.left_out import divided, remembered, without_excluded
+from image_classifier.dataset.left_out import beside, divided, forget, remembered
 from image_classifier.dataset.select import ClassSettings, select
 from image_classifier.dataset.split import SplitSettings, assign_splits, check_folds, content_names, group_keys, join_groups
 from image_classifier.dataset.tree import Tree, find, find_test, unreadable
@@ -162,10 +162,14 @@ def prepare(paths: Sequence[Path], settings: DataSettings, asked: AuditSettings,
     path = manifest_path(found.tree.root, paths, settings)
     previous = Manifest.read(path, manifest.root) if path.exists() else None
     manifest = assign_splits(manifest, settings.split, remembered(previous, path), settings.fold, settings.folds)
-    manifest = without_excluded(manifest, found.correction, path)
+    manifest, gone = divided(manifest, found.correction)
     _check_classes(manifest)
+    if gone is not None:
+        gone.write(beside(path))
     if previous is None or previous != manifest:  # an untouched file keeps its date, and a read-only one its peace
         manifest.write(path)
+    if gone is None:  # only now: a record is always in one of the two files
+        forget(path)
     if previous is not None and settings.folds is None:
         _warn_of_kept_split(manifest, found.tree, settings, path)
     _report(manifest, path)
@@ -178,11 +182,13 @@ def all_folds(found: Examination, settings: DataSettings) -> list[Manifest]:
     """The manifests that `data.fold=0` to the last one of `data.folds` give, none of them written.
 
     Raises:
-        DataError: As `prepare`.
+        DataError: As `prepare`, or a fold would hold no image.
     """
-    whole = _dealt(found, settings)
-    dealt = (assign_splits(whole, settings.split, None, fold, settings.folds) for fold in range(settings.folds or 0))
-    return [divided(manifest, found.correction)[0] for manifest in dealt]
+    whole, folds = _dealt(found, settings), range(settings.folds or 0)
+    dealt = [divided(assign_splits(whole, settings.split, None, fold, settings.folds), found.correction)[0] for fold in folds]
+    if empty := sum(not len(manifest.indices("val")) for manifest in dealt):
+        raise DataError(f"{empty} of {len(folds)} folds would hold no image", f"take at most {len(folds) - empty}; 5 or 10 are usual")
+    return dealt
 
 
 def _warn_of_kept_split(manifest: Manifest, tree: Tree, settings: DataSettings, path: Path) -> None:

@@ -16,6 +16,7 @@ GOAL = 0.02  # what the expected calibration error is to stay below on the test 
 _COLDEST, _HOTTEST = 0.05, 20.0
 _BLOCK_NUMBERS = 2**21  # logits at a time, 16 MiB
 _TOLERANCE, _MAX_STEPS = 1e-6, 60
+_NOTHING = 1e-12  # nats an image, that rounding alone makes
 _DRAWS, _MOST_SIMULATED = 200, 20_000
 
 
@@ -43,13 +44,15 @@ def fit_temperature(table: PredictionTable) -> TemperatureFit:
     if (table.logits.argmax(axis=1) == table.targets).all():
         nll = _moments(table, 1.0)[0]
         return TemperatureFit(1.0, nll, nll, len(table.targets), "every val image is right, so none says how sure is too sure: 1 is kept")
-    temperature = 1 / _sharpness(table)
-    note = ""
+    temperature, note = 1 / _sharpness(table), ""
     for bound in (_COLDEST, _HOTTEST):
         if math.isclose(temperature, bound, rel_tol=1e-3):
             temperature = bound
             note = f"the likelihood still grows beyond {bound:g}, the bound: do not trust the probabilities"
-    return TemperatureFit(temperature, _moments(table, 1.0)[0], _moments(table, 1 / temperature)[0], len(table.targets), note)
+    before, after = (_moments(table, sharpness)[0] for sharpness in (1.0, 1 / temperature))
+    if before - after <= _NOTHING:
+        temperature, after, note = 1.0, before, "no temperature makes val more likely than another: 1 is kept"
+    return TemperatureFit(temperature, before, after, len(table.targets), note)
 
 
 def _sharpness(table: PredictionTable) -> float:

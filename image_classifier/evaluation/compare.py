@@ -5,13 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
-from scipy.special import bdtr
+from scipy.special import bdtr, logsumexp
 
 from image_classifier.errors import DataError
 from image_classifier.predictions import PredictionTable
 
 LEVEL = 0.95  # of every interval
-_TINY = np.finfo(np.float64).tiny  # the least probability that counts as itself
 METRICS = ("accuracy", "f1_macro", "log_loss")
 LOWER_IS_BETTER = frozenset({"log_loss"})
 
@@ -133,10 +132,12 @@ def _check_labels(paths: list[str], targets: np.ndarray, classes: tuple[str, ...
 
 def _answers(table: PredictionTable, rows: np.ndarray, codes: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Answer, loss and confidence of these rows, each [N]; `codes` are the table's classes among those of both."""
-    probabilities, counted = table.probabilities[rows], np.arange(len(rows))
-    top = probabilities.argmax(axis=1)
-    losses = -np.log(np.maximum(probabilities[counted, table.targets[rows]], _TINY))
-    return codes[top], losses, probabilities[counted, top]
+    predicted, confidence = table.answers()
+    losses = np.zeros(len(table.targets))
+    for place, _ in table.blocks():
+        logits = table.block(place)
+        losses[place] = logsumexp(logits[:, np.argsort(codes)], axis=1) - logits[np.arange(len(logits)), table.targets[place]]
+    return codes[predicted[rows]], losses[rows], confidence[rows]
 
 
 def paired_bootstrap(shared: Shared, resamples: int, seed: int) -> dict[str, Paired]:

@@ -64,7 +64,7 @@ class Evidence:
     @classmethod
     def of(cls, table: PredictionTable) -> Evidence:
         """What one part tells."""
-        truth = table.probabilities[np.arange(len(table.targets)), table.targets]
+        truth = table.true_probabilities()
         scores = np.zeros(0) if table.ood_scores is None else table.ood_scores
         return cls(len(truth), risk_levels(table), _kept(truth), _kept(scores))
 
@@ -96,7 +96,7 @@ class Evidence:
 
 
 def _kept(values: np.ndarray) -> tuple[float, ...]:
-    return tuple(float(f"{value:.7g}") for value in np.sort(values)[_places(len(values))].tolist())
+    return tuple(np.sort(values)[_places(len(values))].tolist())  # to the last bit: an image at its own limit is within it
 
 
 def _places(count: int) -> np.ndarray:
@@ -163,7 +163,7 @@ class Decision:
         return {
             "risk": asked.risk,
             "risk_confidence": asked.risk_confidence,
-            "coverage": self.answered,
+            "answered": self.answered,
             "note": self.note,
             "conformal": {"coverage": asked.coverage, "quantile": 1 - self.set_level},
             "ood": {"rate": asked.ood_rate, "threshold": self.ood_limit},

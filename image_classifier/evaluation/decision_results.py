@@ -40,14 +40,14 @@ class DecisionScore:
 
 def decision_score(table: PredictionTable, decision: Decision) -> DecisionScore:
     """Measure a decision on one part."""
-    probabilities = table.probabilities
-    confidence, wrong = probabilities.max(axis=1), probabilities.argmax(axis=1) != table.targets
+    predicted, confidence = table.answers()
+    wrong = predicted != table.targets
     known = np.ones(len(wrong), bool)
     if decision.ood_limit is not None and table.ood_scores is not None:
         known = table.ood_scores <= decision.ood_limit
     given = known & (confidence >= decision.threshold)
-    sizes = (probabilities >= decision.set_level).sum(axis=1)
-    held = probabilities[np.arange(len(wrong)), table.targets] >= decision.set_level
+    sizes = np.concatenate([(block >= decision.set_level).sum(axis=1) for _, block in table.blocks()])
+    held = table.true_probabilities() >= decision.set_level
     coverage = decision.settings.coverage or 0
     spread = 1.96 * math.sqrt(coverage * (1 - coverage) * (1 / (decision.evidence.num_images + 2) + 1 / len(wrong)))
     return DecisionScore(

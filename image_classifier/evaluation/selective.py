@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+from scipy.special import bdtr
 
 from image_classifier.predictions import PredictionTable
 
@@ -44,7 +45,7 @@ def choose_level(levels: Sequence[RiskLevel], risk: float, confidence: float) ->
     low, high, best = 0, len(levels) - 1, None
     while low <= high:
         middle = (low + high) // 2
-        if chance_of_fewer(levels[middle].wrong, levels[middle].answered, risk) <= doubt:
+        if bdtr(levels[middle].wrong, levels[middle].answered, risk) <= doubt:
             low, best = middle + 1, levels[middle]
         else:
             high = middle - 1
@@ -55,14 +56,6 @@ def lowest_risk(levels: Sequence[RiskLevel], confidence: float) -> float:
     """The lowest risk that `choose_level` keeps, rounded up to thousandths; 1 where there is none below."""
     promised = (step / 1000 for step in range(1, 1000))
     return next((risk for risk in promised if choose_level(levels, risk, confidence)), 1.0)
-
-
-def chance_of_fewer(wrong: int, answered: int, risk: float) -> float:
-    """The probability of at most `wrong` errors in `answered` answers each of which is wrong with probability `risk`, 0 < risk < 1."""
-    counts = np.arange(wrong + 1)
-    ways = np.concatenate([[0.0], np.cumsum(np.log((answered - counts[1:] + 1) / counts[1:]))])
-    logs = ways + counts * math.log(risk) + (answered - counts) * math.log1p(-risk)
-    return float(min(1.0, np.exp(logs - logs.max()).sum() * math.exp(logs.max())))
 
 
 @dataclass(frozen=True)
@@ -90,5 +83,5 @@ def risk_curve(table: PredictionTable, num_points: int = 500) -> RiskCurve:
 
 
 def _confidence_and_errors(table: PredictionTable) -> tuple[np.ndarray, np.ndarray]:
-    probabilities = table.probabilities
-    return probabilities.max(axis=1), probabilities.argmax(axis=1) != table.targets
+    predicted, confidence = table.answers()
+    return confidence, predicted != table.targets

@@ -51,9 +51,9 @@ for (const choice of choices) {
   }
 }
 save.addEventListener("click", () => {
-  const text = document.getElementById("decided").textContent + choices.map(row).join("");
+  const decided = Uint8Array.from(atob(document.getElementById("decided").textContent), (letter) => letter.charCodeAt(0)); // to the byte
   const link = document.createElement("a");
-  link.href = URL.createObjectURL(new Blob([text], { type: "text/csv" }));
+  link.href = URL.createObjectURL(new Blob([decided, choices.map(row).join("")], { type: "text/csv" }));
   link.download = "fix.csv";
   link.click();
   setTimeout(() => URL.revokeObjectURL(link.href), 10000);

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -14,6 +15,7 @@ from image_classifier.images import DEFAULT_LIMITS, WHITE, DecodeLimits
 from image_classifier.page.document import render as render_page
 from image_classifier.page.pictures import BUDGET, Thumbnail, thumbnail
 from image_classifier.page.words import plain
+from image_classifier.records import ENCODING
 
 _MARKUP = 2_500  # characters of HTML around one image
 _WORKERS = 4
@@ -83,7 +85,7 @@ def render(
         total=len(suspects),
         reasons=counts.most_common(_REASONS),
         decided=gallery.num_decided,
-        decided_rows=gallery.decided,
+        decided_rows=base64.b64encode(gallery.decided.encode(*ENCODING)).decode(),
         delimiter=";" if ";" in gallery.decided.partition("\n")[0] else ",",
         classes=[label for label in gallery.classes if _is_text(label)],
         cards=list(_cards(suspects[:most], gallery, partial(_drawn, gallery.root, limits, background))),

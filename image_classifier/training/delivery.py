@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -147,15 +148,15 @@ def model_card(info: BundleInfo, manifest: Manifest) -> str:
     ]
     facts = info.provenance
     lines = [
-        f"# {info.name}",
-        f"An image classifier for {len(info.classes)} classes: {', '.join(info.classes)}.",
+        f"# {_escaped(info.name)}",
+        f"An image classifier for {len(info.classes)} classes: {', '.join(map(_escaped, info.classes))}.",
         "## Data",
         f"{len(manifest)} images ({', '.join(f'{count} {split}' for split, count in counts.items())}), manifest sha256 `{facts['manifest_sha256']}`."
         + (f" Corrected by fix.csv: {in_words(manifest.corrected)}." if manifest.corrected else ""),
         "## Input and output",
         f"Pixels uint8 [batch, 3, {info.preprocess['size']}, {info.preprocess['size']}] after preprocessing `{json.dumps(info.preprocess)}`; "
         "logits float32 [batch, classes]. Normalisation is inside the model; "
-        f"probabilities are softmax(logits / {info.temperature:.6g}), the temperature fitted on val.",
+        f"probabilities are softmax(logits / {info.temperature:.6g}), the temperature {'fitted on val' if info.temperature != 1 else 'left at 1'}.",
         "## Results",
         "| part | metric | value | 95 % interval |\n|---|---|---|---|\n" + "\n".join(rows),
         "### Baselines",
@@ -168,6 +169,11 @@ def model_card(info: BundleInfo, manifest: Manifest) -> str:
         f"torch {facts['packages']['torch']}, Python {facts['python']}.",
     ]
     return "\n\n".join(lines) + "\n"
+
+
+def _escaped(text: str) -> str:
+    """Text as it stands in Markdown, which a folder's name shall not write."""
+    return re.sub(r"([\\`*_{}\[\]<>#|!&~])", r"\\\1", " ".join(text.split()))
 
 
 def _baseline_rows(baselines: Mapping[str, Any], own: Mapping[str, Mapping[str, float]]) -> Iterator[str]:

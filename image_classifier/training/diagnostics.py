@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -83,6 +84,18 @@ def _explain(
             log.warning("no explanations: %s", str(error).partition("\n")[0])
             return
         write_explanation(found, label, float(confidence[row]), part.file(part[row]), table.paths[row], directory)
+
+
+def diagnosed(run: RunFolder) -> dict[str, float]:
+    """What was measured, as single numbers under stable names: `robustness/blur_3`, `latency/onnx_p50_ms`."""
+    found: dict[str, float] = {}
+    if (file := run.plots / "robustness.json").is_file():
+        rows = {name: row for name, row in json.loads(file.read_text(encoding="utf-8")).items() if name != "about"}
+        found |= {f"robustness/{name}_{severity}": value for name, row in rows.items() for severity, value in row.items() if severity != "0"}
+    if (file := run.plots / "latency.json").is_file():
+        rows = json.loads(file.read_text(encoding="utf-8"))["backends"]
+        found |= {f"latency/{name}_{figure}": row[figure] for name, row in rows.items() for figure in ("p50_ms", "p95_ms", "images_per_s")}
+    return found
 
 
 def measure_exports(backends: Mapping[str, tuple[Backend, Path]], run: RunFolder, size: int) -> None:

@@ -23,6 +23,7 @@ from image_classifier.predictions import PredictionTable
 from image_classifier.records import SPLITS, Manifest
 from image_classifier.training.callbacks.history import RunHistory
 from image_classifier.training.callbacks.throughput import Throughput
+from image_classifier.training.diagnostics import diagnosed
 from image_classifier.training.loggers import RunLoggers
 from image_classifier.training.run_folder import PlotSettings, RunFolder
 
@@ -86,10 +87,12 @@ def log_outcome(
     facts: dict[str, Any],
     trainer: pl.Trainer,
 ) -> None:
-    """Give the loggers what is known at the end: the scores, tables of answers and classes, the bundle and the figures."""
-    scores = {**results.scores["test"], **results.trusts["test"].scalars()} if "test" in results.scores else {}
-    test = {f"test/{name}": value for name, value in scores.items()}
-    loggers.log_metrics({**test, **simple.as_metrics(baselines)}, max(0, trainer.current_epoch - 1), trainer.global_step)
+    """Give the loggers what is known at the end: scores, intervals, robustness, latency, tables of answers and classes, bundle, figures."""
+    scores = {f"test/{name}": value for name, value in results.scores.get("test", {}).items()}
+    scores |= {f"{split}/{name}": value for split, trust in results.trusts.items() for name, value in trust.scalars().items()}
+    bounds = results.intervals.get("test", {}).items()
+    scores |= {f"test/{name}_{end}": value for name, pair in bounds for end, value in zip(("low", "high"), pair, strict=True)}
+    loggers.log_metrics({**scores, **diagnosed(run), **simple.as_metrics(baselines)}, max(0, trainer.current_epoch - 1), trainer.global_step)
     for split, table in tables.items():
         loggers.keep_tables({f"tables/{split}_answers": answer_columns(table), f"tables/{split}_classes": class_columns(results.metrics[split])})
     loggers.keep({"git_commit": str(facts["git"]), "bundle": str(run.bundle)}, {"bundle": run.bundle, "plots": run.plots})

@@ -122,3 +122,10 @@ def test_every_answer_is_in_one_bin() -> None:
     bins = Reliability.of(part)
     assert bins.counts.sum() == 500
     assert (bins.counts * bins.accuracy).sum() == (part.probabilities.argmax(axis=1) == part.targets).sum()
+
+
+@pytest.mark.parametrize("level", [0.0, 3.5])
+def test_a_network_that_answers_everything_alike_keeps_its_temperature(level: float) -> None:
+    part = PredictionTable(("",) * 6, np.array([0, 1, 2, 0, 1, 2]), np.full((6, 3), level, np.float32), ("a", "b", "c"))
+    fit = fit_temperature(part)
+    assert fit.temperature == 1.0 and fit.nll_after == fit.nll_before and "no temperature" in fit.note

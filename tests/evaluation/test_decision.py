@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from image_classifier.errors import CheckpointError, ConfigError
 from image_classifier.evaluation.decision import DEFAULTS, Decision, DecisionSettings, Evidence
 from image_classifier.evaluation.decision_results import decision_score
-from image_classifier.evaluation.selective import RiskLevel, chance_of_fewer, choose_level, lowest_risk, risk_curve, risk_levels
+from image_classifier.evaluation.selective import RiskLevel, choose_level, lowest_risk, risk_curve, risk_levels
 from image_classifier.predictions import PredictionTable, softmax
 
 
@@ -30,12 +30,6 @@ def levels_of(errors: list[bool]) -> tuple[RiskLevel, ...]:
     """Levels of images in falling order of confidence, wrong or not."""
     logits = np.stack([np.linspace(4, 0.1, len(errors)), np.zeros(len(errors))], axis=1).astype(np.float32)
     return risk_levels(PredictionTable(("",) * len(errors), np.array(errors, dtype=np.int64), logits, ("right", "wrong")))
-
-
-@pytest.mark.parametrize(("wrong", "answered", "risk"), [(0, 1, 0.5), (3, 10, 0.3), (0, 59, 0.05), (200, 1000, 0.2), (10, 10, 0.5)])
-def test_the_binomial_tail_is_that_of_scipy(wrong: int, answered: int, risk: float) -> None:
-    stats = pytest.importorskip("scipy.stats")
-    assert chance_of_fewer(wrong, answered, risk) == pytest.approx(stats.binom.cdf(wrong, answered, risk), rel=1e-9)
 
 
 @given(errors=st.lists(st.booleans(), min_size=1, max_size=300), risks=st.tuples(st.floats(0.001, 1), st.floats(0.001, 1)))
@@ -154,3 +148,18 @@ def test_the_area_under_the_curve_is_the_mean_risk_and_order_makes_it_best() -> 
     assert curve.best_area <= curve.area <= wrong.mean() + 0.05 and curve.risk[-1] == pytest.approx(wrong.mean())
     flat = PredictionTable(("",) * 4, np.array([0, 1, 1, 1]), np.zeros((4, 2), np.float32), ("a", "b"))
     np.testing.assert_allclose(risk_curve(flat).risk, 0.75)  # equal confidences: no order is better than another
+
+
+def test_an_image_at_its_own_limit_is_within_it() -> None:
+    """Limits are kept to the last bit, however sure the model is."""
+    generator = np.random.default_rng(0)
+    logits = generator.normal(0, 1, (1000, 4)).astype(np.float32)
+    targets = generator.integers(0, 4, 1000)
+    logits[np.arange(1000), targets] += 25
+    scores = generator.random(1000).astype(np.float32)
+    table = PredictionTable(("",) * 1000, targets, logits, tuple("abcd"), ood_scores=scores)
+    evidence = Evidence.of(table)
+    assert 0.9 <= (table.true_probabilities() >= evidence.set_level(0.9)).mean() < 0.905
+    assert (scores > evidence.ood_limit(0.01)).mean() <= 0.01
+    again = Evidence.from_dict(json.loads(json.dumps(evidence.as_dict())))
+    assert again == evidence

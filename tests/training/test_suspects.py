@@ -124,7 +124,13 @@ def test_a_setting_that_cannot_be_is_named(key: str, value: object) -> None:
 
 
 @pytest.mark.parametrize(
-    ("word", "words"), [("data.folds=3", "deals all folds itself"), ("overwrite=true", "goes on by itself"), ("apply=often", "accepts what")]
+    ("word", "words"),
+    [
+        ("data.folds=3", "deals all folds itself"),
+        ("overwrite=true", "goes on by itself"),
+        ("apply=often", "accepts what"),
+        ("suspects.folds=40", "folds would hold no image: take at most"),
+    ],
 )
 def test_a_command_that_cannot_be_is_one_line(command: Command, tree: Path, word: str, words: str) -> None:
     answer = command("suspects", "data=folder", f"data.dir={tree}", "suspects.by=training", word)

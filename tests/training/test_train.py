@@ -5,6 +5,7 @@ import json
 import re
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +18,7 @@ from image_classifier.exporting.parity import check_parity
 from image_classifier.inference.checkpoint import CheckpointBackend, load_classifier
 from image_classifier.inference.onnx_runtime import OnnxBackend
 from image_classifier.records import Manifest
+from image_classifier.training.delivery import model_card
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -125,7 +127,16 @@ def test_mlflow_has_parameters_metrics_an_epoch_tags_and_artifacts(trained: Path
     assert {path.name for path in trained.glob("mlruns/*/*/artifacts/*")} == {"bundle", "plots", "tables"}
     (table,) = trained.glob("mlruns/*/*/artifacts/tables/test_answers.json")
     assert len(json.loads(table.read_text())["data"]) == 355
-    assert {"test/ece_uncalibrated", "test/aurc", "test/set_coverage"} <= set(run.data.metrics)
+    told = {"test/ece_uncalibrated", "test/aurc", "test/set_coverage", "val/aurc", "test/accuracy_low", "robustness/blur_3", "latency/onnx_p50_ms"}
+    assert told <= set(run.data.metrics)
+
+
+def test_a_class_cannot_write_into_the_model_card(digits_bundle: Path) -> None:
+    bundle = read_bundle(digits_bundle)
+    names = ("<img src=x onerror=alert(1)>", "a | b\n# c", "[x](y)", *bundle.info.classes[3:])
+    card = model_card(replace(bundle.info, classes=names), Manifest.read(bundle.path("manifest.csv"), Path()))
+    line = next(line for line in card.splitlines() if line.startswith("An image classifier"))
+    assert not re.search(r"(?<!\\)[<>|\[\]#]", line) and "a \\| b \\# c" in line
 
 
 @pytest.mark.slow

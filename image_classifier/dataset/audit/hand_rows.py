@@ -10,8 +10,7 @@ from pathlib import Path
 
 from image_classifier.errors import DataError
 from image_classifier.files import write_text
-
-ENCODING = ("utf-8", "surrogateescape")  # any file name survives
+from image_classifier.records import ENCODING
 
 
 @dataclass(frozen=True)
