@@ -1,4 +1,4 @@
-"""Where in an image the evidence for a class lies: gradients of its logit at the last place of a network that still knows places."""
+"""Where in an image the evidence for a class lies: gradients of its logit at a layer of the network that knows places."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from torch import nn
 from torch.nn import functional
 
 from image_classifier.modeling.classifier import Classifier, in_evaluation
+from image_classifier.modeling.held import Held
 
 _SMALLEST = 4  # places a side: a coarser map says nothing of where
 _MOST_EXTRA = 16  # tokens before those of the image: class, distillation, registers
@@ -34,17 +35,34 @@ class Explanation:
 def explain(classifier: Classifier, pixels: np.ndarray, target: int) -> Explanation:
     """What of an image, pixels uint8 [3, H, W], speaks for the class `target`; the classifier is left as it was.
 
-    Convolutional networks: Grad-CAM (Selvaraju et al., 2017). Transformers: gradient times activation of each token, at the last layer whose
-    patch tokens still reach the answer. Networks without places: gradients of the pixels. Of a classifier with test-time augmentation the
-    plain view is explained.
+    Convolutional networks: Grad-CAM (Selvaraju et al., 2017). Transformers: the relevance of each token as it enters (Ali et al., 2022).
+    Networks without places: gradients of the pixels. Of a classifier with test-time augmentation the plain view is explained.
     """
     with in_evaluation(classifier), torch.inference_mode(False), torch.enable_grad():
         images = torch.tensor(pixels[None], dtype=torch.float32, device=classifier.scale.device, requires_grad=True)
-        with _watched(classifier.backbone, images) as watch:
-            logit = classifier.classify(classifier.embed(images))[0, target]
-        gradients = torch.autograd.grad(logit, [images, *(layer.output for layer in watch.layers)], allow_unused=True)
-    heat, method = _last_evidence(watch.layers, gradients[1:]) or (_of_pixels(gradients[0]), "input gradient")
+        places, slopes = _found(classifier, images, target)
+        convolves = _convolves(classifier.backbone)
+        if not places:
+            heat, method = _of_pixels(slopes), "input gradient"
+        elif convolves and not places[-1].tokens:
+            heat, method = _evidence(places[-1].values, places[-1].slopes.mean(dim=(1, 2), keepdim=True)), "Grad-CAM"
+        else:
+            with Held():
+                held, _ = _found(classifier, images, target)
+            first = next((one for one in held if one.tokens or not convolves), places[-1])
+            heat, method = _evidence(first.values, first.slopes), "token relevance"
     return Explanation(_scaled(heat, pixels.shape[1:]), method)
+
+
+def _convolves(backbone: nn.Module) -> bool:
+    """Whether a convolution reaches beyond its own patch; those of a transformer's patches do not."""
+    sizes = [(module.kernel_size, module.stride) for module in backbone.modules() if isinstance(module, nn.Conv2d)]
+    return any(size > stride for kernel, strides in sizes for size, stride in zip(kernel, strides, strict=True))
+
+
+def _evidence(values: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+    """What speaks for the class at each place, [h, w], of values and their weights [C, h, w]."""
+    return (values * weights).sum(dim=0).relu()
 
 
 @dataclass(frozen=True)
@@ -110,20 +128,30 @@ def _watched(backbone: nn.Module, images: torch.Tensor) -> Iterator[_Watch]:
             hook.remove()
 
 
-def _last_evidence(layers: list[_Layer], gradients: tuple[torch.Tensor | None, ...]) -> tuple[torch.Tensor, str] | None:
-    """Evidence [h, w] of the last layer whose places reach the answer: behind a class token's last attention the patches do not."""
-    for layer, gradient in zip(reversed(layers), reversed(gradients), strict=True):
-        slopes = None if gradient is None else layer.arrange(gradient)
-        if slopes is not None and bool(slopes.any()):
-            weights = slopes if layer.tokens else slopes.mean(dim=(1, 2), keepdim=True)
-            evidence = (weights * layer.arrange(layer.output.detach())).sum(dim=0).relu()
-            return evidence, "token gradients" if layer.tokens else "Grad-CAM"
-    return None
+@dataclass(frozen=True)
+class _Places:
+    """What a layer holds at each place, and the slopes of the logit there, both [C, h, w]."""
+
+    values: torch.Tensor
+    slopes: torch.Tensor
+    tokens: bool
 
 
-def _of_pixels(gradient: torch.Tensor | None) -> torch.Tensor:
+def _found(classifier: Classifier, images: torch.Tensor, target: int) -> tuple[list[_Places], torch.Tensor]:
+    """Of images [1, 3, H, W] the layers whose places reach the answer, first to last, and the slopes of the pixels.
+
+    Behind a class token's last attention the patches do not reach it.
+    """
+    with _watched(classifier.backbone, images) as watch:
+        logit = classifier.classify(classifier.embed(images))[0, target]
+    of_images, *gradients = torch.autograd.grad(logit, [images, *(layer.output for layer in watch.layers)], allow_unused=True)
+    reached = [(layer, gradient) for layer, gradient in zip(watch.layers, gradients, strict=True) if gradient is not None]
+    places = [_Places(layer.arrange(layer.output.detach()), layer.arrange(gradient), layer.tokens) for layer, gradient in reached]
+    return [one for one in places if one.slopes.any()], of_images
+
+
+def _of_pixels(gradient: torch.Tensor) -> torch.Tensor:
     """The largest slope of a pixel's channels (Simonyan et al., 2014), evened out a little, [H, W]."""
-    assert gradient is not None
     slopes = gradient[0].abs().amax(dim=0, keepdim=True)
     reach = max(1, slopes.shape[1] // 32)
     return functional.avg_pool2d(slopes, 2 * reach + 1, stride=1, padding=reach, count_include_pad=False)[0]
