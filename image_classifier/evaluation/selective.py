@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from scipy.special import bdtr
 
 from image_classifier.predictions import PredictionTable
 
@@ -45,7 +44,7 @@ def choose_level(levels: Sequence[RiskLevel], risk: float, confidence: float) ->
     low, high, best = 0, len(levels) - 1, None
     while low <= high:
         middle = (low + high) // 2
-        if bdtr(levels[middle].wrong, levels[middle].answered, risk) <= doubt:
+        if chance_of_fewer(levels[middle].wrong, levels[middle].answered, risk) <= doubt:
             low, best = middle + 1, levels[middle]
         else:
             high = middle - 1
@@ -56,6 +55,17 @@ def lowest_risk(levels: Sequence[RiskLevel], confidence: float) -> float:
     """The lowest risk that `choose_level` keeps, rounded up to thousandths; 1 where there is none below."""
     promised = (step / 1000 for step in range(1, 1000))
     return next((risk for risk in promised if choose_level(levels, risk, confidence)), 1.0)
+
+
+def chance_of_fewer(wrong: int, answered: int, risk: float) -> float:
+    """The probability of at most `wrong` errors in `answered` answers each of which is wrong with probability `risk`, 0 < risk < 1.
+
+    As `scipy.special.bdtr`, which inference does without: it would double the time to the first answer.
+    """
+    counts = np.arange(wrong + 1)
+    ways = np.concatenate([[0.0], np.cumsum(np.log((answered - counts[1:] + 1) / counts[1:]))])
+    logs = ways + counts * math.log(risk) + (answered - counts) * math.log1p(-risk)
+    return float(min(1.0, np.exp(logs - logs.max()).sum() * math.exp(logs.max())))
 
 
 @dataclass(frozen=True)

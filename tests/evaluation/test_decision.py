@@ -8,11 +8,12 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from scipy.special import bdtr
 
 from image_classifier.errors import CheckpointError, ConfigError
 from image_classifier.evaluation.decision import DEFAULTS, Decision, DecisionSettings, Evidence
 from image_classifier.evaluation.decision_results import decision_score
-from image_classifier.evaluation.selective import RiskLevel, choose_level, lowest_risk, risk_curve, risk_levels
+from image_classifier.evaluation.selective import RiskLevel, chance_of_fewer, choose_level, lowest_risk, risk_curve, risk_levels
 from image_classifier.predictions import PredictionTable, softmax
 
 
@@ -30,6 +31,11 @@ def levels_of(errors: list[bool]) -> tuple[RiskLevel, ...]:
     """Levels of images in falling order of confidence, wrong or not."""
     logits = np.stack([np.linspace(4, 0.1, len(errors)), np.zeros(len(errors))], axis=1).astype(np.float32)
     return risk_levels(PredictionTable(("",) * len(errors), np.array(errors, dtype=np.int64), logits, ("right", "wrong")))
+
+
+@pytest.mark.parametrize(("wrong", "answered", "risk"), [(0, 1, 0.5), (3, 10, 0.3), (0, 59, 0.05), (200, 1000, 0.2), (10, 10, 0.5)])
+def test_the_binomial_tail_is_that_of_scipy(wrong: int, answered: int, risk: float) -> None:
+    assert chance_of_fewer(wrong, answered, risk) == pytest.approx(bdtr(wrong, answered, risk), rel=1e-9)
 
 
 @given(errors=st.lists(st.booleans(), min_size=1, max_size=300), risks=st.tuples(st.floats(0.001, 1), st.floats(0.001, 1)))
