@@ -11,7 +11,7 @@ import torch
 
 from image_classifier.errors import ConfigError
 from image_classifier.modeling.backbones import torchvision_backbone
-from tests.conftest import Command, MakeTree
+from tests.conftest import QUICK, Command, MakeTree
 
 CONF = Path(__file__).resolve().parents[1] / "conf"
 
@@ -107,7 +107,7 @@ SMALL: dict[str, list[str]] = {
     "cat_breeds_vit": ["data.image_size=32", "model.backbone.pretrained=false"]
     + [f"+model.backbone.{key}={value}" for key, value in (("img_size", 32), ("depth", 1), ("embed_dim", 24), ("num_heads", 2))],
 }
-QUICK = ("simpsons_cnn", "simpsons_focal")
+SMALL = ("simpsons_cnn", "simpsons_focal")
 
 
 def composed(name: str) -> Any:
@@ -137,13 +137,13 @@ def test_a_recipe_opens_with_its_command_its_source_and_its_result(name: str) ->
     assert "accuracy" in result and "px" in result and "2026-" in result
 
 
-@pytest.mark.parametrize("name", [pytest.param(name, marks=[] if name in QUICK else pytest.mark.slow) for name in SYSTEMS])
+@pytest.mark.parametrize("name", [pytest.param(name, marks=[] if name in SMALL else pytest.mark.slow) for name in SYSTEMS])
 def test_a_recipe_trains_from_images_to_a_bundle(name: str, command: Command, make_tree: MakeTree, monkeypatch: pytest.MonkeyPatch) -> None:
     tree = make_tree(a=12, b=12, c=12)
     monkeypatch.chdir(tree.parent)
     split = ["data.split.test=0.2", "data.split.val=0.2"]
     line = [f"experiment={name}", "data=folder", "data.dir=tree", "data.batch_size=8", *split, *SMALL[name]]
-    answer = command("train", *line, "trainer.max_epochs=1", "logger=none", "name=x")
+    answer = command("train", *line, "trainer.max_epochs=1", *QUICK, "name=x")
     assert answer.code == 0, answer.err
     bundle = json.loads(Path("models/x/bundle.json").read_text())
     assert bundle["classes"] == ["a", "b", "c"]

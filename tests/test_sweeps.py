@@ -16,7 +16,7 @@ import pytest
 
 from image_classifier.errors import DataError
 from image_classifier.sweep import Escape, _Sent
-from tests.conftest import Command, write_image
+from tests.conftest import QUICK, Command, write_image
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -119,7 +119,7 @@ def fake_slurm(tmp_path: Path) -> Path:
 
 @pytest.mark.slow
 def test_a_sweep_goes_through_slurms_queue(folder: Path, fake_slurm: Path) -> None:
-    line = (*LINE, "logger=none", "seed=0,1", "hydra/launcher=submitit_slurm", "hydra.launcher.partition=gpu", "hydra.launcher.timeout_min=5")
+    line = (*LINE, *QUICK, "seed=0,1", "hydra/launcher=submitit_slurm", "hydra.launcher.partition=gpu", "hydra.launcher.timeout_min=5")
     code, err = sweep(folder, "train", *line, path=str(fake_slurm))
     assert code == 0, err
     assert len(list(folder.glob("models/*/bundle.json"))) == 2

@@ -14,7 +14,7 @@ from PIL import Image
 from image_classifier.errors import ConfigError
 from image_classifier.records import Manifest, Record
 from image_classifier.training.show import ShowSettings, choose_rows, draw_sheet, labels
-from tests.conftest import Command
+from tests.conftest import QUICK, Command
 
 CONF = Path(__file__).resolve().parents[2] / "conf"
 RECIPES = sorted(path.stem for path in (CONF / "augment").glob("*.yaml"))
@@ -82,7 +82,7 @@ def test_each_recipe_trains(recipe: str, command: Command, tree: Path, monkeypat
     monkeypatch.chdir(tree.parent)
     balance = {"strong": "weights", "simpsons": "sampler"}.get(recipe, "none")
     line = (f"augment={recipe}", f"data.balance={balance}", "data.batch_size=4", "trainer.max_epochs=2", "model.backbone.channels=[4,8]")
-    answer = command("train", *DATA, *line, "logger=none", "name=x")
+    answer = command("train", *DATA, *line, *QUICK, "name=x")
     assert answer.code == 0, answer.err
     assert f"balance: {balance} (every class has 8 training images)" in answer.err
     assert re.search(r"epoch 2/2  train/loss \d.*train/accuracy [01]\.\d+", answer.err)
@@ -91,5 +91,5 @@ def test_each_recipe_trains(recipe: str, command: Command, tree: Path, monkeypat
 def test_a_loss_that_takes_no_mixed_labels_is_one_line(command: Command, tree: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tree.parent)
     loss = ("loss._target_=torch.nn.MultiMarginLoss", "~loss.label_smoothing")
-    answer = command("train", *DATA, *loss, "augment=mix", "logger=none", "name=x")
+    answer = command("train", *DATA, *loss, "augment=mix", *QUICK, "name=x")
     assert answer.code == 2 and answer.err.splitlines()[-1].startswith("error: loss: torch.nn.MultiMarginLoss takes one class an image")

@@ -15,7 +15,7 @@ from image_classifier.evaluation.ood import auroc
 from image_classifier.inference.load import load_predictor
 from image_classifier.predictions import PredictionTable
 from image_classifier.records import Manifest
-from tests.conftest import Command
+from tests.conftest import QUICK, Command
 
 
 def write_pictures(folder: Path, pictures: np.ndarray) -> Path:
@@ -31,7 +31,7 @@ def test_digits_and_noise_are_refused_far_more_often_than_true_test_images(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     data = ("data=folder", f"data.archive={shared_data / 'simpsons-mnist.tar.gz'}", "data.image_size=28")
-    answer = command("train", *data, "trainer.max_epochs=2", "logger=none", "augment=none", "name=simpsons")
+    answer = command("train", *data, "trainer.max_epochs=2", *QUICK, "augment=none", "name=simpsons")
     assert answer.code == 0, answer.err
     strange = {
         "digits": write_pictures(tmp_path / "digits", (load_digits().images[:200] * 255 / 16).astype(np.uint8)),
