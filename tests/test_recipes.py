@@ -107,7 +107,7 @@ SMALL: dict[str, list[str]] = {
     "cat_breeds_vit": ["data.image_size=32", "model.backbone.pretrained=false"]
     + [f"+model.backbone.{key}={value}" for key, value in (("img_size", 32), ("depth", 1), ("embed_dim", 24), ("num_heads", 2))],
 }
-SMALL = ("simpsons_cnn", "simpsons_focal")
+FAST = ("simpsons_cnn", "simpsons_focal")
 
 
 def composed(name: str) -> Any:
@@ -137,7 +137,7 @@ def test_a_recipe_opens_with_its_command_its_source_and_its_result(name: str) ->
     assert "accuracy" in result and "px" in result and "2026-" in result
 
 
-@pytest.mark.parametrize("name", [pytest.param(name, marks=[] if name in SMALL else pytest.mark.slow) for name in SYSTEMS])
+@pytest.mark.parametrize("name", [pytest.param(name, marks=[] if name in FAST else pytest.mark.slow) for name in SYSTEMS])
 def test_a_recipe_trains_from_images_to_a_bundle(name: str, command: Command, make_tree: MakeTree, monkeypatch: pytest.MonkeyPatch) -> None:
     tree = make_tree(a=12, b=12, c=12)
     monkeypatch.chdir(tree.parent)
