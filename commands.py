@@ -59,6 +59,14 @@ class Commands:
         """Write one page about a run, or say whether the second of two is really better."""
         self._run("report", "image_classifier.evaluation.report.run:report")
 
+    def export(self) -> None:
+        """Write other forms of a bundle's model, each held against the checkpoint: sealed, int8, OpenVINO, TensorRT, Triton, MLflow."""
+        self._run("export", "image_classifier.exporting.run:export")
+
+    def verify(self) -> None:
+        """Check a bundle: every file's hash, and the golden images on every backend."""
+        self._run("verify", "image_classifier.inference.verify:verify")
+
     def infer(self) -> None:
         """Say what images show, with a bundle, a checkpoint or an ONNX file."""
         self._run("infer", "image_classifier.inference.infer:infer")

@@ -6,7 +6,7 @@ import difflib
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -39,6 +39,7 @@ class BundleInfo:
     intervals: Mapping[str, Any] = field(default_factory=dict)
     decision: Mapping[str, Any] = field(default_factory=dict)
     files: Mapping[str, str] = field(default_factory=dict)
+    exports: Mapping[str, Any] = field(default_factory=dict)
     schema_version: int = SCHEMA_VERSION
 
 
@@ -67,6 +68,16 @@ def seal(directory: Path, info: BundleInfo) -> Bundle:
     """Write `bundle.json` over the files that lie in `directory`, with the hash of each."""
     files = {path.relative_to(directory).as_posix(): sha256_of(path) for path in sorted(directory.rglob("*")) if path.is_file()}
     sealed = BundleInfo(**{**_shallow(info), "files": files})
+    write_text(directory / INFO_NAME, json.dumps(asdict(sealed), indent=2, ensure_ascii=False) + "\n")
+    return Bundle(directory, sealed)
+
+
+def add_export(directory: Path, info: BundleInfo, name: str, facts: Mapping[str, Any], files: Sequence[str]) -> Bundle:
+    """Write `bundle.json` anew for a folder to which these files were added: their hashes, and what is known of the export of this name."""
+    gone = set(info.exports.get(name, {}).get("files", ())) - set(files)
+    hashes = {file: known for file, known in info.files.items() if file not in gone} | {file: sha256_of(directory / file) for file in files}
+    exports = {**info.exports, name: {**facts, "files": list(files)}}
+    sealed = BundleInfo(**{**_shallow(info), "files": dict(sorted(hashes.items())), "exports": exports})
     write_text(directory / INFO_NAME, json.dumps(asdict(sealed), indent=2, ensure_ascii=False) + "\n")
     return Bundle(directory, sealed)
 

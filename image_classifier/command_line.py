@@ -29,12 +29,14 @@ TEXT_KEYS: dict[str, frozenset[str]] = {
     "train": _DATA_TEXT | {"model.weights", "model.from", "name", "resume", "models_dir", "plots_dir", "runs_dir", "logger.tracking_uri"},
     "test": frozenset({"cache_dir", "checkpoint_name", "test_dir", "output_dir", "models_dir", "plots_dir"}),
     "infer": frozenset({"checkpoint_name", "output", "models_dir", "plots_dir"}),
+    "export": frozenset({"checkpoint_name", "data_dir", "models_dir"}),
+    "verify": frozenset({"checkpoint_name", "models_dir"}),
     "report": frozenset({"name", "other", "data_dir", "models_dir", "plots_dir", "runs_dir", "audit_dir", "output"}),
 }
 TEXT_KEYS["suspects"] = TEXT_KEYS["train"] | {"checkpoint_name"}
 TEXT_KEYS["tune"] = TEXT_KEYS["train"] | {"tune.storage"}
-LIST_KEYS: dict[str, frozenset[str]] = {"infer": frozenset({"images"})}
-WORD_KEYS: dict[str, tuple[str, ...]] = {"report": ("name", "other")}  # what bare words mean, in their order
+LIST_KEYS: dict[str, frozenset[str]] = {"infer": frozenset({"images"}), "export": frozenset({"to"})}
+WORD_KEYS: dict[str, tuple[str, ...]] = {"report": ("name", "other"), "export": ("checkpoint_name",), "verify": ("checkpoint_name",)}  # what bare words mean, in their order
 MAP_KEYS = frozenset({"data.rename"})  # of any names: Hydra must be told that they are new
 
 # Hydra's own flags that stand alone, and those that take a value.

@@ -1,0 +1,105 @@
+"""The verb `export`: other forms of a bundle's model, each held against the checkpoint before it may stay."""
+
+from __future__ import annotations
+
+import logging
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from image_classifier import settings
+from image_classifier.bundle import INFO_NAME, Bundle, add_export, read_bundle
+from image_classifier.errors import CheckpointError, ConfigError
+from image_classifier.exporting.onnx_again import export_onnx_again
+from image_classifier.exporting.openvino import export_openvino
+from image_classifier.exporting.reference import Reference
+from image_classifier.exporting.sealed import export_sealed
+from image_classifier.files import locked, whole_directory
+from image_classifier.images import DecodeLimits
+from image_classifier.inference.load import pulled_checkpoint
+
+log = logging.getLogger(__name__)
+
+# Writes a form of the model into a folder; what was found is kept in bundle.json under its name.
+Export = Callable[[Reference, Path], dict[str, Any]]
+FORMATS: dict[str, Export] = {"onnx": export_onnx_again, "sealed": export_sealed, "openvino": export_openvino}
+
+
+@dataclass(frozen=True)
+class ExportSettings:
+    """The keys of conf/export.yaml."""
+
+    checkpoint_name: str
+    to: list[str]
+    data_dir: str | None = None
+    images: int = 200
+    models_dir: str = "models"
+    dvc: bool | None = None
+    limits: DecodeLimits = field(default_factory=DecodeLimits)
+    trusted_packages: list[str] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        for name in self.to:
+            if name not in FORMATS:
+                raise ConfigError(f"there is no format {name!r}", f"use one or more of {', '.join(FORMATS)}")
+        if self.images < 1:
+            raise ConfigError(f"images must be at least 1, not {self.images}")
+
+
+def export(config: Any) -> None:
+    """Write the forms asked for into the bundle, one after the other; each appears whole or not at all.
+
+    Raises:
+        ParityError: One answers otherwise than the checkpoint; those before it stay.
+    """
+    asked = settings.typed(ExportSettings, config, "")
+    path = pulled_checkpoint(asked.checkpoint_name, Path(asked.models_dir), asked.dvc)
+    if not (path / INFO_NAME).is_file():
+        raise CheckpointError(f"{str(path)!r} is not a bundle, and an export is held against the bundle's own validation images", "give its bundle")
+    with locked(path.parent / f".{path.name[:50]}.lock"):
+        for name in dict.fromkeys(asked.to):
+            bundle = read_bundle(path)
+            bundle.verify()
+            reference = Reference.of(bundle, Path(asked.data_dir) if asked.data_dir else None, asked.images, asked.trusted_packages, asked.limits)
+            facts = _added(bundle, name, reference)
+            print(f"{name:<9} {_line(facts)}")
+
+
+def _added(bundle: Bundle, name: str, reference: Reference) -> dict[str, Any]:
+    """The bundle with one more form of its model: a new folder in the place of the old, its other files shared with it."""
+    with tempfile.TemporaryDirectory() as folder:
+        made = Path(folder)
+        facts = FORMATS[name](reference, made)
+        with whole_directory(bundle.directory, overwrite=True) as fresh:
+            for file in _files(bundle.directory):
+                _share(bundle.directory / file, fresh / file)
+            for file in _files(made):
+                (fresh / file).parent.mkdir(parents=True, exist_ok=True)
+                (fresh / file).unlink(missing_ok=True)
+                shutil.copyfile(made / file, fresh / file)
+            add_export(fresh, bundle.info, name, facts, sorted(file.as_posix() for file in _files(made)))
+    return facts
+
+
+def _files(directory: Path) -> Iterator[Path]:
+    return (path.relative_to(directory) for path in sorted(directory.rglob("*")) if path.is_file())
+
+
+def _share(source: Path, target: Path) -> None:
+    """One file in two folders without a copy, where the file system can; nothing ever writes into a bundle's file."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copyfile(source, target)
+
+
+def _line(facts: dict[str, Any]) -> str:
+    return (
+        f"{facts['agreement']:.2%} of {facts['images']} images get the checkpoint's class, "
+        f"largest difference of a probability {facts['largest_difference']:.1e} ({facts['worst_image']})"
+    )
