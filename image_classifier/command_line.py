@@ -36,7 +36,11 @@ TEXT_KEYS: dict[str, frozenset[str]] = {
 TEXT_KEYS["suspects"] = TEXT_KEYS["train"] | {"checkpoint_name"}
 TEXT_KEYS["tune"] = TEXT_KEYS["train"] | {"tune.storage"}
 LIST_KEYS: dict[str, frozenset[str]] = {"infer": frozenset({"images"}), "export": frozenset({"to"})}
-WORD_KEYS: dict[str, tuple[str, ...]] = {"report": ("name", "other"), "export": ("checkpoint_name",), "verify": ("checkpoint_name",)}  # what bare words mean, in their order
+WORD_KEYS: dict[str, tuple[str, ...]] = {
+    "report": ("name", "other"),
+    "export": ("checkpoint_name",),
+    "verify": ("checkpoint_name",),
+}  # what bare words mean, in their order
 MAP_KEYS = frozenset({"data.rename"})  # of any names: Hydra must be told that they are new
 
 # Hydra's own flags that stand alone, and those that take a value.

@@ -49,7 +49,9 @@ class Parity:
         """
         if self.agreement < agreement:
             wrong = round((1 - self.agreement) * self.images)
-            raise ParityError(f"{backend} gives another class on {wrong} of {self.images} images, worst on {self.worst_image!r}", "nothing was exported")
+            raise ParityError(
+                f"{backend} gives another class on {wrong} of {self.images} images, worst on {self.worst_image!r}", "nothing was exported"
+            )
         if not self.largest_difference <= tolerance:
             fact = f"{backend} differs by {self.largest_difference:.2g} in a probability on {self.worst_image!r} (allowed {tolerance:g})"
             raise ParityError(fact, "nothing was exported")

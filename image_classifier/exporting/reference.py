@@ -50,7 +50,9 @@ class Reference:
         files = tuple(val.file(val[row]) for row in rows)
         gone = next((file for file in files if not file.is_file() and not pull_missing(file, dvc)), None)
         if gone:
-            raise DataError(f"{str(gone)!r} is gone, and exports are held against the validation images", "give the folder they lie in: --data_dir PATH")
+            raise DataError(
+                f"{str(gone)!r} is gone, and exports are held against the validation images", "give the folder they lie in: --data_dir PATH"
+            )
         classifier, _ = load_classifier(bundle.path("model.ckpt"), trusted)
         paths = tuple(val.paths[row] for row in rows)
         return cls(bundle, files, paths, targets[rows], manifest.part("train"), CheckpointBackend(classifier), limits)

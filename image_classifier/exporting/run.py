@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-import logging
 import os
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from image_classifier import settings
 from image_classifier.bundle import INFO_NAME, Bundle, add_export, read_bundle
-from image_classifier.errors import CheckpointError, ConfigError
+from image_classifier.errors import CheckpointError, ConfigError, ParityError
+from image_classifier.exporting.int8 import Int8Settings, export_int8
 from image_classifier.exporting.onnx_again import export_onnx_again
 from image_classifier.exporting.openvino import export_openvino
 from image_classifier.exporting.reference import Reference
@@ -22,11 +23,11 @@ from image_classifier.files import locked, whole_directory
 from image_classifier.images import DecodeLimits
 from image_classifier.inference.load import pulled_checkpoint
 
-log = logging.getLogger(__name__)
+FORMATS = ("onnx", "sealed", "int8", "openvino")
+
 
 # Writes a form of the model into a folder; what was found is kept in bundle.json under its name.
 Export = Callable[[Reference, Path], dict[str, Any]]
-FORMATS: dict[str, Export] = {"onnx": export_onnx_again, "sealed": export_sealed, "openvino": export_openvino}
 
 
 @dataclass(frozen=True)
@@ -37,6 +38,7 @@ class ExportSettings:
     to: list[str]
     data_dir: str | None = None
     images: int = 200
+    int8: Int8Settings = field(default_factory=Int8Settings)
     models_dir: str = "models"
     dvc: bool | None = None
     limits: DecodeLimits = field(default_factory=DecodeLimits)
@@ -49,9 +51,19 @@ class ExportSettings:
         if self.images < 1:
             raise ConfigError(f"images must be at least 1, not {self.images}")
 
+    def writer(self, name: str) -> Export:
+        """What writes the form of this name."""
+        writers: dict[str, Export] = {
+            "onnx": export_onnx_again,
+            "sealed": export_sealed,
+            "int8": partial(export_int8, asked=self.int8),
+            "openvino": export_openvino,
+        }
+        return writers[name]
+
 
 def export(config: Any) -> None:
-    """Write the forms asked for into the bundle, one after the other; each appears whole or not at all.
+    """Write the forms asked for into the bundle, one after the other; each appears whole or not at all, and of one that is refused the reason.
 
     Raises:
         ParityError: One answers otherwise than the checkpoint; those before it stay.
@@ -65,15 +77,20 @@ def export(config: Any) -> None:
             bundle = read_bundle(path)
             bundle.verify()
             reference = Reference.of(bundle, Path(asked.data_dir) if asked.data_dir else None, asked.images, asked.trusted_packages, asked.limits)
-            facts = _added(bundle, name, reference)
+            try:
+                facts = _added(bundle, name, asked.writer(name), reference)
+            except ParityError as error:
+                if not bundle.info.exports.get(name, {}).get("files"):
+                    add_export(path, bundle.info, name, {"refused": error.fact}, [])
+                raise
             print(f"{name:<9} {_line(facts)}")
 
 
-def _added(bundle: Bundle, name: str, reference: Reference) -> dict[str, Any]:
+def _added(bundle: Bundle, name: str, write: Export, reference: Reference) -> dict[str, Any]:
     """The bundle with one more form of its model: a new folder in the place of the old, its other files shared with it."""
     with tempfile.TemporaryDirectory() as folder:
         made = Path(folder)
-        facts = FORMATS[name](reference, made)
+        facts = write(reference, made)
         with whole_directory(bundle.directory, overwrite=True) as fresh:
             for file in _files(bundle.directory):
                 _share(bundle.directory / file, fresh / file)

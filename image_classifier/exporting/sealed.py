@@ -137,7 +137,9 @@ def _target(graph: _Graph, whole: str, preprocess: Preprocess) -> str:
     wanted = graph.constant(np.array([side if pad else round(side / preprocess.crop_fraction)], dtype=np.float64))
     scale = graph.add("Div", wanted, graph.add("ReduceMax" if pad else "ReduceMin", sides, keepdims=1))
     scaled = graph.add("Round", graph.add("Mul", sides, scale))
-    bounded = graph.add("Clip", scaled, graph.constant(np.float64(1)), graph.constant(np.float64(side))) if pad else graph.add("Max", scaled, wanted)
+    bounded = (
+        graph.add("Clip", scaled, graph.constant(np.array(1.0)), graph.constant(np.array(float(side)))) if pad else graph.add("Max", scaled, wanted)
+    )
     return graph.add("Cast", bounded, to=TensorProto.INT64)
 
 
@@ -145,7 +147,7 @@ def _answering(num_classes: int, temperature: float) -> onnx.GraphProto:
     """Logits float32 [1, C] -> probabilities float32 [C]."""
     graph = _Graph()
     row = graph.add("Reshape", "logits", graph.integers(num_classes))
-    graph.add("Softmax", graph.add("Div", row, graph.constant(np.float32(temperature))), axis=0, named="probabilities")
+    graph.add("Softmax", graph.add("Div", row, graph.constant(np.array(temperature, dtype=np.float32))), axis=0, named="probabilities")
     logits = helper.make_tensor_value_info("logits", TensorProto.FLOAT, [1, num_classes])
     probabilities = helper.make_tensor_value_info("probabilities", TensorProto.FLOAT, [num_classes])
     return helper.make_graph(graph.nodes, "answer", [logits], [probabilities], graph.constants)

@@ -15,10 +15,11 @@ from typing import Any
 
 import numpy as np
 
-from image_classifier.bundle import INFO_NAME
+from image_classifier.bundle import INFO_NAME, read_bundle
 from image_classifier.errors import CheckpointError
 from image_classifier.files import write_text
-from image_classifier.inference.load import BACKENDS, load_predictor
+from image_classifier.inference.backends import BACKENDS, fitting
+from image_classifier.inference.load import load_predictor
 from image_classifier.inference.predictor import Backend
 
 _WARM_UP, _FEWEST, _MOST, _SECONDS = 3, 10, 200, 4.0  # calls, and how long they may take
@@ -90,8 +91,15 @@ def measured(backend: Backend, size: int, batch_size: int, seconds: float = _SEC
 
 def _backends(path: Path) -> list[str]:
     if (path / INFO_NAME).is_file():
-        return [backend for backend, name in BACKENDS.items() if (path / name).is_file()]
+        return fitting(read_bundle(path))
     return ["checkpoint" if path.suffix == ".ckpt" else "onnx"]
+
+
+def _file(path: Path, backend: str) -> Path:
+    if path.is_file():
+        return path
+    bundle = read_bundle(path)
+    return bundle.path(BACKENDS[backend].file(bundle))
 
 
 def _in_a_process(path: Path, backend: str, batch_size: int, trusted: Sequence[str]) -> dict[str, Any]:
@@ -107,7 +115,7 @@ def _in_a_process(path: Path, backend: str, batch_size: int, trusted: Sequence[s
     if done.returncode:
         reason = (done.stderr.strip().splitlines() or ["no reason given"])[-1][:300]
         raise CheckpointError(f"the latency of the backend {backend} cannot be measured", reason)
-    return _row(json.loads(done.stdout.splitlines()[-1]), batch_size, path / BACKENDS[backend] if path.is_dir() else path)
+    return _row(json.loads(done.stdout.splitlines()[-1]), batch_size, _file(path, backend))
 
 
 def in_this_process(backend: Backend, file: Path, size: int) -> dict[str, Any]:

@@ -14,11 +14,10 @@ from image_classifier.errors import CheckpointError, ConfigError
 from image_classifier.evaluation.decision import Decision, DecisionSettings
 from image_classifier.evaluation.ood import DETECTOR, Detector
 from image_classifier.images import DEFAULT_LIMITS, DecodeLimits, Preprocess
+from image_classifier.inference.backends import BACKENDS, open_backend
 from image_classifier.inference.predictor import Backend, Predictor
 
 log = logging.getLogger(__name__)
-
-BACKENDS = {"onnx": "model.onnx", "checkpoint": "model.ckpt"}
 
 
 def pulled_checkpoint(name: str, models_dir: Path, dvc: bool | None = None) -> Path:
@@ -56,7 +55,7 @@ def load_predictor(
     own = "checkpoint" if path.suffix == ".ckpt" else "onnx"
     if backend not in (None, own):
         raise ConfigError(f"{path.name} cannot be run by the backend {backend!r}", f"leave --backend out, or use --backend {own}")
-    runner, facts = _open(path, own, trusted)
+    runner, facts = BACKENDS[own].open(path, trusted)
     return _decided(_predictor(runner, facts, batch_size, path, limits), asked, path)
 
 
@@ -74,26 +73,12 @@ def _decided(predictor: Predictor, asked: DecisionSettings, path: Path) -> Predi
 
 def _from_bundle(directory: Path, backend: str, batch_size: int, trusted: Sequence[str], limits: DecodeLimits) -> Predictor:
     bundle = read_bundle(directory)
-    name = BACKENDS[backend]
-    bundle.verify([name])
-    runner, _ = _open(bundle.path(name), backend, trusted)
+    runner = open_backend(bundle, backend, trusted)
     predictor = _predictor(runner, {**vars(bundle.info)}, batch_size, directory, limits)
     if DETECTOR not in bundle.info.files or predictor.decision is None or predictor.decision.evidence.ood_scores == ():
         return predictor
     bundle.verify([DETECTOR])
     return replace(predictor, detector=Detector.read(bundle.path(DETECTOR)))
-
-
-def _open(path: Path, backend: str, trusted: Sequence[str]) -> tuple[Backend, Mapping[str, Any]]:
-    if backend == "onnx":
-        from image_classifier.inference.onnx_runtime import OnnxBackend
-
-        runner = OnnxBackend(path)
-        return runner, runner.metadata()
-    from image_classifier.inference.checkpoint import CheckpointBackend, load_classifier
-
-    classifier, blueprint = load_classifier(path, trusted)
-    return CheckpointBackend(classifier), blueprint
 
 
 def _predictor(runner: Backend, facts: Mapping[str, Any], batch_size: int, path: Path, limits: DecodeLimits) -> Predictor:

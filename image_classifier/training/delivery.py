@@ -27,7 +27,6 @@ from image_classifier.exporting.onnx import export_onnx
 from image_classifier.exporting.parity import check_embeddings, check_parity
 from image_classifier.files import whole_directory, write_text
 from image_classifier.inference.checkpoint import CheckpointBackend
-from image_classifier.inference.load import BACKENDS
 from image_classifier.inference.onnx_runtime import OnnxBackend
 from image_classifier.inference.predictor import EmbeddingBackend
 from image_classifier.modeling.classifier import Classifier
@@ -80,7 +79,8 @@ def deliver(
         facts["onnx_largest_difference"] = difference
         log.info("ONNX agrees with torch: largest difference of a probability %.1e", difference)
         if diagnostics_settings(config).latency:
-            measure_exports({name: (backend, directory / BACKENDS[name]) for name, backend in backends.items()}, run, blueprint["preprocess"]["size"])
+            files = {"onnx": directory / "model.onnx", "checkpoint": directory / "model.ckpt"}
+            measure_exports({name: (backend, files[name]) for name, backend in backends.items()}, run, blueprint["preprocess"]["size"])
         manifest.write(directory / "manifest.csv")
         settings.save(config, directory / "config.yaml")
         info = BundleInfo(

@@ -10,7 +10,7 @@ from image_classifier import settings
 from image_classifier.bundle import INFO_NAME, read_bundle
 from image_classifier.errors import CheckpointError, ConfigError
 from image_classifier.inference.checkpoint import LOADING, load_classifier
-from image_classifier.inference.load import BACKENDS, pulled_checkpoint
+from image_classifier.inference.load import pulled_checkpoint
 from image_classifier.modeling.backbones import no_pretrained
 from image_classifier.modeling.classifier import Classifier, build_classifier
 from image_classifier.modeling.weights import fit, inherit, load_weights, read_weights
@@ -76,7 +76,7 @@ def _adopt(config: Any) -> None:
         build_classifier(source.backbone, 2, size, *blueprint["normalise"].values())  # which refuses a size that it cannot take
         log.info("from: %s was trained at %s px and this run is at %s: data.image_size=%s keeps its size", model["from"], own, size, own)
     model.backbone = {key: value for key, value in blueprint["backbone"].items() if key not in LOADING}
-    model.name = path.stem if path.suffix == ".ckpt" and path.name != BACKENDS["checkpoint"] else path.parent.name
+    model.name = path.stem if path.suffix == ".ckpt" and path.name != "model.ckpt" else path.parent.name
     model.head_dropout = model.head_dropout or blueprint["head_dropout"]
     if model.normalise == "auto":
         model.normalise = blueprint["normalise"]
@@ -88,8 +88,8 @@ def _checkpoint(config: Any) -> Path:
     path = pulled_checkpoint(str(config.model["from"]), Path(config.models_dir))
     if (path / INFO_NAME).is_file():
         bundle = read_bundle(path)
-        bundle.verify([BACKENDS["checkpoint"]])
-        return bundle.path(BACKENDS["checkpoint"])
+        bundle.verify(["model.ckpt"])
+        return bundle.path("model.ckpt")
     if path.suffix != ".ckpt":
         raise CheckpointError(f"{str(path)!r} cannot be trained further", "model.from takes a bundle or a .ckpt")
     return path

@@ -1,0 +1,83 @@
+"""The backends by name: which file of a bundle each runs, which package it needs, and how it is opened."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from image_classifier.bundle import Bundle
+from image_classifier.inference.predictor import Backend
+
+# A file and the packages it may take its network from -> what runs it, and what the file says of itself.
+Open = Callable[[Path, Sequence[str]], tuple[Backend, Mapping[str, Any]]]
+
+
+@dataclass(frozen=True)
+class Kind:
+    """One backend: the files of a bundle that it can run, the best first, and the package it needs."""
+
+    files: tuple[str, ...]
+    package: str
+    open: Open
+
+    def file(self, bundle: Bundle) -> str:
+        """The file that it runs of this bundle; the last resort where none is there."""
+        return next((name for name in self.files if name in bundle.info.files), self.files[-1])
+
+    def fits(self, bundle: Bundle) -> bool:
+        """Whether the package is installed and the bundle has a file for it."""
+        return find_spec(self.package) is not None and self.file(bundle) in bundle.info.files
+
+
+def _onnx(path: Path, trusted: Sequence[str]) -> tuple[Backend, Mapping[str, Any]]:
+    from image_classifier.inference.onnx_runtime import OnnxBackend
+
+    runner = OnnxBackend(path)
+    return runner, runner.metadata()
+
+
+def _checkpoint(path: Path, trusted: Sequence[str]) -> tuple[Backend, Mapping[str, Any]]:
+    from image_classifier.inference.checkpoint import CheckpointBackend, load_classifier
+
+    classifier, blueprint = load_classifier(path, trusted)
+    return CheckpointBackend(classifier), blueprint
+
+
+def _openvino(precision: str) -> Open:
+    def opened(path: Path, trusted: Sequence[str]) -> tuple[Backend, Mapping[str, Any]]:
+        from image_classifier.inference.openvino_runtime import OpenVinoBackend
+
+        return OpenVinoBackend(path, precision), {}
+
+    return opened
+
+
+BACKENDS: dict[str, Kind] = {
+    "onnx": Kind(("model.onnx",), "onnxruntime", _onnx),
+    "checkpoint": Kind(("model.ckpt",), "torch", _checkpoint),
+    "openvino": Kind(("openvino/model.xml", "model.onnx"), "openvino", _openvino("f32")),
+    "openvino-bf16": Kind(("openvino/model.xml", "model.onnx"), "openvino", _openvino("bf16")),
+    "int8": Kind(("model.int8.onnx",), "onnxruntime", _onnx),
+}
+EXACT = ("onnx", "checkpoint", "openvino")  # answer as the checkpoint but for rounding
+
+
+def fitting(bundle: Bundle) -> list[str]:
+    """The backends that are installed and whose file the bundle has."""
+    return [name for name, kind in BACKENDS.items() if kind.fits(bundle)]
+
+
+def open_backend(bundle: Bundle, name: str, trusted: Sequence[str] = ()) -> Backend:
+    """A backend over the bundle's file for it, whose hash is checked first.
+
+    Raises:
+        CheckpointError: The file is missing or damaged.
+        ConfigError: The package is not installed.
+    """
+    file = BACKENDS[name].file(bundle)
+    beside = [other for other in bundle.info.files if other != file and other.rpartition(".")[0] == file.rpartition(".")[0] and "/" in file]
+    bundle.verify([file, *beside])
+    return BACKENDS[name].open(bundle.path(file), trusted)[0]
