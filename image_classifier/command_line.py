@@ -36,6 +36,7 @@ TEXT_KEYS: dict[str, frozenset[str]] = {
 TEXT_KEYS["suspects"] = TEXT_KEYS["train"] | {"checkpoint_name"}
 TEXT_KEYS["tune"] = TEXT_KEYS["train"] | {"tune.storage"}
 LIST_KEYS: dict[str, frozenset[str]] = {"infer": frozenset({"images"}), "export": frozenset({"to"})}
+_FILE_LISTS = frozenset({"images"})  # whose items may look like overrides
 WORD_KEYS: dict[str, tuple[str, ...]] = {
     "report": ("name", "other"),
     "export": ("checkpoint_name",),
@@ -118,7 +119,7 @@ def _option(verb: str, key: str, value: str | None, rest: list[str]) -> str:
     """One `--key …` as an override; takes its values from the front of `rest`."""
     if key in LIST_KEYS.get(verb, ()):
         values = [] if value is None else [value]
-        while rest and not _is_option(rest[0]):
+        while rest and not _is_option(rest[0]) and (key in _FILE_LISTS or not _is_override(rest[0])):
             values.append(rest.pop(0))
         if not values:
             raise ConfigError(f"--{key} needs at least one value")

@@ -49,7 +49,7 @@ def test_the_gate_names_the_image_that_differs() -> None:
         check_parity(expected, shifted, paths, "onnx")
     flipped = expected.copy()
     flipped[2] = -flipped[2]
-    with pytest.raises(ParityError, match=r"another class on 1 of 5 images, first 'cat/2\.png'"):
+    with pytest.raises(ParityError, match=r"another class on 1 of 5 images, worst on 'cat/2\.png'"):
         check_parity(expected, flipped, paths, "onnx")
     broken = expected.copy()
     broken[1] = np.nan

@@ -1,0 +1,136 @@
+"""`export` and `verify`: a form of the model appears whole, held against the checkpoint, or not at all."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from image_classifier.bundle import read_bundle
+from image_classifier.errors import ParityError
+from image_classifier.exporting import run
+from image_classifier.exporting.int8 import Drop
+from image_classifier.exporting.parity import Parity
+from tests.conftest import Command
+
+
+@pytest.fixture
+def bundle(trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A bundle of one's own; its training data lies where it was made."""
+    monkeypatch.chdir(trained)
+    shutil.copytree(trained / "models/digits", tmp_path / "models/mine")
+    return tmp_path / "models/mine"
+
+
+def kept(folder: Path) -> dict[str, bytes]:
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_every_form_is_held_against_the_checkpoint_and_verified(bundle: Path, command: Command) -> None:
+    before = kept(bundle)
+    answer = command("export", str(bundle), "--to", "sealed", "onnx", "--images", "40")
+    assert answer.code == 0, answer.err
+    assert [line.split()[:2] for line in answer.out.splitlines()] == [["sealed", "100.00%"], ["onnx", "100.00%"]]
+    info = read_bundle(bundle).info
+    assert set(info.exports) == {"sealed", "onnx"} and info.exports["sealed"]["files"] == ["sealed.onnx"]
+    assert info.exports["onnx"]["images"] == 40 and info.exports["onnx"]["largest_difference"] < 1e-4
+    assert set(kept(bundle)) - set(before) == {"sealed.onnx"} and info.classes == tuple("0123456789")
+    verified = command("verify", str(bundle))
+    assert verified.code == 0, verified.err
+    assert [line.split()[0] for line in verified.out.splitlines()][:3] == ["hashes", "onnx", "checkpoint"]
+
+
+def test_what_disagrees_leaves_nothing_but_the_reason(bundle: Path, command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(reference: object, directory: Path) -> dict[str, object]:
+        (directory / "half.onnx").write_bytes(b"half")
+        raise ParityError("sealed gives another class on 3 of 40 images")
+
+    monkeypatch.setattr(run, "export_sealed", broken)
+    before = kept(bundle)
+    answer = command("export", str(bundle), "--to", "sealed")
+    assert answer.code == 2 and "another class on 3 of 40" in answer.err and "Traceback" not in answer.err
+    after = kept(bundle)
+    assert json.loads(after.pop("bundle.json"))["exports"] == {"sealed": {"refused": "sealed gives another class on 3 of 40 images", "files": []}}
+    assert after == {name: content for name, content in before.items() if name != "bundle.json"}
+    assert [path.name for path in bundle.parent.iterdir() if not path.name.endswith(".lock")] == ["mine"]
+
+
+@pytest.mark.parametrize(
+    ("line", "says"),
+    [
+        (("--to", "gguf"), "there is no format 'gguf'"),
+        (("--to", "sealed", "--images", "0"), "images must be at least 1"),
+        (("--to", "sealed", "--data_dir", "nowhere"), "give the folder they lie in"),
+        (("--to", "int8", "int8.max_drop=-1"), "int8.max_drop must be"),
+        ((), "to"),
+    ],
+)
+def test_bad_input_is_one_line(bundle: Path, command: Command, line: tuple[str, ...], says: str) -> None:
+    before = kept(bundle)
+    answer = command("export", str(bundle), *line)
+    assert answer.code == 2 and says in answer.err and len(answer.err.strip().splitlines()) == 1
+    assert kept(bundle) == before
+
+
+@pytest.mark.parametrize("name", ["model.onnx", "golden.npz", "manifest.csv"])
+def test_a_damaged_file_is_named_and_never_sealed_anew(bundle: Path, command: Command, name: str) -> None:
+    content = bytearray((bundle / name).read_bytes())
+    content[len(content) // 2] ^= 1
+    (bundle / name).write_bytes(content)
+    for line in (("verify", str(bundle)), ("export", str(bundle), "--to", "sealed")):
+        answer = command(*line)
+        assert answer.code == 2 and f"{name} of the bundle" in answer.err and "damaged" in answer.err
+
+
+def test_another_models_weights_do_not_pass_for_the_golden_answers(bundle: Path, command: Command) -> None:
+    """A file that was swapped together with its hash is found by what it answers."""
+    content = json.loads((bundle / "bundle.json").read_text())
+    with np.load(bundle / "golden.npz") as golden:
+        np.savez(bundle / "golden.npz", pixels=golden["pixels"], logits=-golden["logits"], embeddings=golden["embeddings"])
+    import hashlib
+
+    content["files"]["golden.npz"] = hashlib.sha256((bundle / "golden.npz").read_bytes()).hexdigest()
+    (bundle / "bundle.json").write_text(json.dumps(content))
+    answer = command("verify", str(bundle))
+    assert answer.code == 2 and "agrees on 0% of 8 golden images" in answer.err
+
+
+def test_a_bundle_shares_its_files_with_the_one_it_replaces_and_old_readers_lose_nothing(bundle: Path, command: Command) -> None:
+    with (bundle / "model.onnx").open("rb") as reader:
+        assert command("export", str(bundle), "--to", "sealed", "--images", "5").code == 0
+        assert reader.read() == (bundle / "model.onnx").read_bytes()
+        assert os.fstat(reader.fileno()).st_ino == (bundle / "model.onnx").stat().st_ino
+
+
+@given(st.data())
+def test_parity_names_the_image_that_is_worst(data: st.DataObject) -> None:
+    count = data.draw(st.integers(1, 8))
+    expected = np.array(data.draw(st.lists(st.permutations([0.7, 0.2, 0.1]), min_size=count, max_size=count)))
+    shifts = np.array(data.draw(st.lists(st.floats(0, 0.2), min_size=count, max_size=count)))
+    actual = expected - shifts[:, None]
+    found = Parity.of(expected, actual, [str(row) for row in range(count)], "x")
+    assert found.agreement == 1 and found.largest_difference == pytest.approx(shifts.max())
+    assert shifts[int(found.worst_image)] == shifts.max()
+    turned = actual.copy()
+    turned[0] = turned[0][::-1] if expected[0].argmax() != 1 else turned[0][[1, 0, 2]]
+    found = Parity.of(expected, turned, [str(row) for row in range(count)], "x")
+    assert found.agreement == pytest.approx(1 - 1 / count) and found.worst_image == "0"
+
+
+@given(st.integers(1, 400), st.integers(0, 6), st.floats(0, 5))
+def test_the_contract_of_int8_counts_images(count: int, lost: int, most: float) -> None:
+    targets = np.concatenate([np.zeros(count, np.int64), np.ones(count, np.int64)])
+    expected = np.eye(2)[targets]
+    actual = expected.copy()
+    actual[: min(lost, count)] = [0, 1]
+    drop = Drop.of(targets, expected, actual, ("a", "b"), most)
+    gone = min(lost, count)
+    assert drop.overall == pytest.approx(100 * gone / (2 * count)) and drop.accuracy == pytest.approx(1 - gone / (2 * count))
+    kept = 100 * gone / (2 * count) <= most + 1e-9 and gone <= max(1, np.floor(most / 100 * count))
+    assert (not drop.breach) == kept
