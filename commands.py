@@ -67,6 +67,10 @@ class Commands:
         """Check a bundle: every file's hash, and the golden images on every backend."""
         self._run("verify", "image_classifier.inference.verify:verify")
 
+    def promote(self) -> None:
+        """Register a bundle in MLflow, after a last check, and let an alias point to it."""
+        self._run("promote", "image_classifier.exporting.promote:promote")
+
     def infer(self) -> None:
         """Say what images show, with a bundle, a checkpoint or an ONNX file."""
         self._run("infer", "image_classifier.inference.infer:infer")

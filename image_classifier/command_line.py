@@ -31,6 +31,7 @@ TEXT_KEYS: dict[str, frozenset[str]] = {
     "infer": frozenset({"checkpoint_name", "output", "models_dir", "plots_dir"}),
     "export": frozenset({"checkpoint_name", "data_dir", "models_dir"}),
     "verify": frozenset({"checkpoint_name", "models_dir"}),
+    "promote": frozenset({"checkpoint_name", "models_dir", "tracking_uri", "registered_name", "alias"}),
     "report": frozenset({"name", "other", "data_dir", "models_dir", "plots_dir", "runs_dir", "audit_dir", "output"}),
 }
 TEXT_KEYS["suspects"] = TEXT_KEYS["train"] | {"checkpoint_name"}
@@ -41,6 +42,7 @@ WORD_KEYS: dict[str, tuple[str, ...]] = {
     "report": ("name", "other"),
     "export": ("checkpoint_name",),
     "verify": ("checkpoint_name",),
+    "promote": ("checkpoint_name",),
 }  # what bare words mean, in their order
 MAP_KEYS = frozenset({"data.rename"})  # of any names: Hydra must be told that they are new
 

@@ -5,12 +5,15 @@ from __future__ import annotations
 import logging
 import os
 import re
+import shutil
 import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
+
+import yaml
 
 from image_classifier.errors import ConfigError
 from image_classifier.files import locked
@@ -173,6 +176,7 @@ def _be_quick() -> None:
     """MLflow's own patience (7 tries of 120 s) would hold a run for minutes at a dead server; it takes these from nowhere else."""
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
+    os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
     for name, level in (("mlflow", logging.WARNING), ("alembic", logging.WARNING), ("urllib3", logging.ERROR)):
         logging.getLogger(name).setLevel(level)
 
@@ -185,3 +189,68 @@ def _alone(tracking_uri: str) -> AbstractContextManager[None]:
 
 def _one_line(error: Exception) -> str:
     return " ".join(str(error).split())[:200]
+
+
+def save_pyfunc(directory: Path, code: Path, bundle: Path, package: Path, requirements: Sequence[str], facts: Mapping[str, Any]) -> None:
+    """Write a model of MLflow to a new folder: `code` says how the copied `bundle` is run, with a copy of `package`; nothing is pickled."""
+    import mlflow
+
+    _be_quick()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # MLflow's own, about the signature that is left out: the code checks each input itself
+        mlflow.pyfunc.save_model(
+            path=str(directory),
+            python_model=str(code),
+            artifacts={"bundle": str(bundle)},
+            code_paths=[str(package)],
+            pip_requirements=list(requirements),
+            model_config={"allow_paths": False},
+            signature=False,  # the code checks each input itself
+            metadata=dict(facts),
+        )
+    for cache in directory.rglob("__pycache__"):
+        shutil.rmtree(cache)
+    about = yaml.safe_load((directory / "MLmodel").read_text(encoding="utf-8"))
+    function = about["flavors"]["python_function"]
+    function["model_code_path"] = code.name  # where this machine keeps them is nobody's business
+    function["artifacts"]["bundle"].pop("uri", None)
+    (directory / "MLmodel").write_text(yaml.safe_dump(about), encoding="utf-8")
+
+
+def load_pyfunc(directory: Path) -> Any:
+    """The model that `save_pyfunc` wrote, ready to be asked."""
+    import mlflow
+
+    _be_quick()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # MLflow's own, about packages
+        return mlflow.pyfunc.load_model(str(directory))
+
+
+def register(tracking_uri: str, directory: Path, name: str, alias: str, tags: Mapping[str, str], metrics: Mapping[str, float]) -> str:
+    """Log the model of MLflow in `directory` to a run of its own, as a new version of `name`; the alias points to it. The version.
+
+    Raises:
+        ConfigError: The store does not answer or refuses.
+    """
+    _be_quick()
+    from mlflow.exceptions import MlflowException
+    from mlflow.tracking import MlflowClient
+
+    try:
+        with _alone(tracking_uri):
+            client = MlflowClient(tracking_uri=_absolute(tracking_uri), registry_uri=_absolute(tracking_uri))
+            experiment = client.get_experiment_by_name("image_classifier")
+            place = experiment.experiment_id if experiment else client.create_experiment("image_classifier")
+            run = client.create_run(place, tags=dict(tags), run_name=f"promote {name}")
+            client.log_artifacts(run.info.run_id, str(directory), "model")
+            for metric, value in metrics.items():
+                client.log_metric(run.info.run_id, metric, value)
+            client.set_terminated(run.info.run_id)
+            if not client.search_registered_models(f"name = '{name}'"):
+                client.create_registered_model(name)
+            version = client.create_model_version(name, f"{run.info.artifact_uri}/model", run.info.run_id, tags=dict(tags))
+            client.set_registered_model_alias(name, alias, version.version)
+            return str(version.version)
+    except MlflowException as error:
+        raise ConfigError(f"MLflow at {tracking_uri} refuses ({_one_line(error)})", "check tracking_uri, and that the server runs") from error

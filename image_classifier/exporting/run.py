@@ -15,6 +15,7 @@ from image_classifier import settings
 from image_classifier.bundle import INFO_NAME, Bundle, add_export, read_bundle
 from image_classifier.errors import CheckpointError, ConfigError, ParityError
 from image_classifier.exporting.int8 import Int8Settings, export_int8
+from image_classifier.exporting.mlflow_model import export_mlflow
 from image_classifier.exporting.onnx_again import export_onnx_again
 from image_classifier.exporting.openvino import export_openvino
 from image_classifier.exporting.reference import Reference
@@ -23,7 +24,7 @@ from image_classifier.files import locked, whole_directory
 from image_classifier.images import DecodeLimits
 from image_classifier.inference.load import pulled_checkpoint
 
-FORMATS = ("onnx", "sealed", "int8", "openvino")
+FORMATS = ("onnx", "sealed", "int8", "openvino", "mlflow")
 
 
 # Writes a form of the model into a folder; what was found is kept in bundle.json under its name.
@@ -58,6 +59,7 @@ class ExportSettings:
             "sealed": export_sealed,
             "int8": partial(export_int8, asked=self.int8),
             "openvino": export_openvino,
+            "mlflow": export_mlflow,
         }
         return writers[name]
 

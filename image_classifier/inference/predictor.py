@@ -50,12 +50,17 @@ class Predictor:
     def predict(self, paths: Iterable[Path]) -> Iterator[Prediction]:
         """One Prediction an image, in order; an unreadable image gets its reason instead of an answer."""
         for batch, pixels in self._batches(paths):
-            readable = [row for row, item in enumerate(pixels) if isinstance(item, np.ndarray)]
-            logits, scores = self.judge([pixels[row] for row in readable])  # type: ignore[misc]
-            probabilities = softmax(logits, self.temperature) if readable else logits
-            answers = zip(probabilities, [None] * len(logits) if scores is None else scores.tolist(), strict=True)
+            readable = [(str(path), item) for path, item in zip(batch, pixels, strict=True) if isinstance(item, np.ndarray)]
+            answers = iter(self.answers([path for path, _ in readable], [item for _, item in readable]))
             for path, item in zip(batch, pixels, strict=True):
-                yield Prediction(str(path), error=item.reason) if isinstance(item, UnreadableImage) else self._prediction(path, *next(answers))
+                yield Prediction(str(path), error=item.reason) if isinstance(item, UnreadableImage) else next(answers)
+
+    def answers(self, names: Sequence[str], pixels: Sequence[np.ndarray]) -> list[Prediction]:
+        """The Predictions of preprocessed images uint8 [S, S, 3], under these names."""
+        logits, scores = self.judge(pixels)
+        probabilities = softmax(logits, self.temperature) if len(logits) else logits
+        given = [None] * len(logits) if scores is None else scores.tolist()
+        return [self._prediction(name, *answer) for name, *answer in zip(names, probabilities, given, strict=True)]
 
     def table(self, paths: Sequence[Path], names: Sequence[str], targets: np.ndarray) -> PredictionTable:
         """What is said of labelled images, named `names`; UnreadableImage for the first that cannot be read."""
@@ -83,10 +88,10 @@ class Predictor:
         """Logits float32 [N, C] of preprocessed images uint8 [S, S, 3]."""
         return self.backend.logits(_batch(pixels)) if pixels else np.empty((0, len(self.classes)), np.float32)
 
-    def read(self, path: Path) -> np.ndarray | UnreadableImage:
-        """The preprocessed pixels uint8 [S, S, 3] of one file, or why there are none."""
+    def read(self, source: Path | bytes) -> np.ndarray | UnreadableImage:
+        """The preprocessed pixels uint8 [S, S, 3] of one file or its bytes, or why there are none."""
         try:
-            return self.preprocess.read(path, self.limits)
+            return self.preprocess.read(source, self.limits)
         except UnreadableImage as error:
             return error
 
@@ -102,11 +107,11 @@ class Predictor:
                 yield batch, [future.result() for future in waiting]
                 batch, waiting = upcoming, following
 
-    def _prediction(self, path: Path, probabilities: np.ndarray, ood_score: float | None) -> Prediction:
+    def _prediction(self, path: str, probabilities: np.ndarray, ood_score: float | None) -> Prediction:
         if not np.isfinite(probabilities).all():
-            return Prediction(str(path), error="the model answers with numbers that are not finite")
+            return Prediction(path, error="the model answers with numbers that are not finite")
         top, ranked = int(probabilities.argmax()), dict(zip(self.classes, probabilities.tolist(), strict=True))
-        answer = Prediction(str(path), self.classes[top], float(probabilities[top]), ranked)
+        answer = Prediction(path, self.classes[top], float(probabilities[top]), ranked)
         if self.decision is None:
             return answer
         may_be = tuple(self.classes[code] for code in self.decision.prediction_set(probabilities))

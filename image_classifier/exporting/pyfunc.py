@@ -1,0 +1,96 @@
+"""What MLflow runs of a bundle: pictures as bytes, base64, arrays or paths in, the answers of `infer` out. Loads no torch.
+
+MLflow keeps this file as the model's code, beside a copy of the package (`exporting/mlflow_model.py` puts both together).
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import mlflow
+import numpy as np
+from mlflow.exceptions import MlflowException
+from mlflow.protos.databricks_pb2 import INVALID_PARAMETER_VALUE
+from mlflow.pyfunc.model import PythonModel
+
+from image_classifier.errors import UnreadableImage
+from image_classifier.inference.load import load_predictor
+
+_ACCEPTED = "give a picture as bytes, as base64 text, as an array uint8 [height, width, 3], or as a pathlib.Path"
+
+
+class ServedClassifier(PythonModel):
+    """A bundle behind MLflow's pyfunc.
+
+    `model_config={"allow_paths": True}` lets text under `path` name files of this machine, which a server must not do.
+    """
+
+    def load_context(self, context: Any) -> None:
+        self.predictor = load_predictor(Path(context.artifacts["bundle"]), "onnx")
+        self.allow_paths = bool((context.model_config or {}).get("allow_paths", False))
+
+    def predict(self, context: Any, model_input: np.ndarray, params: Mapping[str, Any] | None = None) -> list[dict[str, object]]:
+        """A list with the JSON object of `infer` for each picture; `params` may hold `top_k`.
+
+        Raises:
+            MlflowException: An input is no picture, which a server answers with 400.
+        """
+        squares = [self._square(number, _plain(item)) for number, item in enumerate(_items(model_input))]
+        names = [f"input {number}" for number in range(len(squares))]
+        return [answer.answer((params or {}).get("top_k")) for answer in self.predictor.answers(names, squares)]
+
+    def _square(self, number: int, item: Any) -> np.ndarray:
+        """The pixels uint8 [S, S, 3] of one input."""
+        if isinstance(item, np.ndarray):
+            if item.dtype != np.uint8 or item.ndim != 3 or item.shape[2] != 3 or not item.size:
+                raise _refused(number, f"is an array {item.dtype} of the shape {item.shape}")
+            return self.predictor.preprocess(np.ascontiguousarray(item))
+        found = self.predictor.read(self._source(number, item))
+        if isinstance(found, UnreadableImage):
+            raise _refused(number, f"cannot be read ({found.reason})")
+        return found
+
+    def _source(self, number: int, item: Any) -> Path | bytes:
+        if isinstance(item, Mapping) and set(item) == {"path"} and isinstance(item["path"], str):
+            if not self.allow_paths:
+                raise _refused(number, 'names a file, which is off: load the model with model_config={"allow_paths": True}')
+            return Path(item["path"])
+        if isinstance(item, str):
+            try:
+                return base64.b64decode(item.partition(";base64,")[2] if item.startswith("data:") else item, validate=True)
+            except (binascii.Error, ValueError) as error:
+                raise _refused(number, "is text but not base64") from error
+        if isinstance(item, bytes | Path):
+            return item
+        raise _refused(number, f"is of the type {type(item).__name__}")
+
+
+def _items(model_input: Any) -> Iterator[Any]:
+    """One item a picture, of a list, an array uint8 [H, W, 3] or [N, H, W, 3], or a table with the column `image` or `path`."""
+    if isinstance(model_input, np.ndarray):
+        yield from (model_input[None] if model_input.ndim == 3 else model_input)
+    elif hasattr(model_input, "to_dict"):  # a table of pandas
+        yield from model_input.to_dict(orient="records")
+    elif isinstance(model_input, bytes | str | Path | Mapping):
+        yield model_input
+    else:
+        yield from model_input
+
+
+def _plain(item: Any) -> Any:
+    """An input without what a server or a table wraps around it: arrays of no dimension, and the column `image`."""
+    if isinstance(item, Mapping):
+        item = {key: _plain(value) for key, value in item.items()}
+        return item["image"] if set(item) == {"image"} else item
+    return item.item() if isinstance(item, np.ndarray | np.generic) and not item.ndim else item
+
+
+def _refused(number: int, reason: str) -> MlflowException:
+    return MlflowException(f"input {number} {reason}: {_ACCEPTED}", error_code=INVALID_PARAMETER_VALUE)
+
+
+mlflow.models.set_model(ServedClassifier())
