@@ -34,14 +34,14 @@ class ServedClassifier(PythonModel):
         self.allow_paths = bool((context.model_config or {}).get("allow_paths", False))
 
     def predict(self, context: Any, model_input: np.ndarray, params: Mapping[str, Any] | None = None) -> list[dict[str, object]]:
-        """A list with the JSON object of `infer` for each picture; `params` may hold `top_k`.
+        """A list with the JSON object of `infer` for each picture.
 
         Raises:
             MlflowException: An input is no picture, which a server answers with 400.
         """
         squares = [self._square(number, _plain(item)) for number, item in enumerate(_items(model_input))]
         names = [f"input {number}" for number in range(len(squares))]
-        return [answer.answer((params or {}).get("top_k")) for answer in self.predictor.answers(names, squares)]
+        return [answer.answer() for answer in self.predictor.answers(names, squares)]
 
     def _square(self, number: int, item: Any) -> np.ndarray:
         """The pixels uint8 [S, S, 3] of one input."""
