@@ -40,7 +40,7 @@ lock:  ## resolve pyproject.toml again: poetry.lock and requirements.txt (needs 
 	@$(POETRY) export --help >/dev/null 2>&1 || { \
 	  echo "make lock needs Poetry >=2.2 with its export plugin: pipx install poetry && pipx inject poetry poetry-plugin-export" >&2; exit 1; }
 	$(POETRY) lock
-	$(POETRY) export --with dev,cuda --output requirements.txt
+	$(POETRY) export --all-extras --with dev,cuda --output requirements.txt
 
 clean:  ## remove .venv and the tools' caches; data, models and plots stay
 	rm -rf .venv .cache .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache dist

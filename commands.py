@@ -15,6 +15,11 @@ from image_classifier.command_line import CONF_DIR, did_you_mean, exit_code, ove
 from image_classifier.errors import ConfigError
 
 PROGRAM = "commands.py"
+_OF_TRAIN = (
+    "torch torchvision pytorch_lightning torchmetrics timm safetensors optuna sqlalchemy mlflow dvc "
+    "onnx onnxscript scipy sklearn cleanlab matplotlib pyarrow"
+)
+_OPTIONAL = {**dict.fromkeys(_OF_TRAIN.split(), "train"), "onnxruntime": "infer"}  # package -> the extra that brings it
 
 
 class Commands:
@@ -93,7 +98,13 @@ def _imported(worker: str) -> Callable[[Any], object]:
 
     def task(config: Any) -> object:
         module, _, function = worker.partition(":")
-        return getattr(importlib.import_module(module), function)(config)
+        try:
+            return getattr(importlib.import_module(module), function)(config)
+        except ModuleNotFoundError as error:
+            if error.name not in _OPTIONAL:
+                raise
+            extra = f"pip install 'image-classifier[{_OPTIONAL[error.name]}]'"
+            raise ConfigError(f"this needs the package {error.name}, which is not installed", extra) from error
 
     return task
 
@@ -119,5 +130,10 @@ def main() -> None:
         fire.Fire(Commands(arguments), command=[verb], name=PROGRAM)
 
 
-if __name__ == "__main__":
+def run() -> None:
+    """The installed command `image-classifier`."""
     sys.exit(exit_code(main))
+
+
+if __name__ == "__main__":
+    run()

@@ -14,7 +14,8 @@ from pathlib import Path
 
 from image_classifier.errors import ClassifierError, ConfigError
 
-CONF_DIR = Path(__file__).resolve().parents[1] / "conf"
+_HERE = Path(__file__).resolve().parent
+CONF_DIR = next(path for path in (_HERE / "conf", _HERE.parent / "conf") if path.is_dir())  # a wheel holds it within the package
 
 # Values that are text and never Hydra's grammar, for each verb: names and paths. `--KEY VALUE` keeps them to the letter.
 _DATA_TEXT = frozenset(

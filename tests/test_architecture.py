@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
+import tomllib
 from contextlib import suppress
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
 
 import image_classifier
 
@@ -109,3 +112,31 @@ def test_every_config_composes(path: Path) -> None:
                 config = compose("train", add)
     with suppress(InterpolationToMissingValueError):  # a value only the user can give, such as data.dir of data=folder
         OmegaConf.to_container(config, resolve=True)
+
+
+def test_the_runner_needs_no_package_beyond_the_extra_infer(digits_bundle: Path, tmp_path: Path) -> None:
+    """`pip install image-classifier[infer]` gives infer and verify; any other verb says in one line what it lacks."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    declared = {Requirement(line).name for line in (*project["dependencies"], *project["optional-dependencies"]["infer"])}
+    others = {Requirement(line).name for lines in project["optional-dependencies"].values() for line in lines} - declared
+    missing = {name.replace("-", "_") for name in others} | {"sklearn"}
+    code = f"""
+import sys
+class Without:
+    def __init__(self, finder):
+        self.finder = finder
+    def find_spec(self, name, path=None, target=None):
+        return None if name.partition(".")[0] in {missing!r} else self.finder.find_spec(name, path, target)
+sys.meta_path[:] = [Without(finder) for finder in sys.meta_path]
+import commands
+commands.run()
+"""
+    image = next((digits_bundle.parents[1] / "data/digits/test/3").iterdir())
+    for line, status, says in (
+        (["infer", "--checkpoint_name", str(digits_bundle), "--images", str(image)], 0, str(image)[:40]),
+        (["verify", str(digits_bundle), "--backend", "onnx"], 0, "golden images"),
+        (["train"], 2, "pip install 'image-classifier[train]'"),
+    ):
+        environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+        done = subprocess.run([sys.executable, "-c", code, *line], cwd=tmp_path, capture_output=True, text=True, timeout=120, env=environment)
+        assert done.returncode == status and says in done.stdout + done.stderr, done.stderr

@@ -28,6 +28,7 @@ MACHINES = {
 PYTHONS = ("3.11", "3.12", "3.13")
 
 PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+EXTRAS = PYPROJECT["project"]["optional-dependencies"]
 LOCK = tomllib.loads((ROOT / "poetry.lock").read_text(encoding="utf-8"))
 REQUIREMENTS = (ROOT / "requirements.txt").read_text(encoding="utf-8").replace("\\\n", " ").splitlines()
 
@@ -37,12 +38,12 @@ def environment(python: str, machine: str) -> dict[str, str]:
 
 
 def from_poetry(target: dict[str, str]) -> dict[str, str]:
-    """What `poetry install` (every group) puts on the `target` environment, name to version."""
+    """What `poetry install --all-extras` (every group) puts on the `target` environment, name to version."""
     chosen = {}
     for package in LOCK["package"]:
         markers = package.get("markers", "")  # one text, or one per group; a group without one always wants the package
         markers = [markers.get(group, "") for group in package["groups"]] if isinstance(markers, dict) else [markers]
-        if any(not marker or Marker(marker).evaluate(target) for marker in markers):
+        if any(not marker or Marker(marker).evaluate({**target, "extra": extra}) for marker in markers for extra in ("", *EXTRAS)):
             chosen[canonicalize_name(package["name"])] = package["version"]
     return chosen
 
@@ -89,7 +90,8 @@ def test_pip_accepts_no_file_that_poetry_does_not_know() -> None:
 
 
 def test_every_declared_dependency_is_pinned_within_its_bounds() -> None:
-    declared = PYPROJECT["project"]["dependencies"] + [line for group in PYPROJECT["dependency-groups"].values() for line in group]
+    groups = [PYPROJECT["project"]["dependencies"], *EXTRAS.values(), *PYPROJECT["dependency-groups"].values()]
+    declared = [line for group in groups for line in group]
     pinned = from_pip(environment("3.11", "linux"))
     for requirement in map(Requirement, declared):
         version = pinned[canonicalize_name(requirement.name)]
