@@ -5,16 +5,20 @@ from __future__ import annotations
 import difflib
 import hashlib
 import json
+import math
 import os
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from image_classifier.errors import CheckpointError
 from image_classifier.files import write_text
 
 SCHEMA_VERSION = 1
+_MOST_BYTES = 2**26  # of a bundle.json
+_MAPS = ("preprocess", "normalise", "metrics", "provenance", "intervals", "decision", "files", "exports")
 INFO_NAME = "bundle.json"
 
 
@@ -85,15 +89,35 @@ def add_export(directory: Path, info: BundleInfo, name: str, facts: Mapping[str,
 def read_bundle(directory: Path) -> Bundle:
     """Read a bundle's `bundle.json`; CheckpointError where it is not one or from a newer version."""
     try:
-        content = json.loads((directory / INFO_NAME).read_text(encoding="utf-8"))
+        path = directory / INFO_NAME
+        if path.stat().st_size > _MOST_BYTES:
+            raise ValueError(f"more than {_MOST_BYTES} bytes")
+        content = json.loads(path.read_text(encoding="utf-8"))
         version = content["schema_version"]
         known = {item.name for item in fields(BundleInfo)}
         info = BundleInfo(**{key: value for key, value in content.items() if key in known})
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        _check(info)
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise CheckpointError(f"{str(directory)!r} is not a bundle ({type(error).__name__}: {error})", "it needs a whole bundle.json") from error
     if version > SCHEMA_VERSION:
         raise CheckpointError(f"{str(directory)!r} has bundle schema {version}, this version reads up to {SCHEMA_VERSION}", "update image_classifier")
     return Bundle(directory, BundleInfo(**{**_shallow(info), "classes": tuple(info.classes)}))
+
+
+def _check(info: BundleInfo) -> None:
+    """ValueError where bundle.json, which may come from anywhere, says what no bundle can."""
+    texts, maps = [info.name, *info.classes], [getattr(info, key) for key in _MAPS]
+    if not all(isinstance(text, str) for text in texts) or not all(isinstance(value, dict) for value in maps):
+        raise ValueError("a value of the wrong kind")
+    if not info.classes or len(set(info.classes)) < len(info.classes):
+        raise ValueError("classes must be named, each once")
+    numbers = (info.temperature, info.threshold, info.schema_version)
+    if not all(isinstance(number, int | float) and math.isfinite(number) for number in numbers) or info.temperature <= 0:
+        raise ValueError("a number that cannot be")
+    for name, digest in info.files.items():
+        place = PurePosixPath(name)
+        if place.is_absolute() or ".." in place.parts or "\\" in name or ":" in name or not re.fullmatch("[0-9a-f]{64}", str(digest)):
+            raise ValueError(f"{name!r} is no file of a bundle")
 
 
 def find_checkpoint(name: str, models_dir: Path) -> Path:

@@ -15,7 +15,7 @@ from image_classifier.evaluation.decision import Decision, DecisionSettings
 from image_classifier.evaluation.ood import DETECTOR, Detector
 from image_classifier.images import DEFAULT_LIMITS, DecodeLimits, Preprocess
 from image_classifier.inference.backends import BACKENDS, open_backend
-from image_classifier.inference.predictor import Backend, Predictor
+from image_classifier.inference.predictor import Backend, Predictor, Shaped
 
 log = logging.getLogger(__name__)
 
@@ -84,7 +84,11 @@ def _from_bundle(directory: Path, backend: str, batch_size: int, trusted: Sequen
 def _predictor(runner: Backend, facts: Mapping[str, Any], batch_size: int, path: Path, limits: DecodeLimits) -> Predictor:
     if "classes" not in facts or "preprocess" not in facts:
         raise CheckpointError(f"{str(path)!r} does not say its classes and preprocessing", "use a model exported by this package, or its bundle")
-    preprocess = Preprocess.from_dict(facts["preprocess"])
+    try:
+        preprocess, temperature = Preprocess.from_dict(facts["preprocess"]), float(facts.get("temperature", 1.0))
+    except (TypeError, ValueError, AttributeError) as error:
+        raise CheckpointError(f"{str(path)!r} describes no preprocessing that can be ({error})", "use a model exported by this package") from error
     decision = Decision.from_dict(facts["decision"]) if facts.get("decision") else None
-    temperature = float(facts.get("temperature", 1.0))
+    if isinstance(runner, Shaped):
+        runner.check(preprocess.size, len(facts["classes"]))
     return Predictor(runner, tuple(facts["classes"]), preprocess, temperature, batch_size, limits=limits, decision=decision)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,22 +28,43 @@ def session_of(path: Path) -> onnxruntime.InferenceSession:
 
 def metadata_of(session: onnxruntime.InferenceSession) -> dict[str, Any]:
     """What the file says of itself: classes, preprocess, temperature, decision."""
-    found = session.get_modelmeta().custom_metadata_map
-    return {key: json.loads(value) for key, value in found.items() if key in _FACTS}
+    try:
+        found = session.get_modelmeta().custom_metadata_map
+        return {key: json.loads(value) for key, value in found.items() if key in _FACTS}
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"an ONNX model says of itself what cannot be read ({error})", "export it again") from error
 
 
 class OnnxBackend:
     """Runs a `model.onnx`: pixels uint8 [N, 3, H, W] -> logits float32 [N, C], and embeddings [N, D] in files that have them."""
 
     def __init__(self, path: Path) -> None:
-        self.session = session_of(path)
+        self.session, self.path = session_of(path), path
+        self._form = {value.name: (value.type, value.shape) for value in (*self.session.get_inputs(), *self.session.get_outputs())}
+        if self._form.get("pixels", ("",))[0] != "tensor(uint8)" or self._form.get("logits", ("",))[0] != "tensor(float)":
+            raise CheckpointError(f"{str(path)!r} does not take pixels uint8 and answer with logits", "use a model exported by this package")
+
+    def check(self, size: int, num_classes: int) -> None:
+        """CheckpointError where the graph was made for squares of another side, or another number of classes."""
+        shapes = {"pixels": [3, size, size], "logits": [num_classes]}
+        for name, expected in shapes.items():
+            found = list(self._form[name][1])[1:]
+            if len(found) != len(expected) or any(isinstance(side, int) and side != due for side, due in zip(found, expected, strict=True)):
+                raise CheckpointError(f"{name} of {str(self.path)!r} has the shape {found} an image, not {expected}", "use the bundle it came from")
 
     def logits(self, pixels: np.ndarray) -> np.ndarray:
-        return np.asarray(self.session.run(["logits"], {"pixels": pixels})[0])
+        return np.asarray(self._run(["logits"], pixels)[0])
 
     def logits_and_embeddings(self, pixels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        logits, embeddings = self.session.run(["logits", "embedding"], {"pixels": pixels})
+        logits, embeddings = self._run(["logits", "embedding"], pixels)
         return np.asarray(logits), np.asarray(embeddings)
+
+    def _run(self, outputs: Sequence[str], pixels: np.ndarray) -> list[Any]:
+        try:
+            return list(self.session.run(list(outputs), {"pixels": pixels}))
+        except Exception as error:  # onnxruntime has no public base class for its errors
+            reason = " ".join(str(error).split())[:200]
+            raise CheckpointError(f"{str(self.path)!r} cannot be run on these images ({reason})", "export it again") from error
 
     def metadata(self) -> dict[str, Any]:
         """What the file says of itself: classes, preprocess, temperature, decision."""

@@ -7,7 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
-from typing import Protocol, cast
+from typing import Protocol, cast, runtime_checkable
 
 import numpy as np
 
@@ -28,6 +28,14 @@ class EmbeddingBackend(Backend, Protocol):
     """A backend that also gives the embeddings float32 [N, D] of the images as they are."""
 
     def logits_and_embeddings(self, pixels: np.ndarray) -> tuple[np.ndarray, np.ndarray]: ...
+
+
+@runtime_checkable
+class Shaped(Protocol):
+    """A backend whose file says for which squares and classes it was made."""
+
+    def check(self, size: int, num_classes: int) -> None:
+        """CheckpointError where it was made for others."""
 
 
 @dataclass(frozen=True)

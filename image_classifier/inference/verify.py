@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+from zipfile import BadZipFile
 
 import numpy as np
 
@@ -50,7 +51,7 @@ class Golden:
         try:
             with np.load(bundle.path("golden.npz"), allow_pickle=False) as content:
                 return cls(content["pixels"], content["logits"], content["embeddings"])
-        except (OSError, ValueError, KeyError) as error:
+        except (OSError, ValueError, KeyError, EOFError, BadZipFile, MemoryError) as error:  # a header may claim any size
             raise CheckpointError(f"golden.npz of {str(bundle.directory)!r} is damaged ({type(error).__name__})", "copy the bundle anew") from error
 
 

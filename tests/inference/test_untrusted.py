@@ -1,0 +1,152 @@
+"""Bundles, checkpoints and ONNX files from anywhere: an answer or one clear error, nothing run, nothing read beyond their folder."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import pickle
+import shutil
+import zipfile
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from hypothesis import HealthCheck, Phase, given
+from hypothesis import settings as hypothesis_settings
+from hypothesis import strategies as st
+
+from image_classifier.bundle import read_bundle
+from image_classifier.errors import ClassifierError
+from image_classifier.inference.load import load_predictor
+from image_classifier.inference.verify import Golden
+from tests.conftest import Command
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=8), inner, max_size=3),
+    max_leaves=6,
+)
+QUICK = hypothesis_settings(max_examples=40, phases=(Phase.generate,), suppress_health_check=[HealthCheck.function_scoped_fixture])
+
+
+@pytest.fixture
+def bundle(digits_bundle: Path, tmp_path: Path) -> Path:
+    shutil.copytree(digits_bundle, tmp_path / "bundle")
+    return tmp_path / "bundle"
+
+
+def image(digits_bundle: Path) -> Path:
+    return next((digits_bundle.parents[1] / "data/digits/test/3").iterdir())
+
+
+def resealed(folder: Path, name: str, content: bytes) -> None:
+    """A file replaced together with its hash, as whoever hands the bundle on can do."""
+    (folder / name).write_bytes(content)
+    info = json.loads((folder / "bundle.json").read_text())
+    info["files"][name] = hashlib.sha256(content).hexdigest()
+    (folder / "bundle.json").write_text(json.dumps(info))
+
+
+class Bomb:
+    """Writes a file when it is unpickled."""
+
+    def __init__(self, target: Path) -> None:
+        self.target = target
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return os.system, (f"touch {self.target}",)
+
+
+@pytest.mark.parametrize("name", ["torch.ckpt", "plain.ckpt", "plain.onnx"])
+def test_a_pickle_is_never_run(command: Command, digits_bundle: Path, tmp_path: Path, name: str) -> None:
+    bomb, path = Bomb(tmp_path / "run"), tmp_path / name
+    torch.save(bomb, path) if name.startswith("torch") else path.write_bytes(pickle.dumps(bomb))
+    answer = command("infer", "--checkpoint_name", str(path), "--images", str(image(digits_bundle)))
+    assert answer.code == 2 and len(answer.err.strip().splitlines()) == 1 and answer.out == ""
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("name", ["../../outside", "/etc/passwd", "a/../../outside", "c:/outside", "..\\outside"])
+def test_a_bundle_names_no_file_outside_its_folder(bundle: Path, command: Command, name: str) -> None:
+    info = json.loads((bundle / "bundle.json").read_text())
+    info["files"][name] = "0" * 64
+    (bundle / "bundle.json").write_text(json.dumps(info))
+    answer = command("verify", str(bundle))
+    assert answer.code == 2 and "is no file of a bundle" in answer.err and len(answer.err.strip().splitlines()) == 1
+
+
+@given(data=st.data())
+@QUICK
+def test_any_bundle_json_gives_a_predictor_or_a_clear_error(digits_bundle: Path, tmp_path: Path, data: st.DataObject) -> None:
+    folder = tmp_path / "bundle"
+    if not folder.exists():
+        shutil.copytree(digits_bundle, folder)
+    info = json.loads((digits_bundle / "bundle.json").read_text())
+    for key in data.draw(st.lists(st.sampled_from(sorted(info)), min_size=1, max_size=2, unique=True)):
+        if isinstance(info[key], dict) and info[key] and data.draw(st.booleans()):
+            info[key][data.draw(st.sampled_from(sorted(info[key])))] = data.draw(JSON)
+        else:
+            info[key] = data.draw(JSON)
+    (folder / "bundle.json").write_text(json.dumps(info))
+    with suppress(ClassifierError):
+        (answer,) = load_predictor(folder).predict([image(digits_bundle)])
+        assert answer.error or answer.label in read_bundle(folder).info.classes
+
+
+@given(data=st.data())
+@QUICK
+def test_a_mutated_onnx_file_gives_answers_or_a_clear_error(digits_bundle: Path, tmp_path: Path, data: st.DataObject) -> None:
+    content = bytearray((digits_bundle / "model.onnx").read_bytes())
+    for _ in range(data.draw(st.integers(1, 4))):
+        content[data.draw(st.integers(0, len(content) - 1))] = data.draw(st.integers(0, 255))
+    (tmp_path / "evil.onnx").write_bytes(content[: data.draw(st.integers(1, len(content)))] if data.draw(st.booleans()) else content)
+    with suppress(ClassifierError):
+        (answer,) = load_predictor(tmp_path / "evil.onnx").predict([image(digits_bundle)])
+        assert answer.error or answer.label
+
+
+def test_an_onnx_file_reads_no_other_file(bundle: Path, command: Command, digits_bundle: Path, tmp_path: Path) -> None:
+    (tmp_path / "secret").write_bytes(b"\0" * 4096)
+    model = onnx.load(bundle / "model.onnx")
+    weight = model.graph.initializer[0]
+    weight.ClearField("raw_data")
+    weight.data_location = onnx.TensorProto.EXTERNAL
+    for key, value in (("location", "../secret"), ("offset", "0"), ("length", "4")):
+        weight.external_data.add(key=key, value=value)
+    resealed(bundle, "model.onnx", model.SerializeToString())
+    answer = command("infer", "--checkpoint_name", str(bundle), "--images", str(image(digits_bundle)))
+    assert answer.code == 2 and answer.out == "" and len(answer.err.strip().splitlines()) == 1
+
+
+def test_a_model_for_other_squares_or_classes_is_refused(bundle: Path, command: Command, digits_bundle: Path) -> None:
+    info = json.loads((bundle / "bundle.json").read_text())
+    for change, says in (({"classes": ["a", "b"]}, "logits of"), ({"preprocess": {**info["preprocess"], "size": 9}}, "pixels of")):
+        (bundle / "bundle.json").write_text(json.dumps({**info, **change}))
+        answer = command("infer", "--checkpoint_name", str(bundle), "--images", str(image(digits_bundle)))
+        assert answer.code == 2 and says in answer.err and "Traceback" not in answer.err
+
+
+def test_golden_images_that_would_fill_the_memory_are_refused(bundle: Path, command: Command) -> None:
+    header = b"\x93NUMPY\x01\x00v\x00" + b"{'descr': '|u1', 'fortran_order': False, 'shape': (100000, 3, 1000, 1000), }".ljust(117) + b"\n"
+    with zipfile.ZipFile(bundle / "bomb.npz", "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("pixels.npy", header + b"\0" * 1_000_000)
+        for name in ("logits", "embeddings"):
+            archive.writestr(f"{name}.npy", header)
+    content = (bundle / "bomb.npz").read_bytes()
+    (bundle / "bomb.npz").unlink()
+    resealed(bundle, "golden.npz", content)
+    answer = command("verify", str(bundle), "--backend", "onnx")
+    assert answer.code == 2 and "golden.npz" in answer.err and len(answer.err.strip().splitlines()) == 1
+
+
+def test_golden_arrays_hold_no_objects(bundle: Path, tmp_path: Path) -> None:
+    with (bundle / "golden.npz").open("wb") as file:
+        np.savez(file, pixels=np.array([Bomb(tmp_path / "run")], dtype=object), logits=np.zeros(1), embeddings=np.zeros(1))
+    with pytest.raises(ClassifierError, match="golden"):
+        Golden.of(read_bundle(bundle))
+    assert not (tmp_path / "run").exists()
