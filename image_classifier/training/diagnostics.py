@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -64,6 +65,7 @@ def examine(
 
     `data` has the `preprocess` and the `limits` that the model was trained with.
     """
+    _forget(run.plots)
     with _optional("explanations"):
         _explain(classifier, table, part, run.plots / "explain", data.preprocess, data.limits, asked.explanations)
     if most := asked.most_images(images_seen):
@@ -71,6 +73,13 @@ def examine(
             predictor = Predictor(CheckpointBackend(classifier), table.classes, data.preprocess, limits=data.limits)
             measured = measure_robustness(predictor, [part.file(record) for record in part], table.targets, most, part[0].split)
             measured.write(run.plots, f"Robustness of {run.name}")
+
+
+def _forget(plots: Path) -> None:
+    """Remove what was measured of an earlier model of this name."""
+    for name in ("robustness.json", "robustness.png", "robustness.svg", "latency.json"):
+        (plots / name).unlink(missing_ok=True)
+    shutil.rmtree(plots / "explain", ignore_errors=True)
 
 
 @contextmanager
