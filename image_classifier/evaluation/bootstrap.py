@@ -52,11 +52,14 @@ def share(hits: np.ndarray, total: np.ndarray, bootstrapped: np.ndarray) -> np.n
     Resamples of 50 right answers out of 50 are all right; Wilson's 0.929..1 says what 50 images can say.
     """
     few = np.minimum(hits, total - hits) < _FEW
-    return np.where(few, _wilson(hits, total), bootstrapped)
+    return np.where(few, wilson(hits, total), bootstrapped)
 
 
-def _wilson(hits: np.ndarray, total: np.ndarray) -> np.ndarray:
-    """The shares p [2, ...] for which hits of total are just within 1.96 standard deviations; NaN where the total is 0."""
+def wilson(hits: np.ndarray, total: np.ndarray) -> np.ndarray:
+    """The 95 % interval [2, ...] of hits / total, numbers [...] (Wilson, 1927); NaN where the total is 0.
+
+    These are the shares p for which so many hits are just within 1.96 standard deviations.
+    """
     total = np.where(total > 0, total, np.nan)
     middle = (hits + _Z**2 / 2) / (total + _Z**2)
     half = _Z / (total + _Z**2) * np.sqrt(hits * (total - hits) / total + _Z**2 / 4)

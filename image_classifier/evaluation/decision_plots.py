@@ -8,11 +8,10 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.ticker import PercentFormatter
 
+from image_classifier.evaluation.bootstrap import wilson
 from image_classifier.evaluation.calibration import Reliability
 from image_classifier.evaluation.figure import BLUE, GREY, INK, ORANGE, axes_at, new_figure, save_figure
 from image_classifier.evaluation.selective import RiskCurve
-
-_Z = 1.96  # of a 95 % interval
 
 
 def plot_reliability(before: Reliability, after: Reliability, temperature: float, path: Path, title: str = "") -> Path:
@@ -33,10 +32,9 @@ def _draw_bins(axes: Axes, bins: Reliability, colour: str) -> None:
     """A dot for each bin that holds an answer, with the 95 % interval of its share (Wilson, 1927)."""
     filled = bins.counts > 0
     counts, share = bins.counts[filled], bins.accuracy[filled]
-    middle = (share + _Z**2 / (2 * counts)) / (1 + _Z**2 / counts)
-    half = _Z * np.sqrt(share * (1 - share) / counts + (_Z / (2 * counts)) ** 2) / (1 + _Z**2 / counts)
+    low, high = wilson(np.round(share * counts), counts)
     axes.plot([0, 1], [0, 1], color=GREY, linewidth=1.0, linestyle=":", label="perfect")
-    axes.vlines(bins.confidence[filled], np.maximum(middle - half, 0), np.minimum(middle + half, 1), color=colour, alpha=0.45, linewidth=2.2)
+    axes.vlines(bins.confidence[filled], low, high, color=colour, alpha=0.45, linewidth=2.2)
     axes.plot(bins.confidence[filled], share, "o-", color=colour, linewidth=1.4, markersize=4.5, label="95 % interval")
     axes.set(xlim=(0, 1), ylim=(-0.02, 1.02), xticks=np.linspace(0, 1, 6), yticks=np.linspace(0, 1, 6), xticklabels=[])
     axes.grid(color="#e3e3e3", linewidth=0.8)

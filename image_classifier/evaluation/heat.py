@@ -26,9 +26,10 @@ def overlay(picture: np.ndarray, heat: np.ndarray) -> np.ndarray:
     return np.asarray(np.rint(255 * mixed).clip(0, 255).astype(np.uint8))
 
 
-def explanation_name(path: str) -> str:
-    """The file name of the figure that explains an answer: the same for the same path of an image, and no two alike."""
-    return f"{Path(path).stem[:60]}-{hashlib.sha256(os.fsencode(path)).hexdigest()[:8]}.png"
+def explanation_name(file: Path) -> str:
+    """The file name of the figure that explains an answer: the same for an image however its path is written, and no two alike."""
+    whole = file.resolve()
+    return f"{whole.stem[:60]}-{hashlib.sha256(os.fsencode(whole)).hexdigest()[:8]}.png"
 
 
 def plot_explanation(picture: np.ndarray, heat: np.ndarray, answer: str, method: str, path: Path, title: str = "") -> Path:

@@ -13,7 +13,7 @@ from image_classifier.evaluation.leaks import LeakScore
 from image_classifier.evaluation.metrics import Interval, Metrics
 from image_classifier.evaluation.plots import plot_class_scores, plot_confusion_matrix, plot_samples
 from image_classifier.files import write_text
-from image_classifier.images import decode
+from image_classifier.images import DecodeLimits, decode
 from image_classifier.predictions import PredictionTable
 from image_classifier.records import Manifest
 
@@ -27,13 +27,14 @@ def write_evaluation(
     part: Manifest,
     directory: Path,
     title: str,
+    limits: DecodeLimits,
     leak: LeakScore | None = None,
     beside: Mapping[str, Any] | None = None,
     figures: bool = True,
 ) -> None:
     """Write predictions.csv, logits.npy, metrics.json and, with `figures`, the figures of one part; `beside` are the baselines' scores.
 
-    The table's rows are the part's records.
+    The table's rows are the part's records, `limits` what their files may ask for.
     """
     table.write(directory)
     write_text(directory / "metrics.json", json.dumps(metrics_dict(metrics, leak, beside), indent=2, ensure_ascii=False) + "\n")
@@ -44,7 +45,7 @@ def write_evaluation(
     predicted, confidence = table.answers()
     rows = _samples(table)
     plot_samples(
-        [decode(part.file(part[int(row)])) for row in rows],
+        [decode(part.file(part[int(row)]), limits) for row in rows],
         [table.classes[table.targets[row]] for row in rows],
         [table.classes[predicted[row]] for row in rows],
         [float(confidence[row]) for row in rows],

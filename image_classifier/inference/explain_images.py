@@ -69,15 +69,15 @@ def explained(predictions: Iterable[Prediction], explainer: Explainer, directory
     for prediction in predictions:
         if not prediction.error:
             file = Path(prediction.path)
-            write_explanation(explainer(file, prediction.label), prediction.label, prediction.confidence, file, prediction.path, directory)
+            write_explanation(explainer(file, prediction.label), prediction.label, prediction.confidence, file, directory)
             count += 1
         yield prediction
     log.info("explanations of %d images: %s", count, directory)
 
 
-def write_explanation(found: Explained, label: str, confidence: float, file: Path, path: str, directory: Path) -> None:
-    """Write the figure of one answer to the directory, under the name that the report looks for the explanation of `path` by."""
-    plot_explanation(*found[:2], f"{label} {confidence:.1%}", found.method, directory / explanation_name(path), "/".join(file.parts[-2:]))
+def write_explanation(found: Explained, label: str, confidence: float, file: Path, directory: Path) -> None:
+    """Write the figure of one answer to the directory, under the name by which the report looks for the explanation of the file."""
+    plot_explanation(*found[:2], f"{label} {confidence:.1%}", found.method, directory / explanation_name(file), "/".join(file.parts[-2:]))
 
 
 def checkpoint_of(path: Path) -> Path:

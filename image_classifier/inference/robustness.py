@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from functools import partial
 from itertools import product
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -26,19 +27,23 @@ _SEED = 0
 
 @dataclass(frozen=True)
 class Robustness:
-    """Accuracy 0..1 by corruption and severity ("0" is the picture as it is) on `images` of the `of` images there are."""
+    """Accuracy 0..1 by corruption and severity ("0" is the picture as it is) on `images` of the `of` images that the `part` has."""
 
     accuracy: Mapping[str, Mapping[str, float]]
     images: int
     of: int
+    part: str = ""
 
     @property
     def clean(self) -> float:
         return next(iter(self.accuracy.values()))["0"]
 
-    def as_dict(self) -> dict[str, dict[str, float]]:
+    def as_dict(self) -> dict[str, dict[str, Any]]:
         """{corruption: {severity: accuracy}}, ready for JSON, and under `about` what it rests on."""
-        return {**{name: dict(row) for name, row in self.accuracy.items()}, "about": {"images": self.images, "of": self.of, "seed": _SEED}}
+        return {
+            **{name: dict(row) for name, row in self.accuracy.items()},
+            "about": {"part": self.part, "images": self.images, "of": self.of, "seed": _SEED},
+        }
 
     def lines(self, split: str) -> Iterator[str]:
         """For a terminal, under names that a script may look for."""
@@ -53,8 +58,8 @@ class Robustness:
         plot_robustness(self.accuracy, self.images, directory / "robustness.png", title)
 
 
-def measure_robustness(predictor: Predictor, paths: Sequence[Path], targets: np.ndarray, most: int) -> Robustness:
-    """Accuracy of the predictor on at most `most` of the images, class indices [N], under each corruption.
+def measure_robustness(predictor: Predictor, paths: Sequence[Path], targets: np.ndarray, most: int, part: str = "") -> Robustness:
+    """Accuracy of the predictor on at most `most` of the images of a part, class indices [N], under each corruption.
 
     Each image has random numbers of its own, so neither batches nor the other images change the figures.
 
@@ -73,7 +78,7 @@ def measure_robustness(predictor: Predictor, paths: Sequence[Path], targets: np.
                 hits[name, severity] += int((predictor.logits(seen).argmax(axis=1) == targets[batch]).sum())
     clean = hits["", 0] / len(rows)
     accuracy = {name: {"0": clean, **{str(step): hits[name, step] / len(rows) for step in SEVERITIES}} for name in CORRUPTIONS}
-    return Robustness(accuracy, len(rows), len(targets))
+    return Robustness(accuracy, len(rows), len(targets), part)
 
 
 def stratified(targets: np.ndarray, most: int) -> np.ndarray:

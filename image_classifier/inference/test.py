@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import os
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -80,12 +81,12 @@ def test(config: Any) -> Metrics:
     table = predictor.table([manifest.file(record) for record in manifest], [record.path for record in manifest], _targets(manifest, predictor))
     copies = "are training images or near copies of one" if asked.near_copies else "are training images, byte for byte"
     metrics, leak = compute_metrics(table), leak_score(table, leaked, copies if asked.test_dir else LeakScore.what)
-    part = f"test-{Path(asked.test_dir).resolve().name}" if asked.test_dir else asked.split  # never in the place of the run's own figures
+    part = _part_of_folder(Path(asked.test_dir)) if asked.test_dir else asked.split
     directory = Path(asked.output_dir or Path(asked.plots_dir) / (path.name if path.is_dir() else path.stem) / part)
     found = _baselines(asked, path, table, known) if known else ()
     beside, own = baselines.beside(found, asked.split), metrics.scalars()
     title = f"{path.name}, {'folder ' + asked.test_dir if asked.test_dir else asked.split}"
-    write_evaluation(table, metrics, manifest, directory, title, leak, beside)
+    write_evaluation(table, metrics, manifest, directory, title, asked.limits, leak, beside)
     trust = write_trust(table, predictor.decision, directory, title)
     baselines.warn_if_not_better(found, asked.split, own)
     further, lines = _further(asked, path, manifest, predictor, table, directory, title)
@@ -100,16 +101,22 @@ def test(config: Any) -> Metrics:
 test.__test__ = False  # type: ignore[attr-defined]
 
 
+def _part_of_folder(folder: Path) -> str:
+    """Under which name a folder's figures lie among those of the model: no two folders, and none of the model's own parts, share one."""
+    whole = folder.expanduser().resolve()
+    return f"test-{whole.name}-{hashlib.sha256(os.fsencode(whole)).hexdigest()[:8]}"
+
+
 def _further(
     asked: TestSettings, path: Path, manifest: Manifest, predictor: Predictor, table: PredictionTable, directory: Path, title: str
 ) -> tuple[dict[str, Any], list[str]]:
-    """Robustness and latency where they are asked for: written beside the part's folder, as JSON values and as lines."""
+    """Robustness and latency where they are asked for, as JSON values and as lines; of the model's own parts their files lie beside the parts."""
     found: dict[str, Any] = {}
     lines: list[str] = []
-    place = directory if asked.test_dir or asked.output_dir or asked.split != "test" else directory.parent  # of the whole model
+    place = directory if asked.test_dir or asked.output_dir else directory.parent
     if asked.robustness:
         files = [manifest.file(record) for record in manifest]
-        robustness = measure_robustness(predictor, files, table.targets, asked.robustness_images)
+        robustness = measure_robustness(predictor, files, table.targets, asked.robustness_images, directory.name)
         robustness.write(place, f"Robustness of {title}")
         found["robustness"], lines = robustness.as_dict(), [*lines, *robustness.lines(asked.split)]
     if asked.latency:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import base64
 import hashlib
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import jinja2
 
-from image_classifier.page.words import counted, number, plain, unbroken
+from image_classifier.page.words import counted, number, plain, printable, unbroken
 
 _HERE = Path(__file__).parent
 
@@ -19,18 +20,24 @@ def render(template: Path, styles: Path, script: Path, **values: Any) -> str:
 
     The template extends base.html.j2 and fills its blocks `title` and `body`; no element of it has a style= or on…= attribute.
     """
+    style = "\n".join(path.read_text(encoding="utf-8") for path in (_HERE / "base.css", styles))
+    code = script.read_text(encoding="utf-8")
+    inside = {"style": style, "style_hash": digest(style), "script": code, "script_hash": digest(code)}
+    return _environment(template.parent).get_template(template.name).render(**inside, **values)
+
+
+@cache
+def _environment(folder: Path) -> jinja2.Environment:
+    """What reads the templates of a folder, each of them compiled once."""
     environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader([template.parent, _HERE]),
+        loader=jinja2.FileSystemLoader([folder, _HERE]),
         autoescape=True,
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {"number": number, "plain": plain, "counted": counted, "unbroken": unbroken}
-    style = "\n".join(path.read_text(encoding="utf-8") for path in (_HERE / "base.css", styles))
-    code = script.read_text(encoding="utf-8")
-    inside = {"style": style, "style_hash": digest(style), "script": code, "script_hash": digest(code)}
-    return environment.get_template(template.name).render(**inside, **values)
+    environment.filters |= {"number": number, "plain": plain, "printable": printable, "counted": counted, "unbroken": unbroken}
+    return environment
 
 
 def digest(text: str) -> str:

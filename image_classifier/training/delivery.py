@@ -19,7 +19,7 @@ from image_classifier.dataset.cache import PixelCache
 from image_classifier.evaluation.baselines import Baseline
 from image_classifier.evaluation.decision import Decision
 from image_classifier.evaluation.ood import DETECTOR, Detector
-from image_classifier.evaluation.report.facts import Places, gather, sizes_of
+from image_classifier.evaluation.report.facts import AUDITS, Places, gather, sizes_of
 from image_classifier.evaluation.report.page import run_page
 from image_classifier.evaluation.report.words import limits_in_words
 from image_classifier.evaluation.results import shown
@@ -96,16 +96,21 @@ def deliver(
             decision=decision.as_dict(),
         )
         (directory / "MODEL_CARD.md").write_text(model_card(info, manifest), encoding="utf-8")
-        write_text(directory / "report.html", _report(info, run, manifest, directory, results.judged))
+        if page := _report(info, run, manifest, directory, results.judged):
+            write_text(directory / "report.html", page)
         seal(directory, info)
     return facts
 
 
 def _report(info: BundleInfo, run: RunFolder, manifest: Manifest, directory: Path, judged: str) -> str:
-    """report.html, read from the files that the run has written so far, the bundle's in `directory`."""
+    """report.html, read from the files that the run has written so far, the bundle's in `directory`; "" where that fails, which is said."""
     part = run.plots / judged
-    places = Places(part, directory, run.directory, Path("data/audit"), manifest.root)
-    return run_page(gather(run.name, PredictionTable.read(part), places, info, sizes_of(directory)))
+    places = Places(part, directory, run.directory, Path(AUDITS), manifest.root)
+    try:
+        return run_page(gather(run.name, PredictionTable.read(part), places, info, sizes_of(directory), lenient=True))
+    except Exception:  # a page is no reason to lose a trained model
+        log.warning("the bundle has no report.html", exc_info=True)
+        return ""
 
 
 def _plain(blueprint: dict[str, Any]) -> dict[str, Any]:

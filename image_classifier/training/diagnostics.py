@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Mapping
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from image_classifier import settings
-from image_classifier.errors import ConfigError
+from image_classifier.errors import ClassifierError, ConfigError
 from image_classifier.images import DecodeLimits, Preprocess
 from image_classifier.inference.checkpoint import CheckpointBackend
 from image_classifier.inference.explain_images import explainer_with, write_explanation
@@ -63,11 +65,30 @@ def examine(
 
     `data` has the `preprocess` and the `limits` that the model was trained with.
     """
-    _explain(classifier, table, part, run.plots / "explain", data.preprocess, data.limits, asked.explanations)
+    _forget(run.plots)
+    with _optional("explanations"):
+        _explain(classifier, table, part, run.plots / "explain", data.preprocess, data.limits, asked.explanations)
     if most := asked.most_images(images_seen):
-        predictor = Predictor(CheckpointBackend(classifier), table.classes, data.preprocess, limits=data.limits)
-        measured = measure_robustness(predictor, [part.file(record) for record in part], table.targets, most)
-        measured.write(run.plots, f"Robustness of {run.name}")
+        with _optional("robustness"):
+            predictor = Predictor(CheckpointBackend(classifier), table.classes, data.preprocess, limits=data.limits)
+            measured = measure_robustness(predictor, [part.file(record) for record in part], table.targets, most, part[0].split)
+            measured.write(run.plots, f"Robustness of {run.name}")
+
+
+def _forget(plots: Path) -> None:
+    """Remove what was measured of an earlier model of this name."""
+    for name in ("robustness.json", "robustness.png", "robustness.svg", "latency.json"):
+        (plots / name).unlink(missing_ok=True)
+    shutil.rmtree(plots / "explain", ignore_errors=True)
+
+
+@contextmanager
+def _optional(what: str) -> Iterator[None]:
+    """Say what cannot be measured, an image that is gone for one; a trained model is worth more."""
+    try:
+        yield
+    except ClassifierError as error:
+        log.warning("no %s: %s", what, error)
 
 
 def _explain(
@@ -83,7 +104,7 @@ def _explain(
         except RuntimeError as error:  # of autograd; the model itself is whole
             log.warning("no explanations: %s", str(error).partition("\n")[0])
             return
-        write_explanation(found, label, float(confidence[row]), part.file(part[row]), table.paths[row], directory)
+        write_explanation(found, label, float(confidence[row]), part.file(part[row]), directory)
 
 
 def diagnosed(run: RunFolder) -> dict[str, float]:
@@ -100,4 +121,5 @@ def diagnosed(run: RunFolder) -> dict[str, float]:
 
 def measure_exports(backends: Mapping[str, tuple[Backend, Path]], run: RunFolder, size: int) -> None:
     """Write latency.json: how fast each backend answers for images of `size` pixels a side, and how large its file is."""
-    Latency({name: in_this_process(backend, file, size) for name, (backend, file) in backends.items()}, hardware()).write(run.plots)
+    with _optional("latency"):
+        Latency({name: in_this_process(backend, file, size) for name, (backend, file) in backends.items()}, hardware()).write(run.plots)

@@ -19,6 +19,7 @@ from image_classifier.evaluation.metrics import Metrics, compute_metrics
 from image_classifier.evaluation.plots import plot_curves_in_parts, plot_learning_curves, plot_loss_in_parts
 from image_classifier.evaluation.results import answer_columns, class_columns, metrics_lines, scalars, write_evaluation
 from image_classifier.files import write_text
+from image_classifier.images import DecodeLimits
 from image_classifier.predictions import PredictionTable
 from image_classifier.records import SPLITS, Manifest
 from image_classifier.training.callbacks.history import RunHistory
@@ -61,6 +62,7 @@ def write_results(
     baselines: Sequence[Baseline],
     decision: Decision,
     plots: PlotSettings,
+    limits: DecodeLimits,
 ) -> Results:
     """Judge the predictions, and write the tables of the run and, if asked for, its figures to its folder in plots/."""
     metrics = {split: compute_metrics(table) for split, table in tables.items()}
@@ -74,7 +76,7 @@ def write_results(
     for split, table in tables.items():
         beside = simple.beside(baselines, split)
         title, directory = f"{run.name}, {split}", run.plots / split
-        write_evaluation(table, metrics[split], manifest.part(split), directory, title, leaks[split], beside, plots.figures)
+        write_evaluation(table, metrics[split], manifest.part(split), directory, title, limits, leaks[split], beside, plots.figures)
     return results
 
 

@@ -157,7 +157,7 @@ def _train(config: Any, run: RunFolder, manifest: Manifest, data: DataSettings, 
             return None
         tables = calibrated(tables)
         decision = decided(tables["val"], asked)
-        results = write_results(run, manifest, tables, history, baselines, decision, _run_settings(config).plots)
+        results = write_results(run, manifest, tables, history, baselines, decision, _run_settings(config).plots, data.limits)
         judged, seen = tables[results.judged], trainer.current_epoch * len(manifest.indices("train"))
         examine(classifier, judged, manifest.part(results.judged), run, data, diagnostics_settings(config), seen)
         blueprint = {**module.hparams["blueprint"], "temperature": tables["val"].temperature, "decision": decision.as_dict()}

@@ -12,7 +12,7 @@ from scipy.stats import binomtest
 from sklearn.metrics import f1_score
 
 from image_classifier.evaluation import bootstrap
-from image_classifier.evaluation.bootstrap import resample, share, spread
+from image_classifier.evaluation.bootstrap import resample, share, spread, wilson
 from image_classifier.evaluation.metrics import Metrics, compute_metrics
 from image_classifier.evaluation.per_image import judge_images
 from image_classifier.evaluation.ranking import rank_classes
@@ -97,6 +97,15 @@ def test_few_right_or_wrong_answers_have_wilsons_interval(hits: int, wrong: int)
         assert found.tolist() == pytest.approx([expected.low, expected.high], abs=1e-6)
     else:
         assert found.tolist() == [0.4, 0.6]
+
+
+@given(total=st.integers(1, 10**6), share=st.floats(0, 1))
+def test_wilsons_interval_is_that_of_scipy_and_never_leaves_0_and_1(total: int, share: float) -> None:
+    hits = round(share * total)
+    low, high = wilson(np.array(hits), np.array(total))
+    expected = binomtest(hits, total).proportion_ci(method="wilson")
+    assert (low, high) == pytest.approx((expected.low, expected.high), abs=1e-6)
+    assert 0 <= low <= hits / total <= high <= 1 and (low == 0) == (hits == 0) and (high == 1) == (hits == total)
 
 
 def test_no_mistake_is_no_certainty() -> None:

@@ -14,6 +14,7 @@ from PIL import Image
 
 from image_classifier.evaluation.heat import explanation_name
 from image_classifier.images import Preprocess
+from image_classifier.predictions import PredictionTable
 from tests.conftest import Command
 
 
@@ -44,9 +45,9 @@ def test_what_was_found_in_the_square_comes_to_lie_where_it_was(width: int, heig
 
 
 def test_equal_names_in_two_folders_are_two_files() -> None:
-    assert explanation_name("a/1.png") != explanation_name("b/1.png")
-    assert explanation_name("a/1.png") == explanation_name("a/1.png")
-    assert len(explanation_name("x" * 200 + ".png")) < 100
+    assert explanation_name(Path("a/1.png")) != explanation_name(Path("b/1.png"))
+    assert explanation_name(Path("a/1.png")) == explanation_name(Path("a/../a/1.png").absolute())
+    assert len(explanation_name(Path("x" * 200 + ".png"))) < 100
 
 
 @pytest.fixture(autouse=True)
@@ -64,7 +65,7 @@ def test_each_answer_gets_a_figure_and_stays_the_same(command: Command, trained:
     assert (plain.code, drawn.code) == (2, 2) and plain.out == drawn.out  # the bad image's row says why
     assert "explanations of 3 images" in drawn.err
     files = sorted((tmp_path / "heat maps").iterdir())
-    assert {path.name for path in files} == {explanation_name(str(path)) for path in images}
+    assert {path.name for path in files} == {explanation_name(path) for path in images}
     with Image.open(files[0]) as figure:
         assert figure.format == "PNG" and figure.width > figure.height > 300
         colours = np.asarray(figure.convert("RGB")).reshape(-1, 3).astype(int)
@@ -75,10 +76,21 @@ def test_figures_go_beside_the_others_of_the_model(command: Command, trained: Pa
     image = next((trained / "data/digits/test/0").iterdir())
     answer = command("infer", "--checkpoint_name", "digits", "--images", str(image), "--plots_dir", str(tmp_path), "--explain")
     assert answer.code == 0, answer.err
-    assert [path.relative_to(tmp_path) for path in tmp_path.rglob("*.png")] == [Path("digits/explain") / explanation_name(str(image))]
+    assert [path.relative_to(tmp_path) for path in tmp_path.rglob("*.png")] == [Path("digits/explain") / explanation_name(image)]
     first = next(tmp_path.rglob("*.png")).read_bytes()
     command("infer", "--checkpoint_name", "digits", "--images", str(image), "--plots_dir", str(tmp_path), "--explain")
     assert next(tmp_path.rglob("*.png")).read_bytes() == first
+
+
+def test_the_report_shows_the_figures_of_images_however_their_paths_were_written(command: Command, trained: Path, tmp_path: Path) -> None:
+    shutil.copytree("plots/digits/test", tmp_path / "digits/test")
+    table = PredictionTable.read(tmp_path / "digits/test")
+    files = [Path("data/digits") / table.paths[row] for row in table.surest_mistakes(3)]
+    written = [str(files[0]), f"../{trained.name}/{files[1]}", str(files[2].resolve())]
+    answer = command("infer", "--checkpoint_name", "digits", "--images", *written, "--plots_dir", str(tmp_path), "--explain")
+    assert answer.code == 0, answer.err
+    assert command("report", "digits", "--plots_dir", str(tmp_path)).code == 0
+    assert (tmp_path / "digits/report.html").read_text().count('class="explanation"') == 3
 
 
 def test_an_onnx_file_alone_cannot_be_explained(command: Command, trained: Path, tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shlex
 import shutil
 from pathlib import Path
@@ -63,7 +64,19 @@ def test_a_folder_that_is_one_class_is_tested_by_the_folder_that_holds_it(comman
     answer = command("test", "--checkpoint_name", "digits", "--test_dir", name.format(tmp_path.name), "--format", "json")
     assert answer.code == 0, answer.err
     assert json.loads(answer.out)["num_images"] == 3
-    assert Path("plots/digits/test-mine/metrics.json").is_file()
+    (place,) = Path("plots/digits").glob("test-mine-*")
+    assert re.fullmatch("test-mine-[0-9a-f]{8}", place.name) and (place / "metrics.json").is_file()
+
+
+def test_folders_of_one_name_do_not_overwrite_one_another(command: Command, trained: Path) -> None:
+    for place, label, count in (("first", "3", 2), ("second", "4", 3)):
+        fill(Path(place, "mine", label), digits(trained, label, count))
+        for test_dir in (f"{place}/mine", str(Path(place, "mine").resolve())):
+            line = ("--test_dir", test_dir, "--robustness", "--robustness_images", "2")
+            assert command("test", "--checkpoint_name", "digits", *line).code == 0
+    places = sorted(Path("plots/digits").glob("test-mine-*"))
+    assert sorted(json.loads((place / "metrics.json").read_text())["num_images"] for place in places) == [2, 3]
+    assert all((place / "robustness.json").is_file() for place in places) and not Path("plots/digits/robustness.json").exists()
 
 
 def test_a_class_that_the_model_does_not_know_is_named(command: Command, trained: Path) -> None:

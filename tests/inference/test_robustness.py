@@ -81,7 +81,7 @@ def test_the_files_say_what_they_rest_on(pictures: tuple[list[Path], np.ndarray]
     found = measure_robustness(Predictor(Redness(), ("blue", "red"), Preprocess(16)), *pictures, most=12)
     found.write(tmp_path / "out", "Robustness of a test")
     written = json.loads((tmp_path / "out/robustness.json").read_text())
-    assert written.pop("about") == {"images": 12, "of": 30, "seed": 0}
+    assert written.pop("about") == {"part": "", "images": 12, "of": 30, "seed": 0}
     assert written == found.accuracy
     with Image.open(tmp_path / "out/robustness.png") as figure:
         assert figure.width > 1000
@@ -104,6 +104,12 @@ def test_every_class_keeps_its_share(counts: list[int], most: int) -> None:
     assert np.abs(taken - np.array(counts) * len(rows) / len(targets)).max() <= 2
 
 
+def report_of(command: Command, plots: Path, *line: str, page: str) -> str:
+    answer = command("report", "digits", "--plots_dir", str(plots), *line)
+    assert answer.code == 0, answer.err
+    return (plots / page).read_text()
+
+
 def test_the_verb_writes_it_beside_the_figures(command: Command, trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(trained)
     line = ("test", "--checkpoint_name", "digits", "--plots_dir", str(tmp_path), "--format", "json")
@@ -112,6 +118,10 @@ def test_the_verb_writes_it_beside_the_figures(command: Command, trained: Path, 
     said, written = json.loads(answer.out), json.loads((tmp_path / "digits/robustness.json").read_text())
     assert said["robustness"] == written and written["about"]["images"] == 60
     assert (tmp_path / "digits/robustness.png").is_file()
+    assert written["about"]["part"] == "test"
+    assert command(*line, "--split", "val", "--robustness", "--robustness_images", "20").code == 0
+    assert json.loads((tmp_path / "digits/robustness.json").read_text())["about"]["part"] == "val"
+    assert "of val after each was blurred" in report_of(command, tmp_path, "--split", "val", page="digits/val/report.html")
     plain = command(*line)
     assert plain.code == 0 and not {"robustness", "latency"} & set(json.loads(plain.out))
     assert command(*line, "--robustness_images", "0").code == 2

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -55,6 +56,17 @@ def test_a_network_without_gradients_is_delivered_all_the_same(tree: Path, tmp_p
     assert json.loads((tmp_path / "plots/robustness.json").read_text())["about"]["images"] == 4
 
 
+def test_an_image_that_is_gone_ends_no_training(tree: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    part: Manifest = listed(tree)
+    classifier = build_classifier(Overwriting(), 2, 12, [0.5] * 3, [0.25] * 3).eval()
+    table = PredictionTable(part.paths, np.zeros(len(part), np.int64), np.tile(np.float32([[0, 1]]), (len(part), 1)), part.classes)
+    for record in part:
+        part.file(record).unlink()
+    run, data = SimpleNamespace(plots=tmp_path / "plots", name="run"), DataSettings(image_size=12)
+    examine(classifier, table, part, run, data, DiagnosticsSettings(), 0)  # type: ignore[arg-type]
+    assert "no explanations: cannot read the image" in caplog.text and "no robustness: cannot read the image" in caplog.text
+
+
 def test_the_report_of_a_training_holds_them_or_not(command: Command, make_tree: MakeTree, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     make_tree(cat=12, dog=12)
@@ -67,7 +79,12 @@ def test_the_report_of_a_training_holds_them_or_not(command: Command, make_tree:
         "model.backbone.channels=[4,8]",
         "trainer.max_epochs=1",
     )
-    assert command(*line, "name=bare", *QUICK).code == 0
+    damaged = Path("data/audit/other/audit.json")
+    damaged.parent.mkdir(parents=True)
+    damaged.write_text("{")
+    os.utime(damaged, (4e9, 4e9))  # the newest is read first
+    answer = command(*line, "name=bare", *QUICK)
+    assert answer.code == 0 and f"passed over: cannot read '{damaged}'" in answer.err, answer.err
     bare = {path.relative_to("plots/bare").as_posix() for path in Path("plots/bare").rglob("*") if path.is_file()}
     assert bare == {
         "metrics.json",
@@ -75,6 +92,12 @@ def test_the_report_of_a_training_holds_them_or_not(command: Command, make_tree:
     }
     page = Path("models/bare/report.html").read_text()
     assert all(word in page for word in ("no robustness.json", "no latency.json", "--explain"))
+
+    for name in ("robustness", "latency"):
+        Path(f"plots/bare/{name}.json").write_text('{"blur": 0.3, "backends": 3}')
+    answer = command(*line, "name=bare", "overwrite=true", *QUICK)
+    assert answer.code == 0 and Path("models/bare/report.html").is_file(), answer.err
+    assert not any(Path(f"plots/bare/{name}.json").exists() for name in ("robustness", "latency"))  # another model's
 
     answer = command(*line, "name=whole", *QUICK[:2], "diagnostics.explanations=2", "diagnostics.robustness_images=5")
     assert answer.code == 0, answer.err

@@ -34,7 +34,7 @@ class Scale:
         pad = 0.06 * (high - low) or (0.5 if whole else 0.05 * abs(high) or 0.5)
         if whole:
             return cls(name, low - (0.5 if low == high else 0), high + (0.5 if low == high else 0), percent, whole)
-        return cls(name, max(0.0, low - pad), min(1.0, high + pad) if percent else high + pad, percent)
+        return cls(name, min(low, max(0.0, low - pad)), max(high, min(1.0, high + pad)) if percent else high + pad, percent)
 
     def place(self, value: float, start: float, end: float) -> float:
         """Where a value comes to lie between `start` and `end`."""

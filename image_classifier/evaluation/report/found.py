@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
-import json
+import shlex
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from image_classifier.bundle import INFO_NAME, BundleInfo, find_checkpoint, read_bundle
 from image_classifier.errors import CheckpointError, DataError
+from image_classifier.images import DecodeLimits
+from image_classifier.pillow import MOST_PIXELS
 from image_classifier.predictions import PredictionTable
-from image_classifier.records import SPLITS
+from image_classifier.records import SPLITS, Manifest
 
 PREDICTIONS = "predictions.csv"
+
+_WIDEST = DecodeLimits(max_bytes=2**31 - 1, max_pixels=MOST_PIXELS)
 
 
 @dataclass(frozen=True)
@@ -41,8 +45,10 @@ class Judged:
         return self.directory.name
 
 
-def find_judged(name: str, split: str, models_dir: Path, plots_dir: Path, data_dir: Path | None = None) -> Judged:
+def find_judged(name: str, split: str | None, models_dir: Path, plots_dir: Path, data_dir: Path | None = None) -> Judged:
     """The predictions that a name means: a folder that holds them, a bundle, or a folder under plots/; `data_dir` overrules where the images lie.
+
+    Without a split it is that of `judged_part`.
 
     Raises:
         CheckpointError: Nothing has that name.
@@ -52,10 +58,31 @@ def find_judged(name: str, split: str, models_dir: Path, plots_dir: Path, data_d
     if (folder / PREDICTIONS).is_file():
         return _in_folder(folder.resolve(), models_dir, data_dir)
     bundle, run = _bundle(name, models_dir, plots_dir)
-    directory = plots_dir / run / split
-    if not (directory / PREDICTIONS).is_file():
-        raise DataError(f"{run!r} has no predictions of its {split} part", f"run `python commands.py test --checkpoint_name {run} --split {split}`")
-    return _judged(run, directory, bundle, data_dir)
+    part = split or judged_part(plots_dir / run)
+    if part is None or not (plots_dir / run / part / PREDICTIONS).is_file():
+        raise _not_judged(run, part, _parts_of(bundle))
+    return _judged(run, plots_dir / run / part, bundle, data_dir)
+
+
+def judged_part(folder: Path) -> str | None:
+    """The part from which the figures of a run are read: test, else val, else train; None where no part was judged."""
+    return next((split for split in reversed(SPLITS) if (folder / split / PREDICTIONS).is_file()), None)
+
+
+def _not_judged(run: str, asked: str | None, parts: Sequence[str]) -> DataError:
+    part = asked or next(split for split in reversed(SPLITS) if split in parts)
+    command = f"run `python commands.py test --checkpoint_name {shlex.quote(run)} --split {part}`"
+    return DataError(
+        f"{run!r} has no predictions of its {part} part", command if part in parts else f"its data has no such part, only {', '.join(parts)}"
+    )
+
+
+def _parts_of(bundle: Path | None) -> Sequence[str]:
+    """The parts that a bundle's manifest has; all where there is none to ask."""
+    if bundle is None or not (bundle / "manifest.csv").is_file():
+        return SPLITS
+    manifest = Manifest.read(bundle / "manifest.csv", Path())
+    return [split for split in SPLITS if len(manifest.indices(split))]
 
 
 def _bundle(name: str, models_dir: Path, plots_dir: Path) -> tuple[Path | None, str]:
@@ -63,7 +90,7 @@ def _bundle(name: str, models_dir: Path, plots_dir: Path) -> tuple[Path | None, 
     try:
         path = find_checkpoint(name, models_dir)
     except CheckpointError:
-        if any((plots_dir / name / split / PREDICTIONS).is_file() for split in SPLITS):
+        if judged_part(plots_dir / name):
             return None, name
         if Path(name).is_dir():
             raise DataError(f"{name!r} holds no {PREDICTIONS}", "give a bundle, or a folder that `test` or `train` wrote predictions to") from None
@@ -84,14 +111,8 @@ def _judged(name: str, directory: Path, bundle: Path | None, data_dir: Path | No
     return Judged(name, directory, PredictionTable.read(directory), data_dir or (Path(known) if known else None), bundle, info)
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """What a JSON file holds, {} where there is none; DataError where it is damaged."""
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return {}
-    except (OSError, ValueError) as error:
-        raise DataError(f"cannot read {str(path)!r} ({error})", "write it again") from error
-    if not isinstance(content, dict):
-        raise DataError(f"{str(path)!r} holds no JSON object", "write it again")
-    return content
+def limits_of(info: BundleInfo | None) -> DecodeLimits:
+    """What a file may ask for: as much as in the training, the most there is where no bundle says it."""
+    config = info.provenance.get("config") if info else None
+    known = ((config or {}).get("data") or {}).get("limits")
+    return DecodeLimits(**known) if known else _WIDEST

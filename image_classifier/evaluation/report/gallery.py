@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -14,6 +13,7 @@ import numpy as np
 
 from image_classifier.evaluation.heat import explanation_name
 from image_classifier.evaluation.report.confusions import images_of_cells
+from image_classifier.images import DecodeLimits
 from image_classifier.page.pictures import BUDGET, NO_PICTURE, Thumbnail, thumbnail
 from image_classifier.page.words import plain
 from image_classifier.predictions import PredictionTable, softmax
@@ -38,12 +38,12 @@ class Mistake:
     explanation: Thumbnail
 
 
-def cell_images(table: PredictionTable, confidence: np.ndarray, root: Path | None) -> dict[str, Any]:
+def cell_images(table: PredictionTable, confidence: np.ndarray, root: Path | None, limits: DecodeLimits) -> dict[str, Any]:
     """What the page's script shows behind a cell, ready for JSON: `cells` "truth,predicted" -> numbers of `images`; `confidence` is [N]."""
     chosen = images_of_cells(table, confidence, _CELL_IMAGES if root else _CELL_IMAGES // 4, _EACH)
     rows = [row for found in chosen.values() for row in found]
     places = {row: place for place, row in enumerate(rows)}
-    pictures = _drawn([table.paths[row] for row in rows], root, _CELL_SIDE, _CELL_QUALITY, BUDGET * 5 // 7)
+    pictures = _drawn([table.paths[row] for row in rows], root, limits, _CELL_SIDE, _CELL_QUALITY, BUDGET * 5 // 7)
     images = [
         {"path": plain(table.paths[row]), "sure": round(float(confidence[row]), 3), "picture": picture.address, "small": picture.small}
         for row, picture in zip(rows, pictures, strict=True)
@@ -52,21 +52,21 @@ def cell_images(table: PredictionTable, confidence: np.ndarray, root: Path | Non
     return {"classes": [plain(label) for label in table.classes], "cells": cells, "images": images}
 
 
-def _drawn(paths: Sequence[str], root: Path | None, side: int, quality: int, room: int) -> list[Thumbnail]:
+def _drawn(paths: Sequence[str], root: Path | None, limits: DecodeLimits, side: int, quality: int, room: int) -> list[Thumbnail]:
     """The pictures of these files, as many as there is room for (characters)."""
     if root is None:
         return [NO_PICTURE] * len(paths)
     with ThreadPoolExecutor(_WORKERS) as pool:
-        pictures = list(pool.map(partial(thumbnail, side=side, quality=quality), [root / path for path in paths]))
+        pictures = list(pool.map(partial(thumbnail, limits=limits, side=side, quality=quality), [root / path for path in paths]))
     spent = np.cumsum([len(picture.address) + len(path) + _MARKUP for path, picture in zip(paths, pictures, strict=True)])
     return [picture if total <= room else NO_PICTURE for picture, total in zip(pictures, spent.tolist(), strict=True)]
 
 
-def worst(table: PredictionTable, root: Path | None, explanations: Path) -> list[Mistake]:
-    """The surest wrong answers; an explanation is a figure in the folder `explanations` that `infer --explain` named."""
+def worst(table: PredictionTable, root: Path | None, limits: DecodeLimits, explanations: Path, roots: Sequence[Path]) -> list[Mistake]:
+    """The surest wrong answers; the folder `explanations` has figures of what lies, or lay when it was explained, in one of the `roots`."""
     predicted, confidence = table.answers()
     rows = table.surest_mistakes(_WORST).tolist()
-    pictures = _drawn([table.paths[row] for row in rows], root, 160, 75, BUDGET // 7)
+    pictures = _drawn([table.paths[row] for row in rows], root, limits, 160, 75, BUDGET // 7)
     known = {path.name: path for path in explanations.glob("*.png")} if explanations.is_dir() else {}
     return [
         Mistake(
@@ -76,14 +76,12 @@ def worst(table: PredictionTable, root: Path | None, explanations: Path) -> list
             float(confidence[row]),
             float(softmax(table.block(slice(row, row + 1)))[0, table.targets[row]]),
             picture,
-            _explanation(table.paths[row], root, known),
+            _explanation(table.paths[row], roots, known),
         )
         for row, picture in zip(rows, pictures, strict=True)
     ]
 
 
-def _explanation(path: str, root: Path | None, known: Mapping[str, Path]) -> Thumbnail:
-    """The figure that was made for this file, called by its relative, its whole or its resolved path."""
-    names = [path] if root is None else [path, os.fspath(root / path), os.fspath((root / path).resolve())]
-    found = next((known[name] for name in map(explanation_name, names) if name in known), None)
+def _explanation(path: str, roots: Sequence[Path], known: Mapping[str, Path]) -> Thumbnail:
+    found = next((known[name] for name in (explanation_name(root / path) for root in roots) if name in known), None)
     return thumbnail(found, side=_EXPLANATION_SIDE, quality=70) if found else NO_PICTURE

@@ -13,9 +13,10 @@ from image_classifier.evaluation.calibration import GOAL, Reliability
 from image_classifier.evaluation.report.charts import Scale, line_chart
 from image_classifier.evaluation.report.confusions import frequent, matrix
 from image_classifier.evaluation.report.facts import RunFacts
+from image_classifier.evaluation.report.found import limits_of
 from image_classifier.evaluation.report.gallery import cell_images, worst
 from image_classifier.evaluation.report.origin import data_rows, exports, origin
-from image_classifier.evaluation.report.words import absent, limits_in_words, per_cent, verdict
+from image_classifier.evaluation.report.words import absent, limits_in_words, measured_in_words, per_cent, verdict
 from image_classifier.evaluation.selective import RiskCurve, risk_curve
 from image_classifier.page import document
 from image_classifier.page.words import plain
@@ -47,8 +48,9 @@ def run_page(facts: RunFacts) -> str:
     predicted, confidence = table.answers()
     confusion = np.array(facts.metrics["confusion"], dtype=np.int64)
     pairs = frequent(confusion)
-    mistakes = worst(table, facts.places.root, facts.places.explanations)
-    cells = cell_images(table, confidence, facts.places.root)
+    limits = limits_of(facts.info)
+    mistakes = worst(table, facts.places.root, limits, facts.places.explanations, facts.roots)
+    cells = cell_images(table, confidence, facts.places.root, limits)
     explained = any(mistake.explanation.address for mistake in mistakes)
     return document.render(
         _HERE / "run.html.j2",
@@ -65,11 +67,13 @@ def run_page(facts: RunFacts) -> str:
         labels=[plain(label) for label in table.classes],
         matrix=matrix(confusion),
         pairs=pairs,
+        num_pairs=int(np.count_nonzero(confusion - np.diag(np.diag(confusion)))),
         cells=cells,
         pictures=any(image["picture"] for image in cells["images"]),
         mistakes=mistakes,
         num_wrong=int((predicted != table.targets).sum()),
         decision=limits_in_words(facts.info.decision if facts.info else None),
+        measured=measured_in_words(facts),
         trust=_trust(table),
         robustness=_robustness(facts.robustness),
         exports=exports(facts.sizes, facts.latency),
@@ -115,7 +119,7 @@ def _curves(curves: Mapping[str, Sequence[tuple[float, float]]]) -> Iterator[tup
 
 
 def _classes(facts: RunFacts, confusion: np.ndarray) -> list[dict[str, Any]]:
-    """The rows of the class table: scores, the interval of F1, and for what the class is taken most."""
+    """The rows of the class table: scores with their intervals, and for what the class is taken most."""
     wrong = confusion - np.diag(np.diag(confusion))
     takers = wrong.argmax(axis=1) if len(wrong) else np.zeros(0, dtype=int)
     rows = []
@@ -126,7 +130,6 @@ def _classes(facts: RunFacts, confusion: np.ndarray) -> list[dict[str, Any]]:
             {
                 **score,
                 "label": plain(score["label"]),
-                "interval": intervals.get("f1"),
                 "intervals": intervals,
                 "code": code,
                 "taken": taken,
@@ -174,15 +177,14 @@ def _risk_said(curve: RiskCurve) -> str:
 def _robustness(found: Mapping[str, Any]) -> dict[str, Any]:
     """Accuracy by severity of each corruption, as a table and a drawing, and what it rests on; {} where none was measured."""
     rows = {plain(name): _levels(levels) for name, levels in found.items() if name != "about"}
-    if not any(rows.values()):
+    if not rows:
         return {}
     levels = sorted({level for points in rows.values() for level, _ in points})
     values = [value for points in rows.values() for _, value in points]
     about = "; ".join(f"{name} {per_cent(points[0][1])} to {per_cent(points[-1][1])}" for name, points in rows.items())
     up = Scale.over("accuracy", values, percent=True)
     drawing = line_chart(rows, Scale.over("severity", levels, whole=True), up, f"Accuracy by severity: {about}")
-    images = (found.get("about") or {}).get("images")
-    return {"levels": levels, "rows": {name: dict(points) for name, points in rows.items()}, "drawing": drawing, "images": images}
+    return {"levels": levels, "rows": {name: dict(points) for name, points in rows.items()}, "drawing": drawing, "about": found.get("about") or {}}
 
 
 def _levels(levels: Mapping[str, float]) -> list[tuple[float, float]]:

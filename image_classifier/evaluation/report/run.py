@@ -11,8 +11,8 @@ from image_classifier import settings
 from image_classifier.errors import ConfigError
 from image_classifier.evaluation.compare import compare
 from image_classifier.evaluation.report import versus
-from image_classifier.evaluation.report.facts import Places, RunFacts, gather, sizes_of
-from image_classifier.evaluation.report.found import Judged, find_judged
+from image_classifier.evaluation.report.facts import AUDITS, Places, RunFacts, gather, sizes_of
+from image_classifier.evaluation.report.found import Judged, find_judged, judged_part, limits_of
 from image_classifier.evaluation.report.page import run_page
 from image_classifier.files import write_text
 from image_classifier.records import SPLITS
@@ -24,19 +24,19 @@ class ReportSettings:
 
     name: str
     other: str | None = None
-    split: str = "test"
+    split: str | None = None
     data_dir: str | None = None
     models_dir: str = "models"
     plots_dir: str = "plots"
     runs_dir: str = "runs"
-    audit_dir: str = "data/audit"
+    audit_dir: str = AUDITS
     output: str | None = None
     resamples: int = 1000
     seed: int = 0
     trusted_packages: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        if self.split not in SPLITS:
+        if self.split is not None and self.split not in SPLITS:
             raise ConfigError(f"there is no split {self.split!r}", f"use one of {', '.join(SPLITS)}")
         if not 100 <= self.resamples <= 100_000:
             raise ConfigError(f"resamples must be from 100 to 100000, not {self.resamples}")
@@ -58,7 +58,8 @@ def _report(asked: ReportSettings) -> Path:
     run = judged.bundle.name if judged.bundle else judged.directory.parent.name
     places = Places(judged.directory, judged.bundle, Path(asked.runs_dir) / run, Path(asked.audit_dir), _there(judged.root))
     facts = gather(run, judged.table, places, judged.info, sizes_of(judged.bundle))
-    path = Path(asked.output) if asked.output else Path(asked.plots_dir) / run / "report.html"
+    part = "" if facts.split == judged_part(judged.directory.parent) else facts.split  # each part has a page of its own
+    path = Path(asked.output) if asked.output else Path(asked.plots_dir) / run / part / "report.html"
     write_text(path, run_page(facts))
     print("\n".join([f"split      {facts.split}", *_answer(facts), f"page       {path}"]))
     return path
@@ -84,7 +85,9 @@ def _compare(asked: ReportSettings, other: str) -> Path:
     if first.directory.resolve() == second.directory.resolve():
         raise ConfigError(f"{asked.name!r} and {other!r} are the same predictions", "name two different ones")
     comparison, names = compare(first.table, second.table, asked.resamples, asked.seed), (first.name, second.name)
-    html = versus.page(comparison, names, _part(first, second), first.root or second.root, list(_origin(asked, first, second)))
+    html = versus.page(
+        comparison, names, _part(first, second), first.root or second.root, limits_of(first.info or second.info), list(_origin(asked, first, second))
+    )
     folder = f"compare-{first.name}-{second.name}".replace("/", "_")
     path = Path(asked.output) if asked.output else Path(asked.plots_dir) / folder / "report.html"
     write_text(path, html)

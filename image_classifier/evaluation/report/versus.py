@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from image_classifier.evaluation.compare import LOWER_IS_BETTER, Comparison, Paired
+from image_classifier.images import DecodeLimits
 from image_classifier.page import document, pictures
 from image_classifier.page.pictures import NO_PICTURE, Thumbnail, thumbnail
 from image_classifier.page.words import counted, plain, printable
@@ -88,9 +89,13 @@ def probability(value: float) -> str:
     return f"{value:.3f}" if value >= 0.001 else f"{value:.1e}"
 
 
-def page(comparison: Comparison, names: tuple[str, str], split: str, root: Path | None, facts: Sequence[tuple[str, str]]) -> str:
-    """The page as one HTML text below 10 MB; `facts` are the lines of its footer, `root` is where the images' paths start."""
-    directions = list(_directions(comparison, names, root))
+def page(
+    comparison: Comparison, names: tuple[str, str], split: str, root: Path | None, limits: DecodeLimits, facts: Sequence[tuple[str, str]]
+) -> str:
+    """The page as one HTML text below 10 MB; `facts` are the lines of its footer, `root` is where the images' paths start,
+    `limits` what these may ask for.
+    """
+    directions = list(_directions(comparison, names, root, limits))
     return document.render(
         _HERE / "versus.html.j2",
         _HERE / "report.css",
@@ -126,21 +131,21 @@ def _row(paired: Paired, comparison: Comparison) -> dict[str, object]:
     }
 
 
-def _directions(comparison: Comparison, names: tuple[str, str], root: Path | None) -> Iterator[Direction]:
+def _directions(comparison: Comparison, names: tuple[str, str], root: Path | None, limits: DecodeLimits) -> Iterator[Direction]:
     right, titles = comparison.shared.right, [plain(name) for name in names]
     room = pictures.BUDGET // 2
     for kind, won, lost in (("gained", 1, 0), ("lost", 0, 1)):
         rows = np.flatnonzero(right[won] & ~right[lost])
         order = rows[np.argsort(-comparison.shared.confidences[lost, rows], kind="stable")]
         title = f"{'Gained' if kind == 'gained' else 'Lost'}: only {titles[won]} is right"
-        yield Direction(kind, title, len(rows), _changes(comparison, order[:_SHOWN].tolist(), root, room))
+        yield Direction(kind, title, len(rows), _changes(comparison, order[:_SHOWN].tolist(), root, limits, room))
 
 
-def _changes(comparison: Comparison, rows: Sequence[int], root: Path | None, room: int) -> list[Change]:
+def _changes(comparison: Comparison, rows: Sequence[int], root: Path | None, limits: DecodeLimits, room: int) -> list[Change]:
     """The changed images with their thumbnails, as many of these as there is room for (characters)."""
     shared, found = comparison.shared, []
     with ThreadPoolExecutor(4) as pool:
-        drawn = list(pool.map(lambda row: thumbnail(root / shared.paths[row]) if root else NO_PICTURE, rows))
+        drawn = list(pool.map(lambda row: thumbnail(root / shared.paths[row], limits) if root else NO_PICTURE, rows))
     for row, picture in zip(rows, drawn, strict=True):
         room -= len(picture.address) + len(shared.paths[row]) + _MARKUP
         first, second = (plain(shared.classes[code]) for code in shared.predicted[:, row])

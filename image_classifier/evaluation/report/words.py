@@ -12,6 +12,7 @@ from image_classifier.evaluation.decision import Decision
 from image_classifier.evaluation.report.confusions import Pair
 from image_classifier.evaluation.report.facts import RunFacts
 from image_classifier.page.words import counted, plain
+from image_classifier.records import SPLITS
 
 _NAMES = {"most_frequent": "always the most frequent class", "logistic": "logistic regression on the backbone's embeddings"}
 _NAMED = 3  # mistakes in the command that explains them
@@ -70,8 +71,11 @@ def _hurts(facts: RunFacts, confusions: list[Pair]) -> Iterator[str]:
 
 
 def per_cent(share: float) -> str:
-    """A share as a person reads it; what is not everything is never called 100."""
-    return f"{100 * share:.1f} %" if share in (0, 1) or 0.0005 < share < 0.9995 else f"{100 * share:.3f} %"
+    """A share as a person reads it; what is not everything is never called 100, what is not nothing never 0."""
+    if share in (0, 1):
+        return f"{100 * abs(share):.1f} %"
+    shown = (f"{100 * share:.{digits}f}" for digits in (1, 3, 6, 14))
+    return next((text for text in shown if float(text) not in (0, 100)), f"{100 * share:.1g}") + " %"
 
 
 def limits_in_words(decision: Mapping[str, Any] | None) -> dict[str, str]:
@@ -90,28 +94,48 @@ def limits_in_words(decision: Mapping[str, Any] | None) -> dict[str, str]:
     return {"not sure enough": unsure, "unlike the training images": unlike, "prediction sets": sets}
 
 
+def measured_in_words(facts: RunFacts) -> dict[str, str]:
+    """What the limits did on the judged part, under the names of `limits_in_words`; {} where nothing tells."""
+    if not facts.measured:
+        return {}
+    found = facts.measured["measured"]
+    wrong = "" if found["risk"] is None else f", {per_cent(found['risk'])} of these wrong"
+    words = {"not sure enough": f"{per_cent(found['answered'])} get a label{wrong}; {per_cent(found['unsure'])} are too unsure"}
+    if facts.measured["ood"].get("threshold") is not None:
+        words["unlike the training images"] = f"{per_cent(found['unknown'])} are refused as unlike"
+    empty = f", {per_cent(found['empty_sets'])} of the sets are empty" if found["empty_sets"] else ""
+    words["prediction sets"] = f"{per_cent(found['set_coverage'])} hold the true class; {found['set_size']:.2f} classes on average{empty}"
+    return words
+
+
 def absent(facts: RunFacts, explained: bool) -> list[tuple[str, str]]:
     """What the report could hold and does not: title, and how to get it."""
-    plots = facts.places.part.parent
-    name, again = facts.name, f"then write the report anew: python commands.py report {shlex.quote(facts.name)}"
-    test = f"python commands.py test --checkpoint_name {shlex.quote(name)}"
+    name, own, test = facts.name, facts.split in SPLITS, facts.test_command
+    part = shlex.quote(name) + ("" if facts.split == "test" else f" --split {facts.split}") if own else shlex.quote(str(facts.places.part))
+    again = f"then write the report anew: python commands.py report {part}"
+    plots = facts.places.part.parent if own else facts.places.part
     worst = [str((facts.places.root or Path()) / facts.table.paths[row]) for row in facts.table.surest_mistakes(_NAMED)]
     infer = f"python commands.py infer --checkpoint_name {shlex.quote(name)} --images {shlex.join(worst)} --explain"
     rows = [
         (not facts.curves, "Learning curves", f"no metrics.csv in {facts.places.run}: give the folder of the runs with runs_dir=PATH"),
         (
-            not facts.audit,
+            own and not facts.audit,
             "Data audit",
             f"no audit.json of these images in {facts.places.audits}: python commands.py audit with the same data.*, {again}",
         ),
-        (not facts.parts, "Split", "no manifest.csv: it lies in the bundle, and there is no bundle of this name"),
-        (facts.info is None, "Origin", f"no bundle {name!r}: command, versions and hashes stand in its bundle.json"),
+        (own and not facts.parts, "Split", "no manifest.csv: it lies in the bundle, and there is no bundle of this name"),
+        (own and facts.info is None, "Origin", f"no bundle {name!r}: command, versions and hashes stand in its bundle.json"),
         (
             not facts.metrics.get("intervals"),
             "Intervals of every metric",
             f"metrics.json holds none: {test}",
         ),
         (not explained, "Explanations", f"no figures of these mistakes in {facts.places.explanations}: {infer}, {again}"),
+        (
+            bool(facts.info and facts.info.decision) and not facts.measured,
+            f"What the limits do on {facts.split}",
+            f"no calibration.json of these limits in {facts.places.part}: {test}, {again}",
+        ),
         (not facts.robustness, "Robustness", f"no robustness.json in {plots}: {test} --robustness, {again}"),
         (not facts.latency, "Latency", f"no latency.json in {plots}: {test} --latency, {again}"),
     ]

@@ -72,7 +72,7 @@ def _write_part(plots: Path, table: PredictionTable, manifest: Manifest, accurac
     predicted = table.logits.argmax(axis=1)
     probabilities = table.probabilities.max(axis=1)
     worst = max(np.flatnonzero(predicted != table.targets), key=lambda row: probabilities[row])
-    explanation = plots / "explain" / explanation_name(table.paths[worst])
+    explanation = plots / "explain" / explanation_name(manifest.root / table.paths[worst])
     explanation.parent.mkdir(parents=True)
     Image.new("RGB", (480, 240), "red").save(explanation)
 

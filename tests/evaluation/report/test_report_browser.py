@@ -88,7 +88,7 @@ def test_a_cell_shows_its_images_and_the_keyboard_is_enough(report: Path, chromi
 def test_the_class_table_sorts_by_keyboard_and_filters(report: Path, chromium: Any) -> None:
     opened = Opened(chromium, report)
     page = opened.page
-    column = "[...document.querySelectorAll('#class-table tbody tr')].filter(row => !row.hidden).map(row => row.cells[4].textContent)"
+    column = "[...document.querySelectorAll('#class-table tbody tr')].filter(row => !row.hidden).map(row => row.cells[4].dataset.value)"
     button = page.locator("#class-table .sort", has_text="F1")
     button.focus()
     page.keyboard.press("Enter")
@@ -127,13 +127,16 @@ def test_nothing_reaches_over_the_edge(name: str, width: int, home: Path, chromi
 
 def test_dark_is_dark_and_print_hides_what_cannot_be_pressed(report: Path, chromium: Any) -> None:
     background = "getComputedStyle(document.body).backgroundColor.match(/\\d+/g).slice(0, 3).map(Number).reduce((a, b) => a + b)"
-    assert Opened(chromium, report).page.evaluate(background) > 600
+    light = Opened(chromium, report).page
+    assert light.evaluate(background) > 600 and light.locator(".on-paper").is_hidden()
     opened = Opened(chromium, report, dark=True)
     assert opened.page.evaluate(background) < 150
     opened.page.emulate_media(media="print")
     for hidden in ("nav", "#class-filter", "#pair-filter"):
         assert opened.page.locator(hidden).is_hidden()
-    assert opened.page.locator("#class-table tbody tr").first.is_visible()
+    assert opened.page.locator("#class-table tbody tr").first.is_visible() and opened.page.locator(".on-paper").is_visible()
+    pairs = opened.page.locator("#pair-table tbody tr")
+    assert pairs.count() > 2 and all(row.is_visible() for row in pairs.all())
     assert len(opened.page.pdf()) > 10_000
 
 

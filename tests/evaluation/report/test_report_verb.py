@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +13,7 @@ from image_classifier.evaluation.metrics import compute_metrics
 from image_classifier.evaluation.results import metrics_dict
 from image_classifier.predictions import PredictionTable
 from tests.conftest import Command, MakeTree, listed
+from tests.evaluation.report.made_run import make_run
 from tests.evaluation.test_compare import made, taken
 from tests.test_architecture import assert_torch_free
 
@@ -83,3 +85,54 @@ def test_predictions_that_are_damaged_are_refused(plots: Path, command: Command)
     (plots / "second/test/logits.npy").write_bytes(b"")
     answer = command("report", "second", "first", f"plots_dir={plots}", "models_dir=none")
     assert answer.code == 2 and "holds no whole predictions.csv, logits.npy" in answer.err
+
+
+def test_a_run_without_a_test_part_is_read_from_val(plots: Path, command: Command) -> None:
+    (plots / "first/test").replace(plots / "first/val")
+    answer = command("report", "first", f"plots_dir={plots}", "models_dir=none")
+    assert answer.code == 0 and "split      val" in answer.out, answer.err
+    html = (plots / "first/report.html").read_text()
+    assert "judged on the val part" in html
+    for said in ("test --checkpoint_name first --split val --robustness", "report first --split val"):
+        assert said in html
+    answer = command("report", "first", f"plots_dir={plots}", "models_dir=none", "split=test")
+    assert answer.code == 2 and "'first' has no predictions of its test part" in answer.err
+
+
+def test_no_advice_leads_to_a_part_that_the_data_has_not(tmp_path: Path, command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+    make_run(tmp_path, num_classes=3, each=4, pictures=False)
+    shutil.rmtree(tmp_path / "plots/run/test")
+    bundle = tmp_path / "models/run"
+    (bundle / "manifest.csv").write_text((bundle / "manifest.csv").read_text().replace(",test,", ",val,"))
+    monkeypatch.chdir(tmp_path)
+    assert "test --checkpoint_name run --split val" in command("report", "run").err
+    answer = command("report", "run", "--split", "test")
+    assert answer.code == 2 and "its data has no such part, only train, val" in answer.err and "test --checkpoint_name" not in answer.err
+
+
+def test_each_part_has_a_page_of_its_own(plots: Path, command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(plots.parent)
+    for part in ("val", "test-holiday-01234567"):
+        shutil.copytree(plots / "first/test", plots / "first" / part)
+    pages = {}
+    for line in (("first",), ("first", "--split", "val"), ("plots/first/test-holiday-01234567",), ("plots/first/test",)):
+        answer = command("report", *line, "models_dir=none")
+        assert answer.code == 0, answer.err
+        pages[line] = Path(answer.out.splitlines()[-1].partition("page")[2].strip())
+    folder = Path("plots/first")
+    assert list(pages.values()) == [folder / part / "report.html" for part in ("", "val", "test-holiday-01234567", "")]
+    html = (folder / "test-holiday-01234567/report.html").read_text()
+    assert "judged on the test-holiday-01234567 part" in html and "test --checkpoint_name first --test_dir PATH --robustness" in html
+    assert "report plots/first/test-holiday-01234567" in html.replace(str(plots.parent) + "/", "") and "no bundle" not in html
+
+
+def test_what_was_measured_of_the_model_stands_in_each_of_its_parts(plots: Path, command: Command) -> None:
+    for place, accuracy in (("first", 0.123), ("first/val", 0.456), ("first/test-holiday", 0.789)):
+        if place != "first":
+            shutil.copytree(plots / "first/test", plots / place)
+        (plots / place / "robustness.json").write_text(json.dumps({"blur": {"0": accuracy}}))
+    shutil.copytree(plots / "first/test", plots / "first/test-own")
+    for part, shown in (("test", "0.123"), ("val", "0.456"), ("test-holiday", "0.789"), ("test-own", "")):
+        assert command("report", str(plots / "first" / part), "models_dir=none", f"plots_dir={plots}", f"output={plots}/page.html").code == 0
+        html = (plots / "page.html").read_text()
+        assert (f">{shown}</td>" in html) if shown else ("no robustness.json" in html), part

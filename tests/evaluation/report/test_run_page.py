@@ -5,18 +5,26 @@ from __future__ import annotations
 import json
 import re
 import shutil
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from image_classifier.bundle import read_bundle
 from image_classifier.evaluation.decision import Decision, DecisionSettings, Evidence
+from image_classifier.evaluation.decision_results import write_trust
+from image_classifier.evaluation.report.charts import Scale
 from image_classifier.evaluation.report.confusions import frequent, images_of_cells, matrix
 from image_classifier.evaluation.report.facts import Places, gather
+from image_classifier.evaluation.report.found import limits_of
 from image_classifier.evaluation.report.page import risks, run_page
+from image_classifier.evaluation.report.words import per_cent
 from image_classifier.evaluation.selective import risk_curve
+from image_classifier.images import DEFAULT_LIMITS, DecodeLimits
 from image_classifier.page import document
 from image_classifier.predictions import PredictionTable
 from tests.conftest import Command
@@ -54,6 +62,7 @@ def test_all_that_was_measured_is_there(html: str) -> None:
         "near duplicates",
     ):
         assert said in html, said
+    assert html.count("0.40 to 0.90") == html.count("0.50 to 0.80") == 5 and 'title="95 %' not in html and "not on paper" in html
     assert 'class="explanation"' in html and "0.5000 to 0.9000" in html and "most frequent class (20.0 %)" in html
 
 
@@ -118,6 +127,44 @@ def test_what_a_bundle_says_of_its_decisions_is_shown(home: Path) -> None:
         object.__setattr__(info, "decision", decision.as_dict())
         html = run_page(gather("run", table, Places(home / "plots/run/test"), info, {}))
         assert words in html and "hold the true one of 90.0 % of the images" in html and "evidence" not in html
+
+
+def test_what_the_limits_do_on_the_part_stands_beside_them(home: Path, tmp_path: Path) -> None:
+    table = PredictionTable.read(home / "plots/run/test")
+    info, part = read_bundle(home / "models/run").info, tmp_path / "test"
+    own, other = (Decision.chosen(Evidence.of(table), DecisionSettings(risk=risk)) for risk in (0.9, 0.8))
+    score = write_trust(table, own, part, "run", figures=False).score
+    assert score is not None
+    for decision, known in ((own, True), (other, False), (None, True)):
+        told = replace(info, decision=decision.as_dict()) if decision else None
+        html = run_page(gather("run", table, Places(part), told, {}))
+        words = (f"{per_cent(score.answered)} get a label", f"{per_cent(score.set_coverage)} hold the true class; {score.set_size:.2f} classes")
+        assert all((f"on test: {sentence}" in html) == known for sentence in words)
+        assert ("no calibration.json of these limits" in html) != known
+
+
+def test_thumbnails_are_read_within_the_limits_of_the_training(home: Path) -> None:
+    table, info = PredictionTable.read(home / "plots/run/test"), read_bundle(home / "models/run").info
+    assert limits_of(None) == limits_of(info) and limits_of(None).max_pixels > DEFAULT_LIMITS.max_pixels
+    for max_bytes in (10, 10**6):
+        limits = {"max_bytes": max_bytes, "max_pixels": 10_000, "formats": ["PNG"]}
+        told = replace(info, provenance={**info.provenance, "config": {"data": {"limits": limits}}})
+        assert limits_of(told) == DecodeLimits(max_bytes, 10_000, ("PNG",))
+        html = run_page(gather("run", table, Places(home / "plots/run/test", root=home / "images"), told, {}))
+        assert (html.count("data:image/webp") > 1) == (max_bytes > 10)  # one is a figure of our own, an explanation
+
+
+@given(st.floats(0, 1))
+def test_per_cent_is_100_of_everything_alone_and_0_of_nothing(share: float) -> None:
+    shown = float(per_cent(share).removesuffix(" %"))
+    assert (shown == 100) == (share == 1) and (shown == 0) == (share == 0) and not per_cent(share).startswith("-")
+    assert shown == pytest.approx(100 * share, rel=0.5, abs=0.051)
+
+
+@given(st.lists(st.floats(-1e38, 1e38) | st.floats(0, 1), min_size=1, max_size=5), st.booleans())
+def test_an_axis_holds_all_its_values(values: list[float], percent: bool) -> None:
+    scale = Scale.over("loss", values, percent=percent)
+    assert scale.low <= min(values) <= max(values) <= scale.high and scale.low < scale.high
 
 
 def test_a_thousand_classes_stay_below_ten_megabytes(tmp_path: Path, command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
