@@ -76,6 +76,10 @@ class Commands:
         """Register a bundle in MLflow, after a last check, and let an alias point to it."""
         self._run("promote", "image_classifier.exporting.promote:promote")
 
+    def triton(self) -> None:
+        """Start a Triton server over a bundle's model repository, wait until it really answers, and stop it."""
+        self._run("triton", "image_classifier.inference.triton.server:triton")
+
     def infer(self) -> None:
         """Say what images show, with a bundle, a checkpoint or an ONNX file."""
         self._run("infer", "image_classifier.inference.infer:infer")

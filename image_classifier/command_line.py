@@ -28,22 +28,24 @@ TEXT_KEYS: dict[str, frozenset[str]] = {
     "show": _DATA_TEXT | {"output", "plots_dir"},
     "baseline": _DATA_TEXT | {"model.weights", "model.from", "name", "plots_dir", "models_dir"},
     "train": _DATA_TEXT | {"model.weights", "model.from", "name", "resume", "models_dir", "plots_dir", "runs_dir", "logger.tracking_uri"},
-    "test": frozenset({"cache_dir", "checkpoint_name", "test_dir", "output_dir", "models_dir", "plots_dir"}),
-    "infer": frozenset({"checkpoint_name", "output", "models_dir", "plots_dir"}),
-    "export": frozenset({"checkpoint_name", "data_dir", "models_dir"}),
-    "verify": frozenset({"checkpoint_name", "models_dir"}),
+    "test": frozenset({"cache_dir", "checkpoint_name", "test_dir", "output_dir", "models_dir", "plots_dir", "url"}),
+    "infer": frozenset({"checkpoint_name", "output", "models_dir", "plots_dir", "url"}),
+    "export": frozenset({"checkpoint_name", "data_dir", "models_dir", "triton.image"}),
+    "verify": frozenset({"checkpoint_name", "models_dir", "url"}),
     "promote": frozenset({"checkpoint_name", "models_dir", "tracking_uri", "registered_name", "alias"}),
+    "triton": frozenset({"checkpoint_name", "tritonserver", "models_dir", "runs_dir"}),
     "report": frozenset({"name", "other", "data_dir", "models_dir", "plots_dir", "runs_dir", "audit_dir", "output"}),
 }
 TEXT_KEYS["suspects"] = TEXT_KEYS["train"] | {"checkpoint_name"}
 TEXT_KEYS["tune"] = TEXT_KEYS["train"] | {"tune.storage"}
-LIST_KEYS: dict[str, frozenset[str]] = {"infer": frozenset({"images"}), "export": frozenset({"to"})}
+LIST_KEYS: dict[str, frozenset[str]] = {"infer": frozenset({"images"}), "export": frozenset({"to"}), "triton": frozenset({"arguments"})}
 _FILE_LISTS = frozenset({"images"})  # whose items may look like overrides
 WORD_KEYS: dict[str, tuple[str, ...]] = {
     "report": ("name", "other"),
     "export": ("checkpoint_name",),
     "verify": ("checkpoint_name",),
     "promote": ("checkpoint_name",),
+    "triton": ("action", "checkpoint_name"),
 }  # what bare words mean, in their order
 MAP_KEYS = frozenset({"data.rename"})  # of any names: Hydra must be told that they are new
 

@@ -7,6 +7,7 @@ ClassifierError
 │   └── SourceError        a data set that cannot be fetched, found or unpacked
 ├── CheckpointError        a checkpoint or bundle that is missing, ambiguous or damaged
 ├── ParityError            an export that disagrees with the model it came from
+├── ServerError            a model server that does not answer, or answers wrong
 ├── TrainingError          a run that cannot go on (a loss that is not a number)
 └── StorageError           no permission, no space left
 """
@@ -61,6 +62,10 @@ class CheckpointError(ClassifierError):
 
 class ParityError(ClassifierError):
     """An export that disagrees with the model it came from."""
+
+
+class ServerError(ClassifierError):
+    """A model server that does not answer, or answers wrong."""
 
 
 class TrainingError(ClassifierError):

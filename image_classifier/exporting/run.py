@@ -20,11 +20,12 @@ from image_classifier.exporting.onnx_again import export_onnx_again
 from image_classifier.exporting.openvino import export_openvino
 from image_classifier.exporting.reference import Reference
 from image_classifier.exporting.sealed import export_sealed
+from image_classifier.exporting.triton import TritonSettings, export_triton
 from image_classifier.files import locked, whole_directory
 from image_classifier.images import DecodeLimits
 from image_classifier.inference.load import pulled_checkpoint
 
-FORMATS = ("onnx", "sealed", "int8", "openvino", "mlflow")
+FORMATS = ("onnx", "sealed", "int8", "openvino", "mlflow", "triton")
 
 
 # Writes a form of the model into a folder; what was found is kept in bundle.json under its name.
@@ -40,6 +41,7 @@ class ExportSettings:
     data_dir: str | None = None
     images: int = 200
     int8: Int8Settings = field(default_factory=Int8Settings)
+    triton: TritonSettings = field(default_factory=TritonSettings)
     models_dir: str = "models"
     dvc: bool | None = None
     limits: DecodeLimits = field(default_factory=DecodeLimits)
@@ -60,6 +62,7 @@ class ExportSettings:
             "int8": partial(export_int8, asked=self.int8),
             "openvino": export_openvino,
             "mlflow": export_mlflow,
+            "triton": partial(export_triton, asked=self.triton),
         }
         return writers[name]
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from image_classifier.bundle import Bundle
+from image_classifier.errors import ConfigError
 from image_classifier.inference.predictor import Backend
 
 # A file and the packages it may take its network from -> what runs it, and what the file says of itself.
@@ -62,6 +63,8 @@ BACKENDS: dict[str, Kind] = {
     "openvino-bf16": Kind(("openvino/model.xml", "model.onnx"), "openvino", _openvino("bf16")),
     "int8": Kind(("model.int8.onnx",), "onnxruntime", _onnx),
 }
+REMOTE = "triton"  # runs no file of a bundle: a server does, whose address must be given
+NAMES = (*BACKENDS, REMOTE)
 EXACT = ("onnx", "checkpoint", "openvino")  # answer as the checkpoint but for rounding
 
 
@@ -70,13 +73,38 @@ def fitting(bundle: Bundle) -> list[str]:
     return [name for name, kind in BACKENDS.items() if kind.fits(bundle)]
 
 
-def open_backend(bundle: Bundle, name: str, trusted: Sequence[str] = ()) -> Backend:
-    """A backend over the bundle's file for it, whose hash is checked first.
+@dataclass(frozen=True)
+class ServerAt:
+    """A model server's address, null for none, and how long one of its answers may take."""
+
+    url: str | None = None
+    timeout_s: float = 60.0
+
+    def __post_init__(self) -> None:
+        if not 0 < self.timeout_s < float("inf"):
+            raise ConfigError(f"server_timeout_s must be more than 0, not {self.timeout_s}")
+
+    def fits(self, backend: str | None) -> None:
+        """ConfigError where a backend needs an address and there is none, or there is one and it needs none."""
+        if backend == REMOTE and not self.url:
+            raise ConfigError("the backend triton needs the server's address", "--url http://HOST:8000 or --url grpc://HOST:8001")
+        if self.url and backend != REMOTE:
+            raise ConfigError(f"url={self.url!r} is for a server", f"add --backend {REMOTE}")
+
+
+def open_backend(bundle: Bundle, name: str, trusted: Sequence[str] = (), server: ServerAt = ServerAt()) -> Backend:  # frozen
+    """A backend over the bundle's file for it, whose hash is checked first, or over a server, which must give a golden answer first.
 
     Raises:
         CheckpointError: The file is missing or damaged.
-        ConfigError: The package is not installed.
+        ConfigError: The package is not installed, or a server's address is missing.
+        ServerError: The server does not answer, or not as the bundle.
     """
+    server.fits(name)
+    if name == REMOTE:
+        from image_classifier.inference.triton.client import TritonBackend
+
+        return TritonBackend.of(bundle, str(server.url), server.timeout_s)
     file = BACKENDS[name].file(bundle)
     beside = [other for other in bundle.info.files if other != file and other.rpartition(".")[0] == file.rpartition(".")[0] and "/" in file]
     bundle.verify([file, *beside])

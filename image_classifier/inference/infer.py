@@ -19,6 +19,7 @@ from image_classifier.errors import ConfigError, DataError, storage_errors
 from image_classifier.evaluation.decision import DecisionSettings
 from image_classifier.files import whole_file
 from image_classifier.images import IMAGE_SUFFIXES, DecodeLimits
+from image_classifier.inference.backends import ServerAt
 from image_classifier.inference.load import load_predictor, pulled_checkpoint
 from image_classifier.predictions import Prediction
 
@@ -30,6 +31,8 @@ class InferSettings:
     checkpoint_name: str
     images: list[str]
     backend: str | None = None
+    url: str | None = None
+    server_timeout_s: float = 60.0
     format: str = "table"
     top_k: int | None = None
     batch_size: int = 64
@@ -47,6 +50,12 @@ class InferSettings:
             raise ConfigError(f"there is no format {self.format!r}", f"use one of {', '.join(FORMATS)}")
         if self.batch_size < 1 or (self.top_k is not None and self.top_k < 1):
             raise ConfigError("batch_size and top_k must be at least 1")
+        self.server.fits(self.backend)
+
+    @property
+    def server(self) -> ServerAt:
+        """Where the backend triton asks."""
+        return ServerAt(self.url, self.server_timeout_s)
 
 
 def infer(config: Any) -> None:
@@ -56,7 +65,7 @@ def infer(config: Any) -> None:
     for item in asked.images:
         pull_missing(Path(item), None if asked.dvc else asked.dvc)
     images = list(find_images(asked.images, sys.stdin))
-    predictor = load_predictor(path, asked.backend, asked.batch_size, asked.trusted_packages, asked.limits, asked.decision)
+    predictor = load_predictor(path, asked.backend, asked.batch_size, asked.trusted_packages, asked.limits, asked.decision, asked.server)
     failed: list[str] = []
     predictions = _watched(predictor.predict(images), failed)
     if asked.explain:

@@ -8,13 +8,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from image_classifier.bundle import INFO_NAME, find_checkpoint, read_bundle
+from image_classifier.bundle import INFO_NAME, Bundle, find_checkpoint, read_bundle
 from image_classifier.dataset.fetch.dvc import pull_missing
 from image_classifier.errors import CheckpointError, ConfigError
 from image_classifier.evaluation.decision import Decision, DecisionSettings
 from image_classifier.evaluation.ood import DETECTOR, Detector
 from image_classifier.images import DEFAULT_LIMITS, DecodeLimits, Preprocess
-from image_classifier.inference.backends import BACKENDS, open_backend
+from image_classifier.inference.backends import BACKENDS, NAMES, ServerAt, open_backend
 from image_classifier.inference.predictor import Backend, Predictor, Shaped
 
 log = logging.getLogger(__name__)
@@ -39,19 +39,25 @@ def load_predictor(
     trusted: Sequence[str] = (),
     limits: DecodeLimits = DEFAULT_LIMITS,
     asked: DecisionSettings = DecisionSettings(),  # noqa: B008  # frozen
+    server: ServerAt = ServerAt(),  # noqa: B008  # frozen
 ) -> Predictor:
     """A predictor over what `bundle.find_checkpoint` found; `backend` null takes ONNX for a bundle, else what the file is.
 
-    `trusted` names packages of the user's own that a checkpoint's network may come from; `asked` are other limits than the model was delivered with.
+    `trusted` names packages of the user's own that a checkpoint's network may come from; `asked` are other limits than the model was delivered with;
+    `server` is where the backend triton asks.
 
     Raises:
         ConfigError: The backend is unknown or does not fit the file, or limits are asked of one that does not know what val told.
         CheckpointError: The file is damaged or says too little of itself.
+        ServerError: The server does not answer, or not as the bundle.
     """
-    if backend not in (None, *BACKENDS):
-        raise ConfigError(f"there is no backend {backend!r}", f"use one of {', '.join(BACKENDS)}")
+    if backend not in (None, *NAMES):
+        raise ConfigError(f"there is no backend {backend!r}", f"use one of {', '.join(NAMES)}")
+    server.fits(backend)
     if (path / INFO_NAME).is_file():
-        return _decided(_from_bundle(path, backend or "onnx", batch_size, trusted, limits), asked, path)
+        bundle = read_bundle(path)
+        runner = open_backend(bundle, backend or "onnx", trusted, server)
+        return _decided(_from_bundle(bundle, runner, batch_size, limits), asked, path)
     own = "checkpoint" if path.suffix == ".ckpt" else "onnx"
     if backend not in (None, own):
         raise ConfigError(f"{path.name} cannot be run by the backend {backend!r}", f"leave --backend out, or use --backend {own}")
@@ -71,10 +77,8 @@ def _decided(predictor: Predictor, asked: DecisionSettings, path: Path) -> Predi
     return replace(predictor, decision=decision)
 
 
-def _from_bundle(directory: Path, backend: str, batch_size: int, trusted: Sequence[str], limits: DecodeLimits) -> Predictor:
-    bundle = read_bundle(directory)
-    runner = open_backend(bundle, backend, trusted)
-    predictor = _predictor(runner, {**vars(bundle.info)}, batch_size, directory, limits)
+def _from_bundle(bundle: Bundle, runner: Backend, batch_size: int, limits: DecodeLimits) -> Predictor:
+    predictor = _predictor(runner, {**vars(bundle.info)}, batch_size, bundle.directory, limits)
     if DETECTOR not in bundle.info.files or predictor.decision is None or predictor.decision.evidence.ood_scores == ():
         return predictor
     bundle.verify([DETECTOR])

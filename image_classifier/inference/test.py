@@ -27,6 +27,7 @@ from image_classifier.evaluation.leaks import LeakScore, leak_score
 from image_classifier.evaluation.metrics import Metrics, compute_metrics
 from image_classifier.evaluation.results import metrics_dict, metrics_lines, write_evaluation
 from image_classifier.images import DecodeLimits
+from image_classifier.inference.backends import ServerAt
 from image_classifier.inference.labelled_folder import read_labelled
 from image_classifier.inference.latency import measure_latency
 from image_classifier.inference.load import load_predictor, pulled_checkpoint
@@ -49,6 +50,8 @@ class TestSettings:
     near_copies: bool = True
     split: str = "test"
     backend: str | None = None
+    url: str | None = None
+    server_timeout_s: float = 60.0
     batch_size: int = 256
     format: str = "table"
     cache_dir: str = "data/cache"
@@ -70,13 +73,19 @@ class TestSettings:
             raise ConfigError(f"there is no format {self.format!r}", "use table or json")
         if self.batch_size < 1 or self.robustness_images < 1:
             raise ConfigError("batch_size and robustness_images must be at least 1")
+        self.server.fits(self.backend)
+
+    @property
+    def server(self) -> ServerAt:
+        """Where the backend triton asks."""
+        return ServerAt(self.url, self.server_timeout_s)
 
 
 def test(config: Any) -> Metrics:
     """Predict a labelled part, print the metrics and write predictions, metrics and plots."""
     asked = settings.typed(TestSettings, config, "")
     path = pulled_checkpoint(asked.checkpoint_name, Path(asked.models_dir), asked.dvc)
-    predictor = load_predictor(path, asked.backend, asked.batch_size, asked.trusted_packages, asked.limits, asked.decision)
+    predictor = load_predictor(path, asked.backend, asked.batch_size, asked.trusted_packages, asked.limits, asked.decision, asked.server)
     manifest, leaked, known = _labelled_folder(asked, path, predictor.classes) if asked.test_dir else _own_part(asked, path)
     table = predictor.table([manifest.file(record) for record in manifest], [record.path for record in manifest], _targets(manifest, predictor))
     copies = "are training images or near copies of one" if asked.near_copies else "are training images, byte for byte"

@@ -14,7 +14,8 @@ import numpy as np
 from image_classifier import settings
 from image_classifier.bundle import INFO_NAME, Bundle, read_bundle
 from image_classifier.errors import CheckpointError, ConfigError, ParityError
-from image_classifier.inference.backends import BACKENDS, EXACT, fitting, open_backend
+from image_classifier.inference.backends import EXACT, NAMES, ServerAt, fitting, open_backend
+from image_classifier.inference.golden import Golden
 from image_classifier.inference.load import pulled_checkpoint
 from image_classifier.inference.predictor import Backend
 from image_classifier.predictions import softmax
@@ -28,31 +29,21 @@ class VerifySettings:
 
     checkpoint_name: str
     backend: str | None = None
+    url: str | None = None
+    server_timeout_s: float = 60.0
     models_dir: str = "models"
     dvc: bool | None = None
     trusted_packages: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        if self.backend not in (None, *BACKENDS):
-            raise ConfigError(f"there is no backend {self.backend!r}", f"use one of {', '.join(BACKENDS)}")
+        if self.backend not in (None, *NAMES):
+            raise ConfigError(f"there is no backend {self.backend!r}", f"use one of {', '.join(NAMES)}")
+        self.server.fits(self.backend)
 
-
-@dataclass(frozen=True)
-class Golden:
-    """Preprocessed images uint8 [N, 3, S, S] that a bundle keeps, and the checkpoint's logits [N, C] and embeddings [N, D] for them."""
-
-    pixels: np.ndarray
-    logits: np.ndarray
-    embeddings: np.ndarray
-
-    @classmethod
-    def of(cls, bundle: Bundle) -> Golden:
-        """Those of a bundle; CheckpointError where golden.npz is damaged."""
-        try:
-            with np.load(bundle.path("golden.npz"), allow_pickle=False) as content:
-                return cls(content["pixels"], content["logits"], content["embeddings"])
-        except (OSError, ValueError, KeyError, EOFError, BadZipFile, MemoryError) as error:  # a header may claim any size
-            raise CheckpointError(f"golden.npz of {str(bundle.directory)!r} is damaged ({type(error).__name__})", "copy the bundle anew") from error
+    @property
+    def server(self) -> ServerAt:
+        """Where the backend triton asks."""
+        return ServerAt(self.url, self.server_timeout_s)
 
 
 @dataclass(frozen=True)
@@ -85,16 +76,21 @@ def verify(config: Any) -> None:
     bundle.verify()
     print(f"hashes    {len(bundle.info.files)} files are as they were sealed")
     known = [name for name in fitting(bundle) if name in EXACT or bundle.info.exports.get(name, {}).get("files")]
-    for check in verified(bundle, [asked.backend] if asked.backend else known, asked.trusted_packages):
+    for check in verified(bundle, [asked.backend] if asked.backend else known, asked.trusted_packages, asked.server):
         difference = f"largest difference of a probability {check.largest_difference:.1e}"
         print(f"{check.backend:<9} {check.agreement:.0%} of {check.images} golden images, {difference}, {check.milliseconds:.1f} ms an image")
 
 
-def verified(bundle: Bundle, backends: Sequence[str], trusted: Sequence[str] = ()) -> list[Check]:
+def verified(
+    bundle: Bundle,
+    backends: Sequence[str],
+    trusted: Sequence[str] = (),
+    server: ServerAt = ServerAt(),  # noqa: B008  # frozen
+) -> list[Check]:
     """Each backend's answers for the golden images; errors as `verify`."""
     golden, checks = Golden.of(bundle), []
     for name in backends:
-        check = checked(name, open_backend(bundle, name, trusted), golden, bundle.info.temperature)
+        check = checked(name, open_backend(bundle, name, trusted, server), golden, bundle.info.temperature)
         tolerance = float(bundle.info.exports.get(name, {}).get("tolerance", TOLERANCE))
         if check.fails(tolerance):
             fact = f"the backend {name} of {bundle.info.name!r} agrees on {check.agreement:.0%} of {check.images} golden images"

@@ -1,0 +1,1 @@
+"""A Triton server behind the seam, and the verb that starts and stops one."""
