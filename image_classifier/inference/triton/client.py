@@ -97,17 +97,18 @@ class TritonBackend:
             except Refused as error:
                 if not error.again or attempt == RETRIES:
                     times = f", {attempt + 1} times" if attempt else ""
-                    raise unusable(self.address, self.model, f"{error}{times}", _hint(str(error))) from error
+                    raise unusable(self.address, self.model, f"{error}{times}", _hint(error)) from error
                 time.sleep(FIRST_WAIT_S * 2**attempt)
         raise ServerError("no attempt was made")
 
 
-def _hint(reason: str) -> str:
+def _hint(error: Refused) -> str:
     """What to do about the commonest reasons."""
-    if "the connection failed" in reason or "failed to connect" in reason.lower():
-        return "is it running? python commands.py triton start NAME"
+    reason = str(error).lower()
+    if "maximum queue size" in reason:
+        return "ask when it has less to do, or export with a larger triton.max_queue_size"
     if "no answer within" in reason:
         return "raise server_timeout_s, or look at the server's log"
-    if "unknown model" in reason.lower():
+    if "unknown model" in reason:
         return "start the server with this bundle: python commands.py triton start NAME"
-    return ""
+    return "is it running there? python commands.py triton start NAME" if error.again or "the connection failed" in reason else ""

@@ -6,7 +6,7 @@ import json
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import closing
-from http.client import HTTPConnection, HTTPException, HTTPResponse, HTTPSConnection
+from http.client import HTTPConnection, HTTPException, HTTPResponse, HTTPSConnection, IncompleteRead
 from typing import Any
 from urllib.parse import quote
 
@@ -67,7 +67,8 @@ class HttpChannel:
         except TimeoutError as error:
             raise Refused(f"no answer within {timeout_s:g} s") from error
         except (OSError, HTTPException) as error:
-            raise Refused(f"the connection failed ({type(error).__name__}: {error})", again=True) from error
+            again = isinstance(error, (ConnectionError, IncompleteRead))
+            raise Refused(f"the connection failed ({type(error).__name__}: {error})", again) from error
 
 
 def _body(response: HTTPResponse, deadline: float) -> bytes:
@@ -111,8 +112,10 @@ def _outputs(length: str | None, body: bytes) -> Outputs:
         for item in _parsed(body[:start])["outputs"]:
             shape, parameters = [int(side) for side in item["shape"]], item.get("parameters", {})
             if "binary_data_size" in parameters:
-                content = body[start : start + int(parameters["binary_data_size"])]
-                start += len(content)
+                end = start + int(parameters["binary_data_size"])
+                if not start <= end <= len(body):
+                    raise ValueError(f"binary_data_size {end - start} of {len(body) - start} bytes")
+                start, content = end, body[start:end]
             else:
                 content = np.asarray(item["data"], "<f4").tobytes()
             found[str(item["name"])] = tensor(str(item["name"]), item["datatype"], shape, content)
