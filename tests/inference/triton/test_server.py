@@ -8,12 +8,18 @@ import socket
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from image_classifier.bundle import BundleInfo, seal
+from image_classifier.errors import ConfigError
+from image_classifier.inference.infer import InferSettings
+from image_classifier.inference.test import TestSettings
+from image_classifier.inference.triton.server import ServerSettings
+from image_classifier.inference.verify import VerifySettings
 from tests.conftest import ROOT, Answer, Command
 
 
@@ -202,29 +208,34 @@ def test_docker_that_fails_is_one_line(
 
 def test_no_docker_no_repository_no_action(bundle: Path, tmp_path: Path, command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
-    for line, words in (
-        (("start", "small"), "there is no docker on this machine"),
-        (("begin", "small"), "'begin' is no action"),
-        (("start", "small", "--http_port", "8001"), "are not three ports"),
-        (("start", "small", "--wait_s", "0"), "wait_s must be more than 0"),
-        (("start", "nothing"), "there is no checkpoint 'nothing'"),
+    done = command("triton", "start", "small")
+    assert done.code == 2 and "there is no docker on this machine" in done.err and done.err.count("\n") == 1
+    for changed, words in (
+        ({"action": "begin"}, "'begin' is no action"),
+        ({"http_port": 8001}, "are not three ports"),
+        ({"wait_s": 0}, "wait_s must"),
     ):
-        done = command("triton", *line)
-        assert done.code == 2 and words in done.err and done.err.count("\n") == 1, done.err
+        with pytest.raises(ConfigError, match=words):
+            ServerSettings(**{"action": "start", "checkpoint_name": "small", **changed})  # type: ignore[arg-type]
     info = json.loads((bundle / "bundle.json").read_text())
     (bundle / "bundle.json").write_text(json.dumps({**info, "exports": {}}))
     assert "holds no model repository: python commands.py export small --to triton" in command("triton", "start", "small").err
 
 
-@pytest.mark.parametrize("verb", ["infer", "test", "verify"])
-def test_an_address_and_its_backend_go_together(bundle: Path, command: Command, verb: str) -> None:
-    line = [verb, "--checkpoint_name", "small", *(["--images", "x.png"] if verb == "infer" else [])]
-    for more, words in (
-        (["--backend", "triton"], "needs the server's address"),
-        (["--url", "http://127.0.0.1:9"], "add --backend triton"),
-        (["--backend", "onnx", "--url", "http://127.0.0.1:9"], "add --backend triton"),
-        (["--backend", "trito"], "there is no backend 'trito'"),
-        (["--backend", "triton", "--url", "http://a", "--server_timeout_s", "0"], "server_timeout_s must be more than 0"),
+@pytest.mark.parametrize("keys", [partial(InferSettings, images=["x.png"]), TestSettings, VerifySettings])
+def test_an_address_and_its_backend_go_together(keys: Callable[..., object]) -> None:
+    for backend, url, timeout_s, words in (
+        ("triton", None, 60, "needs the server's address"),
+        (None, "http://127.0.0.1:9", 60, "add --backend triton"),
+        ("onnx", "http://127.0.0.1:9", 60, "add --backend triton"),
+        ("triton", "http://a", 0, "server_timeout_s must be more than 0"),
     ):
-        done = command(*line, *more)
+        with pytest.raises(ConfigError, match=words):
+            keys(checkpoint_name="small", backend=backend, url=url, server_timeout_s=timeout_s)
+
+
+def test_infer_says_what_is_wrong_with_its_server_in_one_line(bundle: Path, command: Command) -> None:
+    (bundle.parents[1] / "x.png").write_bytes(b"")
+    for url, words in (("a:8000", "is no address of a Triton server"), ("http://nowhere.invalid", "cannot be used: the connection failed")):
+        done = command("infer", "--checkpoint_name", "small", "--images", "x.png", "--backend", "triton", "--url", url)
         assert done.code == 2 and words in done.err and done.err.count("\n") == 1, done.err
