@@ -31,7 +31,7 @@ class HttpChannel:
         content = _parsed(self._answer("GET", f"/v2/models/{quote(model, safe='')}/config", timeout_s)[1])
         try:
             return int(content.get("max_batch_size", 0))
-        except (TypeError, ValueError) as error:
+        except (TypeError, ValueError, OverflowError) as error:
             raise Refused("it answers with something that is not a Triton server's configuration") from error
 
     def infer(self, model: str, pixels: np.ndarray, outputs: Sequence[str], timeout_s: float) -> Outputs:
@@ -90,14 +90,14 @@ def _reason(content: bytes) -> str:
     """What an error answer says; many are no JSON."""
     try:
         return str(json.loads(content)["error"])
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, RecursionError):
         return content[:200].decode("utf-8", "replace") or "no reason given"
 
 
 def _parsed(content: bytes) -> Mapping[str, Any]:
     try:
         found = json.loads(content)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise Refused(f"it answers with something that is not JSON ({content[:40]!r})") from error
     if not isinstance(found, dict):
         raise Refused(f"it answers with something that is not the V2 protocol ({content[:40]!r})")
@@ -108,6 +108,8 @@ def _outputs(length: str | None, body: bytes) -> Outputs:
     """The tensors of an answer: the JSON first, `length` bytes, then the bytes of each in its order."""
     try:
         start = len(body) if length is None else int(length)
+        if not 0 <= start <= len(body):
+            raise ValueError(f"{_HEADER} {start} of {len(body)} bytes")
         found: dict[str, np.ndarray] = {}
         for item in _parsed(body[:start])["outputs"]:
             shape, parameters = [int(side) for side in item["shape"]], item.get("parameters", {})

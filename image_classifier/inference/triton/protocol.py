@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -82,9 +83,12 @@ def tensor(name: str, datatype: object, shape: Sequence[int], content: bytes) ->
     """One output of an answer, a writable float32 array; Refused where its bytes are not what is said of them."""
     if datatype != "FP32":
         raise Refused(f"its {name} is {datatype}, not FP32")
-    if any(side < 0 for side in shape) or len(content) != 4 * int(np.prod(shape, dtype=np.int64)):
+    if min(shape, default=0) < 0 or len(content) != 4 * math.prod(shape):
         raise Refused(f"its {name} of shape {list(shape)} has {len(content)} bytes")
-    return np.frombuffer(content, "<f4").astype(np.float32).reshape(shape)
+    try:
+        return np.frombuffer(content, "<f4").astype(np.float32).reshape(shape)
+    except ValueError as error:  # more sides than numpy knows
+        raise Refused(f"its {name} have {len(shape)} sides") from error
 
 
 def unusable(address: object, model: str, reason: object, hint: str = "") -> ServerError:
