@@ -79,12 +79,13 @@ class Server:
             _compose(str(self.project), Path(str(self.compose)), "down")
             return
         deadline = time.monotonic() + patience_s
-        if self.alive():
-            os.kill(self.pid, signal.SIGTERM)
-        while self.alive() and time.monotonic() < deadline:
-            time.sleep(_POLL_S / 4)
-        if self.alive():
-            os.killpg(self.pid, signal.SIGKILL)  # it leads the group that `start` made for it
+        with suppress(ProcessLookupError):  # it ended by itself in between
+            if self.alive():
+                os.kill(self.pid, signal.SIGTERM)
+            while self.alive() and time.monotonic() < deadline:
+                time.sleep(_POLL_S / 4)
+            if self.alive():
+                os.killpg(self.pid, signal.SIGKILL)  # it leads the group that `start` made for it
 
 
 def triton(config: Any) -> None:
@@ -106,7 +107,7 @@ def _start(asked: ServerSettings, folder: Path) -> None:
     files = bundle.info.exports.get("triton", {}).get("files", [])
     if not files:
         raise CheckpointError(f"the bundle {path.name!r} holds no model repository", f"python commands.py export {path.name} --to triton")
-    bundle.verify(files)  # what lies in a model repository is run
+    _check_repository(bundle, files)
     server = _read(folder)
     if server and server.alive():
         raise ConfigError(f"the server of {path.name!r} was started at {server.url}", f"python commands.py triton stop {path.name}")
@@ -122,7 +123,8 @@ def _start(asked: ServerSettings, folder: Path) -> None:
         raise
     took = f"a golden image answered right after {time.monotonic() - start:.1f} s"
     print(f"triton    {model_name(bundle.info)} at {server.url} and grpc://127.0.0.1:{asked.grpc_port}, {took}")
-    print(f"stop it   python commands.py triton stop {asked.checkpoint_name}")
+    where = "" if asked.runs_dir == ServerSettings.runs_dir else f" --runs_dir {asked.runs_dir}"
+    print(f"stop it   python commands.py triton stop {asked.checkpoint_name}{where}")
 
 
 def _stop(asked: ServerSettings, folder: Path) -> None:
@@ -136,6 +138,17 @@ def _stop(asked: ServerSettings, folder: Path) -> None:
 
 
 ACTIONS = {"start": _start, "stop": _stop}
+
+
+def _check_repository(bundle: Bundle, files: Sequence[str]) -> None:
+    """CheckpointError where the repository is not what was exported: a server runs all that lies in it."""
+    bundle.verify(files)
+    there = (path for path in (bundle.directory / "triton").rglob("*") if path.is_symlink() or not path.is_dir())
+    strange = sorted({path.relative_to(bundle.directory).as_posix() for path in there} - set(files))
+    if strange:
+        raise CheckpointError(
+            f"the model repository of {bundle.info.name!r} holds {strange[0]!r}, which was not exported", "a server would run it: remove it"
+        )
 
 
 def _refuse_used(asked: ServerSettings) -> None:

@@ -147,6 +147,12 @@ class TestProgram:
             taken.listen()
             done = start("right", "--grpc_port", str(taken.getsockname()[1]))
             assert done.code == 2 and "something listens on port" in done.err and "--grpc_port" in done.err
+        for strange in (bundle / "triton/other/1/model.py", bundle / "triton/linked"):
+            strange.parent.mkdir(parents=True, exist_ok=True)
+            strange.symlink_to(tmp_path) if strange.name == "linked" else strange.write_text("import os")
+            done = start("right")
+            assert done.code == 2 and f"{strange.relative_to(bundle).as_posix()!r}, which was not exported" in done.err
+            strange.unlink()
         (bundle / "triton/small/config.pbtxt").write_text("changed")
         done = start("right")
         assert done.code == 2 and "config.pbtxt" in done.err and "damaged" in done.err
