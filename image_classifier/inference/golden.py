@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-
 from zipfile import BadZipFile
 
 import numpy as np
