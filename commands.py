@@ -19,7 +19,7 @@ _OF_TRAIN = (
     "torch torchvision pytorch_lightning torchmetrics timm safetensors optuna sqlalchemy mlflow dvc "
     "onnx onnxscript scipy sklearn cleanlab matplotlib pyarrow"
 )
-_OPTIONAL = {**dict.fromkeys(_OF_TRAIN.split(), "train"), "onnxruntime": "infer"}  # package -> the extra that brings it
+_OPTIONAL = dict.fromkeys(_OF_TRAIN.split(), "train")  # package -> the extra that brings it
 
 
 class Commands:
