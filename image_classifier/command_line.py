@@ -29,7 +29,7 @@ TEXT_KEYS: dict[str, frozenset[str]] = {
     "baseline": _DATA_TEXT | {"model.weights", "model.from", "name", "plots_dir", "models_dir"},
     "train": _DATA_TEXT | {"model.weights", "model.from", "name", "resume", "models_dir", "plots_dir", "runs_dir", "logger.tracking_uri"},
     "test": frozenset({"cache_dir", "checkpoint_name", "test_dir", "output_dir", "models_dir", "plots_dir", "url"}),
-    "infer": frozenset({"checkpoint_name", "output", "models_dir", "plots_dir", "url"}),
+    "infer": frozenset({"checkpoint_name", "output", "sort_into", "models_dir", "plots_dir", "url"}),
     "export": frozenset({"checkpoint_name", "data_dir", "models_dir", "triton.image"}),
     "verify": frozenset({"checkpoint_name", "models_dir", "url"}),
     "promote": frozenset({"checkpoint_name", "models_dir", "tracking_uri", "registered_name", "alias"}),

@@ -41,7 +41,7 @@ class ServedClassifier(PythonModel):
         """
         squares = [self._square(number, _plain(item)) for number, item in enumerate(_items(model_input))]
         names = [f"input {number}" for number in range(len(squares))]
-        return [answer.answer() for answer in self.predictor.answers(names, squares)]
+        return [answer.answer() for answer in self.predictor.predictions(names, squares)]
 
     def _square(self, number: int, item: Any) -> np.ndarray:
         """The pixels uint8 [S, S, 3] of one input."""

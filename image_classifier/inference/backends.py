@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -18,11 +19,12 @@ Open = Callable[[Path, Sequence[str]], tuple[Backend, Mapping[str, Any]]]
 
 @dataclass(frozen=True)
 class Kind:
-    """One backend: the files of a bundle that it can run, the best first, and the package it needs."""
+    """One backend: the files of a bundle that it can run, the best first, and the package it needs, perhaps in a build that has a `provider`."""
 
     files: tuple[str, ...]
     package: str
     open: Open
+    provider: str = ""
 
     def file(self, bundle: Bundle) -> str:
         """The file that it runs of this bundle; the last resort where none is there."""
@@ -30,13 +32,20 @@ class Kind:
 
     def fits(self, bundle: Bundle) -> bool:
         """Whether the package is installed and the bundle has a file for it."""
-        return find_spec(self.package) is not None and self.file(bundle) in bundle.info.files
+        return find_spec(self.package) is not None and self.file(bundle) in bundle.info.files and self._provided()
+
+    def _provided(self) -> bool:
+        if not self.provider:
+            return True
+        import onnxruntime
+
+        return self.provider in onnxruntime.get_available_providers()
 
 
-def _onnx(path: Path, trusted: Sequence[str]) -> tuple[Backend, Mapping[str, Any]]:
+def _onnx(path: Path, trusted: Sequence[str], tensorrt: bool = False) -> tuple[Backend, Mapping[str, Any]]:
     from image_classifier.inference.onnx_runtime import OnnxBackend
 
-    runner = OnnxBackend(path)
+    runner = OnnxBackend(path, tensorrt)
     return runner, runner.metadata()
 
 
@@ -62,6 +71,7 @@ BACKENDS: dict[str, Kind] = {
     "openvino": Kind(("openvino/model.xml", "model.onnx"), "openvino", _openvino("f32")),
     "openvino-bf16": Kind(("openvino/model.xml", "model.onnx"), "openvino", _openvino("bf16")),
     "int8": Kind(("model.int8.onnx",), "onnxruntime", _onnx),
+    "tensorrt": Kind(("model.onnx",), "onnxruntime", partial(_onnx, tensorrt=True), "TensorrtExecutionProvider"),
 }
 REMOTE = "triton"  # runs no file of a bundle: a server does, whose address must be given
 NAMES = (*BACKENDS, REMOTE)

@@ -14,6 +14,7 @@ from image_classifier.bundle import INFO_NAME, read_bundle
 from image_classifier.errors import CheckpointError, ConfigError
 from image_classifier.evaluation.heat import explanation_name, plot_explanation
 from image_classifier.images import DEFAULT_LIMITS, DecodeLimits, Preprocess, inspect
+from image_classifier.inference.item import Content
 from image_classifier.predictions import Prediction
 
 if TYPE_CHECKING:
@@ -32,8 +33,8 @@ class Explained(NamedTuple):
     method: str
 
 
-# An image's file and a class -> what in it speaks for that class; UnreadableImage where it cannot be read.
-Explainer = Callable[[Path, str], Explained]
+# An image's file or bytes and a class -> what in it speaks for that class; UnreadableImage where it cannot be read.
+Explainer = Callable[[Content, str], Explained]
 
 
 def explainer_of(path: Path, trusted: Sequence[str] = (), limits: DecodeLimits = DEFAULT_LIMITS) -> Explainer:
@@ -56,22 +57,22 @@ def explainer_with(classifier: Classifier, classes: Sequence[str], preprocess: P
 
     codes = {label: code for code, label in enumerate(classes)}
 
-    def explain_file(file: Path, label: str) -> Explained:
-        found = explain(classifier, preprocess.read(file, limits).transpose(2, 0, 1), codes[label])
-        return Explained(*over_picture(file, found.heat, preprocess, limits), found.method)
+    def explain_image(image: Content, label: str) -> Explained:
+        found = explain(classifier, preprocess.read(image, limits).transpose(2, 0, 1), codes[label])
+        return Explained(*over_picture(image, found.heat, preprocess, limits), found.method)
 
-    return explain_file
+    return explain_image
 
 
-def explained(predictions: Iterable[Prediction], explainer: Explainer, directory: Path) -> Iterator[Prediction]:
-    """The predictions as they come, the figure of each one that is an answer written to `directory`."""
+def explained(answers: Iterable[tuple[Prediction, Content]], explainer: Explainer, directory: Path) -> Iterator[tuple[Prediction, Content]]:
+    """The answers as they come, the figure of each one that is an answer written to `directory`."""
     count = 0
-    for prediction in predictions:
+    for prediction, content in answers:
         if not prediction.error:
-            file = Path(prediction.path)
-            write_explanation(explainer(file, prediction.label), prediction.label, prediction.confidence, file, directory)
+            found = explainer(content, prediction.label)
+            write_explanation(found, prediction.label, prediction.confidence, Path(prediction.path), directory)
             count += 1
-        yield prediction
+        yield prediction, content
     log.info("explanations of %d images: %s", count, directory)
 
 
@@ -94,11 +95,11 @@ def checkpoint_of(path: Path) -> Path:
     return bundle.path("model.ckpt")
 
 
-def over_picture(path: Path, heat: np.ndarray, preprocess: Preprocess, limits: DecodeLimits) -> tuple[np.ndarray, np.ndarray]:
+def over_picture(image: Content, heat: np.ndarray, preprocess: Preprocess, limits: DecodeLimits) -> tuple[np.ndarray, np.ndarray]:
     """The picture at the size it is shown, uint8 [H, W, 3], and the square's heat over it, float32 [H, W], NaN where the network did not look."""
-    header, image = inspect(path, limits, preprocess.background, at_least=(_SHOWN, _SHOWN))
+    header, pixels = inspect(image, limits, preprocess.background, at_least=(_SHOWN, _SHOWN))
     whole = (header.width, header.height)
     scale = _SHOWN / max(whole)
     shape = max(1, round(whole[0] * scale)), max(1, round(whole[1] * scale))
     sampling = Image.Resampling.NEAREST if scale > 3 else Image.Resampling.BICUBIC  # pixels that can be counted stay squares
-    return np.array(Image.fromarray(image).resize(shape, sampling)), preprocess.laid_back(heat, whole, shape)
+    return np.array(Image.fromarray(pixels).resize(shape, sampling)), preprocess.laid_back(heat, whole, shape)

@@ -1,7 +1,8 @@
-"""The golden images: what a bundle keeps to tell whether a backend still answers as the day it was made."""
+"""The golden images that a bundle keeps, and whether a backend still answers them as the checkpoint did."""
 
 from __future__ import annotations
 
+import time
 from dataclasses import dataclass
 from zipfile import BadZipFile
 
@@ -9,6 +10,8 @@ import numpy as np
 
 from image_classifier.bundle import Bundle
 from image_classifier.errors import CheckpointError
+from image_classifier.inference.predictor import Backend
+from image_classifier.predictions import softmax
 
 
 @dataclass(frozen=True)
@@ -27,3 +30,31 @@ class Golden:
                 return cls(content["pixels"], content["logits"], content["embeddings"])
         except (OSError, ValueError, KeyError, EOFError, BadZipFile, MemoryError) as error:  # a header may claim any size
             raise CheckpointError(f"golden.npz of {str(bundle.directory)!r} is damaged ({type(error).__name__})", "copy the bundle anew") from error
+
+
+@dataclass(frozen=True)
+class Check:
+    """What one backend answers for the golden images: share of equal classes, largest difference of a probability, milliseconds an image."""
+
+    backend: str
+    images: int
+    agreement: float
+    largest_difference: float
+    milliseconds: float
+
+    def fails(self, tolerance: float) -> bool:
+        """Whether an image gets another class, or a probability differs by more than `tolerance`."""
+        return self.agreement < 1 or not self.largest_difference <= tolerance
+
+
+def checked(name: str, backend: Backend, golden: Golden, temperature: float) -> Check:
+    """What a backend answers for the golden images, and how fast, once warm."""
+    actual = backend.logits(golden.pixels)
+    start = time.perf_counter()
+    backend.logits(golden.pixels)
+    seconds = (time.perf_counter() - start) / len(golden.pixels)
+    if actual.shape != golden.logits.shape:
+        return Check(name, len(golden.pixels), 0.0, float("inf"), 1000 * seconds)
+    difference = np.abs(softmax(actual, temperature) - softmax(golden.logits, temperature)).max()
+    agreement = float((actual.argmax(axis=1) == golden.logits.argmax(axis=1)).mean())
+    return Check(name, len(golden.pixels), agreement, float(difference) if np.isfinite(difference) else float("inf"), 1000 * seconds)

@@ -1,27 +1,34 @@
-"""The verb `infer`: images on the command line to answers on standard output."""
+"""The verb `infer`: images on the command line to answers on standard output or in a file."""
 
 from __future__ import annotations
 
-import csv
-import glob
-import io
-import json
+import logging
 import sys
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import nullcontext
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from image_classifier import settings
+from image_classifier.bundle import INFO_NAME, sha256_of
 from image_classifier.dataset.fetch.dvc import pull_missing
 from image_classifier.errors import ConfigError, DataError, storage_errors
 from image_classifier.evaluation.decision import DecisionSettings
-from image_classifier.files import whole_file
-from image_classifier.images import IMAGE_SUFFIXES, DecodeLimits
+from image_classifier.files import locked, whole_file
+from image_classifier.images import DecodeLimits
+from image_classifier.inference.archives import ArchiveLimits
+from image_classifier.inference.auto import AUTO
 from image_classifier.inference.backends import ServerAt
+from image_classifier.inference.inputs import STDIN, Inputs
+from image_classifier.inference.item import Item
 from image_classifier.inference.load import load_predictor, pulled_checkpoint
-from image_classifier.predictions import Prediction
+from image_classifier.inference.outputs import Answer, check_format, write_answers
+from image_classifier.inference.part import Part, check_same_run
+from image_classifier.inference.predictor import Predictor
+from image_classifier.inference.urls import UrlLimits, Web, is_url
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -35,22 +42,31 @@ class InferSettings:
     server_timeout_s: float = 60.0
     format: str = "table"
     top_k: int | None = None
+    threshold: float = 0.0
     batch_size: int = 64
     output: str | None = None
+    resume: bool = False
+    sort_into: str | None = None
     dvc: bool | None = None
     explain: bool | str = False
     limits: DecodeLimits = field(default_factory=DecodeLimits)
+    archive: ArchiveLimits = field(default_factory=ArchiveLimits)
+    fetch: UrlLimits = field(default_factory=UrlLimits)
+    allow_private_urls: bool = False
     decision: DecisionSettings = field(default_factory=DecisionSettings)
     models_dir: str = "models"
     plots_dir: str = "plots"
     trusted_packages: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        if self.format not in FORMATS:
-            raise ConfigError(f"there is no format {self.format!r}", f"use one of {', '.join(FORMATS)}")
+        check_format(self.format, self.output is not None)
         if self.batch_size < 1 or (self.top_k is not None and self.top_k < 1):
             raise ConfigError("batch_size and top_k must be at least 1")
         self.server.fits(self.backend)
+        if not 0 <= self.threshold <= 1:
+            raise ConfigError(f"threshold={self.threshold} cannot be", "it is a confidence from 0 to 1, such as 0.8")
+        if self.resume and not self.output:
+            raise ConfigError("resume=true needs the file to go on with", "add --output FILE")
 
     @property
     def server(self) -> ServerAt:
@@ -63,123 +79,117 @@ def infer(config: Any) -> None:
     asked = settings.typed(InferSettings, config, "")
     path = pulled_checkpoint(asked.checkpoint_name, Path(asked.models_dir), asked.dvc)
     for item in asked.images:
-        pull_missing(Path(item), None if asked.dvc else asked.dvc)
-    images = list(find_images(asked.images, sys.stdin))
-    predictor = load_predictor(path, asked.backend, asked.batch_size, asked.trusted_packages, asked.limits, asked.decision, asked.server)
-    failed: list[str] = []
-    predictions = _watched(predictor.predict(images), failed)
+        if item != STDIN and not is_url(item):
+            pull_missing(Path(item), None if asked.dvc else asked.dvc)
+    inputs = Inputs(asked.images, lambda: sys.stdin.buffer, asked.limits, asked.archive, Web(asked.fetch, asked.allow_private_urls))
+    inputs.check()
+    told = _Told()
+    if asked.output:
+        _to_file(asked, path, inputs, Path(asked.output), told)
+    else:
+        answers = _answers(asked, path, _predictor(asked, path, asked.backend), inputs)
+        with storage_errors("the answers"):
+            write_answers(told.of(answers), asked.format, asked.top_k, sys.stdout.buffer)
+    if told.failed:
+        raise DataError(f"{told.failed} of {told.count} images could not be read, first {told.first}", "their rows say why")
+
+
+def _predictor(asked: InferSettings, path: Path, backend: str | None) -> Predictor:
+    found = load_predictor(path, backend, asked.batch_size, asked.trusted_packages, asked.limits, asked.decision, asked.server)
+    return replace(found, threshold=asked.threshold)
+
+
+def _answers(asked: InferSettings, path: Path, predictor: Predictor, items: Iterable[Item]) -> Iterator[Answer]:
+    """The answers as they come, after what is asked to be done with each image was done."""
+    found = predictor.answers(items, keep=bool(asked.explain or asked.sort_into))
     if asked.explain:
         from image_classifier.inference.explain_images import explained, explainer_of
 
         default = Path(asked.plots_dir) / (path.name if path.is_dir() else path.stem) / "explain"
         directory = default if asked.explain is True else Path(asked.explain)
-        predictions = explained(predictions, explainer_of(path, asked.trusted_packages, asked.limits), directory)
-    lines = FORMATS[asked.format](predictions, asked.top_k, images)
-    with whole_file(Path(asked.output)) if asked.output else nullcontext(sys.stdout.buffer) as file, storage_errors(asked.output or "the answers"):
-        _write(lines, file)
-    if failed:
-        raise DataError(f"{len(failed)} of {len(images)} images could not be read, first {failed[0]}", "their rows say why")
+        found = explained(found, explainer_of(path, asked.trusted_packages, asked.limits), directory)
+    if asked.sort_into:
+        from image_classifier.inference.sort_into import Sorter
+
+        sorter = Sorter(Path(asked.sort_into), asked.limits)
+        sorter.check(asked.images)
+        found = sorter.sorted(found)
+    with _progress(asked) as advance:
+        for prediction, _ in found:
+            yield prediction.answer(asked.top_k)
+            advance()
 
 
-def find_images(items: Iterable[str], stdin: IO[str]) -> Iterator[Path]:
-    """Files, the images in folders, globs, and the lines of standard input for `-`, in the order given.
-
-    Raises:
-        DataError: A folder or a pattern holds no image, or there is none at all.
-    """
-    count = 0
-    for item in items:
-        for path in _expand(item, stdin):
-            count += 1
-            yield path
-    if not count:
-        raise DataError("there is no image to answer for", "give files, folders, globs, or - for a list on standard input")
-
-
-def _expand(item: str, stdin: IO[str]) -> list[Path]:
-    path = Path(item)
-    if item == "-":
-        return [Path(line) for line in (raw.rstrip("\r\n") for raw in stdin) if line]
-    if path.is_dir():
-        found = sorted(file for file in path.rglob("*") if file.suffix.lower() in IMAGE_SUFFIXES and file.is_file() and not _hidden(file, path))
-    elif path.exists() or not glob.has_magic(item):
-        return [path]
-    else:
-        found = sorted(Path(name) for name in glob.glob(item, recursive=True) if Path(name).is_file())
-    if not found:
-        raise DataError(f"{item!r} holds no image", f"images end in {', '.join(sorted(IMAGE_SUFFIXES))}")
-    return found
-
-
-def _hidden(file: Path, root: Path) -> bool:
-    return any(part.startswith(".") for part in file.relative_to(root).parts)
+def _to_file(asked: InferSettings, path: Path, inputs: Inputs, output: Path, told: _Told) -> None:
+    """Answer into FILE.part, from where a killed run broke off if that is asked for; then write FILE whole."""
+    part = Part.of(output)
+    lock = output.with_name(f".{output.name}.lock")
+    try:
+        with locked(lock, wait=False):
+            known = part.run()
+            backend = known.get("backend") if known and asked.resume and asked.backend == AUTO else asked.backend
+            predictor = _predictor(asked, path, backend)
+            items = iter(inputs)
+            run = _run(asked, path, predictor)
+            if known is not None and asked.resume:
+                check_same_run(known, run, part)
+                done = part.keep(asked.batch_size)
+                part.skip(items, done)
+                log.info("resume: %d images are answered", done)
+            else:
+                if known is not None:
+                    log.warning("%s of a run that was stopped is overwritten; --resume would have gone on with it", part.path)
+                part.begin(run)
+            part.append(_answers(asked, path, predictor, items))
+            with whole_file(output) as file:
+                write_answers(told.of(part.answers()), asked.format, asked.top_k, file)
+            part.path.unlink()
+            lock.unlink(missing_ok=True)
+    except BlockingIOError as error:
+        raise ConfigError(f"another run is writing {str(output)!r}", "wait for it, or choose another --output") from error
 
 
-def _watched(predictions: Iterable[Prediction], failed: list[str]) -> Iterator[Prediction]:
-    for prediction in predictions:
-        if prediction.error:
-            failed.append(f"{prediction.path!r} ({prediction.error})")
-        yield prediction
+def _run(asked: InferSettings, path: Path, predictor: Predictor) -> dict[str, Any]:
+    """What must be the same for answers to be of one run: the model, and every key that they depend on."""
+    keys = {name: getattr(asked, name) for name in ("top_k", "threshold", "batch_size", "explain", "sort_into")}
+    nested = {f"{name}.{key}": value for name in ("decision", "limits", "archive") for key, value in vars(getattr(asked, name)).items()}
+    plain = {key: list(value) if isinstance(value, tuple) else value for key, value in (keys | nested).items()}
+    return {"model": sha256_of(path / INFO_NAME if path.is_dir() else path), "backend": predictor.backend_name, **plain}
 
 
-def _write(lines: Iterable[str], file: IO[bytes]) -> None:
-    for line in lines:
-        file.write((line + "\n").encode("utf-8", "surrogateescape"))
-    file.flush()
+@dataclass
+class _Told:
+    """How many answers went by, and how many of them are errors."""
+
+    count: int = 0
+    failed: int = 0
+    first: str = ""
+
+    def of(self, answers: Iterable[Answer]) -> Iterator[Answer]:
+        for answer in answers:
+            self.count += 1
+            if "error" in answer:
+                self.failed += 1
+                self.first = self.first or f"{answer['path']!r} ({answer['error']})"
+            yield answer
 
 
-def _table(predictions: Iterable[Prediction], top_k: int | None, images: list[Path]) -> Iterator[str]:
-    width = min(60, max(5, *(len(str(path)) for path in images)))
-    yield f"{'image':<{width}}  {'class':<24}  confidence  next"
-    for prediction in predictions:
-        if prediction.error:
-            yield f"{prediction.path:<{width}}  ! {prediction.error}"
-            continue
-        ranked = sorted(prediction.probabilities.items(), key=lambda item: -item[1])[1 : top_k or 3]
-        others = ", ".join(f"{label} {probability:.1%}" for label, probability in ranked)
-        why = f"; abstain, {prediction.reason}" if prediction.reason else ""
-        yield f"{prediction.path:<{width}}  {prediction.label:<24}  {prediction.confidence:>10.1%}  {others}{why}"
+@contextmanager
+def _progress(asked: InferSettings) -> Iterator[Any]:
+    """What is called after each image; it moves a bar on standard error where that is a terminal on which no answers appear."""
+    if not sys.stderr.isatty() or (not asked.output and sys.stdout.isatty()):
+        yield lambda: None
+        return
+    from rich.console import Console
+    from rich.progress import MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
+    speed = TextColumn("{task.fields[speed]}")
+    with Progress(SpinnerColumn(), TextColumn("images"), MofNCompleteColumn(), speed, TimeElapsedColumn(), console=Console(stderr=True)) as bar:
+        task = bar.add_task("images", total=None, speed="")
 
-def _jsonl(predictions: Iterable[Prediction], top_k: int | None, images: list[Path]) -> Iterator[str]:
-    for prediction in predictions:
-        yield _printable(json.dumps(prediction.answer(top_k), ensure_ascii=False))
+        def advance() -> None:
+            bar.advance(task)
+            speed_now = bar.tasks[0].speed
+            bar.update(task, speed=f"{speed_now:.0f} images/s" if speed_now else "")
 
-
-def _json(predictions: Iterable[Prediction], top_k: int | None, images: list[Path]) -> Iterator[str]:
-    before = "["
-    for line in _jsonl(predictions, top_k, images):
-        yield before + line
-        before = ","
-    yield "]"
-
-
-def _csv(predictions: Iterable[Prediction], top_k: int | None, images: list[Path]) -> Iterator[str]:
-    for number, prediction in enumerate(predictions):
-        if number == 0:
-            yield _row(("path", "predicted_class", "confidence", "error", "all_predictions", "decision", "reason", "prediction_set"))
-        answer = prediction.answer(top_k)
-        probabilities, may_be = (
-            json.dumps(answer.get(key, empty), ensure_ascii=False) for key, empty in (("all_predictions", {}), ("prediction_set", None))
-        )
-        told = ("", "", "") if prediction.error else (prediction.decision, prediction.reason, may_be)
-        yield _row((prediction.path, prediction.label, "" if prediction.error else prediction.confidence, prediction.error, probabilities, *told))
-
-
-def _row(values: Iterable[object]) -> str:
-    text = io.StringIO()
-    csv.writer(text, lineterminator="").writerow(values)
-    return text.getvalue()
-
-
-def _printable(text: str) -> str:
-    """JSON is UTF-8: the bytes of a file name that are not become escapes, so that every line can be parsed."""
-    return "".join(f"\\u{ord(letter):04x}" if "\ud800" <= letter <= "\udfff" else letter for letter in text)
-
-
-FORMATS: dict[str, Callable[[Iterable[Prediction], int | None, list[Path]], Iterator[str]]] = {
-    "table": _table,
-    "json": _json,
-    "jsonl": _jsonl,
-    "csv": _csv,
-}
+        yield advance

@@ -14,6 +14,7 @@ from image_classifier.errors import CheckpointError, ConfigError
 from image_classifier.evaluation.decision import Decision, DecisionSettings
 from image_classifier.evaluation.ood import DETECTOR, Detector
 from image_classifier.images import DEFAULT_LIMITS, DecodeLimits, Preprocess
+from image_classifier.inference.auto import AUTO, fastest
 from image_classifier.inference.backends import BACKENDS, NAMES, ServerAt, open_backend
 from image_classifier.inference.predictor import Backend, Predictor, Shaped
 
@@ -41,7 +42,7 @@ def load_predictor(
     asked: DecisionSettings = DecisionSettings(),  # noqa: B008  # frozen
     server: ServerAt = ServerAt(),  # noqa: B008  # frozen
 ) -> Predictor:
-    """A predictor over what `bundle.find_checkpoint` found; `backend` null takes ONNX for a bundle, else what the file is.
+    """A predictor over what `bundle.find_checkpoint` found; `backend` null takes ONNX for a bundle, else what the file is; auto as `auto.fastest`.
 
     `trusted` names packages of the user's own that a checkpoint's network may come from; `asked` are other limits than the model was delivered with;
     `server` is where the backend triton asks.
@@ -51,18 +52,19 @@ def load_predictor(
         CheckpointError: The file is damaged or says too little of itself.
         ServerError: The server does not answer, or not as the bundle.
     """
-    if backend not in (None, *NAMES):
-        raise ConfigError(f"there is no backend {backend!r}", f"use one of {', '.join(NAMES)}")
+    if backend not in (None, AUTO, *NAMES):
+        raise ConfigError(f"there is no backend {backend!r}", f"use one of {', '.join((*NAMES, AUTO))}")
     server.fits(backend)
     if (path / INFO_NAME).is_file():
         bundle = read_bundle(path)
-        runner = open_backend(bundle, backend or "onnx", trusted, server)
-        return _decided(_from_bundle(bundle, runner, batch_size, limits), asked, path)
+        name = backend or "onnx"
+        name, runner = fastest(bundle, trusted) if name == AUTO else (name, open_backend(bundle, name, trusted, server))
+        return _decided(_from_bundle(bundle, name, runner, batch_size, limits), asked, path)
     own = "checkpoint" if path.suffix == ".ckpt" else "onnx"
-    if backend not in (None, own):
+    if backend not in (None, AUTO, own):
         raise ConfigError(f"{path.name} cannot be run by the backend {backend!r}", f"leave --backend out, or use --backend {own}")
     runner, facts = BACKENDS[own].open(path, trusted)
-    return _decided(_predictor(runner, facts, batch_size, path, limits), asked, path)
+    return _decided(replace(_predictor(runner, facts, batch_size, path, limits), backend_name=own), asked, path)
 
 
 def _decided(predictor: Predictor, asked: DecisionSettings, path: Path) -> Predictor:
@@ -77,8 +79,8 @@ def _decided(predictor: Predictor, asked: DecisionSettings, path: Path) -> Predi
     return replace(predictor, decision=decision)
 
 
-def _from_bundle(bundle: Bundle, runner: Backend, batch_size: int, limits: DecodeLimits) -> Predictor:
-    predictor = _predictor(runner, {**vars(bundle.info)}, batch_size, bundle.directory, limits)
+def _from_bundle(bundle: Bundle, backend: str, runner: Backend, batch_size: int, limits: DecodeLimits) -> Predictor:
+    predictor = replace(_predictor(runner, {**vars(bundle.info)}, batch_size, bundle.directory, limits), backend_name=backend)
     if DETECTOR not in bundle.info.files or predictor.decision is None or predictor.decision.evidence.ood_scores == ():
         return predictor
     bundle.verify([DETECTOR])

@@ -10,17 +10,34 @@ from typing import Any
 import numpy as np
 import onnxruntime
 
-from image_classifier.errors import CheckpointError
+from image_classifier.errors import CheckpointError, ConfigError
 
 _FACTS = ("classes", "preprocess", "temperature", "decision")
 
 
-def session_of(path: Path) -> onnxruntime.InferenceSession:
-    """A model ready to run; CheckpointError where it cannot be."""
+_TENSORRT, _CUDA, _CPU = (f"{name}ExecutionProvider" for name in ("Tensorrt", "CUDA", "CPU"))
+
+
+def providers(tensorrt: bool = False) -> list[str]:
+    """What this build of ONNX Runtime runs a model on, the best first; TensorRT, which takes minutes to get ready, where it is asked for.
+
+    Raises:
+        ConfigError: TensorRT is asked for and is not there.
+    """
+    available = onnxruntime.get_available_providers()
+    if tensorrt and _TENSORRT not in available:
+        raise ConfigError("this ONNX Runtime has no TensorRT", "pip install onnxruntime-gpu on a machine with TensorRT, or use --backend onnx")
+    return [name for name in (_TENSORRT, _CUDA, _CPU) if name in available and (tensorrt or name != _TENSORRT)]
+
+
+def session_of(path: Path, tensorrt: bool = False) -> onnxruntime.InferenceSession:
+    """A model ready to run; CheckpointError where it cannot be, ConfigError as `providers`."""
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")  # threads that wait leave the cores to decoding
+    places = providers(tensorrt)
     try:
-        return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+        return onnxruntime.InferenceSession(str(path), options, providers=places)
     except Exception as error:  # onnxruntime has no public base class for its errors
         reason = " ".join(str(error).split())[:200]
         raise CheckpointError(f"{str(path)!r} is not an ONNX model that can be run ({reason})", "export it again") from error
@@ -38,8 +55,8 @@ def metadata_of(session: onnxruntime.InferenceSession) -> dict[str, Any]:
 class OnnxBackend:
     """Runs a `model.onnx`: pixels uint8 [N, 3, H, W] -> logits float32 [N, C], and embeddings [N, D] in files that have them."""
 
-    def __init__(self, path: Path) -> None:
-        self.session, self.path = session_of(path), path
+    def __init__(self, path: Path, tensorrt: bool = False) -> None:
+        self.session, self.path = session_of(path, tensorrt), path
         self._form = {value.name: (value.type, value.shape) for value in (*self.session.get_inputs(), *self.session.get_outputs())}
         if self._form.get("pixels", ("",))[0] != "tensor(uint8)" or self._form.get("logits", ("",))[0] != "tensor(float)":
             raise CheckpointError(f"{str(path)!r} does not take pixels uint8 and answer with logits", "use a model exported by this package")

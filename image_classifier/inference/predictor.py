@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
+from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
 from typing import Protocol, cast, runtime_checkable
@@ -15,6 +17,7 @@ from image_classifier.errors import UnreadableImage
 from image_classifier.evaluation.decision import Decision
 from image_classifier.evaluation.ood import Detector, looks
 from image_classifier.images import DEFAULT_LIMITS, DecodeLimits, Preprocess
+from image_classifier.inference.item import Content, Item
 from image_classifier.predictions import Prediction, PredictionTable, softmax
 
 
@@ -36,13 +39,16 @@ class Shaped(Protocol):
 
     def check(self, size: int, num_classes: int) -> None:
         """CheckpointError where it was made for others."""
+def cores() -> int:
+    """Processor cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 @dataclass(frozen=True)
 class Predictor:
     """Images to Predictions: decode, preprocess, batch, ask the backend, softmax(logits / temperature), label or abstain.
 
-    With a `detector` the backend must be an EmbeddingBackend.
+    With a `detector` the backend must be an EmbeddingBackend. A confidence below `threshold` is an abstention, beside those of `decision`.
     """
 
     backend: Backend
@@ -50,20 +56,26 @@ class Predictor:
     preprocess: Preprocess
     temperature: float = 1.0
     batch_size: int = 64
-    workers: int = 2
+    workers: int = field(default_factory=cores)
     limits: DecodeLimits = DEFAULT_LIMITS
     decision: Decision | None = None
     detector: Detector | None = None
+    threshold: float = 0.0
+    backend_name: str = ""
 
     def predict(self, paths: Iterable[Path]) -> Iterator[Prediction]:
         """One Prediction an image, in order; an unreadable image gets its reason instead of an answer."""
-        for batch, pixels in self._batches(paths):
-            readable = [(str(path), item) for path, item in zip(batch, pixels, strict=True) if isinstance(item, np.ndarray)]
-            answers = iter(self.answers([path for path, _ in readable], [item for _, item in readable]))
-            for path, item in zip(batch, pixels, strict=True):
-                yield Prediction(str(path), error=item.reason) if isinstance(item, UnreadableImage) else next(answers)
+        return (prediction for prediction, _ in self.answers(map(Item.file, paths)))
 
-    def answers(self, names: Sequence[str], pixels: Sequence[np.ndarray]) -> list[Prediction]:
+    def answers(self, items: Iterable[Item], keep: bool = False) -> Iterator[tuple[Prediction, Content]]:
+        """The Prediction of each item, in order, and its file, or with `keep` its bytes where it has none (else b"")."""
+        for batch in self._batches(items, keep):
+            readable = [(name, pixels) for name, _, pixels in batch if isinstance(pixels, np.ndarray)]
+            found = iter(self.predictions([name for name, _ in readable], [pixels for _, pixels in readable]))
+            for name, content, pixels in batch:
+                yield (Prediction(name, error=pixels.reason) if isinstance(pixels, UnreadableImage) else next(found)), content
+
+    def predictions(self, names: Sequence[str], pixels: Sequence[np.ndarray]) -> list[Prediction]:
         """The Predictions of preprocessed images uint8 [S, S, 3], under these names."""
         logits, scores = self.judge(pixels)
         probabilities = softmax(logits, self.temperature) if len(logits) else logits
@@ -73,11 +85,11 @@ class Predictor:
     def table(self, paths: Sequence[Path], names: Sequence[str], targets: np.ndarray) -> PredictionTable:
         """What is said of labelled images, named `names`; UnreadableImage for the first that cannot be read."""
         parts = [self.judge([])]
-        for _, pixels in self._batches(paths):
-            for item in pixels:
-                if isinstance(item, UnreadableImage):
-                    raise item
-            parts.append(self.judge([item for item in pixels if isinstance(item, np.ndarray)]))
+        for batch in self._batches(map(Item.file, paths)):
+            for _, _, pixels in batch:
+                if isinstance(pixels, UnreadableImage):
+                    raise pixels
+            parts.append(self.judge([pixels for _, _, pixels in batch if isinstance(pixels, np.ndarray)]))
         logits = np.concatenate([part for part, _ in parts])
         scores = None if self.detector is None else np.concatenate([part for _, part in parts if part is not None])
         return PredictionTable(tuple(names), targets, logits, self.classes, self.temperature, scores)
@@ -96,34 +108,55 @@ class Predictor:
         """Logits float32 [N, C] of preprocessed images uint8 [S, S, 3]."""
         return self.backend.logits(_batch(pixels)) if pixels else np.empty((0, len(self.classes)), np.float32)
 
-    def read(self, source: Path | bytes) -> np.ndarray | UnreadableImage:
+    def read(self, source: Content) -> np.ndarray | UnreadableImage:
         """The preprocessed pixels uint8 [S, S, 3] of one file or its bytes, or why there are none."""
         try:
             return self.preprocess.read(source, self.limits)
         except UnreadableImage as error:
             return error
 
-    def _batches(self, paths: Iterable[Path]) -> Iterator[tuple[list[Path], list[np.ndarray | UnreadableImage]]]:
-        """Batches of images, the next one being decoded while the backend works on this one."""
-        source = iter(paths)
-        with ThreadPoolExecutor(self.workers) as pool:
-            batch = list(islice(source, self.batch_size))
-            waiting = [pool.submit(self.read, path) for path in batch]
-            while batch:
-                upcoming = list(islice(source, self.batch_size))
-                following = [pool.submit(self.read, path) for path in upcoming]
-                yield batch, [future.result() for future in waiting]
-                batch, waiting = upcoming, following
+    def _batches(self, items: Iterable[Item], keep: bool = False) -> Iterator[list[_Read]]:
+        """Batches of images; while the backend works on one, the next is decoded, and no more than that is read ahead."""
+        source = iter(items)
 
-    def _prediction(self, path: str, probabilities: np.ndarray, ood_score: float | None) -> Prediction:
+    def _batches(self, items: Iterable[Item], keep: bool = False) -> Iterator[list[_Read]]:
+        """Batches of images; while the backend works on one, the next is decoded, and no more than that is read ahead."""
+        source = iter(items)
+        with ThreadPoolExecutor(self.workers) as pool:
+            waiting: deque[Future[_Read]] = deque()
+            try:
+                while True:
+                    waiting.extend(pool.submit(self._read, item, keep) for item in islice(source, 2 * self.batch_size - len(waiting)))
+                    if not waiting:
+                        return
+                    yield [waiting.popleft().result() for _ in range(min(self.batch_size, len(waiting)))]
+            finally:
+                for future in waiting:
+                    future.cancel()
+
+    def _read(self, item: Item, keep: bool) -> _Read:
+        try:
+            content = item.content()
+            pixels = self.preprocess.read(content, self.limits)
+        except UnreadableImage as error:
+            return item.name, b"", error
+        return item.name, content if keep or isinstance(content, Path) else b"", pixels
+
+    def _prediction(self, name: str, probabilities: np.ndarray, ood_score: float | None) -> Prediction:
         if not np.isfinite(probabilities).all():
-            return Prediction(path, error="the model answers with numbers that are not finite")
+            return Prediction(name, error="the model answers with numbers that are not finite")
         top, ranked = int(probabilities.argmax()), dict(zip(self.classes, probabilities.tolist(), strict=True))
-        answer = Prediction(path, self.classes[top], float(probabilities[top]), ranked)
+        confidence = float(probabilities[top])
+        unsure = f"not sure enough: confidence {confidence:.3f}, the limit is {self.threshold:.3f}" if confidence < self.threshold else ""
         if self.decision is None:
-            return answer
+            return Prediction(name, self.classes[top], confidence, ranked, reason=unsure)
         may_be = tuple(self.classes[code] for code in self.decision.prediction_set(probabilities))
-        return replace(answer, reason=self.decision.reason(answer.confidence, ood_score), prediction_set=may_be)
+        reason = self.decision.reason(confidence, ood_score) or unsure
+        return Prediction(name, self.classes[top], confidence, ranked, reason=reason, prediction_set=may_be)
+
+
+# An image's name, its content (as `answers` gives it) and its pixels uint8 [S, S, 3], or why there are none.
+_Read = tuple[str, Content, np.ndarray | UnreadableImage]
 
 
 def _batch(pixels: Sequence[np.ndarray]) -> np.ndarray:

@@ -2,22 +2,17 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from image_classifier import settings
 from image_classifier.bundle import INFO_NAME, Bundle, read_bundle
 from image_classifier.errors import CheckpointError, ConfigError, ParityError
 from image_classifier.inference.backends import EXACT, NAMES, ServerAt, fitting, open_backend
-from image_classifier.inference.golden import Golden
+from image_classifier.inference.golden import Check, Golden, checked
 from image_classifier.inference.load import pulled_checkpoint
-from image_classifier.inference.predictor import Backend
-from image_classifier.predictions import softmax
 
 TOLERANCE = 1e-4
 
@@ -43,21 +38,6 @@ class VerifySettings:
     def server(self) -> ServerAt:
         """Where the backend triton asks."""
         return ServerAt(self.url, self.server_timeout_s)
-
-
-@dataclass(frozen=True)
-class Check:
-    """What one backend answers for the golden images: share of equal classes, largest difference of a probability, milliseconds an image."""
-
-    backend: str
-    images: int
-    agreement: float
-    largest_difference: float
-    milliseconds: float
-
-    def fails(self, tolerance: float) -> bool:
-        """Whether an image gets another class, or a probability differs by more than `tolerance`."""
-        return self.agreement < 1 or not self.largest_difference <= tolerance
 
 
 def verify(config: Any) -> None:
@@ -96,16 +76,3 @@ def verified(
             raise ParityError(f"{fact} and differs by up to {check.largest_difference:.2g} (allowed {tolerance:g})", f"export it again: --to {name}")
         checks.append(check)
     return checks
-
-
-def checked(name: str, backend: Backend, golden: Golden, temperature: float) -> Check:
-    """What a backend answers for the golden images, and how fast, once warm."""
-    actual = backend.logits(golden.pixels)
-    start = time.perf_counter()
-    backend.logits(golden.pixels)
-    seconds = (time.perf_counter() - start) / len(golden.pixels)
-    if actual.shape != golden.logits.shape:
-        return Check(name, len(golden.pixels), 0.0, float("inf"), 1000 * seconds)
-    difference = np.abs(softmax(actual, temperature) - softmax(golden.logits, temperature)).max()
-    agreement = float((actual.argmax(axis=1) == golden.logits.argmax(axis=1)).mean())
-    return Check(name, len(golden.pixels), agreement, float(difference) if np.isfinite(difference) else float("inf"), 1000 * seconds)

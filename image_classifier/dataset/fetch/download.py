@@ -54,7 +54,7 @@ class Download:
                 unless it was there before).
             StorageError: No space or no permission.
         """
-        _check_url(self.url)
+        check_url(self.url)
         with storage_errors(self.path):
             lock = self.path.with_name(f".{self.path.name}.lock")
             with locked(lock):  # another run may be fetching the same file
@@ -78,7 +78,7 @@ class Download:
                 failures = 1 if part.size > before else failures + 1
                 self._give_up(error, failures)
                 pause = min(60.0, self.pause_s * 2 ** (failures - 1))
-                log.warning("%s: %s; trying again in %.0f s", shown(self.url), _reason(error), pause)
+                log.warning("%s: %s; trying again in %.0f s", shown(self.url), reason_of(error), pause)
                 time.sleep(pause)
         self._keep(part)
 
@@ -115,7 +115,7 @@ class Download:
         if is_of_the_disk(error):
             raise error
         if _is_hopeless(error) or failures >= self.attempts:
-            fact = f"{shown(self.url)} cannot be downloaded ({_reason(error)})"
+            fact = f"{shown(self.url)} cannot be downloaded ({reason_of(error)})"
             raise SourceError(fact, f"no network? fetch it elsewhere and {place}") from error
 
     def _keep(self, part: _Part) -> None:
@@ -199,7 +199,8 @@ def shown(url: str) -> str:
     return urlunsplit((parts.scheme, parts.netloc.rpartition("@")[2], parts.path, "", ""))
 
 
-def _check_url(url: str) -> None:
+def check_url(url: str) -> None:
+    """SourceError unless it begins with http:// or https://, names a host and holds no password."""
     try:
         parts = urlsplit(url)
         usable = parts.scheme in ("http", "https") and parts.hostname and not parts.username
@@ -243,13 +244,14 @@ def _progress(name: str, done: int, total: int) -> Progress:
     return bar
 
 
-def _reason(error: Exception) -> str:
+def reason_of(error: Exception) -> str:
+    """Why a download failed, in a few words."""
     reason = getattr(error, "reason", error)
     text = getattr(reason, "strerror", None) or str(reason) or type(reason).__name__
     return " ".join(text.split())[:120]
 
 
-class _SafeRedirects(urllib.request.HTTPRedirectHandler):
+class SafeRedirects(urllib.request.HTTPRedirectHandler):
     """Follows what leads to https, and to http from http: never from an encrypted connection to an open one."""
 
     def redirect_request(
@@ -261,4 +263,4 @@ class _SafeRedirects(urllib.request.HTTPRedirectHandler):
         return super().redirect_request(req, fp, code, msg, headers, newurl)
 
 
-_OPENER = urllib.request.build_opener(_SafeRedirects)
+_OPENER = urllib.request.build_opener(SafeRedirects)

@@ -1,0 +1,103 @@
+"""`backend=auto`, and what ONNX Runtime runs a model on."""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+
+import numpy as np
+import onnxruntime
+import pytest
+
+from image_classifier.bundle import Bundle, read_bundle
+from image_classifier.errors import CheckpointError, ConfigError
+from image_classifier.inference import auto
+from image_classifier.inference.auto import candidates, fastest
+from image_classifier.inference.golden import Golden
+from image_classifier.inference.onnx_runtime import providers
+from image_classifier.inference.predictor import Backend
+from tests.conftest import Command
+
+
+class Fake:
+    """Answers the golden images as they were answered, but for `off`, and takes its time."""
+
+    def __init__(self, logits: np.ndarray, seconds: float, off: float = 0.0) -> None:
+        self.answer, self.seconds = logits + np.where(np.arange(logits.shape[1]) == 0, off, 0).astype(np.float32), seconds
+
+    def logits(self, pixels: np.ndarray) -> np.ndarray:
+        time.sleep(self.seconds)
+        return self.answer
+
+
+def choose(bundle: Bundle, monkeypatch: pytest.MonkeyPatch, **made: tuple[float, float]) -> tuple[str, Backend]:
+    logits = Golden.of(bundle).logits
+    monkeypatch.setattr(auto, "candidates", lambda _: list(made))
+    monkeypatch.setattr(auto, "open_backend", lambda _, name, __: Fake(logits, *made[name]))
+    return fastest(bundle)
+
+
+def test_the_fastest_that_agrees_is_taken(digits_bundle: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    bundle = read_bundle(digits_bundle)
+    with caplog.at_level("INFO"):
+        assert choose(bundle, monkeypatch, onnx=(0.02, 0.0), int8=(0.001, 0.01), wrong=(0.0, 9.0))[0] == "int8"
+    (line,) = [record.getMessage() for record in caplog.records if record.getMessage().startswith("backend ")]
+    assert line.startswith("backend int8: onnx ") and "int8 " in line and "ms an image" in line and "wrong differs by up to" in line
+    assert choose(bundle, monkeypatch, onnx=(0.001, 0.0), int8=(0.02, 0.01))[0] == "onnx"
+    with pytest.raises(CheckpointError, match="no backend answers"):
+        choose(bundle, monkeypatch, onnx=(0.0, 9.0))
+    with pytest.raises(CheckpointError, match="none is installed"):
+        choose(bundle, monkeypatch)
+
+
+def test_a_backend_that_cannot_be_opened_is_passed_over(digits_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    bundle = read_bundle(digits_bundle)
+    logits = Golden.of(bundle).logits
+
+    def opened(_: Bundle, name: str, trusted: object) -> Backend:
+        if name == "openvino":
+            raise ConfigError("not installed")
+        return Fake(logits, 0.0)
+
+    monkeypatch.setattr(auto, "candidates", lambda _: ["openvino", "onnx"])
+    monkeypatch.setattr(auto, "open_backend", opened)
+    assert fastest(bundle)[0] == "onnx"
+
+
+def test_torch_is_loaded_only_where_nothing_else_is_there(digits_bundle: Path) -> None:
+    bundle = read_bundle(digits_bundle)
+    found = candidates(bundle)
+    assert "onnx" in found and not {"checkpoint", "tensorrt", "int8"} & set(found)
+    only = Bundle(digits_bundle, type(bundle.info)(**{**vars(bundle.info), "files": {"model.ckpt": bundle.info.files["model.ckpt"]}}))
+    assert candidates(only) == ["checkpoint"]
+
+
+def test_auto_answers_as_the_backend_that_it_takes(digits_bundle: Path, command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(digits_bundle.parents[1])
+    answer = command("infer", "--checkpoint_name", "digits", "--backend", "auto", "--images", "data/digits/test/0", "--format", "json")
+    assert answer.code == 0 and answer.err.splitlines()[0].startswith("backend ")
+    plain = json.loads(command("infer", "--checkpoint_name", "digits", "--images", "data/digits/test/0", "--format", "json").out)
+    for row, exact in zip(json.loads(answer.out), plain, strict=True):
+        assert row["all_predictions"] == pytest.approx(exact["all_predictions"], abs=0.02)
+
+
+@pytest.mark.parametrize(
+    ("available", "tensorrt", "expected"),
+    [
+        (["CPU"], False, ["CPU"]),
+        (["Azure", "CPU"], False, ["CPU"]),
+        (["Tensorrt", "CUDA", "CPU"], False, ["CUDA", "CPU"]),
+        (["CPU", "CUDA", "Tensorrt"], True, ["Tensorrt", "CUDA", "CPU"]),
+        (["Tensorrt", "CPU"], True, ["Tensorrt", "CPU"]),
+    ],
+)
+def test_a_model_runs_on_the_best_there_is(available: list[str], tensorrt: bool, expected: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: [f"{name}ExecutionProvider" for name in available])
+    assert providers(tensorrt) == [f"{name}ExecutionProvider" for name in expected]
+
+
+def test_tensorrt_that_is_not_there_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: ["CUDAExecutionProvider", "CPUExecutionProvider"])
+    with pytest.raises(ConfigError, match="no TensorRT"):
+        providers(tensorrt=True)
