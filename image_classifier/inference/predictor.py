@@ -39,6 +39,8 @@ class Shaped(Protocol):
 
     def check(self, size: int, num_classes: int) -> None:
         """CheckpointError where it was made for others."""
+
+
 def cores() -> int:
     """Processor cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
@@ -114,10 +116,6 @@ class Predictor:
             return self.preprocess.read(source, self.limits)
         except UnreadableImage as error:
             return error
-
-    def _batches(self, items: Iterable[Item], keep: bool = False) -> Iterator[list[_Read]]:
-        """Batches of images; while the backend works on one, the next is decoded, and no more than that is read ahead."""
-        source = iter(items)
 
     def _batches(self, items: Iterable[Item], keep: bool = False) -> Iterator[list[_Read]]:
         """Batches of images; while the backend works on one, the next is decoded, and no more than that is read ahead."""
