@@ -116,7 +116,7 @@ def test_parity_names_the_image_that_is_worst(data: st.DataObject) -> None:
     actual = expected - shifts[:, None]
     found = Parity.of(expected, actual, [str(row) for row in range(count)], "x")
     assert found.agreement == 1 and found.largest_difference == pytest.approx(shifts.max())
-    assert shifts[int(found.worst_image)] == shifts.max()
+    assert shifts[int(found.worst_image)] == pytest.approx(shifts.max(), abs=1e-15)  # what is smaller is lost in the subtraction
     turned = actual.copy()
     turned[0] = turned[0][::-1] if expected[0].argmax() != 1 else turned[0][[1, 0, 2]]
     found = Parity.of(expected, turned, [str(row) for row in range(count)], "x")
