@@ -112,7 +112,7 @@ def _check(info: BundleInfo) -> None:
     if not info.classes or len(set(info.classes)) < len(info.classes):
         raise ValueError("classes must be named, each once")
     numbers = (info.temperature, info.threshold, info.schema_version)
-    if not all(isinstance(number, int | float) and math.isfinite(number) for number in numbers) or info.temperature <= 0:
+    if not all(isinstance(number, int | float) and math.isfinite(number) for number in numbers) or not 1e-6 <= info.temperature <= 1e6:
         raise ValueError("a number that cannot be")
     for name, digest in info.files.items():
         place = PurePosixPath(name)

@@ -23,6 +23,9 @@ from image_classifier.files import locked
 from image_classifier.images import DecodeLimits
 from image_classifier.records import Manifest
 
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # the processes of a test run share the cores; torch's threads would wait for each other
+
 settings.register_profile("project", deadline=None)  # how long an example takes says more about the machine's other work
 settings.load_profile("project")
 

@@ -175,5 +175,5 @@ def test_what_is_no_address_is_a_row(url: str) -> None:
 
 
 def test_limits_that_cannot_be_are_refused() -> None:
-    with pytest.raises(ConfigError, match="url"):
+    with pytest.raises(ConfigError, match="fetch"):
         UrlLimits(timeout_s=0)
