@@ -149,8 +149,9 @@ def _is_checkpoint(path: Path) -> bool:
 
 def _checkpoints_under(models_dir: Path) -> list[Path]:
     bundles = {path.parent for path in models_dir.rglob(INFO_NAME)}
-    files = (path for suffix in ("ckpt", "onnx") for path in models_dir.rglob(f"*.{suffix}") if path.parent not in bundles)
-    return sorted(path for path in (*bundles, *files) if not any(part.startswith(".") for part in path.relative_to(models_dir).parts))
+    files = (path for suffix in ("ckpt", "onnx") for path in models_dir.rglob(f"*.{suffix}"))
+    outermost = (path for path in (*bundles, *files) if bundles.isdisjoint(path.parents))  # an export inside a bundle is no checkpoint of its own
+    return sorted(path for path in outermost if not any(part.startswith(".") for part in path.relative_to(models_dir).parts))
 
 
 def _names(path: Path, models_dir: Path) -> set[str]:

@@ -28,8 +28,13 @@ def test_found_by_name_or_path(tmp_path: Path, name: str) -> None:
 
 def test_files_inside_a_bundle_are_not_checkpoints_of_their_own(tmp_path: Path) -> None:
     make_bundle(tmp_path / "digits")
-    with pytest.raises(CheckpointError, match="there is no checkpoint 'model.onnx'"):
-        find_checkpoint("model.onnx", tmp_path)
+    make_bundle(tmp_path / "digits" / "mlflow" / "artifacts" / "bundle")
+    (tmp_path / "digits" / "triton" / "digits" / "1").mkdir(parents=True)
+    (tmp_path / "digits" / "triton" / "digits" / "1" / "model.onnx").touch()
+    for name in ("model.onnx", "model", "bundle"):
+        with pytest.raises(CheckpointError, match=f"there is no checkpoint '{name}' .*there are digits$"):
+            find_checkpoint(name, tmp_path)
+    assert find_checkpoint("digits", tmp_path) == tmp_path / "digits"
 
 
 def test_a_name_that_exists_twice_lists_both(tmp_path: Path) -> None:

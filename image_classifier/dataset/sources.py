@@ -7,7 +7,6 @@ import hashlib
 import importlib
 import logging
 import os
-import shutil
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -27,6 +26,7 @@ from image_classifier.dataset.table import is_table
 from image_classifier.dataset.tree import list_folder
 from image_classifier.dataset.workers import with_bar
 from image_classifier.errors import ConfigError, SourceError
+from image_classifier.files import link_or_copy
 
 log = logging.getLogger(__name__)
 
@@ -211,7 +211,7 @@ class TorchvisionDataset:
             except SourceError as error:
                 later = [f"{more['url']} to {str(Path(self.downloads_dir) / more['path'])!r}" for more in self.files[position + 1 :]]
                 raise SourceError(error.fact, "; also ".join([error.hint, *later])) from error
-            _link(place, scratch / file["path"])
+            link_or_copy(place, scratch / file["path"])
         for name, factory in (("train", self.train), ("val", self.val), ("test", self.test)):
             if factory:
                 _write_images(_built(factory, scratch), part / name)
@@ -269,7 +269,7 @@ def _write_images(images: IndexedImages, folder: Path) -> None:
     for number in numbers:
         if files:
             path, label = files[number]
-            _link(Path(path), folder / names[label] / f"{number:06d}{Path(path).suffix.lower()}")
+            link_or_copy(Path(path), folder / names[label] / f"{number:06d}{Path(path).suffix.lower()}")
         else:
             picture, label = images[number]
             picture.save(folder / names[label] / f"{number:06d}.png")
@@ -293,15 +293,6 @@ def _built(factory: Callable[..., IndexedImages], scratch: Path) -> IndexedImage
             raise
         hint = "no network? pass data.archive=PATH, a .tar.gz or .zip with one folder a class"
         raise SourceError(f"the data set could not be downloaded ({str(error)[:120]})", hint) from error
-
-
-def _link(source: Path, target: Path) -> None:
-    """A second name for the file, or a copy where the file system has none."""
-    target.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        os.link(source, target)
-    except OSError:
-        shutil.copyfile(source, target)
 
 
 def _listed(names: Names) -> list[str]:

@@ -8,10 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from image_classifier import settings
-from image_classifier.bundle import INFO_NAME, read_bundle
 from image_classifier.errors import CheckpointError, ConfigError
 from image_classifier.exporting.mlflow_model import NAME as FOLDER
-from image_classifier.inference.load import pulled_checkpoint
+from image_classifier.inference.load import pulled_bundle
 from image_classifier.inference.verify import verified
 from image_classifier.tracking import register
 
@@ -43,17 +42,15 @@ def promote(config: Any) -> None:
         ParityError: A backend answers otherwise than the golden images say.
     """
     asked = settings.typed(PromoteSettings, config, "")
-    path = pulled_checkpoint(asked.checkpoint_name, Path(asked.models_dir), asked.dvc)
-    if not (path / INFO_NAME).is_file():
-        raise CheckpointError(f"{str(path)!r} is not a bundle", "only a bundle can be verified, and so promoted")
-    bundle = read_bundle(path)
-    bundle.verify()
+    bundle = pulled_bundle(asked.checkpoint_name, Path(asked.models_dir), asked.dvc)
     verified(bundle, ["onnx"])
     if not bundle.info.exports.get("mlflow", {}).get("files"):
-        raise CheckpointError(f"{bundle.info.name!r} has no model of MLflow", f"write it first: python commands.py export {path} --to mlflow")
+        raise CheckpointError(
+            f"{bundle.info.name!r} has no model of MLflow", f"write it first: python commands.py export {bundle.directory} --to mlflow"
+        )
     name = asked.registered_name or re.sub(r"[/:\s]+", "-", bundle.info.name)
     about = {"classes": str(len(bundle.info.classes)), "manifest_sha256": str(bundle.info.provenance.get("manifest_sha256"))}
     scores = {f"{split}/{metric}": float(value) for split, values in bundle.info.metrics.items() for metric, value in values.items()}
-    version = register(asked.tracking_uri, path / FOLDER, name, asked.alias, about, scores)
+    version = register(asked.tracking_uri, bundle.directory / FOLDER, name, asked.alias, about, scores)
     print(f"promoted  {name} version {version} is @{asked.alias} in {asked.tracking_uri}")
     print(f"next      MLFLOW_TRACKING_URI={asked.tracking_uri} mlflow models serve -m models:/{name}@{asked.alias} --env-manager local --port 5001")

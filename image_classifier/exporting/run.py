@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator
@@ -12,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from image_classifier import settings
-from image_classifier.bundle import INFO_NAME, Bundle, add_export, read_bundle
-from image_classifier.errors import CheckpointError, ConfigError, ParityError
+from image_classifier.bundle import Bundle, add_export, read_bundle
+from image_classifier.errors import ConfigError, ParityError
 from image_classifier.exporting.int8 import Int8Settings, export_int8
 from image_classifier.exporting.mlflow_model import export_mlflow
 from image_classifier.exporting.onnx_again import export_onnx_again
@@ -21,9 +20,9 @@ from image_classifier.exporting.openvino import export_openvino
 from image_classifier.exporting.reference import Reference
 from image_classifier.exporting.sealed import export_sealed
 from image_classifier.exporting.triton import TritonSettings, export_triton
-from image_classifier.files import locked, whole_directory
+from image_classifier.files import link_or_copy, locked, whole_directory
 from image_classifier.images import DecodeLimits
-from image_classifier.inference.load import pulled_checkpoint
+from image_classifier.inference.load import pulled_bundle
 
 FORMATS = ("onnx", "sealed", "int8", "openvino", "mlflow", "triton")
 
@@ -74,9 +73,7 @@ def export(config: Any) -> None:
         ParityError: One answers otherwise than the checkpoint; those before it stay.
     """
     asked = settings.typed(ExportSettings, config, "")
-    path = pulled_checkpoint(asked.checkpoint_name, Path(asked.models_dir), asked.dvc)
-    if not (path / INFO_NAME).is_file():
-        raise CheckpointError(f"{str(path)!r} is not a bundle, and an export is held against the bundle's own validation images", "give its bundle")
+    path = pulled_bundle(asked.checkpoint_name, Path(asked.models_dir), asked.dvc).directory
     with locked(path.parent / f".{path.name[:50]}.lock"):
         for name in dict.fromkeys(asked.to):
             bundle = read_bundle(path)
@@ -98,7 +95,7 @@ def _added(bundle: Bundle, name: str, write: Export, reference: Reference) -> di
         facts = write(reference, made)
         with whole_directory(bundle.directory, overwrite=True) as fresh:
             for file in _files(bundle.directory):
-                _share(bundle.directory / file, fresh / file)
+                link_or_copy(bundle.directory / file, fresh / file)  # nothing ever writes into a bundle's file
             for file in _files(made):
                 (fresh / file).parent.mkdir(parents=True, exist_ok=True)
                 (fresh / file).unlink(missing_ok=True)
@@ -109,15 +106,6 @@ def _added(bundle: Bundle, name: str, write: Export, reference: Reference) -> di
 
 def _files(directory: Path) -> Iterator[Path]:
     return (path.relative_to(directory) for path in sorted(directory.rglob("*")) if path.is_file())
-
-
-def _share(source: Path, target: Path) -> None:
-    """One file in two folders without a copy, where the file system can; nothing ever writes into a bundle's file."""
-    target.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        os.link(source, target)
-    except OSError:
-        shutil.copyfile(source, target)
 
 
 def _line(facts: dict[str, Any]) -> str:

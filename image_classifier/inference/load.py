@@ -33,6 +33,20 @@ def pulled_checkpoint(name: str, models_dir: Path, dvc: bool | None = None) -> P
     return find_checkpoint(name, models_dir)
 
 
+def pulled_bundle(name: str, models_dir: Path, dvc: bool | None = None) -> Bundle:
+    """The bundle of that name, every file compared with its hash.
+
+    Raises:
+        CheckpointError: As `pulled_checkpoint`, or what is found is a lone file, or a file of the bundle is damaged.
+    """
+    path = pulled_checkpoint(name, models_dir, dvc)
+    if not (path / INFO_NAME).is_file():
+        raise CheckpointError(f"{str(path)!r} is not a bundle", "only a bundle says which hashes and answers are right: give its folder or its name")
+    bundle = read_bundle(path)
+    bundle.verify()
+    return bundle
+
+
 def load_predictor(
     path: Path,
     backend: str | None = None,

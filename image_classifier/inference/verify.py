@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from image_classifier import settings
-from image_classifier.bundle import INFO_NAME, Bundle, read_bundle
-from image_classifier.errors import CheckpointError, ConfigError, ParityError
+from image_classifier.bundle import Bundle
+from image_classifier.errors import ConfigError, ParityError
 from image_classifier.inference.backends import EXACT, NAMES, ServerAt, fitting, open_backend
 from image_classifier.inference.golden import Check, Golden, checked
-from image_classifier.inference.load import pulled_checkpoint
+from image_classifier.inference.load import pulled_bundle
 
 TOLERANCE = 1e-4
 
@@ -48,11 +48,7 @@ def verify(config: Any) -> None:
         ParityError: A backend answers otherwise.
     """
     asked = settings.typed(VerifySettings, config, "")
-    path = pulled_checkpoint(asked.checkpoint_name, Path(asked.models_dir), asked.dvc)
-    if not (path / INFO_NAME).is_file():
-        raise CheckpointError(f"{str(path)!r} is not a bundle", "only a bundle says which hashes and answers are right")
-    bundle = read_bundle(path)
-    bundle.verify()
+    bundle = pulled_bundle(asked.checkpoint_name, Path(asked.models_dir), asked.dvc)
     print(f"hashes    {len(bundle.info.files)} files are as they were sealed")
     known = [name for name in fitting(bundle) if name in EXACT or bundle.info.exports.get(name, {}).get("files")]
     for check in verified(bundle, [asked.backend] if asked.backend else known, asked.trusted_packages, asked.server):
