@@ -17,7 +17,7 @@ from image_classifier.errors import ParityError
 from image_classifier.exporting import run
 from image_classifier.exporting.int8 import Drop
 from image_classifier.exporting.parity import Parity
-from tests.conftest import Command
+from tests.conftest import Command, run_apart
 
 
 @pytest.fixture
@@ -41,7 +41,7 @@ def test_every_form_is_held_against_the_checkpoint_and_verified(bundle: Path, co
     assert set(info.exports) == {"sealed", "onnx"} and info.exports["sealed"]["files"] == ["sealed.onnx"]
     assert info.exports["onnx"]["images"] == 40 and info.exports["onnx"]["largest_difference"] < 1e-4
     assert set(kept(bundle)) - set(before) == {"sealed.onnx"} and info.classes == tuple("0123456789")
-    verified = command("verify", str(bundle))
+    verified = run_apart("verify", str(bundle))
     assert verified.code == 0, verified.err
     assert [line.split()[0] for line in verified.out.splitlines()][:3] == ["hashes", "onnx", "checkpoint"]
 

@@ -17,7 +17,7 @@ from image_classifier.inference.auto import candidates, fastest
 from image_classifier.inference.golden import Golden
 from image_classifier.inference.onnx_runtime import providers
 from image_classifier.inference.predictor import Backend
-from tests.conftest import Command
+from tests.conftest import Command, run_apart
 
 
 class Fake:
@@ -75,7 +75,7 @@ def test_torch_is_loaded_only_where_nothing_else_is_there(digits_bundle: Path) -
 
 def test_auto_answers_as_the_backend_that_it_takes(digits_bundle: Path, command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(digits_bundle.parents[1])
-    answer = command("infer", "--checkpoint_name", "digits", "--backend", "auto", "--images", "data/digits/test/0", "--format", "json")
+    answer = run_apart("infer", "--checkpoint_name", "digits", "--backend", "auto", "--images", "data/digits/test/0", "--format", "json")
     assert answer.code == 0 and answer.err.splitlines()[0].startswith("backend ")
     plain = json.loads(command("infer", "--checkpoint_name", "digits", "--images", "data/digits/test/0", "--format", "json").out)
     for row, exact in zip(json.loads(answer.out), plain, strict=True):
