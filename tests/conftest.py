@@ -115,7 +115,7 @@ def run_command(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[st
 
 
 def run_apart(*line: str, folder: Path | None = None) -> Answer:
-    """The same in a process of its own, for what a test process must not load: one with OpenVINO ends at the next signal, which nothing outside of pytest does."""
+    """The same in a process of its own: one of pytest in which OpenVINO has answered ends at the next signal."""
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     words = [sys.executable, str(ROOT / "commands.py"), *map(str, line)]
     done = subprocess.run(words, cwd=folder, capture_output=True, text=True, timeout=300, env=environment)
