@@ -21,6 +21,9 @@ setup: $(READY)  ## make .venv with the pinned packages (3 minutes and 6 GB the 
 train: $(READY)  ## train on the built-in digits; ARGS="data=folder data.dir=PATH" trains on yours
 	@$(BIN)/python commands.py train $(ARGS)
 
+# Python keeps what it has compiled: the tests start it hundreds of times.
+test test-slow test-all: export PYTHONDONTWRITEBYTECODE =
+
 test: $(READY)  ## the default tests on all cores: no network, no GPU; ARGS="-k split" chooses
 	@$(BIN)/python -m pytest -n auto $(ARGS)
 

@@ -96,6 +96,9 @@ class _Graph:
     def integers(self, *values: int) -> str:
         return self.constant(np.array(values, dtype=np.int64))
 
+    def booleans(self, *values: bool) -> str:
+        return self.constant(np.array(values))
+
     def add(self, operator: str, *inputs: str, named: str = "", **attributes: Any) -> str:
         self.nodes.append(helper.make_node(operator, inputs, [named or f"n{len(self.nodes)}"], **attributes))
         return str(self.nodes[-1].output[0])
@@ -107,11 +110,7 @@ def _squaring(preprocess: Preprocess) -> onnx.GraphProto:
     planes = graph.add("Unsqueeze", graph.add("Transpose", "image", perm=[2, 0, 1]), graph.integers(0))
     whole = graph.add("Slice", graph.add("Shape", "image"), graph.integers(0), graph.integers(2))
     target = _target(graph, whole, preprocess)
-    sizes = graph.add("Concat", graph.integers(1, 3), target, axis=0)
-    kernel = {"mode": "cubic", "cubic_coeff_a": -0.5} if preprocess.interpolation == "bicubic" else {"mode": "linear"}
-    resized = graph.add(
-        "Resize", planes, "", "", sizes, antialias=1, exclude_outside=1, coordinate_transformation_mode="half_pixel", **kernel
-    )  # as Pillow resizes
+    resized = _resized(graph, planes, whole, target, preprocess)
     slack = graph.add("Sub", target, graph.integers(side, side))
     if preprocess.mode == "pad":
         slack = graph.add("Neg", slack)
@@ -125,6 +124,24 @@ def _squaring(preprocess: Preprocess) -> onnx.GraphProto:
     image = helper.make_tensor_value_info("image", TensorProto.UINT8, ["height", "width", 3])
     pixels = helper.make_tensor_value_info("pixels", TensorProto.UINT8, [1, 3, side, side])
     return helper.make_graph(graph.nodes, "preprocess", [image], [pixels], graph.constants)
+
+
+def _resized(graph: _Graph, planes: str, whole: str, target: str, preprocess: Preprocess) -> str:
+    """Planes uint8 [1, 3, *whole] as Pillow resizes them: a pass an axis, whole grey levels between them.
+
+    Which axis comes first matters where a kernel overshoots: the rule is that of Pillow 13 (ImagingResampleInner in Resample.c).
+    """
+    kernel: dict[str, Any] = {"mode": "cubic", "cubic_coeff_a": -0.5} if preprocess.interpolation == "bicubic" else {"mode": "linear"}
+    kept = target if preprocess.mode == "pad" else graph.integers(preprocess.size, preprocess.size)  # what is left after the crop
+    shrinks = graph.add("Sub", whole, kept)
+    rows, columns = (graph.add("Slice", shrinks, graph.integers(axis), graph.integers(axis + 1)) for axis in (0, 1))
+    bound = graph.add("Max", graph.add("Mul", columns, graph.integers(2)), graph.integers(0))
+    rows_first = graph.add("Greater", rows, bound)
+    between = graph.add("Where", graph.add("Equal", rows_first, graph.booleans(True, False)), target, whole)
+    for height_and_width in (between, target):
+        sizes = graph.add("Concat", graph.integers(1, 3), height_and_width, axis=0)
+        planes = graph.add("Resize", planes, "", "", sizes, antialias=1, exclude_outside=1, coordinate_transformation_mode="half_pixel", **kernel)
+    return planes
 
 
 def _target(graph: _Graph, whole: str, preprocess: Preprocess) -> str:

@@ -56,6 +56,34 @@ def test_a_picture_of_any_size_gets_the_answer_of_its_square(
     assert np.abs(actual - expected).max() < 0.02
 
 
+def pixels_of(model: SealedModel, image: np.ndarray) -> np.ndarray:
+    """What the network of a sealed model was given but for a common addend, where that network gives its pixels as logits."""
+    return np.asarray(np.log(model.probabilities(image).astype(np.float64)).reshape(3, SIDE, SIDE).transpose(1, 2, 0) * 64)
+
+
+@pytest.mark.parametrize("way", WAYS, ids=str)
+def test_pictures_of_hard_edges_become_the_same_pixels(way: tuple[str, str, float], tmp_path: Path) -> None:
+    """Black beside white, where kernels overshoot; tall, wide and square, which Pillow resizes in different orders."""
+    pixels = onnx.helper.make_tensor_value_info("pixels", onnx.TensorProto.UINT8, ["batch", 3, SIDE, SIDE])
+    logits = onnx.helper.make_tensor_value_info("logits", onnx.TensorProto.FLOAT, ["batch", 3 * SIDE**2])
+    nodes = [
+        onnx.helper.make_node("Flatten", ["pixels"], ["row"]),
+        onnx.helper.make_node("Cast", ["row"], ["logits"], to=onnx.TensorProto.FLOAT),
+    ]
+    network = onnx.helper.make_model(onnx.helper.make_graph(nodes, "pixels", [pixels], [logits]), opset_imports=[onnx.helper.make_opsetid("", 20)])
+    mode, kernel, fraction = way
+    preprocess = Preprocess(SIDE, mode, kernel, fraction)
+    facts = {"classes": [str(number) for number in range(3 * SIDE**2)], "preprocess": preprocess.as_dict()}
+    onnx.save(sealed(network, preprocess, 64.0, facts), tmp_path / "sealed.onnx")
+    model = SealedModel(tmp_path / "sealed.onnx")
+    random = np.random.default_rng(0)
+    for height, width in [(70, 50), (50, 70), (64, 64), (200, 31), (31, 200), (9, 9), (90, 12), (12, 90), (40, 17), (1, 30), (30, 1)]:
+        image = (random.integers(0, 2, (height, width, 3)) * 255).astype(np.uint8)
+        difference = pixels_of(model, image) - preprocess(image)
+        levels = np.abs(difference - np.median(difference))
+        assert levels.max() < 2.01 and (levels > 1.01).mean() < 0.01, (height, width)  # a level that was rounded otherwise between the passes
+
+
 def test_the_file_says_what_it_is(models: dict[tuple[str, str, float], tuple[Preprocess, SealedModel, OnnxBackend]], tmp_path: Path) -> None:
     preprocess, model, _ = models[WAYS[0]]
     found = {key: json.loads(value) for key, value in model.session.get_modelmeta().custom_metadata_map.items()}
