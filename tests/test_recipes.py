@@ -107,7 +107,7 @@ SMALL: dict[str, list[str]] = {
     "cat_breeds_vit": ["data.image_size=32", "model.backbone.pretrained=false"]
     + [f"+model.backbone.{key}={value}" for key, value in (("img_size", 32), ("depth", 1), ("embed_dim", 24), ("num_heads", 2))],
 }
-FAST = ("simpsons_cnn", "simpsons_focal")
+FAST = ("simpsons_focal",)
 
 
 def composed(name: str) -> Any:

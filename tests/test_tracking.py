@@ -64,6 +64,7 @@ def test_what_was_said_while_the_store_was_down_is_logged_when_it_is_back(tmp_pa
     assert not tracker.lost_contact
 
 
+@pytest.mark.slow
 def test_a_value_the_store_refuses_does_not_block_the_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     tracker = Tracker("sqlite:///mlflow.db", "tests", "run", {})

@@ -35,7 +35,7 @@ def line(output: Path, *more: str) -> list[str]:
     return ["infer", "--checkpoint_name", "digits", "--format", form, "--output", str(output), "--batch_size", "16", *more, *images]
 
 
-@pytest.mark.parametrize("form", ["jsonl", "parquet"])
+@pytest.mark.parametrize("form", ["jsonl", pytest.param("parquet", marks=pytest.mark.slow)])
 def test_killed_at_any_moment_and_resumed_the_answers_are_the_same_to_the_byte(form: str, tmp_path: Path, command: Command) -> None:
     whole, output = tmp_path / f"whole.{form}", tmp_path / f"answers.{form}"
     assert command(*line(whole)).code == 2  # one image is not there

@@ -71,9 +71,8 @@ def test_a_folder_that_is_one_class_is_tested_by_the_folder_that_holds_it(comman
 def test_folders_of_one_name_do_not_overwrite_one_another(command: Command, trained: Path) -> None:
     for place, label, count in (("first", "3", 2), ("second", "4", 3)):
         fill(Path(place, "mine", label), digits(trained, label, count))
-        for test_dir in (f"{place}/mine", str(Path(place, "mine").resolve())):
-            line = ("--test_dir", test_dir, "--robustness", "--robustness_images", "2")
-            assert command("test", "--checkpoint_name", "digits", *line).code == 0
+        for test_dir, more in ((f"{place}/mine", ()), (str(Path(place, "mine").resolve()), ("--robustness", "--robustness_images", "2"))):
+            assert command("test", "--checkpoint_name", "digits", "--test_dir", test_dir, *more).code == 0
     places = sorted(Path("plots/digits").glob("test-mine-*"))
     assert sorted(json.loads((place / "metrics.json").read_text())["num_images"] for place in places) == [2, 3]
     assert all((place / "robustness.json").is_file() for place in places) and not Path("plots/digits/robustness.json").exists()

@@ -110,6 +110,7 @@ def report_of(command: Command, plots: Path, *line: str, page: str) -> str:
     return (plots / page).read_text()
 
 
+@pytest.mark.slow
 def test_the_verb_writes_it_beside_the_figures(command: Command, trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(trained)
     line = ("test", "--checkpoint_name", "digits", "--plots_dir", str(tmp_path), "--format", "json")

@@ -44,7 +44,7 @@ def test_logits_are_finite_and_every_parameter_gets_a_gradient(name: str) -> Non
     assert without == []
 
 
-@pytest.mark.parametrize("name", ["convnet", "resnet18"])
+@pytest.mark.parametrize("name", ["convnet", pytest.param("resnet18", marks=pytest.mark.slow)])
 def test_eight_images_are_learnt_by_heart(name: str) -> None:
     classifier = build(name)
     pixels = torch.randint(0, 256, (8, 3, SIZE, SIZE), dtype=torch.uint8)

@@ -86,6 +86,7 @@ def test_the_verb_computes_once_and_keeps_its_scores(command: Command) -> None:
     assert not Path("data/cache").exists()
 
 
+@pytest.mark.slow
 def test_a_report_shows_the_baselines_beside_the_model(command: Command) -> None:
     assert command("baseline", *LINE).code == 0
     answer = command("train", *LINE, *TRAIN, "name=x")

@@ -67,6 +67,7 @@ def test_an_image_that_is_gone_ends_no_training(tree: Path, tmp_path: Path, capl
     assert "no explanations: cannot read the image" in caplog.text and "no robustness: cannot read the image" in caplog.text
 
 
+@pytest.mark.slow
 def test_the_report_of_a_training_holds_them_or_not(command: Command, make_tree: MakeTree, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     make_tree(cat=12, dog=12)

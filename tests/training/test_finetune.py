@@ -65,6 +65,7 @@ def test_a_run_goes_on_from_a_bundle_with_other_classes(command: Command, digits
     assert "ConvNet" in (tmp_path / "runs/child/config.yaml").read_text()
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_from_a_run_checkpoint_at_another_size(command: Command, trained: Path, tmp_path: Path) -> None:
     path = trained / "runs/digits/checkpoints/best.ckpt"
     answer = command("train", *SMALL, "data.image_size=24", f"model.from={path}", "model.normalise=dataset", "model.head_dropout=0.5")
@@ -160,6 +161,7 @@ def test_weights_of_a_file_leave_nothing_to_download(command: Command, tmp_path:
     assert read_bundle(Path("models/child")).info.normalise["mean"] == list(timm.get_pretrained_cfg("test_resnet").mean)  # which the weights know
 
 
+@pytest.mark.slow
 def test_from_weights_of_a_file_a_neck_learns_that_checkpoints_keep_and_the_bundle_leaves(
     command: Command, digits_bundle: Path, tmp_path: Path
 ) -> None:

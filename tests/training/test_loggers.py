@@ -49,6 +49,7 @@ def run_of(key: str, value: str) -> Any:
     return client.search_runs([experiment.experiment_id], f"{key} = '{value}'")[0]
 
 
+@pytest.mark.slow
 def test_several_loggers_are_told_the_same() -> None:
     mlflow = MLflowLogger("sqlite:///mlflow.db", "tests", "run", {"study": "s"})
     several = [mlflow, TensorBoardLogger("run", "tensorboard", "", default_hp_metric=False), CSVLogger("run", "csv")]

@@ -107,6 +107,7 @@ def test_a_stopped_run_goes_on_by_its_name_alone_and_ends_as_one_never_stopped(c
     assert len(rows("cut")) == 4 and json.loads(Path("runs/cut/run.json").read_text())["finished"]
 
 
+@pytest.mark.slow
 def test_another_run_is_never_taken_for_the_same(command: Command, stopped: Any, tmp_path: Path) -> None:
     assert stopped(*SHORT, "name=cut").code == 143
     before = Path("runs/cut/checkpoints/last.ckpt").read_bytes()
@@ -124,6 +125,7 @@ def test_another_run_is_never_taken_for_the_same(command: Command, stopped: Any,
     assert Path("runs/cut/config.yaml").read_bytes() == settings
 
 
+@pytest.mark.slow
 def test_a_run_is_found_by_folder_and_by_checkpoint_and_what_is_none_is_refused(command: Command, stopped: Any) -> None:
     assert refused(command("train", *SHORT, "resume=last"), "no run")
     assert refused(command("train", *SHORT, "resume=last", "name=nobody"), "runs/nobody")
