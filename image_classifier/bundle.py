@@ -67,6 +67,13 @@ class Bundle:
             if sha256_of(self.path(name)) != self.info.files.get(name):
                 raise CheckpointError(f"{name} of the bundle {str(self.directory)!r} is damaged", "its sha256 differs from bundle.json: copy it anew")
 
+    def refuse_unlisted(self, folder: str) -> None:
+        """CheckpointError where a folder of the bundle, which a server runs, holds what was not exported."""
+        there = (path for path in (self.directory / folder).rglob("*") if path.is_symlink() or not path.is_dir())
+        strange = sorted({path.relative_to(self.directory).as_posix() for path in there} - set(self.info.files))
+        if strange:
+            raise CheckpointError(f"the bundle {self.info.name!r} holds {strange[0]!r}, which was not exported", "a server would run it: remove it")
+
 
 def seal(directory: Path, info: BundleInfo) -> Bundle:
     """Write `bundle.json` over the files that lie in `directory`, with the hash of each."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import glob
 import logging
 import os
@@ -17,6 +18,8 @@ from typing import IO
 from image_classifier.errors import StorageError, storage_errors
 
 log = logging.getLogger(__name__)
+
+_HERE, _EXCHANGE = -100, 2  # AT_FDCWD; RENAME_EXCHANGE of Linux, RENAME_SWAP of macOS
 
 
 def write_text(path: Path, text: str) -> None:
@@ -134,6 +137,8 @@ def _take_place(part: Path, path: Path) -> None:
     if not path.exists():
         os.rename(part, path)
         return
+    if _exchanged(part, path):  # the old one goes with the sibling
+        return
     old = path.with_name(f".{path.name[:50]}.old")
     shutil.rmtree(old, ignore_errors=True)
     os.rename(path, old)
@@ -143,6 +148,18 @@ def _take_place(part: Path, path: Path) -> None:
         os.rename(old, path)
         raise
     shutil.rmtree(old, ignore_errors=True)
+
+
+def _exchanged(one: Path, other: Path) -> bool:
+    """Whether two paths have changed places in one step, which a kill cannot divide; not every system and file system can."""
+    if sys.platform == "win32":
+        return False
+    system, names = ctypes.CDLL(None), (os.fsencode(one), os.fsencode(other))
+    if hasattr(system, "renameat2"):  # Linux
+        return not system.renameat2(_HERE, names[0], _HERE, names[1], _EXCHANGE)
+    if hasattr(system, "renamex_np"):  # macOS
+        return not system.renamex_np(*names, _EXCHANGE)
+    return False
 
 
 def _flush_file(path: Path) -> None:

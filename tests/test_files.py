@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from image_classifier import files
 from image_classifier.errors import StorageError
 from image_classifier.files import whole_directory, whole_file, write_text
 
@@ -28,6 +29,7 @@ def test_a_full_disk_is_one_storage_error_and_the_old_file_stays(tmp_path: Path)
     code = f"""
 import resource, signal
 from pathlib import Path
+from image_classifier import files
 from image_classifier.errors import StorageError
 from image_classifier.files import write_bytes
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
@@ -66,6 +68,23 @@ def test_no_permission_is_one_storage_error(tmp_path: Path) -> None:
     tmp_path.chmod(0o500)
     with pytest.raises(StorageError, match="no permission"):
         write_text(tmp_path / "file", "")
+
+
+def test_a_folder_is_replaced_in_one_step_where_the_system_can(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    first, second = tmp_path / "first", tmp_path / "second"
+    first.mkdir()
+    second.mkdir()
+    if not files._exchanged(first, second):
+        pytest.skip("this file system cannot exchange two names")
+    (first / "model").write_text("old")
+
+    def killed(*paths: object) -> None:
+        raise AssertionError("a second rename")
+
+    monkeypatch.setattr(os, "rename", killed)
+    with whole_directory(first, overwrite=True) as directory:
+        (directory / "model").write_text("new")
+    assert (first / "model").read_text() == "new" and sorted(os.listdir(tmp_path)) == ["first", "second"]
 
 
 def test_a_kill_between_the_two_renames_loses_no_folder(tmp_path: Path) -> None:

@@ -44,11 +44,11 @@ def promote(config: Any) -> None:
     asked = settings.typed(PromoteSettings, config, "")
     bundle = pulled_bundle(asked.checkpoint_name, Path(asked.models_dir), asked.dvc)
     verified(bundle, ["onnx"])
+    called = bundle.directory.resolve().name
     if not bundle.info.exports.get("mlflow", {}).get("files"):
-        raise CheckpointError(
-            f"{bundle.info.name!r} has no model of MLflow", f"write it first: python commands.py export {bundle.directory} --to mlflow"
-        )
-    name = asked.registered_name or re.sub(r"[/:\s]+", "-", bundle.info.name)
+        raise CheckpointError(f"{called!r} has no model of MLflow", f"write it first: python commands.py export {bundle.directory} --to mlflow")
+    bundle.refuse_unlisted(FOLDER)
+    name = asked.registered_name or re.sub(r"[/:\s]+", "-", called)
     about = {"classes": str(len(bundle.info.classes)), "manifest_sha256": str(bundle.info.provenance.get("manifest_sha256"))}
     scores = {f"{split}/{metric}": float(value) for split, values in bundle.info.metrics.items() for metric, value in values.items()}
     version = register(asked.tracking_uri, bundle.directory / FOLDER, name, asked.alias, about, scores)

@@ -20,7 +20,7 @@ from mlflow.pyfunc.model import PythonModel
 from image_classifier.errors import UnreadableImage
 from image_classifier.inference.load import load_predictor
 
-_ACCEPTED = "give a picture as bytes, as base64 text, as an array uint8 [height, width, 3], or as a pathlib.Path"
+_ACCEPTED = "give a picture as bytes, as base64 text, as an array of whole numbers 0 to 255 [height, width, 3], or as a pathlib.Path"
 
 
 class ServedClassifier(PythonModel):
@@ -46,9 +46,9 @@ class ServedClassifier(PythonModel):
     def _square(self, number: int, item: Any) -> np.ndarray:
         """The pixels uint8 [S, S, 3] of one input."""
         if isinstance(item, np.ndarray):
-            if item.dtype != np.uint8 or item.ndim != 3 or item.shape[2] != 3 or not item.size:
+            if item.ndim != 3 or item.shape[2] != 3 or not item.size or not _are_grey_levels(item):
                 raise _refused(number, f"is an array {item.dtype} of the shape {item.shape}")
-            return self.predictor.preprocess(np.ascontiguousarray(item))
+            return self.predictor.preprocess(np.ascontiguousarray(item, dtype=np.uint8))
         found = self.predictor.read(self._source(number, item))
         if isinstance(found, UnreadableImage):
             raise _refused(number, f"cannot be read ({found.reason})")
@@ -72,13 +72,25 @@ class ServedClassifier(PythonModel):
 def _items(model_input: Any) -> Iterator[Any]:
     """One item a picture, of a list, an array uint8 [H, W, 3] or [N, H, W, 3], or a table with the column `image` or `path`."""
     if isinstance(model_input, np.ndarray):
-        yield from (model_input[None] if model_input.ndim == 3 else model_input)
+        yield from (model_input[None] if model_input.ndim in (0, 3) else model_input)
     elif hasattr(model_input, "to_dict"):  # a table of pandas
         yield from model_input.to_dict(orient="records")
+    elif isinstance(model_input, Mapping) and len(model_input) == 1 and _is_column(next(iter(model_input.values()))):
+        ((name, column),) = model_input.items()
+        yield from ({name: item} for item in column)
     elif isinstance(model_input, bytes | str | Path | Mapping):
         yield model_input
     else:
         yield from model_input
+
+
+def _is_column(value: Any) -> bool:
+    return isinstance(value, list) or (isinstance(value, np.ndarray) and value.ndim == 1)
+
+
+def _are_grey_levels(values: np.ndarray) -> bool:
+    """Whether all are whole numbers from 0 to 255; a server makes int64 of those in JSON."""
+    return values.dtype == np.uint8 or (values.dtype.kind in "iu" and int(values.min()) >= 0 and int(values.max()) <= 255)
 
 
 def _plain(item: Any) -> Any:

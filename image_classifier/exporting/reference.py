@@ -23,7 +23,7 @@ from image_classifier.records import Manifest
 BATCH = 32
 
 
-@dataclass(frozen=True)
+@dataclass
 class Reference:
     """Images of the val part as they lie on the disk, their class indices int64 [N], and the checkpoint that answers for them."""
 
@@ -45,6 +45,8 @@ class Reference:
         root = data_dir or Path(str(bundle.info.provenance.get("data_root", "")))
         manifest = Manifest.read(bundle.path("manifest.csv"), root)
         val, codes = manifest.part("val"), {label: code for code, label in enumerate(bundle.info.classes)}
+        if not len(val):
+            raise DataError("the model was trained without a val part, and exports are held against its images", "train with data.split.val above 0")
         targets = np.array([codes[record.label] for record in val], dtype=np.int64)
         rows = stratified(targets, most).tolist()
         files = tuple(val.file(val[row]) for row in rows)

@@ -53,6 +53,11 @@ class ExportSettings:
         if self.images < 1:
             raise ConfigError(f"images must be at least 1, not {self.images}")
 
+    def reference(self, bundle: Bundle) -> Reference:
+        """What the bundle's exports are held against."""
+        root = Path(self.data_dir) if self.data_dir else None
+        return Reference.of(bundle, root, self.images, self.trusted_packages, self.limits, self.dvc)
+
     def writer(self, name: str) -> Export:
         """What writes the form of this name."""
         writers: dict[str, Export] = {
@@ -73,12 +78,14 @@ def export(config: Any) -> None:
         ParityError: One answers otherwise than the checkpoint; those before it stay.
     """
     asked = settings.typed(ExportSettings, config, "")
-    path = pulled_bundle(asked.checkpoint_name, Path(asked.models_dir), asked.dvc).directory
+    path = pulled_bundle(asked.checkpoint_name, Path(asked.models_dir), asked.dvc).directory.resolve()
+    reference = None
     with locked(path.parent / f".{path.name[:50]}.lock"):
         for name in dict.fromkeys(asked.to):
             bundle = read_bundle(path)
             bundle.verify()
-            reference = Reference.of(bundle, Path(asked.data_dir) if asked.data_dir else None, asked.images, asked.trusted_packages, asked.limits)
+            reference = reference or asked.reference(bundle)
+            reference.bundle = bundle  # with the forms before; images and answers stay
             try:
                 facts = _added(bundle, name, asked.writer(name), reference)
             except ParityError as error:
@@ -94,7 +101,7 @@ def _added(bundle: Bundle, name: str, write: Export, reference: Reference) -> di
         made = Path(folder)
         facts = write(reference, made)
         with whole_directory(bundle.directory, overwrite=True) as fresh:
-            for file in _files(bundle.directory):
+            for file in _kept(bundle, name):
                 link_or_copy(bundle.directory / file, fresh / file)  # nothing ever writes into a bundle's file
             for file in _files(made):
                 (fresh / file).parent.mkdir(parents=True, exist_ok=True)
@@ -102,6 +109,13 @@ def _added(bundle: Bundle, name: str, write: Export, reference: Reference) -> di
                 shutil.copyfile(made / file, fresh / file)
             add_export(fresh, bundle.info, name, facts, sorted(file.as_posix() for file in _files(made)))
     return facts
+
+
+def _kept(bundle: Bundle, name: str) -> list[Path]:
+    """What the bundle holds beside the form of this name; in the folders of forms only what was exported, as servers run what lies there."""
+    former = set(bundle.info.exports.get(name, {}).get("files", ()))
+    listed = set(bundle.info.files) - former
+    return [file for file in _files(bundle.directory) if file.as_posix() in listed or (file.as_posix() not in former and len(file.parts) == 1)]
 
 
 def _files(directory: Path) -> Iterator[Path]:

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from image_classifier.bundle import read_bundle
 from image_classifier.errors import ParityError
 from image_classifier.exporting import run
+from image_classifier.exporting import sealed as sealed_model
 from image_classifier.exporting.int8 import Drop
 from image_classifier.exporting.parity import Parity
 from tests.conftest import Command, run_apart
@@ -59,6 +60,26 @@ def test_what_disagrees_leaves_nothing_but_the_reason(bundle: Path, command: Com
     assert json.loads(after.pop("bundle.json"))["exports"] == {"sealed": {"refused": "sealed gives another class on 3 of 40 images", "files": []}}
     assert after == {name: content for name, content in before.items() if name != "bundle.json"}
     assert [path.name for path in bundle.parent.iterdir() if not path.name.endswith(".lock")] == ["mine"]
+
+
+def test_a_graph_that_answers_otherwise_is_found_out(bundle: Path, command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A real graph, a real gate: twice the temperature, so the same classes and other probabilities."""
+    write = sealed_model.sealed
+    monkeypatch.setattr(sealed_model, "sealed", lambda model, preprocess, temperature, facts: write(model, preprocess, 2 * temperature, facts))
+    answer = command("export", str(bundle), "--to", "sealed", "--images", "20")
+    assert answer.code == 2 and "sealed.onnx" in answer.err and not (bundle / "sealed.onnx").exists()
+    assert "sealed.onnx" in read_bundle(bundle).info.exports["sealed"]["refused"]
+
+
+@pytest.mark.slow
+def test_int8_and_openvino_are_made_of_real_images_and_keep_their_contract(bundle: Path) -> None:
+    done = run_apart("export", str(bundle), "--to", "openvino", "int8", "--int8.min_speedup", "0", "--int8.max_drop", "5", folder=bundle.parents[1])
+    assert done.code == 0, done.err
+    info = read_bundle(bundle).info
+    assert info.exports["openvino"]["agreement"] == 1 and info.exports["openvino"]["largest_difference"] < 1e-3
+    assert info.exports["int8"]["drop"] <= 5 and (bundle / "model.int8.onnx").stat().st_size < (bundle / "model.onnx").stat().st_size
+    refused = run_apart("export", str(bundle), "--to", "int8", "--int8.min_speedup", "50", folder=bundle.parents[1])
+    assert refused.code == 2 and "times as fast" in refused.err and (bundle / "model.int8.onnx").is_file()
 
 
 @pytest.mark.parametrize(
@@ -106,6 +127,24 @@ def test_a_bundle_shares_its_files_with_the_one_it_replaces_and_old_readers_lose
         assert command("export", str(bundle), "--to", "sealed", "--images", "5").code == 0
         assert reader.read() == (bundle / "model.onnx").read_bytes()
         assert os.fstat(reader.fileno()).st_ino == (bundle / "model.onnx").stat().st_ino
+
+
+def test_what_lay_in_a_forms_folder_does_not_stay_when_it_is_written_anew(bundle: Path, command: Command) -> None:
+    """A server runs all that lies there; what people put beside the bundle's own files stays."""
+    assert command("export", str(bundle), "--to", "triton", "--images", "5").code == 0
+    (bundle / "triton/mine/2").mkdir(parents=True)
+    (bundle / "triton/mine/2/model.py").write_text("a stranger's")
+    (bundle / "notes.txt").write_text("a person's")
+    assert command("export", str(bundle), "--to", "triton", "sealed", "--images", "5").code == 0
+    assert not (bundle / "triton/mine/2").exists() and (bundle / "notes.txt").read_text() == "a person's"
+    assert set(kept(bundle)) - set(read_bundle(bundle).info.files) == {"notes.txt", "bundle.json"}
+
+
+def test_a_linked_bundle_is_exported_where_it_lies(bundle: Path, tmp_path: Path, command: Command) -> None:
+    (tmp_path / "linked").symlink_to(bundle)
+    for _ in range(2):
+        assert command("export", str(tmp_path / "linked"), "--to", "sealed", "--images", "5").code == 0
+    assert (tmp_path / "linked").is_symlink() and (bundle / "sealed.onnx").is_file()
 
 
 @given(st.data())

@@ -58,6 +58,10 @@ def test_every_way_to_give_a_picture_has_the_answer_of_infer(exported: Path) -> 
         array,
         array[None],
         np.stack([array]),
+        array.astype(np.int64),  # what a server makes of an array in JSON
+        np.array(text),
+        {"image": np.array([text])},
+        {"image": [text]},
     ]
     for way in ways:
         (answer,) = model.predict(way)
@@ -70,6 +74,7 @@ def test_every_way_to_give_a_picture_has_the_answer_of_infer(exported: Path) -> 
     [
         ([{"path": "/etc/passwd"}], "names a file, which is off"),
         ([np.zeros((8, 8, 3), np.float32)], "is an array float32"),
+        ([np.full((8, 8, 3), 256)], "is an array int64"),
         ([np.zeros((8, 8), np.uint8)], "is an array uint8 of the shape (8, 8)"),
         (["not base64!"], "is text but not base64"),
         ([b"half a picture"], "cannot be read"),
@@ -116,6 +121,10 @@ def test_promote_needs_a_whole_bundle_with_a_model(
         file.write("# more\n")
     answer = command("promote", "damaged")
     assert answer.code == 2 and "MLmodel" in answer.err and "damaged" in answer.err
+    shutil.copytree(exported / "models/digits", tmp_path / "models/more")
+    (tmp_path / "models/more/mlflow/code/numpy.py").write_text("print('run by a server')")
+    answer = command("promote", "more")
+    assert answer.code == 2 and "'mlflow/code/numpy.py', which was not exported" in answer.err
     assert command("promote", "damaged", "--alias", "Not One").code == 2
     assert not Path("mlflow.db").exists()
 
@@ -162,8 +171,14 @@ def test_the_champion_is_served_and_answers_pictures(served: str, exported: Path
 
     predictor = load_predictor(exported / "models/digits")
     files = sorted((exported / "data/digits/test/7").iterdir())[:3]
-    texts = [base64.b64encode(file.read_bytes()).decode() for file in files]
-    for content in ({"inputs": [{"image": text} for text in texts]}, {"inputs": texts}, {"dataframe_records": [{"image": text} for text in texts]}):
+    texts, decoded = [base64.b64encode(file.read_bytes()).decode() for file in files], [decode(file).tolist() for file in files]
+    for content in (
+        {"inputs": [{"image": text} for text in texts]},
+        {"inputs": texts},
+        {"dataframe_records": [{"image": text} for text in texts]},
+        {"inputs": {"image": texts}},
+        {"inputs": decoded},
+    ):
         status, answer = asked(content)
         assert status == 200, answer
         for found, expected in zip(answer["predictions"], predictor.predict(files), strict=True):

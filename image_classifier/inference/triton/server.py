@@ -18,7 +18,7 @@ from typing import Any
 from image_classifier import settings
 from image_classifier.bundle import INFO_NAME, Bundle, read_bundle
 from image_classifier.errors import CheckpointError, ConfigError, ServerError, StorageError
-from image_classifier.files import write_text
+from image_classifier.files import locked, write_text
 from image_classifier.inference.load import pulled_checkpoint
 from image_classifier.inference.triton.client import TritonBackend, channel_of, model_name
 from image_classifier.inference.triton.flags import FLAGS
@@ -107,19 +107,28 @@ def _start(asked: ServerSettings, folder: Path) -> None:
     files = bundle.info.exports.get("triton", {}).get("files", [])
     if not files:
         raise CheckpointError(f"the bundle {path.name!r} holds no model repository", f"python commands.py export {path.name} --to triton")
-    _check_repository(bundle, files)
+    bundle.verify(files)
+    bundle.refuse_unlisted("triton")
+    try:
+        with locked(folder / "lock", wait=False):
+            _start_one(asked, path, bundle, folder)
+    except BlockingIOError as error:
+        raise ConfigError(f"another command is starting a server of {path.name!r}", "wait for it") from error
+
+
+def _start_one(asked: ServerSettings, path: Path, bundle: Bundle, folder: Path) -> None:
     server = _read(folder)
     if server and server.alive():
         raise ConfigError(f"the server of {path.name!r} was started at {server.url}", f"python commands.py triton stop {path.name}")
     _refuse_used(asked)
     start = time.monotonic()
     server = _launched(asked, bundle, folder)
-    write_text(folder / _STATE, json.dumps(asdict(server)) + "\n")
     try:
+        write_text(folder / _STATE, json.dumps(asdict(server)) + "\n")
         _wait(asked, bundle, server, folder)
     except BaseException:
         server.stop()
-        (folder / _STATE).unlink()
+        (folder / _STATE).unlink(missing_ok=True)
         raise
     took = f"a golden image answered right after {time.monotonic() - start:.1f} s"
     print(f"triton    {model_name(bundle.info)} at {server.url} and grpc://127.0.0.1:{asked.grpc_port}, {took}")
@@ -138,17 +147,6 @@ def _stop(asked: ServerSettings, folder: Path) -> None:
 
 
 ACTIONS = {"start": _start, "stop": _stop}
-
-
-def _check_repository(bundle: Bundle, files: Sequence[str]) -> None:
-    """CheckpointError where the repository is not what was exported: a server runs all that lies in it."""
-    bundle.verify(files)
-    there = (path for path in (bundle.directory / "triton").rglob("*") if path.is_symlink() or not path.is_dir())
-    strange = sorted({path.relative_to(bundle.directory).as_posix() for path in there} - set(files))
-    if strange:
-        raise CheckpointError(
-            f"the model repository of {bundle.info.name!r} holds {strange[0]!r}, which was not exported", "a server would run it: remove it"
-        )
 
 
 def _refuse_used(asked: ServerSettings) -> None:
