@@ -19,12 +19,15 @@ from image_classifier.exporting.onnx_again import export_onnx_again
 from image_classifier.exporting.openvino import export_openvino
 from image_classifier.exporting.reference import Reference
 from image_classifier.exporting.sealed import export_sealed
+from image_classifier.exporting.tensorrt import export_tensorrt
 from image_classifier.exporting.triton import TritonSettings, export_triton
 from image_classifier.files import link_or_copy, locked, whole_directory
 from image_classifier.images import DecodeLimits
+from image_classifier.inference.backends import exported
 from image_classifier.inference.load import pulled_bundle
+from image_classifier.inference.tensorrt.engine import EngineSettings, require
 
-FORMATS = ("onnx", "sealed", "int8", "openvino", "mlflow", "triton")
+FORMATS = ("onnx", "sealed", "int8", "openvino", "tensorrt", "mlflow", "triton")
 
 
 # Writes a form of the model into a folder; what was found is kept in bundle.json under its name.
@@ -40,6 +43,7 @@ class ExportSettings:
     data_dir: str | None = None
     images: int = 200
     int8: Int8Settings = field(default_factory=Int8Settings)
+    tensorrt: EngineSettings = field(default_factory=EngineSettings)
     triton: TritonSettings = field(default_factory=TritonSettings)
     models_dir: str = "models"
     dvc: bool | None = None
@@ -65,6 +69,7 @@ class ExportSettings:
             "sealed": export_sealed,
             "int8": partial(export_int8, asked=self.int8),
             "openvino": export_openvino,
+            "tensorrt": partial(export_tensorrt, asked=self.tensorrt),
             "mlflow": export_mlflow,
             "triton": partial(export_triton, asked=self.triton),
         }
@@ -75,10 +80,13 @@ def export(config: Any) -> None:
     """Write the forms asked for into the bundle, one after the other; each appears whole or not at all, and of one that is refused the reason.
 
     Raises:
+        ConfigError: A package or a GPU that a form needs is missing.
         ParityError: One answers otherwise than the checkpoint; those before it stay.
     """
     asked = settings.typed(ExportSettings, config, "")
     path = pulled_bundle(asked.checkpoint_name, Path(asked.models_dir), asked.dvc).directory.resolve()
+    if "tensorrt" in asked.to:
+        require()  # before other forms are made
     reference = None
     with locked(path.parent / f".{path.name[:50]}.lock"):
         for name in dict.fromkeys(asked.to):
@@ -89,7 +97,7 @@ def export(config: Any) -> None:
             try:
                 facts = _added(bundle, name, asked.writer(name), reference)
             except ParityError as error:
-                if not bundle.info.exports.get(name, {}).get("files"):
+                if not exported(bundle, name):
                     add_export(path, bundle.info, name, {"refused": error.fact}, [])
                 raise
             print(f"{name:<9} {_line(facts)}")

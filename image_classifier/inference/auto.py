@@ -6,8 +6,8 @@ import logging
 from collections.abc import Sequence
 
 from image_classifier.bundle import Bundle
-from image_classifier.errors import CheckpointError, ConfigError
-from image_classifier.inference.backends import fitting, open_backend
+from image_classifier.errors import CheckpointError, ConfigError, ParityError
+from image_classifier.inference.backends import exported, fitting, open_backend, takes_minutes
 from image_classifier.inference.golden import Check, Golden, checked
 from image_classifier.inference.predictor import Backend
 
@@ -16,7 +16,7 @@ log = logging.getLogger(__name__)
 AUTO = "auto"
 TOLERANCE = 0.02  # by which a probability of a golden image may differ
 _REPEATS = 2  # the machine may be busy
-_SLOW_TO_LOAD = ("checkpoint", "tensorrt")  # seconds and minutes: only where nothing else is there
+_SLOW_TO_LOAD = ("checkpoint",)  # takes seconds: only where nothing else is there
 _UNDER_A_CONTRACT = ("int8",)  # has files only where the export kept its contract
 
 
@@ -36,7 +36,7 @@ def fastest(bundle: Bundle, trusted: Sequence[str] = ()) -> tuple[str, Backend]:
             opened[name] = open_backend(bundle, name, trusted)
             repeated = [checked(name, opened[name], golden, bundle.info.temperature) for _ in range(_REPEATS)]
             check = min(repeated, key=lambda check: check.milliseconds)
-        except (CheckpointError, ConfigError) as error:
+        except (CheckpointError, ConfigError, ParityError) as error:
             told.append(f"{name} cannot be used ({error.fact})")
             continue
         if check.fails(TOLERANCE):
@@ -53,5 +53,5 @@ def fastest(bundle: Bundle, trusted: Sequence[str] = ()) -> tuple[str, Backend]:
 
 def candidates(bundle: Bundle) -> list[str]:
     """The backends to choose from."""
-    found = [name for name in fitting(bundle) if name not in _UNDER_A_CONTRACT or bundle.info.exports.get(name, {}).get("files")]
-    return [name for name in found if name not in _SLOW_TO_LOAD] or found
+    found = [name for name in fitting(bundle) if name not in _UNDER_A_CONTRACT or exported(bundle, name)]
+    return [name for name in found if name not in _SLOW_TO_LOAD and not takes_minutes(bundle, name)] or found

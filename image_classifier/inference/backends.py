@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -12,6 +13,9 @@ from typing import Any
 from image_classifier.bundle import Bundle
 from image_classifier.errors import ConfigError
 from image_classifier.inference.predictor import Backend
+from image_classifier.inference.tensorrt import engine as tensorrt
+
+log = logging.getLogger(__name__)
 
 # A file and the packages it may take its network from -> what runs it, and what the file says of itself.
 Open = Callable[[Path, Sequence[str]], tuple[Backend, Mapping[str, Any]]]
@@ -19,27 +23,29 @@ Open = Callable[[Path, Sequence[str]], tuple[Backend, Mapping[str, Any]]]
 
 @dataclass(frozen=True)
 class Kind:
-    """One backend: the files of a bundle that it can run, the best first, and the package it needs, perhaps in a build that has a `provider`."""
+    """One backend: the files of a bundle that it can run, the best first, and whether what runs them is installed."""
 
     files: tuple[str, ...]
-    package: str
+    installed: Callable[[], bool]
     open: Open
-    provider: str = ""
 
     def file(self, bundle: Bundle) -> str:
         """The file that it runs of this bundle; the last resort where none is there."""
         return next((name for name in self.files if name in bundle.info.files), self.files[-1])
 
     def fits(self, bundle: Bundle) -> bool:
-        """Whether the package is installed and the bundle has a file for it."""
-        return find_spec(self.package) is not None and self.file(bundle) in bundle.info.files and self._provided()
+        """Whether it is installed and the bundle has a file for it."""
+        return self.file(bundle) in bundle.info.files and self.installed()
 
-    def _provided(self) -> bool:
-        if not self.provider:
-            return True
-        import onnxruntime
 
-        return self.provider in onnxruntime.get_available_providers()
+def _package(name: str) -> Callable[[], bool]:
+    return lambda: find_spec(name) is not None
+
+
+def _tensorrt_in_onnx_runtime() -> bool:
+    import onnxruntime
+
+    return "TensorrtExecutionProvider" in onnxruntime.get_available_providers()
 
 
 def _onnx(path: Path, trusted: Sequence[str], tensorrt: bool = False) -> tuple[Backend, Mapping[str, Any]]:
@@ -66,12 +72,12 @@ def _openvino(precision: str) -> Open:
 
 
 BACKENDS: dict[str, Kind] = {
-    "onnx": Kind(("model.onnx",), "onnxruntime", _onnx),
-    "checkpoint": Kind(("model.ckpt",), "torch", _checkpoint),
-    "openvino": Kind(("openvino/model.xml", "model.onnx"), "openvino", _openvino("f32")),
-    "openvino-bf16": Kind(("openvino/model.xml", "model.onnx"), "openvino", _openvino("bf16")),
-    "int8": Kind(("model.int8.onnx",), "onnxruntime", _onnx),
-    "tensorrt": Kind(("model.onnx",), "onnxruntime", partial(_onnx, tensorrt=True), "TensorrtExecutionProvider"),
+    "onnx": Kind(("model.onnx",), _package("onnxruntime"), _onnx),
+    "checkpoint": Kind(("model.ckpt",), _package("torch"), _checkpoint),
+    "openvino": Kind(("openvino/model.xml", "model.onnx"), _package("openvino"), _openvino("f32")),
+    "openvino-bf16": Kind(("openvino/model.xml", "model.onnx"), _package("openvino"), _openvino("bf16")),
+    "int8": Kind(("model.int8.onnx",), _package("onnxruntime"), _onnx),
+    tensorrt.NAME: Kind(tensorrt.FILES, lambda: tensorrt.usable() or _tensorrt_in_onnx_runtime(), partial(_onnx, tensorrt=True)),
 }
 REMOTE = "triton"  # runs no file of a bundle: a server does, whose address must be given
 NAMES = (*BACKENDS, REMOTE)
@@ -81,6 +87,24 @@ EXACT = ("onnx", "checkpoint", "openvino")  # answer as the checkpoint but for r
 def fitting(bundle: Bundle) -> list[str]:
     """The backends that are installed and whose file the bundle has."""
     return [name for name, kind in BACKENDS.items() if kind.fits(bundle)]
+
+
+def exported(bundle: Bundle, name: str) -> bool:
+    """Whether the bundle has this form, which its export held against the checkpoint."""
+    found = bundle.info.exports.get(name)
+    return isinstance(found, dict) and "refused" not in found
+
+
+def takes_minutes(bundle: Bundle, name: str) -> bool:
+    """Whether this backend has something to build before its first answer."""
+    if name != tensorrt.NAME:
+        return False
+    if not tensorrt.usable():
+        return True
+    from image_classifier.inference.tensorrt.cache import Kept
+
+    asked = tensorrt.EngineSettings.of(bundle)
+    return not Kept.of(bundle.path(asked.file), asked).is_there
 
 
 @dataclass(frozen=True)
@@ -107,7 +131,8 @@ def open_backend(bundle: Bundle, name: str, trusted: Sequence[str] = (), server:
 
     Raises:
         CheckpointError: The file is missing or damaged.
-        ConfigError: The package is not installed, or a server's address is missing.
+        ConfigError: The package or a GPU is missing, or a server's address is.
+        ParityError: An engine that was built answers otherwise than the bundle.
         ServerError: The server does not answer, or not as the bundle.
     """
     server.fits(name)
@@ -118,4 +143,21 @@ def open_backend(bundle: Bundle, name: str, trusted: Sequence[str] = (), server:
     file = BACKENDS[name].file(bundle)
     beside = [other for other in bundle.info.files if other != file and other.rpartition(".")[0] == file.rpartition(".")[0] and "/" in file]
     bundle.verify([file, *beside])
+    if name == tensorrt.NAME and not _only_onnx_runtime_has_tensorrt():
+        return _engine(bundle)
     return BACKENDS[name].open(bundle.path(file), trusted)[0]
+
+
+def _only_onnx_runtime_has_tensorrt() -> bool:
+    only = not tensorrt.is_installed() and _tensorrt_in_onnx_runtime()
+    if only:
+        log.info("TensorRT through ONNX Runtime, as the package tensorrt is not installed")
+    return only
+
+
+def _engine(bundle: Bundle) -> Backend:
+    from image_classifier.inference.tensorrt.backend import opened
+
+    asked = tensorrt.EngineSettings.of(bundle)
+    bundle.verify([asked.file, "golden.npz"])
+    return opened(bundle, bundle.path(asked.file), asked)[0]

@@ -18,7 +18,7 @@ import numpy as np
 from image_classifier.bundle import INFO_NAME, read_bundle
 from image_classifier.errors import CheckpointError
 from image_classifier.files import write_text
-from image_classifier.inference.backends import BACKENDS, fitting
+from image_classifier.inference.backends import BACKENDS, fitting, takes_minutes
 from image_classifier.inference.load import load_predictor
 from image_classifier.inference.predictor import Backend
 
@@ -50,7 +50,7 @@ class Latency:
 
 
 def measure_latency(path: Path, batch_size: int = 64, trusted: Sequence[str] = ()) -> Latency:
-    """Latency of every backend of what `bundle.find_checkpoint` found, pixels in memory to logits.
+    """Latency of every backend, but one that must build first, of what `bundle.find_checkpoint` found, pixels in memory to logits.
 
     A fresh process for each: none warms the other up or shares its memory, and the caller loads no torch.
 
@@ -91,7 +91,8 @@ def measured(backend: Backend, size: int, batch_size: int, seconds: float = _SEC
 
 def _backends(path: Path) -> list[str]:
     if (path / INFO_NAME).is_file():
-        return fitting(read_bundle(path))
+        bundle = read_bundle(path)
+        return [name for name in fitting(bundle) if not takes_minutes(bundle, name)]
     return ["checkpoint" if path.suffix == ".ckpt" else "onnx"]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -12,10 +13,11 @@ import onnxruntime
 
 from image_classifier.errors import CheckpointError, ConfigError
 
+log = logging.getLogger(__name__)
+
 _FACTS = ("classes", "preprocess", "temperature", "decision")
-
-
 _TENSORRT, _CUDA, _CPU = (f"{name}ExecutionProvider" for name in ("Tensorrt", "CUDA", "CPU"))
+_OPTIONS = {_CUDA: {"use_tf32": "0"}}  # products rounded to 10 bits are not what the checkpoint answers
 
 
 def providers(tensorrt: bool = False) -> list[str]:
@@ -31,16 +33,35 @@ def providers(tensorrt: bool = False) -> list[str]:
 
 
 def session_of(path: Path, tensorrt: bool = False) -> onnxruntime.InferenceSession:
-    """A model ready to run; CheckpointError where it cannot be, ConfigError as `providers`."""
+    """A model ready to run; CheckpointError where it cannot be, ConfigError as `providers` or where TensorRT does not load."""
+    places = providers(tensorrt)
+    try:
+        session = _session(path, places)
+    except Exception as error:  # onnxruntime has no public base class for its errors
+        reason = " ".join(str(error).split())[:200]
+        if tensorrt:
+            raise ConfigError(f"ONNX Runtime cannot run {path.name} with TensorRT ({reason})", "look at nvidia-smi, or use --backend onnx") from error
+        raise CheckpointError(f"{str(path)!r} is not an ONNX model that can be run ({reason})", "export it again") from error
+    if tensorrt and _TENSORRT not in session.get_providers():
+        raise ConfigError("this ONNX Runtime was built for TensorRT, which does not load here", "look at nvidia-smi, or use --backend onnx")
+    if _CUDA in places and _CUDA not in session.get_providers():
+        log.warning("ONNX Runtime was built for CUDA, which does not load here: the processor is used")
+    return session
+
+
+def _session(path: Path, places: list[str]) -> onnxruntime.InferenceSession:
+    """A session on the first of these that loads. ONNX Runtime's own way to the next one is off: it prints among the answers, in several lines."""
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")  # threads that wait leave the cores to decoding
-    places = providers(tensorrt)
+    onnxruntime.set_default_logger_severity(4)  # `session_of` says what does not load
+    chosen = [_OPTIONS.get(name, {}) for name in places]
     try:
-        return onnxruntime.InferenceSession(str(path), options, providers=places)
-    except Exception as error:  # onnxruntime has no public base class for its errors
-        reason = " ".join(str(error).split())[:200]
-        raise CheckpointError(f"{str(path)!r} is not an ONNX model that can be run ({reason})", "export it again") from error
+        return onnxruntime.InferenceSession(str(path), options, providers=places, provider_options=chosen, enable_fallback=0)
+    except Exception:
+        if _TENSORRT in places or places == [_CPU]:
+            raise
+        return _session(path, [_CPU])
 
 
 def metadata_of(session: onnxruntime.InferenceSession) -> dict[str, Any]:

@@ -55,7 +55,7 @@ class Classifier(nn.Module):
         if self.training or self.tta == "none":
             embeddings = self.embed(pixels)
             return self.classify(embeddings), embeddings.float()
-        views, weights = zip(*tta_views(pixels, self.tta), strict=True)
+        views, weights = zip(*tta_views(pixels.float(), self.tta), strict=True)  # TensorRT cuts and joins no integers of 8 bits
         embeddings = self.embed(torch.cat(views))
         logits = self.classify(embeddings).unflatten(0, (len(views), -1))
         averaged = (logits * torch.tensor(weights, device=logits.device).view(-1, 1, 1)).sum(dim=0)

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import numpy as np
+import onnx
 import pytest
 import torch
 
@@ -11,7 +12,7 @@ from image_classifier.exporting.onnx import export_onnx
 from image_classifier.exporting.parity import check_parity
 from image_classifier.inference.checkpoint import CheckpointBackend
 from image_classifier.inference.onnx_runtime import OnnxBackend
-from image_classifier.modeling.classifier import build_classifier
+from image_classifier.modeling.classifier import TTA, build_classifier
 from image_classifier.modeling.convnet import ConvNet
 
 
@@ -37,6 +38,19 @@ def test_the_file_is_whole_and_says_what_it_is(exported: tuple[CheckpointBackend
     _, backend, path = exported
     assert [file.name for file in path.parent.iterdir()] == ["model.onnx"]
     assert backend.metadata() == {"classes": ["a", "кот", "c", "d"], "preprocess": {"size": 16}}
+
+
+@pytest.mark.parametrize("tta", TTA)
+def test_pixels_become_floats_before_all_else(tta: str, tmp_path: Path) -> None:
+    """TensorRT takes integers of 8 bits as an input, to be cast and for nothing more; the answers are those of the classifier."""
+    torch.manual_seed(0)
+    classifier = build_classifier(ConvNet(16, [8, 16]), 4, 16, [0.5] * 3, [0.2] * 3, tta=tta).eval()
+    export_onnx(classifier, 16, {}, tmp_path / "model.onnx")
+    graph = onnx.load(tmp_path / "model.onnx").graph
+    shapes = {"Shape"}  # of the input, which is no arithmetic
+    assert {node.op_type for node in graph.node if "pixels" in node.input} - shapes == {"Cast"}
+    pixels = np.random.default_rng(0).integers(0, 256, (5, 3, 16, 16), dtype=np.uint8)
+    np.testing.assert_allclose(OnnxBackend(tmp_path / "model.onnx").logits(pixels), CheckpointBackend(classifier).logits(pixels), atol=1e-5)
 
 
 def test_the_gate_names_the_image_that_differs() -> None:

@@ -15,7 +15,7 @@ from image_classifier.errors import CheckpointError, ConfigError
 from image_classifier.inference import auto
 from image_classifier.inference.auto import candidates, fastest
 from image_classifier.inference.golden import Golden
-from image_classifier.inference.onnx_runtime import providers
+from image_classifier.inference.onnx_runtime import OnnxBackend, providers
 from image_classifier.inference.predictor import Backend
 from tests.conftest import Command, run_apart
 
@@ -101,3 +101,37 @@ def test_tensorrt_that_is_not_there_is_refused(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: ["CUDAExecutionProvider", "CPUExecutionProvider"])
     with pytest.raises(ConfigError, match="no TensorRT"):
         providers(tensorrt=True)
+
+
+def test_a_gpu_that_does_not_load_is_said_and_never_replaced_where_it_was_asked_for(
+    digits_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    """As on a machine without a driver: CUDA raises or is left out, TensorRT too."""
+    asked: list[tuple[list[str], list[dict[str, str]]]] = []
+    raises = True
+
+    class Session(onnxruntime.InferenceSession):
+        def __init__(self, path: str, options: object, providers: list[str], provider_options: list[dict[str, str]], enable_fallback: int) -> None:
+            asked.append((providers, provider_options))
+            assert enable_fallback == 0
+            if raises and len(providers) > 1:
+                raise RuntimeError("CUDA failure 35:\n CUDA driver version is insufficient")
+            super().__init__(path, options, providers=["CPUExecutionProvider"])
+
+    monkeypatch.setattr(onnxruntime, "InferenceSession", Session)
+    monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: [f"{name}ExecutionProvider" for name in ("Tensorrt", "CUDA", "CPU")])
+    golden, model = Golden.of(read_bundle(digits_bundle)), digits_bundle / "model.onnx"
+    for raises in (True, False):
+        caplog.clear()
+        np.testing.assert_allclose(OnnxBackend(model).logits(golden.pixels), golden.logits, atol=1e-4)
+        assert [record.getMessage() for record in caplog.records] == [
+            "ONNX Runtime was built for CUDA, which does not load here: the processor is used"
+        ]
+        with pytest.raises(ConfigError, match="insufficient" if raises else "does not load") as caught:
+            OnnxBackend(model, tensorrt=True)
+        assert "\n" not in str(caught.value)
+    assert asked[0] == (["CUDAExecutionProvider", "CPUExecutionProvider"], [{"use_tf32": "0"}, {}])
+    (tmp_path / "broken.onnx").write_bytes(b"no model")
+    with pytest.raises(CheckpointError, match="not an ONNX model"):
+        OnnxBackend(tmp_path / "broken.onnx")
+    assert capfd.readouterr().out == ""

@@ -78,7 +78,7 @@ def test_images_of_an_archive_can_be_explained(command: Command, tmp_path: Path)
         (("--fetch.timeout_s", "0"), "fetch.timeout_s"),
         (("--archive.max_members", "0"), "archive.max_members"),
         (("--sort_into", "data"), "lies within the images"),
-        (("--backend", "tensorrt"), "no TensorRT"),
+        (("--backend", "tensorrt"), "TensorRT needs"),
     ],
 )
 def test_what_cannot_be_is_one_line_and_exit_code_2(command: Command, line: tuple[str, ...], says: str) -> None:
