@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from image_classifier.errors import ClassifierError, ConfigError
+from image_classifier.errors import ClassifierError, ConfigError, printable
 
 _HERE = Path(__file__).resolve().parent
 CONF_DIR = next(path for path in (_HERE / "conf", _HERE.parent / "conf") if path.is_dir())  # a wheel holds it within the package
@@ -29,7 +29,7 @@ TEXT_KEYS: dict[str, frozenset[str]] = {
     "baseline": _DATA_TEXT | {"model.weights", "model.from", "name", "plots_dir", "models_dir"},
     "train": _DATA_TEXT | {"model.weights", "model.from", "name", "resume", "models_dir", "plots_dir", "runs_dir", "logger.tracking_uri"},
     "test": frozenset({"cache_dir", "checkpoint_name", "test_dir", "output_dir", "models_dir", "plots_dir", "url"}),
-    "infer": frozenset({"checkpoint_name", "output", "sort_into", "models_dir", "plots_dir", "url"}),
+    "infer": frozenset({"checkpoint_name", "output", "sort_into", "models_dir", "plots_dir", "url", "ray.address"}),
     "export": frozenset({"checkpoint_name", "data_dir", "models_dir", "triton.image"}),
     "verify": frozenset({"checkpoint_name", "models_dir", "url"}),
     "promote": frozenset({"checkpoint_name", "models_dir", "tracking_uri", "registered_name", "alias"}),
@@ -258,7 +258,7 @@ def exit_code(action: Callable[[], None]) -> int:
         action()
         sys.stdout.flush()
     except ClassifierError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {printable(str(error))}", file=sys.stderr)
         return 2
     except BrokenPipeError:
         if not _reader_left():

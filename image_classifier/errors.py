@@ -8,6 +8,7 @@ ClassifierError
 ├── CheckpointError        a checkpoint or bundle that is missing, ambiguous or damaged
 ├── ParityError            an export that disagrees with the model it came from
 ├── ServerError            a model server that does not answer, or answers wrong
+├── ClusterError           machines that cannot be reached, or workers that die again and again
 ├── TrainingError          a run that cannot go on (a loss that is not a number)
 └── StorageError           no permission, no space left
 """
@@ -16,9 +17,17 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+_CONTROLS = re.compile("[\x00-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069]")
+
+
+def printable(text: str) -> str:
+    """Text of a stranger for a terminal: what would move its cursor, clear it, begin a line or turn the direction of letters comes as an escape."""
+    return _CONTROLS.sub(lambda found: f"\\x{ord(found[0]):02x}" if found[0] < "\u0100" else f"\\u{ord(found[0]):04x}", text)
 
 
 class ClassifierError(Exception):
@@ -66,6 +75,10 @@ class ParityError(ClassifierError):
 
 class ServerError(ClassifierError):
     """A model server that does not answer, or answers wrong."""
+
+
+class ClusterError(ClassifierError):
+    """Machines that cannot be reached, or workers that die again and again."""
 
 
 class TrainingError(ClassifierError):

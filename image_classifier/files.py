@@ -35,8 +35,10 @@ def write_bytes(path: Path, content: bytes) -> None:
 
 @contextmanager
 def whole_file(path: Path) -> Iterator[IO[bytes]]:
-    """A binary file that takes `path`'s place when the block ends well; StorageError where the disk refuses."""
+    """A binary file that takes `path`'s place when the block ends well; StorageError where the disk refuses, or what lies there is no file."""
     with storage_errors(path):
+        if not is_replaceable(path):
+            raise StorageError(f"{str(path)!r} is no file: a file does not take its place", "choose another one")
         path.parent.mkdir(parents=True, exist_ok=True)
         handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name[:50]}.", suffix=".part")
         try:
@@ -50,6 +52,13 @@ def whole_file(path: Path) -> Iterator[IO[bytes]]:
         except BaseException:
             Path(name).unlink(missing_ok=True)
             raise
+
+
+def is_replaceable(path: Path) -> bool:
+    """Whether a file may take this place: that of a file, a link to one, or nothing; never that of a folder, a pipe or a device."""
+    if path.is_symlink() and os.path.abspath(path).startswith(("/dev/", "/proc/")):
+        return False  # the system's own, such as /dev/stdout
+    return path.is_file() or not path.exists()
 
 
 @contextmanager
@@ -101,26 +110,50 @@ def link_or_copy(source: Path, target: Path) -> None:
 
 
 @contextmanager
-def locked(path: Path, wait: bool = True) -> Iterator[None]:
-    """Hold the lock file `path`, so that one process at a time runs the block (not on Windows, which has no flock).
+def locked(path: Path, wait: bool = True, remove: bool = False) -> Iterator[None]:
+    """Hold the lock file `path`, so that one process at a time runs the block (not on Windows, which has no flock); then `remove` it.
 
     Raises:
         BlockingIOError: Another process holds it, and `wait` is false.
     """
     with storage_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        with path.open("w") as file:
-            if sys.platform != "win32":
-                import fcntl
+        with _held(path, wait):
+            try:
+                yield
+            finally:
+                if remove:
+                    path.unlink(missing_ok=True)
 
-                try:
-                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                except BlockingIOError:
-                    if not wait:
-                        raise
-                    log.info("waiting for another run, which holds %s", path)
-                    fcntl.flock(file, fcntl.LOCK_EX)
-            yield
+
+def _held(path: Path, wait: bool) -> IO[str]:
+    """The lock file, held until it is closed."""
+    while True:
+        file = path.open("w")
+        try:
+            _flock(file, path, wait)
+            if os.path.samestat(os.stat(path), os.fstat(file.fileno())):
+                return file
+        except FileNotFoundError:
+            pass
+        except BaseException:
+            file.close()
+            raise
+        file.close()  # whoever held it removed it: others hold another file of this name, or will
+
+
+def _flock(file: IO[str], path: Path, wait: bool) -> None:
+    if sys.platform == "win32":
+        return
+    import fcntl
+
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        if not wait:
+            raise
+        log.info("waiting for another run, which holds %s", path)
+        fcntl.flock(file, fcntl.LOCK_EX)
 
 
 def _is_alive(process: int) -> bool:

@@ -85,8 +85,9 @@ def test_exit_codes(capsys: pytest.CaptureFixture[str]) -> None:
     assert exit_code(lambda: None) == 0
     assert exit_code(lambda: fail(ConfigError("wrong", "mend it"))) == 2
     assert exit_code(lambda: fail(DataError("two\nlines"))) == 2
+    assert exit_code(lambda: fail(DataError("\x1b[2J"))) == 2
     assert exit_code(lambda: fail(KeyboardInterrupt())) == 130
-    assert capsys.readouterr().err == "error: wrong: mend it\nerror: two lines\nstopped by Ctrl-C\n"
+    assert capsys.readouterr().err == "error: wrong: mend it\nerror: two lines\nerror: \\x1b[2J\nstopped by Ctrl-C\n"
     half_imported = ImportError("initialization failed")
     half_imported.__cause__ = KeyboardInterrupt()
     assert exit_code(lambda: fail(half_imported)) == 130

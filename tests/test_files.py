@@ -4,13 +4,15 @@ import os
 import socket
 import subprocess
 import sys
+import threading
+import time
 from pathlib import Path
 
 import pytest
 
 from image_classifier import files
 from image_classifier.errors import StorageError
-from image_classifier.files import whole_directory, whole_file, write_text
+from image_classifier.files import locked, whole_directory, whole_file, write_text
 
 
 def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path: Path) -> None:
@@ -105,3 +107,25 @@ def test_what_dead_processes_left_is_swept_and_what_living_ones_write_is_not(tmp
     with whole_directory(tmp_path / "bundle"):
         pass
     assert sorted(path.name for path in tmp_path.iterdir()) == [f".bundle.{host}-{os.getpid()}.x.part", "bundle"]
+
+
+def test_a_lock_that_is_removed_is_held_by_one_at_a_time(tmp_path: Path) -> None:
+    lock, inside, most = tmp_path / "lock", [0], [0]
+
+    def work() -> None:
+        for _ in range(50):
+            with locked(lock, remove=True):
+                inside[0] += 1
+                most[0] = max(most[0], inside[0])
+                time.sleep(0)
+                inside[0] -= 1
+
+    threads = [threading.Thread(target=work) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert most == [1] and os.listdir(tmp_path) == []
+    with pytest.raises(KeyboardInterrupt), locked(lock, remove=True):
+        raise KeyboardInterrupt
+    assert os.listdir(tmp_path) == []

@@ -11,10 +11,11 @@ import zipfile
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import PurePosixPath
 from typing import IO, Any, cast
 
-from image_classifier.errors import ConfigError, SourceError
+from image_classifier.errors import ConfigError, SourceError, printable
 from image_classifier.images import is_image_name
 from image_classifier.inference.item import Item
 
@@ -55,7 +56,8 @@ def is_archive_name(name: str) -> bool:
 
 def is_archive(head: bytes) -> bool:
     """Whether content that begins with these bytes (262 will do) is an archive."""
-    return head.startswith((b"PK\x03\x04", b"PK\x05\x06", _ZSTD, _GZIP, _BZ2, _XZ)) or head[257:262] == b"ustar"
+    bz2_block = head.startswith(_BZ2) and head[4:10] == b"1AY&SY"  # the three letters alone may be those of a name
+    return bz2_block or head.startswith((b"PK\x03\x04", b"PK\x05\x06", _ZSTD, _GZIP, _XZ)) or head[257:262] == b"ustar"
 
 
 def members(file: IO[bytes], name: str, limits: ArchiveLimits, max_image_bytes: int) -> Iterator[Item]:
@@ -68,11 +70,18 @@ def members(file: IO[bytes], name: str, limits: ArchiveLimits, max_image_bytes: 
     except SourceError as error:
         yield Item.missing(name, error.fact)
         return
+    except MemoryError:  # an xz may ask for gigabytes
+        yield Item.missing(name, "unpacking it takes more memory than there is")
+        return
     except _DAMAGED as error:
-        yield Item.missing(name, f"the archive is damaged ({' '.join(str(error).split())[:100] or type(error).__name__})")
+        yield Item.missing(name, f"the archive is damaged ({_reason(error)})")
         return
     if not count:
         yield Item.missing(name, "the archive holds no image")
+
+
+def _reason(error: BaseException) -> str:
+    return printable(" ".join(str(error).split()))[:100] or type(error).__name__
 
 
 def _members(file: IO[bytes], name: str, limits: ArchiveLimits, max_image_bytes: int) -> Iterator[Item]:
@@ -127,8 +136,8 @@ def _of_zip(file: IO[bytes], name: str, budget: _Budget, max_image_bytes: int) -
             try:
                 with bundle.open(member) as opened:
                     yield Item(full, opened.read(max_image_bytes + 1))
-            except _DAMAGED as error:  # of one member: cut, of another sum; the next one may be whole
-                yield Item.missing(full, f"cannot be unpacked ({' '.join(str(error).split())[:100] or type(error).__name__})")
+            except (*_DAMAGED, MemoryError) as error:  # of one member: cut, of another sum; the next one may be whole
+                yield Item.missing(full, f"cannot be unpacked ({_reason(error)})")
 
 
 def _check_directory(file: IO[bytes], limits: ArchiveLimits) -> None:
@@ -178,6 +187,8 @@ class _Metered:
 def _unpacked(file: IO[bytes], head: bytes) -> IO[bytes]:
     """The tar in a compressed file, read as it goes."""
     if head.startswith(_ZSTD):
+        if find_spec("pyarrow") is None:
+            raise SourceError("unpacking it needs a package that is not installed: pip install pyarrow")
         import pyarrow  # type: ignore[import-untyped]  # here, as it takes a fifth of a second
 
         return cast(IO[bytes], pyarrow.CompressedInputStream(file, "zstd"))

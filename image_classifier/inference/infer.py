@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import logging
+import os
 import sys
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+import time
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,15 +23,23 @@ from image_classifier.images import DecodeLimits
 from image_classifier.inference.archives import ArchiveLimits
 from image_classifier.inference.auto import AUTO
 from image_classifier.inference.backends import ServerAt
-from image_classifier.inference.inputs import STDIN, Inputs
+from image_classifier.inference.cluster import Dealt, RaySettings, answer_shards, check_installed
+from image_classifier.inference.destination import check_output, spared
+from image_classifier.inference.finished import Finished, Names
+from image_classifier.inference.inputs import STDIN, Inputs, is_address
 from image_classifier.inference.item import Item
 from image_classifier.inference.load import load_predictor, pulled_checkpoint
-from image_classifier.inference.outputs import Answer, check_format, write_answers
+from image_classifier.inference.outputs import Answer, Told, check_format, write_answers
 from image_classifier.inference.part import Part, check_same_run
 from image_classifier.inference.predictor import Predictor
-from image_classifier.inference.urls import UrlLimits, Web, is_url
+from image_classifier.inference.shards import Shards
+from image_classifier.inference.storage import Storage, is_stored
+from image_classifier.inference.urls import UrlLimits, Web
+from image_classifier.inference.worker import Job
 
 log = logging.getLogger(__name__)
+
+ENGINES = ("local", "ray")
 
 
 @dataclass(frozen=True)
@@ -53,6 +64,8 @@ class InferSettings:
     archive: ArchiveLimits = field(default_factory=ArchiveLimits)
     fetch: UrlLimits = field(default_factory=UrlLimits)
     allow_private_urls: bool = False
+    engine: str = "local"
+    ray: RaySettings = field(default_factory=RaySettings)
     decision: DecisionSettings = field(default_factory=DecisionSettings)
     models_dir: str = "models"
     plots_dir: str = "plots"
@@ -67,6 +80,19 @@ class InferSettings:
             raise ConfigError(f"threshold={self.threshold} cannot be", "it is a confidence from 0 to 1, such as 0.8")
         if self.resume and not self.output:
             raise ConfigError("resume=true needs the file to go on with", "add --output FILE")
+        if self.engine not in ENGINES:
+            raise ConfigError(f"there is no engine {self.engine!r}", f"use one of {', '.join(ENGINES)}")
+        if self.engine == "ray":
+            self._check_ray()
+        elif self.output and is_stored(self.output):
+            raise ConfigError(f"output={self.output!r} is written by a cluster only", "add --engine ray, or write to a file here")
+
+    def _check_ray(self) -> None:
+        if self.format != "parquet" or not self.output:
+            raise ConfigError("engine=ray writes a folder of Parquet files", "add --format parquet --output DIR or s3://BUCKET/FOLDER")
+        beside = [f"--{key}" for key in ("explain", "sort_into") if getattr(self, key)] + ["--images -"] * (STDIN in self.images)
+        if beside:
+            raise ConfigError(f"engine=ray cannot do {' and '.join(beside)}", "leave it out, or use --engine local")
 
     @property
     def server(self) -> ServerAt:
@@ -79,17 +105,25 @@ def infer(config: Any) -> None:
     asked = settings.typed(InferSettings, config, "")
     path = pulled_checkpoint(asked.checkpoint_name, Path(asked.models_dir), asked.dvc)
     for item in asked.images:
-        if item != STDIN and not is_url(item):
+        if item != STDIN and not is_address(item):
             pull_missing(Path(item), None if asked.dvc else asked.dvc)
     inputs = Inputs(asked.images, lambda: sys.stdin.buffer, asked.limits, asked.archive, Web(asked.fetch, asked.allow_private_urls))
     inputs.check()
-    told = _Told()
-    if asked.output:
-        _to_file(asked, path, inputs, Path(asked.output), told)
-    else:
-        answers = _answers(asked, path, _predictor(asked, path, asked.backend), inputs)
-        with storage_errors("the answers"):
-            write_answers(told.of(answers), asked.format, asked.top_k, sys.stdout.buffer)
+    if asked.output and asked.engine == "local":
+        check_output(Path(asked.output), [item for item in asked.images if item != STDIN and not is_address(item)])
+        Part.of(Path(asked.output)).check()
+    told = Told()
+    try:
+        if asked.engine == "ray":
+            _to_shards(asked, path, inputs, told)
+        elif asked.output:
+            _to_file(asked, path, inputs, Path(asked.output), told)
+        else:
+            answers = _answers(asked, path, _predictor(asked, path, asked.backend), inputs)
+            with storage_errors("the answers"):
+                write_answers(told.of(answers), asked.format, asked.top_k, sys.stdout.buffer)
+    finally:
+        inputs.web.stop()  # after Ctrl-C, and after errors too
     if told.failed:
         raise DataError(f"{told.failed} of {told.count} images could not be read, first {told.first}", "their rows say why")
 
@@ -120,31 +154,73 @@ def _answers(asked: InferSettings, path: Path, predictor: Predictor, items: Iter
             advance()
 
 
-def _to_file(asked: InferSettings, path: Path, inputs: Inputs, output: Path, told: _Told) -> None:
-    """Answer into FILE.part, from where a killed run broke off if that is asked for; then write FILE whole."""
-    part = Part.of(output)
+def _to_file(asked: InferSettings, path: Path, inputs: Inputs, output: Path, told: Told) -> None:
+    """Answer into FILE.part, from where a killed run broke off if that is asked for; then write FILE whole, unless it is there already."""
+    part, finished = Part.of(output), Finished(output)
+    with _alone(output):
+        known = part.run()
+        ended = finished.run() if asked.resume and known is None else None
+        before = known or ended or {}
+        predictor = _predictor(asked, path, before.get("backend", AUTO) if asked.resume and asked.backend == AUTO else asked.backend)
+        items, run, names = spared(inputs, output), _run(asked, path, predictor), Names()
+        if ended is not None:
+            check_same_run(ended, run, repr(str(output)))
+            told.add(finished.told(items))
+            log.info("resume: all %d images are answered", told.count)
+            return
+        _begin(part, known, run, items, asked)
+        part.append(_answers(asked, path, predictor, items))
+        with whole_file(output) as file:
+            write_answers(told.of(names.of(part.answers())), asked.format, asked.top_k, file)
+        finished.write(run, told, names)
+        part.path.unlink()
+
+
+def _begin(part: Part, known: Mapping[str, Any] | None, run: Mapping[str, Any], items: Iterator[Item], asked: InferSettings) -> None:
+    """Go on with what a killed run left, or start over."""
+    if known is not None and asked.resume:
+        check_same_run(known, run, repr(str(part.path)))
+        done = part.keep(asked.batch_size)
+        part.skip(items, done)
+        log.info("resume: %d images are answered", done)
+        return
+    if known is not None:
+        log.warning("%s of a run that was stopped is overwritten; --resume would have gone on with it", part.path)
+    elif asked.resume:
+        log.info("resume: no run was stopped here, all images are answered")
+    part.begin(run)
+
+
+def _to_shards(asked: InferSettings, path: Path, inputs: Inputs, told: Told) -> None:
+    """Have a cluster answer into the files of a folder, without those that a killed run left if that is asked for."""
+    check_installed()
+    output, started = str(asked.output), time.monotonic()
+    predictor = _predictor(asked, path, asked.backend)  # what cannot be is said before a cluster starts
+    dealt = Dealt.of(inputs, asked.batch_size * asked.ray.shard_batches)
+    run = {**_run(asked, path, predictor), "shard_batches": asked.ray.shard_batches, "images": dealt.sha256}
+    shards = Shards(output, Storage.here(), run, len(dealt.shards))
+    load = partial(_predictor, asked, backend=predictor.backend_name)
+    with nullcontext() if is_stored(output) else _alone(Path(os.path.abspath(output))):
+        if done := shards.begin(asked.resume):
+            log.info("resume: %d of %d files of answers are there", done, len(dealt.shards))
+        by_number: dict[int, Told] = {}
+        with _progress(asked) as advance:
+            for number, of_shard in answer_shards(asked.ray, path, dealt, Job(run["model"], load, shards, asked.top_k, asked.ray.cpus)):
+                by_number[number] = of_shard
+                advance(of_shard.count)
+        for number in sorted(by_number):
+            told.add(by_number[number])
+        shards.finish(told.count, told.failed)
+    log.info("%d images in %d files, %.1f s", told.count, shards.count, time.monotonic() - started)
+
+
+@contextmanager
+def _alone(output: Path) -> Iterator[None]:
+    """One run at a time for one output; ConfigError where there is another."""
     lock = output.with_name(f".{output.name}.lock")
     try:
-        with locked(lock, wait=False):
-            known = part.run()
-            backend = known.get("backend") if known and asked.resume and asked.backend == AUTO else asked.backend
-            predictor = _predictor(asked, path, backend)
-            items = iter(inputs)
-            run = _run(asked, path, predictor)
-            if known is not None and asked.resume:
-                check_same_run(known, run, part)
-                done = part.keep(asked.batch_size)
-                part.skip(items, done)
-                log.info("resume: %d images are answered", done)
-            else:
-                if known is not None:
-                    log.warning("%s of a run that was stopped is overwritten; --resume would have gone on with it", part.path)
-                part.begin(run)
-            part.append(_answers(asked, path, predictor, items))
-            with whole_file(output) as file:
-                write_answers(told.of(part.answers()), asked.format, asked.top_k, file)
-            part.path.unlink()
-            lock.unlink(missing_ok=True)
+        with locked(lock, wait=False, remove=True):
+            yield
     except BlockingIOError as error:
         raise ConfigError(f"another run is writing {str(output)!r}", "wait for it, or choose another --output") from error
 
@@ -157,28 +233,11 @@ def _run(asked: InferSettings, path: Path, predictor: Predictor) -> dict[str, An
     return {"model": sha256_of(path / INFO_NAME if path.is_dir() else path), "backend": predictor.backend_name, **plain}
 
 
-@dataclass
-class _Told:
-    """How many answers went by, and how many of them are errors."""
-
-    count: int = 0
-    failed: int = 0
-    first: str = ""
-
-    def of(self, answers: Iterable[Answer]) -> Iterator[Answer]:
-        for answer in answers:
-            self.count += 1
-            if "error" in answer:
-                self.failed += 1
-                self.first = self.first or f"{answer['path']!r} ({answer['error']})"
-            yield answer
-
-
 @contextmanager
 def _progress(asked: InferSettings) -> Iterator[Any]:
-    """What is called after each image; it moves a bar on standard error where that is a terminal on which no answers appear."""
+    """What is called after each image, or after several; it moves a bar on standard error where that is a terminal on which no answers appear."""
     if not sys.stderr.isatty() or (not asked.output and sys.stdout.isatty()):
-        yield lambda: None
+        yield lambda count=1: None
         return
     from rich.console import Console
     from rich.progress import MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
@@ -187,8 +246,8 @@ def _progress(asked: InferSettings) -> Iterator[Any]:
     with Progress(SpinnerColumn(), TextColumn("images"), MofNCompleteColumn(), speed, TimeElapsedColumn(), console=Console(stderr=True)) as bar:
         task = bar.add_task("images", total=None, speed="")
 
-        def advance() -> None:
-            bar.advance(task)
+        def advance(count: int = 1) -> None:
+            bar.advance(task, count)
             speed_now = bar.tasks[0].speed
             bar.update(task, speed=f"{speed_now:.0f} images/s" if speed_now else "")
 

@@ -1,30 +1,32 @@
-"""What --images can name, as a stream of Items: files, folders, globs, archives, tables, addresses on the web, standard input."""
+"""What --images can name, as a stream of Items: files, folders, globs, archives, tables, addresses on the web or in S3, standard input."""
 
 from __future__ import annotations
 
 import csv
 import glob
-import io
 import os
+import shutil
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from typing import IO
 
 from image_classifier.dataset.table import is_table
-from image_classifier.errors import DataError, SourceError
+from image_classifier.errors import ConfigError, DataError, SourceError, storage_errors
 from image_classifier.images import DEFAULT_LIMITS, IMAGE_SUFFIXES, DecodeLimits, is_image_name
 from image_classifier.inference.archives import ArchiveLimits, is_archive, is_archive_name, members
 from image_classifier.inference.item import Item
+from image_classifier.inference.standard_input import HEAD, is_picture, lines, read_head
+from image_classifier.inference.storage import Storage, is_stored
 from image_classifier.inference.urls import UrlLimits, Web, file_name, is_url
 
 STDIN = "-"
 _COLUMNS = ("path", "image")
-_PICTURES = (b"\xff\xd8\xff", b"\x89PNG", b"GIF87a", b"GIF89a", b"II*\0", b"MM\0*")
-_HEAD = 512  # bytes that tell what something is
-_SPOOL = 2**24  # bytes of a fetched archive that stay in memory
+_SPOOL = 2**24  # bytes of an archive that comes as a stream which stay in memory
 
 
 @dataclass(frozen=True)
@@ -40,17 +42,19 @@ class Inputs:
     limits: DecodeLimits = DEFAULT_LIMITS
     archive: ArchiveLimits = field(default_factory=ArchiveLimits)
     web: Web = field(default_factory=lambda: Web(UrlLimits()))
+    storage: Storage = field(default_factory=Storage.here)
 
     def check(self) -> None:
         """DataError for a folder or a pattern without an image and a table without paths, before anything is loaded; no address is asked."""
         for item in self.items:
             path = Path(item)
-            if item == STDIN or is_url(item):
+            _check_package(item)
+            if item == STDIN or is_address(item):
                 continue
-            if path.is_file() and is_table(path):
+            if os.path.isfile(item) and is_table(path):
                 next(_table(path), None)
-            elif path.is_dir() or (glob.has_magic(item) and not path.exists()):
-                found: Iterable[object] = _walk(item) if path.is_dir() else _matches(item)
+            elif os.path.isdir(item) or (glob.has_magic(item) and not os.path.exists(item)):
+                found: Iterable[object] = _walk(item) if os.path.isdir(item) else _matches(item)
                 if next(iter(found), None) is None:
                     raise DataError(f"{item!r} holds no image", f"images end in {', '.join(sorted(IMAGE_SUFFIXES))}")
 
@@ -62,7 +66,7 @@ class Inputs:
                 empty = False
                 yield found
         if empty:
-            raise DataError("there is no image to answer for", "give files, folders, globs, archives, tables, URLs, or - for standard input")
+            raise DataError("there is no image to answer for", "give files, folders, globs, archives, tables, URLs, s3:// or - for standard input")
 
     def _expanded(self, item: str) -> Iterator[Item]:
         path = Path(item)
@@ -70,21 +74,25 @@ class Inputs:
             return self._of_stdin()
         if is_url(item):
             return self._of_url(item)
-        if path.is_dir():
+        if is_stored(item):
+            return self.storage.items(item, self.limits.max_bytes)
+        if os.path.isdir(item):
             return _walk(item)
-        if path.exists() or not glob.has_magic(item):
+        if os.path.exists(item) or not glob.has_magic(item):
             return self._of_file(path)
         return map(Item.file, map(Path, _matches(item)))
 
     def _of_file(self, path: Path) -> Iterator[Item]:
-        if path.is_file() and is_archive_name(path.name):
+        if os.path.isfile(path) and is_archive_name(path.name):
             return self._of_archive(path)
-        if path.is_file() and is_table(path):
+        if os.path.isfile(path) and is_table(path):
             return (self._named(name) if name else Item.missing(str(path), "a row of the table has no path") for name in _table(path))
         return iter([Item.file(path)])
 
     def _named(self, name: str) -> Item:
         """One image of a list: a file, or an address."""
+        if is_stored(name):
+            return self.storage.item(name, self.limits.max_bytes)
         return Item(name, partial(self.web.image, name, self.limits.max_bytes)) if is_url(name) else Item.file(Path(name))
 
     def _of_archive(self, path: Path) -> Iterator[Item]:
@@ -101,14 +109,15 @@ class Inputs:
         if is_image_name(file_name(url)):
             yield self._named(url)
             return
-        with tempfile.SpooledTemporaryFile(_SPOOL) as file:
+        with _spool() as file:
             try:
-                self.web.save(url, file)
+                for block in self.web.blocks(url, self.web.limits.max_bytes):
+                    file.write(block)
             except SourceError as error:
                 yield Item.missing(url, error.fact)
                 return
             file.seek(0)
-            head = file.read(_HEAD)
+            head = file.read(HEAD)
             file.seek(0)
             if is_archive(head):
                 yield from members(file, url, self.archive, self.limits.max_bytes)
@@ -116,37 +125,37 @@ class Inputs:
                 yield Item(url, file.read(self.limits.max_bytes + 1))
 
     def _of_stdin(self) -> Iterator[Item]:
-        """One image, where its bytes are what comes; else a list of paths and addresses."""
+        """One image or archive, where its bytes are what comes; else a list of paths and addresses."""
         stdin = self.stdin()
-        head = stdin.read(_HEAD)
-        if _is_picture(head):
+        head = read_head(stdin)
+        if is_picture(head):
             yield Item(STDIN, head + stdin.read(self.limits.max_bytes + 1 - len(head)))
-            return
-        lines = io.BufferedReader(_Rejoined(head, stdin))
-        for line in lines:
-            if name := os.fsdecode(line.rstrip(b"\r\n")):
-                yield self._named(name)
+        elif is_archive(head):
+            with _spool() as file:
+                file.write(head)
+                shutil.copyfileobj(stdin, file)
+                file.seek(0)
+                yield from members(file, STDIN, self.archive, self.limits.max_bytes)
+        else:
+            yield from map(self._named, lines(head, stdin))
 
 
-def _is_picture(head: bytes) -> bool:
-    bitmap = head[:2] == b"BM" and head[6:10] == bytes(4)
-    return head.startswith(_PICTURES) or bitmap or (head[:4] == b"RIFF" and head[8:12] == b"WEBP")
+@contextmanager
+def _spool() -> Iterator[IO[bytes]]:
+    """Room for an archive that comes as a stream; StorageError where the disk has none."""
+    with storage_errors(tempfile.gettempdir()), tempfile.SpooledTemporaryFile(_SPOOL) as file:
+        yield file
 
 
-class _Rejoined(io.RawIOBase):
-    """A stream with what was read of it put back."""
+def _check_package(item: str) -> None:
+    name = file_name(item) if is_url(item) else item
+    if name.lower().endswith((".parquet", ".tar.zst", ".tzst")) and find_spec("pyarrow") is None:
+        raise ConfigError(f"{item!r} needs a package that is not installed", "pip install pyarrow")
 
-    def __init__(self, head: bytes, rest: IO[bytes]) -> None:
-        self.head, self.rest = head, rest
 
-    def readable(self) -> bool:
-        return True
-
-    def readinto(self, buffer: memoryview) -> int:  # type: ignore[override]
-        read = getattr(self.rest, "read1", self.rest.read)  # as soon as there is something
-        block, self.head = self.head[: len(buffer)] or read(len(buffer)), self.head[len(buffer) :]
-        buffer[: len(block)] = block
-        return len(block)
+def is_address(item: str) -> bool:
+    """Whether this is no path of this machine, but an address on the web or in S3-like storage."""
+    return is_url(item) or is_stored(item)
 
 
 def _walk(folder: str) -> Iterator[Item]:
@@ -177,7 +186,7 @@ def _table(path: Path) -> Iterator[str]:
     """
     values = _of_parquet(path) if path.suffix.lower() == ".parquet" else _of_text(path)
     for value in values:
-        yield value if is_url(value) or not value.strip() else str(path.parent / value)
+        yield value if is_address(value) or not value.strip() else str(path.parent / value)
 
 
 def _column(path: Path, names: Sequence[str]) -> str:

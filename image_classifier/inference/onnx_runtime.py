@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ import numpy as np
 import onnxruntime
 
 from image_classifier.errors import CheckpointError, ConfigError
+from image_classifier.inference.predictor import cores
 
 log = logging.getLogger(__name__)
 
@@ -56,6 +58,8 @@ def _session(path: Path, places: list[str]) -> onnxruntime.InferenceSession:
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")  # threads that wait leave the cores to decoding
     onnxruntime.set_default_logger_severity(4)  # `session_of` says what does not load
     chosen = [_OPTIONS.get(name, {}) for name in places]
+    if cores() < (os.cpu_count() or 1):
+        options.intra_op_num_threads = cores()  # it would take those of the whole machine
     try:
         return onnxruntime.InferenceSession(str(path), options, providers=places, provider_options=chosen, enable_fallback=0)
     except Exception:

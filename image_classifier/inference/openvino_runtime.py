@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import numpy as np
 
 from image_classifier.errors import CheckpointError, ConfigError
+from image_classifier.inference.predictor import cores
 
 
 class OpenVinoBackend:
@@ -20,7 +22,9 @@ class OpenVinoBackend:
             import openvino
         except ImportError as error:
             raise ConfigError("the backend openvino needs a package that is not installed", "pip install openvino, or use --backend onnx") from error
-        hints = {"INFERENCE_PRECISION_HINT": precision, "PERFORMANCE_HINT": "LATENCY"}
+        hints = {"INFERENCE_PRECISION_HINT": precision, "PERFORMANCE_HINT": "LATENCY"} | (
+            {"INFERENCE_NUM_THREADS": cores()} if cores() < (os.cpu_count() or 1) else {}
+        )
         try:
             self.model = openvino.Core().compile_model(str(path), "CPU", hints)
         except RuntimeError as error:

@@ -5,10 +5,12 @@ from __future__ import annotations
 import io
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from importlib.util import find_spec
 from itertools import chain, islice
 from typing import IO, Any
 
-from image_classifier.errors import ConfigError
+from image_classifier.errors import ConfigError, printable
 from image_classifier.records import csv_writer
 
 Answer = Mapping[str, Any]  # `Prediction.answer()`
@@ -27,16 +29,17 @@ def line_of(answer: Answer) -> str:
 def _table(answers: Iterable[Answer], top_k: int | None) -> Iterator[str]:
     stream = iter(answers)
     first = list(islice(stream, _SEEN))
-    width = min(_WIDEST, max(5, *(len(answer["path"]) for answer in first), 5))
+    width = min(_WIDEST, max(5, *(len(printable(answer["path"])) for answer in first), 5))
     yield f"{'image':<{width}}  {'class':<24}  confidence  next"
     for answer in chain(first, stream):
+        name = f"{printable(answer['path']):<{width}}"
         if "error" in answer:
-            yield f"{answer['path']:<{width}}  ! {answer['error']}"
+            yield printable(f"{name}  ! {answer['error']}")
             continue
         ranked = list(answer["all_predictions"].items())[1 : top_k or 3]
         others = ", ".join(f"{label} {probability:.1%}" for label, probability in ranked)
         why = f"; abstain, {answer['reason']}" if answer["reason"] else ""
-        yield f"{answer['path']:<{width}}  {answer['predicted_class']:<24}  {answer['confidence']:>10.1%}  {others}{why}"
+        yield printable(f"{name}  {answer['predicted_class']:<24}  {answer['confidence']:>10.1%}  {others}{why}")
 
 
 def _jsonl(answers: Iterable[Answer], top_k: int | None) -> Iterator[str]:
@@ -111,3 +114,27 @@ def check_format(form: str, to_a_file: bool) -> None:
         raise ConfigError(f"there is no format {form!r}", f"use one of {', '.join(FORMATS)}")
     if form == "parquet" and not to_a_file:
         raise ConfigError("format=parquet is written to a file", "add --output FILE")
+    if form == "parquet" and find_spec("pyarrow") is None:
+        raise ConfigError("format=parquet needs a package that is not installed", "pip install pyarrow")
+
+
+@dataclass
+class Told:
+    """How many answers went by, how many of them are errors, and the first of those."""
+
+    count: int = 0
+    failed: int = 0
+    first: str = ""
+
+    def of(self, answers: Iterable[Answer]) -> Iterator[Answer]:
+        """The answers, counted as they go by."""
+        for answer in answers:
+            self.count += 1
+            if "error" in answer:
+                self.failed += 1
+                self.first = self.first or f"{answer['path']!r} ({answer['error']})"
+            yield answer
+
+    def add(self, later: Told) -> None:
+        """Count what was counted elsewhere, of answers behind these."""
+        self.count, self.failed, self.first = self.count + later.count, self.failed + later.failed, self.first or later.first

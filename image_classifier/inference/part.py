@@ -11,10 +11,15 @@ from pathlib import Path
 from typing import Any
 
 from image_classifier.errors import ConfigError, storage_errors
+from image_classifier.files import write_bytes
 from image_classifier.inference.item import Item
 from image_classifier.inference.outputs import Answer, line_of
 
 log = logging.getLogger(__name__)
+
+_START_OVER = "ask as then, or leave --resume out to start over"
+_FIRST = 2**20  # bytes that the first line may have
+_OTHERS = {"model": "the model is another one", "images": "the images are others"}
 
 
 @dataclass(frozen=True)
@@ -34,13 +39,20 @@ class Part:
             if not self.path.is_file():
                 return None
             with self.path.open("rb") as file:
-                return _parsed(file.readline())
+                return _parsed(file.readline(_FIRST))
+
+    def check(self) -> None:
+        """ConfigError where what lies there is not of a run that was stopped; a file without a byte is nobody's."""
+        with self._errors():
+            is_ours = not self.path.exists() or (
+                self.path.is_file() and (not self.path.stat().st_size or {"model", "backend"} <= {*(self.run() or ())})
+            )
+            if not is_ours:
+                raise ConfigError(f"{str(self.path)!r} is no run that was stopped", "move it away, or choose another --output")
 
     def begin(self, run: Mapping[str, Any]) -> None:
         """Start over."""
-        with storage_errors(self.path):
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            self.path.write_bytes(_line(run))
+        write_bytes(self.path, _line(run))  # whole, so that a line that was cut is never this one
 
     def keep(self, batch_size: int) -> int:
         """Cut off the half line and the half batch of a kill, so that the rest comes in the batches of a run without one; how many stay."""
@@ -95,9 +107,9 @@ def _parsed(line: bytes) -> dict[str, Any] | None:
     return found if isinstance(found, dict) else None
 
 
-def check_same_run(known: Mapping[str, Any], now: Mapping[str, Any], part: Part) -> None:
-    """ConfigError that names the first key in which two runs differ."""
+def check_same_run(known: Mapping[str, Any], now: Mapping[str, Any], place: str, hint: str = _START_OVER) -> None:
+    """ConfigError that names the first key in which two runs differ; `place` is what the known one left."""
     for key in dict.fromkeys([*known, *now]):
         if known.get(key) != now.get(key):
-            what = "the model is another one" if key == "model" else f"{key}={now.get(key)} was {known.get(key)}"
-            raise ConfigError(f"{str(part.path)!r} is of another run: {what}", "ask as then, or leave --resume out to start over")
+            what = _OTHERS.get(key) or f"{key}={now.get(key)} was {known.get(key)}"
+            raise ConfigError(f"{place} is of another run: {what}", hint)

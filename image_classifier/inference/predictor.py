@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
@@ -19,6 +19,8 @@ from image_classifier.evaluation.ood import Detector, looks
 from image_classifier.images import DEFAULT_LIMITS, DecodeLimits, Preprocess
 from image_classifier.inference.item import Content, Item
 from image_classifier.predictions import Prediction, PredictionTable, softmax
+
+_AHEAD_BYTES = 2**28  # of archives, read and not decoded yet
 
 
 class Backend(Protocol):
@@ -42,8 +44,10 @@ class Shaped(Protocol):
 
 
 def cores() -> int:
-    """Processor cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    """Processor cores that this process may use: those it is bound to, and no more than OMP_NUM_THREADS, by which clusters tell their workers."""
+    bound = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    told = os.environ.get("OMP_NUM_THREADS", "")
+    return max(1, min(bound, int(told))) if told.isdecimal() else bound
 
 
 @dataclass(frozen=True)
@@ -120,17 +124,20 @@ class Predictor:
     def _batches(self, items: Iterable[Item], keep: bool = False) -> Iterator[list[_Read]]:
         """Batches of images; while the backend works on one, the next is decoded, and no more than that is read ahead."""
         source = iter(items)
-        with ThreadPoolExecutor(self.workers) as pool:
-            waiting: deque[Future[_Read]] = deque()
-            try:
-                while True:
-                    waiting.extend(pool.submit(self._read, item, keep) for item in islice(source, 2 * self.batch_size - len(waiting)))
-                    if not waiting:
-                        return
-                    yield [waiting.popleft().result() for _ in range(min(self.batch_size, len(waiting)))]
-            finally:
-                for future in waiting:
-                    future.cancel()
+        pool = ThreadPoolExecutor(self.workers)
+        waiting: deque[Future[_Read]] = deque()
+        unread: dict[Future[_Read], int] = {}
+        try:
+            while True:
+                for item in islice(source, 2 * self.batch_size - len(waiting)):
+                    waiting.append(pool.submit(self._read, item, keep))
+                    if isinstance(item.source, bytes):
+                        unread = _few({**unread, waiting[-1]: len(item.source)})
+                if not waiting:
+                    return
+                yield [waiting.popleft().result() for _ in range(min(self.batch_size, len(waiting)))]
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)  # after Ctrl-C nobody waits for what a server has not sent yet
 
     def _read(self, item: Item, keep: bool) -> _Read:
         try:
@@ -155,6 +162,15 @@ class Predictor:
 
 # An image's name, its content (as `answers` gives it) and its pixels uint8 [S, S, 3], or why there are none.
 _Read = tuple[str, Content, np.ndarray | UnreadableImage]
+
+
+def _few(unread: dict[Future[_Read], int]) -> dict[Future[_Read], int]:
+    """Those that are not decoded yet, with the bytes of each: after a wait where they are more than may lie in memory."""
+    while True:
+        unread = {future: size for future, size in unread.items() if not future.done()}
+        if sum(unread.values()) <= _AHEAD_BYTES:
+            return unread
+        wait(unread, return_when=FIRST_COMPLETED)
 
 
 def _batch(pixels: Sequence[np.ndarray]) -> np.ndarray:

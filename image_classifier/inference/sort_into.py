@@ -31,7 +31,7 @@ class Sorter:
         """ConfigError where the copies would come to lie among the images that are asked about."""
         own = self.directory.resolve()
         for item in items:
-            if Path(item).is_dir() and own.is_relative_to(Path(item).resolve()):
+            if os.path.isdir(item) and own.is_relative_to(Path(item).resolve()):
                 raise ConfigError(f"sort_into={str(self.directory)!r} lies within the images in {item!r}", "choose a folder elsewhere")
 
     def sorted(self, answers: Iterable[tuple[Prediction, Content]]) -> Iterator[tuple[Prediction, Content]]:
@@ -67,9 +67,13 @@ def _write(target: Path, content: bytes) -> None:
     """Whole or not at all, though after a power cut it may be missing: a sync for each of 100 000 files would take longer than answering."""
     part = target.with_name(f".{target.name}.part")
     part.unlink(missing_ok=True)  # left by a kill
-    with part.open("xb") as file:
-        file.write(content)
-    os.replace(part, target)
+    try:
+        with part.open("xb") as file:
+            file.write(content)
+        os.replace(part, target)
+    except BaseException:
+        part.unlink(missing_ok=True)
+        raise
 
 
 def folder_name(label: str) -> str:

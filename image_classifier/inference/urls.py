@@ -7,15 +7,18 @@ import http.client
 import ipaddress
 import socket
 import ssl
-import time
+import string
+import threading
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import IO, Any
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+from urllib.parse import quote, urlsplit, urlunsplit
 
 from image_classifier.dataset.fetch.download import SafeRedirects, check_url, reason_of
-from image_classifier.errors import ConfigError, SourceError, UnreadableImage
+from image_classifier.errors import ConfigError, SourceError, UnreadableImage, printable
+from image_classifier.inference.watchdog import Watchdog
 
 _BLOCK_BYTES = 2**18
 
@@ -60,6 +63,7 @@ class Web:
 
     limits: UrlLimits
     allow_private: bool = False
+    _ended: threading.Event = field(default_factory=threading.Event, init=False, repr=False, compare=False)
 
     def image(self, url: str, max_bytes: int) -> bytes:
         """The bytes of an image; UnreadableImage says why there are none."""
@@ -68,43 +72,66 @@ class Web:
         except SourceError as error:
             raise UnreadableImage(url, error.fact) from error
 
-    def save(self, url: str, file: IO[bytes]) -> None:
-        """Write what lies there to a file; SourceError says why it cannot be had."""
-        for block in self.blocks(url, self.limits.max_bytes):
-            file.write(block)
+    def stop(self) -> None:
+        """End at once whatever is being fetched, and what would be."""
+        self._ended.set()
 
     def blocks(self, url: str, max_bytes: int) -> Iterator[bytes]:
-        """What lies there, piece by piece; SourceError where it cannot be had or is larger."""
+        """What lies there, piece by piece; SourceError where it cannot be had, takes too long or is larger."""
         check_url(url)
-        end, count = time.monotonic() + self.limits.total_s, 0
-        request = urllib.request.Request(url, headers={"Accept-Encoding": "identity", "User-Agent": "image_classifier"})
-        try:
-            with self._opener.open(request, timeout=self.limits.timeout_s) as answer:
-                if (answer.length or 0) > max_bytes:
-                    raise SourceError(_larger(max_bytes))
-                while block := answer.read1(_BLOCK_BYTES):
-                    count += len(block)
-                    if count > max_bytes:
-                        raise SourceError(_larger(max_bytes))
-                    if time.monotonic() > end:
-                        raise SourceError(f"takes longer than {self.limits.total_s:g} s")
+        with Watchdog(self.limits.total_s, self._ended) as watchdog:
+            try:
+                for block in self._blocks(url, max_bytes, watchdog):
+                    self._check(watchdog)
                     yield block
-                if answer.length:
-                    raise SourceError(f"the connection broke off, {answer.length:,} bytes are missing")
-        except urllib.error.HTTPError as error:
-            error.close()
-            raise SourceError(f"the server answers {error.code} {_first_line(error.reason)}") from error
-        except (OSError, http.client.HTTPException, ValueError) as error:
-            raise SourceError(f"cannot be fetched ({reason_of(error)})") from error
+                self._check(watchdog)
+            except urllib.error.HTTPError as error:
+                error.close()
+                raise SourceError(f"the server answers {error.code} {_first_line(error.reason)}") from error
+            except (OSError, http.client.HTTPException, ValueError) as error:
+                self._check(watchdog)
+                raise SourceError(f"cannot be fetched ({reason_of(error)})") from error
 
-    @functools.cached_property
-    def _opener(self) -> urllib.request.OpenerDirector:
+    def _blocks(self, url: str, max_bytes: int, watchdog: Watchdog) -> Iterator[bytes]:
+        request = urllib.request.Request(_ascii(url), headers={"Accept-Encoding": "identity", "User-Agent": "image_classifier"})
+        count = 0
+        with self._opener(watchdog).open(request, timeout=self.limits.timeout_s) as answer:
+            if (answer.length or 0) > max_bytes:
+                raise SourceError(_larger(max_bytes))
+            while block := answer.read1(_BLOCK_BYTES):
+                count += len(block)
+                if count > max_bytes:
+                    raise SourceError(_larger(max_bytes))
+                yield block
+            if answer.length:
+                raise ConnectionError(f"the connection broke off, {answer.length:,} bytes are missing")
+
+    def _check(self, watchdog: Watchdog) -> None:
+        """SourceError where the connection was cut from this side, whatever that looked like."""
+        if self._ended.is_set():
+            raise SourceError("the run was stopped")
+        if watchdog.bit:
+            raise SourceError(f"takes longer than {self.limits.total_s:g} s")
+
+    def _opener(self, watchdog: Watchdog) -> urllib.request.OpenerDirector:
         redirects = SafeRedirects()
         redirects.max_redirections = redirects.max_repeats = self.limits.max_redirects  # type: ignore[misc]
-        if self.allow_private:
-            return urllib.request.build_opener(redirects)
+        connect = functools.partial(_connected, watchdog=watchdog, public=not self.allow_private)
         # No proxy: behind one, nobody here sees which address is asked.
-        return urllib.request.build_opener(redirects, urllib.request.ProxyHandler({}), _PublicHttp(), _PublicHttps())
+        proxies = [] if self.allow_private else [urllib.request.ProxyHandler({})]
+        return urllib.request.build_opener(redirects, *proxies, _Http(connect), _Https(connect))
+
+    def __reduce__(self) -> tuple[type[Web], tuple[UrlLimits, bool]]:
+        return Web, (self.limits, self.allow_private)  # another process ends by itself
+
+
+def _ascii(url: str) -> str:
+    """The address as it goes over the wire: other letters and spaces as the percent signs of their UTF-8, in the host as IDNA."""
+    parts = urlsplit(url)
+    host, port = parts.hostname or "", f":{parts.port}" if parts.port else ""
+    named = parts.netloc if host.isascii() else host.encode("idna").decode() + port
+    rest = (quote(part, safe=string.punctuation, errors="surrogateescape") for part in (parts.path, parts.query))
+    return urlunsplit((parts.scheme, named, *rest, ""))
 
 
 def _larger(max_bytes: int) -> str:
@@ -112,7 +139,7 @@ def _larger(max_bytes: int) -> str:
 
 
 def _first_line(text: object) -> str:
-    return " ".join(str(text).split())[:80]
+    return printable(" ".join(str(text).split()))[:80]
 
 
 def is_public(address: str) -> bool:
@@ -131,37 +158,55 @@ def is_public(address: str) -> bool:
 _NAT64 = ipaddress.ip_network("64:ff9b::/96")
 
 
-def _public_socket(host: str, port: int, timeout: Any) -> socket.socket:
-    """A connection to one of the addresses that a name has now, all of which must be public: what was checked is what is asked."""
+def _connected(place: tuple[str, int], timeout: Any, source: object = None, *, watchdog: Watchdog, public: bool) -> socket.socket:
+    """A connection to one of the addresses that a name has now, all of which must be public if one must: what was checked is what is asked."""
+    host, port = place
     found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
-    private = [address[0] for *_, address in found if not is_public(str(address[0]))]
-    if private:
+    if public and not all(is_public(str(address[0])) for *_, address in found):
         raise SourceError(f"{host} is an address of this machine or of a private network; allow_private_urls=true allows it")
     failure: OSError | None = None
-    for *_, address in found:
+    for family, kind, protocol, _, address in found:
+        connection = socket.socket(family, kind, protocol)
         try:
-            return socket.create_connection((str(address[0]), port), timeout)
+            connection.settimeout(timeout)
+            watchdog.hold(connection)
+            connection.connect(address)
+            return connection
         except OSError as error:
+            connection.close()
             failure = error
     raise failure or OSError(f"{host} has no address")
 
 
-class _PublicHttpConnection(http.client.HTTPConnection):
-    def connect(self) -> None:
-        self.sock = _public_socket(self.host, self.port, self.timeout)
+class _Http(urllib.request.HTTPHandler):
+    """Connects as it is told."""
 
+    def __init__(self, connect: Callable[..., socket.socket]) -> None:
+        super().__init__()
+        self.connect = connect
 
-class _PublicHttpsConnection(http.client.HTTPSConnection):
-    def connect(self) -> None:
-        plain = _public_socket(self.host, self.port, self.timeout)
-        self.sock = ssl.create_default_context().wrap_socket(plain, server_hostname=self.host)
-
-
-class _PublicHttp(urllib.request.HTTPHandler):
     def http_open(self, req: urllib.request.Request) -> http.client.HTTPResponse:
-        return self.do_open(_PublicHttpConnection, req)
+        return self.do_open(functools.partial(_made, http.client.HTTPConnection, self.connect), req)
 
 
-class _PublicHttps(urllib.request.HTTPSHandler):
+class _Https(urllib.request.HTTPSHandler):
+    """Connects as it is told."""
+
+    def __init__(self, connect: Callable[..., socket.socket]) -> None:
+        super().__init__(context=_encryption())
+        self.connect = connect
+
     def https_open(self, req: urllib.request.Request) -> http.client.HTTPResponse:
-        return self.do_open(_PublicHttpsConnection, req)
+        return self.do_open(functools.partial(_made, http.client.HTTPSConnection, self.connect, context=_encryption()), req)
+
+
+def _made(kind: Any, connect: Callable[..., socket.socket], host: str, **options: Any) -> Any:
+    connection = kind(host, **options)
+    connection._create_connection = connect  # what both kinds ask for their socket, before a proxy or TLS
+    return connection
+
+
+@functools.cache
+def _encryption() -> ssl.SSLContext:
+    """The certificates of this machine, which take a while to read."""
+    return ssl.create_default_context()

@@ -75,7 +75,7 @@ def test_answers_go_to_a_file_whole_or_not_at_all(command: Command, tmp_path: Pa
     line = ("infer", "--checkpoint_name", "digits", "--images", "data/digits/test/1", "--format", "csv", "--output", str(output))
     assert command(*line).out == ""
     assert len(output.read_text().splitlines()) == 37
-    assert [path.name for path in tmp_path.iterdir()] == ["answers.csv"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".answers.csv.run", "answers.csv"]
 
 
 def test_the_test_verb_repeats_the_figures_of_the_run(command: Command, trained: Path, tmp_path: Path) -> None:

@@ -1,11 +1,13 @@
 """What --images can name."""
 
 import io
+import lzma
 import os
 import tarfile
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
+from typing import NoReturn
 
 import numpy as np
 import pyarrow
@@ -17,6 +19,7 @@ from PIL import Image
 
 from image_classifier.errors import ConfigError, DataError, UnreadableImage
 from image_classifier.images import DecodeLimits
+from image_classifier.inference import archives, inputs, outputs
 from image_classifier.inference.archives import ArchiveLimits
 from image_classifier.inference.inputs import Inputs
 from image_classifier.inference.item import Item
@@ -31,9 +34,9 @@ def tree(tmp_path: Path) -> Path:
 
 
 def found(items: list[str], stdin: bytes = b"", **limits: object) -> list[Item]:
-    inputs = Inputs(items, lambda: io.BytesIO(stdin), **limits)  # type: ignore[arg-type]
-    inputs.check()
-    return list(inputs)
+    asked = Inputs(items, lambda: io.BytesIO(stdin), **limits)  # type: ignore[arg-type]
+    asked.check()
+    return list(asked)
 
 
 def names(items: list[str], stdin: bytes = b"") -> list[str]:
@@ -179,6 +182,33 @@ def test_a_bomb_is_refused_before_it_is_unpacked(tmp_path: Path, name: str) -> N
     ARCHIVES[name](tmp_path / name, [("big.png", bytes(300 * 2**20))])
     (item,) = found([str(tmp_path / name)])
     assert "times its size" in reason(item)
+
+
+def test_an_archive_that_needs_too_much_memory_is_a_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> NoReturn:
+        raise MemoryError
+
+    as_tar(tmp_path / "a.tar.xz", FILES)
+    monkeypatch.setattr(lzma.LZMAFile, "read", refuse)
+    (item,) = found([str(tmp_path / "a.tar.xz")])
+    assert reason(item) == "unpacking it takes more memory than there is"
+
+
+@pytest.mark.parametrize("name", ["a.tar.zst", "a.TZST", "t.parquet", "https://host/a.tar.zst?x"])
+def test_a_package_that_is_missing_is_told_before_work_begins(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    for module in (inputs, outputs, archives):
+        monkeypatch.setattr(module, "find_spec", lambda package: None)
+    with pytest.raises(ConfigError, match="pip install pyarrow"):
+        Inputs([name], io.BytesIO).check()
+    with pytest.raises(ConfigError, match="pip install pyarrow"):
+        outputs.check_format("parquet", to_a_file=True)
+
+
+def test_a_package_that_is_missing_for_an_archive_without_a_suffix_is_a_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    as_tar(tmp_path / "a.tar.zst", FILES)
+    monkeypatch.setattr(archives, "find_spec", lambda package: None)
+    (item,) = found(["-"], (tmp_path / "a.tar.zst").read_bytes())
+    assert "pip install pyarrow" in reason(item)
 
 
 @pytest.mark.parametrize("name", ["a.zip", "a.tar"])

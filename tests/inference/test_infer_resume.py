@@ -59,7 +59,7 @@ def test_killed_at_any_moment_and_resumed_the_answers_are_the_same_to_the_byte(f
     answer = command(*line(output, "--resume"))
     assert answer.code == 2 and "could not be read" in answer.err
     assert output.read_bytes() == whole.read_bytes()
-    assert sorted(os.listdir(tmp_path)) == sorted([output.name, whole.name])
+    assert sorted(os.listdir(tmp_path)) == sorted([output.name, whole.name, f".{output.name}.run", f".{whole.name}.run"])
 
 
 def broken_off(output: Path, command: Command, monkeypatch: pytest.MonkeyPatch, share: float = 0.5) -> None:
@@ -99,6 +99,26 @@ def test_another_run_is_refused(more: tuple[str, ...], says: str, tmp_path: Path
     answer = command(*line(output, "--resume", *more))
     assert answer.code == 2 and says in answer.err and not output.exists()
     assert Part.of(output).path.read_bytes() == before
+
+
+def test_a_finished_run_is_not_answered_again(tmp_path: Path, command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+    output = tmp_path / "answers.csv"
+    base = ("infer", "--checkpoint_name", "digits", "--format", "csv", "--output", str(output), "--resume")
+    few = ("--images", str(tmp_path / "none.png"), "data/digits/test/3")
+    first = command(*base, *few)
+    content, status = output.read_bytes(), output.stat()
+    with monkeypatch.context() as patch:
+        patch.setattr("image_classifier.inference.infer._answers", lambda *_: 1 / 0)
+        again = command(*base, *few)
+        assert again.code == first.code == 2 and again.err.splitlines()[-1] == first.err.splitlines()[-1]
+        assert f"all {content.count(bytes([10])) - 1} images are answered" in again.err and output.stat() == status
+        other = command(*base, "--top_k", "2", *few)
+        assert other.code == 2 and "is of another run: top_k=2 was None" in other.err
+        more = command(*base, *few, "another.png")
+        assert more.code == 2 and "holds the answers for other images" in more.err
+    assert output.read_bytes() == content
+    output.write_text("changed by hand")
+    assert "no run was stopped here" in command(*base, *few).err and output.read_bytes() == content
 
 
 def test_another_model_and_other_images_are_refused(tmp_path: Path, command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -163,4 +183,4 @@ def test_a_first_line_that_was_cut_is_no_run(tmp_path: Path) -> None:
 
 def test_a_key_that_one_run_did_not_know_is_another_run(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="threshold=None was 0"):
-        check_same_run({"model": "m", "threshold": 0}, {"model": "m"}, Part.of(tmp_path / "x"))
+        check_same_run({"model": "m", "threshold": 0}, {"model": "m"}, "x.part")

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import csv
+import errno
 import io
 import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from typing import NoReturn
 
 import numpy as np
 import pyarrow.parquet
@@ -74,6 +76,14 @@ def test_every_format_is_written_as_it_comes() -> None:
 def test_a_table_is_as_wide_as_its_first_paths() -> None:
     lines = written("table", [ANSWERS[0], {**ANSWERS[0], "path": "x" * 40}]).decode().splitlines()
     assert lines[0].startswith("image" + " " * 37 + "class") and written("table", []).decode().startswith("image  class")
+
+
+def test_a_table_shows_no_control_characters() -> None:
+    """A name with an escape could clear the terminal, one with a line break could look like a row."""
+    odd = Prediction("\x1b[2Jа\nfake.png\x9b\u202e", "b\r", 0.75, {"a\x07": 0.25, "b\r": 0.75}, reason="\x7f").answer()
+    shown = written("table", [odd, Prediction("\t.png", error="\x1b]0;x").answer()]).decode()
+    assert len(shown.splitlines()) == 3 and all(letter.isprintable() for letter in shown.replace("\n", ""))
+    assert "\\x1b[2Jа\\x0afake.png\\x9b\\u202e  b\\x0d" in shown and "\\x09.png" in shown and "! \\x1b]0;x" in shown
 
 
 def test_a_format_that_cannot_be_is_refused() -> None:
@@ -188,6 +198,16 @@ def test_sorting_among_the_images_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="lies within the images"):
         Sorter(tmp_path / "in" / "sorted", DecodeLimits()).check([str(tmp_path)])
     Sorter(tmp_path / "out", DecodeLimits()).check(["-", str(tmp_path / "none")])
+
+
+def test_a_copy_that_cannot_be_written_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(source: Path, target: Path) -> NoReturn:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "replace", refuse)
+    with pytest.raises(StorageError, match="no space left"):
+        sort(tmp_path / "out", ("a.png", b"x"))
+    assert not any(path.is_file() for path in tmp_path.rglob("*"))
 
 
 def test_numbers_are_written_to_the_last_bit() -> None:

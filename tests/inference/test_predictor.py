@@ -1,5 +1,7 @@
 """The seam: with a three-line backend, everything around it can be checked."""
 
+import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -8,6 +10,8 @@ from PIL import Image
 
 from image_classifier.errors import UnreadableImage
 from image_classifier.images import Preprocess
+from image_classifier.inference import predictor as predictor_module
+from image_classifier.inference.item import Item
 from image_classifier.inference.predictor import Predictor
 
 
@@ -65,3 +69,24 @@ def test_a_labelled_table_refuses_what_it_cannot_read(greys: list[Path], tmp_pat
 def test_a_high_temperature_is_less_sure(greys: list[Path]) -> None:
     sure, unsure = (next(predictor(temperature=value).predict(greys[-1:])) for value in (1.0, 5.0))
     assert sure.label == unsure.label and sure.confidence > unsure.confidence > 0.5
+
+
+def test_no_more_bytes_of_archives_are_read_ahead_than_may_lie_in_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(predictor_module, "_AHEAD_BYTES", 2500)
+    read, most = [0], [0]
+    own = predictor(batch_size=8)
+
+    def decode(content: bytes, limits: object) -> np.ndarray:
+        time.sleep(0.01)
+        read[0] -= len(content)
+        return np.zeros((8, 8, 3), np.uint8)
+
+    def items() -> Iterator[Item]:
+        for number in range(30):
+            read[0] += 1000
+            most[0] = max(most[0], read[0])
+            yield Item(f"{number}", bytes(1000))
+
+    monkeypatch.setattr(Preprocess, "read", lambda _, content, limits: decode(content, limits))
+    assert [prediction.path for prediction, _ in own.answers(items())] == [f"{number}" for number in range(30)]
+    assert most[0] <= 4000  # and one that is on its way

@@ -23,7 +23,7 @@ from urllib.parse import urlsplit, urlunsplit
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
-from image_classifier.errors import SourceError, StorageError, storage_errors
+from image_classifier.errors import SourceError, StorageError, printable, storage_errors
 from image_classifier.files import locked, write_text
 
 log = logging.getLogger(__name__)
@@ -57,12 +57,11 @@ class Download:
         check_url(self.url)
         with storage_errors(self.path):
             lock = self.path.with_name(f".{self.path.name}.lock")
-            with locked(lock):  # another run may be fetching the same file
+            with locked(lock, remove=True):  # another run may be fetching the same file
                 if self.path.exists():
                     check(self.path, self.checksum, f"delete it, and it is fetched again from {shown(self.url)}")
                 else:
                     self._fetch()
-                lock.unlink(missing_ok=True)
         return self.path
 
     def _fetch(self) -> None:
@@ -248,7 +247,7 @@ def reason_of(error: Exception) -> str:
     """Why a download failed, in a few words."""
     reason = getattr(error, "reason", error)
     text = getattr(reason, "strerror", None) or str(reason) or type(reason).__name__
-    return " ".join(text.split())[:120]
+    return printable(" ".join(text.split()))[:120]
 
 
 class SafeRedirects(urllib.request.HTTPRedirectHandler):

@@ -60,12 +60,12 @@ def pull_missing(path: Path, enabled: bool | None = None) -> bool:
         StorageError: No space or no permission.
     """
     absolute = Path(os.path.abspath(path))
-    root = next((folder for folder in absolute.parents if (folder / ".dvc").is_dir()), None)
-    if enabled is False or (path.exists() and not (root and any((root / ".dvc" / "tmp").glob("*.pulling")))):
+    root = next((folder for folder in absolute.parents if os.path.isdir(folder / ".dvc")), None)
+    if enabled is False or (os.path.exists(path) and not (root and any((root / ".dvc" / "tmp").glob("*.pulling")))):
         return False
     file = _tracking(absolute, root)
     if file is None:
-        if enabled and not path.exists():
+        if enabled and not os.path.exists(path):
             raise SourceError(f"{str(path)!r} does not exist and DVC does not track it", "check the path, or pass data.dvc=false")
         return False
     if root is None:
@@ -79,11 +79,11 @@ def _tracking(absolute: Path, root: Path | None) -> Path | None:
     places = [place for place in (absolute, *absolute.parents) if place.name and (root is None or place.is_relative_to(root)) and place != root]
     for place in places:
         beside = place.with_name(f"{place.name}.dvc")
-        if beside.is_file():
+        if os.path.isfile(beside):  # which does not mind a folder that may not be looked into, nor a name that is too long
             return beside
     for place in places:
         lock = place.parent / "dvc.lock"
-        if root and lock.is_file() and not {str(place) for place in places}.isdisjoint(_outputs(lock)):
+        if root and os.path.isfile(lock) and not {str(place) for place in places}.isdisjoint(_outputs(lock)):
             return lock
     return None
 

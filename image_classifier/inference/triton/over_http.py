@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import time
 from collections.abc import Mapping, Sequence
 from contextlib import closing
 from http.client import HTTPConnection, HTTPException, HTTPResponse, HTTPSConnection, IncompleteRead
@@ -13,6 +12,7 @@ from urllib.parse import quote
 import numpy as np
 
 from image_classifier.inference.triton.protocol import MOST_BYTES, Address, Outputs, Refused, tensor
+from image_classifier.inference.watchdog import Watchdog
 
 _HEADER = "Inference-Header-Content-Length"
 
@@ -58,20 +58,22 @@ class HttpChannel:
         self, method: str, place: str, timeout_s: float, body: bytes | None = None, headers: Mapping[str, str] | None = None
     ) -> tuple[int, Mapping[str, str], bytes]:
         kind = HTTPSConnection if self.address.scheme == "https" else HTTPConnection
-        deadline = time.monotonic() + timeout_s
+        watchdog = Watchdog(timeout_s)
         try:
-            with closing(kind(self.address.host, self.address.port, timeout=timeout_s)) as connection:
+            with watchdog, closing(kind(self.address.host, self.address.port, timeout=timeout_s)) as connection:
+                connection.connect()
+                watchdog.hold(connection.sock)
                 connection.request(method, self.address.path + place, body, {"Connection": "close", **(headers or {})})
                 with connection.getresponse() as response:
-                    return response.status, {key.lower(): value for key, value in response.getheaders()}, _body(response, deadline)
-        except TimeoutError as error:
-            raise Refused(f"no answer within {timeout_s:g} s") from error
+                    return response.status, {key.lower(): value for key, value in response.getheaders()}, _body(response, watchdog)
         except (OSError, HTTPException) as error:
+            if watchdog.bit or isinstance(error, TimeoutError):
+                raise Refused(f"no answer within {timeout_s:g} s") from error
             again = isinstance(error, (ConnectionError, IncompleteRead))
             raise Refused(f"the connection failed ({type(error).__name__}: {error})", again) from error
 
 
-def _body(response: HTTPResponse, deadline: float) -> bytes:
+def _body(response: HTTPResponse, watchdog: Watchdog) -> bytes:
     """All of an answer; TimeoutError where it is not there in time, however it drips."""
     parts, size = [], 0
     while part := response.read1(2**20):
@@ -79,8 +81,8 @@ def _body(response: HTTPResponse, deadline: float) -> bytes:
         size += len(part)
         if size > MOST_BYTES:
             raise Refused(f"its answer is longer than {MOST_BYTES} bytes")
-        if time.monotonic() > deadline:
-            raise TimeoutError
+    if watchdog.bit:
+        raise TimeoutError
     if response.length:
         raise Refused("its answer is cut short", again=True)
     return b"".join(parts)
