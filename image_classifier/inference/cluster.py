@@ -14,6 +14,7 @@ import secrets
 import signal
 import sys
 import tempfile
+import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -106,17 +107,22 @@ def answer_shards(asked: RaySettings, model: Path, dealt: Dealt, job: Job) -> It
         import ray
         import ray.data
 
+        job.shards.begin()
         reference = ray.put(sent)
         told = replace(job, fetch=_Fetch(reference), folder=folder)
         shards = [pyarrow.table({"shard": [number], "items": [items]}) for number, items in enumerate(dealt.shards)]
         workers = asked.workers or (None if asked.address else max(1, cores() // asked.cpus))
-        dataset = ray.data.from_arrow(shards).map_batches(
-            answer,  # type: ignore[arg-type]
-            batch_size=1,
-            fn_args=(told,),
-            num_cpus=asked.cpus,
-            compute=ray.data.TaskPoolStrategy(workers),
-        )
+        with warnings.catch_warnings():
+            # Without `max_retries` Ray Data tries for ever; it is to be passed in another way from 2.64 on, before which pyproject.toml stops.
+            warnings.simplefilter("ignore", ray.util.annotations.RayDeprecationWarning)
+            dataset = ray.data.from_arrow(shards).map_batches(
+                answer,  # type: ignore[arg-type]
+                batch_size=1,
+                fn_args=(told,),
+                num_cpus=asked.cpus,
+                compute=ray.data.TaskPoolStrategy(workers),
+                max_retries=asked.retries,
+            )
         try:
             for row in dataset.iter_rows():
                 found = pickle.loads(row["told"])
@@ -145,7 +151,7 @@ class _Fetch:
 @contextmanager
 def _ray(asked: RaySettings) -> Iterator[str | None]:
     """Ray while the block runs; the folder of a cluster that is for this run only, which goes with it."""
-    os.environ |= {"RAY_USAGE_STATS_ENABLED": "0", "RAY_TASK_MAX_RETRIES": str(asked.retries)}
+    os.environ |= {"RAY_USAGE_STATS_ENABLED": "0"}
     if asked.address is not None:
         with _joined(asked, address=asked.address):
             yield None

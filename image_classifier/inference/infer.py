@@ -201,7 +201,7 @@ def _to_shards(asked: InferSettings, path: Path, inputs: Inputs, told: Told) -> 
     shards = Shards(output, Storage.here(), run, len(dealt.shards))
     load = partial(_predictor, asked, backend=predictor.backend_name)
     with nullcontext() if is_stored(output) else _alone(Path(os.path.abspath(output))):
-        if done := shards.begin(asked.resume):
+        if done := shards.check(asked.resume):
             log.info("resume: %d of %d files of answers are there", done, len(dealt.shards))
         by_number: dict[int, Told] = {}
         with _progress(asked) as advance:

@@ -78,24 +78,27 @@ class Shards:
         """The file of a shard, such that names are in the order of numbers."""
         return f"part-{number:0{max(_DIGITS, len(str(self.count - 1)))}d}.parquet"
 
-    def begin(self, resume: bool) -> int:
-        """Say which run this is, or find that with `resume` it is this one; how many shards are there already.
+    def check(self, resume: bool) -> int:
+        """Whether this run may write there, of which `resume` may go on with what it left: how many shards are there already.
 
         Raises:
             ConfigError: Something else lies there.
         """
         if not is_stored(self.output) and (self._path.is_file() or Folder(self._path).names()):
             raise ConfigError(f"{self.output!r} exists", "choose another --output, or remove it")
-        names = self.place.names()
+        names = {name for name in self.place.names() if not name.startswith(".")}  # killed workers leave such
         if DONE in names or (names and RUN not in names):
             raise ConfigError(f"{self._left} holds {'answers that are whole' if DONE in names else 'other files'}", "choose another --output")
-        if names and not resume:
+        done = len({self.name(number) for number in range(self.count)} & names)
+        if names - {RUN} and not resume:
             raise ConfigError(f"{self._left} is of a run that was stopped", "add --resume to go on with it, remove it, or choose another --output")
-        if not names:
-            self.place.write(RUN, json.dumps(self.run, indent=1).encode())
-            return 0
-        check_same_run(self._known(), self.run, self._left, "ask as then, or choose another --output")
-        return len({self.name(number) for number in range(self.count)} & names)
+        if names - {RUN}:
+            check_same_run(self._known(), self.run, self._left, "ask as then, or choose another --output")
+        return done
+
+    def begin(self) -> None:
+        """Say which run this is."""
+        self.place.write(RUN, json.dumps(self.run, indent=1).encode())
 
     def check_shared(self, machine: str) -> None:
         """StorageError where this machine does not see what the one that began wrote, or another run began there meanwhile."""
