@@ -10,8 +10,10 @@ import hashlib
 import logging
 import os
 import pickle
+import re
 import secrets
 import signal
+import socket
 import sys
 import tempfile
 import warnings
@@ -56,7 +58,7 @@ class RaySettings:
     def __post_init__(self) -> None:
         if self.cpus < 1 or self.shard_batches < 1 or self.retries < 0 or (self.workers is not None and self.workers < 1):
             raise ConfigError("ray.workers, ray.cpus and ray.shard_batches must be at least 1, and ray.retries at least 0")
-        if self.address is not None and "://" in self.address:
+        if self.address is not None and not re.fullmatch(r"auto|[\w.-]+:\d{1,5}|\[[\da-fA-F:]+\]:\d{1,5}", self.address):
             raise ConfigError(f"ray.address={self.address!r} cannot be", "run this on a machine of the cluster and write auto, or its HOST:PORT")
 
 
@@ -174,6 +176,9 @@ def _joined(asked: RaySettings, **options: Any) -> Iterator[None]:
 
     before = signal.getsignal(signal.SIGTERM)
     try:
+        if asked.address not in (None, "auto"):
+            host, _, port = str(asked.address).rpartition(":")
+            socket.create_connection((host.strip("[]"), int(port)), timeout=10).close()  # Ray would try for minutes
         ray.init(logging_level=logging.ERROR, log_to_driver=False, **options)
         for name in ("ray", "ray.data"):
             logging.getLogger(name).setLevel(logging.CRITICAL)
