@@ -172,29 +172,35 @@ def _ray(asked: RaySettings) -> Iterator[str | None]:
 def _joined(asked: RaySettings, **options: Any) -> Iterator[None]:
     """This process as a driver of Ray; it leaves at a signal too."""
     import ray
-    import ray.data
 
     before = signal.getsignal(signal.SIGTERM)
     try:
-        if asked.address not in (None, "auto"):
-            host, _, port = str(asked.address).rpartition(":")
-            socket.create_connection((host.strip("[]"), int(port)), timeout=10).close()  # Ray would try for minutes
-        ray.init(logging_level=logging.ERROR, log_to_driver=False, **options)
-        for name in ("ray", "ray.data"):
-            logging.getLogger(name).setLevel(logging.CRITICAL)
-        context = ray.data.DataContext.get_current()
-        context.enable_progress_bars = context.print_on_execution_start = False
+        try:
+            _connect(asked, options)
+        except (OSError, RuntimeError, ValueError, ray.exceptions.RayError) as error:
+            where = "here" if asked.address is None else f"at {asked.address!r}"
+            fact = f"there is no Ray cluster {where} ({' '.join(str(error).split())[:200]})"
+            raise ClusterError(fact, "see docs/delivery.md, On a cluster") from error
         signal.signal(signal.SIGTERM, _end)  # Ray's own ends with the number of the signal
-        _check_room(ray.nodes(), asked)  # type: ignore[no-untyped-call]
-    except (ConnectionError, OSError, RuntimeError, ValueError, ray.exceptions.RayError) as error:
-        ray.shutdown()
-        where = "here" if asked.address is None else f"at {asked.address!r}"
-        raise ClusterError(f"there is no Ray cluster {where} ({' '.join(str(error).split())[:200]})", "see docs/delivery.md, On a cluster") from error
-    try:
         yield
     finally:
         ray.shutdown()
         signal.signal(signal.SIGTERM, before)
+
+
+def _connect(asked: RaySettings, options: dict[str, Any]) -> None:
+    import ray
+    import ray.data
+
+    if asked.address not in (None, "auto"):
+        host, _, port = str(asked.address).rpartition(":")
+        socket.create_connection((host.strip("[]"), int(port)), timeout=10).close()  # Ray would try for minutes
+    ray.init(logging_level=logging.ERROR, log_to_driver=False, **options)
+    for name in ("ray", "ray.data"):
+        logging.getLogger(name).setLevel(logging.CRITICAL)
+    context = ray.data.DataContext.get_current()
+    context.enable_progress_bars = context.print_on_execution_start = False
+    _check_room(ray.nodes(), asked)  # type: ignore[no-untyped-call]
 
 
 def _end(number: int, frame: FrameType | None) -> None:
