@@ -23,6 +23,8 @@ from image_classifier.errors import CheckpointError, ConfigError, StorageError
 from image_classifier.inference.cluster import Dealt
 from image_classifier.inference.inputs import Inputs
 from image_classifier.inference.load import load_predictor
+from image_classifier.inference.onnx_runtime import session_of
+from image_classifier.inference.predictor import cores
 from image_classifier.inference.shards import Shards
 from image_classifier.inference.storage import Storage
 from image_classifier.inference.worker import Job, Model, answer
@@ -76,7 +78,7 @@ def expected(command: Command, tmp_path: Path, photos: list[str]) -> pyarrow.Tab
         (("--engine", "ray", "--ray.cpus", "0"), "must be at least 1"),
         (("--engine", "ray", "--ray.workers", "-1"), "must be at least 1"),
         (("--engine", "ray", "--ray.retries", "many"), "ray.retries"),
-        (("--engine", "ray", "--ray.adress", "auto"), "did you mean ray.address"),
+        (("--engine", "ray", "--ray.worker", "1"), "did you mean ray.workers"),
         (("--engine", "ray", "--ray.address", "ray://h:1"), "run this on a machine of the cluster"),
         (("--engine", "ray", "--backend", "none"), "there is no backend 'none'"),
         (("--engine", "ray", "--images", "data/digits/nothing*"), "holds no image"),
@@ -190,6 +192,15 @@ def test_names_of_shards_sort_as_their_numbers() -> None:
         shards = Shards("o", Storage(), {}, count)
         names = [shards.name(number) for number in (0, 2, 9, 10, count - 1)]
         assert sorted(names[:-1]) == names[:-1] and len({len(name) for name in names}) == 1
+
+
+def test_a_process_takes_the_threads_that_it_was_given(monkeypatch: pytest.MonkeyPatch) -> None:
+    for told, threads in (("1", 1), ("0", 1), ("4000", bound := len(os.sched_getaffinity(0))), ("many", bound)):
+        monkeypatch.setenv("OMP_NUM_THREADS", told)
+        assert cores() == threads
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    options = session_of(Path("models/digits/model.onnx")).get_session_options()
+    assert options.intra_op_num_threads == (1 if (os.cpu_count() or 1) > 1 else 0)
 
 
 # On a cluster

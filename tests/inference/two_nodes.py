@@ -15,7 +15,7 @@ os.environ |= {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0", "RAY_USAGE_STATS_ENABLE
 
 def main() -> None:
     with tempfile.TemporaryDirectory(prefix="ic-", ignore_cleanup_errors=True) as folder:
-        os.environ["RAY_TMPDIR"] = folder
+        os.environ |= {"RAY_TMPDIR": folder, "TMPDIR": folder}  # the second: where workers unpack the model
         from ray.cluster_utils import Cluster
 
         Path(folder, "ray").mkdir()
