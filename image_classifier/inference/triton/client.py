@@ -56,10 +56,10 @@ class TritonBackend:
             ServerError: It is not there, not ready, or another model.
         """
         backend = cls(url, model_name(bundle.info), len(bundle.info.classes), timeout_s)
-        backend.check(Golden.of(bundle), bundle.info.temperature, float(bundle.info.exports.get(NAME, {}).get("tolerance", TOLERANCE)))
+        backend.check_golden(Golden.of(bundle), bundle.info.temperature, float(bundle.info.exports.get(NAME, {}).get("tolerance", TOLERANCE)))
         return backend
 
-    def check(self, golden: Golden, temperature: float, tolerance: float) -> None:
+    def check_golden(self, golden: Golden, temperature: float, tolerance: float) -> None:
         """ServerError where the first golden image gets another answer than the bundle's: readiness alone can lie."""
         probabilities = (softmax(logits, temperature) for logits in (self.logits(golden.pixels[:1]), golden.logits[:1]))
         difference = float(np.abs(np.subtract(*probabilities)).max())

@@ -7,16 +7,22 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from http.client import HTTPConnection
+from pathlib import Path
+from typing import cast
 
 import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from image_classifier.bundle import read_bundle
 from image_classifier.errors import ConfigError, ServerError
+from image_classifier.inference.backends import ServerAt
 from image_classifier.inference.golden import Golden
+from image_classifier.inference.load import load_predictor
+from image_classifier.inference.predictor import EmbeddingBackend
 from image_classifier.inference.triton import client, over_http
-from image_classifier.inference.triton.client import RETRIES, TritonBackend
+from image_classifier.inference.triton.client import RETRIES, TritonBackend, model_name
 from image_classifier.inference.triton.protocol import Address, Refused
 from tests.inference.triton.v2_server import Handler, V2Server, brightness, serving
 
@@ -188,7 +194,7 @@ def test_a_golden_image_tells_another_model_and_zeros(server: V2Server) -> None:
     pixels = images(3)
     right = brightness(pixels)
     golden = Golden(pixels, right["logits"], right["embedding"])
-    backend(server).check(golden, 100.0, 1e-4)
+    backend(server).check_golden(golden, 100.0, 1e-4)
     for wrong in (
         lambda given: brightness(given[:, ::-1]),
         lambda given: brightness(0 * given),
@@ -196,7 +202,17 @@ def test_a_golden_image_tells_another_model_and_zeros(server: V2Server) -> None:
     ):
         server.model = wrong
         with pytest.raises(ServerError, match="answers a golden image otherwise than the bundle"):
-            backend(server).check(golden, 100.0, 1e-4)
+            backend(server).check_golden(golden, 100.0, 1e-4)
+
+
+def test_a_bundle_is_predicted_with_by_a_server(digits_bundle: Path) -> None:
+    bundle = read_bundle(digits_bundle)
+    onnx = load_predictor(digits_bundle)
+    outputs = cast(EmbeddingBackend, onnx.backend).logits_and_embeddings
+    image = next((digits_bundle.parents[1] / "data/digits/test/3").iterdir())
+    with serving(V2Server(lambda pixels: dict(zip(("logits", "embedding"), outputs(pixels), strict=True)), model_name(bundle.info))) as running:
+        (answer,) = load_predictor(digits_bundle, "triton", server=ServerAt(running.url)).predict([image])
+    assert answer == next(onnx.predict([image]))
 
 
 @pytest.mark.parametrize(
