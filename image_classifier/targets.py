@@ -40,8 +40,20 @@ TRUSTED = (
     "image_classifier.training.optimizers.",
 )
 # What a checkpoint's own description of its network may name: a file from elsewhere must not load others.
-NETWORKS = ("torch.nn.", "torchvision.models.", "timm.create_model", "image_classifier.modeling.")
-_HOMES = ("timm.models.", "pytorch_lightning.trainer.", "lightning.pytorch.trainer.", "torch._C.")  # where names without a dot at the end live
+NETWORKS = (
+    "timm.create_model",
+    "image_classifier.modeling.backbones.torchvision_backbone",
+    "image_classifier.modeling.convnet.ConvNet",
+    "image_classifier.modeling.convnet.MLP",
+    "image_classifier.modeling.whitened.WhitenedNet",
+)
+_HOMES = (
+    "timm.models.",
+    "image_classifier.modeling.",
+    "pytorch_lightning.trainer.",
+    "lightning.pytorch.trainer.",
+    "torch._C.",
+)  # where names without a dot at the end live
 _FOREIGN = tuple(entry for entry in TRUSTED if not entry.startswith("image_classifier."))
 _KEPT = ("_target_", "_partial_", "_recursive_", "_convert_", "_args_")
 

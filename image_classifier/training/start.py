@@ -9,7 +9,7 @@ from typing import Any
 from image_classifier import settings
 from image_classifier.bundle import INFO_NAME, read_bundle
 from image_classifier.errors import CheckpointError, ConfigError
-from image_classifier.inference.checkpoint import LOADING, load_classifier
+from image_classifier.inference.checkpoint import load_classifier, network_of
 from image_classifier.inference.load import pulled_checkpoint
 from image_classifier.modeling.backbones import no_pretrained
 from image_classifier.modeling.classifier import Classifier, build_classifier
@@ -75,7 +75,7 @@ def _adopt(config: Any) -> None:
     if size != own:
         build_classifier(source.backbone, 2, size, *blueprint["normalise"].values())  # which refuses a size that it cannot take
         log.info("from: %s was trained at %s px and this run is at %s: data.image_size=%s keeps its size", model["from"], own, size, own)
-    model.backbone = {key: value for key, value in blueprint["backbone"].items() if key not in LOADING}
+    model.backbone = network_of(blueprint)
     model.name = path.stem if path.suffix == ".ckpt" and path.name != "model.ckpt" else path.parent.name
     model.head_dropout = model.head_dropout or blueprint["head_dropout"]
     if model.normalise == "auto":

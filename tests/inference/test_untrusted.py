@@ -22,6 +22,7 @@ from hypothesis import strategies as st
 
 from image_classifier.bundle import read_bundle
 from image_classifier.errors import ClassifierError
+from image_classifier.inference.checkpoint import load_classifier, network_of
 from image_classifier.inference.load import load_predictor
 from image_classifier.inference.verify import Golden
 from tests.conftest import Command
@@ -69,6 +70,52 @@ def test_a_pickle_is_never_run(command: Command, digits_bundle: Path, tmp_path: 
     answer = command("infer", "--checkpoint_name", str(path), "--images", str(image(digits_bundle)))
     assert answer.code == 2 and len(answer.err.strip().splitlines()) == 1 and answer.out == ""
     assert not (tmp_path / "run").exists()
+
+
+TIMM, TORCHVISION = "timm.create_model", "image_classifier.modeling.backbones.torchvision_backbone"
+
+
+@pytest.mark.parametrize(
+    "backbone",
+    [
+        {"_target_": TIMM, "_args_": ["resnet18", False, None, None, "extra.pth"]},
+        {"_target_": TIMM, "model_name": "resnet18", "drop": {"_args_": []}},
+        {"_target_": "torchvision.models.resnet18", "_args_": [{"a": 1}]},
+        {"_target_": "torchvision.models.segmentation.fcn_resnet50"},
+        {"_target_": "torchvision.models.get_model", "name": "fcn_resnet50"},
+        {"_target_": TORCHVISION, "name": "fcn_resnet50"},
+        {"_target_": TIMM, "model_name": "hf-hub:evil/model"},
+        {"_target_": TIMM, "model_name": "local-dir:/etc"},
+        {"_target_": TIMM, "model_name": ["resnet18"]},
+        {"_target_": TIMM, "model_name": "${oc.env:HOME}"},
+        {"_target_": TIMM, "model_name": "test_resnet", "block_args": 3},
+        {"_target_": "image_classifier.modeling.convnet.ConvNet", "image_size": 32, "channels": "wide"},
+        "timm.create_model",
+    ],
+    ids=str,
+)
+def test_a_checkpoint_asks_for_no_other_file_nor_the_network(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, backbone: Any) -> None:
+    def reached(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt  # which nothing takes for a network that cannot be built
+
+    for name in ("socket.create_connection", "socket.getaddrinfo", "timm.models._builder.load_pretrained", "timm.models._factory.load_checkpoint"):
+        monkeypatch.setattr(name, reached)
+    blueprint = {"backbone": backbone, "classes": ["a", "b"], "preprocess": {"size": 32}, "normalise": {"mean": [0.5] * 3, "std": [0.5] * 3}}
+    torch.save({"state_dict": {}, "hyper_parameters": {"blueprint": {**blueprint, "head_dropout": 0.0}}}, tmp_path / "evil.ckpt")
+    with pytest.raises(ClassifierError) as caught:
+        load_classifier(tmp_path / "evil.ckpt")
+    assert "\n" not in str(caught.value)
+
+
+def test_what_fetches_is_turned_off_rather_than_left_to_chance() -> None:
+    asked = {"pretrained": True, "weights": "DEFAULT", "checkpoint_path": "a.pth", "pretrained_cfg": {"file": "a.pth"}, "drop_rate": 0.1}
+    node = network_of({"backbone": {"_target_": TIMM, "model_name": "vit_tiny", "inner": [asked]}})
+    assert node == {
+        "_target_": TIMM,
+        "model_name": "vit_tiny",
+        "pretrained": False,
+        "inner": [{"pretrained": False, "weights": None, "drop_rate": 0.1}],
+    }
 
 
 @pytest.mark.parametrize("name", ["../../outside", "/etc/passwd", "a/../../outside", "c:/outside", "..\\outside"])
