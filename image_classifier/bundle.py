@@ -8,16 +8,20 @@ import json
 import math
 import os
 import re
+import zipfile
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path, PurePosixPath
 from typing import Any
+
+import numpy as np
 
 from image_classifier.errors import CheckpointError
 from image_classifier.files import write_text
 
 SCHEMA_VERSION = 1
 _MOST_BYTES = 2**26  # of a bundle.json
+_MOST_ARRAY_BYTES = 2**30  # of an .npz, unpacked: enough for the detector of a network with 16 000 features
 _MAPS = ("preprocess", "normalise", "metrics", "provenance", "intervals", "decision", "files", "exports")
 INFO_NAME = "bundle.json"
 
@@ -177,6 +181,27 @@ def _suggestion(name: str, known: list[Path], models_dir: Path) -> str:
 
 def _shallow(info: BundleInfo) -> dict[str, Any]:
     return {item.name: getattr(info, item.name) for item in fields(BundleInfo)}
+
+
+def read_arrays(path: Path, kinds: Mapping[str, tuple[str, int]]) -> dict[str, np.ndarray]:
+    """The arrays of an `.npz` by name, `kinds` their types and numbers of axes; no more than a GiB of them is unpacked, and no pickle.
+
+    Raises:
+        CheckpointError: The file is damaged, too large, or holds others.
+    """
+    try:
+        with zipfile.ZipFile(path) as archive:
+            size = sum(item.file_size for item in archive.infolist())  # zipfile unpacks no more of each than it says here
+        if size > _MOST_ARRAY_BYTES:
+            raise ValueError(f"it unpacks to {size} bytes, {_MOST_ARRAY_BYTES} may be")
+        with np.load(path, allow_pickle=False) as content:
+            found = {name: content[name] for name in kinds}
+        for name, (dtype, axes) in kinds.items():
+            if found[name].dtype != np.dtype(dtype) or found[name].ndim != axes or not found[name].size:
+                raise ValueError(f"its {name} are {found[name].dtype} {list(found[name].shape)}")
+        return found
+    except Exception as error:  # a damaged archive makes its readers raise anything, and a header may claim any size
+        raise CheckpointError(f"{str(path)!r} is damaged ({type(error).__name__}: {str(error)[:160]})", "copy the bundle anew") from error
 
 
 def sha256_of(path: Path) -> str:

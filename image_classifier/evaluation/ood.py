@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import io
-import zipfile
 from dataclasses import dataclass, fields
 from pathlib import Path
 
 import numpy as np
 
+from image_classifier.bundle import read_arrays
 from image_classifier.errors import CheckpointError
 from image_classifier.files import write_bytes
 
 DETECTOR = "ood.npz"
+_LOOKS = 11  # properties of an image that need no network
 _SHRINK = 0.1  # of a covariance, towards independent directions: few images must not make it singular
 _EPSILON = 0.01  # of the range of a pixel: below it differences of looks count little
 
@@ -69,6 +70,9 @@ class Detector:
 
     def scores(self, embeddings: np.ndarray, seen: np.ndarray) -> np.ndarray:
         """How unlike the training images each is, float32 [N], of embeddings [N, D] and `looks` [N, 11]."""
+        if embeddings.shape[1] != len(self.whitening):
+            fact = f"the detector of unlike images takes {len(self.whitening)} features, the model gives {embeddings.shape[1]}"
+            raise CheckpointError(fact, "use the bundle they came from")
         inner = Gaussian(self.means, self.whitening).distances(_unit(embeddings))
         outer = Gaussian(self.looks_mean, self.looks_whitening).distances(seen)
         both = (inner - self.centres[0]) / self.scales[0] + (outer - self.centres[1]) / self.scales[1]
@@ -83,11 +87,12 @@ class Detector:
     @classmethod
     def read(cls, path: Path) -> Detector:
         """What `write` left; CheckpointError where it is damaged."""
-        try:
-            with path.open("rb") as file, np.load(file, allow_pickle=False) as content:
-                return cls(**{item.name: content[item.name] for item in fields(cls)})
-        except (OSError, EOFError, ValueError, KeyError, zipfile.BadZipFile) as error:
-            raise CheckpointError(f"{str(path)!r} is damaged ({type(error).__name__})", "copy the bundle anew") from error
+        detector = cls(**read_arrays(path, {item.name: ("float32", 1 if item.name in ("centres", "scales") else 2) for item in fields(cls)}))
+        width, looked = detector.means.shape[1], detector.looks_mean.shape[1]
+        squares = detector.whitening.shape == (width, width) and detector.looks_whitening.shape == (looked, looked)
+        if not squares or looked != _LOOKS or detector.centres.shape != (2,) or detector.scales.shape != (2,):
+            raise CheckpointError(f"{str(path)!r} is no detector of unlike images", "copy the bundle anew")
+        return detector
 
 
 def looks(pixels: np.ndarray) -> np.ndarray:

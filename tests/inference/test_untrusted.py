@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import os
 import pickle
@@ -20,6 +21,7 @@ from hypothesis import HealthCheck, Phase, given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
+import image_classifier.bundle
 from image_classifier.bundle import read_bundle
 from image_classifier.errors import ClassifierError
 from image_classifier.inference.checkpoint import load_classifier, network_of
@@ -178,22 +180,48 @@ def test_a_model_for_other_squares_or_classes_is_refused(bundle: Path, command: 
         assert answer.code == 2 and says in answer.err and "Traceback" not in answer.err
 
 
-def test_golden_images_that_would_fill_the_memory_are_refused(bundle: Path, command: Command) -> None:
-    header = b"\x93NUMPY\x01\x00v\x00" + b"{'descr': '|u1', 'fortran_order': False, 'shape': (100000, 3, 1000, 1000), }".ljust(117) + b"\n"
-    with zipfile.ZipFile(bundle / "bomb.npz", "w", zipfile.ZIP_DEFLATED) as archive:
-        archive.writestr("pixels.npy", header + b"\0" * 1_000_000)
-        for name in ("logits", "embeddings"):
-            archive.writestr(f"{name}.npy", header)
-    content = (bundle / "bomb.npz").read_bytes()
-    (bundle / "bomb.npz").unlink()
-    resealed(bundle, "golden.npz", content)
-    answer = command("verify", str(bundle), "--backend", "onnx")
-    assert answer.code == 2 and "golden.npz" in answer.err and len(answer.err.strip().splitlines()) == 1
+def npz(folder: Path, **arrays: np.ndarray) -> bytes:
+    with (folder / "made.npz").open("wb") as file:
+        np.savez_compressed(file, allow_pickle=True, **arrays)
+    content = (folder / "made.npz").read_bytes()
+    (folder / "made.npz").unlink()
+    return content
 
 
-def test_golden_arrays_hold_no_objects(bundle: Path, tmp_path: Path) -> None:
-    with (bundle / "golden.npz").open("wb") as file:
-        np.savez(file, pixels=np.array([Bomb(tmp_path / "run")], dtype=object), logits=np.zeros(1), embeddings=np.zeros(1))
-    with pytest.raises(ClassifierError, match="golden"):
-        Golden.of(read_bundle(bundle))
+@pytest.mark.parametrize("name", ["golden.npz", "ood.npz"])
+def test_arrays_that_would_fill_the_memory_are_not_unpacked(bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    resealed(bundle, name, npz(tmp_path, **dict(np.load(bundle / name)), more=np.zeros(9 * 2**20, np.uint8)))
+
+    def read() -> object:
+        return Golden.of(read_bundle(bundle)) if name == "golden.npz" else load_predictor(bundle)
+
+    read()
+    monkeypatch.setattr(np, "load", lambda *_, **__: pytest.fail("unpacked"))
+    monkeypatch.setattr(image_classifier.bundle, "_MOST_ARRAY_BYTES", 2**23)
+    with pytest.raises(ClassifierError, match=rf"{name}.* 8388608 may be"):
+        read()
+
+
+@pytest.mark.parametrize("name", ["golden.npz", "ood.npz"])
+def test_arrays_of_other_shapes_or_types_are_refused(bundle: Path, tmp_path: Path, name: str) -> None:
+    known = dict(np.load(bundle / name))
+    lying = io.BytesIO()
+    with zipfile.ZipFile(lying, "w") as archive:  # a header may claim any size
+        for key in known:
+            np.lib.format.write_array_header_1_0(header := io.BytesIO(), {"descr": "|u1", "fortran_order": False, "shape": (2**20, 2**20, 2**10)})
+            archive.writestr(f"{key}.npy", header.getvalue())
+    changed = [npz(tmp_path, **{**known, key: odd}) for key, value in known.items() for odd in (value[:0], value[None], value.astype(complex))]
+    changed += [npz(tmp_path, **{**known, key: np.repeat(value, 99, 0)}) for key, value in known.items() if key not in ("means", "looks_mean")]
+    objects = npz(tmp_path, **{key: np.array([Bomb(tmp_path / "run")], dtype=object) for key in known})
+    for content in (b"", b"other", lying.getvalue(), objects, *changed):
+        resealed(bundle, name, content)
+        with pytest.raises(ClassifierError, match=name.replace(".", r"\.")):
+            Golden.of(read_bundle(bundle)) if name == "golden.npz" else load_predictor(bundle)
     assert not (tmp_path / "run").exists()
+
+
+def test_a_detector_of_another_network_is_refused(bundle: Path, tmp_path: Path, digits_bundle: Path) -> None:
+    known = dict(np.load(bundle / "ood.npz"))
+    resealed(bundle, "ood.npz", npz(tmp_path, **{**known, "means": known["means"][:, :5], "whitening": known["whitening"][:5, :5]}))
+    with pytest.raises(ClassifierError, match="takes 5 features, the model gives"):
+        list(load_predictor(bundle).predict([image(digits_bundle)]))
