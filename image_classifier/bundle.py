@@ -9,7 +9,8 @@ import math
 import os
 import re
 import zipfile
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -61,9 +62,10 @@ class Bundle:
     def path(self, name: str) -> Path:
         """One of the bundle's files; CheckpointError where it is missing."""
         path = self.directory / name
-        if not path.is_file():
-            raise CheckpointError(f"the bundle {str(self.directory)!r} has no {name}", "train again, or choose another --backend")
-        return path
+        with reading(path):
+            if path.is_file():
+                return path
+        raise CheckpointError(f"the bundle {str(self.directory)!r} has no {name}", "train again, or choose another --backend")
 
     def verify(self, names: Iterable[str] | None = None) -> None:
         """Compare files with the hashes in bundle.json; CheckpointError names the first that differs."""
@@ -131,6 +133,17 @@ def _check(info: BundleInfo) -> None:
             raise ValueError(f"{name!r} is no file of a bundle")
 
 
+@contextmanager
+def reading(path: Path) -> Iterator[None]:
+    """The operating system's refusal to read what a path means as a CheckpointError."""
+    try:
+        yield
+    except OSError as error:
+        place = str(error.filename or path)
+        shown = place if len(place) < 200 else f"{place[:100]}..."
+        raise CheckpointError(f"{shown!r} cannot be read ({error.strerror})", "check its name, its owner and the disk") from error
+
+
 def find_checkpoint(name: str, models_dir: Path) -> Path:
     """The bundle folder, `.ckpt` or `.onnx` that a name means: a path, or a name anywhere under the models folder.
 
@@ -138,6 +151,11 @@ def find_checkpoint(name: str, models_dir: Path) -> Path:
         CheckpointError: Nothing has that name (the nearest is suggested), or several things do (all are listed).
     """
     given = Path(os.path.expanduser(name))
+    with reading(given):
+        return _found(name, given, models_dir)
+
+
+def _found(name: str, given: Path, models_dir: Path) -> Path:
     if _is_checkpoint(given):
         return given
     known = _checkpoints_under(models_dir)
@@ -205,6 +223,6 @@ def read_arrays(path: Path, kinds: Mapping[str, tuple[str, int]]) -> dict[str, n
 
 
 def sha256_of(path: Path) -> str:
-    """The sha256 of a file's bytes, in hexadecimal."""
-    with path.open("rb") as file:
+    """The sha256 of a file's bytes, in hexadecimal; CheckpointError where they cannot be read."""
+    with reading(path), path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

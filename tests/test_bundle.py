@@ -1,12 +1,15 @@
 """Finding a checkpoint by name, and a bundle that notices damage."""
 
+import errno
 import json
+import os
 from pathlib import Path
 
 import pytest
 
 from image_classifier.bundle import BundleInfo, find_checkpoint, read_bundle, seal
 from image_classifier.errors import CheckpointError
+from tests.conftest import Command
 
 
 def make_bundle(directory: Path) -> Path:
@@ -75,3 +78,36 @@ def test_a_newer_schema_is_refused(tmp_path: Path) -> None:
     (directory / "bundle.json").write_text(json.dumps({**content, "schema_version": 99}))
     with pytest.raises(CheckpointError, match="update image_classifier"):
         read_bundle(directory)
+
+
+def test_a_folder_that_is_closed_is_one_clear_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: Command) -> None:
+    closed = make_bundle(tmp_path / "digits")
+    stat = Path.stat
+
+    def refused(self: Path, **words: bool) -> os.stat_result:
+        if self.parent == closed:
+            raise PermissionError(errno.EACCES, "Permission denied", str(self))
+        return stat(self, **words)
+
+    monkeypatch.setattr(Path, "stat", refused)
+    for name in (str(closed), "digits"):
+        answer = command("verify", name, "--models_dir", str(tmp_path))
+        assert answer.code == 2 and answer.out == ""
+        assert answer.err.startswith("error: ") and len(answer.err.strip().splitlines()) == 1 and "Permission denied" in answer.err
+
+
+def test_a_file_that_cannot_be_read_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    bundle = read_bundle(make_bundle(tmp_path / "digits"))
+
+    def refused(self: Path, *_: object, **__: object) -> None:
+        raise OSError(errno.EIO, "Input/output error", str(self))
+
+    monkeypatch.setattr(Path, "open", refused)
+    with pytest.raises(CheckpointError, match=r"model\.onnx' cannot be read \(Input/output error\)"):
+        bundle.verify()
+
+
+@pytest.mark.parametrize("verb", [("verify",), ("infer", "--images", "a.png", "--checkpoint_name")])
+def test_a_name_that_no_file_can_have(command: Command, verb: tuple[str, ...]) -> None:
+    answer = command(*verb, "x" * 300)
+    assert answer.code == 2 and "File name too long" in answer.err and len(answer.err.strip().splitlines()) == 1 and len(answer.err) < 300

@@ -8,7 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from image_classifier.bundle import INFO_NAME, Bundle, find_checkpoint, read_bundle
+from image_classifier.bundle import INFO_NAME, Bundle, find_checkpoint, read_bundle, reading
 from image_classifier.dataset.fetch.dvc import pull_missing
 from image_classifier.errors import CheckpointError, ConfigError
 from image_classifier.evaluation.decision import Decision, DecisionSettings
@@ -29,6 +29,8 @@ def pulled_checkpoint(name: str, models_dir: Path, dvc: bool | None = None) -> P
         SourceError: DVC tracks it and cannot fetch it.
     """
     for place in (Path(name).expanduser(), models_dir / name):
+        with reading(place):
+            (place / INFO_NAME).is_file()  # says so of a name that no file can have, and of a folder that is closed
         pull_missing(place, None if dvc else dvc)  # null and true are one here: a name need not be a path
     return find_checkpoint(name, models_dir)
 
