@@ -67,11 +67,21 @@ class Bundle:
                 return path
         raise CheckpointError(f"the bundle {str(self.directory)!r} has no {name}", "train again, or choose another --backend")
 
+    def content(self, name: str) -> bytes:
+        """The bytes of one of the bundle's files; CheckpointError where they are not those of its hash."""
+        with reading(self.directory / name):
+            content = self.path(name).read_bytes()
+        self._compare(name, hashlib.sha256(content).hexdigest())
+        return content
+
     def verify(self, names: Iterable[str] | None = None) -> None:
         """Compare files with the hashes in bundle.json; CheckpointError names the first that differs."""
         for name in names or self.info.files:
-            if sha256_of(self.path(name)) != self.info.files.get(name):
-                raise CheckpointError(f"{name} of the bundle {str(self.directory)!r} is damaged", "its sha256 differs from bundle.json: copy it anew")
+            self._compare(name, sha256_of(self.path(name)))
+
+    def _compare(self, name: str, digest: str) -> None:
+        if digest != self.info.files.get(name):
+            raise CheckpointError(f"{name} of the bundle {str(self.directory)!r} is damaged", "its sha256 differs from bundle.json: copy it anew")
 
     def refuse_unlisted(self, folder: str) -> None:
         """CheckpointError where a folder of the bundle, which a server runs, holds what was not exported."""

@@ -17,8 +17,10 @@ from image_classifier.inference.tensorrt import engine as tensorrt
 
 log = logging.getLogger(__name__)
 
-# A file and the packages it may take its network from -> what runs it, and what the file says of itself.
-Open = Callable[[Path, Sequence[str]], tuple[Backend, Mapping[str, Any]]]
+# Reads a file: the bytes that are run are those that were compared with a hash, where there is one.
+Read = Callable[[Path], bytes]
+# A file, the packages it may take its network from, and what reads files -> what runs it, and what the file says of itself.
+Open = Callable[[Path, Sequence[str], Read], tuple[Backend, Mapping[str, Any]]]
 
 
 @dataclass(frozen=True)
@@ -48,14 +50,14 @@ def _tensorrt_in_onnx_runtime() -> bool:
     return "TensorrtExecutionProvider" in onnxruntime.get_available_providers()
 
 
-def _onnx(path: Path, trusted: Sequence[str], tensorrt: bool = False) -> tuple[Backend, Mapping[str, Any]]:
+def _onnx(path: Path, trusted: Sequence[str], read: Read, tensorrt: bool = False) -> tuple[Backend, Mapping[str, Any]]:
     from image_classifier.inference.onnx_runtime import OnnxBackend
 
-    runner = OnnxBackend(path, tensorrt)
+    runner = OnnxBackend(path, tensorrt, read(path))
     return runner, runner.metadata()
 
 
-def _checkpoint(path: Path, trusted: Sequence[str]) -> tuple[Backend, Mapping[str, Any]]:
+def _checkpoint(path: Path, trusted: Sequence[str], read: Read) -> tuple[Backend, Mapping[str, Any]]:
     from image_classifier.inference.checkpoint import CheckpointBackend, load_classifier
 
     classifier, blueprint = load_classifier(path, trusted)
@@ -63,10 +65,10 @@ def _checkpoint(path: Path, trusted: Sequence[str]) -> tuple[Backend, Mapping[st
 
 
 def _openvino(precision: str) -> Open:
-    def opened(path: Path, trusted: Sequence[str]) -> tuple[Backend, Mapping[str, Any]]:
+    def opened(path: Path, trusted: Sequence[str], read: Read) -> tuple[Backend, Mapping[str, Any]]:
         from image_classifier.inference.openvino_runtime import OpenVinoBackend
 
-        return OpenVinoBackend(path, precision), {}
+        return OpenVinoBackend(path, precision, read), {}
 
     return opened
 
@@ -141,11 +143,11 @@ def open_backend(bundle: Bundle, name: str, trusted: Sequence[str] = (), server:
 
         return TritonBackend.of(bundle, str(server.url), server.timeout_s)
     file = BACKENDS[name].file(bundle)
-    beside = [other for other in bundle.info.files if other != file and other.rpartition(".")[0] == file.rpartition(".")[0] and "/" in file]
-    bundle.verify([file, *beside])
     if name == tensorrt.NAME and not _only_onnx_runtime_has_tensorrt():
         return _engine(bundle)
-    return BACKENDS[name].open(bundle.path(file), trusted)[0]
+    if name == "checkpoint":
+        bundle.verify([file])  # torch reads the file itself, which may be large
+    return BACKENDS[name].open(bundle.path(file), trusted, lambda path: bundle.content(path.relative_to(bundle.directory).as_posix()))[0]
 
 
 def _only_onnx_runtime_has_tensorrt() -> bool:

@@ -79,8 +79,13 @@ def load_predictor(
     own = "checkpoint" if path.suffix == ".ckpt" else "onnx"
     if backend not in (None, AUTO, own):
         raise ConfigError(f"{path.name} cannot be run by the backend {backend!r}", f"leave --backend out, or use --backend {own}")
-    runner, facts = BACKENDS[own].open(path, trusted)
+    runner, facts = BACKENDS[own].open(path, trusted, _read)
     return _decided(replace(_predictor(runner, facts, batch_size, path, limits), backend_name=own), asked, path)
+
+
+def _read(path: Path) -> bytes:
+    with reading(path):
+        return path.read_bytes()
 
 
 def _decided(predictor: Predictor, asked: DecisionSettings, path: Path) -> Predictor:

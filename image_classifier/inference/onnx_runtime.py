@@ -13,7 +13,8 @@ import numpy as np
 import onnxruntime
 
 from image_classifier.errors import CheckpointError, ConfigError
-from image_classifier.inference.predictor import cores
+from image_classifier.inference.predictor import check_shapes, cores
+from image_classifier.inference.self_contained import is_self_contained
 
 log = logging.getLogger(__name__)
 
@@ -34,11 +35,19 @@ def providers(tensorrt: bool = False) -> list[str]:
     return [name for name in (_TENSORRT, _CUDA, _CPU) if name in available and (tensorrt or name != _TENSORRT)]
 
 
-def session_of(path: Path, tensorrt: bool = False) -> onnxruntime.InferenceSession:
-    """A model ready to run; CheckpointError where it cannot be, ConfigError as `providers` or where TensorRT does not load."""
+def session_of(path: Path, tensorrt: bool = False, content: bytes | None = None) -> onnxruntime.InferenceSession:
+    """A model ready to run, of `content` where its bytes are read already.
+
+    Raises:
+        CheckpointError: It cannot be run.
+        ConfigError: As `providers`, or TensorRT does not load.
+    """
     places = providers(tensorrt)
     try:
-        session = _session(path, places)
+        content = path.read_bytes() if content is None else content
+        if not is_self_contained(content):
+            raise ValueError("weights of it lie in another file")
+        session = _session(content, places)
     except Exception as error:  # onnxruntime has no public base class for its errors
         reason = " ".join(str(error).split())[:200]
         if tensorrt:
@@ -48,24 +57,26 @@ def session_of(path: Path, tensorrt: bool = False) -> onnxruntime.InferenceSessi
         raise ConfigError("this ONNX Runtime was built for TensorRT, which does not load here", "look at nvidia-smi, or use --backend onnx")
     if _CUDA in places and _CUDA not in session.get_providers():
         log.warning("ONNX Runtime was built for CUDA, which does not load here: the processor is used")
+    session._model_bytes = None  # kept for other providers to be tried later, as long as the session lives: a second copy of the weights
     return session
 
 
-def _session(path: Path, places: list[str]) -> onnxruntime.InferenceSession:
+def _session(content: bytes, places: list[str]) -> onnxruntime.InferenceSession:
     """A session on the first of these that loads. ONNX Runtime's own way to the next one is off: it prints among the answers, in several lines."""
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")  # threads that wait leave the cores to decoding
+    options.add_session_config_entry("session.load_model_format", "ONNX")  # its own format could hold what `is_self_contained` does not see
     onnxruntime.set_default_logger_severity(4)  # `session_of` says what does not load
     chosen = [_OPTIONS.get(name, {}) for name in places]
     if cores() < (os.cpu_count() or 1):
         options.intra_op_num_threads = cores()  # it would take those of the whole machine
     try:
-        return onnxruntime.InferenceSession(str(path), options, providers=places, provider_options=chosen, enable_fallback=0)
+        return onnxruntime.InferenceSession(content, options, providers=places, provider_options=chosen, enable_fallback=0)
     except Exception:
         if _TENSORRT in places or places == [_CPU]:
             raise
-        return _session(path, [_CPU])
+        return _session(content, [_CPU])
 
 
 def metadata_of(session: onnxruntime.InferenceSession) -> dict[str, Any]:
@@ -80,19 +91,15 @@ def metadata_of(session: onnxruntime.InferenceSession) -> dict[str, Any]:
 class OnnxBackend:
     """Runs a `model.onnx`: pixels uint8 [N, 3, H, W] -> logits float32 [N, C], and embeddings [N, D] in files that have them."""
 
-    def __init__(self, path: Path, tensorrt: bool = False) -> None:
-        self.session, self.path = session_of(path, tensorrt), path
+    def __init__(self, path: Path, tensorrt: bool = False, content: bytes | None = None) -> None:
+        self.session, self.path = session_of(path, tensorrt, content), path
         self._form = {value.name: (value.type, value.shape) for value in (*self.session.get_inputs(), *self.session.get_outputs())}
         if self._form.get("pixels", ("",))[0] != "tensor(uint8)" or self._form.get("logits", ("",))[0] != "tensor(float)":
             raise CheckpointError(f"{str(path)!r} does not take pixels uint8 and answer with logits", "use a model exported by this package")
 
     def check(self, size: int, num_classes: int) -> None:
         """CheckpointError where the graph was made for squares of another side, or another number of classes."""
-        shapes = {"pixels": [3, size, size], "logits": [num_classes]}
-        for name, expected in shapes.items():
-            found = list(self._form[name][1])[1:]
-            if len(found) != len(expected) or any(isinstance(side, int) and side != due for side, due in zip(found, expected, strict=True)):
-                raise CheckpointError(f"{name} of {str(self.path)!r} has the shape {found} an image, not {expected}", "use the bundle it came from")
+        check_shapes({name: list(shape) for name, (_, shape) in self._form.items()}, size, num_classes, self.path)
 
     def logits(self, pixels: np.ndarray) -> np.ndarray:
         return np.asarray(self._run(["logits"], pixels)[0])

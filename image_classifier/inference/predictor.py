@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from itertools import islice
@@ -13,7 +13,7 @@ from typing import Protocol, cast, runtime_checkable
 
 import numpy as np
 
-from image_classifier.errors import UnreadableImage
+from image_classifier.errors import CheckpointError, UnreadableImage
 from image_classifier.evaluation.decision import Decision
 from image_classifier.evaluation.ood import Detector, looks
 from image_classifier.images import DEFAULT_LIMITS, DecodeLimits, Preprocess
@@ -41,6 +41,17 @@ class Shaped(Protocol):
 
     def check(self, size: int, num_classes: int) -> None:
         """CheckpointError where it was made for others."""
+
+
+def check_shapes(found: Mapping[str, Sequence[object]], size: int, num_classes: int, path: Path) -> None:
+    """CheckpointError where pixels or logits of a graph have other sizes, but for the batch, than of such squares and so many classes.
+
+    Sizes that are no integers are open.
+    """
+    for name, expected in {"pixels": [3, size, size], "logits": [num_classes]}.items():
+        own = list(found[name])[1:]
+        if len(own) != len(expected) or any(isinstance(side, int) and side != due for side, due in zip(own, expected, strict=True)):
+            raise CheckpointError(f"{name} of {str(path)!r} has the shape {own} an image, not {expected}", "use the bundle it came from")
 
 
 def cores() -> int:

@@ -10,6 +10,7 @@ from typing import Any
 
 from image_classifier.bundle import Bundle
 from image_classifier.errors import CheckpointError, ConfigError
+from image_classifier.inference.self_contained import is_self_contained
 from image_classifier.inference.tensorrt.cuda import INSTEAD, this_gpu
 
 log = logging.getLogger(__name__)
@@ -18,7 +19,6 @@ NAME = "tensorrt"
 TOLERANCE = {"fp32": 1e-3, "tf32": 1e-2, "fp16": 2e-2}  # by which a probability may differ
 FILES = ("model.fp16.onnx", "model.onnx")  # an engine of the first is of half precision
 _MAJORS = ("10", "11")  # 11 knows none but strongly typed networks, 10 knows them too
-_EXTERNAL = b"\x0a\x08location"  # how protobuf writes that weights lie in another file
 
 
 @dataclass(frozen=True)
@@ -147,7 +147,7 @@ def _made(kind: Any, logger: Any) -> Any:
 def _parsed(trt: Any, network: Any, logger: Any, model: Path) -> tuple[int, ...]:
     """Fill a network from an ONNX file; the shape of one image's pixels (3, S, S). CheckpointError where it cannot be one of ours."""
     content = model.read_bytes()
-    if _EXTERNAL in content:
+    if not is_self_contained(content):
         raise _refused(model, ["its weights lie in another file"])
     parser = trt.OnnxParser(network, logger)
     if not parser.parse(content):
