@@ -14,9 +14,8 @@ from onnx import TensorProto, compose, helper, numpy_helper
 from image_classifier.exporting.parity import Parity
 from image_classifier.exporting.reference import Reference
 from image_classifier.images import Preprocess, decode
-from image_classifier.inference.sealed import SealedModel
+from image_classifier.inference.sealed import FILE, SealedModel
 
-NAME = "sealed.onnx"
 # Resizing in the graph rounds as Pillow does but for a grey level here and there, which a network may amplify.
 TOLERANCE, AGREEMENT = 0.02, 0.99
 _IR_VERSION = 10
@@ -38,15 +37,15 @@ def export_sealed(reference: Reference, directory: Path) -> dict[str, Any]:
         "manifest_sha256": info.provenance.get("manifest_sha256"),
     }
     model = sealed(onnx.load(reference.bundle.path("model.onnx")), reference.preprocess, info.temperature, facts)
-    onnx.save(model, directory / NAME)
-    runner = SealedModel(directory / NAME)
+    onnx.save(model, directory / FILE)
+    runner = SealedModel(directory / FILE)
     squares, answers = [], []
     for file in reference.files:
         image = decode(file, reference.limits, reference.preprocess.background)
         squares.append(reference.preprocess(image).transpose(2, 0, 1))  # of the whole picture: `read` may let a JPEG be decoded to a part of it
         answers.append(runner.probabilities(image))
     expected = reference.answers(np.stack(squares))
-    parity = Parity.of(expected, np.stack(answers), reference.paths, NAME).check(NAME, TOLERANCE, AGREEMENT)
+    parity = Parity.of(expected, np.stack(answers), reference.paths, FILE).check(FILE, TOLERANCE, AGREEMENT)
     return {**parity.as_dict(), "tolerance": TOLERANCE, "opset": _opset(model)}
 
 

@@ -25,11 +25,16 @@ Open = Callable[[Path, Sequence[str], Read], tuple[Backend, Mapping[str, Any]]]
 
 @dataclass(frozen=True)
 class Kind:
-    """One backend: the files of a bundle that it can run, the best first, and whether what runs them is installed."""
+    """One backend: the files of a bundle that it can run, the best first, and whether what runs them is installed.
+
+    A probability may differ by `tolerance` from the checkpoint's, unless its export says otherwise; `mend` is what to do where it differs more.
+    """
 
     files: tuple[str, ...]
     installed: Callable[[], bool]
     open: Open
+    tolerance: float = 1e-4
+    mend: str = ""
 
     def file(self, bundle: Bundle) -> str:
         """The file that it runs of this bundle; the last resort where none is there."""
@@ -73,13 +78,18 @@ def _openvino(precision: str) -> Open:
     return opened
 
 
+def _has_tensorrt() -> bool:
+    return tensorrt.usable() or _tensorrt_in_onnx_runtime()
+
+
+_OPENVINO, _FLOAT32 = ("openvino/model.xml", "model.onnx"), "use --backend openvino, which computes in float32"
 BACKENDS: dict[str, Kind] = {
-    "onnx": Kind(("model.onnx",), _package("onnxruntime"), _onnx),
-    "checkpoint": Kind(("model.ckpt",), _package("torch"), _checkpoint),
-    "openvino": Kind(("openvino/model.xml", "model.onnx"), _package("openvino"), _openvino("f32")),
-    "openvino-bf16": Kind(("openvino/model.xml", "model.onnx"), _package("openvino"), _openvino("bf16")),
-    "int8": Kind(("model.int8.onnx",), _package("onnxruntime"), _onnx),
-    tensorrt.NAME: Kind(tensorrt.FILES, lambda: tensorrt.usable() or _tensorrt_in_onnx_runtime(), partial(_onnx, tensorrt=True)),
+    "onnx": Kind(("model.onnx",), _package("onnxruntime"), _onnx, mend="export it again: --to onnx"),
+    "checkpoint": Kind(("model.ckpt",), _package("torch"), _checkpoint, mend="copy the bundle anew, or train again"),
+    "openvino": Kind(_OPENVINO, _package("openvino"), _openvino("f32"), mend="export it again: --to openvino"),
+    "openvino-bf16": Kind(_OPENVINO, _package("openvino"), _openvino("bf16"), 2e-2, _FLOAT32),  # 8 bits of a number are kept
+    "int8": Kind(("model.int8.onnx",), _package("onnxruntime"), _onnx, mend="export it again: --to int8"),
+    tensorrt.NAME: Kind(tensorrt.FILES, _has_tensorrt, partial(_onnx, tensorrt=True), tensorrt.TOLERANCE["tf32"], "export it again: --to tensorrt"),
 }
 REMOTE = "triton"  # runs no file of a bundle: a server does, whose address must be given
 NAMES = (*BACKENDS, REMOTE)

@@ -10,13 +10,13 @@ from typing import Any
 from image_classifier import settings
 from image_classifier.bundle import Bundle
 from image_classifier.errors import ConfigError, ParityError
-from image_classifier.inference.backends import EXACT, NAMES, ServerAt, exported, fitting, open_backend, takes_minutes
+from image_classifier.inference.backends import BACKENDS, EXACT, NAMES, ServerAt, exported, fitting, open_backend, takes_minutes
 from image_classifier.inference.golden import Check, Golden, checked
 from image_classifier.inference.load import pulled_bundle
-from image_classifier.inference.tensorrt import engine as tensorrt
+from image_classifier.inference.sealed import FILE, SealedSquares
 
 TOLERANCE = 1e-4
-_UNTOLD = {tensorrt.NAME: tensorrt.TOLERANCE["fp32"]}  # where no export says what is allowed
+SEALED = "sealed"
 
 
 @dataclass(frozen=True)
@@ -52,8 +52,7 @@ def verify(config: Any) -> None:
     asked = settings.typed(VerifySettings, config, "")
     bundle = pulled_bundle(asked.checkpoint_name, Path(asked.models_dir), asked.dvc)
     print(f"hashes    {len(bundle.info.files)} files are as they were sealed")
-    known = [name for name in fitting(bundle) if (name in EXACT or exported(bundle, name)) and not takes_minutes(bundle, name)]
-    for check in verified(bundle, [asked.backend] if asked.backend else known, asked.trusted_packages, asked.server):
+    for check in verified(bundle, [asked.backend] if asked.backend else checkable(bundle), asked.trusted_packages, asked.server):
         difference = f"largest difference of a probability {check.largest_difference:.1e}"
         print(f"{check.backend:<9} {check.agreement:.0%} of {check.images} golden images, {difference}, {check.milliseconds:.1f} ms an image")
 
@@ -67,10 +66,21 @@ def verified(
     """Each backend's answers for the golden images; errors as `verify`."""
     golden, checks = Golden.of(bundle), []
     for name in backends:
-        check = checked(name, open_backend(bundle, name, trusted, server), golden, bundle.info.temperature)
-        tolerance = float(bundle.info.exports.get(name, {}).get("tolerance", _UNTOLD.get(name, TOLERANCE)))
+        backend = SealedSquares(bundle) if name == SEALED else open_backend(bundle, name, trusted, server)
+        check, kind = checked(name, backend, golden, bundle.info.temperature), BACKENDS.get(name)
+        tolerance = float(bundle.info.exports.get(name, {}).get("tolerance", kind.tolerance if kind else TOLERANCE))
         if check.fails(tolerance):
             fact = f"the backend {name} of {bundle.info.name!r} agrees on {check.agreement:.0%} of {check.images} golden images"
-            raise ParityError(f"{fact} and differs by up to {check.largest_difference:.2g} (allowed {tolerance:g})", f"export it again: --to {name}")
+            mend = kind.mend if kind else f"export it again: --to {name}"
+            raise ParityError(f"{fact} and differs by up to {check.largest_difference:.2g} (allowed {tolerance:g})", mend)
         checks.append(check)
     return checks
+
+
+def checkable(bundle: Bundle) -> list[str]:
+    """What `verify` asks unless it is told: the exact backends that are installed, and other forms that the bundle has.
+
+    The golden images are squares: a sealed model takes them as they are only where it crops nothing off.
+    """
+    known = [name for name in fitting(bundle) if (name in EXACT or exported(bundle, name)) and not takes_minutes(bundle, name)]
+    return [*known, SEALED] if FILE in bundle.info.files and bundle.info.preprocess.get("crop_fraction", 1) == 1 else known

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -12,12 +13,16 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from image_classifier.bundle import read_bundle
+from image_classifier.bundle import Bundle, read_bundle
 from image_classifier.errors import ParityError
 from image_classifier.exporting import run
 from image_classifier.exporting import sealed as sealed_model
 from image_classifier.exporting.int8 import Drop
 from image_classifier.exporting.parity import Parity
+from image_classifier.inference import verify
+from image_classifier.inference.golden import Golden
+from image_classifier.inference.verify import checkable, verified
+from image_classifier.predictions import softmax
 from tests.conftest import Command, run_apart
 
 
@@ -45,6 +50,7 @@ def test_every_form_is_held_against_the_checkpoint_and_verified(bundle: Path, co
     verified = run_apart("verify", str(bundle))
     assert verified.code == 0, verified.err
     assert [line.split()[0] for line in verified.out.splitlines()][:3] == ["hashes", "onnx", "checkpoint"]
+    assert verified.out.splitlines()[-1].startswith("sealed    100% of 8 golden images")
 
 
 def test_what_disagrees_leaves_nothing_but_the_reason(bundle: Path, command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -120,6 +126,46 @@ def test_another_models_weights_do_not_pass_for_the_golden_answers(bundle: Path,
     (bundle / "bundle.json").write_text(json.dumps(content))
     answer = command("verify", str(bundle))
     assert answer.code == 2 and "agrees on 0% of 8 golden images" in answer.err
+
+
+@pytest.mark.parametrize(
+    ("name", "off", "mend"),
+    [
+        ("onnx", 1e-3, "export it again: --to onnx"),
+        ("checkpoint", 1e-3, "copy the bundle anew"),
+        ("openvino", 1e-3, "--to openvino"),
+        ("openvino-bf16", 1e-3, ""),
+        ("openvino-bf16", 0.1, "use --backend openvino, which computes in float32"),
+        ("tensorrt", 1e-3, ""),
+        ("tensorrt", 0.1, "use --backend onnx"),
+        ("sealed", 1e-3, "--to sealed"),
+    ],
+)
+def test_each_backend_has_its_own_limit_and_its_own_way_out(bundle: Path, monkeypatch: pytest.MonkeyPatch, name: str, off: float, mend: str) -> None:
+    known = read_bundle(bundle)
+    golden = Golden.of(known)
+    right = softmax(golden.logits, known.info.temperature)
+    answers = known.info.temperature * np.log(right * (1 - off) + off / right.shape[1])  # as sure as before but for about `off`
+
+    class Fake:
+        def logits(self, pixels: np.ndarray) -> np.ndarray:
+            return answers
+
+    monkeypatch.setattr(verify, "open_backend", lambda *_: Fake())
+    monkeypatch.setattr(verify, "SealedSquares", lambda _: Fake())
+    if not mend:
+        assert verified(known, [name])[0].agreement == 1
+        return
+    with pytest.raises(ParityError, match=mend):
+        verified(known, [name])
+
+
+def test_a_sealed_model_that_crops_is_not_asked_for_golden_squares(bundle: Path) -> None:
+    known = read_bundle(bundle)
+    files, squares = {**known.info.files, "sealed.onnx": "0" * 64}, known.info.preprocess
+    infos = [replace(known.info, files=files, preprocess={**squares, "crop_fraction": part}) for part in (1, 0.9)]
+    asked = [checkable(Bundle(bundle, info)) for info in infos]
+    assert "sealed" in asked[0] and "sealed" not in asked[1]
 
 
 def test_a_bundle_shares_its_files_with_the_one_it_replaces_and_old_readers_lose_nothing(bundle: Path, command: Command) -> None:
