@@ -120,7 +120,7 @@ def read_bundle(directory: Path) -> Bundle:
         known = {item.name for item in fields(BundleInfo)}
         info = BundleInfo(**{key: value for key, value in content.items() if key in known})
         _check(info)
-    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError, OverflowError) as error:
         raise CheckpointError(f"{str(directory)!r} is not a bundle ({type(error).__name__}: {error})", "it needs a whole bundle.json") from error
     if version > SCHEMA_VERSION:
         raise CheckpointError(f"{str(directory)!r} has bundle schema {version}, this version reads up to {SCHEMA_VERSION}", "update image_classifier")
@@ -137,10 +137,30 @@ def _check(info: BundleInfo) -> None:
     numbers = (info.temperature, info.threshold, info.schema_version)
     if not all(isinstance(number, int | float) and math.isfinite(number) for number in numbers) or not 1e-6 <= info.temperature <= 1e6:
         raise ValueError("a number that cannot be")
+    _check_figures(info)
     for name, digest in info.files.items():
         place = PurePosixPath(name)
         if place.is_absolute() or ".." in place.parts or "\\" in name or ":" in name or not re.fullmatch("[0-9a-f]{64}", str(digest)):
             raise ValueError(f"{name!r} is no file of a bundle")
+
+
+def _check_figures(info: BundleInfo) -> None:
+    """ValueError where metrics, intervals or exports are not what they are in every bundle."""
+    parts = [*info.metrics.values(), *info.intervals.values()]
+    numbers = [value for part in info.metrics.values() if isinstance(part, dict) for value in part.values()]
+    if not all(isinstance(part, dict) for part in (*parts, *info.exports.values())) or not all(map(_is_number, numbers)):
+        raise ValueError("metrics, intervals or exports of the wrong kind")
+    for name, facts in info.exports.items():
+        found = [facts, facts.get("bf16", {})]
+        files, tolerance = facts.get("files", []), facts.get("tolerance", 0)
+        if not isinstance(files, list) or not all(isinstance(file, str) for file in files) or not (_is_number(tolerance) and 0 <= tolerance <= 1):
+            raise ValueError(f"an export {name!r} that cannot be")
+        if not all(isinstance(row, dict) and _is_number(row.get(key, 0)) for row in found for key in ("agreement", "largest_difference")):
+            raise ValueError(f"an export {name!r} that found what cannot be")
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float)
 
 
 @contextmanager

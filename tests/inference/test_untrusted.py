@@ -24,9 +24,12 @@ from hypothesis import strategies as st
 import image_classifier.bundle
 from image_classifier.bundle import read_bundle
 from image_classifier.errors import ClassifierError
+from image_classifier.inference import auto
+from image_classifier.inference.backends import fitting
 from image_classifier.inference.checkpoint import load_classifier, network_of
+from image_classifier.inference.golden import Golden
 from image_classifier.inference.load import load_predictor
-from image_classifier.inference.verify import Golden
+from image_classifier.inference.verify import checkable, verified
 from tests.conftest import Command
 
 JSON = st.recursive(
@@ -129,22 +132,61 @@ def test_a_bundle_names_no_file_outside_its_folder(bundle: Path, command: Comman
     assert answer.code == 2 and "is no file of a bundle" in answer.err and len(answer.err.strip().splitlines()) == 1
 
 
+EXPORTS = {"int8": {"files": [], "tolerance": 1.0, "agreement": 1.0, "largest_difference": 0.1}, "openvino": {"bf16": {"agreement": 1.0}}}
+
+
+def changed(data: st.DataObject, value: Any, depth: int = 3) -> Any:
+    """The value with something else in its place, or in that of something inside it."""
+    if depth and isinstance(value, dict) and value and data.draw(st.booleans()):
+        key = data.draw(st.sampled_from(sorted(value)))
+        return {**value, key: changed(data, value[key], depth - 1)}
+    return data.draw(JSON)
+
+
 @given(data=st.data())
 @QUICK
-def test_any_bundle_json_gives_a_predictor_or_a_clear_error(digits_bundle: Path, tmp_path: Path, data: st.DataObject) -> None:
+def test_any_bundle_json_gives_a_predictor_or_a_clear_error(
+    digits_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, data: st.DataObject
+) -> None:
+    monkeypatch.setattr(auto, "fitting", lambda bundle: [name for name in fitting(bundle) if name in ("onnx", "int8")])
     folder = tmp_path / "bundle"
     if not folder.exists():
         shutil.copytree(digits_bundle, folder)
-    info = json.loads((digits_bundle / "bundle.json").read_text())
+    info = {**json.loads((digits_bundle / "bundle.json").read_text()), "exports": EXPORTS}
     for key in data.draw(st.lists(st.sampled_from(sorted(info)), min_size=1, max_size=2, unique=True)):
-        if isinstance(info[key], dict) and info[key] and data.draw(st.booleans()):
-            info[key][data.draw(st.sampled_from(sorted(info[key])))] = data.draw(JSON)
-        else:
-            info[key] = data.draw(JSON)
+        info[key] = changed(data, info[key])
     (folder / "bundle.json").write_text(json.dumps(info))
+    for backend in ("onnx", "auto"):
+        with suppress(ClassifierError):
+            (answer,) = load_predictor(folder, backend).predict([image(digits_bundle)])
+            assert answer.error or answer.label in read_bundle(folder).info.classes
     with suppress(ClassifierError):
-        (answer,) = load_predictor(folder).predict([image(digits_bundle)])
-        assert answer.error or answer.label in read_bundle(folder).info.classes
+        bundle = read_bundle(folder)
+        bundle.verify()
+        assert [check.agreement for check in verified(bundle, [name for name in checkable(bundle) if name == "onnx"])] in ([], [1.0])
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"exports": {"int8": 5}},
+        {"exports": {"onnx": {"tolerance": "abc"}}},
+        {"exports": {"onnx": {"tolerance": float("nan")}}},
+        {"exports": {"int8": {"files": 3}}},
+        {"exports": {"int8": {"largest_difference": None}}},
+        {"exports": {"openvino": {"bf16": []}}},
+        {"metrics": {"val": 3}},
+        {"metrics": {"val": {"accuracy": "high"}}},
+        {"intervals": {"val": []}},
+        {"temperature": 10**400},
+    ],
+    ids=str,
+)
+def test_figures_that_cannot_be_are_refused(bundle: Path, command: Command, change: dict[str, Any]) -> None:
+    info = json.loads((bundle / "bundle.json").read_text())
+    (bundle / "bundle.json").write_text(json.dumps({**info, **change}))
+    answer = command("verify", str(bundle))
+    assert answer.code == 2 and "is not a bundle" in answer.err and len(answer.err.strip().splitlines()) == 1
 
 
 @given(data=st.data())
