@@ -14,6 +14,7 @@ from image_classifier.bundle import Bundle
 from image_classifier.dataset.fetch.dvc import pull_missing
 from image_classifier.errors import DataError
 from image_classifier.images import DecodeLimits, Preprocess
+from image_classifier.inference.backends import open_backend
 from image_classifier.inference.checkpoint import CheckpointBackend, load_classifier
 from image_classifier.inference.predictor import EmbeddingBackend
 from image_classifier.inference.robustness import stratified
@@ -41,7 +42,10 @@ class Reference:
 
         Raises:
             DataError: The images are not there.
+            CheckpointError: model.onnx, of which other forms are made, cannot be run, or its weights lie in another file.
         """
+        if "model.onnx" in bundle.info.files:
+            open_backend(bundle, "onnx")
         root = data_dir or Path(str(bundle.info.provenance.get("data_root", "")))
         manifest = Manifest.read(bundle.path("manifest.csv"), root)
         val, codes = manifest.part("val"), {label: code for code, label in enumerate(bundle.info.classes)}
