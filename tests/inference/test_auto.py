@@ -79,8 +79,8 @@ def test_torch_is_loaded_only_where_nothing_else_is_there(digits_bundle: Path) -
     [
         ({}, {"onnx", "openvino", "openvino-bf16"}),
         ({"int8": {"refused": "too slow", "files": []}}, {"onnx", "openvino", "openvino-bf16"}),
-        ({"int8": {"agreement": 1.0, "largest_difference": 0.1}}, {"onnx", "openvino", "openvino-bf16"}),
-        ({"int8": {"agreement": 0.995, "largest_difference": 0.01}}, {"onnx", "openvino", "openvino-bf16"}),
+        ({"int8": {"files": ["model.int8.onnx"], "agreement": 1.0, "largest_difference": 0.1}}, {"onnx", "openvino", "openvino-bf16"}),
+        ({"int8": {"files": ["model.int8.onnx"], "agreement": 0.995, "largest_difference": 0.01}}, {"onnx", "openvino", "openvino-bf16"}),
         ({"int8": {"agreement": 1.0, "largest_difference": 0.02}}, {"onnx", "openvino", "openvino-bf16", "int8"}),
         ({"openvino": {"agreement": 1.0, "largest_difference": 1e-6, "bf16": {"agreement": 1.0, "largest_difference": 0.06}}}, {"onnx", "openvino"}),
         ({"openvino": {"bf16": {"agreement": 1.0, "largest_difference": 0.01}}}, {"onnx", "openvino", "openvino-bf16"}),
