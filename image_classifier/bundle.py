@@ -155,7 +155,9 @@ def _check_figures(info: BundleInfo) -> None:
         files, tolerance = facts.get("files", []), facts.get("tolerance", 0)
         if not isinstance(files, list) or not all(isinstance(file, str) for file in files) or not (_is_number(tolerance) and 0 <= tolerance <= 1):
             raise ValueError(f"an export {name!r} that cannot be")
-        if not all(isinstance(row, dict) and _is_number(row.get(key, 0)) for row in found for key in ("agreement", "largest_difference")):
+        if not all(
+            isinstance(row, dict) and _is_number(row.get(key, 0)) for row in found for key in ("agreement", "largest_difference", "golden_agreement")
+        ):
             raise ValueError(f"an export {name!r} that found what cannot be")
 
 

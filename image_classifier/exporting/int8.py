@@ -19,6 +19,7 @@ from onnxruntime.quantization.shape_inference import quant_pre_process
 from image_classifier.errors import ConfigError, ParityError
 from image_classifier.exporting.parity import Parity
 from image_classifier.exporting.reference import BATCH, Reference, answers_of
+from image_classifier.inference.golden import Golden, checked
 from image_classifier.inference.latency import timed
 from image_classifier.inference.onnx_runtime import OnnxBackend
 from image_classifier.inference.robustness import stratified
@@ -107,7 +108,14 @@ def export_int8(reference: Reference, directory: Path, asked: Int8Settings) -> d
             prepared.unlink()
             _keep_metadata(float_model, directory / NAME)
             parity = Parity.of(reference.probabilities, probabilities, reference.paths, NAME)
-            facts = {"drop": drop.overall, "worst_class": drop.worst_class, "worst_class_drop": drop.by_class, "speedup": round(speedup, 2)}
+            golden = checked(NAME, backend, Golden.of(reference.bundle), info.temperature).agreement
+            facts = {
+                "golden_agreement": golden,
+                "drop": drop.overall,
+                "worst_class": drop.worst_class,
+                "worst_class_drop": drop.by_class,
+                "speedup": round(speedup, 2),
+            }
             return {**parity.as_dict(), **facts, "tolerance": 1.0, "float_layers": list(kept)}
         if slow:
             break  # with more layers in float32 it is slower still

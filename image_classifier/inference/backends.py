@@ -89,7 +89,7 @@ BACKENDS: dict[str, Kind] = {
     "openvino": Kind(_OPENVINO, _package("openvino"), _openvino("f32"), mend="export it again: --to openvino"),
     "openvino-bf16": Kind(_OPENVINO, _package("openvino"), _openvino("bf16"), 2e-2, _FLOAT32),  # 8 bits of a number are kept
     "int8": Kind(("model.int8.onnx",), _package("onnxruntime"), _onnx, mend="export it again: --to int8"),
-    tensorrt.NAME: Kind(tensorrt.FILES, _has_tensorrt, partial(_onnx, tensorrt=True), tensorrt.TOLERANCE["tf32"], "export it again: --to tensorrt"),
+    tensorrt.NAME: Kind(tensorrt.FILES, _has_tensorrt, partial(_onnx, tensorrt=True), tensorrt.TOLERANCE["tf32"], "use --backend onnx"),
 }
 REMOTE = "triton"  # runs no file of a bundle: a server does, whose address must be given
 NAMES = (*BACKENDS, REMOTE)

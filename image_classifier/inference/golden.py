@@ -49,9 +49,9 @@ class Check:
     largest_difference: float
     milliseconds: float
 
-    def fails(self, tolerance: float) -> bool:
-        """Whether an image gets another class, or a probability differs by more than `tolerance`."""
-        return self.agreement < 1 or not self.largest_difference <= tolerance
+    def fails(self, tolerance: float, least_agreement: float = 1.0) -> bool:
+        """Whether fewer images get the checkpoint's class than must, or a probability differs by more than `tolerance`."""
+        return self.agreement < least_agreement or not self.largest_difference <= tolerance
 
 
 def checked(name: str, backend: Backend, golden: Golden, temperature: float) -> Check:

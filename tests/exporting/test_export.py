@@ -84,6 +84,8 @@ def test_int8_and_openvino_are_made_of_real_images_and_keep_their_contract(bundl
     info = read_bundle(bundle).info
     assert info.exports["openvino"]["agreement"] == 1 and info.exports["openvino"]["largest_difference"] < 1e-3
     assert info.exports["int8"]["drop"] <= 5 and (bundle / "model.int8.onnx").stat().st_size < (bundle / "model.onnx").stat().st_size
+    verified = run_apart("verify", str(bundle))
+    assert verified.code == 0 and "\nint8" in verified.out and "\nsealed" not in verified.out, verified.err
     refused = run_apart("export", str(bundle), "--to", "int8", "--int8.min_speedup", "50", folder=Path.cwd())
     assert refused.code == 2 and "times as fast" in refused.err and (bundle / "model.int8.onnx").is_file()
 

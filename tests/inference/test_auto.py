@@ -77,22 +77,22 @@ def test_torch_is_loaded_only_where_nothing_else_is_there(digits_bundle: Path) -
 @pytest.mark.parametrize(
     ("exports", "expected"),
     [
-        ({}, {"onnx", "openvino", "openvino-bf16"}),
-        ({"int8": {"refused": "too slow", "files": []}}, {"onnx", "openvino", "openvino-bf16"}),
-        ({"int8": {"files": ["model.int8.onnx"], "agreement": 1.0, "largest_difference": 0.1}}, {"onnx", "openvino", "openvino-bf16"}),
-        ({"int8": {"files": ["model.int8.onnx"], "agreement": 0.995, "largest_difference": 0.01}}, {"onnx", "openvino", "openvino-bf16"}),
-        ({"int8": {"agreement": 1.0, "largest_difference": 0.02}}, {"onnx", "openvino", "openvino-bf16", "int8"}),
-        ({"openvino": {"agreement": 1.0, "largest_difference": 1e-6, "bf16": {"agreement": 1.0, "largest_difference": 0.06}}}, {"onnx", "openvino"}),
-        ({"openvino": {"bf16": {"agreement": 1.0, "largest_difference": 0.01}}}, {"onnx", "openvino", "openvino-bf16"}),
+        ({}, "onnx openvino openvino-bf16"),
+        ({"int8": {"refused": "too slow", "files": []}}, "onnx openvino openvino-bf16"),
+        ({"int8": {"files": ["model.int8.onnx"], "agreement": 1.0, "largest_difference": 0.1}}, "onnx openvino openvino-bf16"),
+        ({"int8": {"files": ["model.int8.onnx"], "agreement": 0.995, "largest_difference": 0.01}}, "onnx openvino openvino-bf16"),
+        ({"int8": {"agreement": 1.0, "largest_difference": 0.02}}, "onnx openvino openvino-bf16 int8"),
+        ({"openvino": {"agreement": 1.0, "largest_difference": 1e-6, "bf16": {"agreement": 1.0, "largest_difference": 0.06}}}, "onnx openvino"),
+        ({"openvino": {"bf16": {"agreement": 1.0, "largest_difference": 0.01}}}, "onnx openvino openvino-bf16"),
     ],
     ids=str,
 )
 def test_what_an_export_found_counts_more_than_eight_golden_images(
-    digits_bundle: Path, monkeypatch: pytest.MonkeyPatch, exports: dict[str, object], expected: set[str]
+    digits_bundle: Path, monkeypatch: pytest.MonkeyPatch, exports: dict[str, object], expected: str
 ) -> None:
     monkeypatch.setattr(auto, "fitting", lambda _: ["onnx", "openvino", "openvino-bf16", "int8"])
     known = read_bundle(digits_bundle)
-    assert set(candidates(Bundle(digits_bundle, replace(known.info, exports=exports)))) == expected
+    assert set(candidates(Bundle(digits_bundle, replace(known.info, exports=exports)))) == set(expected.split())
 
 
 def test_auto_answers_as_the_backend_that_it_takes(digits_bundle: Path, command: Command, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -147,7 +147,11 @@ def _made(kind: Any, logger: Any) -> Any:
 def _parsed(trt: Any, network: Any, logger: Any, model: Path) -> tuple[int, ...]:
     """Fill a network from an ONNX file; the shape of one image's pixels (3, S, S). CheckpointError where it cannot be one of ours."""
     content = model.read_bytes()
-    if not is_self_contained(content):
+    try:
+        whole = is_self_contained(content)
+    except ValueError as error:
+        raise _refused(model, [f"it is no ONNX model: {error}"]) from error
+    if not whole:
         raise _refused(model, ["its weights lie in another file"])
     parser = trt.OnnxParser(network, logger)
     if not parser.parse(content):
