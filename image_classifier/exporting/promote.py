@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 from image_classifier import settings
 from image_classifier.errors import CheckpointError, ConfigError
 from image_classifier.exporting.mlflow_model import NAME as FOLDER
+from image_classifier.files import link_or_copy
 from image_classifier.inference.load import pulled_bundle
 from image_classifier.inference.verify import verified
 from image_classifier.tracking import register
@@ -45,12 +47,15 @@ def promote(config: Any) -> None:
     bundle = pulled_bundle(asked.checkpoint_name, Path(asked.models_dir), asked.dvc)
     verified(bundle, ["onnx"])
     called = bundle.directory.resolve().name
-    if not bundle.info.exports.get("mlflow", {}).get("files"):
+    files = bundle.info.exports.get("mlflow", {}).get("files")
+    if not files:
         raise CheckpointError(f"{called!r} has no model of MLflow", f"write it first: python commands.py export {bundle.directory} --to mlflow")
-    bundle.refuse_unlisted(FOLDER)
     name = asked.registered_name or re.sub(r"[/:\s]+", "-", called)
     about = {"classes": str(len(bundle.info.classes)), "manifest_sha256": str(bundle.info.provenance.get("manifest_sha256"))}
     scores = {f"{split}/{metric}": float(value) for split, values in bundle.info.metrics.items() for metric, value in values.items()}
-    version = register(asked.tracking_uri, bundle.directory / FOLDER, name, asked.alias, about, scores)
+    with tempfile.TemporaryDirectory() as folder:
+        for file in files:  # what else lies there would be run by whoever serves the model
+            link_or_copy(bundle.directory / file, Path(folder, file))
+        version = register(asked.tracking_uri, Path(folder, FOLDER), name, asked.alias, about, scores)
     print(f"promoted  {name} version {version} is @{asked.alias} in {asked.tracking_uri}")
     print(f"next      MLFLOW_TRACKING_URI={asked.tracking_uri} mlflow models serve -m models:/{name}@{asked.alias} --env-manager local --port 5001")

@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from image_classifier.bundle import read_bundle
 from image_classifier.exporting.mlflow_model import REQUIREMENTS
 from image_classifier.images import decode
 from image_classifier.inference.load import load_predictor
@@ -121,12 +122,20 @@ def test_promote_needs_a_whole_bundle_with_a_model(
         file.write("# more\n")
     answer = command("promote", "damaged")
     assert answer.code == 2 and "MLmodel" in answer.err and "damaged" in answer.err
+    assert command("promote", "damaged", "--alias", "Not One").code == 2
+    assert not Path("mlflow.db").exists()
+
+
+def test_nothing_is_registered_but_what_was_exported(exported: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: Command) -> None:
+    monkeypatch.chdir(tmp_path)
+    listed = read_bundle(exported / "models/digits").info.exports["mlflow"]["files"]
+    assert not [file for file in listed if "__pycache__" in file]
     shutil.copytree(exported / "models/digits", tmp_path / "models/more")
     (tmp_path / "models/more/mlflow/code/numpy.py").write_text("print('run by a server')")
     answer = command("promote", "more")
-    assert answer.code == 2 and "'mlflow/code/numpy.py', which was not exported" in answer.err
-    assert command("promote", "damaged", "--alias", "Not One").code == 2
-    assert not Path("mlflow.db").exists()
+    assert answer.code == 0 and "more version 1 is @champion" in answer.out, answer.err
+    (place,) = (path.parent for path in tmp_path.glob("mlruns/**/MLmodel"))
+    assert {f"mlflow/{path.relative_to(place).as_posix()}" for path in place.rglob("*") if path.is_file()} == set(listed)
 
 
 @pytest.fixture
