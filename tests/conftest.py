@@ -11,6 +11,7 @@ import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from threading import Thread
 
 import numpy as np
 import pytest
@@ -136,14 +137,45 @@ def run_apart(*line: str, folder: Path | None = None) -> Answer:
 @pytest.fixture(scope="session")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder of this process in which, as it looks, `python commands.py train` ran on a few batches of digits, with MLflow in a local file."""
-    base = tmp_path_factory.getbasetemp()
-    shared = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
-    with locked(shared / "trained.lock"):  # the processes of one test run train once
-        if not (shared / "trained" / "stdout.txt").exists():
-            _train(shared / "trained")
+    shared = _shared(tmp_path_factory)
+    _train_once(shared)
     folder = tmp_path_factory.mktemp("own") / "trained"
     shutil.copytree(shared / "trained", folder)
     return folder
+
+
+@pytest.fixture(scope="session", autouse=True)
+def training_beside_the_first_tests(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest) -> Iterator[None]:
+    """No process of a test run waits for the folder `trained`: one makes it while all are busy with tests of other things."""
+    if os.environ.get("PYTEST_XDIST_WORKER") != "gw0" or not any(_on_the_trained_folder(item) for item in request.session.items):
+        yield
+        return
+    thread = Thread(target=_train_once, args=(_shared(tmp_path_factory),))
+    thread.start()
+    yield
+    thread.join()
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files with tests on the trained folder come last."""
+    late = {item.path for item in items if _on_the_trained_folder(item)}
+    items.sort(key=lambda item: item.path in late)
+
+
+def _on_the_trained_folder(item: pytest.Item) -> bool:
+    return "trained" in getattr(item, "fixturenames", ())
+
+
+def _shared(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The temporary folder of all processes of one test run."""
+    base = tmp_path_factory.getbasetemp()
+    return base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
+
+
+def _train_once(shared: Path) -> None:
+    with locked(shared / "trained.lock"):
+        if not (shared / "trained" / "stdout.txt").exists():
+            _train(shared / "trained")
 
 
 def _train(folder: Path) -> None:

@@ -107,7 +107,6 @@ SMALL: dict[str, list[str]] = {
     "cat_breeds_vit": ["data.image_size=32", "model.backbone.pretrained=false"]
     + [f"+model.backbone.{key}={value}" for key, value in (("img_size", 32), ("depth", 1), ("embed_dim", 24), ("num_heads", 2))],
 }
-FAST = ("simpsons_focal",)
 
 
 def composed(name: str) -> Any:
@@ -137,7 +136,8 @@ def test_a_recipe_opens_with_its_command_its_source_and_its_result(name: str) ->
     assert "accuracy" in result and "px" in result and "2026-" in result
 
 
-@pytest.mark.parametrize("name", [pytest.param(name, marks=[] if name in FAST else pytest.mark.slow) for name in SYSTEMS])
+@pytest.mark.slow
+@pytest.mark.parametrize("name", SYSTEMS)
 def test_a_recipe_trains_from_images_to_a_bundle(name: str, command: Command, make_tree: MakeTree, monkeypatch: pytest.MonkeyPatch) -> None:
     tree = make_tree(a=12, b=12, c=12)
     monkeypatch.chdir(tree.parent)

@@ -18,7 +18,7 @@ from image_classifier.errors import DataError, StorageError
 from image_classifier.evaluation import figure, plots
 from image_classifier.evaluation.metrics import ClassScore
 
-NUM_CLASSES = [2, 10, 60, 200, 1000]
+NUM_CLASSES = [2, 10, pytest.param(60, marks=pytest.mark.slow), pytest.param(200, marks=pytest.mark.slow), 1000]
 ODD = ("$x_1$", "a$b", "dog 🐶", "Гомер_Симпсон", "猫", "\udcff", "line\nbreak", "", r"\frac{1}{0}", "W" * 300, "i" * 5000, "\u202eevil", "^_{}")
 NAMES = ("abraham_grampa_simpson", "n02085936-Maltese_dog_with_a_very_long_name", "cat", "Чёрный_терьер_длинное_имя_породы")
 

@@ -40,7 +40,7 @@ def test_the_file_is_whole_and_says_what_it_is(exported: tuple[CheckpointBackend
     assert backend.metadata() == {"classes": ["a", "кот", "c", "d"], "preprocess": {"size": 16}}
 
 
-@pytest.mark.parametrize("tta", TTA)
+@pytest.mark.parametrize("tta", [pytest.param(name, marks=[] if name == "flip_shift" else pytest.mark.slow) for name in TTA])
 def test_pixels_become_floats_before_all_else(tta: str, tmp_path: Path) -> None:
     """TensorRT takes integers of 8 bits as an input, to be cast and for nothing more; the answers are those of the classifier."""
     torch.manual_seed(0)

@@ -72,7 +72,11 @@ def broken_off(output: Path, command: Command, monkeypatch: pytest.MonkeyPatch, 
     Part.of(output).path.write_bytes(content[: int(share * len(content))])
 
 
-@pytest.mark.parametrize(("form", "share"), [("jsonl", 0.0), ("jsonl", 1.0), ("csv", 0.77), ("parquet", 0.5), ("json", 0.9), ("table", 0.2)])
+CUT = [("jsonl", 0.0), ("csv", 0.77), ("parquet", 0.5)]
+CUT_MORE = [pytest.param(*cut, marks=pytest.mark.slow) for cut in [("jsonl", 1.0), ("json", 0.9), ("table", 0.2)]]
+
+
+@pytest.mark.parametrize(("form", "share"), [*CUT, *CUT_MORE])
 def test_whatever_was_written_is_gone_on_with(form: str, share: float, tmp_path: Path, command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
     whole, output = tmp_path / f"whole.{form}", tmp_path / f"answers.{form}"
     command(*line(whole))

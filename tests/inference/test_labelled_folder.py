@@ -55,7 +55,7 @@ def test_one_image_is_for_infer(command: Command, trained: Path) -> None:
     refused(command("test", "--checkpoint_name", "digits", "--test_dir", "one"), "have no labels", "--images one")
 
 
-@pytest.mark.parametrize("name", ["mine", "./mine/", "../{}/mine"])
+@pytest.mark.parametrize("name", ["mine", pytest.param("./mine/", marks=pytest.mark.slow), pytest.param("../{}/mine", marks=pytest.mark.slow)])
 def test_a_folder_that_is_one_class_is_tested_by_the_folder_that_holds_it(command: Command, trained: Path, tmp_path: Path, name: str) -> None:
     fill(Path("mine/7"), digits(trained, "7"))
     line = refused(command("test", "--checkpoint_name", "digits", "--test_dir", "mine/7/"), "is the one class '7'", "--test_dir mine")
@@ -68,6 +68,7 @@ def test_a_folder_that_is_one_class_is_tested_by_the_folder_that_holds_it(comman
     assert re.fullmatch("test-mine-[0-9a-f]{8}", place.name) and (place / "metrics.json").is_file()
 
 
+@pytest.mark.slow
 def test_folders_of_one_name_do_not_overwrite_one_another(command: Command, trained: Path) -> None:
     for place, label, count in (("first", "3", 2), ("second", "4", 3)):
         fill(Path(place, "mine", label), digits(trained, label, count))

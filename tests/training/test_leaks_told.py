@@ -20,6 +20,7 @@ def in_a_folder_whose_test_part_leaks(tmp_path: Path, make_tree: MakeTree, monke
     monkeypatch.chdir(tmp_path)
 
 
+@pytest.mark.slow
 def test_leaked_and_clean_images_are_scored_apart(command: Command) -> None:
     answer = command("train", *SMALL, "trainer.max_epochs=1")
     assert answer.code == 0, answer.err

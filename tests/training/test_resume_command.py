@@ -192,6 +192,7 @@ def test_a_requeued_slurm_job_goes_on_by_itself(command: Command, stopped: Any, 
     assert Path("runs/tree-convnet-2").exists()
 
 
+@pytest.mark.slow
 def test_a_full_disk_is_one_line_and_costs_no_checkpoint(command: Command, stopped: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     assert stopped(*SHORT, "name=cut").code == 143
     before = Path("runs/cut/checkpoints/last.ckpt").read_bytes()

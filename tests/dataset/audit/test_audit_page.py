@@ -128,7 +128,7 @@ def test_a_picture_that_went_away_becomes_a_placeholder(messy: Audit) -> None:
     assert "no picture: " in render(messy)
 
 
-@pytest.mark.parametrize("per_kind", [40, 2000])
+@pytest.mark.parametrize("per_kind", [40, pytest.param(2000, marks=pytest.mark.slow)])
 def test_the_page_is_bounded_whatever_the_data_set(per_kind: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(audit_page, "_picture", lambda *given: audit_page._Picture(given[-1], pictures.Thumbnail(f"data:,{9000 * 'A'}")))
     paths = [f"{number}/{'long ' * 50}.png" for number in range(per_kind)]
