@@ -215,7 +215,7 @@ def test_workers_killed_in_the_middle_lose_and_repeat_nothing(expected: pyarrow.
     found = ended(run)
     assert found.code == 2 and "2 of 1067 images could not be read" in found.err, found.err
     assert rows(tmp_path / "o").equals(expected)
-    assert sorted(os.listdir(tmp_path)) == sorted([ODD, "local.parquet", "o"])
+    assert sorted(os.listdir(tmp_path)) == sorted([ODD, "local.parquet", ".local.parquet.run", "o"])
 
 
 @pytest.mark.slow
