@@ -113,7 +113,8 @@ def answer_shards(asked: RaySettings, model: Path, dealt: Dealt, job: Job) -> It
         reference = ray.put(sent)
         told = replace(job, fetch=_Fetch(reference), folder=folder)
         shards = [pyarrow.table({"shard": [number], "items": [items]}) for number, items in enumerate(dealt.shards)]
-        workers = asked.workers or (None if asked.address else max(1, cores() // asked.cpus))
+        most = asked.workers or (None if asked.address else max(1, cores() // asked.cpus))
+        workers = most and min(most, len(shards))
         with warnings.catch_warnings():
             # Without `max_retries` Ray Data tries for ever; it is to be passed in another way from 2.64 on, before which pyproject.toml stops.
             warnings.simplefilter("ignore", ray.util.annotations.RayDeprecationWarning)
