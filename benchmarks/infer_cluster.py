@@ -19,10 +19,11 @@ import time
 from collections import deque
 from pathlib import Path
 
-from image_classifier.inference.load import load_predictor
-from image_classifier.inference.predictor import Predictor, cores
-
 ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+from image_classifier.inference.load import load_predictor  # noqa: E402
+from image_classifier.inference.predictor import Predictor, cores  # noqa: E402
 
 
 def main() -> None:
