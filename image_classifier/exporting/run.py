@@ -88,7 +88,7 @@ def export(config: Any) -> None:
     if "tensorrt" in asked.to:
         require()  # before other forms are made
     reference = None
-    with locked(path.parent / f".{path.name[:50]}.lock"):
+    with locked(path.parent / f".{path.name[:50]}.lock", remove=True):
         for name in dict.fromkeys(asked.to):
             bundle = read_bundle(path)
             bundle.verify()
@@ -123,7 +123,8 @@ def _kept(bundle: Bundle, name: str) -> list[Path]:
     """What the bundle holds beside the form of this name; in the folders of forms only what was exported, as servers run what lies there."""
     former = set(bundle.info.exports.get(name, {}).get("files", ()))
     listed = set(bundle.info.files) - former
-    return [file for file in _files(bundle.directory) if file.as_posix() in listed or (file.as_posix() not in former and len(file.parts) == 1)]
+    others = (file for file in _files(bundle.directory) if file.as_posix() not in former)
+    return [file for file in others if file.as_posix() in listed or file.parts[0] not in FORMATS]
 
 
 def _files(directory: Path) -> Iterator[Path]:

@@ -182,10 +182,12 @@ def test_what_lay_in_a_forms_folder_does_not_stay_when_it_is_written_anew(bundle
     assert command("export", str(bundle), "--to", "triton", "--images", "5").code == 0
     (bundle / "triton/mine/2").mkdir(parents=True)
     (bundle / "triton/mine/2/model.py").write_text("a stranger's")
-    (bundle / "notes.txt").write_text("a person's")
+    (bundle / "notes/more").mkdir(parents=True)
+    for note in ("notes.txt", "notes/more/why.txt"):
+        (bundle / note).write_text("a person's")
     assert command("export", str(bundle), "--to", "triton", "sealed", "--images", "5").code == 0
-    assert not (bundle / "triton/mine/2").exists() and (bundle / "notes.txt").read_text() == "a person's"
-    assert set(kept(bundle)) - set(read_bundle(bundle).info.files) == {"notes.txt", "bundle.json"}
+    assert not (bundle / "triton/mine/2").exists() and (bundle / "notes/more/why.txt").read_text() == "a person's"
+    assert set(kept(bundle)) - set(read_bundle(bundle).info.files) == {"notes.txt", "notes/more/why.txt", "bundle.json"}
 
 
 def test_a_linked_bundle_is_exported_where_it_lies(bundle: Path, tmp_path: Path, command: Command) -> None:
