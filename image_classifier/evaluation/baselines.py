@@ -102,9 +102,21 @@ def warn_if_not_better(baselines: Sequence[Baseline], split: str, own: Mapping[s
                 )
 
 
-def from_dict(content: Mapping[str, Any]) -> tuple[Baseline, ...]:
-    """The baselines that `{name: as_dict()}` describes."""
-    return tuple(Baseline(name, value["about"], value["scores"]) for name, value in content.items())
+def from_dict(content: Any) -> tuple[Baseline, ...]:
+    """The baselines that `{name: as_dict()}` describes; ValueError where it describes none that can be."""
+    try:
+        found = tuple(Baseline(name, str(value["about"]), _numbers(value["scores"])) for name, value in content.items())
+    except (AttributeError, KeyError, TypeError) as error:
+        raise ValueError(f"baselines of the wrong kind ({type(error).__name__}: {error})") from error
+    return found
+
+
+def _numbers(scores: Any) -> dict[str, dict[str, float]]:
+    """Scores as float, at least those that are compared, in each part."""
+    found = {split: {metric: float(value) for metric, value in values.items()} for split, values in scores.items()}
+    if not all(values.keys() >= set(COMPARED) for values in found.values()):
+        raise KeyError(*COMPARED)
+    return found
 
 
 def write_baselines(baselines: Sequence[Baseline], manifest_sha256: str, directory: Path) -> Path:

@@ -175,7 +175,10 @@ def _baselines(asked: TestSettings, path: Path, table: PredictionTable, known: M
     simplest = baselines.most_frequent(codes[known.targets[known.indices("train")]], table.classes, {asked.split: table.targets})
     if asked.test_dir:
         return (simplest,)
-    kept = baselines.from_dict(read_bundle(path).info.provenance.get("baselines", {}))
+    try:
+        kept = baselines.from_dict(read_bundle(path).info.provenance.get("baselines", {}))
+    except ValueError as error:
+        raise CheckpointError(f"bundle.json of {str(path)!r} holds {error}", "copy the bundle anew") from error
     return (simplest, *(baseline for baseline in kept if baseline.name != simplest.name))
 
 

@@ -80,3 +80,18 @@ def test_a_damaged_file_costs_no_training(content: str, tmp_path: Path, caplog: 
 def test_baselines_survive_json() -> None:
     kept = json.loads(json.dumps({LOGISTIC: scored(0.5).as_dict()}))
     assert from_dict(kept) == (scored(0.5),)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [3, {"x": 3}, {"x": {"about": "a"}}, {"x": {"about": "a", "scores": {"test": 3}}}, {"x": {"about": "a", "scores": {"test": {"accuracy": 0.5}}}}],
+    ids=str,
+)
+def test_what_describes_no_baseline_is_refused(content: object) -> None:
+    with pytest.raises(ValueError, match="baselines of the wrong kind"):
+        from_dict(content)
+
+
+def test_a_score_that_is_no_number_is_refused() -> None:
+    with pytest.raises(ValueError, match="could not convert"):
+        from_dict({"x": {"about": "a", "scores": {"test": {"accuracy": "much", "f1_macro": 0.5}}}})
