@@ -44,7 +44,7 @@ def rows_of(path: Path) -> list[dict[str, str]]:
 def run_of(key: str, value: str) -> Any:
     from mlflow.tracking import MlflowClient
 
-    client = MlflowClient(tracking_uri="sqlite:///mlflow.db")
+    client = MlflowClient(tracking_uri=f"sqlite:///{Path.cwd()}/mlflow.db")  # MLflow keeps a store a process by its address
     experiment = client.search_experiments(filter_string="name != 'Default'")[0]
     return client.search_runs([experiment.experiment_id], f"{key} = '{value}'")[0]
 
