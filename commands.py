@@ -19,7 +19,8 @@ _OF_TRAIN = (
     "torch torchvision pytorch_lightning torchmetrics timm safetensors optuna sqlalchemy mlflow dvc "
     "onnx onnxscript scipy sklearn cleanlab matplotlib pyarrow"
 )
-_OPTIONAL = dict.fromkeys(_OF_TRAIN.split(), "train")  # package -> the extra that brings it
+_OF_SERVE = "fastapi uvicorn starlette pydantic python_multipart prometheus_client"
+_OPTIONAL = dict.fromkeys(_OF_TRAIN.split(), "train") | dict.fromkeys(_OF_SERVE.split(), "serve")  # package -> the extra that brings it
 
 
 class Commands:
@@ -83,6 +84,10 @@ class Commands:
     def infer(self) -> None:
         """Say what images show, with a bundle, a checkpoint or an ONNX file."""
         self._run("infer", "image_classifier.inference.infer:infer")
+
+    def serve(self) -> None:
+        """Put models behind HTTP: a web page, a REST API and the V2 protocol."""
+        self._run("serve", "image_classifier.serving.run:serve")
 
     def clean(self) -> None:
         """Remove what can be made again: decoded pixels and what is known of files; images and models stay."""

@@ -32,6 +32,7 @@ TEXT_KEYS: dict[str, frozenset[str]] = {
     "infer": frozenset({"checkpoint_name", "output", "sort_into", "models_dir", "plots_dir", "url", "ray.address"}),
     "export": frozenset({"checkpoint_name", "data_dir", "models_dir", "triton.image"}),
     "verify": frozenset({"checkpoint_name", "models_dir", "url"}),
+    "serve": frozenset({"checkpoint_name", "models_dir", "url", "host", "access.keys_file"}),
     "promote": frozenset({"checkpoint_name", "models_dir", "tracking_uri", "registered_name", "alias"}),
     "triton": frozenset({"checkpoint_name", "tritonserver", "models_dir", "runs_dir"}),
     "report": frozenset({"name", "other", "data_dir", "models_dir", "plots_dir", "runs_dir", "audit_dir", "output"}),
@@ -44,10 +45,11 @@ WORD_KEYS: dict[str, tuple[str, ...]] = {
     "report": ("name", "other"),
     "export": ("checkpoint_name",),
     "verify": ("checkpoint_name",),
+    "serve": ("checkpoint_name",),
     "promote": ("checkpoint_name",),
     "triton": ("action", "checkpoint_name"),
 }  # what bare words mean, in their order
-MAP_KEYS = frozenset({"data.rename"})  # of any names: Hydra must be told that they are new
+MAP_KEYS = frozenset({"data.rename", "models"})  # of any names: Hydra must be told that they are new
 
 # Hydra's own flags that stand alone, and those that take a value.
 _ALONE = ("--help", "-h", "--hydra-help", "--version", "--resolve", "--run", "-r", "--multirun", "-m", "--shell-completion", "-sc")

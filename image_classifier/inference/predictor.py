@@ -94,7 +94,10 @@ class Predictor:
 
     def predictions(self, names: Sequence[str], pixels: Sequence[np.ndarray]) -> list[Prediction]:
         """The Predictions of preprocessed images uint8 [S, S, 3], under these names."""
-        logits, scores = self.judge(pixels)
+        return self.named(names, *self.judge(pixels))
+
+    def named(self, names: Sequence[str], logits: np.ndarray, scores: np.ndarray | None) -> list[Prediction]:
+        """The Predictions that logits [N, C] and, with a detector, out-of-distribution scores [N] of images of these names mean."""
         probabilities = softmax(logits, self.temperature) if len(logits) else logits
         given = [None] * len(logits) if scores is None else scores.tolist()
         return [self._prediction(name, *answer) for name, *answer in zip(names, probabilities, given, strict=True)]

@@ -1,0 +1,61 @@
+"""The routes, as a FastAPI application; what stands around them is `fence`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import FileResponse, Response
+from fastapi.staticfiles import StaticFiles
+from starlette.exceptions import HTTPException
+
+from image_classifier import __version__
+from image_classifier.serving import answers, facts, schemas, v2
+from image_classifier.serving.answers import Parts
+from image_classifier.serving.fence import said
+from image_classifier.serving.limits import Refusal
+
+PAGE = Path(__file__).with_name("page")
+_CODES = {400: "bad_request", 401: "unauthorized", 403: "forbidden", 404: "not_found", 405: "method_not_allowed"}
+
+
+def make_app(parts: Parts) -> FastAPI:
+    """The routes over these parts."""
+    app = FastAPI(title="image_classifier", version=__version__, description=schemas.ABOUT, docs_url=None, redoc_url=None)
+    app.add_exception_handler(Refusal, _refused)
+    app.add_exception_handler(HTTPException, _http)
+    app.add_exception_handler(RequestValidationError, _invalid)
+    for router in (answers.make_router(parts), facts.make_cards(parts), facts.make_probes(parts), v2.make_router(parts)):
+        app.include_router(router)
+    app.mount("/page", StaticFiles(directory=PAGE, check_dir=False), name="page")
+
+    @app.get("/", include_in_schema=False)
+    async def page() -> FileResponse:
+        return FileResponse(PAGE / "index.html")
+
+    return app
+
+
+def _error(request: Request, refusal: Refusal) -> Response:
+    content, headers = said(refusal, request.state.request_id, request.url.path.startswith("/v2"))
+    return Response(content, refusal.status, {name.decode(): value.decode() for name, value in headers})
+
+
+async def _refused(request: Request, error: Exception) -> Response:
+    assert isinstance(error, Refusal)
+    return _error(request, error)
+
+
+async def _http(request: Request, error: Exception) -> Response:
+    assert isinstance(error, HTTPException)
+    answer = _error(request, Refusal(error.status_code, _CODES.get(error.status_code, "error"), str(error.detail)))
+    answer.headers.update(error.headers or {})
+    return answer
+
+
+async def _invalid(request: Request, error: Exception) -> Response:
+    assert isinstance(error, RequestValidationError)
+    first = error.errors()[0]
+    place = ".".join(map(str, first["loc"]))
+    return _error(request, Refusal(422, "invalid", f"{place}: {first['msg']}"))

@@ -1,0 +1,143 @@
+"""Dynamic batching: rows of pixels that wait are run together, as many as the bound on latency allows."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from image_classifier.errors import ConfigError
+
+_MEMORY = 0.8  # of what was known of the time a row takes, after one more batch
+
+
+@dataclass(frozen=True)
+class BatchSettings:
+    """The keys of `batch`.
+
+    Args:
+        max_images: The most in one batch.
+        max_ms: How long a batch may run, milliseconds; as many images are taken as did fit in it lately, at least one.
+        wait_ms: How long an image waits for others that are being decoded, milliseconds.
+
+    Raises:
+        ConfigError: A value that cannot be.
+    """
+
+    max_images: int = 32
+    max_ms: float = 100.0
+    wait_ms: float = 2.0
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.max_images <= 4096:
+            raise ConfigError(f"batch.max_images must be a number from 1 to 4096, not {self.max_images}")
+        if not 0 < self.max_ms <= 60_000 or not 0 <= self.wait_ms <= 1000:
+            raise ConfigError("batch.max_ms must be above 0 and at most 60000, batch.wait_ms from 0 to 1000")
+
+
+@dataclass
+class Work:
+    """Pixels uint8 [n, 3, S, S] that belong together, and what is called with their share of the outputs, or with the error."""
+
+    pixels: np.ndarray
+    finish: Callable[[Outcome], None]
+    embeddings: bool = False
+    wanted: Callable[[], bool] = lambda: True
+    since: float = field(default_factory=time.monotonic)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """Logits float32 [n, C] and, where asked for, embeddings float32 [n, D]; or the error. `batch` images were run together."""
+
+    logits: np.ndarray | None = None
+    embeddings: np.ndarray | None = None
+    error: Exception | None = None
+    batch: int = 0
+
+
+Run = Callable[[np.ndarray, bool], tuple[np.ndarray, np.ndarray | None]]
+
+
+class Batches:
+    """A thread that runs what waits: urgent work first, then the others in their order, idle work where there is nothing else."""
+
+    def __init__(self, run: Run, asked: BatchSettings, after_each: Callable[[], None] = lambda: None) -> None:
+        self._run, self._asked, self._after_each = run, asked, after_each
+        self._waiting: dict[str, deque[Work]] = {"urgent": deque(), "next": deque(), "idle": deque()}
+        self._changed = threading.Condition()
+        self._coming = 0
+        self._row_s = 0.0
+        self._ended = False
+        self._thread = threading.Thread(target=self._loop, name="batches", daemon=True)
+        self._thread.start()
+
+    def put(self, work: Work, when: str = "next") -> None:
+        """Let the work wait for its turn: urgent, next or idle."""
+        with self._changed:
+            self._waiting[when].append(work)
+            self._changed.notify()
+
+    def coming(self, count: int) -> None:
+        """So many more (or, negative, fewer) images are being decoded, for which a batch may wait a little."""
+        with self._changed:
+            self._coming += count
+            self._changed.notify()
+
+    def stop(self) -> None:
+        """End the thread after the batch that it is running."""
+        with self._changed:
+            self._ended = True
+            self._changed.notify()
+        self._thread.join()
+
+    def most(self) -> int:
+        """Images that a batch may have now."""
+        fitting = int(self._asked.max_ms / 1000 / self._row_s) if self._row_s else self._asked.max_images
+        return max(1, min(self._asked.max_images, fitting))
+
+    def _loop(self) -> None:
+        while True:
+            with self._changed:
+                self._changed.wait_for(lambda: self._ended or any(self._waiting.values()))
+                if self._ended:
+                    return
+                if not self._waiting["urgent"]:
+                    enough = lambda: self._ended or not self._coming or sum(len(work.pixels) for work in self._waiting["next"]) >= self.most()  # noqa: E731
+                    self._changed.wait_for(enough, self._asked.wait_ms / 1000)
+                chosen = self._taken()
+            if chosen:
+                self._answer(chosen)
+                self._after_each()
+
+    def _taken(self) -> list[Work]:
+        """The works of the next batch: of one kind, in their order, together no more rows than `most`, but at least one work."""
+        waiting = next((queue for queue in self._waiting.values() if queue), deque[Work]())
+        chosen: list[Work] = []
+        rows, most = 0, self.most()
+        while waiting and (not chosen or rows + len(waiting[0].pixels) <= most):
+            work = waiting.popleft()
+            if work.wanted():
+                chosen.append(work)
+                rows += len(work.pixels)
+        return chosen
+
+    def _answer(self, works: Sequence[Work]) -> None:
+        pixels = works[0].pixels if len(works) == 1 else np.concatenate([work.pixels for work in works])
+        start = time.monotonic()
+        try:
+            logits, embeddings = self._run(pixels, any(work.embeddings for work in works))
+        except Exception as error:
+            for work in works:
+                work.finish(Outcome(error=error, batch=len(pixels)))
+            return
+        row_s = (time.monotonic() - start) / len(pixels)
+        self._row_s = row_s if not self._row_s else _MEMORY * self._row_s + (1 - _MEMORY) * row_s
+        first = 0
+        for work in works:
+            own = slice(first, first := first + len(work.pixels))
+            work.finish(Outcome(logits[own], None if embeddings is None else embeddings[own], batch=len(pixels)))

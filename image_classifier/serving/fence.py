@@ -1,0 +1,174 @@
+"""What stands around every route: request id, who may ask, limits on the body, headers for browsers, one shape of errors, the log."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import math
+import re
+import time
+import uuid
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import Any
+
+from image_classifier.errors import printable
+from image_classifier.serving.access import Access, preflight
+from image_classifier.serving.limits import App, Bodies, Disconnected, Event, Receive, Refusal, Scope, Send
+
+log = logging.getLogger(__name__)
+
+_POLICY = (
+    "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' blob: data:; media-src 'self' blob:; connect-src 'self'; "
+    "manifest-src 'self'; form-action 'none'; base-uri 'none'; frame-ancestors 'none'"
+)
+_HEADERS = [
+    (b"content-security-policy", _POLICY.encode()),
+    (b"x-content-type-options", b"nosniff"),
+    (b"x-frame-options", b"DENY"),
+    (b"referrer-policy", b"no-referrer"),
+    (b"permissions-policy", b"camera=(self), microphone=(), geolocation=()"),
+    (b"cross-origin-opener-policy", b"same-origin"),
+    (b"cross-origin-resource-policy", b"same-origin"),
+]
+_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
+
+
+@dataclass(frozen=True)
+class Seen:
+    """What one request was, for the log and the metrics; nothing of its content."""
+
+    request_id: str
+    client: str
+    method: str
+    path: str
+    route: str
+    status: int
+    bytes: int
+    seconds: float
+    images: int
+
+
+class Fence:
+    """An ASGI application around another; `tell` hears of each request when it is over, and `stopping` says whether new ones are refused."""
+
+    def __init__(self, app: App, access: Access, bodies: Bodies, tell: Callable[[Seen], None], stopping: Callable[[], bool]) -> None:
+        self.app, self.access, self.bodies, self.tell, self.stopping = app, access, bodies, tell, stopping
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """One request, or the server's own start and end."""
+        if scope["type"] != "http":
+            return await self.app(scope, receive, send) if scope["type"] == "lifespan" else None
+        headers = dict(scope["headers"])
+        given = headers.get(b"x-request-id", b"").decode("latin-1")
+        state = scope.setdefault("state", {})
+        state["request_id"] = given if _ID.fullmatch(given) else uuid.uuid4().hex
+        state["images"] = 0
+        answer = _Answer(send, state["request_id"], self.access.cors(headers), scope["path"].startswith("/v2"))
+        client = (scope.get("client") or ("unknown", 0))[0]
+        received, start = 0, time.monotonic()
+        try:
+            if self.stopping():
+                raise Refusal(503, "stopping", "the server is being stopped", 1.0)
+            if scope["method"] == "OPTIONS" and b"access-control-request-method" in headers and answer.cors_allowed:
+                await answer.plain(204, b"", preflight(["GET", "POST"]))
+                return None
+            self.access.check(scope["method"], scope["path"], headers, client)
+            body = await self.bodies.read(scope, receive)
+            received = len(body)
+            await self._run(scope, body, receive, answer)
+        except Refusal as refusal:
+            await answer.refuse(refusal)
+        except Disconnected:
+            answer.status = 499
+        except Exception:
+            log.exception("the request %s failed", state["request_id"])
+            if answer.status:
+                raise  # the answer has begun: the connection must break
+            await answer.refuse(Refusal(500, "internal", "the server failed at this request; its log says why"))
+        finally:
+            self.bodies.release(received)
+            route = getattr(scope.get("route"), "path", "")
+            seconds = time.monotonic() - start
+            path = printable(scope["path"])[:200]
+            self.tell(Seen(state["request_id"], client, scope["method"], path, route, answer.status, received, seconds, state["images"]))
+        return None
+
+    async def _run(self, scope: Scope, body: bytearray, receive: Receive, answer: _Answer) -> None:
+        """The application, with a body that is there already; ended when the client goes away."""
+        scope["state"]["body"] = body
+        gone = asyncio.Event()
+        delivered = False
+
+        async def replay() -> Event:
+            nonlocal delivered
+            if not delivered:
+                delivered = True
+                return {"type": "http.request", "body": b"", "more_body": False}  # routes take it from the state, without a copy
+            await gone.wait()
+            return {"type": "http.disconnect"}
+
+        async def leave() -> None:
+            while (await receive())["type"] != "http.disconnect":
+                pass
+            gone.set()
+
+        app = asyncio.ensure_future(self.app(scope, replay, answer))
+        leaving = asyncio.ensure_future(leave())
+        try:
+            await asyncio.wait({app, leaving}, return_when=asyncio.FIRST_COMPLETED)
+            if not app.done() and not answer.status:
+                app.cancel()
+                with suppress(asyncio.CancelledError):
+                    await app
+                raise Disconnected
+            await app
+        finally:
+            for task in (app, leaving):
+                task.cancel()
+            await asyncio.gather(app, leaving, return_exceptions=True)
+
+
+def said(refusal: Refusal, request_id: str, is_v2: bool) -> tuple[bytes, list[tuple[bytes, bytes]]]:
+    """Content and headers: one shape for every error, but for those of the V2 protocol, which has its own."""
+    words: dict[str, Any] = {"error": {"code": refusal.code, "message": refusal.message}, "request_id": request_id}
+    headers = [(b"content-type", b"application/json")]
+    if refusal.after_s is not None:
+        headers.append((b"retry-after", str(max(1, math.ceil(refusal.after_s))).encode()))
+    if refusal.status == 401:
+        headers.append((b"www-authenticate", b'Bearer realm="image_classifier"'))
+    if refusal.status in (408, 413) or refusal.code == "stopping":
+        headers.append((b"connection", b"close"))
+    return json.dumps({"error": refusal.message} if is_v2 else words).encode(), headers
+
+
+class _Answer:
+    """Sends one answer with what every answer carries, and remembers its status (0 while there is none)."""
+
+    def __init__(self, send: Send, request_id: str, cors: list[tuple[bytes, bytes]], is_v2: bool) -> None:
+        self._send, self._id, self._cors, self._is_v2 = send, request_id, cors, is_v2
+        self.status = 0
+        self.cors_allowed = any(name == b"access-control-allow-origin" for name, _ in cors)
+
+    async def __call__(self, event: Event) -> None:
+        if event["type"] == "http.response.start":
+            self.status = event["status"]
+            own = {name for name, _ in event["headers"]}
+            fixed = [pair for pair in _HEADERS if pair[0] not in own]
+            stored = [] if b"cache-control" in own else [(b"cache-control", b"no-store")]
+            event = {**event, "headers": [*event["headers"], *fixed, *stored, *self._cors, (b"x-request-id", self._id.encode())]}
+        await self._send(event)
+
+    async def refuse(self, refusal: Refusal) -> None:
+        """The one shape of errors."""
+        content, headers = said(refusal, self._id, self._is_v2)
+        await self.plain(refusal.status, content, headers)
+
+    async def plain(self, status: int, content: bytes, headers: list[tuple[bytes, bytes]]) -> None:
+        """A whole answer."""
+        length = [] if status == 204 else [(b"content-length", str(len(content)).encode())]
+        start: dict[str, Any] = {"type": "http.response.start", "status": status, "headers": [*headers, *length]}
+        await self(start)
+        await self({"type": "http.response.body", "body": content})

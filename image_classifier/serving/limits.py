@@ -1,0 +1,128 @@
+"""What one request may ask of the server, and what reads a body within that."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Awaitable, Callable, MutableMapping
+from dataclasses import dataclass
+from typing import Any
+
+from image_classifier.errors import ConfigError
+
+Scope = MutableMapping[str, Any]
+Event = MutableMapping[str, Any]
+Receive = Callable[[], Awaitable[Event]]
+Send = Callable[[Event], Awaitable[None]]
+App = Callable[[Scope, Receive, Send], Awaitable[None]]
+
+_LINGER_S = 2.0  # a body that is refused is read for so long: whoever closes at once cuts off its own answer
+
+
+@dataclass(frozen=True)
+class RequestLimits:
+    """The keys of `request`.
+
+    Args:
+        max_bytes: Of a body.
+        max_images: In one request.
+        body_s: Seconds in which a body must arrive.
+        headers_s: Seconds in which the head of a request must arrive, and that a connection may be idle before its first.
+        answer_s: Seconds that an answer may take.
+        max_memory: Bytes of all bodies that are held at once.
+        max_connections: Open at once; more are closed as they come.
+
+    Raises:
+        ConfigError: A value that cannot be.
+    """
+
+    max_bytes: int = 64 * 2**20
+    max_images: int = 64
+    body_s: float = 60.0
+    headers_s: float = 10.0
+    answer_s: float = 30.0
+    max_memory: int = 512 * 2**20
+    max_connections: int = 1000
+
+    def __post_init__(self) -> None:
+        for name, value in vars(self).items():
+            if not 0 < value < float("inf"):
+                raise ConfigError(f"request.{name} must be above 0, not {value}")
+        if self.max_memory < self.max_bytes:
+            raise ConfigError(f"request.max_memory={self.max_memory} is less than one body of request.max_bytes={self.max_bytes}")
+
+
+class Refusal(Exception):  # it is an answer
+    """An answer that is no: its status, its code for programs and its words for people."""
+
+    def __init__(self, status: int, code: str, message: str, after_s: float | None = None) -> None:
+        super().__init__(message)
+        self.status, self.code, self.message, self.after_s = status, code, message, after_s
+
+
+class Disconnected(Exception):  # it is no error of ours
+    """The client is gone."""
+
+
+class Bodies:
+    """Reads bodies, each within its limits and all together within the memory that they may take."""
+
+    def __init__(self, limits: RequestLimits) -> None:
+        self.limits, self.held = limits, 0
+
+    async def read(self, scope: Scope, receive: Receive) -> bytearray:
+        """The body of a request, which counts until `release`.
+
+        Raises:
+            Refusal: It is too large, takes too long, or there is no room for it.
+            Disconnected: The client went away.
+        """
+        parts = bytearray()
+        try:
+            await self._read(scope, receive, parts)
+        except BaseException:
+            self.release(len(parts))
+            raise
+        return parts
+
+    def release(self, count: int) -> None:
+        """A request of a body of so many bytes is over."""
+        self.held -= count
+
+    async def _read(self, scope: Scope, receive: Receive, parts: bytearray) -> None:
+        length = next((value for name, value in scope["headers"] if name == b"content-length"), b"0")
+        if not length.isdigit() or int(length) > self.limits.max_bytes:
+            await self._linger(receive)
+            raise self._too_large()
+        end = time.monotonic() + self.limits.body_s
+        more = True
+        while more:
+            try:
+                event = await asyncio.wait_for(receive(), max(0.001, end - time.monotonic()))
+            except TimeoutError:
+                raise Refusal(408, "timeout", f"the body took longer than {self.limits.body_s:g} s") from None
+            if event["type"] == "http.disconnect":
+                raise Disconnected
+            block = event.get("body", b"")
+            if len(parts) + len(block) > self.limits.max_bytes:
+                await self._linger(receive)
+                raise self._too_large()
+            if self.held + len(block) > self.limits.max_memory:
+                raise Refusal(503, "queue_full", "the server holds as many bodies as it may", 1.0)
+            parts += block
+            self.held += len(block)
+            more = event.get("more_body", False)
+
+    def _too_large(self) -> Refusal:
+        return Refusal(413, "too_large", f"the body is larger than {self.limits.max_bytes / 2**20:.3g} MiB")
+
+    async def _linger(self, receive: Receive) -> None:
+        """Read on for a moment and keep nothing."""
+        end = time.monotonic() + _LINGER_S
+        try:
+            while (left := end - time.monotonic()) > 0:
+                event = await asyncio.wait_for(receive(), left)
+                if event["type"] == "http.disconnect" or not event.get("more_body", False):
+                    return
+        except TimeoutError:
+            return

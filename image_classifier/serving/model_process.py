@@ -1,0 +1,236 @@
+"""The process that holds a model: it decodes, batches and answers what the server sends, and ends when the server is gone.
+
+Nothing that a client sends is decoded in the server itself: a picture that kills or hangs its decoder costs this process, which is started anew.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+import signal
+import socket
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from image_classifier.errors import ClassifierError, UnreadableImage
+from image_classifier.evaluation.ood import looks
+from image_classifier.images import read_size
+from image_classifier.inference.predictor import cores
+from image_classifier.serving import wire
+from image_classifier.serving.batches import Batches, Outcome, Work
+from image_classifier.serving.order import Model, Order
+
+
+class PixelBudget:
+    """How many pixels may be decoded at once: large pictures wait for one another, so that memory has a bound."""
+
+    def __init__(self, most: int) -> None:
+        self._left = self._most = most
+        self._changed = threading.Condition()
+
+    @contextmanager
+    def of(self, pixels: int) -> Iterator[None]:
+        """Hold so many while the block runs."""
+        pixels = min(pixels, self._most)
+        with self._changed:
+            self._changed.wait_for(lambda: self._left >= pixels)
+            self._left -= pixels
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._left += pixels
+                self._changed.notify_all()
+
+
+class ModelProcess:
+    """Answers messages: `image`, `pixels`, `explain`, `canary`, and `cancel` of one of them."""
+
+    def __init__(self, model: Model, order: Order, send: Callable[[bytes], None]) -> None:
+        self.model, self.predictor, self._send = model, model.predictor, send
+        self.batches = Batches(self._run, order.batch, lambda: send(wire.packed({"id": 0})))  # a sign of life, also while nothing is finished
+        self._decoders = ThreadPoolExecutor(cores(), "decode")
+        self._explainer = ThreadPoolExecutor(1, "explain")
+        self._budget = PixelBudget(order.limits.max_pixels)
+        self._gone: set[int] = set()
+        self._open: set[int] = set()
+        self._do = {"image": self._image, "pixels": self._pixels, "canary": self._canary, "explain": self._explain}
+
+    def take(self, head: dict[str, Any], body: bytes) -> None:
+        """One message; its answer is sent when it is there."""
+        if "cancel" in head:
+            self._gone |= {head["cancel"]} & self._open
+            return
+        self._open.add(head["id"])
+        self._do[head["do"]](head, body)
+
+    def _answer(self, number: int, head: dict[str, Any], body: bytes = b"") -> None:
+        self._open.discard(number)
+        if number in self._gone:
+            self._gone.discard(number)
+        else:
+            self._send(wire.packed({"id": number, **head}, body))
+
+    def _fail(self, number: int, error: BaseException) -> None:
+        own = isinstance(error, ClassifierError)
+        self._answer(number, {"failed": str(error) if own else f"{type(error).__name__}: {error}"})
+
+    def _wanted(self, number: int) -> Callable[[], bool]:
+        def wanted() -> bool:
+            if number in self._gone:
+                self._answer(number, {})
+                return False
+            return True
+
+        return wanted
+
+    def _run(self, pixels: np.ndarray, embeddings: bool) -> tuple[np.ndarray, np.ndarray | None]:
+        backend: Any = self.predictor.backend
+        return backend.logits_and_embeddings(pixels) if embeddings else (backend.logits(pixels), None)
+
+    def _image(self, head: dict[str, Any], body: bytes) -> None:
+        self.batches.coming(1)
+        self._decoders.submit(self._decode, head["id"], head["name"], body)
+
+    def _decode(self, number: int, name: str, body: bytes) -> None:
+        try:
+            if not self._wanted(number)():
+                return
+            pixels = self._read(body)[None]
+            embeddings = self.predictor.detector is not None
+            self.batches.put(Work(pixels, lambda found: self._predict(number, name, pixels, found), embeddings, self._wanted(number)))
+        except UnreadableImage as error:
+            self._answer(number, {"answer": {"path": name, "error": error.reason}})
+        except Exception as error:
+            self._fail(number, error)
+        finally:
+            self.batches.coming(-1)
+
+    def _read(self, body: bytes) -> np.ndarray:
+        """The pixels uint8 [3, S, S] of a picture."""
+        limits = self.predictor.limits
+        width, height = read_size(body, limits)
+        with self._budget.of(width * height):
+            return np.ascontiguousarray(self.predictor.preprocess.read(body, limits).transpose(2, 0, 1))
+
+    def _predict(self, number: int, name: str, pixels: np.ndarray, found: Outcome) -> None:
+        try:
+            if found.error is not None or found.logits is None:
+                raise found.error or RuntimeError("no logits")
+            detector = self.predictor.detector
+            scores = None if detector is None or found.embeddings is None else detector.scores(found.embeddings, looks(pixels))
+            (prediction,) = self.predictor.named([name], found.logits, scores)
+            if prediction.error:
+                raise FloatingPointError(prediction.error)
+            score = None if scores is None else float(scores[0])
+            self._answer(number, {"answer": prediction.answer(), "ood_score": score, "batch": found.batch})
+        except Exception as error:
+            self._fail(number, error)
+
+    def _pixels(self, head: dict[str, Any], body: bytes) -> None:
+        number, embeddings = head["id"], bool(head["embeddings"])
+        pixels = np.frombuffer(body, np.uint8).reshape(head["shape"])
+
+        def finish(found: Outcome) -> None:
+            if found.error is not None or found.logits is None:
+                return self._fail(number, found.error or RuntimeError("no logits"))
+            tables = [found.logits, found.embeddings] if embeddings and found.embeddings is not None else [found.logits]
+            content = b"".join(np.ascontiguousarray(table, np.float32).tobytes() for table in tables)
+            return self._answer(number, {"shapes": [list(table.shape) for table in tables], "batch": found.batch}, content)
+
+        self.batches.put(Work(pixels, finish, embeddings, self._wanted(number)))
+
+    def _canary(self, head: dict[str, Any], body: bytes) -> None:
+        """A picture through the decoder and golden pixels through the model: {} where both are as they should be, else `failed`."""
+        number, pixels = head["id"], self.model.golden_pixels()
+
+        def finish(found: Outcome) -> None:
+            reason = str(found.error) if found.error is not None or found.logits is None else self.model.wrong(found.logits)
+            self._answer(number, {"failed": reason} if reason else {})
+
+        def decode() -> None:
+            try:
+                self._read(_png(pixels[0]))
+                self.batches.put(Work(pixels, finish), "urgent")
+            except Exception as error:
+                self._fail(number, error)
+
+        threading.Thread(target=decode, daemon=True).start()  # not behind pictures that wait to be decoded
+
+    def _explain(self, head: dict[str, Any], body: bytes) -> None:
+        self._explainer.submit(self._explain_one, head, body)
+
+    def _explain_one(self, head: dict[str, Any], body: bytes) -> None:
+        from image_classifier.inference.occlusion import heat_of
+
+        number = head["id"]
+        try:
+            size = read_size(body, self.predictor.limits)
+            found = heat_of(self._read(body), head.get("class"), self.predictor, self._soon, lambda: number in self._gone)
+            grid = found.over(self.predictor.preprocess, size)
+            self._answer(number, {"class": found.label, "shape": list(grid.shape)}, np.ascontiguousarray(grid, np.float32).tobytes())
+        except UnreadableImage as error:
+            self._answer(number, {"unreadable": error.reason})
+        except Exception as error:
+            self._fail(number, error)
+
+    def _soon(self, pixels: np.ndarray) -> np.ndarray:
+        """Logits [N, C] of pixels uint8 [N, 3, S, S], computed while no picture waits."""
+        done, outcomes = threading.Event(), []
+
+        def finish(found: Outcome) -> None:
+            outcomes.append(found)
+            done.set()
+
+        self.batches.put(Work(pixels, finish), "idle")
+        done.wait()
+        if outcomes[0].error is not None or outcomes[0].logits is None:
+            raise outcomes[0].error or RuntimeError("no logits")
+        return np.asarray(outcomes[0].logits)
+
+
+def _png(pixels: np.ndarray) -> bytes:
+    buffer = io.BytesIO()
+    Image.fromarray(np.ascontiguousarray(pixels.transpose(1, 2, 0))).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def main(descriptor: int) -> None:
+    """Serve the other end of a socket until it is closed; its first message is the order."""
+    for ignored in (signal.SIGINT, signal.SIGTERM):  # the server decides when the last answer is out
+        signal.signal(ignored, signal.SIG_IGN)
+    with socket.socket(fileno=descriptor) as connection, connection.makefile("rb") as stream:
+        lock = threading.Lock()
+
+        def send(message: bytes) -> None:
+            with lock:
+                try:
+                    connection.sendall(message)
+                except OSError:
+                    os._exit(0)  # nobody is there to hear it
+
+        first = wire.read(stream)
+        if first is None:
+            return
+        order = Order.from_dict(first[0])
+        try:
+            model = Model.loaded(order)
+            process = ModelProcess(model, order, send)
+        except ClassifierError as error:
+            send(wire.packed({"refused": [error.fact, error.hint]}))
+            return
+        send(wire.packed({"ready": model.facts()}))
+        while message := wire.read(stream):
+            process.take(*message)
+    os._exit(0)  # threads may still be decoding, for nobody
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]))

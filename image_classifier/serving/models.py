@@ -1,0 +1,139 @@
+"""The models that are served, by name: which process answers for each, whether it really answers, and another version in its place."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+from image_classifier.errors import ClassifierError
+from image_classifier.serving.limits import Refusal
+from image_classifier.serving.order import Order, version_of
+from image_classifier.serving.process import Deadly, ModelHandle, Started, TooLate
+
+log = logging.getLogger(__name__)
+
+_FRESH_S = 1.0  # probes that come more often share an answer
+
+
+@dataclass
+class Served:
+    """One model: its process, and what its last canary said."""
+
+    order: Order
+    handle: ModelHandle
+    trouble: str = "it was not asked yet"
+    asked_at: float = field(default=-1e9)
+    lock: asyncio.Lock = field(default_factory=asyncio.Lock)
+
+
+class Models:
+    """All models of the server; the first one answers where a request names none."""
+
+    def __init__(self, started: Sequence[tuple[Order, Started]], most: int, hang_s: float, canary_s: float) -> None:
+        self._most, self._hang_s, self._canary_s = most, hang_s, canary_s
+        self._served = {order.name: Served(order, ModelHandle(process, most, hang_s)) for order, process in started}
+        self._leaving: set[asyncio.Task[None]] = set()
+
+    def __iter__(self) -> Iterator[Served]:
+        return iter(self._served.values())
+
+    @property
+    def first(self) -> str:
+        """The name of the model that answers where none is named."""
+        return next(iter(self._served))
+
+    def get(self, name: str | None = None) -> ModelHandle:
+        """The process that answers for a model; Refusal where there is none of that name."""
+        served = self._served.get(self.first if name is None else name)
+        if served is None:
+            raise Refusal(404, "not_found", "there is no model of that name: GET /models lists them")
+        return served.handle
+
+    async def start(self) -> None:
+        """Wait until all are loaded and have answered their canary; a ClassifierError says what cannot be served."""
+        await asyncio.gather(*(served.handle.start() for served in self))
+        for served in self:
+            if trouble := await self.trouble(served):
+                raise ClassifierError(f"the model {served.order.name!r} does not answer as it should", trouble)
+
+    async def stop(self) -> None:
+        """End all processes."""
+        await asyncio.gather(*(served.handle.stop() for served in self), *self._leaving)
+
+    async def trouble(self, served: Served) -> str:
+        """Why a model is not ready, by a canary image that it really answers, at most a second ago; "" where it is."""
+        async with served.lock:
+            if time.monotonic() - served.asked_at >= _FRESH_S:
+                served.trouble = await self._canary(served.handle)
+                served.asked_at = time.monotonic()
+            return served.trouble
+
+    async def _canary(self, handle: ModelHandle) -> str:
+        try:
+            await handle.ask({"do": "canary"}, timeout_s=self._canary_s, again=False)
+        except (ClassifierError, TooLate, Deadly) as error:
+            return str(error)
+        return ""
+
+    async def reload(self, name: str, order: Order) -> None:
+        """Put another version in a model's place, once it is loaded and answers; the old one ends when it owes nothing more.
+
+        Raises:
+            ClassifierError: The new one cannot be served; the old one stays.
+        """
+        served = self._served[name]
+        process = await asyncio.to_thread(Started, order.as_dict())
+        fresh = ModelHandle(process, self._most, self._hang_s)
+        try:
+            await fresh.start()
+            if trouble := await self._canary(fresh):
+                raise ClassifierError(f"the new version of {name!r} does not answer as it should", trouble)
+        except BaseException:
+            await fresh.stop()
+            raise
+        old, served.order, served.handle, served.asked_at = served.handle, order, fresh, -1e9
+        task = asyncio.get_running_loop().create_task(self._leave(old))
+        self._leaving.add(task)
+        task.add_done_callback(self._leaving.discard)
+        log.info("the model %s is now version %s, was %s", name, fresh.facts["version"], old.facts["version"])
+
+    async def _leave(self, old: ModelHandle) -> None:
+        await old.drained()
+        await old.stop()
+
+
+class Reloader:
+    """Looks now and then whether a model was replaced on disk, and serves the new version."""
+
+    def __init__(self, models: Models, every_s: float) -> None:
+        self._models, self._every_s = models, every_s
+        self._refused: dict[str, str] = {}
+        self.now = asyncio.Event()
+
+    async def run(self) -> None:
+        """Look every `every_s` seconds (0: only when `now` is set)."""
+        while True:
+            with suppress(TimeoutError):
+                await asyncio.wait_for(self.now.wait(), self._every_s or None)
+            self.now.clear()
+            for served in list(self._models):
+                await self._look(served)
+
+    async def _look(self, served: Served) -> None:
+        name = served.order.name
+        try:
+            version = await asyncio.to_thread(version_of, Path(served.order.path))
+            if version in (served.handle.facts["version"], self._refused.get(name)):
+                return
+            await self._models.reload(name, replace(served.order))
+            self._refused.pop(name, None)
+        except (ClassifierError, OSError) as error:
+            text = str(error)
+            if not isinstance(error, OSError):  # a bundle that is being written is looked at again
+                self._refused[name] = version
+            log.error("the model %s stays at version %s: %s", name, served.handle.facts["version"], text)

@@ -1,0 +1,265 @@
+"""The server's end of a model process: what is asked of it, how it is started anew, and that no request is lost when it dies."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from image_classifier.errors import ClassifierError, ServerError
+from image_classifier.serving import wire
+
+log = logging.getLogger(__name__)
+
+_ATTEMPTS = 3  # how often a request may be in a process that dies: in company at first, then alone
+_FIRST_WAIT_S, _LONGEST_WAIT_S = 0.1, 5.0  # before a process that dies at once is started again
+_START_S = 600.0  # an engine for a GPU may take minutes to build
+_PACKAGE = Path(__file__).resolve().parents[2]
+
+
+class QueueFull(Exception):  # it is an answer
+    """More images wait than may; `after_s` is when to ask again."""
+
+    def __init__(self, after_s: float) -> None:
+        super().__init__(f"the queue is full, ask again in {after_s:.0f} s")
+        self.after_s = after_s
+
+
+class Deadly(Exception):  # it is an answer
+    """A request with which the model process died again, alone."""
+
+
+class TooLate(Exception):  # it is an answer
+    """No answer in time."""
+
+
+@dataclass
+class _Pending:
+    future: asyncio.Future[wire.Message]
+    message: bytes
+    again: bool
+    attempts: int = 0
+
+
+class Started:
+    """A process that is starting: made before anything slow is imported, so that both start at once."""
+
+    def __init__(self, order: Mapping[str, Any]) -> None:
+        self.order = order
+        self.connection, other = socket.socketpair()
+        path = os.pathsep.join(filter(None, (str(_PACKAGE), os.environ.get("PYTHONPATH"))))
+        line = [sys.executable, "-m", "image_classifier.serving.model_process", str(other.fileno())]
+        # A session of its own: Ctrl-C is for the server, which ends it when the last answer is out.
+        environment = {**os.environ, "PYTHONPATH": path}
+        self.process = subprocess.Popen(line, pass_fds=[other.fileno()], start_new_session=True, stdin=subprocess.DEVNULL, env=environment)
+        other.close()
+        self.connection.sendall(wire.packed(order))
+
+    def kill(self) -> None:
+        """End it at once."""
+        with suppress(ProcessLookupError):
+            self.process.send_signal(signal.SIGKILL)
+        self.connection.close()
+        self.process.wait()
+
+
+@dataclass(eq=False)
+class ModelHandle:
+    """One model in a process of its own, from the server's side.
+
+    Args:
+        started: The process.
+        most: Images that may wait.
+        hang_s: A process that owes answers and gives none for so long is killed.
+    """
+
+    started: Started
+    most: int
+    hang_s: float
+    facts: dict[str, Any] = field(default_factory=dict)
+    restarts: int = 0
+    _pending: dict[int, _Pending] = field(default_factory=dict)
+    _rows: int = 0
+    _last: int = 0
+    _heard: float = 0.0
+    _image_s: float = 0.05
+    _stopping: bool = False
+    _tasks: set[asyncio.Task[None]] = field(default_factory=set)
+
+    def __post_init__(self) -> None:
+        self._calm = asyncio.Event()  # no request is being tried again
+        self._calm.set()
+
+    @property
+    def name(self) -> str:
+        """The model's."""
+        return str(self.started.order["name"])
+
+    @property
+    def waiting(self) -> int:
+        """Images that are not answered yet."""
+        return self._rows
+
+    async def start(self) -> None:
+        """Wait until the model is loaded; ClassifierError with its own words where it cannot be."""
+        await self._connected()
+        self._spawn(self._watch())
+
+    async def stop(self) -> None:
+        """End the process; what it still owed gets a ServerError."""
+        self._stopping = True
+        for task in list(self._tasks):
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        await asyncio.to_thread(self.started.kill)
+        self._fail_all(ServerError("the server is being stopped"))
+
+    async def drained(self) -> None:
+        """Wait until nothing is owed."""
+        while self._pending:
+            await asyncio.sleep(0.02)
+
+    @contextmanager
+    def room_for(self, images: int) -> Iterator[None]:
+        """Places in the queue for so many, held while the block runs; QueueFull at once where there are not enough."""
+        if self._rows + images > self.most:
+            raise QueueFull(max(1.0, round(self._rows * self._image_s)))
+        self._rows += images
+        begun, ahead = time.monotonic(), self._rows
+        try:
+            yield
+            self._image_s += 0.05 * ((time.monotonic() - begun) / max(1, ahead) - self._image_s)
+        finally:
+            self._rows -= images
+
+    async def ask(self, head: Mapping[str, Any], body: bytes = b"", timeout_s: float = 30.0, again: bool = True) -> wire.Message:
+        """The answer to one message, which is asked `again` where the process dies before it.
+
+        Raises:
+            Deadly: The process dies of it.
+            TooLate: There is no answer within `timeout_s`.
+            ServerError: The model cannot answer.
+        """
+        self._last += 1
+        number = self._last
+        pending = _Pending(asyncio.get_running_loop().create_future(), wire.packed({**head, "id": number}, body), again)
+        self._pending[number] = pending
+        try:
+            async with asyncio.timeout(timeout_s):
+                if again:
+                    await self._calm.wait()
+                self._write(pending)
+                found = await asyncio.shield(pending.future)
+        except TimeoutError:
+            raise TooLate(f"no answer within {timeout_s:g} s") from None
+        finally:
+            self._pending.pop(number, None)
+            if not pending.future.done():
+                pending.future.cancel()
+                self._send(wire.packed({"cancel": number}))
+        if "failed" in found[0]:
+            raise ServerError(str(found[0]["failed"]))
+        return found
+
+    def _spawn(self, work: Any) -> None:
+        task = asyncio.get_running_loop().create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    async def _connected(self) -> None:
+        self._reader, self._writer = await asyncio.open_connection(sock=self.started.connection, limit=2**20)
+        self._heard = time.monotonic()
+        try:
+            first = await asyncio.wait_for(wire.read_soon(self._reader), _START_S)
+        except TimeoutError:
+            first = None
+        if first is not None and "ready" in first[0]:
+            self.facts = first[0]["ready"]
+            return
+        await asyncio.to_thread(self.started.kill)
+        if first is None:
+            code = self.started.process.returncode
+            raise ServerError(f"the process of the model {self.name!r} ended with {code} before it was ready", "its own words are above")
+        raise ClassifierError(*first[0]["refused"])
+
+    async def _watch(self) -> None:
+        """Hand out answers; when the process dies start another, and ask it again what was owed, one request at a time."""
+        hung = asyncio.get_running_loop().create_task(self._kill_when_hung())
+        try:
+            while True:
+                while (message := await wire.read_soon(self._reader)) is not None:
+                    self._heard = time.monotonic()
+                    pending = self._pending.get(message[0]["id"])
+                    if pending is not None and not pending.future.done():
+                        pending.future.set_result(message)
+                await self._replace()
+        finally:
+            hung.cancel()
+
+    async def _replace(self) -> None:
+        await asyncio.to_thread(self.started.kill)
+        log.error("the process of the model %s ended with %s, another is started", self.name, self.started.process.returncode)
+        suspects = [pending for pending in self._pending.values() if pending.again and pending.attempts]
+        self._calm.clear()
+        wait_s = _FIRST_WAIT_S
+        while True:
+            try:
+                self.started = await asyncio.to_thread(Started, self.started.order)
+                self.restarts += 1
+                await self._connected()
+                break
+            except (ClassifierError, OSError) as error:
+                log.error("the model %s cannot be started again: %s", self.name, error)
+                await asyncio.sleep(wait_s)
+                wait_s = min(2 * wait_s, _LONGEST_WAIT_S)
+        self._spawn(self._try_again(suspects))
+
+    async def _try_again(self, suspects: list[_Pending]) -> None:
+        """Ask again what was owed, one at a time: what dies alone is guilty."""
+        for pending in suspects:
+            if pending.future.done():
+                continue
+            if pending.attempts >= _ATTEMPTS:
+                pending.future.set_exception(Deadly("the process that holds the model died of this request"))
+                continue
+            process = self.started
+            self._write(pending)
+            while not pending.future.done():
+                await asyncio.sleep(0.005)
+                if self.started is not process or process.process.poll() is not None:
+                    return  # it died again, of this one: `_replace` begins anew with those that are left
+        self._calm.set()
+
+    async def _kill_when_hung(self) -> None:
+        while True:
+            await asyncio.sleep(min(1.0, self.hang_s / 4))
+            if any(pending.attempts for pending in self._pending.values()) and time.monotonic() - self._heard > self.hang_s:
+                log.error("the process of the model %s owes answers and gave none for %g s: it is killed", self.name, self.hang_s)
+                self._heard = time.monotonic()
+                with suppress(ProcessLookupError):
+                    self.started.process.kill()
+
+    def _write(self, pending: _Pending) -> None:
+        pending.attempts += 1
+        if not any(other.attempts for other in self._pending.values() if other is not pending):
+            self._heard = time.monotonic()
+        self._send(pending.message)
+
+    def _send(self, message: bytes) -> None:
+        with suppress(OSError, RuntimeError):  # `_watch` sees that it is gone
+            self._writer.write(message)
+
+    def _fail_all(self, error: Exception) -> None:
+        for pending in self._pending.values():
+            if not pending.future.done():
+                pending.future.set_exception(error)

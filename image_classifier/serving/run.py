@@ -1,0 +1,228 @@
+"""The verb `serve`: models behind HTTP, ready when each has really answered, ended when the last answer is out."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import signal
+import socket
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager, contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from image_classifier import settings
+from image_classifier.errors import ConfigError
+from image_classifier.evaluation.decision import DecisionSettings
+from image_classifier.images import DecodeLimits
+from image_classifier.inference.backends import NAMES, ServerAt
+from image_classifier.inference.load import pulled_checkpoint
+from image_classifier.inference.urls import UrlLimits, Web
+from image_classifier.serving.access import Access, AccessSettings, is_loopback
+from image_classifier.serving.batches import BatchSettings
+from image_classifier.serving.limits import Bodies, RequestLimits
+from image_classifier.serving.order import Order, served_name
+from image_classifier.serving.process import Started
+
+if TYPE_CHECKING:
+    from image_classifier.serving.models import Models
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class FetchSettings(UrlLimits):
+    """The keys of `fetch`: whether addresses in requests are fetched, from public addresses only, and within which limits."""
+
+    enabled: bool = False
+    timeout_s: float = 5.0
+    total_s: float = 15.0
+    max_redirects: int = 3
+
+
+@dataclass(frozen=True)
+class ServeSettings:
+    """The keys of conf/serve.yaml."""
+
+    checkpoint_name: str
+    models: dict[str, str] = field(default_factory=dict)
+    host: str = "127.0.0.1"
+    port: int = 8080
+    backend: str | None = None
+    url: str | None = None
+    server_timeout_s: float = 60.0
+    threshold: float = 0.0
+    queue: int = 256
+    batch: BatchSettings = field(default_factory=BatchSettings)
+    request: RequestLimits = field(default_factory=RequestLimits)
+    limits: DecodeLimits = field(default_factory=DecodeLimits)
+    access: AccessSettings = field(default_factory=AccessSettings)
+    fetch: FetchSettings = field(default_factory=FetchSettings)
+    decision: DecisionSettings = field(default_factory=DecisionSettings)
+    reload_s: float = 10.0
+    canary_s: float = 5.0
+    hang_s: float = 60.0
+    drain_s: float = 30.0
+    request_log: bool = True
+    models_dir: str = "models"
+    dvc: bool | None = None
+    trusted_packages: list[str] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        if self.backend not in (None, "auto", *NAMES):
+            raise ConfigError(f"there is no backend {self.backend!r}", f"use one of {', '.join((*NAMES, 'auto'))}")
+        ServerAt(self.url, self.server_timeout_s).fits(self.backend)
+        if not 0 <= self.port <= 65535:
+            raise ConfigError(f"port={self.port} cannot be", "it is a number from 0 (any that is free) to 65535")
+        if not 0 <= self.threshold <= 1:
+            raise ConfigError(f"threshold={self.threshold} cannot be", "it is a confidence from 0 to 1, such as 0.8")
+        if self.queue < self.request.max_images:
+            raise ConfigError(f"queue={self.queue} is less than one request of request.max_images={self.request.max_images}")
+        if min(self.canary_s, self.hang_s, self.drain_s) <= 0 or self.reload_s < 0:
+            raise ConfigError("canary_s, hang_s and drain_s must be above 0, reload_s at least 0")
+        if self.hang_s <= self.canary_s:
+            raise ConfigError(f"hang_s={self.hang_s} must be above canary_s={self.canary_s}")
+
+    def order(self, name: str, path: Path) -> Order:
+        """What the process of one model is told."""
+        server = ServerAt(self.url, self.server_timeout_s)
+        trusted = tuple(self.trusted_packages)
+        return Order(name, str(path.resolve()), self.backend, server, self.threshold, self.decision, self.limits, self.batch, trusted)
+
+
+def serve(config: Any) -> None:
+    """Serve until SIGINT or SIGTERM; then finish what was begun."""
+    asked = settings.typed(ServeSettings, config, "")
+    access = Access(asked.access, asked.host)
+    if not access.needs_key and not is_loopback(asked.host):
+        log.warning("everyone who can reach %s may ask: access.keys_file=FILE asks for a key", asked.host)
+    with contextlib.ExitStack() as stack:
+        listening = stack.enter_context(_listening(asked.host, asked.port))
+        started = [(order, Started(order.as_dict())) for order in _orders(asked)]  # they load while the server is imported
+        for _, process in started:
+            stack.callback(process.kill)
+        from image_classifier.serving.models import Models
+
+        models = Models(started, asked.queue, asked.hang_s, asked.canary_s)
+        with _signals() as ended:
+            asyncio.run(_serve(asked, access, models, listening, ended))
+
+
+def _orders(asked: ServeSettings) -> list[Order]:
+    orders: dict[str, Order] = {}
+    for given, where in [("", asked.checkpoint_name), *asked.models.items()]:
+        path = pulled_checkpoint(where, Path(asked.models_dir), asked.dvc)
+        name = served_name(given or path.stem if path.is_file() else given or path.name)
+        if name in orders:
+            raise ConfigError(f"two models would be served as {name!r}", "give the other its own name: models.NAME=CHECKPOINT")
+        orders[name] = asked.order(name, path)
+    return list(orders.values())
+
+
+@contextmanager
+def _listening(host: str, port: int) -> Iterator[socket.socket]:
+    """A socket that listens; ConfigError where it cannot."""
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
+        found = socket.socket(family, kind, protocol)
+    except OSError as error:
+        raise ConfigError(f"host={host!r} is no address of this machine ({error.strerror})", "use 127.0.0.1, or 0.0.0.0 for all") from error
+    with found:
+        found.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            found.bind(address)
+        except OSError as error:
+            raise ConfigError(f"cannot listen at {host}:{port} ({error.strerror})", "choose another --port, 0 takes one that is free") from error
+        yield found
+
+
+@contextmanager
+def _signals() -> Iterator[asyncio.Event]:
+    """Set on SIGINT and SIGTERM; the program then ends with 0, as it was told to."""
+    ended = asyncio.Event()
+    before = {number: signal.signal(number, lambda *_: ended.set()) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield ended
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+async def _serve(asked: ServeSettings, access: Access, models: Models, listening: socket.socket, ended: asyncio.Event) -> None:
+    import uvicorn
+
+    from image_classifier.serving import protocol
+    from image_classifier.serving.answers import Parts
+    from image_classifier.serving.app import make_app
+    from image_classifier.serving.fence import Fence, Seen
+    from image_classifier.serving.models import Reloader
+    from image_classifier.serving.observe import Metrics, RequestLog
+    from image_classifier.serving.uploads import Uploads
+
+    metrics = Metrics(lambda: _gauges(models))
+    web = Web(asked.fetch) if asked.fetch.enabled else None
+    uploads = Uploads(asked.request, web, asked.limits.max_bytes)
+    app = make_app(Parts(models, uploads, metrics, asked.request, asked.fetch.enabled))
+    request_log = RequestLog() if asked.request_log else None
+
+    def tell(request: Seen) -> None:
+        metrics.seen(request)
+        if request_log is not None:
+            request_log(request)
+
+    fence = Fence(app, access, Bodies(asked.request), tell, ended.is_set)
+    options = protocol.arguments(asked.request)
+    config = uvicorn.Config(
+        fence,
+        lifespan="off",
+        log_config=None,
+        access_log=False,
+        server_header=False,
+        timeout_graceful_shutdown=int(asked.drain_s + 0.5) or 1,
+        **options,
+    )
+    server = uvicorn.Server(config)
+    async with _running(models), asyncio.TaskGroup() as group:
+        reloader = Reloader(models, asked.reload_s)
+        looking = group.create_task(reloader.run())
+        asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, reloader.now.set)
+        ending = group.create_task(_end(server, ended))
+        _say(asked, models, listening)
+        await server._serve([listening])
+        ended.set()
+        for task in (looking, ending):
+            task.cancel()
+        uploads.stop()
+
+
+@asynccontextmanager
+async def _running(models: Models) -> AsyncIterator[None]:
+    try:
+        await models.start()
+        yield
+    finally:
+        await models.stop()
+
+
+async def _end(server: Any, ended: asyncio.Event) -> None:
+    await ended.wait()
+    log.info("no new requests are taken, those that were begun are finished")
+    server.should_exit = True
+
+
+def _gauges(models: Models) -> Iterator[tuple[str, dict[str, float]]]:
+    for served in models:
+        handle = served.handle
+        state = {"queue_images": handle.waiting, "queue_limit_images": handle.most, "ready": float(not served.trouble), "restarts": handle.restarts}
+        yield served.order.name, state
+
+
+def _say(asked: ServeSettings, models: Models, listening: socket.socket) -> None:
+    host, port = listening.getsockname()[:2]
+    for served in models:
+        facts = served.handle.facts
+        log.info("model     %s %s, %d classes, backend %s", facts["name"], facts["version"], len(facts["classes"]), facts["backend"])
+    shown = f"[{host}]" if ":" in host else host
+    print(f"serving   http://{shown}:{port}", flush=True)

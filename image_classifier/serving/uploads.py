@@ -1,0 +1,143 @@
+"""The images of a request: parts of a form, base64 in JSON, or addresses where those are allowed. Kept in memory; no name of a client's is a path."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import binascii
+from collections.abc import AsyncGenerator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Annotated, ClassVar
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from starlette.datastructures import Headers, UploadFile
+from starlette.formparsers import MultiPartException, MultiPartParser
+
+from image_classifier.errors import SourceError, UnreadableImage, printable
+from image_classifier.inference.urls import Web, file_name, is_url
+from image_classifier.serving.limits import Refusal, RequestLimits
+
+_NAME_CHARACTERS = 200
+_FETCHES = 8  # at once, of all requests
+
+
+class ImageIn(BaseModel):
+    """One image of a JSON request: its bytes as base64 (also as a data: URL), or where it lies."""
+
+    model_config = ConfigDict(extra="forbid")
+    name: Annotated[str, Field(max_length=1000)] = ""
+    base64: str | None = None
+    url: Annotated[str | None, Field(max_length=4000)] = None
+
+
+class PredictIn(BaseModel):
+    """A JSON request."""
+
+    model_config = ConfigDict(extra="forbid", json_schema_extra={"examples": [{"images": [{"name": "cat.jpg", "base64": "/9j/4AAQ…"}], "top_k": 3}]})
+    images: Annotated[list[ImageIn], Field(min_length=1)]
+    top_k: Annotated[int | None, Field(ge=1)] = None
+
+
+class Upload:
+    """One image as it came: the client's name for it, and its bytes or the words why there are none."""
+
+    __slots__ = ("content", "error", "name")
+
+    def __init__(self, name: str, content: bytes = b"", error: str = "") -> None:
+        self.name, self.content, self.error = name, content, error
+
+
+class _InMemory(MultiPartParser):
+    """Files of a form stay in memory: the body, which has a limit, is there already."""
+
+    spool_max_size: ClassVar[int] = 2**62  # type: ignore[misc]
+
+
+class Uploads:
+    """Reads the images of requests."""
+
+    def __init__(self, limits: RequestLimits, web: Web | None, max_image_bytes: int) -> None:
+        self._limits, self._web, self._max_image_bytes = limits, web, max_image_bytes
+        self._fetchers = ThreadPoolExecutor(_FETCHES, "fetch")
+
+    def stop(self) -> None:
+        """End what is being fetched."""
+        if self._web is not None:
+            self._web.stop()
+        self._fetchers.shutdown(wait=False, cancel_futures=True)
+
+    async def of(self, headers: Headers, body: bytearray) -> tuple[list[Upload], int | None]:
+        """The images of a body, at least one, and how many classes an answer is to list where it says so; Refusal where it holds none."""
+        kind = headers.get("content-type", "").partition(";")[0].strip().lower()
+        if kind == "multipart/form-data":
+            return await self._of_form(headers, body)
+        if kind == "application/json":
+            return await self._of_json(body)
+        raise Refusal(415, "unsupported_media_type", "send multipart/form-data with files named images, or application/json")
+
+    async def _of_form(self, headers: Headers, body: bytearray) -> tuple[list[Upload], int | None]:
+        async def stream() -> AsyncGenerator[bytes, None]:
+            yield bytes(body)
+            body.clear()
+
+        most = self._limits.max_images
+        try:
+            form = await _InMemory(headers, stream(), max_files=most + 1, max_fields=8, max_part_size=1000).parse()
+        except MultiPartException as error:
+            if "Too many files" in error.message:
+                raise self._too_many() from None
+            raise Refusal(400, "bad_request", f"the form cannot be read ({printable(error.message)[:200]})") from None
+        except (ValueError, KeyError, LookupError) as error:  # what parts of forms can hold that the parser does not expect
+            raise Refusal(400, "bad_request", f"the form cannot be read ({printable(str(error))[:200]})") from None
+        files = [value for _, value in form.multi_items() if isinstance(value, UploadFile)]
+        if not files:
+            raise Refusal(400, "bad_request", "the form holds no file: send images=@FILE")
+        if len(files) > most:
+            raise self._too_many()
+        return [Upload(_name(file.filename, place), file.file.read()) for place, file in enumerate(files, 1)], None
+
+    async def _of_json(self, body: bytearray) -> tuple[list[Upload], int | None]:
+        try:
+            asked = PredictIn.model_validate_json(bytes(body))
+        except ValidationError as error:
+            first = error.errors(include_url=False, include_context=False, include_input=False)[0]
+            place = ".".join(map(str, first["loc"]))
+            raise Refusal(422, "invalid", f"the JSON is not as it should be: {place or 'all of it'}: {printable(first['msg'])[:200]}") from None
+        if len(asked.images) > self._limits.max_images:
+            raise self._too_many()
+        return list(await asyncio.gather(*(self._of_item(item, place) for place, item in enumerate(asked.images, 1)))), asked.top_k
+
+    async def _of_item(self, item: ImageIn, place: int) -> Upload:
+        if (item.base64 is None) == (item.url is None):
+            raise Refusal(422, "invalid", f"images.{place - 1} must have either base64 or url")
+        if item.base64 is not None:
+            name = _name(item.name, place)
+            text = item.base64.partition(",")[2] if item.base64.startswith("data:") else item.base64
+            try:
+                return Upload(name, base64.b64decode(text, validate=True))
+            except (binascii.Error, ValueError) as error:
+                return Upload(name, error=f"not base64 ({error})")
+        return await self._fetched(item.name, str(item.url), place)
+
+    async def _fetched(self, given: str, url: str, place: int) -> Upload:
+        name = _name(given or file_name(url), place)
+        if self._web is None:
+            raise Refusal(403, "forbidden", "this server fetches no addresses (its owner may allow it: fetch.enabled=true)")
+        if not is_url(url):
+            return Upload(name, error="not an http:// or https:// address")
+        try:
+            return Upload(name, await asyncio.get_running_loop().run_in_executor(self._fetchers, self._web.image, url, self._max_image_bytes))
+        except UnreadableImage as error:
+            return Upload(name, error=error.reason)
+        except SourceError as error:
+            return Upload(name, error=error.fact)
+
+    def _too_many(self) -> Refusal:
+        return Refusal(413, "too_large", f"more than {self._limits.max_images} images in one request")
+
+
+def _name(given: str | None, place: int) -> str:
+    """The client's name for an image, for its eyes only: no folders, nothing that moves a terminal's cursor."""
+    last = (given or "").replace("\\", "/").rpartition("/")[2]
+    clean = printable(last.encode("utf-8", "replace").decode()).strip()[:_NAME_CHARACTERS]
+    return clean or f"image-{place}"

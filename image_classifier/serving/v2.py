@@ -1,0 +1,221 @@
+"""The V2 inference protocol (Open Inference Protocol) with Triton's binary tensors: pixels in, logits out, so that its clients work unchanged."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from fastapi import APIRouter, Request
+from fastapi.responses import JSONResponse, Response
+
+from image_classifier import __version__
+from image_classifier.errors import ClassifierError
+from image_classifier.serving.answers import Parts
+from image_classifier.serving.limits import Refusal
+from image_classifier.serving.process import Deadly, ModelHandle, QueueFull, TooLate
+
+_HEADER = "inference-header-content-length"
+_MOST_JSON = 16 * 2**20  # bytes of numbers written out; binary tensors have the limit of all bodies
+_EXTENSIONS = ["binary_tensor_data", "model_configuration"]
+
+
+@dataclass(frozen=True)
+class Asked:
+    """A request that was understood: pixels uint8 [N, 3, S, S] as bytes, and for each output whether it goes back as bytes."""
+
+    shape: list[int]
+    content: bytes
+    outputs: dict[str, bool]
+    id: str | None
+
+
+def make_router(parts: Parts) -> APIRouter:
+    """The routes under /v2."""
+    router = APIRouter(prefix="/v2", tags=["V2 inference protocol"])
+    _add_metadata(router, parts)
+
+    @router.get("/health/live", summary="Whether the server is alive")
+    async def live() -> Response:
+        return JSONResponse({"live": True})
+
+    @router.get("/health/ready", summary="Whether every model really answers")
+    async def ready() -> Response:
+        troubles = [await parts.models.trouble(served) for served in parts.models]
+        return JSONResponse({"ready": not any(troubles)}, 503 if any(troubles) else 200)
+
+    @router.get("/models/{name}/ready", summary="Whether a model really answers")
+    @router.get("/models/{name}/versions/{version}/ready", include_in_schema=False)
+    async def model_ready(name: str, version: str = "1") -> Response:
+        _handle(parts, name, version)
+        (served,) = (served for served in parts.models if served.order.name == name)
+        trouble = await parts.models.trouble(served)
+        return JSONResponse({"name": name, "ready": not trouble}, 503 if trouble else 200)
+
+    @router.post("/models/{name}/infer", summary="Pixels uint8 [N, 3, S, S] to logits [N, C] and embedding [N, D]", openapi_extra=_BODY)
+    @router.post("/models/{name}/versions/{version}/infer", include_in_schema=False)
+    async def infer(request: Request, name: str, version: str = "1") -> Response:
+        handle = _handle(parts, name, version)
+        body, length = bytes(request.state.body), request.headers.get(_HEADER)
+        asked = await asyncio.to_thread(_understood, body, length, handle.facts)
+        request.state.body.clear()
+        request.state.images = asked.shape[0]
+        head, content = await _answered(parts, handle, asked)
+        return _response(handle, asked, head["shapes"], content)
+
+    return router
+
+
+_TENSOR = {
+    "type": "object",
+    "required": ["name", "shape", "datatype"],
+    "properties": {
+        "name": {"const": "pixels"},
+        "shape": {"type": "array", "items": {"type": "integer"}},
+        "datatype": {"const": "UINT8"},
+        "data": {"type": "array"},
+        "parameters": {"type": "object"},
+    },
+}
+_REQUEST = {"type": "object", "required": ["inputs"], "properties": {"id": {"type": "string"}, "inputs": {"type": "array", "items": _TENSOR}}}
+_BODY = {"requestBody": {"required": True, "content": {"application/json": {"schema": _REQUEST}, "application/octet-stream": {}}}}
+
+
+def _add_metadata(router: APIRouter, parts: Parts) -> None:
+    @router.get("", summary="The server")
+    async def server() -> Response:
+        return JSONResponse({"name": "image_classifier", "version": __version__, "extensions": _EXTENSIONS})
+
+    @router.get("/models/{name}", summary="A model's tensors")
+    @router.get("/models/{name}/versions/{version}", include_in_schema=False)
+    async def metadata(name: str, version: str = "1") -> Response:
+        facts = _handle(parts, name, version).facts
+        side, classes = facts["image_size"], len(facts["classes"])
+        outputs = [{"name": "logits", "datatype": "FP32", "shape": [-1, classes]}]
+        if facts["embeddings"]:
+            outputs.append({"name": "embedding", "datatype": "FP32", "shape": [-1, -1]})
+        inputs = [{"name": "pixels", "datatype": "UINT8", "shape": [-1, 3, side, side]}]
+        own = {"classes": facts["classes"], "version": facts["version"]}
+        content = {"name": name, "versions": ["1"], "platform": facts["backend"], "inputs": inputs, "outputs": outputs, "parameters": own}
+        return JSONResponse(content)
+
+    @router.get("/models/{name}/config", summary="A model's configuration, as Triton tells it")
+    @router.get("/models/{name}/versions/{version}/config", include_in_schema=False)
+    async def config(name: str, version: str = "1") -> Response:
+        handle = _handle(parts, name, version)
+        side = handle.facts["image_size"]
+        inputs = [{"name": "pixels", "data_type": "TYPE_UINT8", "dims": [3, side, side]}]
+        outputs = [{"name": "logits", "data_type": "TYPE_FP32", "dims": [len(handle.facts["classes"])]}]
+        return JSONResponse({"name": name, "platform": handle.facts["backend"], "max_batch_size": _most(handle), "input": inputs, "output": outputs})
+
+
+def _handle(parts: Parts, name: str, version: str) -> ModelHandle:
+    if version != "1":
+        raise Refusal(404, "not_found", f"the model {name[:100]!r} has no version but 1")
+    return parts.models.get(name)
+
+
+def _most(handle: ModelHandle) -> int:
+    return int(handle.started.order["batch"]["max_images"])
+
+
+async def _answered(parts: Parts, handle: ModelHandle, asked: Asked) -> tuple[dict[str, Any], bytes]:
+    rows = asked.shape[0]
+    if rows > _most(handle):
+        raise Refusal(400, "bad_request", f"a batch of {rows} is more than the {_most(handle)} that this model takes")
+    message = {"do": "pixels", "shape": asked.shape, "embeddings": "embedding" in asked.outputs}
+    try:
+        with handle.room_for(rows):
+            return await handle.ask(message, asked.content, parts.limits.answer_s)
+    except QueueFull as error:
+        raise Refusal(503, "queue_full", str(error), error.after_s) from None
+    except TooLate as error:
+        raise Refusal(503, "too_late", str(error), 1.0) from None
+    except (ClassifierError, Deadly) as error:
+        raise Refusal(500, "model_failed", str(error)) from None
+
+
+def _understood(body: bytes, length: str | None, facts: Mapping[str, Any]) -> Asked:
+    """The request; Refusal with what is wrong about it. Nothing is made of a size that a client only says."""
+    start = len(body) if length is None else int(length) if length.isdecimal() and len(length) < 12 else -1
+    if not 0 <= start <= len(body):
+        raise _bad(f"{_HEADER} is {length!r}, the body has {len(body)} bytes")
+    if start > _MOST_JSON:
+        raise Refusal(413, "too_large", f"more than {_MOST_JSON} bytes of JSON: send the pixels as binary data")
+    try:
+        head = json.loads(body[:start])
+        if not isinstance(head, dict) or not isinstance(head.get("id", ""), str):
+            raise _bad("the body is no V2 request")
+        (tensor,) = head["inputs"]
+        shape = _shape(tensor, facts["image_size"])
+        return Asked(shape, _content(tensor, shape, body[start:]), _outputs(head, facts), head.get("id"))
+    except (KeyError, TypeError, ValueError, AttributeError, RecursionError, OverflowError) as error:
+        raise _bad(f"the body is no V2 request with the one input pixels ({type(error).__name__}: {error})") from None
+
+
+def _bad(message: str) -> Refusal:
+    return Refusal(400, "bad_request", message[:300])
+
+
+def _shape(tensor: Mapping[str, Any], side: int) -> list[int]:
+    if tensor["name"] != "pixels" or tensor["datatype"] != "UINT8":
+        raise _bad("the input must be named pixels and be UINT8: pixels from 0 to 255, as the page's and Triton's")
+    shape = tensor["shape"]
+    whole = isinstance(shape, list) and all(type(value) is int for value in shape)
+    if not whole or len(shape) != 4 or shape[1:] != [3, side, side] or shape[0] < 1:
+        raise _bad(f"pixels must have the shape [N, 3, {side}, {side}], not {shape}")
+    return list(shape)
+
+
+def _content(tensor: Mapping[str, Any], shape: Sequence[int], binary: bytes) -> bytes:
+    """The bytes of the pixels; numbers that are no whole ones from 0 to 255 are refused, never rounded."""
+    size = math.prod(shape)
+    told = (tensor.get("parameters") or {}).get("binary_data_size")
+    if told is not None:
+        if type(told) is not int or told != len(binary) or told != size:
+            raise _bad(f"pixels of the shape {list(shape)} are {size} bytes; binary_data_size says {told}, {len(binary)} came")
+        return binary
+    if binary:
+        raise _bad("binary data came, but pixels has no binary_data_size")
+    values = np.array(tensor["data"])
+    if values.size != size or values.dtype.kind not in "iu" or values.min() < 0 or values.max() > 255:
+        raise _bad(f"the data of pixels must be {size} whole numbers from 0 to 255")
+    return values.astype(np.uint8).tobytes()
+
+
+def _outputs(head: Mapping[str, Any], facts: Mapping[str, Any]) -> dict[str, bool]:
+    known = ["logits", "embedding"] if facts["embeddings"] else ["logits"]
+    always = bool((head.get("parameters") or {}).get("binary_data_output", False))
+    chosen = {}
+    for item in head.get("outputs") or [{"name": "logits"}]:
+        parameters = item.get("parameters") or {}
+        if item["name"] not in known or "classification" in parameters:
+            raise _bad(f"the model gives {' and '.join(known)}, and no classification of them")
+        chosen[str(item["name"])] = bool(parameters.get("binary_data", always))
+    return chosen
+
+
+def _response(handle: ModelHandle, asked: Asked, shapes: Sequence[Sequence[int]], content: bytes) -> Response:
+    tables, start = {}, 0
+    for name, shape in zip(("logits", "embedding"), shapes, strict=False):
+        end = start + 4 * math.prod(shape)
+        tables[name] = (list(shape), content[start:end])
+        start = end
+    outputs, tail = [], []
+    for name, binary in asked.outputs.items():
+        shape, values = tables[name]
+        described: dict[str, Any] = {"name": name, "datatype": "FP32", "shape": shape}
+        if binary:
+            tail.append(values)
+            outputs.append({**described, "parameters": {"binary_data_size": len(values)}})
+        else:
+            outputs.append({**described, "data": np.frombuffer(values, "<f4").tolist()})
+    head: dict[str, Any] = {"model_name": handle.name, "model_version": "1", "outputs": outputs}
+    words = json.dumps(head if asked.id is None else {**head, "id": asked.id}, allow_nan=False).encode()
+    if not tail:
+        return Response(words, media_type="application/json")
+    return Response(b"".join([words, *tail]), media_type="application/octet-stream", headers={_HEADER: str(len(words))})
