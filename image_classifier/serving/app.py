@@ -26,6 +26,7 @@ def make_app(parts: Parts) -> FastAPI:
     app.add_exception_handler(Refusal, _refused)
     app.add_exception_handler(HTTPException, _http)
     app.add_exception_handler(RequestValidationError, _invalid)
+    app.add_exception_handler(Exception, _failed)
     for router in (answers.make_router(parts), facts.make_cards(parts), facts.make_probes(parts), v2.make_router(parts)):
         app.include_router(router)
     app.mount("/page", StaticFiles(directory=PAGE, check_dir=False), name="page")
@@ -45,6 +46,10 @@ def _error(request: Request, refusal: Refusal) -> Response:
 async def _refused(request: Request, error: Exception) -> Response:
     assert isinstance(error, Refusal)
     return _error(request, error)
+
+
+async def _failed(request: Request, error: Exception) -> Response:
+    return _error(request, Refusal(500, "internal", "the server failed at this request; its log says why"))
 
 
 async def _http(request: Request, error: Exception) -> Response:

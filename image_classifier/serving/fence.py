@@ -85,6 +85,8 @@ class Fence:
             answer.status = 499
         except Exception:
             log.exception("the request %s failed", state["request_id"])
+            if answer.ended:
+                return None
             if answer.status:
                 raise  # the answer has begun: the connection must break
             await answer.refuse(Refusal(500, "internal", "the server failed at this request; its log says why"))
@@ -149,7 +151,7 @@ class _Answer:
 
     def __init__(self, send: Send, request_id: str, cors: list[tuple[bytes, bytes]], is_v2: bool) -> None:
         self._send, self._id, self._cors, self._is_v2 = send, request_id, cors, is_v2
-        self.status = 0
+        self.status, self.ended = 0, False
         self.cors_allowed = any(name == b"access-control-allow-origin" for name, _ in cors)
 
     async def __call__(self, event: Event) -> None:
@@ -160,6 +162,7 @@ class _Answer:
             stored = [] if b"cache-control" in own else [(b"cache-control", b"no-store")]
             event = {**event, "headers": [*event["headers"], *fixed, *stored, *self._cors, (b"x-request-id", self._id.encode())]}
         await self._send(event)
+        self.ended = event["type"] == "http.response.body" and not event.get("more_body", False)
 
     async def refuse(self, refusal: Refusal) -> None:
         """The one shape of errors."""

@@ -28,6 +28,7 @@ class RequestLimits:
         max_images: In one request.
         body_s: Seconds in which a body must arrive.
         headers_s: Seconds in which the head of a request must arrive, and that a connection may be idle before its first.
+        keep_alive_s: Seconds that a connection may be idle between two requests.
         answer_s: Seconds that an answer may take.
         max_memory: Bytes of all bodies that are held at once.
         max_connections: Open at once; more are closed as they come.
@@ -40,6 +41,7 @@ class RequestLimits:
     max_images: int = 64
     body_s: float = 60.0
     headers_s: float = 10.0
+    keep_alive_s: float = 75.0
     answer_s: float = 30.0
     max_memory: int = 512 * 2**20
     max_connections: int = 1000

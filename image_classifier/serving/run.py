@@ -183,14 +183,23 @@ async def _serve(asked: ServeSettings, access: Access, models: Models, listening
         timeout_graceful_shutdown=int(asked.drain_s + 0.5) or 1,
         **options,
     )
-    server = uvicorn.Server(config)
+
+    class Server(uvicorn.Server):
+        async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+            await super().startup(sockets)
+            _say(models, listening)
+
+        @contextmanager
+        def capture_signals(self) -> Iterator[None]:
+            yield  # `_signals` does, also while models are loaded and ended
+
+    server = Server(config)
     async with _running(models), asyncio.TaskGroup() as group:
         reloader = Reloader(models, asked.reload_s)
         looking = group.create_task(reloader.run())
         asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, reloader.now.set)
         ending = group.create_task(_end(server, ended))
-        _say(asked, models, listening)
-        await server._serve([listening])
+        await server.serve([listening])
         ended.set()
         for task in (looking, ending):
             task.cancel()
@@ -219,7 +228,7 @@ def _gauges(models: Models) -> Iterator[tuple[str, dict[str, float]]]:
         yield served.order.name, state
 
 
-def _say(asked: ServeSettings, models: Models, listening: socket.socket) -> None:
+def _say(models: Models, listening: socket.socket) -> None:
     host, port = listening.getsockname()[:2]
     for served in models:
         facts = served.handle.facts

@@ -1,0 +1,158 @@
+"""Dynamic batching: each gets its own rows back, whatever was run together with them, and no batch is longer than it may be."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Iterator
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from image_classifier.errors import ConfigError
+from image_classifier.serving.batches import Batches, BatchSettings, Outcome, Work
+
+
+def rows(value: int, count: int = 1) -> np.ndarray:
+    return np.full((count, 3, 2, 2), value, np.uint8)
+
+
+class Model:
+    """Answers the value of each row, as slowly as it is told, and remembers how many rows came at once."""
+
+    def __init__(self) -> None:
+        self.sizes: list[int] = []
+        self.open = threading.Event()
+        self.open.set()
+        self.row_s = 0.0
+
+    def run(self, pixels: np.ndarray, embeddings: bool) -> tuple[np.ndarray, np.ndarray | None]:
+        self.sizes.append(len(pixels))
+        self.open.wait()
+        time.sleep(self.row_s * len(pixels))
+        if pixels.max() == 255:
+            raise ValueError("a row that cannot be")
+        found = pixels[:, 0, 0, 0].astype(np.float32)[:, None]
+        return found, 2 * found if embeddings else None
+
+
+@pytest.fixture
+def model() -> Model:
+    return Model()
+
+
+@pytest.fixture
+def make(model: Model) -> Iterator[Callable[..., Batches]]:
+    made: list[Batches] = []
+
+    def start(**asked: float) -> Batches:
+        made.append(Batches(model.run, BatchSettings(**asked)))  # type: ignore[arg-type]
+        return made[-1]
+
+    yield start
+    model.open.set()
+    for batches in made:
+        batches.stop()
+
+
+class Answers(list):  # type: ignore[type-arg]
+    """Outcomes, in the order in which they came."""
+
+    def of(self, count: int) -> Answers:
+        end = time.monotonic() + 30
+        while len(self) < count:
+            assert time.monotonic() < end, "no answer"
+            time.sleep(0.001)
+        return self
+
+
+@given(st.lists(st.integers(1, 7), min_size=1, max_size=40), st.integers(1, 16))
+def test_each_gets_its_own_rows(counts: list[int], most: int) -> None:
+    model, answers = Model(), Answers()
+    batches = Batches(model.run, BatchSettings(max_images=most))
+    try:
+        for value, count in enumerate(counts):
+            batches.put(Work(rows(value, count), lambda found, value=value: answers.append((value, found)), value % 2 == 0))
+        for value, found in answers.of(len(counts)):
+            np.testing.assert_array_equal(found.logits, np.full((counts[value], 1), value))
+            assert value % 2 or (found.embeddings == 2 * value).all()
+        assert [value for value, _ in answers] == list(range(len(counts)))
+        assert sum(model.sizes) == sum(counts) and all(size <= max(most, max(counts)) for size in model.sizes)
+    finally:
+        batches.stop()
+
+
+def held(model: Model, batches: Batches, answers: Answers) -> None:
+    """Let the model be busy with one row, so that what comes next waits."""
+    model.open.clear()
+    batches.put(Work(rows(100), answers.append))
+    while not model.sizes:
+        time.sleep(0.001)
+
+
+def test_what_waits_is_run_together(model: Model, make: Callable[..., Batches]) -> None:
+    batches, answers = make(max_images=8), Answers()
+    held(model, batches, answers)
+    for value in range(11):
+        batches.put(Work(rows(value), answers.append))
+    model.open.set()
+    assert [found.batch for found in answers.of(12)] == [1] + [8] * 8 + [3] * 3
+    assert model.sizes == [1, 8, 3]
+
+
+def test_a_batch_is_no_longer_than_its_time(model: Model, make: Callable[..., Batches]) -> None:
+    model.row_s = 0.02
+    batches, answers = make(max_images=32, max_ms=90), Answers()
+    for value in range(60):
+        batches.put(Work(rows(value), answers.append))
+    answers.of(60)
+    assert max(model.sizes[1:]) <= 5  # the first one was run before anything was known
+
+
+def test_urgent_comes_first_and_idle_last(model: Model, make: Callable[..., Batches]) -> None:
+    batches, answers = make(max_images=1), Answers()
+    held(model, batches, answers)
+    for value, when in ((1, "idle"), (2, "next"), (3, "urgent"), (4, "next"), (5, "urgent")):
+        batches.put(Work(rows(value), answers.append), when)
+    model.open.set()
+    assert [int(found.logits[0, 0]) for found in answers.of(6)] == [100, 3, 5, 2, 4, 1]
+
+
+def test_what_nobody_waits_for_is_not_run(model: Model, make: Callable[..., Batches]) -> None:
+    batches, answers = make(), Answers()
+    held(model, batches, answers)
+    batches.put(Work(rows(1), answers.append, wanted=lambda: False))
+    batches.put(Work(rows(2), answers.append))
+    model.open.set()
+    assert [int(found.logits[0, 0]) for found in answers.of(2)] == [100, 2] and model.sizes == [1, 1]
+
+
+def test_an_error_reaches_all_of_its_batch_and_no_other(model: Model, make: Callable[..., Batches]) -> None:
+    batches, answers = make(max_images=2), Answers()
+    held(model, batches, answers)
+    for value in (255, 1, 2, 3):
+        batches.put(Work(rows(value), answers.append))
+    model.open.set()
+    found: list[Outcome] = answers.of(5)
+    assert [str(one.error or "") for one in found] == ["", *["a row that cannot be"] * 2, "", ""]
+
+
+def test_it_waits_a_little_for_images_that_are_being_decoded(model: Model, make: Callable[..., Batches]) -> None:
+    batches, answers = make(wait_ms=1000), Answers()
+    batches.coming(2)
+    batches.put(Work(rows(1), answers.append))
+    batches.coming(-1)
+    time.sleep(0.05)
+    assert model.sizes == []
+    batches.put(Work(rows(2), answers.append))
+    batches.coming(-1)
+    answers.of(2)
+    assert model.sizes == [2]
+
+
+@pytest.mark.parametrize("wrong", [{"max_images": 0}, {"max_ms": 0}, {"wait_ms": -1}, {"max_images": 10**6}, {"wait_ms": float("nan")}])
+def test_settings_that_cannot_be(wrong: dict[str, float]) -> None:
+    with pytest.raises(ConfigError):
+        BatchSettings(**wrong)  # type: ignore[arg-type]
