@@ -227,6 +227,39 @@ def load_pyfunc(directory: Path) -> Any:
         return mlflow.pyfunc.load_model(str(directory))
 
 
+def registered_version(tracking_uri: str, name: str, alias: str) -> tuple[str, str]:
+    """The version of a registered model that an alias points to, and where its files lie.
+
+    Raises:
+        ConfigError: The store does not answer, or knows no such model.
+    """
+    _be_quick()
+    from mlflow.exceptions import MlflowException
+    from mlflow.tracking import MlflowClient
+
+    try:
+        with _alone(tracking_uri):
+            client = MlflowClient(tracking_uri=_absolute(tracking_uri), registry_uri=_absolute(tracking_uri))
+            found = client.get_model_version(name, alias) if alias.isdecimal() else client.get_model_version_by_alias(name, alias)
+            return str(found.version), str(client.get_model_version_download_uri(name, found.version))
+    except MlflowException as error:
+        raise ConfigError(
+            f"MLflow at {tracking_uri} has no {name}@{alias} ({_one_line(error)})", "check tracking_uri, or promote a bundle"
+        ) from error
+
+
+def download(tracking_uri: str, source: str, directory: Path) -> Path:
+    """Fetch what lies there into a folder; where it is now. ConfigError where it cannot be had."""
+    _be_quick()
+    import mlflow
+    from mlflow.exceptions import MlflowException
+
+    try:
+        return Path(mlflow.artifacts.download_artifacts(artifact_uri=source, dst_path=str(directory), tracking_uri=_absolute(tracking_uri)))
+    except (MlflowException, OSError) as error:
+        raise ConfigError(f"MLflow at {tracking_uri} does not give {source} ({_one_line(error)})", "check that its artifacts can be read") from error
+
+
 def register(tracking_uri: str, directory: Path, name: str, alias: str, tags: Mapping[str, str], metrics: Mapping[str, float]) -> str:
     """Log the model of MLflow in `directory` to a run of its own, as a new version of `name`; the alias points to it. The version.
 

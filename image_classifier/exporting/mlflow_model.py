@@ -17,7 +17,7 @@ from image_classifier.tracking import load_pyfunc, save_pyfunc
 
 NAME = "mlflow"
 REQUIREMENTS = ("numpy", "pillow", "onnxruntime", "rich")  # all that inference with ONNX imports; a test looks
-_KEPT = (INFO_NAME, "model.onnx", "ood.npz", "MODEL_CARD.md")
+_KEPT = (INFO_NAME, "model.onnx", "ood.npz", "golden.npz", "MODEL_CARD.md")
 
 
 def export_mlflow(reference: Reference, directory: Path) -> dict[str, Any]:

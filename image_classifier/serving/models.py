@@ -5,14 +5,14 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 
 from image_classifier.errors import ClassifierError
 from image_classifier.serving.limits import Refusal
 from image_classifier.serving.order import Order, version_of
+from image_classifier.serving.places import Place
 from image_classifier.serving.process import Deadly, ModelHandle, Started, TooLate
 
 log = logging.getLogger(__name__)
@@ -108,11 +108,12 @@ class Models:
 
 
 class Reloader:
-    """Looks now and then whether a model was replaced on disk, and serves the new version."""
+    """Looks now and then whether a model was replaced, on disk or by an alias of the registry, and serves the new version."""
 
-    def __init__(self, models: Models, every_s: float) -> None:
-        self._models, self._every_s = models, every_s
+    def __init__(self, models: Models, places: Mapping[str, Place], every_s: float) -> None:
+        self._models, self._places, self._every_s = models, places, every_s
         self._refused: dict[str, str] = {}
+        self._said: dict[str, str] = {}
         self.now = asyncio.Event()
 
     async def run(self) -> None:
@@ -125,15 +126,22 @@ class Reloader:
                 await self._look(served)
 
     async def _look(self, served: Served) -> None:
-        name = served.order.name
+        name, current = served.order.name, served.handle.facts["version"]
         try:
-            version = await asyncio.to_thread(version_of, Path(served.order.path))
-            if version in (served.handle.facts["version"], self._refused.get(name)):
+            path = await asyncio.to_thread(self._places[name].find)
+            version = await asyncio.to_thread(version_of, path)
+            if version in (current, self._refused.get(name)):
                 return
-            await self._models.reload(name, replace(served.order))
-            self._refused.pop(name, None)
+            try:
+                await self._models.reload(name, replace(served.order, path=str(path)))
+            except ClassifierError:
+                if await asyncio.to_thread(version_of, path) == version:  # else it is still being written, and looked at again
+                    self._refused[name] = version
+                raise
         except (ClassifierError, OSError) as error:
-            text = str(error)
-            if not isinstance(error, OSError):  # a bundle that is being written is looked at again
-                self._refused[name] = version
-            log.error("the model %s stays at version %s: %s", name, served.handle.facts["version"], text)
+            if self._said.get(name) != str(error):
+                log.error("the model %s stays at version %s: %s", name, current, error)
+            self._said[name] = str(error)
+        else:
+            self._refused.pop(name, None)
+            self._said.pop(name, None)

@@ -75,7 +75,7 @@ class Model:
         version = version_of(path)
         found = load_predictor(path, order.backend, 1, order.trusted, order.limits, order.decision, order.server)
         bundle = read_bundle(path) if path.is_dir() else None
-        golden = Golden.of(bundle) if bundle is not None and "golden.npz" in bundle.info.files else None
+        golden = Golden.of(bundle) if bundle is not None and (path / "golden.npz").is_file() else None
         return cls(order, replace(found, threshold=order.threshold), version, bundle, golden)
 
     @property

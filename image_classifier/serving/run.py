@@ -7,7 +7,7 @@ import contextlib
 import logging
 import signal
 import socket
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Iterator, Mapping
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,12 +18,12 @@ from image_classifier.errors import ConfigError
 from image_classifier.evaluation.decision import DecisionSettings
 from image_classifier.images import DecodeLimits
 from image_classifier.inference.backends import NAMES, ServerAt
-from image_classifier.inference.load import pulled_checkpoint
 from image_classifier.inference.urls import UrlLimits, Web
 from image_classifier.serving.access import Access, AccessSettings, is_loopback
 from image_classifier.serving.batches import BatchSettings
 from image_classifier.serving.limits import Bodies, RequestLimits
 from image_classifier.serving.order import Order, served_name
+from image_classifier.serving.places import Place, place_of
 from image_classifier.serving.process import Started
 
 if TYPE_CHECKING:
@@ -66,6 +66,7 @@ class ServeSettings:
     hang_s: float = 60.0
     drain_s: float = 30.0
     request_log: bool = True
+    tracking_uri: str = "sqlite:///mlflow.db"
     models_dir: str = "models"
     dvc: bool | None = None
     trusted_packages: list[str] = field(default_factory=list)
@@ -100,25 +101,28 @@ def serve(config: Any) -> None:
         log.warning("everyone who can reach %s may ask: access.keys_file=FILE asks for a key", asked.host)
     with contextlib.ExitStack() as stack:
         listening = stack.enter_context(_listening(asked.host, asked.port))
-        started = [(order, Started(order.as_dict())) for order in _orders(asked)]  # they load while the server is imported
+        places = _places(asked)
+        orders = [asked.order(name, place.find()) for name, place in places.items()]
+        started = [(order, Started(order.as_dict())) for order in orders]  # they load while the server is imported
         for _, process in started:
             stack.callback(process.kill)
         from image_classifier.serving.models import Models
 
         models = Models(started, asked.queue, asked.hang_s, asked.canary_s)
         with _signals() as ended:
-            asyncio.run(_serve(asked, access, models, listening, ended))
+            asyncio.run(_serve(asked, access, models, places, listening, ended))
 
 
-def _orders(asked: ServeSettings) -> list[Order]:
-    orders: dict[str, Order] = {}
+def _places(asked: ServeSettings) -> dict[str, Place]:
+    """Where each model comes from, under the name by which requests ask for it."""
+    places: dict[str, Place] = {}
     for given, where in [("", asked.checkpoint_name), *asked.models.items()]:
-        path = pulled_checkpoint(where, Path(asked.models_dir), asked.dvc)
-        name = served_name(given or path.stem if path.is_file() else given or path.name)
-        if name in orders:
+        place = place_of(where, Path(asked.models_dir), asked.dvc, asked.tracking_uri)
+        name = served_name(given or place.name)
+        if name in places:
             raise ConfigError(f"two models would be served as {name!r}", "give the other its own name: models.NAME=CHECKPOINT")
-        orders[name] = asked.order(name, path)
-    return list(orders.values())
+        places[name] = place
+    return places
 
 
 @contextmanager
@@ -150,7 +154,9 @@ def _signals() -> Iterator[asyncio.Event]:
             signal.signal(number, handler)
 
 
-async def _serve(asked: ServeSettings, access: Access, models: Models, listening: socket.socket, ended: asyncio.Event) -> None:
+async def _serve(
+    asked: ServeSettings, access: Access, models: Models, places: Mapping[str, Place], listening: socket.socket, ended: asyncio.Event
+) -> None:
     import uvicorn
 
     from image_classifier.serving import protocol
@@ -195,7 +201,7 @@ async def _serve(asked: ServeSettings, access: Access, models: Models, listening
 
     server = Server(config)
     async with _running(models), asyncio.TaskGroup() as group:
-        reloader = Reloader(models, asked.reload_s)
+        reloader = Reloader(models, places, asked.reload_s)
         looking = group.create_task(reloader.run())
         asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, reloader.now.set)
         ending = group.create_task(_end(server, ended))

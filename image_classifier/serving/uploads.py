@@ -21,7 +21,7 @@ _NAME_CHARACTERS = 200
 _FETCHES = 8  # at once, of all requests
 
 
-class ImageIn(BaseModel):
+class ImageAsked(BaseModel):
     """One image of a JSON request: its bytes as base64 (also as a data: URL), or where it lies."""
 
     model_config = ConfigDict(extra="forbid")
@@ -30,11 +30,11 @@ class ImageIn(BaseModel):
     url: Annotated[str | None, Field(max_length=4000)] = None
 
 
-class PredictIn(BaseModel):
+class PredictRequest(BaseModel):
     """A JSON request."""
 
     model_config = ConfigDict(extra="forbid", json_schema_extra={"examples": [{"images": [{"name": "cat.jpg", "base64": "/9j/4AAQ…"}], "top_k": 3}]})
-    images: Annotated[list[ImageIn], Field(min_length=1)]
+    images: Annotated[list[ImageAsked], Field(min_length=1)]
     top_k: Annotated[int | None, Field(ge=1)] = None
 
 
@@ -98,7 +98,7 @@ class Uploads:
 
     async def _of_json(self, body: bytearray) -> tuple[list[Upload], int | None]:
         try:
-            asked = PredictIn.model_validate_json(bytes(body))
+            asked = PredictRequest.model_validate_json(bytes(body))
         except ValidationError as error:
             first = error.errors(include_url=False, include_context=False, include_input=False)[0]
             place = ".".join(map(str, first["loc"]))
@@ -107,7 +107,7 @@ class Uploads:
             raise self._too_many()
         return list(await asyncio.gather(*(self._of_item(item, place) for place, item in enumerate(asked.images, 1)))), asked.top_k
 
-    async def _of_item(self, item: ImageIn, place: int) -> Upload:
+    async def _of_item(self, item: ImageAsked, place: int) -> Upload:
         if (item.base64 is None) == (item.url is None):
             raise Refusal(422, "invalid", f"images.{place - 1} must have either base64 or url")
         if item.base64 is not None:
