@@ -1,0 +1,69 @@
+// A heat map over a picture: the values are made smooth first and coloured then, so that no colour lies between two others by accident.
+import { h } from "./dom.js";
+import { t } from "./words.js";
+
+const LONGEST_SIDE = 320;
+// Inferno, its lightness rises evenly: read alike in every colour vision, and in grey. The reports use it too.
+const STOPS = [[0, 0, 4], [27, 12, 65], [74, 12, 107], [120, 28, 109], [165, 44, 96], [207, 68, 70], [237, 105, 37], [251, 155, 6], [247, 209, 61], [252, 255, 164]];
+
+function colour(value) {
+  const place = Math.min(Math.max(value, 0), 1) * (STOPS.length - 1);
+  const low = Math.min(Math.floor(place), STOPS.length - 2);
+  return STOPS[low].map((part, channel) => part + (place - low) * (STOPS[low + 1][channel] - part));
+}
+
+/** The value at a place between the cells, bilinear over the cells that are known; null in the middle of one that is not. */
+function between(rows, up, across) {
+  const clamp = (value, most) => Math.min(Math.max(value, 0), most);
+  const [height, width] = [rows.length, rows[0].length];
+  if (rows[clamp(Math.round(up), height - 1)][clamp(Math.round(across), width - 1)] === null) return null;
+  const [top, left] = [Math.floor(up), Math.floor(across)];
+  let [sum, weight] = [0, 0];
+  for (const [row, down] of [[top, 1 - up + top], [top + 1, up - top]]) {
+    for (const [column, right] of [[left, 1 - across + left], [left + 1, across - left]]) {
+      const value = rows[clamp(row, height - 1)][clamp(column, width - 1)];
+      if (value === null) continue;
+      sum += value * down * right;
+      weight += down * right;
+    }
+  }
+  return weight ? sum / weight : null;
+}
+
+/** Paint rows of 0..1 or null on a canvas that lies over a picture of this shape. */
+export function paint(canvas, rows, aspect) {
+  canvas.width = Math.round(aspect >= 1 ? LONGEST_SIDE : LONGEST_SIDE * aspect) || 1;
+  canvas.height = Math.round(aspect >= 1 ? LONGEST_SIDE / aspect : LONGEST_SIDE) || 1;
+  const context = canvas.getContext("2d");
+  const picture = context.createImageData(canvas.width, canvas.height);
+  for (let y = 0, place = 0; y < canvas.height; y += 1) {
+    const up = ((y + 0.5) / canvas.height) * rows.length - 0.5;
+    for (let x = 0; x < canvas.width; x += 1, place += 4) {
+      const value = between(rows, up, ((x + 0.5) / canvas.width) * rows[0].length - 0.5);
+      picture.data.set(value === null ? [255, 255, 255, 178] : [...colour(value), 30 + 190 * value ** 0.7], place);
+    }
+  }
+  context.putImageData(picture, 0, 0);
+}
+
+/** Where the most is, as one of nine places of the picture. */
+export function placeOfMost(rows) {
+  let most = [-1, 0, 0];
+  rows.forEach((row, y) => row.forEach((value, x) => { if (value !== null && value > most[0]) most = [value, y, x]; }));
+  const third = (place, all) => Math.min(2, Math.floor((3 * (place + 0.5)) / all));
+  return 3 * third(most[1], rows.length) + third(most[2], rows[0].length);
+}
+
+export const isEmpty = (rows) => rows.every((row) => row.every((value) => !value));
+export const hasUnseen = (rows) => rows.some((row) => row.some((value) => value === null));
+
+/** Lay the map over the frame of a picture, or take it away (rows null). */
+export function overlay(frame, rows, { name, className, aspect }) {
+  frame.querySelector("canvas")?.remove();
+  frame.classList.toggle("heated", Boolean(rows));
+  if (!rows) return;
+  const words = isEmpty(rows) ? t("heat_empty") : t("heat_alt", { name, class: className, place: t(`place_${placeOfMost(rows)}`) });
+  const canvas = h("canvas", { role: "img", "aria-label": words });
+  paint(canvas, rows, aspect);
+  frame.append(canvas);
+}

@@ -1,0 +1,148 @@
+// Entries to the server, a few at a time: the first answers come soon, and a busy server is not flooded.
+import { ApiError, explain, predict } from "./api.js";
+import { obstacle } from "./pictures.js";
+
+const IN_FLIGHT = 2;
+const MOST_IMAGES = 8;
+const MOST_BYTES = 8 * 2 ** 20;
+
+export class Sender {
+  #waiting = [];
+  #flying = 0;
+  #stop = new AbortController();
+
+  /** `changed(entry)` is called whenever an entry has another state. */
+  constructor(changed) {
+    this.changed = changed;
+    this.answered = this.total = 0;
+  }
+
+  get busy() {
+    return this.answered < this.total;
+  }
+
+  /** `model` is a promise of what `GET /model` says. */
+  send(entries, model) {
+    if (!this.busy) this.answered = this.total = 0;
+    this.total += entries.length;
+    for (const entry of entries) Object.assign(entry, { state: "waiting", error: null, model });
+    this.#waiting.push(...entries);
+    this.#fly();
+  }
+
+  cancel() {
+    const waiting = this.#waiting.splice(0);
+    this.#stop.abort();
+    this.#stop = new AbortController();
+    for (const entry of waiting) this.#settle(entry, { words: ["cancelled"], again: true });
+  }
+
+  async #fly() {
+    while (this.#flying < IN_FLIGHT && this.#waiting.length) {
+      this.#flying += 1;
+      this.#one(this.#waiting[0].model, this.#stop.signal).finally(() => {
+        this.#flying -= 1;
+        this.#fly();
+      });
+      await null; // the batch is taken before the next one looks
+    }
+  }
+
+  async #one(model, signal) {
+    const first = this.#waiting.shift(); // taken at once, before anything is waited for
+    let batch = [first];
+    try {
+      const info = await Promise.race([model, abortion(signal)]);
+      const { limits, name, classes } = info;
+      batch.push(...this.#fellows(first, limits));
+      for (const entry of batch) entry.info = info;
+      batch = await this.#readable(batch, limits);
+      if (batch.length) await this.#ask(batch, { model: name, top_k: classes.length }, signal);
+    } catch (error) {
+      for (const entry of batch) this.#settle(entry, failure(error));
+    }
+  }
+
+  /** What flies along: of the same model and kind, within the limits; the first flight is small. */
+  #fellows(first, limits) {
+    const most = Math.min(limits.max_images, this.answered || this.#flying > 1 ? MOST_IMAGES : MOST_IMAGES / 2);
+    const budget = Math.min(MOST_BYTES, limits.max_bytes);
+    const fellows = [];
+    let size = first.size;
+    while (fellows.length + 1 < most && this.#waiting.length) {
+      const next = this.#waiting[0];
+      size += next.size;
+      if (next.model !== first.model || Boolean(next.url) !== Boolean(first.url) || size > budget) break;
+      fellows.push(this.#waiting.shift());
+    }
+    return fellows;
+  }
+
+  async #readable(batch, limits) {
+    const readable = [];
+    for (const entry of batch) {
+      const words = entry.url || entry.removed ? null : await obstacle(entry.file, limits);
+      if (words || entry.removed) this.#settle(entry, { words });
+      else readable.push(entry);
+    }
+    return readable;
+  }
+
+  async #ask(batch, query, signal) {
+    for (const entry of batch) {
+      entry.state = "sending";
+      this.changed(entry);
+    }
+    try {
+      const answer = await predict(batch, query, signal);
+      if (!(answer.predictions?.length === batch.length)) throw new ApiError("other");
+      batch.forEach((entry, place) => this.#answer(entry, answer.predictions[place], answer));
+    } catch (error) {
+      const alone = ["too_large", "bad_request", "unreadable", "unsupported_media_type"].includes(error.code) && batch.length > 1;
+      if (!alone) throw error;
+      for (const entry of batch) { // one of them spoils it for all
+        await this.#ask([entry], query, signal).catch((cause) => this.#settle(entry, failure(cause)));
+      }
+    }
+  }
+
+  #answer(entry, prediction, { model, model_version: version }) {
+    if (entry.state === "done" || entry.state === "error") return;
+    Object.assign(entry, { modelName: model, version });
+    if (prediction.error) this.#settle(entry, { text: prediction.error });
+    else {
+      Object.assign(entry, { state: "done", answer: prediction, bars: Object.entries(prediction.all_predictions) });
+      this.answered += 1;
+      this.changed(entry);
+    }
+  }
+
+  #settle(entry, error) {
+    if (entry.state === "done" || entry.state === "error") return;
+    Object.assign(entry, { state: "error", error });
+    this.answered += 1;
+    this.changed(entry);
+  }
+}
+
+const abortion = (signal) => new Promise((_, reject) => {
+  signal.addEventListener("abort", () => reject(signal.reason), { once: true });
+});
+
+/** An error as a card shows it: words of the dictionary, the server's own line, and whether trying again may help. */
+function failure(error) {
+  if (error.name === "AbortError") return { words: ["cancelled"], again: true };
+  if (error.code === "unauthorized") return { words: ["no_key"], again: true };
+  if (!(error instanceof ApiError)) return { words: ["e_other"], text: error.message, again: true };
+  return { words: [wordOf(error)], text: error.code === "network" ? "" : error.message, again: !["unreadable", "too_large", "unsupported_media_type"].includes(error.code) };
+}
+
+const KNOWN = ["network", "bad_request", "forbidden", "not_found", "timeout", "too_large", "unsupported_media_type", "unreadable", "rate_limited", "queue_full",
+  "not_ready", "stopping"];
+export const wordOf = (error) => `e_${KNOWN.includes(error.code) ? error.code : "other"}`;
+
+/** What speaks for a class; rows of numbers, null where the model does not look. */
+export async function heatOf(entry, className) {
+  const answer = await explain(entry, { model: entry.modelName, class: className });
+  return answer.heat;
+}

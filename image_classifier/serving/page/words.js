@@ -1,0 +1,72 @@
+// The page's language: which one it is, its words, and its way to write numbers.
+import { DICTIONARY } from "./dictionary.js";
+
+const LANGUAGES = ["en", "ru"];
+const REMEMBERED = "image-classifier-language";
+const changed = new EventTarget();
+
+let language = remembered() ?? (navigator.languages ?? [navigator.language]).map((tag) => tag.slice(0, 2)).find((tag) => LANGUAGES.includes(tag)) ?? "en";
+
+function remembered() {
+  try {
+    const kept = localStorage.getItem(REMEMBERED);
+    return LANGUAGES.includes(kept) ? kept : null;
+  } catch {
+    return null; // a browser that keeps nothing for pages
+  }
+}
+
+export const languageNow = () => language;
+
+export function speak(tag) {
+  language = tag;
+  try {
+    localStorage.setItem(REMEMBERED, tag);
+  } catch { /* then it is forgotten with the tab */ }
+  writePage();
+  changed.dispatchEvent(new Event("change"));
+}
+
+export const onLanguage = (listener) => changed.addEventListener("change", listener);
+
+/** The word for `key`, its {holes} filled; `n` chooses the plural form. */
+export function t(key, holes = {}) {
+  const entry = DICTIONARY[key][LANGUAGES.indexOf(language)];
+  const text = typeof entry === "string" ? entry : entry[formOf(holes.n)];
+  return text.replace(/\{(\w+)\}/g, (hole, name) => (name in holes ? written(holes[name]) : hole));
+}
+
+function formOf(n) {
+  const form = new Intl.PluralRules(language).select(n);
+  return form === "one" ? 0 : language === "ru" && form === "many" ? 2 : 1;
+}
+
+const written = (value) => (typeof value === "number" ? number(value) : String(value));
+
+export const number = (value, digits = 0) => new Intl.NumberFormat(language, { maximumFractionDigits: digits }).format(value);
+
+/** A share as a person reads it. Never 100 % or 0 % for what is not. */
+export function percent(share) {
+  const format = (value, digits = 1) => new Intl.NumberFormat(language, { style: "percent", minimumFractionDigits: digits, maximumFractionDigits: digits }).format(value);
+  if (share === 1 || share === 0) return format(share, 0);
+  if (share > 0.9995 - 1e-12) return `>\u202f${format(0.999)}`;
+  if (share < 0.0005) return `<\u202f${format(0.001)}`;
+  return format(share);
+}
+
+export function bytes(size) {
+  const mega = size / 2 ** 20;
+  const unit = (value, name) => new Intl.NumberFormat(language, { style: "unit", unit: name, maximumFractionDigits: value < 10 ? 1 : 0 }).format(value);
+  return mega >= 1 ? unit(mega, "megabyte") : unit(Math.max(size / 2 ** 10, 0.1), "kilobyte");
+}
+
+export const moment = (when) => new Intl.DateTimeFormat(language, { dateStyle: "medium" }).format(when);
+
+/** All that stands in index.html itself. */
+export function writePage() {
+  document.documentElement.lang = language;
+  document.title = t("page");
+  for (const element of document.querySelectorAll("[data-word]")) element.textContent = t(element.dataset.word);
+  for (const element of document.querySelectorAll("[data-label]")) element.setAttribute("aria-label", t(element.dataset.label));
+  for (const button of document.querySelectorAll("[data-language]")) button.setAttribute("aria-pressed", String(button.dataset.language === language));
+}
