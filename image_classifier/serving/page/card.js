@@ -106,8 +106,8 @@ function bars(entry, actions) {
   const all = entry.bars;
   const list = entry.expanded ? all : all.slice(0, FEW);
   const row = ([name, share]) => {
-    const inside = [foreign(name), h("i", {}, h("s", { data: { share } })), h("span", { textContent: percent(share) })];
-    inside[1].firstChild.style.width = `${100 * share}%`;
+    const inside = [foreign(name), h("span", { textContent: percent(share) }), h("i", {}, h("s"))];
+    inside[2].firstChild.style.width = `${100 * share}%`;
     if (!entry.explainable) return h("li", {}, h("div", { className: "bar" }, ...inside));
     return h("li", {}, h("button", { type: "button", className: "bar", "aria-pressed": String(entry.explained === name), data: { key: `bar ${name}` },
       "aria-label": t("bar_label", { class: name, percent: percent(share) }), onclick: () => actions.explain(entry, name) }, ...inside));

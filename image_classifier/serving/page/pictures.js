@@ -1,5 +1,6 @@
 // Files before they are sent: what cannot be answered is said here; and their small previews, made one at a time when they come into view.
-import { bytes, t } from "./words.js";
+import { icon } from "./dom.js";
+import { differing, t } from "./words.js";
 
 const LONGEST_SIDE = 640; // of a preview: sharp on a telephone, some 50 kB each
 const UNREAD = [ // what people have that servers do not read: [name, offset, bytes]
@@ -25,7 +26,7 @@ export async function obstacle(file, limits) {
   const known = (table) => table.find(([, offset, mark]) => start.startsWith(mark, offset))?.[0];
   const format = known(READ) ?? known(UNREAD);
   if (format && limits.formats.length && !limits.formats.includes(format)) return ["wrong_format", { format, formats: limits.formats.join(", ") }];
-  if (file.size > limits.max_bytes) return ["too_large", { size: bytes(file.size), limit: bytes(limits.max_bytes) }];
+  if (file.size > limits.max_bytes) return ["too_large", differing(file.size, limits.max_bytes)];
   return null; // what it is besides, the server says
 }
 
@@ -62,17 +63,17 @@ export function frameOf(entry) {
   };
   if (entry.preview) draw(entry, frame);
   else if (entry.file) watcher.observe(frame);
-  else missing(frame);
+  else missing(frame, Boolean(entry.url));
   return frame;
 }
 
-function missing(frame) {
+function missing(frame, linked = false) {
   const note = document.createElement("span");
   note.className = "small soft";
   note.dataset.word = "no_preview";
   note.textContent = t("no_preview");
   frame.classList.add("missing");
-  frame.replaceChildren(note);
+  frame.replaceChildren(icon(linked ? "link" : "picture"), note);
 }
 
 function draw(entry, frame) {

@@ -54,10 +54,15 @@ export function percent(share) {
   return format(share);
 }
 
-export function bytes(size) {
-  const mega = size / 2 ** 20;
-  const unit = (value, name) => new Intl.NumberFormat(language, { style: "unit", unit: name, maximumFractionDigits: value < 10 ? 1 : 0 }).format(value);
-  return mega >= 1 ? unit(mega, "megabyte") : unit(Math.max(size / 2 ** 10, 0.1), "kilobyte");
+export function bytes(size, digits = size < 10 * 2 ** 20 ? 1 : 0) {
+  const [value, unit] = size >= 2 ** 20 ? [size / 2 ** 20, "megabyte"] : [Math.max(size / 2 ** 10, 0.1), "kilobyte"];
+  return new Intl.NumberFormat(language, { style: "unit", unit, maximumFractionDigits: digits }).format(value).replace(/\s/g, "\u00a0");
+}
+
+/** A size above its limit, both with as many digits as it takes to see that. */
+export function differing(size, limit) {
+  const digits = [0, 1, 2, 3, 4, 5, 6].find((some) => bytes(size, some) !== bytes(limit, some)) ?? 7;
+  return { size: bytes(size, digits), limit: bytes(limit, digits) };
 }
 
 export const moment = (when) => new Intl.DateTimeFormat(language, { dateStyle: "medium" }).format(when);
