@@ -15,6 +15,7 @@ from typing import Any
 from urllib.parse import parse_qs, urlsplit
 
 import image_classifier
+from image_classifier.images import FORMATS
 
 PAGE = Path(image_classifier.__file__).parent / "serving/page"
 POLICY = (
@@ -59,7 +60,7 @@ class Stub:
             "metrics": {"test": {"accuracy": 0.9714}, "val": {"accuracy": 0.96}},
             "intervals": {"test": {"accuracy": [0.951, 0.983]}},
             "provenance": {"created": "2026-11-22T03:22:47+00:00"},
-            "limits": {"max_bytes": self.max_bytes, "max_pixels": 50_000_000, "max_images": 64, "formats": ["JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF"]},
+            "limits": {"max_bytes": self.max_bytes, "max_pixels": 50_000_000, "max_images": 64, "formats": list(FORMATS)},
             "explain": True,
             "urls": self.urls,
         }
@@ -70,15 +71,16 @@ def prediction(name: str, content: bytes) -> dict[str, Any]:
     if "bad" in name:
         return {"path": name, "error": "cannot identify image file: it is cut off after 12 bytes"}
     unsure = "unsure" in name
-    best = next((place for place, label in enumerate(CLASSES) if label in name), zlib.crc32(content) % 5)
+    best = next((place for place, each in enumerate(CLASSES) if each in name), zlib.crc32(content) % 5)
     weights = [1 + zlib.crc32(content + bytes([place])) % 8 for place in range(len(CLASSES))]
     weights[best] = 20 if unsure else 900
-    shares = sorted(((label, weight / sum(weights)) for label, weight in zip(CLASSES, weights, strict=True)), key=lambda share: -share[1])
-    answer = {"path": name, "predicted_class": shares[0][0], "confidence": shares[0][1], "all_predictions": dict(shares), "decision": "label", "reason": ""}
+    shares = sorted(((each, weight / sum(weights)) for each, weight in zip(CLASSES, weights, strict=True)), key=lambda share: -share[1])
+    label, confidence = shares[0]
+    answer = {"path": name, "predicted_class": label, "confidence": confidence, "all_predictions": dict(shares), "decision": "label", "reason": ""}
     if unsure:
-        reason = f"not sure enough: confidence {shares[0][1]:.3f}, the limit is 0.620"
-        return {**answer, "decision": "abstain", "reason": reason, "prediction_set": [label for label, _ in shares[:2]]}
-    return {**answer, "prediction_set": [shares[0][0]]}
+        reason = f"not sure enough: confidence {confidence:.3f}, the limit is 0.620"
+        return {**answer, "decision": "abstain", "reason": reason, "prediction_set": [each for each, _ in shares[:2]]}
+    return {**answer, "prediction_set": [label]}
 
 
 def heat() -> list[list[float | None]]:
@@ -102,15 +104,19 @@ class Handler(BaseHTTPRequestHandler):
         stub: Stub = self.server.stub
         if url.path == "/" or url.path.startswith("/page/"):
             file = PAGE / (url.path.removeprefix("/page/") if url.path != "/" else "index.html")
-            return self.send(200, file.read_bytes(), mimetypes.guess_type(file.name)[0] or "") if file.is_file() else self.refuse(404, "not_found")
-        if not self.allowed(stub):
-            return None
-        if url.path == "/models":
+            if file.is_file():
+                self.send(200, file.read_bytes(), mimetypes.guess_type(file.name)[0] or "")
+            else:
+                self.refuse(404, "not_found")
+        elif not self.allowed(stub):
+            pass
+        elif url.path == "/models":
             models = [{"name": name, "version": "3fa9c1d2", "ready": True, "default": place == 0} for place, name in enumerate(stub.names)]
-            return self.json(200, {"models": models})
-        if url.path == "/model":
-            return self.json(200, stub.model(parse_qs(url.query).get("model", [""])[0]))
-        return self.refuse(404, "not_found")
+            self.json(200, {"models": models})
+        elif url.path == "/model":
+            self.json(200, stub.model(parse_qs(url.query).get("model", [""])[0]))
+        else:
+            self.refuse(404, "not_found")
 
     def do_POST(self) -> None:
         stub: Stub = self.server.stub
@@ -125,15 +131,17 @@ class Handler(BaseHTTPRequestHandler):
         with stub.lock:
             stub.together -= 1
         if refusal:
-            return self.refuse(refusal[0], refusal[1], {"Retry-After": refusal[2]})
-        self.answer(stub, urlsplit(self.path), self.parts(body))
+            self.refuse(refusal[0], refusal[1], {"Retry-After": refusal[2]})
+        else:
+            self.answer(stub, urlsplit(self.path), self.parts(body))
 
     def answer(self, stub: Stub, url: Any, parts: list[tuple[str, bytes]]) -> None:
         query = {name: values[0] for name, values in parse_qs(url.query).items()}
         stub.asked.append({"path": url.path, **query, "names": [name for name, _ in parts]})
         common = {"model": query.get("model", stub.names[0]), "model_version": "3fa9c1d2", "request_id": "0"}
         if url.path == "/explain":
-            return self.json(200, {**common, "path": parts[0][0], "class": query["class"], "heat": heat()})
+            self.json(200, {**common, "path": parts[0][0], "class": query["class"], "heat": heat()})
+            return
         predictions = [prediction(name, content) for name, content in parts]
         self.json(422 if all("error" in each for each in predictions) else 200, {**common, "predictions": predictions})
 

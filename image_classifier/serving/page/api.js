@@ -6,7 +6,7 @@ const LONGEST_ANSWER_S = 180;
 const PASSING = new Set(["network", "timeout", "rate_limited", "queue_full", "not_ready", "stopping"]);
 const KEY = "image-classifier-key";
 
-/** Says "pause" {error, seconds} while it waits, and "clear" once the server answers again. */
+/** Says "pause" {error, seconds} when a request waits, and "clear" once the server answers and none does. */
 export const line = new EventTarget();
 
 let key = stored();
@@ -69,7 +69,7 @@ async function request(path, options = {}) {
     const used = key;
     try {
       const answer = await once(path, options);
-      line.dispatchEvent(new Event("clear"));
+      if (!waking.size) line.dispatchEvent(new Event("clear")); // nobody waits any more
       return answer;
     } catch (error) {
       if (error.code === "unauthorized") {

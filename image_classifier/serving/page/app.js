@@ -57,7 +57,8 @@ function receive(found) {
   const entries = found.map(({ name, file = null, url = null }) => ({ id: (numbers += 1), name, file, url, size: file?.size ?? 0, state: "waiting" }));
   list.add(entries); // drawn as waiting before anything is asked
   send(entries);
-  if (entries.length) at("history").scrollIntoView({ block: "nearest" });
+  const { top } = at("history").getBoundingClientRect();
+  if (top < 0 || top > 0.7 * innerHeight) at("history").scrollIntoView();
 }
 
 function send(entries) {
@@ -85,10 +86,10 @@ function changed(entry) {
 }
 
 function tell(entry) {
-  if (sender.total === 1) return say(t("said_one", { name: entry.name, answer: answerOf(entry) }));
+  if (sender.run.length === 1) return say(t("said_one", { name: entry.name, answer: answerOf(entry) }));
   if (sender.busy) return;
-  const count = (test) => list.entries.filter(test).length;
-  say(t("said_all", { images: t("images_n", { n: list.entries.length }), unsure: count(isUnsure), errors: count(({ state }) => state === "error") }));
+  const count = (test) => sender.run.filter(test).length;
+  say(t("said_all", { images: t("images_n", { n: sender.run.length }), unsure: count(isUnsure), errors: count(({ state }) => state === "error") }));
 }
 
 function answerOf(entry) {
@@ -97,7 +98,7 @@ function answerOf(entry) {
 }
 
 function showProgress() {
-  const { busy, answered, total } = sender;
+  const { busy, answered, run: { length: total } } = sender;
   at("progress").hidden = !busy;
   at("bar").max = Math.max(total, 1);
   at("bar").value = answered;

@@ -14,17 +14,18 @@ export class Sender {
   /** `changed(entry)` is called whenever an entry has another state. */
   constructor(changed) {
     this.changed = changed;
-    this.answered = this.total = 0;
+    this.run = []; // all since the sender was last at rest
+    this.answered = this.flights = 0;
   }
 
   get busy() {
-    return this.answered < this.total;
+    return this.answered < this.run.length;
   }
 
   /** `model` is a promise of what `GET /model` says. */
   send(entries, model) {
-    if (!this.busy) this.answered = this.total = 0;
-    this.total += entries.length;
+    if (!this.busy) Object.assign(this, { run: [], answered: 0, flights: 0 });
+    this.run.push(...entries);
     for (const entry of entries) Object.assign(entry, { state: "waiting", error: null, model });
     this.#waiting.push(...entries);
     this.#fly();
@@ -65,7 +66,8 @@ export class Sender {
 
   /** What flies along: of the same model and kind, within the limits; the first flight is small. */
   #fellows(first, limits) {
-    const most = Math.min(limits.max_images, this.answered || this.#flying > 1 ? MOST_IMAGES : MOST_IMAGES / 2);
+    const most = Math.min(limits.max_images, this.flights ? MOST_IMAGES : MOST_IMAGES / 2);
+    this.flights += 1;
     const budget = Math.min(MOST_BYTES, limits.max_bytes);
     const fellows = [];
     let size = first.size;
