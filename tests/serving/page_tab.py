@@ -8,7 +8,8 @@ from typing import Any
 
 _REFUSED = re.compile(r"Failed to load resource: the server responded with a status of (401|422|503)")  # the browser's own line for each
 
-FOCUSED = "((e) => e === document.body ? 'BODY' : e.dataset.key ?? e.dataset.language ?? e.dataset.filter ?? (e.id || e.className || e.tagName))(document.activeElement)"
+FOCUSED = """((e) => e === document.body ? "BODY" : e.dataset.key ?? e.dataset.language ?? e.dataset.filter ?? (e.id || e.className || e.tagName))(
+    document.activeElement)"""
 # What a finger cannot hit. A link within a line of text may be as low as the line.
 SMALL = """[...document.querySelectorAll("button, select, input")]
     .filter((e) => e.checkVisibility() && e.getBoundingClientRect().height < 32).map((e) => e.outerHTML)"""
