@@ -30,7 +30,8 @@ HEADERS = {
     "Cross-Origin-Opener-Policy": "same-origin",
 }
 HOSTILE = "<img src=x onerror=alert(1)>"
-CLASSES = ("daisy", "dandelion", "roses", "sunflowers", "tulips", HOSTILE, "=1+1")
+# Some must be taken neither for markup, nor for a formula, nor for a place in a list.
+CLASSES = ("daisy", "dandelion", "roses", "sunflowers", "tulips", HOSTILE, "=1+1", "7")
 
 
 @dataclass

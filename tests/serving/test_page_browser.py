@@ -67,7 +67,8 @@ def test_a_chosen_image_is_answered_with_bars_and_honest_percentages(opened: Ope
     tab.send(picture("roses.png"))
     tab.wait(".entry.done", 1)
     assert tab.texts(".verdict bdi") == ["roses"] and re.fullmatch(r"9\d\.\d%", tab.texts(".verdict b")[0])
-    assert len(tab.texts(".bar")) == 5 and tab.page.locator(".picture img").get_attribute("alt") == "roses.png"
+    assert len(tab.texts(".bar")) == 5 and tab.texts(".bar bdi")[0] == "roses"
+    assert tab.page.locator(".picture img").get_attribute("alt") == "roses.png"
     tab.page.click("[data-key=expand]")
     tab.wait(".bar", len(CLASSES))
     assert stub.stub.asked[0]["top_k"] == str(len(CLASSES)) and "roses.png: roses, 9" in tab.page.locator("#live").text_content()
@@ -262,12 +263,30 @@ def test_the_answers_are_a_table_that_runs_nothing(opened: Open, picture: Any, t
     assert content.startswith(b"\xef\xbb\xbf")
     heading, *rows = csv.reader(io.StringIO(content.decode("utf-8-sig"), newline=""))
     assert heading[:7] == ["path", "predicted_class", "confidence", "decision", "reason", "model", "model_version"]
-    assert sorted(heading[7:]) == sorted([*CLASSES[:-1], "'=1+1"])
+    assert sorted(heading[7:]) == sorted({*CLASSES, "'=1+1"} - {"=1+1"})
     by_path = {row[0]: row for row in rows}
     assert set(by_path) == {"roses, red.png", "'=1+1.png", "unsure.png", "bad.png"}
     assert by_path["'=1+1.png"][1] == "'=1+1" and by_path["unsure.png"][3] == "abstain" and by_path["unsure.png"][4].startswith("not sure enough")
     assert by_path["bad.png"][1:4] == ["", "", "error"] and "cut off" in by_path["bad.png"][4]
     assert sum(map(float, by_path["roses, red.png"][7:])) == pytest.approx(1)
+
+
+def test_the_answers_survive_a_reload_until_they_are_cleared(opened: Open, picture: Any) -> None:
+    tab = opened()
+    tab.send(picture("roses.png", 300), picture("unsure.png"), picture("bad.png"))
+    tab.wait("#progress:visible", 0)
+    tab.wait(".picture img", 3)
+    names = tab.texts(".path")
+    tab.page.wait_for_timeout(1500)  # it writes them down a moment later
+    tab.page.reload()
+    tab.wait(".picture img", 3)
+    assert tab.texts(".path") == names and tab.texts("[data-filter]") == ["All 3", "Not sure 1", "Errors 1"]
+    assert tab.page.locator("[data-key=explain], [data-key=again]").count() == 0 and tab.texts(".verdict bdi") == ["roses"]
+    tab.page.click("#clear")
+    tab.page.wait_for_timeout(1500)
+    tab.page.reload()
+    tab.wait("#classes li", len(CLASSES))
+    assert tab.page.locator("#history").is_hidden()
 
 
 def test_hostile_names_are_only_text(opened: Open, picture: Any) -> None:
@@ -331,7 +350,7 @@ def test_dark_is_dark_and_every_text_can_be_read(opened: Open, picture: Any) -> 
 def test_russian_is_whole_and_remembered(opened: Open, picture: Any) -> None:
     tab = opened(locale="ru-RU")
     tab.wait("#classes li", len(CLASSES))
-    assert tab.page.locator("html").get_attribute("lang") == "ru" and tab.texts("h1") == ["Что на картинке?"] and "7 классов" in tab.texts("#lead")[0]
+    assert tab.page.locator("html").get_attribute("lang") == "ru" and tab.texts("h1") == ["Что на картинке?"] and "8 классов" in tab.texts("#lead")[0]
     tab.send(picture("roses.png"), picture("unsure.png"))
     tab.wait(".entry.done", 2)
     assert re.fullmatch(r"9\d,\d\s%", tab.texts(".verdict b")[0]) and "отвечает она только от 62,0" in tab.texts(".unsure .words")[0]

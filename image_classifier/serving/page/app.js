@@ -8,6 +8,7 @@ import { save, table } from "./csv.js";
 import { askForKey, wireDialogs } from "./dialogs.js";
 import { at, h, say } from "./dom.js";
 import { openDoors, timeName } from "./intake.js";
+import { keep, kept } from "./kept.js";
 import { List } from "./list.js";
 import { Sender, heatOf, wordOf } from "./sender.js";
 import { languageNow, onLanguage, percent, speak, t, writePage } from "./words.js";
@@ -63,7 +64,6 @@ function receive(found) {
 
 function send(entries) {
   sender.send(entries, modelPromise());
-  entries.forEach((entry) => list.changed(entry));
   showProgress();
 }
 
@@ -81,6 +81,7 @@ function changed(entry) {
   }
   if (entry.error) entry.errorText = errorText(entry.error);
   list.changed(entry);
+  keep(list.entries);
   showProgress();
   if (entry.state === "done" || entry.state === "error") tell(entry);
 }
@@ -108,12 +109,14 @@ function showProgress() {
 
 function remove(entry) {
   list.remove(entry);
+  keep(list.entries);
   say(t("said_removed", { name: entry.name }));
   showProgress();
 }
 
 function again(entry) {
   send([entry]);
+  list.changed(entry);
 }
 
 function expand(entry) {
@@ -139,6 +142,7 @@ async function explain(entry, className) {
 function clear() {
   sender.cancel();
   list.clear();
+  keep(list.entries);
   hideBanner();
   showProgress();
   say(t("said_cleared"));
@@ -152,7 +156,7 @@ function rewrite() {
   if (matchMedia("(pointer: coarse)").matches) document.querySelector(".invitation").textContent = t("invitation_touch");
   if (known) showModel(known);
   for (const entry of list.entries) if (entry.error) entry.errorText = errorText(entry.error);
-  list.draw();
+  list.draw({ anew: true });
   showProgress();
 }
 
@@ -171,6 +175,7 @@ at("about").addEventListener("click", () => {
 at("model").addEventListener("change", () => { modelNow().then(showModel, (error) => refuse(wordOf(error))); });
 addEventListener("beforeunload", (event) => { if (sender.busy) event.preventDefault(); });
 writePage();
+list.entries.push(...kept().map((entry) => ({ ...entry, id: (numbers += 1) })));
 rewrite();
 openDoors({ receive, refuse, fetchesAddresses: () => Boolean(known?.urls) });
 openCamera(receive);

@@ -68,7 +68,6 @@ export const DICTIONARY = {
   "place_6": ["bottom left", "левый нижний угол"],
   "place_7": ["bottom", "низ"],
   "place_8": ["bottom right", "правый нижний угол"],
-  "heat_lost": ["The picture itself is no longer in this tab; choose it again to see why.", "Самой картинки в этой вкладке уже нет: выберите её снова."],
   "no_preview": ["no preview", "без предпросмотра"],
   "answered_by": ["{model}, version {version}", "{model}, версия {version}"],
   "said_one": ["{name}: {answer}", "{name}: {answer}"],

@@ -12,6 +12,7 @@ export class List {
   #filter = "all";
   #most = PAGE;
   #changed = new Set();
+  #cards = new WeakMap();
   #soon = null;
 
   constructor(actions) {
@@ -56,6 +57,7 @@ export class List {
   /** The card of an entry is made anew, soon: many at once cost one drawing. */
   changed(entry) {
     this.#changed.add(entry);
+    this.#cards.delete(entry);
     this.#soon ??= setTimeout(() => {
       this.#soon = null;
       const changed = [...this.#changed];
@@ -66,10 +68,12 @@ export class List {
     }, 40);
   }
 
-  draw() {
+  /** All that the filter lets through; cards of entries that did not change stay what they are, unless all are wanted `anew`. */
+  draw({ anew = false } = {}) {
+    if (anew) this.#cards = new WeakMap();
     const matching = this.entries.filter(FILTERS[this.#filter]);
     const rest = matching.length - this.#most;
-    this.#keepingFocus(() => at("list").replaceChildren(...matching.slice(0, this.#most).map((entry) => cardOf(entry, this.actions))));
+    this.#keepingFocus(() => at("list").replaceChildren(...matching.slice(0, this.#most).map((entry) => this.#made(entry))));
     at("list").classList.toggle("alone", matching.length === 1);
     at("more").hidden = rest <= 0;
     at("more").textContent = rest > 0 ? t("more", { n: Math.min(rest, PAGE) }) : "";
@@ -79,11 +83,16 @@ export class List {
     this.#count();
   }
 
+  #made(entry) {
+    if (!this.#cards.has(entry)) this.#cards.set(entry, cardOf(entry, this.actions));
+    return this.#cards.get(entry);
+  }
+
   #cardOf = (entry) => at("list").querySelector(`[data-entry="${entry.id}"]`);
 
   #redraw(entry) {
     const card = this.#cardOf(entry);
-    if (card && !entry.removed) this.#keepingFocus(() => card.replaceWith(cardOf(entry, this.actions)));
+    if (card && !entry.removed) this.#keepingFocus(() => card.replaceWith(this.#made(entry)));
   }
 
   #keepingFocus(draw) {

@@ -3,6 +3,7 @@ import { icon } from "./dom.js";
 import { differing, t } from "./words.js";
 
 const LONGEST_SIDE = 640; // of a preview: sharp on a telephone, some 50 kB each
+const TINY = 100; // such a picture is shown pixel by pixel
 const UNREAD = [ // what people have that servers do not read: [name, offset, bytes]
   ["HEIC", 4, "ftyphei"], ["HEIC", 4, "ftyphev"], ["HEIC", 4, "ftypmif1"], ["HEIC", 4, "ftypmsf1"], ["AVIF", 4, "ftypavi"], ["MP4", 4, "ftyp"], ["PDF", 0, "%PDF"],
   ["SVG", 0, "<svg"], ["XML", 0, "<?xml"], ["HTML", 0, "<!"], ["ZIP", 0, "PK\u0003\u0004"], ["Photoshop", 0, "8BPS"], ["JPEG XL", 0, "\u00ff\u000a"],
@@ -40,7 +41,7 @@ const watcher = new IntersectionObserver((seen) => {
     jobs.push(target.show);
     work();
   }
-}, { rootMargin: "500px" });
+}, { rootMargin: "1500px" });
 
 async function work() {
   if (working) return;
@@ -83,7 +84,7 @@ function draw(entry, frame) {
   image.alt = entry.name;
   image.decoding = "async";
   frame.style.setProperty("--aspect", width / height);
-  frame.classList.toggle("tiny", Math.max(width, height) < 100);
+  frame.classList.toggle("tiny", Math.max(width, height) < TINY);
   frame.classList.add("shown");
   frame.prepend(image);
 }
@@ -103,7 +104,7 @@ async function previewOf(file) {
   context.imageSmoothingQuality = "high";
   context.drawImage(bitmap, 0, 0, width, height);
   bitmap.close();
-  const small = await new Promise((resolve) => canvas.toBlob(resolve, scale === 1 ? "image/png" : "image/webp", 0.85));
+  const small = await new Promise((resolve) => canvas.toBlob(resolve, Math.max(width, height) < TINY ? "image/png" : file.type === "image/jpeg" ? "image/jpeg" : "image/webp", 0.85));
   return small && { url: URL.createObjectURL(small), width, height };
 }
 

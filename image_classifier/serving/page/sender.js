@@ -113,7 +113,7 @@ export class Sender {
     Object.assign(entry, { modelName: model, version });
     if (prediction.error) this.#settle(entry, { text: prediction.error });
     else {
-      Object.assign(entry, { state: "done", answer: prediction, bars: Object.entries(prediction.all_predictions) });
+      Object.assign(entry, { state: "done", answer: prediction, bars: barsOf(prediction) });
       this.answered += 1;
       this.changed(entry);
     }
@@ -142,6 +142,9 @@ function failure(error) {
 const KNOWN = ["network", "bad_request", "forbidden", "not_found", "timeout", "too_large", "unsupported_media_type", "unreadable", "rate_limited", "queue_full",
   "not_ready", "stopping"];
 export const wordOf = (error) => `e_${KNOWN.includes(error.code) ? error.code : "other"}`;
+
+/** [class, share], most probable first: an object alone would put classes named 0, 1, 2 before all others. */
+export const barsOf = ({ all_predictions: shares }) => Object.entries(shares).sort(([, one], [, other]) => other - one);
 
 /** What speaks for a class; rows of numbers, null where the model does not look. */
 export async function heatOf(entry, className) {

@@ -1,0 +1,55 @@
+// The answers survive a reload of the tab, and end with it. The files do not: a page may not keep them open, so no heat maps of these.
+
+import { barsOf } from "./sender.js";
+
+const PLACE = "image-classifier-answers";
+const MOST = 120;
+const SIDE = 240; // of a kept preview, some 8 kB
+
+let soon = null;
+
+/** Keep the newest entries, soon: many changes in a row cost one writing. */
+export function keep(entries) {
+  clearTimeout(soon);
+  soon = setTimeout(() => write(entries), 800);
+}
+
+function write(entries) {
+  const kept = entries.filter(({ state }) => state === "done" || state === "error").slice(0, MOST).map(plain);
+  for (let most = kept.length; ; most = Math.floor(most / 2)) { // half of them, where the browser gives no more room
+    try {
+      return most ? sessionStorage.setItem(PLACE, JSON.stringify(kept.slice(0, most))) : sessionStorage.removeItem(PLACE);
+    } catch {
+      if (!most) return undefined; // a browser that keeps nothing for pages
+    }
+  }
+}
+
+function plain(entry) {
+  const { name, state, answer, error, modelName, version, showModel } = entry;
+  entry.small ??= entry.preview?.kept ? entry.preview : smaller(entry);
+  return { name, state, answer, error, modelName, version, showModel, preview: entry.small };
+}
+
+function smaller({ frame, preview }) {
+  const image = frame?.querySelector("img");
+  if (!preview || !image?.complete || !image.naturalWidth) return null;
+  const scale = Math.min(1, SIDE / Math.max(preview.width, preview.height));
+  const [width, height] = [preview.width, preview.height].map((side) => Math.max(1, Math.round(side * scale)));
+  const canvas = Object.assign(document.createElement("canvas"), { width, height });
+  const context = canvas.getContext("2d");
+  context.fillStyle = "white";
+  context.fillRect(0, 0, width, height);
+  context.drawImage(image, 0, 0, width, height);
+  return { url: canvas.toDataURL("image/jpeg", 0.75), width, height, kept: true };
+}
+
+/** What was kept before the reload, newest first. */
+export function kept() {
+  try {
+    const entries = JSON.parse(sessionStorage.getItem(PLACE) ?? "[]");
+    return entries.map((entry) => ({ ...entry, file: null, url: null, size: 0, bars: entry.answer && barsOf(entry.answer) }));
+  } catch {
+    return [];
+  }
+}
