@@ -74,7 +74,7 @@ async function request(path, options = {}) {
     } catch (error) {
       if (error.code === "unauthorized") {
         if (!(await renewKey(used))) throw error;
-      } else if (PASSING.has(error.code) && attempt < ATTEMPTS && !(error.code === "timeout" && attempt > 2)) {
+      } else if (PASSING.has(error.code) && attempt < ATTEMPTS && !(error.code === "timeout" && attempt > 1)) {
         await pause(error, attempt, options.signal);
       } else {
         throw error;

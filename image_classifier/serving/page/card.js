@@ -30,14 +30,14 @@ const aspectOf = (entry, rows) => (entry.preview ? entry.preview.width / entry.p
 
 function waiting(entry) {
   return [
-    h("p", { className: "verdict soft", textContent: t(entry.state) }),
+    h("h3", { className: "verdict soft", textContent: t(entry.state) }),
     h("div", { className: "ghosts", "aria-hidden": "true" }, ...Array.from({ length: 3 }, () => h("i"))),
   ];
 }
 
 function failed(entry, actions) {
   return [
-    h("p", { className: "verdict" }, icon("alarm"), t("failed")),
+    h("h3", { className: "verdict" }, icon("alarm"), t("failed")),
     ...errorWords(entry.error),
     entry.error.again && (entry.file || entry.url)
       ? h("p", { className: "deeds" }, h("button", { type: "button", textContent: t("again"), data: { key: "again" }, onclick: () => actions.again(entry) })) : null,
@@ -59,7 +59,7 @@ function answered(entry, actions) {
   const unsure = isUnsure(entry);
   return [
     ...(unsure ? unsureWords(answer) : [
-      h("p", { className: "verdict" }, foreign(answer.predicted_class), h("b", { textContent: percent(answer.confidence) })),
+      h("h3", { className: "verdict" }, foreign(answer.predicted_class), h("b", { textContent: percent(answer.confidence) })),
       others(answer),
     ]),
     unsure ? h("p", { className: "small soft", textContent: t("unsure_leaning") }) : null,
@@ -72,7 +72,7 @@ function answered(entry, actions) {
 
 function unsureWords({ reason, prediction_set: set }) {
   return [
-    h("p", { className: "verdict" }, icon("unsure"), t("unsure")),
+    h("h3", { className: "verdict" }, icon("unsure"), t("unsure")),
     reason ? reasonWords(reason) : null,
     set ? h("p", { className: "small" }, t(set.length ? "unsure_set" : "unsure_empty")) : null,
     set?.length ? chips(set) : null,
@@ -119,7 +119,7 @@ function deeds(entry, actions) {
   const best = entry.answer.predicted_class;
   const showing = entry.explained !== null && entry.explained !== undefined;
   const explain = entry.explainable
-    ? h("button", { type: "button", className: "tinted", "aria-pressed": String(showing), data: { key: "explain" },
+    ? h("button", { type: "button", className: `tinted${showing ? " on" : ""}`, data: { key: "explain" },
       "aria-label": t(showing ? "unexplain" : "explain_label", { class: best }), onclick: () => actions.explain(entry, showing ? entry.explained : best) },
     icon("heat"), t(showing ? "unexplain" : "explain")) : null;
   const expand = entry.bars.length > FEW

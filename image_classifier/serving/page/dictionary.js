@@ -23,7 +23,7 @@ export const DICTIONARY = {
   "history": ["Answers", "Ответы"],
   "filter": ["Show", "Показать"],
   "filter_all": ["All {n}", "Все {n}"],
-  "filter_unsure": ["Not sure {n}", "Не уверена {n}"],
+  "filter_unsure": ["Not sure {n}", "Сомнения {n}"],
   "filter_error": ["Errors {n}", "Ошибки {n}"],
   "nothing": ["There are none of these.", "Таких нет."],
   "save": ["CSV", "CSV"],

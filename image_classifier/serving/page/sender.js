@@ -4,7 +4,7 @@ import { obstacle } from "./pictures.js";
 
 const IN_FLIGHT = 2;
 const MOST_IMAGES = 8;
-const MOST_BYTES = 8 * 2 ** 20;
+const MOST_BYTES = 4 * 2 ** 20; // half a minute on a slow line
 
 export class Sender {
   #waiting = [];
@@ -100,7 +100,7 @@ export class Sender {
       if (!(answer.predictions?.length === batch.length)) throw new ApiError("other");
       batch.forEach((entry, place) => this.#answer(entry, answer.predictions[place], answer));
     } catch (error) {
-      const alone = ["too_large", "bad_request", "unreadable", "unsupported_media_type"].includes(error.code) && batch.length > 1;
+      const alone = ["too_large", "timeout", "bad_request", "unreadable", "unsupported_media_type"].includes(error.code) && batch.length > 1;
       if (!alone) throw error;
       for (const entry of batch) { // one of them spoils it for all
         await this.#ask([entry], query, signal).catch((cause) => this.#settle(entry, failure(cause)));
