@@ -14,7 +14,7 @@ export function showAbout(model) {
     ["about_backend", model.backend],
     ["about_size", model.image_size ? t("about_pixels", { size: model.image_size }) : ""],
     ["about_accuracy", accuracy(model)],
-    ["about_threshold", decision ? threshold(decision) : ""],
+    ["about_threshold", threshold(model)],
     ["about_unlike", decision && typeof decision.ood_limit === "number" ? t("about_unlike_value") : ""],
     ["about_note", decision?.note],
     ["about_takes", t("about_takes_value", { formats: limits.formats.join(", "), size: bytes(limits.max_bytes), pixels: number(limits.max_pixels / 1e6) })],
@@ -26,7 +26,11 @@ export function showAbout(model) {
   );
 }
 
-const threshold = ({ threshold: value }) => (value > 0 ? t("about_threshold_value", { value: percent(value) }) : t("about_threshold_none"));
+/** The server's own threshold and the model's: the higher one decides. */
+function threshold({ threshold: asked, decision }) {
+  const value = Math.max(asked ?? 0, decision?.threshold ?? 0);
+  return value > 0 ? t("about_threshold_value", { value: percent(value) }) : t("about_threshold_none");
+}
 
 function accuracy({ metrics, intervals }) {
   const part = ["test", "val"].find((name) => typeof metrics?.[name]?.accuracy === "number");

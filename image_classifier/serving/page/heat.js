@@ -7,27 +7,45 @@ const LONGEST_SIDE = 320;
 const STOPS = [[0, 0, 4], [27, 12, 65], [74, 12, 107], [120, 28, 109], [165, 44, 96], [207, 68, 70], [237, 105, 37], [251, 155, 6], [247, 209, 61], [252, 255, 164]];
 
 function colour(value) {
-  const place = Math.min(Math.max(value, 0), 1) * (STOPS.length - 1);
+  const place = clamp(value, 1) * (STOPS.length - 1);
   const low = Math.min(Math.floor(place), STOPS.length - 2);
   return STOPS[low].map((part, channel) => part + (place - low) * (STOPS[low + 1][channel] - part));
 }
 
-/** The value at a place between the cells, bilinear over the cells that are known; null in the middle of one that is not. */
+const clamp = (value, most) => Math.min(Math.max(value, 0), most);
+
+/** Cubic B-spline: the weights of the four cells around a place that lies so far beyond the second. Its hills have no edges. */
+const weights = (part) => [(1 - part) ** 3, 3 * part ** 3 - 6 * part ** 2 + 4, -3 * part ** 3 + 3 * part ** 2 + 3 * part + 1, part ** 3];
+
+/** The value at a place between the cells, of those that are known; null in the middle of one that is not. */
 function between(rows, up, across) {
-  const clamp = (value, most) => Math.min(Math.max(value, 0), most);
-  const [height, width] = [rows.length, rows[0].length];
-  if (rows[clamp(Math.round(up), height - 1)][clamp(Math.round(across), width - 1)] === null) return null;
+  const [lowest, last] = [rows.length - 1, rows[0].length - 1];
+  if (rows[clamp(Math.round(up), lowest)][clamp(Math.round(across), last)] === null) return null;
   const [top, left] = [Math.floor(up), Math.floor(across)];
-  let [sum, weight] = [0, 0];
-  for (const [row, down] of [[top, 1 - up + top], [top + 1, up - top]]) {
-    for (const [column, right] of [[left, 1 - across + left], [left + 1, across - left]]) {
-      const value = rows[clamp(row, height - 1)][clamp(column, width - 1)];
+  const [down, right] = [weights(up - top), weights(across - left)];
+  let [sum, all] = [0, 0];
+  for (let y = 0; y < 4; y += 1) {
+    const row = rows[clamp(top - 1 + y, lowest)];
+    for (let x = 0; x < 4; x += 1) {
+      const value = row[clamp(left - 1 + x, last)];
       if (value === null) continue;
-      sum += value * down * right;
-      weight += down * right;
+      sum += value * down[y] * right[x];
+      all += down[y] * right[x];
     }
   }
-  return weight ? sum / weight : null;
+  return sum / all;
+}
+
+/** The rows as smooth values for a picture of this size, the highest of them as high as the highest cell. */
+function smooth(rows, width, height) {
+  const values = [];
+  for (let y = 0; y < height; y += 1) {
+    const up = ((y + 0.5) / height) * rows.length - 0.5;
+    for (let x = 0; x < width; x += 1) values.push(between(rows, up, ((x + 0.5) / width) * rows[0].length - 0.5));
+  }
+  const highest = (some) => some.reduce((most, value) => Math.max(most, value ?? 0), 0);
+  const scale = highest(rows.flat()) / (highest(values) || 1);
+  return values.map((value) => (value === null ? null : value * scale));
 }
 
 /** Paint rows of 0..1 or null on a canvas that lies over a picture of this shape. */
@@ -36,13 +54,9 @@ export function paint(canvas, rows, aspect) {
   canvas.height = Math.round(aspect >= 1 ? LONGEST_SIDE / aspect : LONGEST_SIDE) || 1;
   const context = canvas.getContext("2d");
   const picture = context.createImageData(canvas.width, canvas.height);
-  for (let y = 0, place = 0; y < canvas.height; y += 1) {
-    const up = ((y + 0.5) / canvas.height) * rows.length - 0.5;
-    for (let x = 0; x < canvas.width; x += 1, place += 4) {
-      const value = between(rows, up, ((x + 0.5) / canvas.width) * rows[0].length - 0.5);
-      picture.data.set(value === null ? [255, 255, 255, 178] : [...colour(value), 30 + 190 * value ** 0.7], place);
-    }
-  }
+  smooth(rows, canvas.width, canvas.height).forEach((value, place) => {
+    picture.data.set(value === null ? [255, 255, 255, 135] : [...colour(value), 30 + 190 * value ** 0.7], 4 * place);
+  });
   context.putImageData(picture, 0, 0);
 }
 
