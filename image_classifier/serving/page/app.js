@@ -11,7 +11,7 @@ import { openDoors, timeName } from "./intake.js";
 import { keep, kept } from "./kept.js";
 import { List } from "./list.js";
 import { Sender, heatOf, wordOf } from "./sender.js";
-import { languageNow, onLanguage, percent, speak, t, writePage } from "./words.js";
+import { onLanguage, percent, speak, t, writePage } from "./words.js";
 
 const asked = new Map(); // name of a model ("" is the default one) -> promise of what the server says of it
 let known = null; // of the chosen model, once it is here
@@ -181,4 +181,3 @@ openDoors({ receive, refuse, fetchesAddresses: () => Boolean(known?.urls) });
 openCamera(receive);
 const ready = showModels();
 ready.then(modelNow).catch((error) => refuse(wordOf(error)));
-document.documentElement.dataset.ready = languageNow();

@@ -99,4 +99,7 @@ function pasted(take, takeAddresses, refuse) {
 }
 
 /** Browsers name every pasted picture image.png; the time tells them apart. */
-const pastedName = (file) => (/^(image|unnamed)?(\.\w+)?$/.test(file.name) ? t("pasted_name", { time: timeName(), suffix: file.type.split("/")[1]?.split("+")[0] || "png" }) : file.name);
+function pastedName(file) {
+  if (!/^(image|unnamed)?(\.\w+)?$/.test(file.name)) return file.name;
+  return t("pasted_name", { time: timeName(), suffix: file.type.split("/")[1]?.split("+")[0] || "png" });
+}

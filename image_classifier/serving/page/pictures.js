@@ -104,7 +104,8 @@ async function previewOf(file) {
   context.imageSmoothingQuality = "high";
   context.drawImage(bitmap, 0, 0, width, height);
   bitmap.close();
-  const small = await new Promise((resolve) => canvas.toBlob(resolve, Math.max(width, height) < TINY ? "image/png" : file.type === "image/jpeg" ? "image/jpeg" : "image/webp", 0.85));
+  const type = Math.max(width, height) < TINY ? "image/png" : file.type === "image/jpeg" ? "image/jpeg" : "image/webp";
+  const small = await new Promise((resolve) => canvas.toBlob(resolve, type, 0.85));
   return small && { url: URL.createObjectURL(small), width, height };
 }
 

@@ -136,7 +136,8 @@ function failure(error) {
   if (error.name === "AbortError") return { words: ["cancelled"], again: true };
   if (error.code === "unauthorized") return { words: ["no_key"], again: true };
   if (!(error instanceof ApiError)) return { words: ["e_other"], text: error.message, again: true };
-  return { words: [wordOf(error)], text: error.code === "network" ? "" : error.message, again: !["unreadable", "too_large", "unsupported_media_type"].includes(error.code) };
+  const again = !["unreadable", "too_large", "unsupported_media_type"].includes(error.code);
+  return { words: [wordOf(error)], text: error.code === "network" ? "" : error.message, again };
 }
 
 const KNOWN = ["network", "bad_request", "forbidden", "not_found", "timeout", "too_large", "unsupported_media_type", "unreadable", "rate_limited", "queue_full",
