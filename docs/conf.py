@@ -1,0 +1,120 @@
+"""The documentation site: the README and docs/*.md as they lie there, built by `make docs` into site/ (decision 020).
+
+The pages are written for GitHub and know nothing of Sphinx. What the site needs besides is said here: its order, and a home page called index.html.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+from sphinx.application import Sphinx
+from sphinx.builders.html import StandaloneHTMLBuilder
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+from image_classifier import __version__  # noqa: E402
+
+project = "image_classifier"
+author = "The image_classifier authors"
+project_copyright = f"{author}, Apache-2.0"
+version = release = __version__
+
+# Sphinx starts at the repository's root, as the README is the home page; it looks at nothing else there.
+root_doc = "README"
+include_patterns = ["README.md", "CHANGELOG.md", "docs/**"]
+exclude_patterns = [path.name for path in ROOT.iterdir() if path.name not in ("README.md", "CHANGELOG.md", "docs")]
+
+extensions = ["myst_parser"]
+myst_heading_anchors = 4  # GitHub's anchors, so that a link works there and here
+myst_enable_extensions: list[str] = []
+highlight_language = "none"
+smartquotes = False  # `--key` is two hyphens
+nitpicky = True
+
+html_theme = "furo"
+html_title = "image_classifier"
+html_short_title = html_title
+html_static_path = ["static"]
+html_css_files = ["site.css"]
+html_logo = html_favicon = "static/icon.svg"
+html_copy_source = False
+html_use_index = False
+html_show_sphinx = False
+html_last_updated_fmt = None  # the same sources give the same site
+html_theme_options = {
+    "light_css_variables": {
+        "color-brand-primary": "#2b5c92",
+        "color-brand-content": "#0a58ca",
+        "color-background-secondary": "#f6f7f9",
+        "color-sidebar-item-background--hover": "#e8f1fb",
+    },
+    "dark_css_variables": {
+        "color-brand-primary": "#8fbdf2",
+        "color-brand-content": "#7db4ff",
+        "color-background-primary": "#14171b",
+        "color-background-secondary": "#1b1f24",
+    },
+}
+
+ORDER = """
+
+```{toctree}
+:hidden:
+Home <self>
+```
+```{toctree}
+:hidden:
+:caption: Use
+docs/command_line
+docs/training
+docs/evaluation
+docs/delivery
+docs/deployment
+```
+```{toctree}
+:hidden:
+:caption: Know
+docs/architecture
+docs/decisions/README
+docs/LOG
+CHANGELOG
+```
+"""
+DECISIONS = """
+
+```{toctree}
+:glob:
+:maxdepth: 1
+[0-9]*
+```
+"""
+
+
+class Site(StandaloneHTMLBuilder):
+    """HTML in which the README is index.html, for readers, links and the search alike."""
+
+    def get_output_path(self, page_name: str, /) -> Path:
+        return super().get_output_path(_page(page_name))
+
+    def get_target_uri(self, docname: str, typ: str | None = None) -> str:
+        return super().get_target_uri(_page(docname), typ)
+
+    def index_page(self, pagename: str, doctree: Any, title: str) -> None:
+        super().index_page(_page(pagename), doctree, title)
+
+
+def _page(name: str) -> str:
+    return "index" if name == root_doc else name
+
+
+def _order(_: Sphinx, name: str, source: list[str]) -> None:
+    source[0] += {root_doc: ORDER, "docs/decisions/README": DECISIONS}.get(name, "")
+
+
+def setup(app: Sphinx) -> dict[str, bool]:
+    app.add_builder(Site, override=True)
+    app.connect("source-read", _order)
+    return {"parallel_read_safe": True, "parallel_write_safe": True}
