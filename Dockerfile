@@ -1,0 +1,43 @@
+# The server without torch: docker build -t image-classifier:0.1.0 .
+#   docker run --rm --init --read-only --tmpfs /tmp --cap-drop ALL -p 127.0.0.1:8080:8080 -v "$PWD/models:/models:ro" image-classifier:0.1.0 --checkpoint_name NAME
+# More: docs/deployment.md. To pin the base to the byte, add @sha256:… of `docker buildx imagetools inspect` here.
+ARG PYTHON_IMAGE=python:3.13-slim-trixie
+
+FROM ${PYTHON_IMAGE} AS build
+ENV PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_NO_CACHE_DIR=1 PIP_NO_INPUT=1
+WORKDIR /src
+# Everything by its hash: first what builds wheels, then the wheels of what serves (one dependency is delivered as source only).
+COPY deploy/requirements-build.txt deploy/requirements-serve.txt deploy/
+RUN python -m venv /opt/build \
+ && /opt/build/bin/pip install --require-hashes --only-binary=:all: -r deploy/requirements-build.txt \
+ && /opt/build/bin/pip wheel --require-hashes --no-build-isolation --wheel-dir /wheels -r deploy/requirements-serve.txt
+COPY pyproject.toml README.md LICENSE commands.py ./
+COPY conf conf
+COPY image_classifier image_classifier
+# The environment that is served from has no pip, and is looked at before it is handed on.
+RUN /opt/build/bin/pip wheel --no-deps --no-index --no-build-isolation --wheel-dir /wheels . \
+ && python -m venv --without-pip /opt/venv \
+ && /opt/build/bin/pip --python /opt/venv/bin/python install --no-deps --no-index --compile /wheels/*.whl \
+ && /opt/build/bin/pip --python /opt/venv/bin/python check \
+ && /opt/venv/bin/python -c "from importlib.util import find_spec as f; assert not any(map(f, ('torch', 'pip', 'mlflow'))), 'too much inside'" \
+ && /opt/venv/bin/image-classifier --version
+
+FROM ${PYTHON_IMAGE}
+LABEL org.opencontainers.image.title="image-classifier" \
+      org.opencontainers.image.description="HTTP server of image_classifier: answers from a bundle, without torch" \
+      org.opencontainers.image.version="0.1.0" \
+      org.opencontainers.image.licenses="Apache-2.0" \
+      org.opencontainers.image.authors="The image_classifier authors"
+# Nothing here installs packages any more.
+RUN python -m pip uninstall --yes pip \
+ && python -c "import pathlib, shutil, sysconfig; shutil.rmtree(pathlib.Path(sysconfig.get_path('stdlib')) / 'ensurepip')"
+COPY --from=build /opt/venv /opt/venv
+ENV PATH=/opt/venv/bin:$PATH HOME=/tmp PYTHONDONTWRITEBYTECODE=1 PYTHONUNBUFFERED=1
+WORKDIR /
+# A number, so that Kubernetes can see that it is not root; it owns no file and needs none but /tmp.
+USER 10001:10001
+EXPOSE 8080
+STOPSIGNAL SIGTERM
+HEALTHCHECK --interval=10s --timeout=5s --start-period=120s --start-interval=2s --retries=3 \
+  CMD ["python", "-c", "import http.client as h; c = h.HTTPConnection('127.0.0.1', 8080, timeout=4); c.request('GET', '/readyz'); raise SystemExit(c.getresponse().status != 200)"]
+ENTRYPOINT ["image-classifier", "serve", "--host", "0.0.0.0", "--port", "8080", "--models_dir", "/models"]
