@@ -10,7 +10,7 @@ BIN := .venv/bin
 READY := .venv/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help setup train test test-slow test-all lint lock repro clean
+.PHONY: help setup train test test-slow test-all lint docs lock repro clean
 
 help:  ## list what can be made
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1|\2/p' Makefile | awk -F'|' '{printf "%-18s%s\n", $$1, $$2}'
@@ -36,17 +36,23 @@ test-all: $(READY)  ## every test; those that this machine cannot run say why th
 lint: $(READY)  ## every pre-commit check on every file
 	@PRE_COMMIT_HOME=.cache/pre-commit $(BIN)/pre-commit run --all-files
 
+docs: $(READY)  ## the documentation as a site in site/; a warning or a broken link is an error
+	@rm -rf site && $(BIN)/python -m sphinx --builder html --conf-dir docs --fresh-env --doctree-dir .cache/docs \
+	  --fail-on-warning --nitpicky --keep-going --quiet . site && echo "site/index.html is ready"
+
 repro: $(READY)  ## run the DVC stages whose inputs changed: prepare, train, test
 	@PATH="$(CURDIR)/$(BIN):$$PATH" dvc repro $(ARGS)
 
-lock:  ## resolve pyproject.toml again: poetry.lock and requirements.txt (needs Poetry)
+lock:  ## resolve pyproject.toml again: poetry.lock, requirements.txt and the Dockerfile's two lists (needs Poetry)
 	@$(POETRY) export --help >/dev/null 2>&1 || { \
 	  echo "make lock needs Poetry >=2.2 with its export plugin: pipx install poetry && pipx inject poetry poetry-plugin-export" >&2; exit 1; }
 	$(POETRY) lock
-	$(POETRY) export --all-extras --with dev,cuda --output requirements.txt
+	$(POETRY) export --all-extras --with dev,docs,build,cuda --output requirements.txt
+	$(POETRY) export --only main --extras serve --output deploy/requirements-serve.txt
+	$(POETRY) export --only build --output deploy/requirements-build.txt
 
 clean:  ## remove .venv and the tools' caches; data, models and plots stay
-	rm -rf .venv .cache .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache dist
+	rm -rf .venv .cache site .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache dist
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # The stamp comes last, so an interrupted installation is taken up again where pip left it; pip writes a package's INSTALLER

@@ -1,4 +1,4 @@
-"""pip (requirements.txt) and Poetry (poetry.lock) install one and the same set: these checks fail when they drift."""
+"""pip (requirements.txt) and Poetry (poetry.lock) install one and the same set, and the Dockerfile (deploy/) parts of it: these checks fail when they drift."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 ROOT = Path(__file__).resolve().parents[1]
-RELOCK = "run `make lock` and commit pyproject.toml, poetry.lock and requirements.txt together"
+RELOCK = "run `make lock` and commit pyproject.toml, poetry.lock, requirements.txt and deploy/requirements-*.txt together"
 MACHINES = {
     "linux": {"sys_platform": "linux", "platform_system": "Linux", "platform_machine": "x86_64", "os_name": "posix"},
     "linux-arm": {"sys_platform": "linux", "platform_system": "Linux", "platform_machine": "aarch64", "os_name": "posix"},
@@ -30,28 +30,36 @@ PYTHONS = ("3.11", "3.12", "3.13")
 PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
 EXTRAS = PYPROJECT["project"]["optional-dependencies"]
 LOCK = tomllib.loads((ROOT / "poetry.lock").read_text(encoding="utf-8"))
-REQUIREMENTS = (ROOT / "requirements.txt").read_text(encoding="utf-8").replace("\\\n", " ").splitlines()
+
+
+def lines_of(name: str) -> list[str]:
+    return (ROOT / name).read_text(encoding="utf-8").replace("\\\n", " ").splitlines()
+
+
+REQUIREMENTS = lines_of("requirements.txt")
+SERVE, BUILD = lines_of("deploy/requirements-serve.txt"), lines_of("deploy/requirements-build.txt")
 
 
 def environment(python: str, machine: str) -> dict[str, str]:
     return {**default_environment(), **MACHINES[machine], "python_version": python, "python_full_version": f"{python}.0"}
 
 
-def from_poetry(target: dict[str, str]) -> dict[str, str]:
-    """What `poetry install --all-extras` (every group) puts on the `target` environment, name to version."""
+def from_poetry(target: dict[str, str], only: str | None = None, extras: tuple[str, ...] = tuple(EXTRAS)) -> dict[str, str]:
+    """What `poetry install --all-extras` puts on the `target` environment, of every group or of `only` one: name to version."""
     chosen = {}
     for package in LOCK["package"]:
+        groups = [group for group in package["groups"] if only in (None, group)]
         markers = package.get("markers", "")  # one text, or one per group; a group without one always wants the package
-        markers = [markers.get(group, "") for group in package["groups"]] if isinstance(markers, dict) else [markers]
-        if any(not marker or Marker(marker).evaluate({**target, "extra": extra}) for marker in markers for extra in ("", *EXTRAS)):
+        markers = [markers.get(group, "") if isinstance(markers, dict) else markers for group in groups]
+        if any(not marker or Marker(marker).evaluate({**target, "extra": extra}) for marker in markers for extra in ("", *extras)):
             chosen[canonicalize_name(package["name"])] = package["version"]
     return chosen
 
 
-def from_pip(target: dict[str, str]) -> dict[str, str]:
-    """What `pip install -r requirements.txt` puts on the `target` environment, name to version."""
+def from_pip(target: dict[str, str], lines: list[str] = REQUIREMENTS) -> dict[str, str]:
+    """What `pip install -r requirements.txt` (or another list) puts on the `target` environment, name to version."""
     chosen = {}
-    for line in REQUIREMENTS:
+    for line in lines:
         requirement = Requirement(line.split(" --hash", 1)[0])
         if requirement.marker is None or requirement.marker.evaluate(target):
             (pin,) = requirement.specifier
@@ -79,9 +87,22 @@ def test_pip_and_poetry_choose_the_same_versions(python: str, machine: str) -> N
     assert from_pip(target) == from_poetry(target), f"requirements.txt and poetry.lock differ: {RELOCK}"
 
 
+@pytest.mark.parametrize(("python", "machine"), list(product(PYTHONS, MACHINES)))
+def test_the_image_holds_what_poetry_would_give_it(python: str, machine: str) -> None:
+    target = environment(python, machine)
+    assert from_pip(target, SERVE) == from_poetry(target, only="main", extras=("serve",)), f"deploy/requirements-serve.txt: {RELOCK}"
+    assert from_pip(target, BUILD) == from_poetry(target, only="build", extras=()), f"deploy/requirements-build.txt: {RELOCK}"
+
+
+def test_the_image_is_built_by_what_pyproject_asks_for() -> None:
+    pinned = from_pip(environment("3.13", "linux"), BUILD)
+    for requirement in map(Requirement, PYPROJECT["build-system"]["requires"]):
+        assert requirement.specifier.contains(pinned[canonicalize_name(requirement.name)]), f"{requirement}: {RELOCK}"
+
+
 def test_pip_accepts_no_file_that_poetry_does_not_know() -> None:
     known = {(canonicalize_name(package["name"]), package["version"]): {file["hash"] for file in package["files"]} for package in LOCK["package"]}
-    for line in REQUIREMENTS:
+    for line in (*REQUIREMENTS, *SERVE, *BUILD):
         requirement = Requirement(line.split(" --hash", 1)[0])
         (pin,) = requirement.specifier
         hashes = set(re.findall(r"--hash=(\S+)", line))
