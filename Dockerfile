@@ -32,7 +32,8 @@ LABEL org.opencontainers.image.title="image-classifier" \
 RUN python -m pip uninstall --yes pip \
  && python -c "import pathlib, shutil, sysconfig; shutil.rmtree(pathlib.Path(sysconfig.get_path('stdlib')) / 'ensurepip')"
 COPY --from=build /opt/venv /opt/venv
-ENV PATH=/opt/venv/bin:$PATH HOME=/tmp PYTHONDONTWRITEBYTECODE=1 PYTHONUNBUFFERED=1
+# ONNX Runtime tells its makers about each process unless it is told not to.
+ENV PATH=/opt/venv/bin:$PATH HOME=/tmp PYTHONDONTWRITEBYTECODE=1 PYTHONUNBUFFERED=1 ORT_DISABLE_TELEMETRY=1
 WORKDIR /
 # A number, so that Kubernetes can see that it is not root; it owns no file and needs none but /tmp.
 USER 10001:10001

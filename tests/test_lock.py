@@ -1,4 +1,4 @@
-"""pip (requirements.txt) and Poetry (poetry.lock) install one and the same set, and the Dockerfile (deploy/) parts of it: these checks fail when they drift."""
+"""pip (requirements.txt) and Poetry (poetry.lock) install one and the same set, the Dockerfile parts of it: these checks fail when they drift."""
 
 from __future__ import annotations
 

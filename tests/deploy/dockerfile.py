@@ -73,8 +73,13 @@ def build(root: Path, stage: list[Step], folder: Path, python: Path) -> None:
         elif step.name == "RUN":
             line = re.sub("|".join(paths), lambda found: paths[found[0]], step.text)
             line = re.sub(r"(^|&& )python ", lambda found: f"{found[1]}{python} ", line)
-            done = subprocess.run(["sh", "-c", line], cwd=source, env={**os.environ, **settings}, capture_output=True, text=True, timeout=600)
+            done = subprocess.run(["sh", "-c", line], cwd=source, env={**bare_environment(), **settings}, capture_output=True, text=True, timeout=600)
             assert done.returncode == 0, f"{line}\n{done.stdout[-2000:]}\n{done.stderr[-2000:]}"
+
+
+def bare_environment() -> dict[str, str]:
+    """This one's, without what would lead a Python elsewhere."""
+    return {name: value for name, value in os.environ.items() if not name.startswith(("PYTHON", "VIRTUAL_ENV"))}
 
 
 def _copy(root: Path, source: Path, name: str, target: str, sent: list[str]) -> None:

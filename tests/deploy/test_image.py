@@ -1,4 +1,4 @@
-"""What an image of the Dockerfile would be, where no container engine runs: its steps done in a folder, its ENTRYPOINT started, its HEALTHCHECK asked."""
+"""An image of the Dockerfile where no container engine runs: its steps done in a folder, its ENTRYPOINT started, its HEALTHCHECK asked."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ import pytest
 from image_classifier import __version__
 from image_classifier.command_line import CONF_DIR
 from tests.conftest import ROOT
-from tests.deploy.dockerfile import build, stages, the
+from tests.deploy.dockerfile import bare_environment, build, stages, the
 
 pytestmark = [pytest.mark.network, pytest.mark.slow]
 
@@ -56,7 +56,9 @@ def test_it_is_small_and_holds_no_torch_and_nothing_that_installs(image: Path) -
 
 def test_the_command_line_is_there(image: Path, tmp_path: Path) -> None:
     for words, said in ((["--help"], "serve" if (CONF_DIR / "serve.yaml").is_file() else "infer"), (["--version"], __version__)):
-        done = subprocess.run([image / "opt/venv/bin/image-classifier", *words], cwd=tmp_path, capture_output=True, text=True, timeout=60)
+        done = subprocess.run(
+            [image / "opt/venv/bin/image-classifier", *words], cwd=tmp_path, env=bare_environment(), capture_output=True, text=True, timeout=60
+        )
         assert done.returncode == 0 and said in done.stdout, done.stderr
 
 
@@ -66,7 +68,13 @@ def started(image: Path, bundle: Path, home: Path, port: int) -> Iterator[subpro
     root = home.parent / "root"
     root.mkdir(mode=0o555)
     words = [{"8080": str(port), "/models": str(bundle.parent)}.get(word, word) for word in the("ENTRYPOINT", FINAL).words()]
-    settings = {"PATH": f"{image}/opt/venv/bin{os.pathsep}{os.environ['PATH']}", **ENVIRONMENT, "HOME": str(home), "TMPDIR": str(home)}
+    settings = {
+        **bare_environment(),
+        "PATH": f"{image}/opt/venv/bin{os.pathsep}{os.environ['PATH']}",
+        **ENVIRONMENT,
+        "HOME": str(home),
+        "TMPDIR": str(home),
+    }
     with subprocess.Popen([*words, "--checkpoint_name", bundle.name], cwd=root, env=settings) as process:
         try:
             yield process

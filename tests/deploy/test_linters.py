@@ -17,7 +17,8 @@ import yaml
 from image_classifier.exporting.triton import TritonSettings, compose_of
 from tests.conftest import ROOT
 
-HOOKS = {hook["id"]: hook for repo in yaml.safe_load((ROOT / ".pre-commit-config.yaml").read_text(encoding="utf-8"))["repos"] for hook in repo["hooks"]}
+(REPO,) = yaml.safe_load((ROOT / ".pre-commit-config.yaml").read_text(encoding="utf-8"))["repos"]
+HOOKS = {hook["id"]: hook for hook in REPO["hooks"]}
 RULES = yaml.safe_load((ROOT / "deploy/prometheus/rules.yml").read_text(encoding="utf-8"))
 ALERTS = {rule["alert"]: rule for group in RULES["groups"] for rule in group["rules"]}
 

@@ -15,7 +15,7 @@ import pytest
 from tests.conftest import ROOT
 
 # What a browser loads by itself, unlike <a href>.
-LOADED = re.compile(r"""<(?:script|img|iframe|source|video|audio|embed|object|link|form)\b[^>]*?\b(?:src|srcset|href|data|poster|action)=["']([^"']*)""")
+LOADED = re.compile(r"""<(?:script|img|iframe|source|video|audio|embed|object|link)\b[^>]*?\b(?:src|srcset|href|data|poster)=["']([^"']*)""")
 IN_CSS = re.compile(r"""(?:url\(|@import)\s*["']?([^"')\s]+)""")
 
 
