@@ -5,9 +5,9 @@ The pages are written for GitHub and know nothing of Sphinx. What the site needs
 
 from __future__ import annotations
 
+import json
 import sys
 from pathlib import Path
-from typing import Any
 
 from sphinx.application import Sphinx
 from sphinx.builders.html import StandaloneHTMLBuilder
@@ -102,8 +102,13 @@ class Site(StandaloneHTMLBuilder):
     def get_target_uri(self, docname: str, typ: str | None = None) -> str:
         return super().get_target_uri(_page(docname), typ)
 
-    def index_page(self, pagename: str, doctree: Any, title: str) -> None:
-        super().index_page(_page(pagename), doctree, title)
+    def dump_search_index(self) -> None:
+        super().dump_search_index()
+        path = Path(self.outdir, self.searchindex_filename)
+        before, brace, found = path.read_text(encoding="utf-8").partition("{")
+        index = json.loads(brace + found.removesuffix(")"))
+        index["docnames"] = [_page(name) for name in index["docnames"]]
+        path.write_text(f"{before}{json.dumps(index, separators=(',', ':'), sort_keys=True)})", encoding="utf-8")
 
 
 def _page(name: str) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shutil
@@ -63,6 +64,14 @@ def test_every_link_inside_leads_somewhere(site: Path) -> None:
             if not target.is_file():
                 lost.append(f"{page.relative_to(site)}: {address}")
     assert lost == []
+
+
+def test_the_search_finds_pages_that_there_are(site: Path) -> None:
+    text = (site / "searchindex.js").read_text(encoding="utf-8")
+    names = json.loads(text.removeprefix("Search.setIndex(").removesuffix(")"))["docnames"]
+    assert sorted(f"{name}.html" for name in names) == sorted(
+        str(path.relative_to(site)) for path in site.rglob("*.html") if path.name != "search.html"
+    )
 
 
 def test_a_broken_link_or_anchor_fails(tmp_path: Path) -> None:
