@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import mimetypes
 from pathlib import Path
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import FileResponse, Response
+from fastapi.responses import FileResponse, HTMLResponse, Response
 from fastapi.staticfiles import StaticFiles
 from starlette.exceptions import HTTPException
 
 from image_classifier import __version__
-from image_classifier.serving import answers, facts, schemas, v2
+from image_classifier.serving import answers, docs, facts, schemas, v2
 from image_classifier.serving.answers import Parts
 from image_classifier.serving.fence import said
 from image_classifier.serving.limits import Refusal
@@ -20,7 +21,7 @@ PAGE = Path(__file__).with_name("page")
 _CODES = {400: "bad_request", 401: "unauthorized", 403: "forbidden", 404: "not_found", 405: "method_not_allowed"}
 
 
-def make_app(parts: Parts) -> FastAPI:
+def make_app(parts: Parts, needs_key: bool = False) -> FastAPI:
     """The routes over these parts."""
     app = FastAPI(title="image_classifier", version=__version__, description=schemas.ABOUT, docs_url=None, redoc_url=None)
     app.add_exception_handler(Refusal, _refused)
@@ -29,13 +30,25 @@ def make_app(parts: Parts) -> FastAPI:
     app.add_exception_handler(Exception, _failed)
     for router in (answers.make_router(parts), facts.make_cards(parts), facts.make_probes(parts), v2.make_router(parts)):
         app.include_router(router)
+    mimetypes.add_type("text/javascript", ".js")  # what Windows' registry says may be another
     app.mount("/page", StaticFiles(directory=PAGE, check_dir=False), name="page")
 
+    _add_pages(app, needs_key)
+    return app
+
+
+def _add_pages(app: FastAPI, needs_key: bool) -> None:
     @app.get("/", include_in_schema=False)
     async def page() -> FileResponse:
         return FileResponse(PAGE / "index.html")
 
-    return app
+    @app.get("/docs", include_in_schema=False)
+    async def documentation(request: Request) -> HTMLResponse:
+        return HTMLResponse(docs.rendered(app.openapi(), str(request.base_url).rstrip("/"), needs_key))
+
+    @app.get("/favicon.ico", include_in_schema=False)
+    async def icon() -> FileResponse:
+        return FileResponse(PAGE / "icon.svg", media_type="image/svg+xml")
 
 
 def _error(request: Request, refusal: Refusal) -> Response:

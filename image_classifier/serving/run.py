@@ -170,7 +170,7 @@ async def _serve(
     metrics = Metrics(lambda: _gauges(models))
     web = Web(asked.fetch) if asked.fetch.enabled else None
     uploads = Uploads(asked.request, web, asked.limits.max_bytes)
-    app = make_app(Parts(models, uploads, metrics, asked.request, asked.fetch.enabled))
+    app = make_app(Parts(models, uploads, metrics, asked.request, asked.fetch.enabled), access.needs_key)
     request_log = RequestLog() if asked.request_log else None
 
     def tell(request: Seen) -> None:
