@@ -89,6 +89,10 @@ class Commands:
         """Put models behind HTTP: a web page, a REST API and the V2 protocol."""
         self._run("serve", "image_classifier.serving.run:serve")
 
+    def drift(self) -> None:
+        """Say whether what a server was asked lately is still like what its model was validated on."""
+        self._run("drift", "image_classifier.serving.drift:drift")
+
     def clean(self) -> None:
         """Remove what can be made again: decoded pixels and what is known of files; images and models stay."""
         self._run("clean", "image_classifier.dataset.clean:clean")

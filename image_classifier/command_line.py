@@ -32,6 +32,7 @@ TEXT_KEYS: dict[str, frozenset[str]] = {
     "infer": frozenset({"checkpoint_name", "output", "sort_into", "models_dir", "plots_dir", "url", "ray.address"}),
     "export": frozenset({"checkpoint_name", "data_dir", "models_dir", "triton.image"}),
     "verify": frozenset({"checkpoint_name", "models_dir", "url"}),
+    "drift": frozenset({"checkpoint_name", "models_dir", "log"}),
     "serve": frozenset({"checkpoint_name", "models_dir", "url", "host", "access.keys_file", "tracking_uri"}),
     "promote": frozenset({"checkpoint_name", "models_dir", "tracking_uri", "registered_name", "alias"}),
     "triton": frozenset({"checkpoint_name", "tritonserver", "models_dir", "runs_dir"}),
@@ -46,6 +47,7 @@ WORD_KEYS: dict[str, tuple[str, ...]] = {
     "export": ("checkpoint_name",),
     "verify": ("checkpoint_name",),
     "serve": ("checkpoint_name",),
+    "drift": ("checkpoint_name",),
     "promote": ("checkpoint_name",),
     "triton": ("action", "checkpoint_name"),
 }  # what bare words mean, in their order

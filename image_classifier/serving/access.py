@@ -16,9 +16,7 @@ from image_classifier.errors import ConfigError
 from image_classifier.serving.limits import Refusal
 
 # What needs no key: the page without its answers, what the API looks like, probes.
-_OPEN = re.compile(
-    r"/(page/.*|healthz|readyz|v2/health/(live|ready)|favicon\.ico|docs|openapi\.json)?"
-)
+_OPEN = re.compile(r"/(page/.*|healthz|readyz|v2/health/(live|ready)|favicon\.ico|docs|openapi\.json)?")
 _MOST_CLIENTS = 10_000  # whose requests are counted
 _LEAST_CHARACTERS = 16  # of a key
 

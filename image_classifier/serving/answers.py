@@ -18,6 +18,7 @@ from image_classifier.serving.limits import Refusal, RequestLimits
 from image_classifier.serving.models import Models
 from image_classifier.serving.observe import Metrics
 from image_classifier.serving.process import Deadly, ModelHandle, QueueFull, TooLate
+from image_classifier.serving.traffic import Traffic
 from image_classifier.serving.uploads import Upload, Uploads
 
 _EXPLANATIONS = 4  # at once: each asks the model more than a hundred times
@@ -35,6 +36,7 @@ class Parts:
     models: Models
     uploads: Uploads
     metrics: Metrics
+    traffic: Traffic
     limits: RequestLimits
     urls: bool
     explaining: int = 0
@@ -128,6 +130,7 @@ async def _one(parts: Parts, handle: ModelHandle, image: Upload) -> dict[str, An
     except Deadly:
         head, answer = {}, {"path": image.name, "error": "the process that reads images ended over it, more than once"}
     parts.metrics.answered(handle.facts, answer, head.get("batch", 0))
+    parts.traffic.seen(handle.facts, answer, head.get("ood_score"))
     return dict(answer)
 
 

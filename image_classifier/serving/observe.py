@@ -20,13 +20,16 @@ _SHARES = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.99)
 _MOST_CLASSES = 200  # with a figure of their own
 OTHER = "(other)"
 
+# A model, a figure of it, its distance from val, the limit, and of how many images.
+Drift = tuple[str, str, float, float, int]
+
 log = logging.getLogger(__name__)
 
 
 class Metrics:
     """The figures, in a registry of their own."""
 
-    def __init__(self, gauges: Callable[[], Iterable[tuple[str, dict[str, float]]]] = lambda: ()) -> None:
+    def __init__(self, gauges: Callable[[], Iterable[tuple[str, dict[str, float]]]], drift: Callable[[], Iterable[Drift]]) -> None:
         self.registry = CollectorRegistry()
         own: dict[str, Any] = {"registry": self.registry, "namespace": "image_classifier"}
         self.requests = Counter("requests", "Requests by route, method and status", ["route", "method", "status"], **own)
@@ -39,7 +42,7 @@ class Metrics:
         self.confidence = Histogram("confidence", "Probability of the most probable class", ["model"], buckets=_SHARES, **own)
         self.up = Gauge("up_since_seconds", "When the server started, seconds since 1970", **own)
         self.up.set(time.time())
-        self._gauges = gauges
+        self._gauges, self._drift = gauges, drift
         self.registry.register(self)
 
     def collect(self) -> Iterable[GaugeMetricFamily]:
@@ -54,6 +57,12 @@ class Metrics:
         for model, values in self._gauges():
             for name, value in values.items():
                 families[name].add_metric([model], value)
+        told = {"drift_distance": "Of the traffic from val, 0 to 1", "drift_limit": "Above it they are not alike", "drift_images": "Compared"}
+        for name, text in told.items():
+            families[name] = GaugeMetricFamily(f"image_classifier_{name}", text, labels=["model", "figure"])
+        for model, figure, *numbers in self._drift():
+            for name, number in zip(told, numbers, strict=True):
+                families[name].add_metric([model, figure], number)
         return families.values()
 
     def answered(self, facts: dict[str, Any], answer: dict[str, Any], batch: int) -> None:

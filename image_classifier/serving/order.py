@@ -119,6 +119,7 @@ class Model:
             "decision": None if decision is None else {key: getattr(decision, key) for key in ("threshold", "ood_limit", "set_level", "note")},
             "embeddings": hasattr(self.predictor.backend, "logits_and_embeddings"),
             "limits": limits,
+            "reference": {} if info is None else info.decision,
             **({} if info is None else {"metrics": info.metrics, "intervals": info.intervals, "provenance": info.provenance}),
         }
 

@@ -25,6 +25,7 @@ from image_classifier.serving.limits import Bodies, RequestLimits
 from image_classifier.serving.order import Order, served_name
 from image_classifier.serving.places import Place, place_of
 from image_classifier.serving.process import Started
+from image_classifier.serving.traffic import DriftSettings, Traffic
 
 if TYPE_CHECKING:
     from image_classifier.serving.models import Models
@@ -61,6 +62,7 @@ class ServeSettings:
     access: AccessSettings = field(default_factory=AccessSettings)
     fetch: FetchSettings = field(default_factory=FetchSettings)
     decision: DecisionSettings = field(default_factory=DecisionSettings)
+    drift: DriftSettings = field(default_factory=DriftSettings)
     reload_s: float = 10.0
     canary_s: float = 5.0
     hang_s: float = 60.0
@@ -167,10 +169,11 @@ async def _serve(
     from image_classifier.serving.observe import Metrics, RequestLog
     from image_classifier.serving.uploads import Uploads
 
-    metrics = Metrics(lambda: _gauges(models))
+    traffic = Traffic(asked.drift)
+    metrics = Metrics(lambda: _gauges(models), lambda: [(served.order.name, *row) for served in models for row in traffic.figures(served.order.name)])
     web = Web(asked.fetch) if asked.fetch.enabled else None
     uploads = Uploads(asked.request, web, asked.limits.max_bytes)
-    app = make_app(Parts(models, uploads, metrics, asked.request, asked.fetch.enabled), access.needs_key)
+    app = make_app(Parts(models, uploads, metrics, traffic, asked.request, asked.fetch.enabled), access.needs_key)
     request_log = RequestLog() if asked.request_log else None
 
     def tell(request: Seen) -> None:

@@ -1,0 +1,89 @@
+"""The verb `drift`: whether what a server was asked lately is still like what its model was validated on."""
+
+from __future__ import annotations
+
+import json
+from collections import deque
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from image_classifier import settings
+from image_classifier.bundle import read_bundle
+from image_classifier.errors import ConfigError, DataError
+from image_classifier.evaluation.drift import FEWEST, Reference, Shift
+from image_classifier.inference.load import pulled_bundle
+from image_classifier.serving.order import served_name, version_of
+from image_classifier.serving.traffic import columns
+
+_WORDS = {"confidence": "probability of the answer", "ood_score": "distance from the training's embeddings"}
+
+
+@dataclass(frozen=True)
+class DriftVerbSettings:
+    """The keys of conf/drift.yaml."""
+
+    checkpoint_name: str
+    log: str | None = None
+    last: int = 2000
+    format: str = "table"
+    fail: bool = False
+    models_dir: str = "models"
+    dvc: bool | None = None
+
+    def __post_init__(self) -> None:
+        if self.format not in ("table", "json"):
+            raise ConfigError(f"format={self.format!r} cannot be", "use table or json")
+        if self.last < 1:
+            raise ConfigError(f"last={self.last} must be at least 1")
+
+
+def drift(config: Any) -> None:
+    """Print what has shifted; with `fail` the exit code is then 1.
+
+    Raises:
+        ConfigError: The bundle does not tell what val was like.
+        DataError: There is no log, or nothing of this model in it.
+    """
+    asked = settings.typed(DriftVerbSettings, config, "")
+    bundle = pulled_bundle(asked.checkpoint_name, Path(asked.models_dir), asked.dvc)
+    reference = Reference.of(read_bundle(bundle.directory).info.decision)
+    if reference is None:
+        raise ConfigError(f"{bundle.info.name!r} does not tell what val was like", "use a bundle of this version")
+    path = Path(asked.log) if asked.log else Path("runs/serve", f"{served_name(bundle.directory.name)}.jsonl")
+    version = version_of(bundle.directory)
+    rows = deque(_rows(path, version), maxlen=asked.last)
+    if not rows:
+        raise DataError(f"{str(path)!r} holds no answer of version {version}", "serve it with drift.enabled=true, or name the file: --log PATH")
+    shifts = reference.shifts(columns(rows))
+    if asked.format == "json":
+        print(json.dumps({"version": version, "images": len(rows), "figures": [shift.as_dict() for shift in shifts]}, indent=2))
+    else:
+        _print(shifts, version, reference)
+    if asked.fail and any(shift.drifted for shift in shifts):
+        raise SystemExit(1)
+
+
+def _rows(path: Path, version: str) -> Iterator[tuple[float, float | None]]:
+    """The answers of one version in a log and in the older one beside it; a line that was cut off by a full disk is passed over."""
+    for file in (path.with_name(f"{path.name}.1"), path):
+        if not file.is_file():
+            continue
+        with file.open(encoding="utf-8", errors="replace") as lines:
+            for line in lines:
+                try:
+                    row = json.loads(line)
+                    if row["version"] == version:
+                        yield float(row["confidence"]), None if row["ood_score"] is None else float(row["ood_score"])
+                except (ValueError, KeyError, TypeError):
+                    continue
+
+
+def _print(shifts: list[Shift], version: str, reference: Reference) -> None:
+    print(f"version {version}, the last {shifts[0].images} answers beside {reference.num_images} val images")
+    print(f"{'figure':<11} {'median':>8} {'val':>8} {'distance':>9} {'limit':>6}")
+    for shift in shifts:
+        verdict = "too few images to tell" if shift.images < FEWEST else "DRIFTED" if shift.drifted else "alike"
+        numbers = f"{shift.median:8.3f} {shift.val_median:8.3f} {shift.distance:9.3f} {shift.limit:6.3f}"
+        print(f"{shift.figure:<11} {numbers}  {verdict} ({_WORDS[shift.figure]})")
