@@ -61,7 +61,8 @@ def make_router(parts: Parts) -> APIRouter:
         answers, shown = await _predicted(parts, handle, images), top_k or own_top_k
         for answer in answers:
             if shown is not None and "all_predictions" in answer:
-                answer["all_predictions"] = dict(itertools.islice(answer["all_predictions"].items(), shown))
+                probabilities = answer["all_predictions"]
+                answer["all_predictions"] = dict(itertools.islice(probabilities.items(), min(shown, len(probabilities))))
         content = {**_of(handle, request), "predictions": answers}
         return JSONResponse(content, 422 if all("error" in answer for answer in answers) else 200)
 
