@@ -14,7 +14,7 @@ from starlette.exceptions import HTTPException
 from image_classifier import __version__
 from image_classifier.serving import answers, docs, facts, schemas, v2
 from image_classifier.serving.answers import Parts
-from image_classifier.serving.fence import said
+from image_classifier.serving.fence import FAILED, said
 from image_classifier.serving.limits import Refusal
 
 PAGE = Path(__file__).with_name("page")
@@ -62,7 +62,7 @@ async def _refused(request: Request, error: Exception) -> Response:
 
 
 async def _failed(request: Request, error: Exception) -> Response:
-    return _error(request, Refusal(500, "internal", "the server failed at this request; its log says why"))
+    return _error(request, FAILED)  # `Fence` logs the error
 
 
 async def _http(request: Request, error: Exception) -> Response:

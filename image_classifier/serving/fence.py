@@ -34,6 +34,8 @@ _HEADERS = [
     (b"cross-origin-resource-policy", b"same-origin"),
 ]
 _ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
+FAILED = Refusal(500, "internal", "the server failed at this request; its log says why")
+_STOPPING = Refusal(503, "stopping", "the server is being stopped", 1.0)
 
 
 @dataclass(frozen=True)
@@ -61,7 +63,9 @@ class Fence:
         """One request, or the server's own start and end."""
         if scope["type"] != "http":
             return await self.app(scope, receive, send) if scope["type"] == "lifespan" else None
-        headers = dict(scope["headers"])
+        method, headers = scope["method"], dict(scope["headers"])
+        if method == "HEAD":
+            scope = {**scope, "method": "GET"}  # uvicorn leaves the content out
         given = headers.get(b"x-request-id", b"").decode("latin-1")
         state = scope.setdefault("state", {})
         state["request_id"] = given if _ID.fullmatch(given) else uuid.uuid4().hex
@@ -71,11 +75,11 @@ class Fence:
         received, start = 0, time.monotonic()
         try:
             if self.stopping():
-                raise Refusal(503, "stopping", "the server is being stopped", 1.0)
-            if scope["method"] == "OPTIONS" and b"access-control-request-method" in headers and answer.cors_allowed:
+                raise _STOPPING
+            if method == "OPTIONS" and b"access-control-request-method" in headers and answer.cors_allowed:
                 await answer.plain(204, b"", preflight(["GET", "POST"]))
                 return None
-            self.access.check(scope["method"], scope["path"], headers, client)
+            self.access.check(method, scope["path"], headers, client)
             body = await self.bodies.read(scope, receive)
             received = len(body)
             await self._run(scope, body, receive, answer)
@@ -85,17 +89,16 @@ class Fence:
             answer.status = 499
         except Exception:
             log.exception("the request %s failed", state["request_id"])
-            if answer.ended:
-                return None
-            if answer.status:
+            if answer.status and not answer.complete:
                 raise  # the answer has begun: the connection must break
-            await answer.refuse(Refusal(500, "internal", "the server failed at this request; its log says why"))
+            if not answer.status:
+                await answer.refuse(FAILED)
         finally:
             self.bodies.release(received)
             route = getattr(scope.get("route"), "path", "")
             seconds = time.monotonic() - start
             path = printable(scope["path"])[:200]
-            self.tell(Seen(state["request_id"], client, scope["method"], path, route, answer.status, received, seconds, state["images"]))
+            self.tell(Seen(state["request_id"], client, method, path, route, answer.status, received, seconds, state["images"]))
         return None
 
     async def _run(self, scope: Scope, body: bytearray, receive: Receive, answer: _Answer) -> None:
@@ -147,11 +150,11 @@ def said(refusal: Refusal, request_id: str, is_v2: bool) -> tuple[bytes, list[tu
 
 
 class _Answer:
-    """Sends one answer with what every answer carries, and remembers its status (0 while there is none)."""
+    """Sends one answer with what every answer carries, and remembers its status (0 while there is none) and its end."""
 
     def __init__(self, send: Send, request_id: str, cors: list[tuple[bytes, bytes]], is_v2: bool) -> None:
         self._send, self._id, self._cors, self._is_v2 = send, request_id, cors, is_v2
-        self.status, self.ended = 0, False
+        self.status, self.complete = 0, False
         self.cors_allowed = any(name == b"access-control-allow-origin" for name, _ in cors)
 
     async def __call__(self, event: Event) -> None:
@@ -162,7 +165,7 @@ class _Answer:
             stored = [] if b"cache-control" in own else [(b"cache-control", b"no-store")]
             event = {**event, "headers": [*event["headers"], *fixed, *stored, *self._cors, (b"x-request-id", self._id.encode())]}
         await self._send(event)
-        self.ended = event["type"] == "http.response.body" and not event.get("more_body", False)
+        self.complete = event["type"] == "http.response.body" and not event.get("more_body", False)
 
     async def refuse(self, refusal: Refusal) -> None:
         """The one shape of errors."""
