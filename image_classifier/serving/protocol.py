@@ -5,11 +5,35 @@ from __future__ import annotations
 import asyncio
 from typing import Any, ClassVar
 
+import h11
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from image_classifier.serving.limits import RequestLimits
 
 _UNREAD_S = 20.0  # an answer that nobody reads
+_MOST_HEAD = 2**15  # bytes
+_SMALL_CHUNK = 64  # bytes; reading one takes as long as reading a thousand times as many
+_MOST_SMALL_CHUNKS = 10_000  # in one body
+
+
+class _Parser(h11.Connection):
+    """h11, which also refuses bodies of two lengths and bodies in crumbs."""
+
+    _crumbs = 0
+
+    def next_event(self) -> Any:
+        """The next event of the client's."""
+        event = super().next_event()
+        if isinstance(event, h11.Data):
+            self._crumbs += len(event.data) < _SMALL_CHUNK
+            if self._crumbs > _MOST_SMALL_CHUNKS:
+                raise h11.RemoteProtocolError("a body in crumbs")
+        elif isinstance(event, h11.Request):
+            self._crumbs = 0
+            names = {name for name, _ in event.headers}
+            if {b"content-length", b"transfer-encoding"} <= names:  # a proxy in front may have read the other one
+                raise h11.RemoteProtocolError("a body of two lengths")
+        return event
 
 
 class PatientProtocol(H11Protocol):
@@ -17,6 +41,10 @@ class PatientProtocol(H11Protocol):
 
     headers_s: ClassVar[float]
     max_connections: ClassVar[int]
+
+    def __init__(self, *arguments: Any, **options: Any) -> None:
+        super().__init__(*arguments, **options)
+        self.conn = _Parser(h11.SERVER, _MOST_HEAD)
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]  # as uvicorn's own
         super().connection_made(transport)
@@ -56,6 +84,19 @@ class PatientProtocol(H11Protocol):
             self._unread.cancel()
             self._unread = None
 
+    def send_400_response(self, msg: str) -> None:
+        """What cannot be read is told so, but not in the middle of an answer; the connection ends."""
+        if self.cycle is not None and not self.cycle.response_complete:
+            self.cycle.disconnected = True
+            self.cycle.message_event.set()
+        if self.conn.our_state in (h11.IDLE, h11.SEND_RESPONSE):
+            super().send_400_response(msg)
+        else:
+            self.transport.close()
+
+    def _unsupported_upgrade_warning(self) -> None:
+        """Another protocol is not taken up: HTTP/1.1 goes on, as it may."""
+
     def _late(self) -> None:
         self._head = None
         if self.cycle is None or self.cycle.response_complete:
@@ -65,4 +106,4 @@ class PatientProtocol(H11Protocol):
 def arguments(limits: RequestLimits) -> dict[str, Any]:
     """What uvicorn's Config is told so that it makes such connections."""
     kind = type("Patient", (PatientProtocol,), {"headers_s": limits.headers_s, "max_connections": limits.max_connections})
-    return {"http": kind, "h11_max_incomplete_event_size": 2**15, "timeout_keep_alive": max(1, round(limits.keep_alive_s)), "ws": "none"}
+    return {"http": kind, "timeout_keep_alive": 15, "ws": "none"}
