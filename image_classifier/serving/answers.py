@@ -22,6 +22,7 @@ from image_classifier.serving.traffic import Traffic
 from image_classifier.serving.uploads import Upload, Uploads
 
 _EXPLANATIONS = 4  # at once: each asks the model more than a hundred times
+_DEADLY = "the process that reads images ended over it, more than once"
 _REFUSALS = (400, 401, 403, 404, 408, 413, 415, 422, 429, 500, 503)
 
 ModelName = Annotated[str | None, Query(alias="model", description="One of GET /models; the first of them where none is named.", max_length=300)]
@@ -100,6 +101,8 @@ async def _explained(parts: Parts, handle: ModelHandle, image: Upload, label: st
     parts.explaining += 1
     try:
         head, body = await _asked(handle, {"do": "explain", "class": label}, image.content, 2 * parts.limits.answer_s)
+    except Deadly:
+        raise Refusal(422, "unreadable", _DEADLY) from None
     finally:
         parts.explaining -= 1
     if "unreadable" in head:
@@ -129,7 +132,7 @@ async def _one(parts: Parts, handle: ModelHandle, image: Upload) -> dict[str, An
         head, _ = await _asked(handle, {"do": "image", "name": image.name}, image.content, parts.limits.answer_s)
         answer = head["answer"]
     except Deadly:
-        head, answer = {}, {"path": image.name, "error": "the process that reads images ended over it, more than once"}
+        head, answer = {}, {"path": image.name, "error": _DEADLY}
     parts.metrics.answered(handle.facts, answer, head.get("batch", 0))
     parts.traffic.seen(handle.facts, answer, head.get("ood_score"))
     return dict(answer)

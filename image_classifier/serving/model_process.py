@@ -27,6 +27,8 @@ from image_classifier.serving import wire
 from image_classifier.serving.batches import Batches, Outcome, Work
 from image_classifier.serving.order import Model, Order
 
+_NOBODY = 0  # whose messages are signs of life
+
 
 class PixelBudget:
     """How many pixels may be decoded at once: large pictures wait for one another, so that memory has a bound."""
@@ -55,7 +57,7 @@ class ModelProcess:
 
     def __init__(self, model: Model, order: Order, send: Callable[[bytes], None]) -> None:
         self.model, self.predictor, self._send = model, model.predictor, send
-        self.batches = Batches(self._run, order.batch, lambda: send(wire.packed({"id": 0})))  # a sign of life, also while nothing is finished
+        self.batches = Batches(self._run, order.batch, lambda: send(wire.packed({"id": _NOBODY})))  # a sign of life, also while nothing is finished
         self._decoders = ThreadPoolExecutor(cores(), "decode")
         self._explainer = ThreadPoolExecutor(1, "explain")
         self._budget = PixelBudget(order.limits.max_pixels)
@@ -75,8 +77,8 @@ class ModelProcess:
         self._open.discard(number)
         if number in self._gone:
             self._gone.discard(number)
-        else:
-            self._send(wire.packed({"id": number, **head}, body))
+            head, body, number = {}, b"", _NOBODY
+        self._send(wire.packed({"id": number, **head}, body))
 
     def _fail(self, number: int, error: BaseException) -> None:
         own = isinstance(error, ClassifierError)

@@ -46,7 +46,8 @@ class TooLate(Exception):  # it is an answer
 @dataclass
 class _Pending:
     future: asyncio.Future[wire.Message]
-    message: bytes
+    head: bytes
+    body: bytes
     again: bool
     attempts: int = 0
 
@@ -91,7 +92,8 @@ class ModelHandle:
     _pending: dict[int, _Pending] = field(default_factory=dict)
     _rows: int = 0
     _last: int = 0
-    _heard: float = 0.0
+    _silent_since: float | None = None  # while answers are owed
+    _writer: asyncio.StreamWriter | None = None
     _image_s: float = 0.05
     _stopping: bool = False
     _tasks: set[asyncio.Task[None]] = field(default_factory=set)
@@ -121,7 +123,7 @@ class ModelHandle:
         for task in list(self._tasks):
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
-        await asyncio.to_thread(self.started.kill)
+        await self._kill()
         self._fail_all(ServerError("the server is being stopped"))
 
     async def drained(self) -> None:
@@ -152,7 +154,7 @@ class ModelHandle:
         """
         self._last += 1
         number = self._last
-        pending = _Pending(asyncio.get_running_loop().create_future(), wire.packed({**head, "id": number}, body), again)
+        pending = _Pending(asyncio.get_running_loop().create_future(), wire.head_of({**head, "id": number}, body), body, again)
         self._pending[number] = pending
         try:
             async with asyncio.timeout(timeout_s):
@@ -166,7 +168,7 @@ class ModelHandle:
             self._pending.pop(number, None)
             if not pending.future.done():
                 pending.future.cancel()
-                self._send(wire.packed({"cancel": number}))
+                self._send(wire.packed({"cancel": number}))  # which is answered too, by a sign of life
         if "failed" in found[0]:
             raise ServerError(str(found[0]["failed"]))
         return found
@@ -178,7 +180,7 @@ class ModelHandle:
 
     async def _connected(self) -> None:
         self._reader, self._writer = await asyncio.open_connection(sock=self.started.connection, limit=2**20)
-        self._heard = time.monotonic()
+        self._silent_since = None
         try:
             first = await asyncio.wait_for(wire.read_soon(self._reader), _START_S)
         except TimeoutError:
@@ -186,7 +188,7 @@ class ModelHandle:
         if first is not None and "ready" in first[0]:
             self.facts = first[0]["ready"]
             return
-        await asyncio.to_thread(self.started.kill)
+        await self._kill()
         if first is None:
             code = self.started.process.returncode
             raise ServerError(f"the process of the model {self.name!r} ended with {code} before it was ready", "its own words are above")
@@ -198,16 +200,23 @@ class ModelHandle:
         try:
             while True:
                 while (message := await wire.read_soon(self._reader)) is not None:
-                    self._heard = time.monotonic()
                     pending = self._pending.get(message[0]["id"])
                     if pending is not None and not pending.future.done():
                         pending.future.set_result(message)
+                    owed = any(other.attempts and not other.future.done() for other in self._pending.values())
+                    self._silent_since = time.monotonic() if owed else None
                 await self._replace()
         finally:
             hung.cancel()
 
-    async def _replace(self) -> None:
+    async def _kill(self) -> None:
+        """End the process and what is left of the connection to it, whose number the next one may get."""
+        if self._writer is not None:
+            self._writer.transport.abort()
         await asyncio.to_thread(self.started.kill)
+
+    async def _replace(self) -> None:
+        await self._kill()
         log.error("the process of the model %s ended with %s, another is started", self.name, self.started.process.returncode)
         suspects = [pending for pending in self._pending.values() if pending.again and pending.attempts]
         self._calm.clear()
@@ -243,21 +252,23 @@ class ModelHandle:
     async def _kill_when_hung(self) -> None:
         while True:
             await asyncio.sleep(min(1.0, self.hang_s / 4))
-            if any(pending.attempts for pending in self._pending.values()) and time.monotonic() - self._heard > self.hang_s:
+            if self._silent_since is not None and time.monotonic() - self._silent_since > self.hang_s:
                 log.error("the process of the model %s owes answers and gave none for %g s: it is killed", self.name, self.hang_s)
-                self._heard = time.monotonic()
+                self._silent_since = None
                 with suppress(ProcessLookupError):
                     self.started.process.kill()
 
     def _write(self, pending: _Pending) -> None:
         pending.attempts += 1
-        if not any(other.attempts for other in self._pending.values() if other is not pending):
-            self._heard = time.monotonic()
-        self._send(pending.message)
+        if self._silent_since is None:
+            self._silent_since = time.monotonic()
+        self._send(pending.head, pending.body)
 
-    def _send(self, message: bytes) -> None:
-        with suppress(OSError, RuntimeError):  # `_watch` sees that it is gone
-            self._writer.write(message)
+    def _send(self, *parts: bytes) -> None:
+        if self._writer is None or self._writer.transport.is_closing():
+            return  # `_watch` sees that it is gone
+        for part in parts:
+            self._writer.write(part)
 
     def _fail_all(self, error: Exception) -> None:
         for pending in self._pending.values():

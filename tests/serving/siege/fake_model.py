@@ -1,0 +1,31 @@
+"""A model process that needs no model: what it does with a message is what the message says."""
+
+from __future__ import annotations
+
+import os
+import socket
+import sys
+import time
+
+from image_classifier.serving import wire
+
+
+def main(descriptor: int) -> None:
+    connection = socket.socket(fileno=descriptor)
+    stream = connection.makefile("rb")
+    wire.read(stream)  # the order
+    connection.sendall(wire.packed({"ready": {"name": "fake", "version": "1", "classes": ["a"]}}))
+    while message := wire.read(stream):
+        head, body = message
+        if head.get("do") == "die":
+            os._exit(9)
+        if head.get("do") == "hang":
+            time.sleep(3600)
+        if head.get("do") == "wait":
+            time.sleep(0.05)
+        if "id" in head:
+            connection.sendall(wire.packed({"id": head["id"], "pid": os.getpid(), "bytes": len(body)}))
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]))
