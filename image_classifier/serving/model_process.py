@@ -36,12 +36,13 @@ class PixelBudget:
     def __init__(self, most: int) -> None:
         self._left = self._most = most
         self._changed = threading.Condition()
+        self._turn = threading.Lock()  # small pictures do not overtake a large one for ever
 
     @contextmanager
     def of(self, pixels: int) -> Iterator[None]:
         """Hold so many while the block runs."""
         pixels = min(pixels, self._most)
-        with self._changed:
+        with self._turn, self._changed:
             self._changed.wait_for(lambda: self._left >= pixels)
             self._left -= pixels
         try:
@@ -63,12 +64,14 @@ class ModelProcess:
         self._budget = PixelBudget(order.limits.max_pixels)
         self._gone: set[int] = set()
         self._open: set[int] = set()
+        self._bodies: dict[int, bytes] = {}  # of pictures that wait to be decoded
         self._do = {"image": self._image, "pixels": self._pixels, "canary": self._canary, "explain": self._explain}
 
     def take(self, head: dict[str, Any], body: bytes) -> None:
         """One message; its answer is sent when it is there."""
         if "cancel" in head:
             self._gone |= {head["cancel"]} & self._open
+            self._bodies.pop(head["cancel"], None)  # now: its turn to be decoded may come late
             return
         self._open.add(head["id"])
         self._do[head["do"]](head, body)
@@ -99,9 +102,11 @@ class ModelProcess:
 
     def _image(self, head: dict[str, Any], body: bytes) -> None:
         self.batches.coming(1)
-        self._decoders.submit(self._decode, head["id"], head["name"], body)
+        self._bodies[head["id"]] = body
+        self._decoders.submit(self._decode, head["id"], head["name"])
 
-    def _decode(self, number: int, name: str, body: bytes) -> None:
+    def _decode(self, number: int, name: str) -> None:
+        body = self._bodies.pop(number, b"")
         try:
             if not self._wanted(number)():
                 return
@@ -159,7 +164,7 @@ class ModelProcess:
 
         def decode() -> None:
             try:
-                self._read(_png(pixels[0]))
+                self.predictor.preprocess.read(_png(pixels[0]), self.predictor.limits)  # without a budget, which large pictures may hold
                 self.batches.put(Work(pixels, finish), "urgent")
             except Exception as error:
                 self._fail(number, error)
