@@ -9,7 +9,7 @@ from collections.abc import AsyncGenerator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Annotated, ClassVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, FailFast, Field, ValidationError
 from starlette.datastructures import Headers, UploadFile
 from starlette.formparsers import MultiPartException, MultiPartParser
 
@@ -19,6 +19,8 @@ from image_classifier.serving.limits import Refusal, RequestLimits
 
 _NAME_CHARACTERS = 200
 _FETCHES = 8  # at once, of all requests
+_STEP = 2**16  # bytes of a body that are looked at before others have their turn
+_MOST_COMMAS = 100_000  # in JSON: a list of millions takes gigabytes and a minute to be refused, and a request of ours has a handful an image
 
 
 class ImageAsked(BaseModel):
@@ -34,7 +36,7 @@ class PredictRequest(BaseModel):
     """A JSON request."""
 
     model_config = ConfigDict(extra="forbid", json_schema_extra={"examples": [{"images": [{"name": "cat.jpg", "base64": "/9j/4AAQ…"}], "top_k": 3}]})
-    images: Annotated[list[ImageAsked], Field(min_length=1)]
+    images: Annotated[list[ImageIn], Field(min_length=1), FailFast()]
     top_k: Annotated[int | None, Field(ge=1)] = None
 
 
@@ -77,7 +79,9 @@ class Uploads:
 
     async def _of_form(self, headers: Headers, body: bytearray) -> tuple[list[Upload], int | None]:
         async def stream() -> AsyncGenerator[bytes, None]:
-            yield bytes(body)
+            for start in range(0, len(body), _STEP):
+                yield bytes(memoryview(body)[start : start + _STEP])
+                await asyncio.sleep(0)
             body.clear()
 
         most = self._limits.max_images
@@ -94,11 +98,14 @@ class Uploads:
             raise Refusal(400, "bad_request", "the form holds no file: send images=@FILE")
         if len(files) > most:
             raise self._too_many()
-        return [Upload(_name(file.filename, place), file.file.read()) for place, file in enumerate(files, 1)], None
+        return [self._upload(_name(file.filename, place), file.file.read()) for place, file in enumerate(files, 1)], None
 
     async def _of_json(self, body: bytearray) -> tuple[list[Upload], int | None]:
+        if _commas(body) > _MOST_COMMAS:
+            raise Refusal(413, "too_large", "the JSON has more values than a request can have")
         try:
-            asked = PredictRequest.model_validate_json(bytes(body))
+            asked = PredictIn.model_validate_json(body)
+            body.clear()
         except ValidationError as error:
             first = error.errors(include_url=False, include_context=False, include_input=False)[0]
             place = ".".join(map(str, first["loc"]))
@@ -114,7 +121,7 @@ class Uploads:
             name = _name(item.name, place)
             text = item.base64.partition(",")[2] if item.base64.startswith("data:") else item.base64
             try:
-                return Upload(name, base64.b64decode(text, validate=True))
+                return self._upload(name, await asyncio.to_thread(_decoded, text) if len(text) > _STEP else _decoded(text))
             except (binascii.Error, ValueError) as error:
                 return Upload(name, error=f"not base64 ({error})")
         return await self._fetched(item.name, str(item.url), place)
@@ -132,8 +139,31 @@ class Uploads:
         except SourceError as error:
             return Upload(name, error=error.fact)
 
+    def _upload(self, name: str, content: bytes) -> Upload:
+        """The image, unless it is larger than the model's process would look at."""
+        if len(content) > self._max_image_bytes:
+            return Upload(name, error=f"larger than {self._max_image_bytes / 2**20:.3g} MiB")
+        return Upload(name, content)
+
     def _too_many(self) -> Refusal:
         return Refusal(413, "too_large", f"more than {self._limits.max_images} images in one request")
+
+
+def _commas(body: bytearray) -> int:
+    """How many there are, or as many as are too many."""
+    found = 0
+    for start in range(0, len(body), _STEP):
+        found += body.count(b",", start, start + _STEP)
+        if found > _MOST_COMMAS:
+            break
+    return found
+
+
+def _decoded(text: str) -> bytes:
+    """The bytes that base64 stands for; in steps, between which other threads run."""
+    if not 0 <= len(text) - (text.find("=") if "=" in text else len(text)) <= 2:
+        raise ValueError("padding inside")
+    return b"".join(base64.b64decode(text[start : start + _STEP], validate=True) for start in range(0, len(text), _STEP))
 
 
 def _name(given: str | None, place: int) -> str:
