@@ -36,7 +36,7 @@ class PredictRequest(BaseModel):
     """A JSON request."""
 
     model_config = ConfigDict(extra="forbid", json_schema_extra={"examples": [{"images": [{"name": "cat.jpg", "base64": "/9j/4AAQ…"}], "top_k": 3}]})
-    images: Annotated[list[ImageIn], Field(min_length=1), FailFast()]
+    images: Annotated[list[ImageAsked], Field(min_length=1), FailFast()]
     top_k: Annotated[int | None, Field(ge=1)] = None
 
 
@@ -104,7 +104,7 @@ class Uploads:
         if _commas(body) > _MOST_COMMAS:
             raise Refusal(413, "too_large", "the JSON has more values than a request can have")
         try:
-            asked = PredictIn.model_validate_json(body)
+            asked = PredictRequest.model_validate_json(body)
             body.clear()
         except ValidationError as error:
             first = error.errors(include_url=False, include_context=False, include_input=False)[0]
