@@ -99,10 +99,10 @@ def serve(config: Any) -> None:
     """Serve until SIGINT or SIGTERM; then finish what was begun."""
     asked = settings.typed(ServeSettings, config, "")
     access = Access(asked.access, asked.host)
-    if not access.needs_key and not is_loopback(asked.host):
-        log.warning("everyone who can reach %s may ask: access.keys_file=FILE asks for a key", asked.host)
     with contextlib.ExitStack() as stack:
         listening = stack.enter_context(_listening(asked.host, asked.port))
+        if not access.needs_key and not is_loopback(asked.host):
+            log.warning("everyone who can reach %s may ask: access.keys_file=FILE asks for a key", asked.host)
         places = _places(asked)
         orders = [asked.order(name, place.find()) for name, place in places.items()]
         started = [(order, Started(order.as_dict())) for order in orders]  # they load while the server is imported

@@ -1,0 +1,93 @@
+"""The drift check of a server, and the verb that reads what it kept."""
+
+from __future__ import annotations
+
+import json
+from collections import deque
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from image_classifier.bundle import read_bundle
+from image_classifier.errors import ConfigError
+from image_classifier.serving.order import version_of
+from image_classifier.serving.traffic import DriftSettings, Traffic, columns
+from tests.conftest import Command
+
+ANSWER = {"path": "secret.png", "predicted_class": "7", "confidence": 0.75, "decision": "label"}
+
+
+def facts(digits_bundle: Path) -> dict[str, object]:
+    return {"name": "digits", "version": version_of(digits_bundle), "reference": read_bundle(digits_bundle).info.decision}
+
+
+def test_what_is_kept_is_figures_only_and_the_verb_reads_it(digits_bundle: Path, tmp_path: Path, command: Command) -> None:
+    traffic, known = Traffic(DriftSettings(enabled=True, log_dir=str(tmp_path))), facts(digits_bundle)
+    for score in np.linspace(50, 60, 80):
+        traffic.seen(known, ANSWER, float(score))
+    traffic.seen(known, {"path": "secret.png", "error": "not an image"}, None)
+    shown = {figure: (distance, limit, images) for figure, distance, limit, images in traffic.figures("digits")}
+    assert shown["ood_score"][0] == 1.0 and shown["ood_score"][2] == 80
+    log = tmp_path / "digits.jsonl"
+    assert "secret" not in log.read_text() and len(log.read_text().splitlines()) == 80
+    with log.open("a") as file:
+        file.write('{"time": 1, "version": "another", "confidence": 1, "ood_score": 1}\n{"cut off')
+    line = ("drift", str(digits_bundle), "--log", str(log))
+    answer = command(*line)
+    assert answer.code == 0 and "DRIFTED" in answer.out and "the last 80 answers" in answer.out, answer.err
+    assert command(*line, "--fail").code == 1
+    found = json.loads(command(*line, "--format", "json", "--last", "49").out)
+    assert found["images"] == 49 and {row["figure"]: row["drifted"] for row in found["figures"]} == {"confidence": False, "ood_score": False}
+
+
+def test_off_means_nothing_is_kept(digits_bundle: Path, tmp_path: Path) -> None:
+    traffic = Traffic(DriftSettings(log_dir=str(tmp_path)))
+    traffic.seen(facts(digits_bundle), ANSWER, 1.0)
+    assert list(traffic.figures("digits")) == [] and list(tmp_path.iterdir()) == []
+
+
+def test_another_version_begins_anew_and_the_window_is_bounded(digits_bundle: Path) -> None:
+    traffic, known = Traffic(DriftSettings(enabled=True, window=60, log_dir=None)), facts(digits_bundle)
+    for _ in range(100):
+        traffic.seen(known, ANSWER, 0.0)
+    assert {images for *_, images in traffic.figures("digits")} == {60}
+    traffic.seen({**known, "version": "next"}, ANSWER, 0.0)
+    assert {images for *_, images in traffic.figures("digits")} == {1}
+
+
+def test_a_long_log_is_put_aside_once(digits_bundle: Path, tmp_path: Path, command: Command) -> None:
+    traffic, known = Traffic(DriftSettings(enabled=True, log_dir=str(tmp_path), max_log_bytes=2000)), facts(digits_bundle)
+    for _ in range(100):
+        traffic.seen(known, ANSWER, 0.5)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["digits.jsonl", "digits.jsonl.1"]
+    assert all(path.stat().st_size < 2500 for path in tmp_path.iterdir())
+    images = sum(len(path.read_text().splitlines()) for path in tmp_path.iterdir())
+    assert f"the last {images} answers" in command("drift", str(digits_bundle), "--log", str(tmp_path / "digits.jsonl")).out
+
+
+def test_a_log_that_cannot_be_written_costs_no_request(digits_bundle: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    (tmp_path / "file").write_text("")
+    traffic = Traffic(DriftSettings(enabled=True, log_dir=str(tmp_path / "file")))
+    for _ in range(3):
+        traffic.seen(facts(digits_bundle), ANSWER, 0.5)
+    assert caplog.text.count("cannot be written") == 1
+
+
+def test_scores_are_compared_only_where_all_have_one() -> None:
+    assert columns(deque([(0.5, 1.0), (0.6, None)])) == {"confidence": [0.5, 0.6]}
+    assert columns(deque([(0.5, 1.0)])) == {"confidence": [0.5], "ood_score": [1.0]}
+
+
+def test_what_cannot_be_is_one_line(digits_bundle: Path, tmp_path: Path, command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for line, words in (
+        (("drift", str(digits_bundle)), "drift.enabled=true"),
+        (("drift", str(digits_bundle), "--format", "xml"), "use table or json"),
+        (("drift", str(digits_bundle), "--last", "0"), "at least 1"),
+        (("drift", "nothing"), "nothing"),
+    ):
+        answer = command(*line)
+        assert answer.code == 2 and words in answer.err and answer.err.count("\n") == 1, answer.err
+    with pytest.raises(ConfigError):
+        DriftSettings(window=0)

@@ -1,0 +1,124 @@
+"""The verb itself: several models by name, the registry's aliases, and what cannot be served said in one line before anything listens."""
+
+from __future__ import annotations
+
+import shutil
+import socket
+from pathlib import Path
+
+import pytest
+
+from image_classifier.errors import CheckpointError, ConfigError
+from image_classifier.serving import places
+from image_classifier.serving.places import InRegistry, OnDisk, place_of
+from tests.conftest import Command, run_apart
+from tests.serving.conftest import Server, start_server
+
+
+def test_models_answer_by_their_names(digits_bundle: Path, tmp_path: Path, digit: bytes) -> None:
+    shutil.copytree(digits_bundle, tmp_path / "models" / "second")
+    line = ("models={other: second, file: models/second/model.onnx}", "drift.enabled=true", "access.allowed_hosts=[127.0.0.1]")
+    server = start_server(tmp_path, digits_bundle, *line)
+    try:
+        found = server.ask("GET", "/models").json["models"]
+        assert [(one["name"], one["default"], one["ready"]) for one in found] == [
+            ("digits", True, True),
+            ("other", False, True),
+            ("file", False, True),
+        ]
+        answers = [server.send(f"/predict?model={name}", ("7.png", digit)).json for name in ("digits", "other", "file")]
+        assert [answer["model"] for answer in answers] == ["digits", "other", "file"]
+        assert len({answer["predictions"][0]["predicted_class"] for answer in answers}) == 1
+        assert (tmp_path / "runs/serve/digits.jsonl").exists()
+        assert server.gauge('drift_images{figure="confidence",model="other"}') == 1
+        assert server.ask("GET", "/models", headers={"Host": "localhost"}).status == 403
+    finally:
+        assert server.end() == 0, server.log.read_text()
+
+
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [
+        (("nothing",), "nothing"),
+        (("{bundle}", "--port", "70000"), "from 0 (any that is free) to 65535"),
+        (("{bundle}", "--host", "no.such.host.invalid"), "no address of this machine"),
+        (("{bundle}", "--backend", "magic"), "there is no backend 'magic'"),
+        (("{bundle}", "--backend", "triton"), "needs the server's address"),
+        (("{bundle}", "models={digits: {bundle}}"), "two models would be served as 'digits'"),
+        (("{bundle}", "access.keys_file=missing.txt"), "cannot be read"),
+        (("{bundle}", "access.cors_origins=['*']"), "write an origin"),
+        (("{bundle}", "queue=1"), "less than one request"),
+        (("{bundle}", "batch.max_images=0"), "batch.max_images"),
+        (("{bundle}", "request.body_s=0"), "request.body_s must be above 0"),
+        (("{bundle}", "hang_s=1"), "must be above canary_s"),
+        (("{bundle}", "decision.risk=2"), "decision.risk"),
+        (("models:/digits",), "models:/NAME@ALIAS"),
+    ],
+)
+def test_what_cannot_be_is_one_line(digits_bundle: Path, line, words, command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    answer = command("serve", *(part.replace("{bundle}", str(digits_bundle)) for part in line), *([] if "--port" in line else ["port=0"]))
+    assert answer.code == 2 and words in answer.err and answer.err.count("\n") == 1, answer.err
+    assert answer.out == ""
+
+
+def test_a_port_that_is_taken_and_a_damaged_model_are_one_line(digits_bundle: Path, tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        answer = run_apart("serve", str(digits_bundle), "--port", str(taken.getsockname()[1]))
+        assert answer.code == 2 and "cannot listen at 127.0.0.1" in answer.err and answer.err.count("\n") == 1
+    shutil.copytree(digits_bundle, tmp_path / "broken")
+    (tmp_path / "broken/model.onnx").write_bytes(b"nothing")
+    answer = run_apart("serve", str(tmp_path / "broken"), "--port", "0")
+    assert answer.code == 2 and "is damaged" in answer.err and answer.err.count("\n") == 1 and answer.out == ""
+
+
+def test_documentation_is_a_page_without_scripts(server: Server, strict: Server) -> None:
+    page = server.ask("GET", "/docs")
+    text = page.content.decode()
+    assert page.status == 200 and "<script" not in text and "style=" not in text
+    assert f"curl -F images=@photo.jpg -F images=@other.jpg &#39;http://127.0.0.1:{server.port}/predict?top_k=3&#39;" in text
+    assert "X-API-Key: $KEY" not in text and "X-API-Key: $KEY" in strict.ask("GET", "/docs").content.decode()
+    assert strict.ask("GET", "/openapi.json").status == strict.ask("GET", "/").status == strict.ask("GET", "/favicon.ico").status == 200
+
+
+class Registry:
+    """Stands in for MLflow's: an alias, and where its version lies."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.source, self.downloads = folder, "runs:/1/model", 0
+
+    def version(self, tracking_uri: str, name: str, alias: str) -> tuple[str, str]:
+        assert (tracking_uri, name, alias) == ("sqlite:///mlflow.db", "digits", "champion")
+        return "1", self.source
+
+    def download(self, tracking_uri: str, source: str, directory: Path) -> Path:
+        self.downloads += 1
+        shutil.copytree(self.folder, directory / "model")
+        return directory / "model"
+
+
+def test_an_alias_is_downloaded_once_a_version(digits_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shutil.copytree(digits_bundle, tmp_path / "registered/artifacts/bundle")
+    registry = Registry(tmp_path / "registered")
+    monkeypatch.setattr("image_classifier.tracking.registered_version", registry.version)
+    monkeypatch.setattr("image_classifier.tracking.download", registry.download)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    place = place_of("models:/digits@champion", tmp_path, None, "sqlite:///mlflow.db")
+    assert isinstance(place, InRegistry) and place.name == "digits"
+    first = place.find()
+    assert (first / "bundle.json").is_file() and place.find() == first and registry.downloads == 1
+    registry.source = "runs:/2/model"
+    assert place.find() != first and registry.downloads == 2
+    assert [path for path in (tmp_path / "cache/image_classifier/registry").iterdir() if path.name.startswith("tmp")] == []
+    registry.source = "runs:/3/model"
+    (tmp_path / "registered/artifacts/bundle/bundle.json").unlink()
+    with pytest.raises(CheckpointError, match="holds no bundle"):
+        place.find()
+
+
+def test_places_have_names(digits_bundle: Path, tmp_path: Path) -> None:
+    assert place_of(str(digits_bundle), tmp_path, None, "").name == "digits"
+    assert OnDisk(str(digits_bundle / "model.onnx"), tmp_path, None).name == "model"
+    for wrong in ("models:/a b@c", "models:/a", "models:/@c", "models:/a@b/c"):
+        with pytest.raises(ConfigError):
+            places.place_of(wrong, tmp_path, None, "")
