@@ -72,6 +72,7 @@ docs/command_line
 docs/training
 docs/evaluation
 docs/delivery
+docs/serving
 docs/deployment
 ```
 ```{toctree}
