@@ -88,7 +88,7 @@ def test_every_pair_listed_is_one_by_definition(seed: int, noise: float, thresho
 
 
 @pytest.mark.parametrize("mirrored", [True, False])
-@pytest.mark.parametrize("threshold", [0.9, 0.95, 0.98, 0.995])
+@pytest.mark.parametrize("threshold", [0.9, pytest.param(0.95, marks=pytest.mark.slow), pytest.param(0.98, marks=pytest.mark.slow), 0.995])
 def test_all_but_one_in_a_hundred_of_brute_forces_pairs_are_found(threshold: float, mirrored: bool) -> None:
     # The hash is a matter of chance: for single pairs nothing can be promised, so that many are counted, from seeds that stay.
     true = hit = 0
@@ -284,6 +284,7 @@ def test_the_simpsons_twins_known_are_found(shared_data: Path) -> None:
             assert (~in_test[twins.first] & ~in_test[twins.second]).sum() == pytest.approx(inside, rel=0.03)
 
 
+@pytest.mark.slow
 def test_the_one_garment_under_two_labels_is_found(shared_data: Path) -> None:
     names, thumbnails = real_thumbnails(shared_data / "clothing.tar")
     twins = find_twins(thumbnails, BOTH)

@@ -42,6 +42,7 @@ def exported(trained: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "here"
 
 
+@pytest.mark.slow
 def test_every_way_to_give_a_picture_has_the_answer_of_infer(exported: Path) -> None:
     from image_classifier.tracking import load_pyfunc
 

@@ -150,6 +150,7 @@ def test_pretrained_weights_without_a_network_name_the_way_out(command: Command,
     assert "model.weights=PATH" in answer.err
 
 
+@pytest.mark.slow
 def test_weights_of_a_file_leave_nothing_to_download(command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     torch.save(timm.create_model("test_resnet").state_dict(), "weights.pth")

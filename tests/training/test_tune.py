@@ -156,6 +156,7 @@ def test_time_over_gives_trials_back_and_the_next_command_finishes_them() -> Non
     assert states(run(num_trials=2)) == [TrialState.COMPLETE] * 2
 
 
+@pytest.mark.slow
 def test_another_space_or_budget_of_training_is_another_study() -> None:
     opened()
     with pytest.raises(ConfigError, match="begun with another search"):
