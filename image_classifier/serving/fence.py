@@ -35,7 +35,6 @@ _HEADERS = [
 ]
 _ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
 FAILED = Refusal(500, "internal", "the server failed at this request; its log says why")
-_STOPPING = Refusal(503, "stopping", "the server is being stopped", 1.0)
 
 
 @dataclass(frozen=True)
@@ -75,7 +74,7 @@ class Fence:
         received, start = 0, time.monotonic()
         try:
             if self.stopping():
-                raise _STOPPING
+                raise Refusal(503, "stopping", "the server is being stopped", 1.0)
             if method == "OPTIONS" and b"access-control-request-method" in headers and answer.cors_allowed:
                 await answer.plain(204, b"", preflight(["GET", "POST"]))
                 return None

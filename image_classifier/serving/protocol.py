@@ -106,4 +106,4 @@ class PatientProtocol(H11Protocol):
 def arguments(limits: RequestLimits) -> dict[str, Any]:
     """What uvicorn's Config is told so that it makes such connections."""
     kind = type("Patient", (PatientProtocol,), {"headers_s": limits.headers_s, "max_connections": limits.max_connections})
-    return {"http": kind, "timeout_keep_alive": 15, "ws": "none"}
+    return {"http": kind, "timeout_keep_alive": max(1, round(limits.keep_alive_s)), "ws": "none"}
