@@ -33,6 +33,7 @@ def raw(server: Server, content: bytes, timeout_s: float = 20) -> bytes:
         ("POST", "/predict?model=other", b"", {}, 404, "not_found"),
         ("POST", "/predict", b"", {}, 415, "unsupported_media_type"),
         ("POST", "/predict", b"x", {"Content-Type": "image/png"}, 415, "unsupported_media_type"),
+        ("POST", "/predict", b"x", {"Content-Type": "application/json", "Content-Encoding": "gzip"}, 415, "unsupported_media_type"),
         ("POST", "/predict", b"x", {"Content-Type": "multipart/form-data"}, 400, "bad_request"),
         ("POST", "/predict", b"x", {"Content-Type": "multipart/form-data; boundary=frontier"}, 400, "bad_request"),
         ("POST", "/predict", b"--f\r\n\r\n", {"Content-Type": "multipart/form-data; boundary=f"}, 400, "bad_request"),
