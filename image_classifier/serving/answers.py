@@ -56,10 +56,10 @@ def make_router(parts: Parts) -> APIRouter:
         openapi_extra=schemas.IMAGES_BODY,
     )
     async def predict(request: Request, name: ModelName = None, top_k: TopK = None) -> Response:
-        handle = parts.models.get(name)
-        images, own_top_k = await parts.uploads.of(request.headers, request.state.body)
-        request.state.images = len(images)
-        answers, shown = await _predicted(parts, handle, images), top_k or own_top_k
+        with parts.models.held(name) as handle:
+            images, own_top_k = await parts.uploads.of(request.headers, request.state.body)
+            request.state.images = len(images)
+            answers, shown = await _predicted(parts, handle, images), top_k or own_top_k
         for answer in answers:
             if shown is not None and "all_predictions" in answer:
                 probabilities = answer["all_predictions"]
@@ -75,16 +75,16 @@ def make_router(parts: Parts) -> APIRouter:
         openapi_extra=schemas.IMAGE_BODY,
     )
     async def explain(request: Request, name: ModelName = None, label: Label = None) -> Response:
-        handle = parts.models.get(name)
-        images, _ = await parts.uploads.of(request.headers, request.state.body)
-        request.state.images = len(images)
-        if len(images) != 1:
-            raise Refusal(400, "bad_request", "send one image to be explained")
-        if images[0].error:
-            raise Refusal(422, "unreadable", images[0].error)
-        if label is not None and label not in handle.facts["classes"]:
-            raise Refusal(404, "not_found", "the model has no such class: GET /model lists them")
-        found, heat = await _explained(parts, handle, images[0], label)
+        with parts.models.held(name) as handle:
+            images, _ = await parts.uploads.of(request.headers, request.state.body)
+            request.state.images = len(images)
+            if len(images) != 1:
+                raise Refusal(400, "bad_request", "send one image to be explained")
+            if images[0].error:
+                raise Refusal(422, "unreadable", images[0].error)
+            if label is not None and label not in handle.facts["classes"]:
+                raise Refusal(404, "not_found", "the model has no such class: GET /model lists them")
+            found, heat = await _explained(parts, handle, images[0], label)
         return JSONResponse({**_of(handle, request), "path": images[0].name, "class": found, "heat": heat})
 
     return router

@@ -92,7 +92,10 @@ class Bodies:
         self.held -= count
 
     async def _read(self, scope: Scope, receive: Receive, parts: bytearray) -> None:
-        length = next((value for name, value in scope["headers"] if name == b"content-length"), b"0")
+        headers = dict(scope["headers"])
+        if headers.get(b"content-encoding", b"identity").lower() != b"identity":  # what it would unpack to has no limit
+            raise Refusal(415, "unsupported_media_type", "send the body as it is: compressed ones are not unpacked")
+        length = headers.get(b"content-length", b"0")
         if not length.isdigit() or int(length) > self.limits.max_bytes:
             await self._linger(receive)
             raise self._too_large()

@@ -6,7 +6,7 @@ import asyncio
 import logging
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 
 from image_classifier.errors import ClassifierError
@@ -53,6 +53,16 @@ class Models:
         if served is None:
             raise Refusal(404, "not_found", "there is no model of that name: GET /models lists them")
         return served.handle
+
+    @contextmanager
+    def held(self, name: str | None = None) -> Iterator[ModelHandle]:
+        """The same, which does not end while the block runs, though another version may take its place."""
+        handle = self.get(name)
+        handle.users += 1
+        try:
+            yield handle
+        finally:
+            handle.users -= 1
 
     async def start(self) -> None:
         """Wait until all are loaded and have answered their canary; a ClassifierError says what cannot be served."""

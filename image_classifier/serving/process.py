@@ -89,6 +89,7 @@ class ModelHandle:
     hang_s: float
     facts: dict[str, Any] = field(default_factory=dict)
     restarts: int = 0
+    users: int = 0
     _pending: dict[int, _Pending] = field(default_factory=dict)
     _rows: int = 0
     _last: int = 0
@@ -127,8 +128,8 @@ class ModelHandle:
         self._fail_all(ServerError("the server is being stopped"))
 
     async def drained(self) -> None:
-        """Wait until nothing is owed."""
-        while self._pending:
+        """Wait until nothing is owed and nobody is about to ask."""
+        while self._pending or self.users:
             await asyncio.sleep(0.02)
 
     @contextmanager

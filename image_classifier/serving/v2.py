@@ -61,12 +61,13 @@ def make_router(parts: Parts) -> APIRouter:
     @router.post("/models/{name}/infer", summary="Pixels uint8 [N, 3, S, S] to logits [N, C] and embedding [N, D]", openapi_extra=_BODY)
     @router.post("/models/{name}/versions/{version}/infer", include_in_schema=False)
     async def infer(request: Request, name: str, version: str = "1") -> Response:
-        handle = _handle(parts, name, version)
-        body, length = bytes(request.state.body), request.headers.get(_HEADER)
-        asked = await asyncio.to_thread(_understood, body, length, handle.facts)
-        request.state.body.clear()
-        request.state.images = asked.shape[0]
-        head, content = await _answered(parts, handle, asked)
+        _handle(parts, name, version)
+        with parts.models.held(name) as handle:
+            body, length = bytes(request.state.body), request.headers.get(_HEADER)
+            asked = await asyncio.to_thread(_understood, body, length, handle.facts)
+            request.state.body.clear()
+            request.state.images = asked.shape[0]
+            head, content = await _answered(parts, handle, asked)
         return _response(handle, asked, head["shapes"], content)
 
     return router
