@@ -6,7 +6,8 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
@@ -41,33 +42,44 @@ class BatchSettings:
 
 @dataclass
 class Work:
-    """Pixels uint8 [n, 3, S, S] that belong together, and what is called with their share of the outputs, or with the error."""
+    """Pixels uint8 [n, 3, S, S] that belong together, and what is called with their share of the outputs, or with the error.
+
+    `looks` float32 [n, 11] are given where scores are wanted, which need embeddings.
+    """
 
     pixels: np.ndarray
     finish: Callable[[Outcome], None]
     embeddings: bool = False
     wanted: Callable[[], bool] = lambda: True
+    looks: np.ndarray | None = None
     since: float = field(default_factory=time.monotonic)
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """Logits float32 [n, C] and, where asked for, embeddings float32 [n, D]; or the error. `batch` images were run together."""
+    """Logits float32 [n, C] and, where asked for, embeddings float32 [n, D] and scores [n]; or the error. `batch` images were run together."""
 
     logits: np.ndarray | None = None
     embeddings: np.ndarray | None = None
+    scores: np.ndarray | None = None
     error: Exception | None = None
     batch: int = 0
 
 
 Run = Callable[[np.ndarray, bool], tuple[np.ndarray, np.ndarray | None]]
+Judge = Callable[[np.ndarray, np.ndarray], np.ndarray]
 
 
 class Batches:
-    """A thread that runs what waits: urgent work first, then the others in their order, idle work where there is nothing else."""
+    """A thread that runs what waits: urgent work first, then the others in their order, idle work where there is nothing else.
 
-    def __init__(self, run: Run, asked: BatchSettings, after_each: Callable[[], None] = lambda: None) -> None:
-        self._run, self._asked, self._after_each = run, asked, after_each
+    Another thread hands out the answers, so that the model waits for none of that; it has the scores of a whole batch from `judge`, which takes
+    embeddings [N, D] and looks [N, 11]. `after_idle` is called after each batch of idle work.
+    """
+
+    def __init__(self, run: Run, asked: BatchSettings, judge: Judge | None = None, after_idle: Callable[[], None] = lambda: None) -> None:
+        self._run, self._asked, self._judge, self._after_idle = run, asked, judge, after_idle
+        self._answers = ThreadPoolExecutor(1, "answers")
         self._waiting: dict[str, deque[Work]] = {"urgent": deque(), "next": deque(), "idle": deque()}
         self._changed = threading.Condition()
         self._coming = 0
@@ -94,6 +106,7 @@ class Batches:
             self._ended = True
             self._changed.notify()
         self._thread.join()
+        self._answers.shutdown()
 
     def most(self) -> int:
         """Images that a batch may have now."""
@@ -109,14 +122,15 @@ class Batches:
                 if not self._waiting["urgent"]:
                     enough = lambda: self._ended or not self._coming or sum(len(work.pixels) for work in self._waiting["next"]) >= self.most()  # noqa: E731
                     self._changed.wait_for(enough, self._asked.wait_ms / 1000)
-                chosen = self._taken()
+                kind = next(kind for kind, queue in self._waiting.items() if queue)
+                chosen = self._taken(self._waiting[kind])
             if chosen:
                 self._answer(chosen)
-                self._after_each()
+            if kind == "idle":
+                self._after_idle()
 
-    def _taken(self) -> list[Work]:
-        """The works of the next batch: of one kind, in their order, together no more rows than `most`, but at least one work."""
-        waiting = next((queue for queue in self._waiting.values() if queue), deque[Work]())
+    def _taken(self, waiting: deque[Work]) -> list[Work]:
+        """The works of the next batch, in their order, together no more rows than `most`, but at least one work."""
         chosen: list[Work] = []
         rows, most = 0, self.most()
         while waiting and (not chosen or rows + len(waiting[0].pixels) <= most):
@@ -132,12 +146,29 @@ class Batches:
         try:
             logits, embeddings = self._run(pixels, any(work.embeddings for work in works))
         except Exception as error:
-            for work in works:
-                work.finish(Outcome(error=error, batch=len(pixels)))
+            self._answers.submit(_hand_out, works, Outcome(error=error, batch=len(pixels)))
             return
         row_s = (time.monotonic() - start) / len(pixels)
         self._row_s = row_s if not self._row_s else _MEMORY * self._row_s + (1 - _MEMORY) * row_s
-        first = 0
-        for work in works:
-            own = slice(first, first := first + len(work.pixels))
-            work.finish(Outcome(logits[own], None if embeddings is None else embeddings[own], batch=len(pixels)))
+        self._answers.submit(self._judged, works, Outcome(logits, embeddings, batch=len(pixels)))
+
+    def _judged(self, works: Sequence[Work], found: Outcome) -> None:
+        """Hand out the answers, with scores where there are `looks`."""
+        looks = [work.looks if work.looks is not None else np.zeros((len(work.pixels), 0), np.float32) for work in works]
+        width = max(table.shape[1] for table in looks)
+        try:
+            if width and self._judge is not None and found.embeddings is not None:
+                seen = np.concatenate([table if table.shape[1] else np.zeros((len(table), width), np.float32) for table in looks])
+                found = replace(found, scores=self._judge(found.embeddings, seen))
+        except Exception as error:
+            found = Outcome(error=error, batch=found.batch)
+        _hand_out(works, found)
+
+
+def _hand_out(works: Sequence[Work], found: Outcome) -> None:
+    """To each work its rows."""
+    first = 0
+    for work in works:
+        own = slice(first, first := first + len(work.pixels))
+        logits, embeddings, scores = (None if table is None else table[own] for table in (found.logits, found.embeddings, found.scores))
+        work.finish(Outcome(logits, embeddings, scores, found.error, found.batch))

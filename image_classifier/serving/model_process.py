@@ -58,7 +58,8 @@ class ModelProcess:
 
     def __init__(self, model: Model, order: Order, send: Callable[[bytes], None]) -> None:
         self.model, self.predictor, self._send = model, model.predictor, send
-        self.batches = Batches(self._run, order.batch, lambda: send(wire.packed({"id": _NOBODY})))  # a sign of life, also while nothing is finished
+        self._judge = None if self.predictor.detector is None else self.predictor.detector.scores
+        self.batches = Batches(self._run, order.batch, self._judge, lambda: send(wire.packed({"id": _NOBODY})))  # a sign of life
         self._decoders = ThreadPoolExecutor(cores(), "decode")
         self._explainer = ThreadPoolExecutor(1, "explain")
         self._budget = PixelBudget(order.limits.max_pixels)
@@ -111,8 +112,8 @@ class ModelProcess:
             if not self._wanted(number)():
                 return
             pixels = self._read(body)[None]
-            embeddings = self.predictor.detector is not None
-            self.batches.put(Work(pixels, lambda found: self._predict(number, name, pixels, found), embeddings, self._wanted(number)))
+            seen = None if self._judge is None else looks(pixels)
+            self.batches.put(Work(pixels, lambda found: self._predict(number, name, found), seen is not None, self._wanted(number), seen))
         except UnreadableImage as error:
             self._answer(number, {"answer": {"path": name, "error": error.reason}})
         except Exception as error:
@@ -127,16 +128,14 @@ class ModelProcess:
         with self._budget.of(width * height):
             return np.ascontiguousarray(self.predictor.preprocess.read(body, limits).transpose(2, 0, 1))
 
-    def _predict(self, number: int, name: str, pixels: np.ndarray, found: Outcome) -> None:
+    def _predict(self, number: int, name: str, found: Outcome) -> None:
         try:
             if found.error is not None or found.logits is None:
                 raise found.error or RuntimeError("no logits")
-            detector = self.predictor.detector
-            scores = None if detector is None or found.embeddings is None else detector.scores(found.embeddings, looks(pixels))
-            (prediction,) = self.predictor.named([name], found.logits, scores)
+            (prediction,) = self.predictor.named([name], found.logits, found.scores)
             if prediction.error:
                 raise FloatingPointError(prediction.error)
-            score = None if scores is None else float(scores[0])
+            score = None if found.scores is None else float(found.scores[0])
             self._answer(number, {"answer": prediction.answer(), "ood_score": score, "batch": found.batch})
         except Exception as error:
             self._fail(number, error)

@@ -61,7 +61,7 @@ class Started:
         path = os.pathsep.join(filter(None, (str(_PACKAGE), os.environ.get("PYTHONPATH"))))
         line = [sys.executable, "-m", "image_classifier.serving.model_process", str(other.fileno())]
         # A session of its own: Ctrl-C is for the server, which ends it when the last answer is out.
-        environment = {**os.environ, "PYTHONPATH": path}
+        environment = {"OPENBLAS_NUM_THREADS": "1", **os.environ, "PYTHONPATH": path}  # numpy's threads would take the model's cores
         self.process = subprocess.Popen(line, pass_fds=[other.fileno()], start_new_session=True, stdin=subprocess.DEVNULL, env=environment)
         other.close()
         self.connection.sendall(wire.packed(order))
