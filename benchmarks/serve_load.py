@@ -246,7 +246,7 @@ def _sizes(before: dict[int, float], after: dict[int, float]) -> Counter[int]:
 
 
 def _children(pid: int) -> list[int]:
-    return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+    return [int(child) for task in Path(f"/proc/{pid}/task").iterdir() for child in (task / "children").read_text().split()]
 
 
 def _busy(pid: int) -> tuple[float, float]:

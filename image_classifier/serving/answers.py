@@ -17,7 +17,7 @@ from image_classifier.serving import schemas
 from image_classifier.serving.limits import Refusal, RequestLimits
 from image_classifier.serving.models import Models
 from image_classifier.serving.observe import Metrics
-from image_classifier.serving.process import Deadly, ModelHandle, QueueFull, TooLate
+from image_classifier.serving.process import Deadly, Ended, ModelHandle, QueueFull, TooLate
 from image_classifier.serving.traffic import Traffic
 from image_classifier.serving.uploads import Upload, Uploads
 
@@ -144,5 +144,7 @@ async def _asked(handle: ModelHandle, head: dict[str, Any], content: bytes, time
         return await handle.ask(head, content, timeout_s)
     except TooLate as error:
         raise Refusal(503, "too_late", str(error), 1.0) from None
+    except Ended as error:
+        raise Refusal(503, "stopping", str(error), 1.0) from None
     except ClassifierError as error:
         raise Refusal(500, "model_failed", str(error)) from None

@@ -9,7 +9,7 @@ import math
 import re
 import time
 import uuid
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
@@ -35,6 +35,7 @@ _HEADERS = [
 ]
 _ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
 FAILED = Refusal(500, "internal", "the server failed at this request; its log says why")
+_CLIENT_CHARACTERS = 64  # a proxy may say any name
 
 
 @dataclass(frozen=True)
@@ -67,42 +68,54 @@ class Fence:
             scope = {**scope, "method": "GET"}  # uvicorn leaves the content out
         given = headers.get(b"x-request-id", b"").decode("latin-1")
         state = scope.setdefault("state", {})
-        state["request_id"] = given if _ID.fullmatch(given) else uuid.uuid4().hex
-        state["images"] = 0
+        state.update(request_id=given if _ID.fullmatch(given) else uuid.uuid4().hex, images=0, received=0)
         answer = _Answer(send, state["request_id"], self.access.cors(headers), scope["path"].startswith("/v2"))
-        client = (scope.get("client") or ("unknown", 0))[0]
-        received, start = 0, time.monotonic()
+        client = (scope.get("client") or ("unknown", 0))[0][:_CLIENT_CHARACTERS]
+        start = time.monotonic()
         try:
-            if self.stopping():
-                raise Refusal(503, "stopping", "the server is being stopped", 1.0)
-            if method == "OPTIONS" and b"access-control-request-method" in headers and answer.cors_allowed:
-                await answer.plain(204, b"", preflight(["GET", "POST"]))
-                return None
-            self.access.check(method, scope["path"], headers, client)
-            body = await self.bodies.read(scope, receive)
-            received = len(body)
-            await self._run(scope, body, receive, answer)
+            await self._answered(self._take(scope, method, client, receive, answer), answer)
+        finally:
+            self.bodies.release(state["received"])
+            route = getattr(scope.get("route"), "path", "")
+            seconds = time.monotonic() - start
+            path = printable(scope["path"])[:200]
+            self.tell(Seen(state["request_id"], client, method, path, route, answer.status, state["received"], seconds, state["images"]))
+        return None
+
+    async def _take(self, scope: Scope, method: str, client: str, receive: Receive, answer: _Answer) -> None:
+        """Whoever may not ask is refused before the body is read."""
+        if self.stopping():
+            raise _stopping()
+        headers = dict(scope["headers"])
+        if method == "OPTIONS" and b"access-control-request-method" in headers and answer.cors_allowed:
+            return await answer.plain(204, b"", preflight(["GET", "POST"]))
+        self.access.check(method, scope["path"], headers, client)
+        body = await self.bodies.read(scope, receive)
+        scope["state"].update(received=len(body), body=body)
+        return await self._run(scope, receive, answer)
+
+    async def _answered(self, work: Awaitable[None], answer: _Answer) -> None:
+        """Whatever becomes of the work, there is an answer."""
+        try:
+            await work
         except Refusal as refusal:
             await answer.refuse(refusal)
         except Disconnected:
             answer.status = 499
+        except asyncio.CancelledError:
+            if not self.stopping() or (answer.status and not answer.complete):
+                raise
+            if not answer.status:
+                await answer.refuse(_stopping())  # there is no more time to finish it
         except Exception:
-            log.exception("the request %s failed", state["request_id"])
+            log.exception("the request %s failed", answer.request_id)
             if answer.status and not answer.complete:
                 raise  # the answer has begun: the connection must break
             if not answer.status:
                 await answer.refuse(FAILED)
-        finally:
-            self.bodies.release(received)
-            route = getattr(scope.get("route"), "path", "")
-            seconds = time.monotonic() - start
-            path = printable(scope["path"])[:200]
-            self.tell(Seen(state["request_id"], client, method, path, route, answer.status, received, seconds, state["images"]))
-        return None
 
-    async def _run(self, scope: Scope, body: bytearray, receive: Receive, answer: _Answer) -> None:
+    async def _run(self, scope: Scope, receive: Receive, answer: _Answer) -> None:
         """The application, with a body that is there already; ended when the client goes away."""
-        scope["state"]["body"] = body
         gone = asyncio.Event()
         delivered = False
 
@@ -135,6 +148,10 @@ class Fence:
             await asyncio.gather(app, leaving, return_exceptions=True)
 
 
+def _stopping() -> Refusal:
+    return Refusal(503, "stopping", "the server is being stopped", 1.0)
+
+
 def said(refusal: Refusal, request_id: str, is_v2: bool) -> tuple[bytes, list[tuple[bytes, bytes]]]:
     """Content and headers: one shape for every error, but for those of the V2 protocol, which has its own."""
     words: dict[str, Any] = {"error": {"code": refusal.code, "message": refusal.message}, "request_id": request_id}
@@ -152,7 +169,7 @@ class _Answer:
     """Sends one answer with what every answer carries, and remembers its status (0 while there is none) and its end."""
 
     def __init__(self, send: Send, request_id: str, cors: list[tuple[bytes, bytes]], is_v2: bool) -> None:
-        self._send, self._id, self._cors, self._is_v2 = send, request_id, cors, is_v2
+        self._send, self.request_id, self._cors, self._is_v2 = send, request_id, cors, is_v2
         self.status, self.complete = 0, False
         self.cors_allowed = any(name == b"access-control-allow-origin" for name, _ in cors)
 
@@ -162,13 +179,13 @@ class _Answer:
             own = {name for name, _ in event["headers"]}
             fixed = [pair for pair in _HEADERS if pair[0] not in own]
             stored = [] if b"cache-control" in own else [(b"cache-control", b"no-store")]
-            event = {**event, "headers": [*event["headers"], *fixed, *stored, *self._cors, (b"x-request-id", self._id.encode())]}
+            event = {**event, "headers": [*event["headers"], *fixed, *stored, *self._cors, (b"x-request-id", self.request_id.encode())]}
         await self._send(event)
         self.complete = event["type"] == "http.response.body" and not event.get("more_body", False)
 
     async def refuse(self, refusal: Refusal) -> None:
         """The one shape of errors."""
-        content, headers = said(refusal, self._id, self._is_v2)
+        content, headers = said(refusal, self.request_id, self._is_v2)
         await self.plain(refusal.status, content, headers)
 
     async def plain(self, status: int, content: bytes, headers: list[tuple[bytes, bytes]]) -> None:

@@ -13,7 +13,7 @@ from image_classifier.errors import ClassifierError
 from image_classifier.serving.limits import Refusal
 from image_classifier.serving.order import Order, version_of
 from image_classifier.serving.places import Place
-from image_classifier.serving.process import Deadly, ModelHandle, Started, TooLate
+from image_classifier.serving.process import Deadly, Ended, ModelHandle, Started, TooLate
 
 log = logging.getLogger(__name__)
 
@@ -86,7 +86,7 @@ class Models:
     async def _canary(self, handle: ModelHandle) -> str:
         try:
             await handle.ask({"do": "canary"}, timeout_s=self._canary_s, again=False)
-        except (ClassifierError, TooLate, Deadly) as error:
+        except (ClassifierError, TooLate, Deadly, Ended) as error:
             return str(error)
         return ""
 

@@ -39,6 +39,10 @@ class Deadly(Exception):  # it is an answer
     """A request with which the model process died again, alone."""
 
 
+class Ended(Exception):  # it is an answer
+    """The process was ended before it answered, and no other takes its place."""
+
+
 class TooLate(Exception):  # it is an answer
     """No answer in time."""
 
@@ -119,13 +123,13 @@ class ModelHandle:
         self._spawn(self._watch())
 
     async def stop(self) -> None:
-        """End the process; what it still owed gets a ServerError."""
+        """End the process; what it still owed gets `Ended`."""
         self._stopping = True
         for task in list(self._tasks):
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
         await self._kill()
-        self._fail_all(ServerError("the server is being stopped"))
+        self._fail_all(Ended("the server is being stopped"))
 
     async def drained(self) -> None:
         """Wait until nothing is owed and nobody is about to ask."""
@@ -150,6 +154,7 @@ class ModelHandle:
 
         Raises:
             Deadly: The process dies of it.
+            Ended: It was stopped.
             TooLate: There is no answer within `timeout_s`.
             ServerError: The model cannot answer.
         """

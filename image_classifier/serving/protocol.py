@@ -64,6 +64,11 @@ class PatientProtocol(H11Protocol):
         elif not busy and self._head is None and not self.transport.is_closing():  # the first bytes of another request
             self._head = self.loop.call_later(self.headers_s, self._late)
 
+    def on_response_complete(self) -> None:
+        super().on_response_complete()
+        if self.cycle.response_complete and self.conn.trailing_data[0] and self._head is None:  # half a head came with the request before
+            self._head = self.loop.call_later(self.headers_s, self._late)
+
     def connection_lost(self, exc: Exception | None) -> None:
         for timer in (self._head, self._unread):
             if timer is not None:

@@ -7,7 +7,7 @@ import contextlib
 import logging
 import signal
 import socket
-from collections.abc import AsyncIterator, Iterator, Mapping
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -112,8 +112,12 @@ def serve(config: Any) -> None:
         from image_classifier.serving.models import Models
 
         models = Models(started, asked.queue, asked.hang_s, asked.canary_s)
-        with _signals() as ended:
-            asyncio.run(_serve(asked, access, models, places, listening, ended))
+        told = _Told()
+        with told.listening():
+            try:
+                asyncio.run(_serve(asked, access, models, places, listening, told))
+            except asyncio.CancelledError:
+                raise KeyboardInterrupt from None
 
 
 def _places(asked: ServeSettings) -> dict[str, Place]:
@@ -145,27 +149,30 @@ def _listening(host: str, port: int) -> Iterator[socket.socket]:
         yield found
 
 
-@contextmanager
-def _signals() -> Iterator[asyncio.Event]:
-    """Set on SIGINT and SIGTERM; the program then ends with 0, as it was told to. A second Ctrl-C ends it at once."""
-    ended = asyncio.Event()
+class _Told:
+    """What SIGINT and SIGTERM said: `ended` is set by the first, `hurry` called by a Ctrl-C after it."""
 
-    def end(number: int, frame: FrameType | None) -> None:
-        if ended.is_set() and number == signal.SIGINT:
-            raise KeyboardInterrupt
-        ended.set()
+    def __init__(self) -> None:
+        self.ended = asyncio.Event()
+        self.hurry: Callable[[], object] = lambda: None
 
-    before = {number: signal.signal(number, end) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield ended
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+    @contextmanager
+    def listening(self) -> Iterator[None]:
+        """Hear them; the program then ends with 0, as it was told to."""
+        before = {number: signal.signal(number, self._hear) for number in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    def _hear(self, number: int, frame: FrameType | None) -> None:
+        if self.ended.is_set() and number == signal.SIGINT:
+            self.hurry()
+        self.ended.set()
 
 
-async def _serve(
-    asked: ServeSettings, access: Access, models: Models, places: Mapping[str, Place], listening: socket.socket, ended: asyncio.Event
-) -> None:
+async def _serve(asked: ServeSettings, access: Access, models: Models, places: Mapping[str, Place], listening: socket.socket, told: _Told) -> None:
     import uvicorn
 
     from image_classifier.serving import protocol
@@ -188,7 +195,7 @@ async def _serve(
         if request_log is not None:
             request_log(request)
 
-    fence = Fence(app, access, Bodies(asked.request), tell, ended.is_set)
+    fence = Fence(app, access, Bodies(asked.request), tell, told.ended.is_set)
     options = protocol.arguments(asked.request)
     config = uvicorn.Config(
         fence,
@@ -207,27 +214,37 @@ async def _serve(
 
         @contextmanager
         def capture_signals(self) -> Iterator[None]:
-            yield  # `_signals` does, also while models are loaded and ended
+            yield  # `_Told` does, also while models are loaded and ended
 
-    server = Server(config)
-    async with _running(models), asyncio.TaskGroup() as group:
-        reloader = Reloader(models, places, asked.reload_s)
+    server, reloader = Server(config), Reloader(models, places, asked.reload_s)
+    asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, reloader.now.set)  # from now on all signals wake the loop
+    if (main := asyncio.current_task()) is not None:
+        told.hurry = main.cancel
+    async with _running(models, told.ended) as are_running, asyncio.TaskGroup() as group:
+        if not are_running:
+            return
         looking = group.create_task(reloader.run())
-        asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, reloader.now.set)
-        ending = group.create_task(_end(server, ended))
+        ending = group.create_task(_end(server, told.ended))
         await server.serve([listening])
-        ended.set()
+        told.ended.set()
         for task in (looking, ending):
             task.cancel()
         uploads.stop()
 
 
 @asynccontextmanager
-async def _running(models: Models) -> AsyncIterator[None]:
+async def _running(models: Models, ended: asyncio.Event) -> AsyncIterator[bool]:
+    """Models that answer; false where the program was told to end before they did."""
+    starting, ending = asyncio.ensure_future(models.start()), asyncio.ensure_future(ended.wait())
     try:
-        await models.start()
-        yield
+        await asyncio.wait({starting, ending}, return_when=asyncio.FIRST_COMPLETED)
+        if starting.done():
+            await starting
+        yield starting.done()
     finally:
+        for task in (starting, ending):
+            task.cancel()
+        await asyncio.gather(starting, ending, return_exceptions=True)
         await models.stop()
 
 

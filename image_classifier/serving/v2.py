@@ -19,7 +19,7 @@ from image_classifier import __version__
 from image_classifier.errors import ClassifierError
 from image_classifier.serving.answers import Parts
 from image_classifier.serving.limits import Refusal
-from image_classifier.serving.process import Deadly, ModelHandle, QueueFull, TooLate
+from image_classifier.serving.process import Deadly, Ended, ModelHandle, QueueFull, TooLate
 
 _HEADER = "inference-header-content-length"
 _MOST_JSON = 4 * 2**20  # bytes of numbers written out: nothing else runs while they are read; binary tensors have the limit of all bodies
@@ -138,6 +138,8 @@ async def _answered(parts: Parts, handle: ModelHandle, asked: Asked) -> tuple[di
         raise Refusal(503, "queue_full", str(error), error.after_s) from None
     except TooLate as error:
         raise Refusal(503, "too_late", str(error), 1.0) from None
+    except Ended as error:
+        raise Refusal(503, "stopping", str(error), 1.0) from None
     except (ClassifierError, Deadly) as error:
         raise Refusal(500, "model_failed", str(error)) from None
 

@@ -34,7 +34,8 @@ class Victim:
     @property
     def model_pids(self) -> list[int]:
         """Its model processes."""
-        return [int(pid) for pid in Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children").read_text().split()]
+        tasks = Path(f"/proc/{self.process.pid}/task").iterdir()  # each child belongs to the thread that started it
+        return [int(pid) for task in tasks for pid in (task / "children").read_text().split()]
 
     def connect(self, timeout_s: float = HANG_S) -> socket.socket:
         return socket.create_connection(("127.0.0.1", self.port), timeout=timeout_s)
