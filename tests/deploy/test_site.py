@@ -15,6 +15,8 @@ import pytest
 
 from tests.conftest import ROOT
 
+pytestmark = pytest.mark.slow  # `make docs` builds it too
+
 # What a browser loads by itself, unlike <a href>.
 LOADED = re.compile(r"""<(?:script|img|iframe|source|video|audio|embed|object|link)\b[^>]*?\b(?:src|srcset|href|data|poster)=["']([^"']*)""")
 IN_CSS = re.compile(r"""(?:url\(|@import)\s*["']?([^"')\s]+)""")

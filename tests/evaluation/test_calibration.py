@@ -55,6 +55,7 @@ def test_the_likelihood_never_falls_and_no_answer_changes(content: tuple[list[li
     assert (after.probabilities[rows, before.logits.argmax(axis=1)] == after.probabilities.max(axis=1)).all()
 
 
+@pytest.mark.slow
 @given(LOGITS)
 def test_no_other_temperature_is_likelier(content: tuple[list[list[float]], list[int]]) -> None:
     part = table(np.array(content[0], dtype=np.float32), np.array(content[1]))
