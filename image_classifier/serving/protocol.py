@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import logging
+import resource
 from typing import Any, ClassVar
 
 import h11
@@ -10,6 +12,10 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from image_classifier.serving.limits import RequestLimits
 
+log = logging.getLogger(__name__)
+
+_BACKLOG = 256  # connections that are accepted at once, before any of them can be refused
+_OTHER_FILES = 3 * _BACKLOG
 _UNREAD_S = 20.0  # an answer that nobody reads
 _MOST_HEAD = 2**15  # bytes
 _SMALL_CHUNK = 64  # bytes; reading one takes as long as reading a thousand times as many
@@ -110,5 +116,19 @@ class PatientProtocol(H11Protocol):
 
 def arguments(limits: RequestLimits) -> dict[str, Any]:
     """What uvicorn's Config is told so that it makes such connections."""
-    kind = type("Patient", (PatientProtocol,), {"headers_s": limits.headers_s, "max_connections": limits.max_connections})
-    return {"http": kind, "timeout_keep_alive": max(1, round(limits.keep_alive_s)), "ws": "none"}
+    kind = type("Patient", (PatientProtocol,), {"headers_s": limits.headers_s, "max_connections": _possible(limits.max_connections)})
+    return {"http": kind, "timeout_keep_alive": max(1, round(limits.keep_alive_s)), "ws": "none", "backlog": _BACKLOG}
+
+
+def _possible(connections: int) -> int:
+    """So many connections, or fewer where this process may not open as many files as they and others need."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    needed = connections + _OTHER_FILES
+    if soft < needed and soft != resource.RLIM_INFINITY:
+        soft = needed if hard == resource.RLIM_INFINITY else min(needed, hard)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    if soft >= needed or soft == resource.RLIM_INFINITY:
+        return connections
+    found = max(soft // 4, soft - _OTHER_FILES)
+    log.warning("request.max_connections=%d is %d here: the system allows this process %d open files (ulimit -n)", connections, found, soft)
+    return found

@@ -1,0 +1,145 @@
+"""Clients that are slow, silent, gone or too many: none of them holds anything, and the next honest one is served at once."""
+
+from __future__ import annotations
+
+import os
+import resource
+import signal
+import socket
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, closing, suppress
+from pathlib import Path
+
+import pytest
+
+from tests.serving.siege.attackers import Victim, all_of, form, head, reply_of, until, victim
+
+LIMITS = ("request.headers_s=1", "request.body_s=1", "request.max_connections=100", "queue=64", "request.max_memory=70000000")
+
+
+@pytest.fixture(scope="module")
+def small(digits_bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Victim]:
+    with victim(tmp_path_factory.mktemp("small"), digits_bundle, *LIMITS) as found:
+        yield found
+
+
+@pytest.fixture(autouse=True)
+def _serves_the_next(small: Victim, seven: bytes) -> Iterator[None]:
+    yield
+    until(lambda: small.gauge("queue_images") == 0, "the queue is empty")
+    assert small.predict(seven)["predictions"][0]["predicted_class"]
+
+
+def opened(small: Victim, count: int, stack: ExitStack, said: bytes = b"") -> list[socket.socket]:
+    found = []
+    for _ in range(count):
+        connection = stack.enter_context(closing(small.connect()))
+        with suppress(ConnectionError):
+            connection.sendall(said)
+        found.append(connection)
+    return found
+
+
+@pytest.mark.parametrize("said", [b"", b"GET /healthz HT", head("POST", "/predict", bytes(1000)), head("POST", "/predict", bytes(1000)) + bytes(500)])
+def test_connections_that_say_nothing_more_are_closed(small: Victim, said: bytes) -> None:
+    with ExitStack() as stack:
+        silent = opened(small, 60, stack, said)
+        assert small.ask("/healthz")[0] == 200
+        for connection in silent:
+            assert reply_of(all_of(connection))[0] in (0, 408)
+
+
+def test_more_connections_than_may_be_are_closed_as_they_come(small: Victim) -> None:
+    with ExitStack() as stack:
+        crowd = opened(small, 150, stack)
+        assert sum(all_of(connection) == b"" for connection in crowd) == 150
+    assert small.ask("/healthz")[0] == 200
+
+
+def test_whoever_sends_a_byte_now_and_then_is_told_that_it_takes_too_long(small: Victim) -> None:
+    with closing(small.connect()) as slow:
+        slow.sendall(head("POST", "/predict", bytes(1000)))
+        start = time.monotonic()
+        with suppress(ConnectionError):
+            while time.monotonic() - start < 10:
+                slow.sendall(b"x")
+                time.sleep(0.1)
+                slow.settimeout(0.001)
+                with suppress(TimeoutError):
+                    if said := slow.recv(2**16):
+                        assert b" 408 " in said.partition(b"\r\n")[0]
+                        break
+                slow.settimeout(10)
+        assert time.monotonic() - start < 9
+
+
+def test_the_work_of_whoever_leaves_is_given_up(small: Victim, seven: bytes) -> None:
+    os.kill(small.model_pids[0], signal.SIGSTOP)
+    try:
+        with ExitStack() as stack:
+            body = form(*[seven] * 4)
+            opened(small, 10, stack, head("POST", "/predict", body) + body)
+            until(lambda: small.gauge("queue_images") == 40, "all wait")
+        until(lambda: small.gauge("queue_images") == 0, "none is counted any more")
+        with ExitStack() as stack:  # nor held: the same again, and it would be more than the queue takes
+            opened(small, 10, stack, head("POST", "/predict", body) + body)
+            until(lambda: small.gauge("queue_images") == 40, "all wait")
+    finally:
+        os.kill(small.model_pids[0], signal.SIGCONT)
+    assert 499 in {request["status"] for request in small.requests()}
+
+
+def test_a_full_queue_says_when_to_come_back_and_at_once(small: Victim, seven: bytes) -> None:
+    os.kill(small.model_pids[0], signal.SIGSTOP)
+    try:
+        with ExitStack() as stack:
+            body = form(*[seven] * 32)
+            waiting = opened(small, 2, stack, head("POST", "/predict", body, more=b"Connection: close\r\n") + body)
+            until(lambda: small.gauge("queue_images") == 64, "the queue is full")
+            start = time.monotonic()
+            status, headers, content = small.ask("/predict", form(seven))
+            assert status == 503 and b"queue_full" in content and 1 <= int(headers["retry-after"]) <= 60
+            assert time.monotonic() - start < 5 and small.ask("/healthz")[0] == 200
+            os.kill(small.model_pids[0], signal.SIGCONT)
+            assert [reply_of(all_of(connection))[0] for connection in waiting] == [200, 200]
+    finally:
+        os.kill(small.model_pids[0], signal.SIGCONT)
+
+
+def test_bodies_together_have_a_limit_too(small: Victim) -> None:
+    with ExitStack() as stack:
+        held = head("POST", "/predict", bytes(60_000_000)) + bytes(40_000_000)
+        opened(small, 1, stack, held)
+        status, headers, content = small.ask("/predict", form(bytes(40_000_000)))
+        assert status == 503 and b"bodies" in content and "retry-after" in headers
+
+
+@pytest.mark.slow
+def test_whoever_reads_no_answer_is_left_alone(small: Victim) -> None:
+    """Answers of megabytes for clients that never read: bounded memory, and in the end the connections are gone."""
+    before = small.memory()[0]
+    with ExitStack() as stack:
+        deaf = opened(small, 40, stack, head("GET", "/openapi.json") * 300)
+        for _ in range(10):
+            assert small.ask("/healthz")[0] == 200
+            time.sleep(0.2)
+        assert small.memory()[0] - before < 100
+        time.sleep(21)
+        with suppress(TimeoutError):
+            for connection in deaf:
+                connection.settimeout(5)
+                all_of(connection)
+    assert small.memory()[0] - before < 100
+
+
+@pytest.mark.slow
+def test_thousands_of_connections_on_a_machine_that_allows_few_files(digits_bundle: Path, tmp_path: Path, seven: bytes) -> None:
+    def few() -> None:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (1024, 1024))
+
+    with victim(tmp_path, digits_bundle, "request.headers_s=3", preexec_fn=few) as found, ExitStack() as stack:
+        opened(found, 3000, stack)
+        time.sleep(5)
+        assert found.predict(seven)["predictions"]
+        assert not any("system resource" in line for line in found.words()), found.words()[-3:]
