@@ -42,13 +42,16 @@ class OnDisk:
 
     @property
     def name(self) -> str:
-        """That of the folder, or of the file without its ending."""
-        path = self.find()
+        """That of the folder, or of the file without its ending; of a link its own, wherever it leads."""
+        path = Path(os.path.abspath(self._found()))
         return path.name if path.is_dir() else path.stem
 
     def find(self) -> Path:
         """Errors as `pulled_checkpoint`."""
-        return pulled_checkpoint(self.given, self.models_dir, self.dvc).resolve()
+        return self._found().resolve()
+
+    def _found(self) -> Path:
+        return pulled_checkpoint(self.given, self.models_dir, self.dvc)
 
 
 @dataclass(frozen=True)
