@@ -46,7 +46,7 @@ def make_cards(parts: Parts) -> APIRouter:
         ]
         return schemas.ModelList(models=found)
 
-    @router.get("/model", summary="A model's card", responses=schemas.errors(404))
+    @router.get("/model", summary="A model's card", responses=schemas.errors(404, 422))
     async def model(name: ModelName = None) -> schemas.Card:
         facts = parts.models.get(name).facts
         return schemas.Card(**{**facts, "limits": {**facts["limits"], "max_images": parts.limits.max_images}, "explain": True, "urls": parts.urls})

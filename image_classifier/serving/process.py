@@ -24,6 +24,11 @@ log = logging.getLogger(__name__)
 _ATTEMPTS = 3  # how often a request may be in a process that dies: in company at first, then alone
 _FIRST_WAIT_S, _LONGEST_WAIT_S = 0.1, 5.0  # before a process that dies at once is started again
 _START_S = 600.0  # an engine for a GPU may take minutes to build
+_ENVIRONMENT = {
+    "OPENBLAS_NUM_THREADS": "1",  # numpy's threads would take the model's cores
+    "MALLOC_ARENA_MAX": "2",  # what large pictures took goes back to the system: else it stays, in pieces, and there is ever more of it
+    "MALLOC_MMAP_THRESHOLD_": "1048576",
+}
 _PACKAGE = Path(__file__).resolve().parents[2]
 
 
@@ -65,7 +70,7 @@ class Started:
         path = os.pathsep.join(filter(None, (str(_PACKAGE), os.environ.get("PYTHONPATH"))))
         line = [sys.executable, "-m", "image_classifier.serving.model_process", str(other.fileno())]
         # A session of its own: Ctrl-C is for the server, which ends it when the last answer is out.
-        environment = {"OPENBLAS_NUM_THREADS": "1", **os.environ, "PYTHONPATH": path}  # numpy's threads would take the model's cores
+        environment = {**_ENVIRONMENT, **os.environ, "PYTHONPATH": path}
         self.process = subprocess.Popen(line, pass_fds=[other.fileno()], start_new_session=True, stdin=subprocess.DEVNULL, env=environment)
         other.close()
         self.connection.sendall(wire.packed(order))

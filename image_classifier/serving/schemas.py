@@ -40,6 +40,12 @@ class Problem(_Model):
     request_id: str
 
 
+class V2Problem(_Model):
+    """An answer of the V2 protocol that is no."""
+
+    error: str
+
+
 class Prediction(_Model):
     """The answer for one image; `decision` is abstain where the label should not be relied on, and `reason` says why."""
 
@@ -144,7 +150,7 @@ _WORDS = {
     408: "The body came too slowly",
     413: "Too large, or too many images",
     415: "Neither a form nor JSON",
-    422: "The image cannot be read",
+    422: "The image cannot be read, or the request is not as it should be",
     429: "Too many requests; Retry-After says when to come back",
     500: "The model failed",
     503: "The queue is full or the server is being stopped; Retry-After says when to come back",
@@ -154,6 +160,11 @@ _WORDS = {
 def errors(*codes: int) -> dict[int | str, dict[str, Any]]:
     """The documentation of these answers."""
     return {code: {"model": Problem, "description": _WORDS[code]} for code in codes}
+
+
+def v2_errors(*codes: int) -> dict[int | str, dict[str, Any]]:
+    """The same for the V2 protocol."""
+    return {code: {"model": V2Problem, "description": _WORDS[code]} for code in codes}
 
 
 _JSON = {
@@ -185,6 +196,7 @@ def _body(images: dict[str, Any], example: dict[str, Any]) -> dict[str, Any]:
 
 
 _FILE = {"type": "string", "format": "binary"}
-_ONE = {"images": [{"name": "garden.jpg", "base64": "/9j/4AAQSkZJRg=="}]}
+_PNG = "iVBORw0KGgoAAAANSUhEUgAAAAgAAAAICAIAAABLbSncAAAAFUlEQVR42mM8UaHBgA0wMeAAg1MCAB4nAXgllso1AAAAAElFTkSuQmCC"
+_ONE = {"images": [{"name": "garden.png", "base64": _PNG}]}
 IMAGES_BODY = _body({"type": "array", "minItems": 1, "items": _FILE}, {**_ONE, "top_k": 3})
 IMAGE_BODY = _body(_FILE, _ONE)

@@ -17,12 +17,15 @@ from fastapi.responses import JSONResponse, Response
 
 from image_classifier import __version__
 from image_classifier.errors import ClassifierError
+from image_classifier.serving import schemas
 from image_classifier.serving.answers import Parts
 from image_classifier.serving.limits import Refusal
 from image_classifier.serving.process import Deadly, Ended, ModelHandle, QueueFull, TooLate
 
 _HEADER = "inference-header-content-length"
 _MOST_JSON = 4 * 2**20  # bytes of numbers written out: nothing else runs while they are read; binary tensors have the limit of all bodies
+_REFUSALS = schemas.v2_errors(401, 403, 404, 422, 429)
+_ALL_REFUSALS = schemas.v2_errors(400, 401, 403, 404, 408, 413, 415, 422, 429, 500, 503)
 _EXTENSIONS = ["binary_tensor_data", "model_configuration"]
 
 
@@ -45,23 +48,28 @@ def make_router(parts: Parts) -> APIRouter:
     async def live() -> Response:
         return JSONResponse({"live": True})
 
-    @router.get("/health/ready", summary="Whether every model really answers")
+    @router.get("/health/ready", summary="Whether every model really answers", responses={503: {"description": "One does not"}})
     async def ready() -> Response:
         troubles = [await parts.models.trouble(served) for served in parts.models]
         return JSONResponse({"ready": not any(troubles)}, 503 if any(troubles) else 200)
 
-    @router.get("/models/{name}/ready", summary="Whether a model really answers")
+    @router.get("/models/{name}/ready", summary="Whether a model really answers", responses=_REFUSALS | {503: {"description": "It does not"}})
     @router.get("/models/{name}/versions/{version}/ready", include_in_schema=False)
-    async def model_ready(name: str, version: str = "1") -> Response:
-        _handle(parts, name, version)
+    async def model_ready(request: Request, name: str) -> Response:
+        _handle(parts, request)
         (served,) = (served for served in parts.models if served.order.name == name)
         trouble = await parts.models.trouble(served)
         return JSONResponse({"name": name, "ready": not trouble}, 503 if trouble else 200)
 
-    @router.post("/models/{name}/infer", summary="Pixels uint8 [N, 3, S, S] to logits [N, C] and embedding [N, D]", openapi_extra=_BODY)
+    @router.post(
+        "/models/{name}/infer",
+        summary="Pixels uint8 [N, 3, S, S] to logits [N, C] and embedding [N, D]",
+        responses=_ALL_REFUSALS,
+        openapi_extra=_BODY,
+    )
     @router.post("/models/{name}/versions/{version}/infer", include_in_schema=False)
-    async def infer(request: Request, name: str, version: str = "1") -> Response:
-        _handle(parts, name, version)
+    async def infer(request: Request, name: str) -> Response:
+        _handle(parts, request)
         with parts.models.held(name) as handle:
             body, length = bytes(request.state.body), request.headers.get(_HEADER)
             asked = await asyncio.to_thread(_understood, body, length, handle.facts)
@@ -84,7 +92,11 @@ _TENSOR = {
         "parameters": {"type": "object"},
     },
 }
-_REQUEST = {"type": "object", "required": ["inputs"], "properties": {"id": {"type": "string"}, "inputs": {"type": "array", "items": _TENSOR}}}
+_REQUEST = {
+    "type": "object",
+    "required": ["inputs"],
+    "properties": {"id": {"type": "string"}, "inputs": {"type": "array", "minItems": 1, "maxItems": 1, "items": _TENSOR}},
+}
 _BODY = {"requestBody": {"required": True, "content": {"application/json": {"schema": _REQUEST}, "application/octet-stream": {}}}}
 
 
@@ -93,10 +105,10 @@ def _add_metadata(router: APIRouter, parts: Parts) -> None:
     async def server() -> Response:
         return JSONResponse({"name": "image_classifier", "version": __version__, "extensions": _EXTENSIONS})
 
-    @router.get("/models/{name}", summary="A model's tensors")
+    @router.get("/models/{name}", summary="A model's tensors", responses=_REFUSALS)
     @router.get("/models/{name}/versions/{version}", include_in_schema=False)
-    async def metadata(name: str, version: str = "1") -> Response:
-        facts = _handle(parts, name, version).facts
+    async def metadata(request: Request, name: str) -> Response:
+        facts = _handle(parts, request).facts
         side, classes = facts["image_size"], len(facts["classes"])
         outputs = [{"name": "logits", "datatype": "FP32", "shape": [-1, classes]}]
         if facts["embeddings"]:
@@ -106,18 +118,20 @@ def _add_metadata(router: APIRouter, parts: Parts) -> None:
         content = {"name": name, "versions": ["1"], "platform": facts["backend"], "inputs": inputs, "outputs": outputs, "parameters": own}
         return JSONResponse(content)
 
-    @router.get("/models/{name}/config", summary="A model's configuration, as Triton tells it")
+    @router.get("/models/{name}/config", summary="A model's configuration, as Triton tells it", responses=_REFUSALS)
     @router.get("/models/{name}/versions/{version}/config", include_in_schema=False)
-    async def config(name: str, version: str = "1") -> Response:
-        handle = _handle(parts, name, version)
+    async def config(request: Request, name: str) -> Response:
+        handle = _handle(parts, request)
         side = handle.facts["image_size"]
         inputs = [{"name": "pixels", "data_type": "TYPE_UINT8", "dims": [3, side, side]}]
         outputs = [{"name": "logits", "data_type": "TYPE_FP32", "dims": [len(handle.facts["classes"])]}]
         return JSONResponse({"name": name, "platform": handle.facts["backend"], "max_batch_size": _most(handle), "input": inputs, "output": outputs})
 
 
-def _handle(parts: Parts, name: str, version: str) -> ModelHandle:
-    if version != "1":
+def _handle(parts: Parts, request: Request) -> ModelHandle:
+    """The model that a path names, whose version may be left out."""
+    name = request.path_params["name"]
+    if request.path_params.get("version", "1") != "1":
         raise Refusal(404, "not_found", f"the model {name[:100]!r} has no version but 1")
     return parts.models.get(name)
 
