@@ -126,7 +126,9 @@ async def _predicted(parts: Parts, handle: ModelHandle, images: Sequence[Upload]
 
 async def _one(parts: Parts, handle: ModelHandle, image: Upload) -> dict[str, Any]:
     if image.error:
-        return {"path": image.name, "error": image.error}
+        unread = {"path": image.name, "error": image.error}
+        parts.metrics.answered(handle.facts, unread, 0)
+        return unread
     head: dict[str, Any]
     try:
         head, _ = await _asked(handle, {"do": "image", "name": image.name}, image.content, parts.limits.answer_s)

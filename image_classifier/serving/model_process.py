@@ -11,6 +11,7 @@ import signal
 import socket
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -28,6 +29,7 @@ from image_classifier.serving.batches import Batches, Outcome, Work
 from image_classifier.serving.order import Model, Order
 
 _NOBODY = 0  # whose messages are signs of life
+_HUNG = 70  # the exit code of a process that ended itself
 
 
 class PixelBudget:
@@ -61,12 +63,34 @@ class ModelProcess:
         self._judge = None if self.predictor.detector is None else self.predictor.detector.scores
         self.batches = Batches(self._run, order.batch, self._judge, lambda: send(wire.packed({"id": _NOBODY})))  # a sign of life
         self._decoders = ThreadPoolExecutor(cores(), "decode")
-        self._explainer = ThreadPoolExecutor(1, "explain")
+        self._explainer = ThreadPoolExecutor(1, "decode-to-explain")
         self._budget = PixelBudget(order.limits.max_pixels)
         self._gone: set[int] = set()
         self._open: set[int] = set()
         self._bodies: dict[int, bytes] = {}  # of pictures that wait to be decoded
+        self._busy: dict[str, float] = {}  # since when each thread has been at one thing
+        threading.Thread(target=self._watch, args=(order.decode_s, order.hang_s), daemon=True).start()
         self._do = {"image": self._image, "pixels": self._pixels, "canary": self._canary, "explain": self._explain}
+
+    def _watch(self, decode_s: float, hang_s: float) -> None:
+        """End the process where a decoder or the model hangs: its thread cannot be ended, and the server starts another process."""
+        while True:
+            time.sleep(min(1.0, decode_s / 4, hang_s / 4))
+            now = time.monotonic()
+            for thread, since in list(self._busy.items()):
+                limit = decode_s if thread.startswith("decode") else hang_s
+                if now - since > limit:
+                    os.write(2, f"the thread {thread} is at one thing for more than {limit:g} s: the process ends\n".encode())
+                    os._exit(_HUNG)
+
+    @contextmanager
+    def _at_one_thing(self) -> Iterator[None]:
+        name = threading.current_thread().name
+        self._busy[name] = time.monotonic()
+        try:
+            yield
+        finally:
+            del self._busy[name]
 
     def take(self, head: dict[str, Any], body: bytes) -> None:
         """One message; its answer is sent when it is there."""
@@ -99,7 +123,8 @@ class ModelProcess:
 
     def _run(self, pixels: np.ndarray, embeddings: bool) -> tuple[np.ndarray, np.ndarray | None]:
         backend: Any = self.predictor.backend
-        return backend.logits_and_embeddings(pixels) if embeddings else (backend.logits(pixels), None)
+        with self._at_one_thing():
+            return backend.logits_and_embeddings(pixels) if embeddings else (backend.logits(pixels), None)
 
     def _image(self, head: dict[str, Any], body: bytes) -> None:
         self.batches.coming(1)
@@ -125,7 +150,7 @@ class ModelProcess:
         """The pixels uint8 [3, S, S] of a picture."""
         limits = self.predictor.limits
         width, height = read_size(body, limits)
-        with self._budget.of(width * height):
+        with self._budget.of(width * height), self._at_one_thing():
             return np.ascontiguousarray(self.predictor.preprocess.read(body, limits).transpose(2, 0, 1))
 
     def _predict(self, number: int, name: str, found: Outcome) -> None:

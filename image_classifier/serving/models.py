@@ -18,6 +18,8 @@ from image_classifier.serving.process import Deadly, Ended, ModelHandle, Started
 log = logging.getLogger(__name__)
 
 _FRESH_S = 1.0  # probes that come more often share an answer
+_OWN_S = 10.0  # between canaries that nobody asked for
+_LONGEST_PAUSE_S = 600.0  # before a version that could not be served is tried again
 
 
 @dataclass
@@ -28,7 +30,12 @@ class Served:
     handle: ModelHandle
     trouble: str = "it was not asked yet"
     asked_at: float = field(default=-1e9)
-    lock: asyncio.Lock = field(default_factory=asyncio.Lock)
+    canary: asyncio.Task[None] | None = None
+
+    @property
+    def known_trouble(self) -> str:
+        """Why it was not ready when it was last asked, or is not now; "" where it was."""
+        return "its process is being started again" if self.handle.starting else self.trouble
 
 
 class Models:
@@ -77,11 +84,23 @@ class Models:
 
     async def trouble(self, served: Served) -> str:
         """Why a model is not ready, by a canary image that it really answers, at most a second ago; "" where it is."""
-        async with served.lock:
-            if time.monotonic() - served.asked_at >= _FRESH_S:
-                served.trouble = await self._canary(served.handle)
-                served.asked_at = time.monotonic()
-            return served.trouble
+        if not served.handle.starting and time.monotonic() - served.asked_at >= _FRESH_S:
+            if served.canary is None or served.canary.done():
+                served.canary = asyncio.get_running_loop().create_task(self._ask(served))
+            await asyncio.shield(served.canary)  # a probe that goes away takes no answer from the others
+        return served.known_trouble
+
+    async def _ask(self, served: Served) -> None:
+        handle = served.handle
+        trouble = await self._canary(handle)
+        if served.handle is handle:
+            served.trouble, served.asked_at = trouble, time.monotonic()
+
+    async def keep_asking(self) -> None:
+        """Ask now and then, so that figures are true where nobody probes."""
+        while True:
+            await asyncio.sleep(_OWN_S)
+            await asyncio.gather(*(self.trouble(served) for served in self))
 
     async def _canary(self, handle: ModelHandle) -> str:
         try:
@@ -106,7 +125,8 @@ class Models:
         except BaseException:
             await fresh.stop()
             raise
-        old, served.order, served.handle, served.asked_at = served.handle, order, fresh, -1e9
+        old, served.order, served.handle = served.handle, order, fresh
+        served.trouble, served.asked_at = "", time.monotonic()
         task = asyncio.get_running_loop().create_task(self._leave(old))
         self._leaving.add(task)
         task.add_done_callback(self._leaving.discard)
@@ -117,12 +137,26 @@ class Models:
         await old.stop()
 
 
+@dataclass(frozen=True)
+class _Refused:
+    """A version that could not be served, maybe for a reason that passes: not tried again before `until`, and then after twice the pause."""
+
+    version: str
+    pause_s: float
+    until: float
+
+    @classmethod
+    def again(cls, version: str, before: _Refused | None, every_s: float) -> _Refused:
+        pause_s = min(_LONGEST_PAUSE_S, 2 * before.pause_s if before is not None and before.version == version else max(1.0, every_s))
+        return cls(version, pause_s, time.monotonic() + pause_s)
+
+
 class Reloader:
     """Looks now and then whether a model was replaced, on disk or by an alias of the registry, and serves the new version."""
 
     def __init__(self, models: Models, places: Mapping[str, Place], every_s: float) -> None:
         self._models, self._places, self._every_s = models, places, every_s
-        self._refused: dict[str, str] = {}
+        self._refused: dict[str, _Refused] = {}
         self._said: dict[str, str] = {}
         self.now = asyncio.Event()
 
@@ -131,22 +165,32 @@ class Reloader:
         while True:
             with suppress(TimeoutError):
                 await asyncio.wait_for(self.now.wait(), self._every_s or None)
+            if self.now.is_set():
+                self._refused.clear()
             self.now.clear()
             for served in list(self._models):
-                await self._look(served)
+                try:
+                    await self._look(served)
+                except Exception:
+                    log.exception("the model %s could not be looked after", served.order.name)
 
     async def _look(self, served: Served) -> None:
         name, current = served.order.name, served.handle.facts["version"]
         try:
             path = await asyncio.to_thread(self._places[name].find)
             version = await asyncio.to_thread(version_of, path)
-            if version in (current, self._refused.get(name)):
+            refused = self._refused.get(name)
+            if version == current:
+                self._refused.pop(name, None)
+                self._said.pop(name, None)
+                return
+            if refused is not None and refused.version == version and time.monotonic() < refused.until:
                 return
             try:
                 await self._models.reload(name, replace(served.order, path=str(path)))
             except ClassifierError:
                 if await asyncio.to_thread(version_of, path) == version:  # else it is still being written, and looked at again
-                    self._refused[name] = version
+                    self._refused[name] = _Refused.again(version, refused, self._every_s)
                 raise
         except (ClassifierError, OSError) as error:
             if self._said.get(name) != str(error):

@@ -37,6 +37,8 @@ class Order:
     limits: DecodeLimits = field(default_factory=DecodeLimits)
     batch: BatchSettings = field(default_factory=BatchSettings)
     trusted: tuple[str, ...] = ()
+    decode_s: float = 30.0
+    hang_s: float = 60.0
 
     def as_dict(self) -> dict[str, Any]:
         """Plain values, ready for JSON."""

@@ -21,6 +21,7 @@ from image_classifier.serving import wire
 
 log = logging.getLogger(__name__)
 
+_PROOF = -1  # the number of the first canary
 _ATTEMPTS = 3  # how often a request may be in a process that dies: in company at first, then alone
 _FIRST_WAIT_S, _LONGEST_WAIT_S = 0.1, 5.0  # before a process that dies at once is started again
 _START_S = 600.0  # an engine for a GPU may take minutes to build
@@ -99,6 +100,7 @@ class ModelHandle:
     facts: dict[str, Any] = field(default_factory=dict)
     restarts: int = 0
     users: int = 0
+    starting: bool = False
     _pending: dict[int, _Pending] = field(default_factory=dict)
     _rows: int = 0
     _last: int = 0
@@ -163,6 +165,8 @@ class ModelHandle:
             TooLate: There is no answer within `timeout_s`.
             ServerError: The model cannot answer.
         """
+        if self.starting and not again:
+            raise ServerError("its process is being started again")
         self._last += 1
         number = self._last
         pending = _Pending(asyncio.get_running_loop().create_future(), wire.head_of({**head, "id": number}, body), body, again)
@@ -229,6 +233,7 @@ class ModelHandle:
     async def _replace(self) -> None:
         await self._kill()
         log.error("the process of the model %s ended with %s, another is started", self.name, self.started.process.returncode)
+        self.starting = True
         suspects = [pending for pending in self._pending.values() if pending.again and pending.attempts]
         self._calm.clear()
         wait_s = _FIRST_WAIT_S
@@ -237,12 +242,25 @@ class ModelHandle:
                 self.started = await asyncio.to_thread(Started, self.started.order)
                 self.restarts += 1
                 await self._connected()
+                await asyncio.wait_for(self._proven(), self.hang_s)
                 break
-            except (ClassifierError, OSError) as error:
-                log.error("the model %s cannot be started again: %s", self.name, error)
+            except (ClassifierError, OSError, TimeoutError) as error:
+                log.error("the model %s cannot be started again: %s", self.name, error or "it answers nothing")
+                await self._kill()
                 await asyncio.sleep(wait_s)
                 wait_s = min(2 * wait_s, _LONGEST_WAIT_S)
+        self.starting, self._silent_since = False, None
         self._spawn(self._try_again(suspects))
+
+    async def _proven(self) -> None:
+        """Ask what lies there now, maybe another version, the known image; ServerError where it answers otherwise."""
+        self._send(wire.packed({"id": _PROOF, "do": "canary"}))
+        while (message := await wire.read_soon(self._reader)) is not None:
+            if message[0].get("id") == _PROOF:
+                if "failed" in message[0]:
+                    raise ServerError(str(message[0]["failed"]))
+                return
+        raise ServerError("it died of the known image")
 
     async def _try_again(self, suspects: list[_Pending]) -> None:
         """Ask again what was owed, one at a time: what dies alone is guilty."""
@@ -263,7 +281,7 @@ class ModelHandle:
     async def _kill_when_hung(self) -> None:
         while True:
             await asyncio.sleep(min(1.0, self.hang_s / 4))
-            if self._silent_since is not None and time.monotonic() - self._silent_since > self.hang_s:
+            if not self.starting and self._silent_since is not None and time.monotonic() - self._silent_since > self.hang_s:
                 log.error("the process of the model %s owes answers and gave none for %g s: it is killed", self.name, self.hang_s)
                 self._silent_since = None
                 with suppress(ProcessLookupError):

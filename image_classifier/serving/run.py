@@ -65,7 +65,7 @@ class ServeSettings:
     decision: DecisionSettings = field(default_factory=DecisionSettings)
     drift: DriftSettings = field(default_factory=DriftSettings)
     reload_s: float = 10.0
-    canary_s: float = 5.0
+    canary_s: float = 2.5
     hang_s: float = 60.0
     drain_s: float = 30.0
     request_log: bool = True
@@ -93,7 +93,19 @@ class ServeSettings:
         """What the process of one model is told."""
         server = ServerAt(self.url, self.server_timeout_s)
         trusted = tuple(self.trusted_packages)
-        return Order(name, str(path.resolve()), self.backend, server, self.threshold, self.decision, self.limits, self.batch, trusted)
+        return Order(
+            name,
+            str(path.resolve()),
+            self.backend,
+            server,
+            self.threshold,
+            self.decision,
+            self.limits,
+            self.batch,
+            trusted,
+            self.request.answer_s,
+            self.hang_s,
+        )
 
 
 def serve(config: Any) -> None:
@@ -224,10 +236,11 @@ async def _serve(asked: ServeSettings, access: Access, models: Models, places: M
         if not are_running:
             return
         looking = group.create_task(reloader.run())
+        asking = group.create_task(models.keep_asking())
         ending = group.create_task(_end(server, told.ended))
         await server.serve([listening])
         told.ended.set()
-        for task in (looking, ending):
+        for task in (looking, asking, ending):
             task.cancel()
         uploads.stop()
 
@@ -257,7 +270,12 @@ async def _end(server: Any, ended: asyncio.Event) -> None:
 def _gauges(models: Models) -> Iterator[tuple[str, dict[str, float]]]:
     for served in models:
         handle = served.handle
-        state = {"queue_images": handle.waiting, "queue_limit_images": handle.most, "ready": float(not served.trouble), "restarts": handle.restarts}
+        state = {
+            "queue_images": handle.waiting,
+            "queue_limit_images": handle.most,
+            "ready": float(not served.known_trouble),
+            "restarts": handle.restarts,
+        }
         yield served.order.name, state
 
 

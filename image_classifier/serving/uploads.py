@@ -19,8 +19,9 @@ from image_classifier.serving.limits import Refusal, RequestLimits
 
 _NAME_CHARACTERS = 200
 _FETCHES = 8  # at once, of all requests
+_MOST_ADDRESSES = 8  # in one request, each of which may bring as much as an image may
 _STEP = 2**16  # bytes of a body that are looked at before others have their turn
-_MOST_COMMAS = 100_000  # in JSON: a list of millions takes gigabytes and a minute to be refused, and a request of ours has a handful an image
+_COMMAS = 32  # of one image in JSON, more than it can need: a list of millions takes gigabytes and a minute to be refused
 
 
 class ImageAsked(BaseModel):
@@ -101,7 +102,8 @@ class Uploads:
         return [self._upload(_name(file.filename, place), file.file.read()) for place, file in enumerate(files, 1)], None
 
     async def _of_json(self, body: bytearray) -> tuple[list[Upload], int | None]:
-        if _commas(body) > _MOST_COMMAS:
+        most = _COMMAS * (1 + self._limits.max_images)
+        if _commas(body, most) > most:
             raise Refusal(413, "too_large", "the JSON has more values than a request can have")
         try:
             asked = PredictRequest.model_validate_json(body)
@@ -112,7 +114,16 @@ class Uploads:
             raise Refusal(422, "invalid", f"the JSON is not as it should be: {place or 'all of it'}: {printable(first['msg'])[:200]}") from None
         if len(asked.images) > self._limits.max_images:
             raise self._too_many()
-        return list(await asyncio.gather(*(self._of_item(item, place) for place, item in enumerate(asked.images, 1)))), asked.top_k
+        if sum(item.url is not None for item in asked.images) > _MOST_ADDRESSES:
+            raise Refusal(413, "too_large", f"more than {_MOST_ADDRESSES} addresses in one request")
+        try:
+            async with asyncio.timeout(self._limits.answer_s), asyncio.TaskGroup() as group:
+                tasks = [group.create_task(self._of_item(item, place)) for place, item in enumerate(asked.images, 1)]
+        except TimeoutError:
+            raise Refusal(503, "too_late", f"the images were not there within {self._limits.answer_s:g} s", 1.0) from None
+        except ExceptionGroup as error:
+            raise error.exceptions[0] from None
+        return [task.result() for task in tasks], asked.top_k
 
     async def _of_item(self, item: ImageAsked, place: int) -> Upload:
         if (item.base64 is None) == (item.url is None):
@@ -135,9 +146,9 @@ class Uploads:
         try:
             return Upload(name, await asyncio.get_running_loop().run_in_executor(self._fetchers, self._web.image, url, self._max_image_bytes))
         except UnreadableImage as error:
-            return Upload(name, error=error.reason)
+            return Upload(name, error=error.reason.partition(";")[0])  # what follows tells the owner of a key
         except SourceError as error:
-            return Upload(name, error=error.fact)
+            return Upload(name, error=error.fact.partition(";")[0])
 
     def _upload(self, name: str, content: bytes) -> Upload:
         """The image, unless it is larger than the model's process would look at."""
@@ -149,12 +160,12 @@ class Uploads:
         return Refusal(413, "too_large", f"more than {self._limits.max_images} images in one request")
 
 
-def _commas(body: bytearray) -> int:
+def _commas(body: bytearray, most: int) -> int:
     """How many there are, or as many as are too many."""
     found = 0
     for start in range(0, len(body), _STEP):
         found += body.count(b",", start, start + _STEP)
-        if found > _MOST_COMMAS:
+        if found > most:
             break
     return found
 

@@ -125,6 +125,8 @@ def _add_metadata(router: APIRouter, parts: Parts) -> None:
         side = handle.facts["image_size"]
         inputs = [{"name": "pixels", "data_type": "TYPE_UINT8", "dims": [3, side, side]}]
         outputs = [{"name": "logits", "data_type": "TYPE_FP32", "dims": [len(handle.facts["classes"])]}]
+        if handle.facts["embeddings"]:
+            outputs.append({"name": "embedding", "data_type": "TYPE_FP32", "dims": [-1]})
         return JSONResponse({"name": name, "platform": handle.facts["backend"], "max_batch_size": _most(handle), "input": inputs, "output": outputs})
 
 
@@ -147,7 +149,7 @@ async def _answered(parts: Parts, handle: ModelHandle, asked: Asked) -> tuple[di
     message = {"do": "pixels", "shape": asked.shape, "embeddings": "embedding" in asked.outputs}
     try:
         with handle.room_for(rows):
-            return await handle.ask(message, asked.content, parts.limits.answer_s)
+            head, content = await handle.ask(message, asked.content, parts.limits.answer_s)
     except QueueFull as error:
         raise Refusal(503, "queue_full", str(error), error.after_s) from None
     except TooLate as error:
@@ -156,6 +158,10 @@ async def _answered(parts: Parts, handle: ModelHandle, asked: Asked) -> tuple[di
         raise Refusal(503, "stopping", str(error), 1.0) from None
     except (ClassifierError, Deadly) as error:
         raise Refusal(500, "model_failed", str(error)) from None
+    if not np.isfinite(np.frombuffer(content, "<f4")).all():
+        raise Refusal(500, "model_failed", "the model answers with numbers that are not finite")
+    parts.metrics.batch.labels(handle.name).observe(head["batch"])
+    return head, content
 
 
 def _understood(body: bytes, length: str | None, facts: Mapping[str, Any]) -> Asked:
@@ -214,7 +220,7 @@ def _outputs(head: Mapping[str, Any], facts: Mapping[str, Any]) -> dict[str, boo
     known = ["logits", "embedding"] if facts["embeddings"] else ["logits"]
     always = bool((head.get("parameters") or {}).get("binary_data_output", False))
     chosen = {}
-    for item in head.get("outputs") or [{"name": "logits"}]:
+    for item in head.get("outputs") or [{"name": name} for name in known]:
         parameters = item.get("parameters") or {}
         if item["name"] not in known or "classification" in parameters:
             raise _bad(f"the model gives {' and '.join(known)}, and no classification of them")

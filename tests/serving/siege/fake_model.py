@@ -13,10 +13,20 @@ from image_classifier.serving import wire
 def main(descriptor: int) -> None:
     connection = socket.socket(fileno=descriptor)
     stream = connection.makefile("rb")
-    wire.read(stream)  # the order
+    order, _ = wire.read(stream) or ({}, b"")
+    starts = 0
+    if "starts" in order:  # a file that counts them
+        with open(order["starts"], "a+b") as file:
+            starts = file.seek(0, os.SEEK_END)
+            file.write(b"+")
+    if starts:
+        time.sleep(order.get("slow_s", 0))
     connection.sendall(wire.packed({"ready": {"name": "fake", "version": "1", "classes": ["a"]}}))
     while message := wire.read(stream):
         head, body = message
+        if head.get("do") == "canary" and 0 < starts <= order.get("wrong", 0):
+            connection.sendall(wire.packed({"id": head["id"], "failed": "another answer"}))
+            continue
         if head.get("do") == "die":
             os._exit(9)
         if head.get("do") == "hang":

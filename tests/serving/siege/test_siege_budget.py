@@ -43,7 +43,7 @@ def test_a_large_picture_gets_its_turn_among_small_ones() -> None:
 
 def test_the_bytes_of_a_picture_that_nobody_wants_are_given_back_before_its_turn() -> None:
     reading, go_on, sent = threading.Event(), threading.Event(), []
-    order: Any = SimpleNamespace(batch=BatchSettings(), limits=DecodeLimits())
+    order: Any = SimpleNamespace(batch=BatchSettings(), limits=DecodeLimits(), decode_s=30.0, hang_s=60.0)
     model: Any = SimpleNamespace(predictor=SimpleNamespace(detector=None, limits=DecodeLimits(), backend=None))
     process = ModelProcess(model, order, lambda message: sent.append(wire.read(io.BytesIO(message))))
 

@@ -1,0 +1,174 @@
+"""Ready is what was really answered: not by a process that hangs, that is being started, or that lies; and a start may take its time."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+
+from image_classifier.errors import CheckpointError, ServerError
+from image_classifier.images import DecodeLimits
+from image_classifier.serving import model_process, models
+from image_classifier.serving.batches import BatchSettings
+from image_classifier.serving.model_process import ModelProcess
+from image_classifier.serving.models import Models, Reloader
+from image_classifier.serving.order import Model, Order
+from image_classifier.serving.process import ModelHandle, Started
+from tests.serving.siege.test_siege_process import _fake, run  # noqa: F401  # the fixture that starts the stand-in
+
+ORDER: Any = SimpleNamespace(name="fake", path="nowhere")
+
+
+def handle_of(tmp_path: Path, hang_s: float, **order: float) -> ModelHandle:
+    return ModelHandle(Started({"name": "fake", "starts": str(tmp_path / "starts"), **order}), 256, hang_s)
+
+
+def test_a_start_that_takes_longer_than_a_hang_is_let_be_though_probes_come(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        handle = handle_of(tmp_path, 0.5, slow_s=2.0)
+        await handle.start()
+        os.kill(handle.started.process.pid, signal.SIGKILL)
+        asked = asyncio.create_task(handle.ask({"do": "answer"}))
+        while not handle.starting:
+            await asyncio.sleep(0.01)
+        while handle.starting:
+            with pytest.raises(ServerError, match="being started"):
+                await handle.ask({"do": "canary"}, again=False)
+            await asyncio.sleep(0.1)
+        assert (await asked)[0]["bytes"] == 0 and handle.restarts == 1
+        await handle.stop()
+
+    run(scenario())
+
+
+def test_what_is_started_again_must_answer_the_known_image_first(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        handle = handle_of(tmp_path, 20, wrong=2)
+        await handle.start()
+        os.kill(handle.started.process.pid, signal.SIGKILL)
+        assert (await handle.ask({"do": "answer"}))[0]["bytes"] == 0
+        assert handle.restarts == 3  # two that answered otherwise, and one that did not
+        await handle.stop()
+
+    run(scenario())
+
+
+def test_a_probe_that_goes_away_leaves_the_verdict_to_the_others(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        served = Models([(ORDER, Started({"name": "fake"}))], 256, 20, 0.6)
+        await served.start()
+        (one,) = served
+        assert one.known_trouble == ""
+        os.kill(one.handle.started.process.pid, signal.SIGSTOP)
+        await asyncio.sleep(models._FRESH_S)
+        with pytest.raises(TimeoutError):
+            await asyncio.wait_for(served.trouble(one), 0.1)  # as a probe with less patience than the canary
+        await asyncio.sleep(0.8)
+        assert "no answer within" in one.known_trouble
+        await served.stop()
+
+    run(scenario())
+
+
+def test_figures_are_true_where_nobody_probes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(models, "_OWN_S", 0.2)
+    monkeypatch.setattr(models, "_FRESH_S", 0.1)
+
+    async def scenario() -> None:
+        served = Models([(ORDER, Started({"name": "fake"}))], 256, 20, 0.3)
+        await served.start()
+        (one,) = served
+        asking = asyncio.create_task(served.keep_asking())
+        os.kill(one.handle.started.process.pid, signal.SIGSTOP)
+        while not one.known_trouble:
+            await asyncio.sleep(0.05)
+        os.kill(one.handle.started.process.pid, signal.SIGCONT)
+        while one.known_trouble:
+            await asyncio.sleep(0.05)
+        asking.cancel()
+        await served.stop()
+
+    run(scenario())
+
+
+@pytest.fixture
+def ended(monkeypatch: pytest.MonkeyPatch) -> Iterator[threading.Event]:
+    """Set where a process would have ended itself."""
+    event = threading.Event()
+
+    def end(code: int) -> None:
+        assert code == model_process._HUNG
+        event.set()
+        time.sleep(3600)
+
+    monkeypatch.setattr(model_process.os, "_exit", end)
+    return event
+
+
+@pytest.mark.parametrize("hangs", ["decoder", "model"])
+def test_a_decoder_or_a_model_that_hangs_ends_its_process(hangs: str, ended: threading.Event) -> None:
+    go_on, order = threading.Event(), SimpleNamespace(batch=BatchSettings(), limits=DecodeLimits(), decode_s=0.4, hang_s=0.4)
+
+    def wait(*_: object) -> np.ndarray:
+        go_on.wait(30)
+        return np.zeros((8, 8, 3), np.uint8)
+
+    quick = lambda *_: np.zeros((8, 8, 3), np.uint8)  # noqa: E731
+    preprocess = SimpleNamespace(read=wait if hangs == "decoder" else quick)
+    backend = SimpleNamespace(logits=wait)
+    predictor = SimpleNamespace(detector=None, limits=DecodeLimits(), backend=backend, preprocess=preprocess)
+    model: Any = SimpleNamespace(predictor=predictor)
+    process = ModelProcess(model, order, lambda message: None)  # type: ignore[arg-type]
+    process.take({"do": "image", "id": 1, "name": "a.png"}, model_process._png(np.zeros((3, 8, 8), np.uint8)))
+    assert ended.wait(10)
+    go_on.set()
+
+
+def test_a_known_image_with_another_answer_is_told(digits_bundle: Path) -> None:
+    model = Model.loaded(Order("digits", str(digits_bundle)))
+    right = model.predictor.backend.logits(model.golden_pixels())
+    assert model.wrong(right) == ""
+    assert "otherwise than its bundle" in model.wrong(-right)
+    assert "not finite" in model.wrong(np.full_like(right, np.nan)) and "of the shape" in model.wrong(right[:, :3])
+
+
+def test_a_version_that_failed_once_is_tried_again_later_and_at_once_when_told(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    tries: list[float] = []
+
+    async def reload(self: Models, name: str, order: Order) -> None:
+        tries.append(time.monotonic())
+        if len(tries) < 4:
+            raise CheckpointError("a reason that passes")
+
+    monkeypatch.setattr(Models, "reload", reload)
+    monkeypatch.setattr(models, "version_of", lambda path: "2")
+    order: Any = Order("fake", str(tmp_path))
+    one = SimpleNamespace(order=order, handle=SimpleNamespace(facts={"version": "1"}))
+    place: Any = SimpleNamespace(find=lambda: tmp_path)
+
+    class Few(Models):
+        def __init__(self) -> None:
+            self._served = {"fake": one}  # type: ignore[dict-item]
+
+    async def scenario() -> None:
+        reloader = Reloader(Few(), {"fake": place}, 0.05)
+        looking = asyncio.create_task(reloader.run())
+        while len(tries) < 2:
+            await asyncio.sleep(0.05)
+        assert tries[1] - tries[0] >= 0.9  # not before the pause is over
+        reloader.now.set()
+        while len(tries) < 3:
+            await asyncio.sleep(0.01)
+        assert tries[2] - tries[1] < 1.5  # twice the pause would be two seconds
+        looking.cancel()
+
+    run(scenario())
