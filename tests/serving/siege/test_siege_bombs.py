@@ -27,7 +27,8 @@ def tensor(data: bytes, rows: int = 1) -> bytes:
     [
         ("/predict", JSON, b'{"images":[' + b"{}," * M + b"{}]}", 413),
         ("/predict", JSON, b'{"images":[' + b"1," * M + b"1]}", 413),
-        ("/predict", JSON, b'{"images":[' + b"1," * 90_000 + b"1]}", 422),
+        ("/predict", JSON, b'{"images":[' + b"1," * 90_000 + b"1]}", 413),
+        ("/predict", JSON, b'{"images":[' + b"1," * 1_000 + b"1]}", 422),
         ("/predict", JSON, b'{"images":[' + b"{}," * 90_000 + b"{}]}", 413),
         ("/predict", JSON, b"{" + b'"a":1,' * M + b'"b":1}', 413),
         ("/predict", JSON, b'{"images":' + b"[" * M, 422),
