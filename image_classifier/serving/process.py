@@ -303,3 +303,4 @@ class ModelHandle:
         for pending in self._pending.values():
             if not pending.future.done():
                 pending.future.set_exception(error)
+                pending.future.exception()  # whoever asked may be gone: then nobody is to be told
