@@ -153,3 +153,19 @@ def test_an_answer_waits_for_nobody_who_sends_a_byte_a_second(besieged: Victim) 
                 break
             time.sleep(0.3)
         assert time.monotonic() - start < 10  # request.headers_s=2
+
+
+@pytest.mark.parametrize(
+    ("said", "status"),
+    [
+        (b"Origin: http://localhost\r\n", 200),
+        (b"Origin: http://evil.example\r\n", 403),
+        (b"Origin: null\r\n", 403),
+        (b"Origin: http://localhost.evil.example\r\n", 403),
+        (b"Origin: https://proxied.example\r\nSec-Fetch-Site: same-origin\r\n", 200),
+        (b"Origin: http://localhost\r\nSec-Fetch-Site: cross-site\r\n", 403),
+    ],
+)
+def test_a_page_of_another_site_is_known_by_its_origin_too(besieged: Victim, seven: bytes, said: bytes, status: int) -> None:
+    """Over plain HTTP to another machine browsers send no Sec-Fetch-Site."""
+    assert besieged.ask("/predict", form(seven), more=said)[0] == status
