@@ -14,8 +14,8 @@ from image_classifier.serving.limits import RequestLimits
 
 log = logging.getLogger(__name__)
 
-_BACKLOG = 256  # connections that are accepted at once, before any of them can be refused
-_OTHER_FILES = 3 * _BACKLOG
+_BACKLOG = 128  # connections that are accepted at once, before any of them can be refused
+_OTHER_FILES = 3 * _BACKLOG + 64  # three rounds of the loop lie between accepting and closing; models, logs, the listening socket
 _UNREAD_S = 20.0  # an answer that nobody reads
 _MOST_HEAD = 2**15  # bytes
 _SMALL_CHUNK = 64  # bytes; reading one takes as long as reading a thousand times as many
