@@ -270,6 +270,7 @@ def real_thumbnails(path: Path) -> tuple[list[str], np.ndarray]:
     return names, np.stack([rows[name] for name in names])
 
 
+@pytest.mark.slow
 def test_the_simpsons_twins_known_are_found(shared_data: Path) -> None:
     names, thumbnails = real_thumbnails(shared_data / "simpsons-mnist.tar.gz")
     assert len(names) == 10_000

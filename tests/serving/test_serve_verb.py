@@ -62,6 +62,7 @@ def test_what_cannot_be_is_one_line(digits_bundle: Path, line, words, command: C
     assert answer.out == ""
 
 
+@pytest.mark.slow
 def test_a_port_that_is_taken_and_a_damaged_model_are_one_line(digits_bundle: Path, tmp_path: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         answer = run_apart("serve", str(digits_bundle), "--port", str(taken.getsockname()[1]))

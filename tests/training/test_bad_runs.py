@@ -123,6 +123,7 @@ def test_a_loss_that_is_not_a_number_stops_the_run(command: Command, tree: Path,
     assert not Path("models/hot").exists()
 
 
+@pytest.mark.slow
 def test_a_name_that_exists_is_refused_then_replaced_when_asked(command: Command, make_tree: MakeTree) -> None:
     make_tree(cat=10, dog=10)
     assert command("train", *SMALL, "name=mine").code == 0

@@ -28,6 +28,7 @@ def test_steps_that_end_within_an_epoch_end_with_a_validation(command: Command) 
     assert Path("models/run/bundle.json").is_file()
 
 
+@pytest.mark.slow
 def test_time_that_ends_within_an_epoch_ends_with_a_validation(command: Command) -> None:
     limits = ("trainer.max_time=00:00:00:01", "trainer.max_epochs=1000000", "trainer.check_val_every_n_epoch=1000", "scheduler=constant")
     answer = command("train", *SMALL, *limits)

@@ -178,6 +178,7 @@ def test_the_mlflow_run_goes_on_and_ends_once(command: Command, stopped: Any, tm
         assert [point.step for point in client.get_metric_history(run.info.run_id, name)] == [1, 2, 3]
 
 
+@pytest.mark.slow
 def test_a_requeued_slurm_job_goes_on_by_itself(command: Command, stopped: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SLURM_JOB_ID", "77")
     assert stopped(*SHORT).code == 143

@@ -77,6 +77,7 @@ def test_the_verb_writes_a_sheet_and_says_where(command: Command, tree: Path, mo
     assert command("show", *DATA, "augment=none", "versions=1").code == 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("recipe", [pytest.param(name, marks=[] if name == "strong" else pytest.mark.slow) for name in RECIPES])
 def test_each_recipe_trains(recipe: str, command: Command, tree: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tree.parent)

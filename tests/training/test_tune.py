@@ -223,6 +223,7 @@ def test_a_run_that_was_done_when_its_worker_died_is_not_run_again() -> None:
     assert states(after) == [TrialState.COMPLETE] and after.one(0).value == 0.75
 
 
+@pytest.mark.slow
 def test_budgets_hold_when_many_claim_at_once() -> None:
     trials, claims = opened(), []
     workers = [threading.Thread(target=lambda: [claims.append(claimed_or_none(opened())) for _ in range(3)]) for _ in range(4)]

@@ -49,6 +49,7 @@ def test_two_names_say_whether_the_second_is_better(plots: Path, command: Comman
     assert html.count("data:image/webp") > 20 and "Is second really better than first?" in html
 
 
+@pytest.mark.slow
 def test_folders_are_compared_without_images_or_torch(plots: Path) -> None:
     line = ("report", "plots/second/test", "plots/first/test", "resamples=100", "output=page.html")
     assert "No, the other way round: second/test is better than first/test" not in assert_torch_free(plots.parent, *line[:1], "--help")
