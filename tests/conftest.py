@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from threading import Thread
+from typing import Any
 
 import numpy as np
 import pytest
@@ -188,6 +189,20 @@ def _train(folder: Path) -> None:
     assert done.returncode == 0, done.stderr
     (folder / "stderr.txt").write_text(done.stderr)
     (folder / "stdout.txt").write_text(done.stdout)
+
+
+@pytest.fixture(scope="module")
+def chromium() -> Iterator[Any]:
+    """The Chromium that is installed, with a camera that is not real; none is downloaded."""
+    binary = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+    if binary is None:
+        pytest.skip("no Chromium is installed")
+    from playwright.sync_api import sync_playwright
+
+    with sync_playwright() as play:
+        browser = play.chromium.launch(executable_path=binary, args=["--no-sandbox", "--use-fake-device-for-media-stream"])
+        yield browser
+        browser.close()
 
 
 @pytest.fixture(scope="session")

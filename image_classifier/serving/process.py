@@ -107,7 +107,6 @@ class ModelHandle:
     _silent_since: float | None = None  # while answers are owed
     _writer: asyncio.StreamWriter | None = None
     _image_s: float = 0.05
-    _stopping: bool = False
     _tasks: set[asyncio.Task[None]] = field(default_factory=set)
 
     def __post_init__(self) -> None:
@@ -131,7 +130,6 @@ class ModelHandle:
 
     async def stop(self) -> None:
         """End the process; what it still owed gets `Ended`."""
-        self._stopping = True
         for task in list(self._tasks):
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)

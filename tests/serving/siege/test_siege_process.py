@@ -8,6 +8,7 @@ import signal
 import subprocess
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
 from contextlib import asynccontextmanager
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -25,7 +26,8 @@ def _fake(monkeypatch: pytest.MonkeyPatch) -> None:
     def start(line: list[str], **options: Any) -> Any:
         return real([*line[:2], "tests.serving.siege.fake_model", line[-1]], **options)
 
-    monkeypatch.setattr(process.subprocess, "Popen", start)
+    # Only there: another thread of a test run may be starting a program of its own.
+    monkeypatch.setattr(process, "subprocess", SimpleNamespace(Popen=start, DEVNULL=subprocess.DEVNULL))
 
 
 @asynccontextmanager
