@@ -19,8 +19,8 @@ log = logging.getLogger(__name__)
 
 # Reads a file: the bytes that are run are those that were compared with a hash, where there is one.
 Read = Callable[[Path], bytes]
-# A file, the packages it may take its network from, and what reads files -> what runs it, and what the file says of itself.
-Open = Callable[[Path, Sequence[str], Read], tuple[Backend, Mapping[str, Any]]]
+# A file, the packages it may take its network from, what reads files, how many will ask at once -> what runs it, and what the file says of itself.
+Open = Callable[[Path, Sequence[str], Read, int], tuple[Backend, Mapping[str, Any]]]
 
 
 @dataclass(frozen=True)
@@ -55,14 +55,14 @@ def _tensorrt_in_onnx_runtime() -> bool:
     return "TensorrtExecutionProvider" in onnxruntime.get_available_providers()
 
 
-def _onnx(path: Path, trusted: Sequence[str], read: Read, tensorrt: bool = False) -> tuple[Backend, Mapping[str, Any]]:
+def _onnx(path: Path, trusted: Sequence[str], read: Read, callers: int, tensorrt: bool = False) -> tuple[Backend, Mapping[str, Any]]:
     from image_classifier.inference.onnx_runtime import OnnxBackend
 
-    runner = OnnxBackend(path, tensorrt, read(path))
+    runner = OnnxBackend(path, tensorrt, read(path), callers)
     return runner, runner.metadata()
 
 
-def _checkpoint(path: Path, trusted: Sequence[str], read: Read) -> tuple[Backend, Mapping[str, Any]]:
+def _checkpoint(path: Path, trusted: Sequence[str], read: Read, callers: int) -> tuple[Backend, Mapping[str, Any]]:
     from image_classifier.inference.checkpoint import CheckpointBackend, load_classifier
 
     classifier, blueprint = load_classifier(path, trusted)
@@ -70,7 +70,7 @@ def _checkpoint(path: Path, trusted: Sequence[str], read: Read) -> tuple[Backend
 
 
 def _openvino(precision: str) -> Open:
-    def opened(path: Path, trusted: Sequence[str], read: Read) -> tuple[Backend, Mapping[str, Any]]:
+    def opened(path: Path, trusted: Sequence[str], read: Read, callers: int) -> tuple[Backend, Mapping[str, Any]]:
         from image_classifier.inference.openvino_runtime import OpenVinoBackend
 
         return OpenVinoBackend(path, precision, read), {}
@@ -138,8 +138,10 @@ class ServerAt:
             raise ConfigError(f"url={self.url!r} is for a server", f"add --backend {REMOTE}")
 
 
-def open_backend(bundle: Bundle, name: str, trusted: Sequence[str] = (), server: ServerAt = ServerAt()) -> Backend:  # frozen
+def open_backend(bundle: Bundle, name: str, trusted: Sequence[str] = (), server: ServerAt = ServerAt(), callers: int = 1) -> Backend:  # frozen
     """A backend over the bundle's file for it, whose hash is checked first, or over a server, which must give a golden answer first.
+
+    Where `callers` are more than one, a backend that can run batches beside each other leaves each of them its share of the cores.
 
     Raises:
         CheckpointError: The file is missing or damaged.
@@ -157,7 +159,7 @@ def open_backend(bundle: Bundle, name: str, trusted: Sequence[str] = (), server:
         return _engine(bundle)
     if name == "checkpoint":
         bundle.verify([file])  # torch reads the file itself, which may be large
-    return BACKENDS[name].open(bundle.path(file), trusted, lambda path: bundle.content(path.relative_to(bundle.directory).as_posix()))[0]
+    return BACKENDS[name].open(bundle.path(file), trusted, lambda path: bundle.content(path.relative_to(bundle.directory).as_posix()), callers)[0]
 
 
 def _only_onnx_runtime_has_tensorrt() -> bool:

@@ -57,11 +57,12 @@ def load_predictor(
     limits: DecodeLimits = DEFAULT_LIMITS,
     asked: DecisionSettings = DecisionSettings(),  # noqa: B008  # frozen
     server: ServerAt = ServerAt(),  # noqa: B008  # frozen
+    callers: int = 1,
 ) -> Predictor:
     """A predictor over what `bundle.find_checkpoint` found; `backend` null takes ONNX for a bundle, else what the file is; auto as `auto.fastest`.
 
     `trusted` names packages of the user's own that a checkpoint's network may come from; `asked` are other limits than the model was delivered with;
-    `server` is where the backend triton asks.
+    `server` is where the backend triton asks; so many `callers` want to run batches at once.
 
     Raises:
         ConfigError: The backend is unknown or does not fit the file, or limits are asked of one that does not know what val told.
@@ -74,12 +75,12 @@ def load_predictor(
     if (path / INFO_NAME).is_file():
         bundle = read_bundle(path)
         name = backend or "onnx"
-        name, runner = fastest(bundle, trusted) if name == AUTO else (name, open_backend(bundle, name, trusted, server))
+        name, runner = fastest(bundle, trusted, callers) if name == AUTO else (name, open_backend(bundle, name, trusted, server, callers))
         return _decided(_from_bundle(bundle, name, runner, batch_size, limits), asked, path)
     own = "checkpoint" if path.suffix == ".ckpt" else "onnx"
     if backend not in (None, AUTO, own):
         raise ConfigError(f"{path.name} cannot be run by the backend {backend!r}", f"leave --backend out, or use --backend {own}")
-    runner, facts = BACKENDS[own].open(path, trusted, _read)
+    runner, facts = BACKENDS[own].open(path, trusted, _read, callers)
     return _decided(replace(_predictor(runner, facts, batch_size, path, limits), backend_name=own), asked, path)
 
 

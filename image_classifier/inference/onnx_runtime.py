@@ -35,8 +35,8 @@ def providers(tensorrt: bool = False) -> list[str]:
     return [name for name in (_TENSORRT, _CUDA, _CPU) if name in available and (tensorrt or name != _TENSORRT)]
 
 
-def session_of(path: Path, tensorrt: bool = False, content: bytes | None = None) -> onnxruntime.InferenceSession:
-    """A model ready to run, of `content` where its bytes are read already.
+def session_of(path: Path, tensorrt: bool = False, content: bytes | None = None, callers: int = 1) -> onnxruntime.InferenceSession:
+    """A model ready to run, of `content` where its bytes are read already, by so many threads at once.
 
     Raises:
         CheckpointError: It cannot be run.
@@ -47,7 +47,7 @@ def session_of(path: Path, tensorrt: bool = False, content: bytes | None = None)
         content = path.read_bytes() if content is None else content
         if not is_self_contained(content):
             raise ValueError("weights of it lie in another file")
-        session = _session(content, places)
+        session = _session(content, places, callers)
     except Exception as error:  # onnxruntime has no public base class for its errors
         reason = " ".join(str(error).split())[:200]
         if tensorrt:
@@ -61,7 +61,7 @@ def session_of(path: Path, tensorrt: bool = False, content: bytes | None = None)
     return session
 
 
-def _session(content: bytes, places: list[str]) -> onnxruntime.InferenceSession:
+def _session(content: bytes, places: list[str], callers: int) -> onnxruntime.InferenceSession:
     """A session on the first of these that loads. ONNX Runtime's own way to the next one is off: it prints among the answers, in several lines."""
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
@@ -69,14 +69,16 @@ def _session(content: bytes, places: list[str]) -> onnxruntime.InferenceSession:
     options.add_session_config_entry("session.load_model_format", "ONNX")  # its own format could hold what `is_self_contained` does not see
     onnxruntime.set_default_logger_severity(4)  # `session_of` says what does not load
     chosen = [_OPTIONS.get(name, {}) for name in places]
-    if cores() < (os.cpu_count() or 1):
+    if callers > 1:
+        options.intra_op_num_threads = max(1, cores() - callers + 1)  # whoever calls computes too, beside threads that all of them share
+    elif cores() < (os.cpu_count() or 1):
         options.intra_op_num_threads = cores()  # it would take those of the whole machine
     try:
         return onnxruntime.InferenceSession(content, options, providers=places, provider_options=chosen, enable_fallback=0)
     except Exception:
         if _TENSORRT in places or places == [_CPU]:
             raise
-        return _session(content, [_CPU])
+        return _session(content, [_CPU], callers)
 
 
 def metadata_of(session: onnxruntime.InferenceSession) -> dict[str, Any]:
@@ -91,8 +93,9 @@ def metadata_of(session: onnxruntime.InferenceSession) -> dict[str, Any]:
 class OnnxBackend:
     """Runs a `model.onnx`: pixels uint8 [N, 3, H, W] -> logits float32 [N, C], and embeddings [N, D] in files that have them."""
 
-    def __init__(self, path: Path, tensorrt: bool = False, content: bytes | None = None) -> None:
-        self.session, self.path = session_of(path, tensorrt, content), path
+    def __init__(self, path: Path, tensorrt: bool = False, content: bytes | None = None, callers: int = 1) -> None:
+        self.session, self.path = session_of(path, tensorrt, content, callers), path
+        self.callers = callers if self.session.get_providers() == [_CPU] else 1  # a GPU has one queue
         self._form = {value.name: (value.type, value.shape) for value in (*self.session.get_inputs(), *self.session.get_outputs())}
         if self._form.get("pixels", ("",))[0] != "tensor(uint8)" or self._form.get("logits", ("",))[0] != "tensor(float)":
             raise CheckpointError(f"{str(path)!r} does not take pixels uint8 and answer with logits", "use a model exported by this package")

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import math
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 
@@ -14,6 +15,7 @@ import numpy as np
 from image_classifier.errors import ConfigError
 
 _MEMORY = 0.8  # of what was known of the time a row takes, after one more batch
+_WORTH_S = 0.02  # of work that is worth a batch of its own beside another
 
 
 @dataclass(frozen=True)
@@ -71,22 +73,27 @@ Judge = Callable[[np.ndarray, np.ndarray], np.ndarray]
 
 
 class Batches:
-    """A thread that runs what waits: urgent work first, then the others in their order, idle work where there is nothing else.
+    """Threads that run what waits: urgent work first, then the others in their order, idle work where there is nothing else.
 
-    Another thread hands out the answers, so that the model waits for none of that; it has the scores of a whole batch from `judge`, which takes
-    embeddings [N, D] and looks [N, 11]. `after_idle` is called after each batch of idle work.
+    Of `runners` each runs a batch of its own, beside each other: while one waits for a core that decodes, the other computes. Another thread hands
+    out the answers, so that the model waits for none of that; it has the scores of a whole batch from `judge`, which takes embeddings [N, D] and
+    looks [N, 11]. `after_idle` is called after each batch of idle work.
     """
 
-    def __init__(self, run: Run, asked: BatchSettings, judge: Judge | None = None, after_idle: Callable[[], None] = lambda: None) -> None:
+    def __init__(
+        self, run: Run, asked: BatchSettings, judge: Judge | None = None, after_idle: Callable[[], None] = lambda: None, runners: int = 1
+    ) -> None:
         self._run, self._asked, self._judge, self._after_idle = run, asked, judge, after_idle
         self._answers = ThreadPoolExecutor(1, "answers")
         self._waiting: dict[str, deque[Work]] = {"urgent": deque(), "next": deque(), "idle": deque()}
         self._changed = threading.Condition()
         self._coming = 0
         self._row_s = 0.0
+        self._free = runners
         self._ended = False
-        self._thread = threading.Thread(target=self._loop, name="batches", daemon=True)
-        self._thread.start()
+        self._threads = [threading.Thread(target=self._loop, name=f"batches-{number}", daemon=True) for number in range(runners)]
+        for thread in self._threads:
+            thread.start()
 
     def put(self, work: Work, when: str = "next") -> None:
         """Let the work wait for its turn: urgent, next or idle."""
@@ -101,11 +108,12 @@ class Batches:
             self._changed.notify()
 
     def stop(self) -> None:
-        """End the thread after the batch that it is running."""
+        """End the threads after the batches that they are running."""
         with self._changed:
             self._ended = True
-            self._changed.notify()
-        self._thread.join()
+            self._changed.notify_all()
+        for thread in self._threads:
+            thread.join()
         self._answers.shutdown()
 
     def most(self) -> int:
@@ -116,23 +124,37 @@ class Batches:
     def _loop(self) -> None:
         while True:
             with self._changed:
-                self._changed.wait_for(lambda: self._ended or any(self._waiting.values()))
+                self._changed.wait_for(self._due)
                 if self._ended:
                     return
                 if not self._waiting["urgent"]:
-                    enough = lambda: self._ended or not self._coming or sum(len(work.pixels) for work in self._waiting["next"]) >= self.most()  # noqa: E731
+                    enough = lambda: self._ended or not self._coming or _rows(self._waiting["next"]) >= self.most()  # noqa: E731
                     self._changed.wait_for(enough, self._asked.wait_ms / 1000)
-                kind = next(kind for kind, queue in self._waiting.items() if queue)
+                kind = next((kind for kind, queue in self._waiting.items() if queue), None)
+                if kind is None:
+                    continue  # another runner took it
                 chosen = self._taken(self._waiting[kind])
+                self._free -= 1
+                self._changed.notify()  # of another runner, where enough is left
             if chosen:
                 self._answer(chosen)
             if kind == "idle":
                 self._after_idle()
+            with self._changed:
+                self._free += 1
+
+    def _due(self) -> bool:
+        """Whether to begin a batch now; beside another one only where there is enough to do, as each has a price of its own."""
+        if self._ended or self._waiting["urgent"]:
+            return True
+        rows = max(_rows(self._waiting["next"]), _rows(self._waiting["idle"]))
+        return rows > 0 and (self._free == len(self._threads) or rows * self._row_s >= _WORTH_S)
 
     def _taken(self, waiting: deque[Work]) -> list[Work]:
-        """The works of the next batch, in their order, together no more rows than `most`, but at least one work."""
+        """The works of the next batch, in their order, at least one, together no more rows than `most` and than another free runner leaves."""
         chosen: list[Work] = []
-        rows, most = 0, self.most()
+        share = max(math.ceil(_rows(waiting) / self._free), math.ceil(_WORTH_S / self._row_s) if self._row_s else self._asked.max_images)
+        rows, most = 0, min(self.most(), share)
         while waiting and (not chosen or rows + len(waiting[0].pixels) <= most):
             work = waiting.popleft()
             if work.wanted():
@@ -149,7 +171,8 @@ class Batches:
             self._answers.submit(_hand_out, works, Outcome(error=error, batch=len(pixels)))
             return
         row_s = (time.monotonic() - start) / len(pixels)
-        self._row_s = row_s if not self._row_s else _MEMORY * self._row_s + (1 - _MEMORY) * row_s
+        with self._changed:
+            self._row_s = row_s if not self._row_s else _MEMORY * self._row_s + (1 - _MEMORY) * row_s
         self._answers.submit(self._judged, works, Outcome(logits, embeddings, batch=len(pixels)))
 
     def _judged(self, works: Sequence[Work], found: Outcome) -> None:
@@ -163,6 +186,10 @@ class Batches:
         except Exception as error:
             found = Outcome(error=error, batch=found.batch)
         _hand_out(works, found)
+
+
+def _rows(works: Iterable[Work]) -> int:
+    return sum(len(work.pixels) for work in works)
 
 
 def _hand_out(works: Sequence[Work], found: Outcome) -> None:

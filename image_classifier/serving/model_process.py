@@ -61,7 +61,8 @@ class ModelProcess:
     def __init__(self, model: Model, order: Order, send: Callable[[bytes], None]) -> None:
         self.model, self.predictor, self._send = model, model.predictor, send
         self._judge = None if self.predictor.detector is None else self.predictor.detector.scores
-        self.batches = Batches(self._run, order.batch, self._judge, lambda: send(wire.packed({"id": _NOBODY})))  # a sign of life
+        runners = getattr(self.predictor.backend, "callers", 1)
+        self.batches = Batches(self._run, order.batch, self._judge, lambda: send(wire.packed({"id": _NOBODY})), runners)  # a sign of life
         self._decoders = ThreadPoolExecutor(cores(), "decode")
         self._explainer = ThreadPoolExecutor(1, "decode-to-explain")
         self._budget = PixelBudget(order.limits.max_pixels)

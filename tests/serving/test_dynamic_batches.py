@@ -27,11 +27,15 @@ class Model:
         self.open = threading.Event()
         self.open.set()
         self.row_s = 0.0
+        self.running = self.most_running = 0
 
     def run(self, pixels: np.ndarray, embeddings: bool) -> tuple[np.ndarray, np.ndarray | None]:
         self.sizes.append(len(pixels))
+        self.running += 1
+        self.most_running = max(self.most_running, self.running)
         self.open.wait()
         time.sleep(self.row_s * len(pixels))
+        self.running -= 1
         if pixels.max() == 255:
             raise ValueError("a row that cannot be")
         found = pixels[:, 0, 0, 0].astype(np.float32)[:, None]
@@ -47,8 +51,8 @@ def model() -> Model:
 def make(model: Model) -> Iterator[Callable[..., Batches]]:
     made: list[Batches] = []
 
-    def start(**asked: float) -> Batches:
-        made.append(Batches(model.run, BatchSettings(**asked)))  # type: ignore[arg-type]
+    def start(runners: int = 1, **asked: float) -> Batches:
+        made.append(Batches(model.run, BatchSettings(**asked), runners=runners))  # type: ignore[arg-type]
         return made[-1]
 
     yield start
@@ -68,17 +72,17 @@ class Answers(list):  # type: ignore[type-arg]
         return self
 
 
-@given(st.lists(st.integers(1, 7), min_size=1, max_size=40), st.integers(1, 16))
-def test_each_gets_its_own_rows(counts: list[int], most: int) -> None:
+@given(st.lists(st.integers(1, 7), min_size=1, max_size=40), st.integers(1, 16), st.integers(1, 3))
+def test_each_gets_its_own_rows(counts: list[int], most: int, runners: int) -> None:
     model, answers = Model(), Answers()
-    batches = Batches(model.run, BatchSettings(max_images=most))
+    batches = Batches(model.run, BatchSettings(max_images=most), runners=runners)
     try:
         for value, count in enumerate(counts):
             batches.put(Work(rows(value, count), lambda found, value=value: answers.append((value, found)), value % 2 == 0))
         for value, found in answers.of(len(counts)):
             np.testing.assert_array_equal(found.logits, np.full((counts[value], 1), value))
             assert value % 2 or (found.embeddings == 2 * value).all()
-        assert [value for value, _ in answers] == list(range(len(counts)))
+        assert runners > 1 or [value for value, _ in answers] == list(range(len(counts)))
         assert sum(model.sizes) == sum(counts) and all(size <= max(most, max(counts)) for size in model.sizes)
     finally:
         batches.stop()
@@ -86,9 +90,10 @@ def test_each_gets_its_own_rows(counts: list[int], most: int) -> None:
 
 def held(model: Model, batches: Batches, answers: Answers) -> None:
     """Let the model be busy with one row, so that what comes next waits."""
+    before = len(model.sizes)
     model.open.clear()
     batches.put(Work(rows(100), answers.append))
-    while not model.sizes:
+    while len(model.sizes) == before:
         time.sleep(0.001)
 
 
@@ -137,6 +142,42 @@ def test_an_error_reaches_all_of_its_batch_and_no_other(model: Model, make: Call
     model.open.set()
     found: list[Outcome] = answers.of(5)
     assert [str(one.error or "") for one in found] == ["", *["a row that cannot be"] * 2, "", ""]
+
+
+def test_two_run_batches_beside_each_other_where_rows_take_long(model: Model, make: Callable[..., Batches]) -> None:
+    model.row_s = 0.03
+    batches, answers = make(runners=2), Answers()
+    batches.put(Work(rows(1), answers.append))
+    answers.of(1)  # how long a row takes is known
+    assert model.most_running == 1
+    for value in range(4):
+        batches.put(Work(rows(value), answers.append))
+    answers.of(5)
+    assert model.most_running == 2
+
+
+def test_a_few_rows_that_take_no_time_get_no_batch_beside_another(model: Model, make: Callable[..., Batches]) -> None:
+    batches, answers = make(runners=2), Answers()
+    batches.put(Work(rows(1), answers.append))
+    answers.of(1)
+    held(model, batches, answers)
+    for value in range(9):
+        batches.put(Work(rows(value), answers.append))
+    time.sleep(0.05)
+    assert model.sizes == [1, 1]  # the other one begins no batch of its own
+    model.open.set()
+    answers.of(11)
+
+
+def test_urgent_work_waits_for_no_batch_where_another_runner_is_free(model: Model, make: Callable[..., Batches]) -> None:
+    batches, answers, urgent = make(runners=2), Answers(), Answers()
+    held(model, batches, answers)
+    batches.put(Work(rows(7), urgent.append), "urgent")
+    while len(model.sizes) < 2:
+        time.sleep(0.001)
+    assert not answers
+    model.open.set()
+    assert int(urgent.of(1)[0].logits[0, 0]) == 7
 
 
 def test_it_waits_a_little_for_images_that_are_being_decoded(model: Model, make: Callable[..., Batches]) -> None:
