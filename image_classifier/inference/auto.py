@@ -33,7 +33,7 @@ def fastest(bundle: Bundle, trusted: Sequence[str] = (), callers: int = 1) -> tu
     told: list[str] = []
     for name in candidates(bundle):
         try:
-            opened[name] = open_backend(bundle, name, trusted, callers=callers)
+            opened[name] = open_backend(bundle, name, trusted)
             repeated = [checked(name, opened[name], golden, bundle.info.temperature) for _ in range(_REPEATS)]
             check = min(repeated, key=lambda check: check.milliseconds)
         except (CheckpointError, ConfigError, ParityError) as error:
@@ -48,7 +48,7 @@ def fastest(bundle: Bundle, trusted: Sequence[str] = (), callers: int = 1) -> tu
         raise CheckpointError(f"no backend answers as {bundle.info.name!r} should ({'; '.join(told) or 'none is installed'})", "export it again")
     best = min(checks, key=lambda check: check.milliseconds).backend
     log.info("backend %s: %s", best, ", ".join(told))
-    return best, opened[best]
+    return best, opened[best] if callers == 1 else open_backend(bundle, best, trusted, callers=callers)
 
 
 def candidates(bundle: Bundle) -> list[str]:
