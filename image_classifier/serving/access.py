@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import hmac
 import ipaddress
+import logging
 import re
 import time
 from collections import OrderedDict
@@ -12,8 +13,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from image_classifier.errors import ConfigError
+from image_classifier.errors import ConfigError, printable
 from image_classifier.serving.limits import Refusal
+
+log = logging.getLogger(__name__)
 
 # What needs no key: the page without its answers, what the API looks like, probes.
 _OPEN = re.compile(r"/(page/.*|healthz|readyz|v2/health/(live|ready)|favicon\.ico|docs|openapi\.json)?")
@@ -26,11 +29,12 @@ class AccessSettings:
     """The keys of `access`.
 
     Args:
-        keys_file: A file of API keys, one a line, of which each request must bring one; null: none is needed.
+        keys_file: A file of API keys, one a line, maybe after a name for the log; each request must bring one of them. null: none is needed.
         per_minute: Requests that one client, by its key or else its address, may send in a minute; null: any number.
         burst: How many of them at once.
         allowed_hosts: Host names to answer to, * for any; null: this machine's own where only it can ask, else any.
         cors_origins: Pages of other sites that may ask, such as https://example.org; none by default.
+        proxies: Addresses or networks of proxies in front, whose X-Forwarded-For says who asks; of others it says nothing.
     """
 
     keys_file: str | None = None
@@ -38,6 +42,7 @@ class AccessSettings:
     burst: int = 20
     allowed_hosts: list[str] | None = None
     cors_origins: list[str] = field(default_factory=list)
+    proxies: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         if self.per_minute is not None and not 0 < self.per_minute <= 1e6:
@@ -50,23 +55,30 @@ class AccessSettings:
                     f"access.cors_origins knows no {origin!r}", "write an origin such as https://example.org, without a path and without *"
                 )
 
-    def keys(self) -> tuple[bytes, ...]:
-        """The hash of each key; ConfigError where the file cannot be read or a key is too short."""
+        for proxy in self.proxies:
+            try:
+                ipaddress.ip_network(proxy)
+            except ValueError as error:
+                raise ConfigError(f"access.proxies knows no {proxy!r}", "write addresses or networks: 10.0.0.7, 10.0.0.0/8") from error
+
+    def keys(self) -> dict[bytes, str]:
+        """The hash of each key and what the log calls it; ConfigError where the file cannot be read or a key is too short."""
         if self.keys_file is None:
-            return ()
+            return {}
         path = Path(self.keys_file).expanduser()
         try:
             lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
         except (OSError, UnicodeDecodeError) as error:
             raise ConfigError(f"access.keys_file={str(path)!r} cannot be read ({getattr(error, 'strerror', None) or error})") from error
-        keys = [line for line in lines if line and not line.startswith("#")]
-        if not keys:
+        named = [line.rpartition(" ")[::2] for line in lines if line and not line.startswith("#")]
+        if not named:
             raise ConfigError(f"access.keys_file={str(path)!r} holds no key", "write one a line: openssl rand -hex 24")
-        if min(map(len, keys)) < _LEAST_CHARACTERS or not all(key.isascii() and key.isprintable() for key in keys):
+        if any(len(key) < _LEAST_CHARACTERS or not (key.isascii() and key.isprintable()) for _, key in named):
             raise ConfigError(
                 f"a key in {str(path)!r} is shorter than {_LEAST_CHARACTERS} characters or not plain ASCII", "openssl rand -hex 24 makes one"
             )
-        return tuple(_hash(key.encode()) for key in keys)
+        hashed = [(_hash(key.encode()), printable(name.strip())) for name, key in named]
+        return {value: name or f"key-{value.hex()[:8]}" for value, name in hashed}
 
 
 def _hash(key: bytes) -> bytes:
@@ -93,7 +105,7 @@ class Access:
     """Decides over each request before its body is read; nothing here takes longer for a wrong key than for a right one."""
 
     def __init__(self, asked: AccessSettings, host: str) -> None:
-        self._keys = asked.keys()
+        self._asked, self._keys, self._said = asked, asked.keys(), ""
         self._per_s = None if asked.per_minute is None else asked.per_minute / 60
         self._burst = asked.burst
         own = ["localhost", "127.0.0.1", "[::1]", host.lower()] if is_loopback(host) else ["*"]
@@ -106,15 +118,30 @@ class Access:
         """Whether requests must bring a key."""
         return bool(self._keys)
 
-    def check(self, method: str, path: str, headers: Mapping[bytes, bytes], client: str) -> None:
-        """Refusal where this request may not be made."""
+    def reread(self) -> None:
+        """Look whether there are other keys now; those of a file that is not as it should be stay, and the log says why once."""
+        try:
+            found, said = self._asked.keys(), ""
+        except ConfigError as error:
+            found, said = self._keys, str(error)
+        if said and said != self._said:
+            log.error("the keys stay as they are: %s", said)
+        elif found != self._keys:
+            log.info("there are other keys now: %d, were %d", len(found), len(self._keys))
+        self._keys, self._said = found, said
+
+    def check(self, method: str, path: str, headers: Mapping[bytes, bytes], client: str) -> str:
+        """What the log calls the key, "" where none is needed; Refusal where this request may not be made."""
         self._check_host(headers.get(b"host", b"").decode("latin-1").lower())
         self._check_site(method, headers)
-        who = client.encode()
-        if self._keys and not _OPEN.fullmatch(path):
-            who = self._check_key(_key_of(headers))
-        if self._per_s is not None and not _OPEN.fullmatch(path):
-            self._check_rate(who)
+        if _OPEN.fullmatch(path):
+            return ""
+        who = _hash(_key_of(headers)) if self._keys else client.encode()
+        known = self._name(who) if self._keys else ""
+        self._check_rate(client.encode() if known is None else who)  # whoever tries keys is counted by the address
+        if known is None:
+            raise Refusal(401, "unauthorized", "this server needs an API key: send it as the header X-API-Key")
+        return known
 
     def cors(self, headers: Mapping[bytes, bytes]) -> list[tuple[bytes, bytes]]:
         """What an answer tells the browser of another site's page: nothing unless that site is allowed."""
@@ -141,17 +168,16 @@ class Access:
         if site not in (b"same-origin", b"none") and origin.decode("latin-1") not in self._origins:
             raise Refusal(403, "forbidden", "pages of other sites may not ask this server")
 
-    def _check_key(self, given: bytes) -> bytes:
-        found, hashed = False, _hash(given)
-        for key in self._keys:  # all of them, always
-            found |= hmac.compare_digest(key, hashed)
-        if not found:
-            raise Refusal(401, "unauthorized", "this server needs an API key: send it as the header X-API-Key")
-        return hashed
+    def _name(self, hashed: bytes) -> str | None:
+        found = None
+        for key, name in self._keys.items():  # all of them, always
+            found = name if hmac.compare_digest(key, hashed) else found
+        return found
 
     def _check_rate(self, who: bytes) -> None:
         """A token bucket a client; the clock is one that never jumps."""
-        assert self._per_s is not None
+        if self._per_s is None:
+            return
         now = time.monotonic()
         bucket = self._buckets.pop(who, None) or _Bucket(self._burst, now)
         bucket.tokens = min(float(self._burst), bucket.tokens + (now - bucket.at) * self._per_s)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import itertools
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Annotated, Any
 
@@ -100,7 +101,7 @@ async def _explained(parts: Parts, handle: ModelHandle, image: Upload, label: st
         raise Refusal(503, "queue_full", "other explanations are being made", 5.0)
     parts.explaining += 1
     try:
-        head, body = await _asked(handle, {"do": "explain", "class": label}, image.content, 2 * parts.limits.answer_s)
+        head, body = await ask(handle, {"do": "explain", "class": label}, image.content, 2 * parts.limits.answer_s)
     except Deadly:
         raise Refusal(422, "unreadable", _DEADLY) from None
     finally:
@@ -114,11 +115,9 @@ async def _explained(parts: Parts, handle: ModelHandle, image: Upload, label: st
 async def _predicted(parts: Parts, handle: ModelHandle, images: Sequence[Upload]) -> list[dict[str, Any]]:
     """The answer of each image, in order."""
     try:
-        with handle.room_for(len(images)):
+        with room(handle, len(images)):
             async with asyncio.TaskGroup() as group:
                 tasks = [group.create_task(_one(parts, handle, image)) for image in images]
-    except QueueFull as error:
-        raise Refusal(503, "queue_full", str(error), error.after_s) from None
     except ExceptionGroup as group_error:
         raise group_error.exceptions[0] from None
     return [task.result() for task in tasks]
@@ -131,7 +130,7 @@ async def _one(parts: Parts, handle: ModelHandle, image: Upload) -> dict[str, An
         return unread
     head: dict[str, Any]
     try:
-        head, _ = await _asked(handle, {"do": "image", "name": image.name}, image.content, parts.limits.answer_s)
+        head, _ = await ask(handle, {"do": "image", "name": image.name}, image.content, parts.limits.answer_s)
         answer = head["answer"]
     except Deadly:
         head, answer = {}, {"path": image.name, "error": _DEADLY}
@@ -140,8 +139,18 @@ async def _one(parts: Parts, handle: ModelHandle, image: Upload) -> dict[str, An
     return dict(answer)
 
 
-async def _asked(handle: ModelHandle, head: dict[str, Any], content: bytes, timeout_s: float) -> tuple[dict[str, Any], bytes]:
-    """What the model's process answers, its troubles as refusals."""
+@contextmanager
+def room(handle: ModelHandle, images: int) -> Iterator[None]:
+    """Places in the queue for so many; Refusal at once where there are not enough."""
+    try:
+        with handle.room_for(images):
+            yield
+    except QueueFull as error:
+        raise Refusal(503, "queue_full", str(error), error.after_s) from None
+
+
+async def ask(handle: ModelHandle, head: Mapping[str, Any], content: bytes, timeout_s: float) -> tuple[dict[str, Any], bytes]:
+    """What the model's process answers, its troubles as refusals, but for `Deadly`."""
     try:
         return await handle.ask(head, content, timeout_s)
     except TooLate as error:

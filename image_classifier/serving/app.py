@@ -14,7 +14,7 @@ from starlette.exceptions import HTTPException
 from image_classifier import __version__
 from image_classifier.serving import answers, docs, facts, schemas, v2
 from image_classifier.serving.answers import Parts
-from image_classifier.serving.fence import FAILED, said
+from image_classifier.serving.fence import FAILED, is_v2, said
 from image_classifier.serving.limits import Refusal
 
 PAGE = Path(__file__).with_name("page")
@@ -52,7 +52,7 @@ def _add_pages(app: FastAPI, needs_key: bool) -> None:
 
 
 def _error(request: Request, refusal: Refusal) -> Response:
-    content, headers = said(refusal, request.state.request_id, request.url.path.startswith("/v2"))
+    content, headers = said(refusal, request.state.request_id, is_v2(request.url.path))
     return Response(content, refusal.status, {name.decode(): value.decode() for name, value in headers})
 
 

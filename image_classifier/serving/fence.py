@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import json
 import logging
 import math
 import re
 import time
 import uuid
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterable
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
+
+from starlette.routing import compile_path
 
 from image_classifier.errors import printable
 from image_classifier.serving.access import Access, preflight
@@ -51,13 +54,25 @@ class Seen:
     bytes: int
     seconds: float
     images: int
+    key: str
 
 
 class Fence:
-    """An ASGI application around another; `tell` hears of each request when it is over, and `stopping` says whether new ones are refused."""
+    """An ASGI application around another, whose routes have these `paths`.
 
-    def __init__(self, app: App, access: Access, bodies: Bodies, tell: Callable[[Seen], None], stopping: Callable[[], bool]) -> None:
-        self.app, self.access, self.bodies, self.tell, self.stopping = app, access, bodies, tell, stopping
+    `tell` hears of each request when it is over, and `stopping` says whether new ones are refused.
+    """
+
+    def __init__(
+        self,
+        app: App,
+        access: Access,
+        bodies: Bodies,
+        tell: Callable[[Seen], object],
+        stopping: Callable[[], bool],
+        paths: Callable[[], Iterable[str]],
+    ) -> None:
+        self.app, self.access, self.bodies, self.tell, self.stopping, self.paths = app, access, bodies, tell, stopping, paths
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """One request, or the server's own start and end."""
@@ -68,19 +83,37 @@ class Fence:
             scope = {**scope, "method": "GET"}  # uvicorn leaves the content out
         given = headers.get(b"x-request-id", b"").decode("latin-1")
         state = scope.setdefault("state", {})
-        state.update(request_id=given if _ID.fullmatch(given) else uuid.uuid4().hex, images=0, received=0)
-        answer = _Answer(send, state["request_id"], self.access.cors(headers), scope["path"].startswith("/v2"))
+        state.update(request_id=given if _ID.fullmatch(given) else uuid.uuid4().hex, images=0, received=0, key="")
+        answer = _Answer(send, state["request_id"], self.access.cors(headers), is_v2(scope["path"]))
         client = (scope.get("client") or ("unknown", 0))[0][:_CLIENT_CHARACTERS]
         start = time.monotonic()
         try:
             await self._answered(self._take(scope, method, client, receive, answer), answer)
         finally:
             self.bodies.release(state["received"])
-            route = getattr(scope.get("route"), "path", "")
             seconds = time.monotonic() - start
             path = printable(scope["path"])[:200]
-            self.tell(Seen(state["request_id"], client, method, path, route, answer.status, state["received"], seconds, state["images"]))
+            self.tell(
+                Seen(
+                    state["request_id"],
+                    client,
+                    method,
+                    path,
+                    self._route(scope),
+                    answer.status,
+                    state["received"],
+                    seconds,
+                    state["images"],
+                    state["key"],
+                )
+            )
         return None
+
+    def _route(self, scope: Scope) -> str:
+        """The route's pattern, "" where there is none; of a request that was refused before it was looked up too."""
+        if "route" in scope:
+            return str(getattr(scope["route"], "path", ""))
+        return next((path for path in self.paths() if _pattern(path).match(scope["path"])), "")
 
     async def _take(self, scope: Scope, method: str, client: str, receive: Receive, answer: _Answer) -> None:
         """Whoever may not ask is refused before the body is read."""
@@ -89,7 +122,7 @@ class Fence:
         headers = dict(scope["headers"])
         if method == "OPTIONS" and b"access-control-request-method" in headers and answer.cors_allowed:
             return await answer.plain(204, b"", preflight(["GET", "POST"]))
-        self.access.check(method, scope["path"], headers, client)
+        scope["state"]["key"] = self.access.check(method, scope["path"], headers, client)
         body = await self.bodies.read(scope, receive)
         scope["state"].update(received=len(body), body=body)
         return await self._run(scope, receive, answer)
@@ -146,6 +179,16 @@ class Fence:
             for task in (app, leaving):
                 task.cancel()
             await asyncio.gather(app, leaving, return_exceptions=True)
+
+
+@functools.cache
+def _pattern(path: str) -> re.Pattern[str]:
+    return compile_path(path)[0]
+
+
+def is_v2(path: str) -> bool:
+    """Whether a path is one of the V2 protocol, whose errors look different."""
+    return path == "/v2" or path.startswith("/v2/")
 
 
 def _stopping() -> Refusal:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 
@@ -14,6 +14,7 @@ from image_classifier.serving.limits import Refusal
 from image_classifier.serving.order import Order, version_of
 from image_classifier.serving.places import Place
 from image_classifier.serving.process import Deadly, Ended, ModelHandle, Started, TooLate
+from image_classifier.serving.unattended import unattended
 
 log = logging.getLogger(__name__)
 
@@ -152,10 +153,10 @@ class _Refused:
 
 
 class Reloader:
-    """Looks now and then whether a model was replaced, on disk or by an alias of the registry, and serves the new version."""
+    """Looks now and then whether a model was replaced, on disk or by an alias of the registry, and serves the new version; calls `also` then."""
 
-    def __init__(self, models: Models, places: Mapping[str, Place], every_s: float) -> None:
-        self._models, self._places, self._every_s = models, places, every_s
+    def __init__(self, models: Models, places: Mapping[str, Place], every_s: float, also: Callable[[], None] = lambda: None) -> None:
+        self._models, self._places, self._every_s, self._also = models, places, every_s, also
         self._refused: dict[str, _Refused] = {}
         self._said: dict[str, str] = {}
         self.now = asyncio.Event()
@@ -168,6 +169,7 @@ class Reloader:
             if self.now.is_set():
                 self._refused.clear()
             self.now.clear()
+            self._also()
             for served in list(self._models):
                 try:
                     await self._look(served)
@@ -177,7 +179,7 @@ class Reloader:
     async def _look(self, served: Served) -> None:
         name, current = served.order.name, served.handle.facts["version"]
         try:
-            path = await asyncio.to_thread(self._places[name].find)
+            path = await unattended(self._places[name].find)
             version = await asyncio.to_thread(version_of, path)
             refused = self._refused.get(name)
             if version == current:

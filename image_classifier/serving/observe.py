@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import json
-import logging
-import sys
 import time
 from collections.abc import Callable, Iterable
-from typing import Any, TextIO
+from typing import Any, Protocol
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from prometheus_client.core import GaugeMetricFamily
@@ -22,8 +20,6 @@ OTHER = "(other)"
 
 # A model, a figure of it, its distance from val, the limit, and of how many images.
 Drift = tuple[str, str, float, float, int]
-
-log = logging.getLogger(__name__)
 
 
 class Metrics:
@@ -91,15 +87,20 @@ class Metrics:
         return generate_latest(self.registry)
 
 
-class RequestLog:
-    """A JSON line a request on standard error: when, who, what, how long. No content of an image, no key, no query."""
+class Writes(Protocol):
+    """Where a log goes."""
 
-    def __init__(self, stream: TextIO = sys.stderr) -> None:
+    def write(self, text: str, /) -> object: ...
+
+
+class RequestLog:
+    """A JSON line a request: when, who, what, how long. No content of an image, no key, no query."""
+
+    def __init__(self, stream: Writes) -> None:
         self._stream = stream
-        self._failed = False
 
     def __call__(self, request: Seen) -> None:
-        """Write one line; a log that cannot be written costs no request."""
+        """Write one line."""
         line = {
             "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
             "request_id": request.request_id,
@@ -111,11 +112,4 @@ class RequestLog:
             "images": request.images,
             "ms": round(1000 * request.seconds, 1),
         }
-        try:
-            self._stream.write(json.dumps(line) + "\n")
-            self._stream.flush()
-            self._failed = False
-        except OSError as error:
-            if not self._failed:  # say it once, to whoever can still hear
-                log.warning("the request log cannot be written (%s)", error.strerror)
-            self._failed = True
+        self._stream.write(json.dumps(line | ({"key": request.key} if request.key else {})) + "\n")

@@ -212,15 +212,22 @@ class ModelHandle:
         hung = asyncio.get_running_loop().create_task(self._kill_when_hung())
         try:
             while True:
-                while (message := await wire.read_soon(self._reader)) is not None:
-                    pending = self._pending.get(message[0]["id"])
-                    if pending is not None and not pending.future.done():
-                        pending.future.set_result(message)
-                    owed = any(other.attempts and not other.future.done() for other in self._pending.values())
-                    self._silent_since = time.monotonic() if owed else None
+                try:
+                    await self._hand_out()
+                except (ValueError, KeyError, TypeError, AttributeError):
+                    log.exception("the process of the model %s says what cannot be understood", self.name)
                 await self._replace()
         finally:
             hung.cancel()
+
+    async def _hand_out(self) -> None:
+        """To whoever waits for each answer, until the process ends."""
+        while (message := await wire.read_soon(self._reader)) is not None:
+            pending = self._pending.get(message[0]["id"])
+            if pending is not None and not pending.future.done():
+                pending.future.set_result(message)
+            owed = any(other.attempts and not other.future.done() for other in self._pending.values())
+            self._silent_since = time.monotonic() if owed else None
 
     async def _kill(self) -> None:
         """End the process and what is left of the connection to it, whose number the next one may get."""

@@ -16,7 +16,8 @@ log = logging.getLogger(__name__)
 
 _BACKLOG = 128  # connections that are accepted at once, before any of them can be refused
 _OTHER_FILES = 3 * _BACKLOG + 64  # three rounds of the loop lie between accepting and closing; models, logs, the listening socket
-_UNREAD_S = 20.0  # an answer that nobody reads
+_UNREAD_S = 20.0  # in which a client must read some of its answer
+_LEAST_READ = 2**14  # bytes; less is nothing
 _MOST_HEAD = 2**15  # bytes
 _SMALL_CHUNK = 64  # bytes; reading one takes as long as reading a thousand times as many
 _MOST_SMALL_CHUNKS = 10_000  # in one body
@@ -87,13 +88,21 @@ class PatientProtocol(H11Protocol):
 
     def pause_writing(self) -> None:
         super().pause_writing()
-        self._unread = self.loop.call_later(_UNREAD_S, self.transport.abort)
+        self._read_on(None)
 
     def resume_writing(self) -> None:
         super().resume_writing()
         if self._unread is not None:
             self._unread.cancel()
             self._unread = None
+
+    def _read_on(self, before: int | None) -> None:
+        """End the connection unless its client has read something since there were `before` bytes left."""
+        left = self.transport.get_write_buffer_size()
+        if before is not None and before - left < _LEAST_READ:
+            self.transport.abort()
+        else:
+            self._unread = self.loop.call_later(_UNREAD_S, self._read_on, left)
 
     def send_400_response(self, msg: str) -> None:
         """What cannot be read is told so, but not in the middle of an answer; the connection ends."""

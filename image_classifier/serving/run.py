@@ -7,29 +7,26 @@ import contextlib
 import logging
 import signal
 import socket
-from collections.abc import AsyncIterator, Callable, Iterator, Mapping
-from contextlib import asynccontextmanager, contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from image_classifier import settings
 from image_classifier.errors import ConfigError
 from image_classifier.evaluation.decision import DecisionSettings
 from image_classifier.images import DecodeLimits
 from image_classifier.inference.backends import NAMES, ServerAt
-from image_classifier.inference.urls import UrlLimits, Web
+from image_classifier.inference.urls import UrlLimits
 from image_classifier.serving.access import Access, AccessSettings, is_loopback
 from image_classifier.serving.batches import BatchSettings
-from image_classifier.serving.limits import Bodies, RequestLimits
+from image_classifier.serving.limits import RequestLimits
 from image_classifier.serving.order import Order, served_name
 from image_classifier.serving.places import Place, place_of
 from image_classifier.serving.process import Started
-from image_classifier.serving.traffic import DriftSettings, Traffic
-
-if TYPE_CHECKING:
-    from image_classifier.serving.models import Models
+from image_classifier.serving.traffic import DriftSettings
 
 log = logging.getLogger(__name__)
 
@@ -122,12 +119,13 @@ def serve(config: Any) -> None:
         for _, process in started:
             stack.callback(process.kill)
         from image_classifier.serving.models import Models
+        from image_classifier.serving.server import serve_until
 
         models = Models(started, asked.queue, asked.hang_s, asked.canary_s)
         told = _Told()
         with told.listening():
             try:
-                asyncio.run(_serve(asked, access, models, places, listening, told))
+                asyncio.run(serve_until(told, asked, access, models, places, listening))
             except asyncio.CancelledError:
                 raise KeyboardInterrupt from None
 
@@ -182,107 +180,3 @@ class _Told:
         if self.ended.is_set() and number == signal.SIGINT:
             self.hurry()
         self.ended.set()
-
-
-async def _serve(asked: ServeSettings, access: Access, models: Models, places: Mapping[str, Place], listening: socket.socket, told: _Told) -> None:
-    import uvicorn
-
-    from image_classifier.serving import protocol
-    from image_classifier.serving.answers import Parts
-    from image_classifier.serving.app import make_app
-    from image_classifier.serving.fence import Fence, Seen
-    from image_classifier.serving.models import Reloader
-    from image_classifier.serving.observe import Metrics, RequestLog
-    from image_classifier.serving.uploads import Uploads
-
-    traffic = Traffic(asked.drift)
-    metrics = Metrics(lambda: _gauges(models), lambda: [(served.order.name, *row) for served in models for row in traffic.figures(served.order.name)])
-    web = Web(asked.fetch) if asked.fetch.enabled else None
-    uploads = Uploads(asked.request, web, asked.limits.max_bytes)
-    app = make_app(Parts(models, uploads, metrics, traffic, asked.request, asked.fetch.enabled), access.needs_key)
-    request_log = RequestLog() if asked.request_log else None
-
-    def tell(request: Seen) -> None:
-        metrics.seen(request)
-        if request_log is not None:
-            request_log(request)
-
-    fence = Fence(app, access, Bodies(asked.request), tell, told.ended.is_set)
-    options = protocol.arguments(asked.request)
-    config = uvicorn.Config(
-        fence,
-        lifespan="off",
-        log_config=None,
-        access_log=False,
-        server_header=False,
-        timeout_graceful_shutdown=int(asked.drain_s + 0.5) or 1,
-        **options,
-    )
-
-    class Server(uvicorn.Server):
-        async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-            await super().startup(sockets)
-            _say(models, listening)
-
-        @contextmanager
-        def capture_signals(self) -> Iterator[None]:
-            yield  # `_Told` does, also while models are loaded and ended
-
-    server, reloader = Server(config), Reloader(models, places, asked.reload_s)
-    asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, reloader.now.set)  # from now on all signals wake the loop
-    if (main := asyncio.current_task()) is not None:
-        told.hurry = main.cancel
-    async with _running(models, told.ended) as are_running, asyncio.TaskGroup() as group:
-        if not are_running:
-            return
-        looking = group.create_task(reloader.run())
-        asking = group.create_task(models.keep_asking())
-        ending = group.create_task(_end(server, told.ended))
-        await server.serve([listening])
-        told.ended.set()
-        for task in (looking, asking, ending):
-            task.cancel()
-        uploads.stop()
-
-
-@asynccontextmanager
-async def _running(models: Models, ended: asyncio.Event) -> AsyncIterator[bool]:
-    """Models that answer; false where the program was told to end before they did."""
-    starting, ending = asyncio.ensure_future(models.start()), asyncio.ensure_future(ended.wait())
-    try:
-        await asyncio.wait({starting, ending}, return_when=asyncio.FIRST_COMPLETED)
-        if starting.done():
-            await starting
-        yield starting.done()
-    finally:
-        for task in (starting, ending):
-            task.cancel()
-        await asyncio.gather(starting, ending, return_exceptions=True)
-        await models.stop()
-
-
-async def _end(server: Any, ended: asyncio.Event) -> None:
-    await ended.wait()
-    log.info("no new requests are taken, those that were begun are finished")
-    server.should_exit = True
-
-
-def _gauges(models: Models) -> Iterator[tuple[str, dict[str, float]]]:
-    for served in models:
-        handle = served.handle
-        state = {
-            "queue_images": handle.waiting,
-            "queue_limit_images": handle.most,
-            "ready": float(not served.known_trouble),
-            "restarts": handle.restarts,
-        }
-        yield served.order.name, state
-
-
-def _say(models: Models, listening: socket.socket) -> None:
-    host, port = listening.getsockname()[:2]
-    for served in models:
-        facts = served.handle.facts
-        log.info("model     %s %s, %d classes, backend %s", facts["name"], facts["version"], len(facts["classes"]), facts["backend"])
-    shown = f"[{host}]" if ":" in host else host
-    print(f"serving   http://{shown}:{port}", flush=True)

@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 import json
-import logging
 import os
 import time
 from collections import deque
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from image_classifier.errors import ConfigError
 from image_classifier.evaluation.drift import Reference
-
-log = logging.getLogger(__name__)
+from image_classifier.serving.lines import Lines
 
 
 @dataclass(frozen=True)
@@ -46,7 +45,12 @@ class Traffic:
         self.asked = asked
         self._last: dict[str, deque[tuple[float, float | None]]] = {}
         self._references: dict[str, tuple[str, Reference | None]] = {}
-        self._failed = False
+        self._lines: dict[str, Lines] = {}
+
+    def close(self) -> None:
+        """Write what waits."""
+        for lines in self._lines.values():
+            lines.close()
 
     def seen(self, facts: Mapping[str, Any], answer: Mapping[str, Any], ood_score: float | None) -> None:
         """One image has its answer."""
@@ -58,7 +62,7 @@ class Traffic:
             self._last[name] = deque(maxlen=self.asked.window)
         self._last[name].append((answer["confidence"], ood_score))
         if self.asked.log_dir is not None:
-            self._write(Path(self.asked.log_dir, f"{name}.jsonl"), version, answer, ood_score)
+            self._keep(Path(self.asked.log_dir, f"{name}.jsonl"), version, answer, ood_score)
 
     def figures(self, name: str) -> Iterator[tuple[str, float, float, int]]:
         """For each figure of a model its distance from val, the limit, and of how many images."""
@@ -68,22 +72,20 @@ class Traffic:
         for shift in reference.shifts(columns(self._last[name])):
             yield shift.figure, shift.distance, shift.limit, shift.images
 
-    def _write(self, path: Path, version: str, answer: Mapping[str, Any], ood_score: float | None) -> None:
-        """A log that cannot be written costs no request."""
+    def _keep(self, path: Path, version: str, answer: Mapping[str, Any], ood_score: float | None) -> None:
         line = {"time": round(time.time(), 3), "version": version, "label": answer["predicted_class"], "decision": answer["decision"]}
         line |= {"confidence": round(answer["confidence"], 6), "ood_score": None if ood_score is None else round(ood_score, 4)}
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with path.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(line, ensure_ascii=False) + "\n")
-                size = file.tell()
-            if size > self.asked.max_log_bytes:
-                os.replace(path, path.with_name(f"{path.name}.1"))
-            self._failed = False
-        except OSError as error:
-            if not self._failed:
-                log.warning("drift: %s cannot be written (%s)", path, error.strerror)
-            self._failed = True
+        if path.name not in self._lines:
+            self._lines[path.name] = Lines(f"drift: {path}", partial(self._write, path))
+        self._lines[path.name].put(json.dumps(line, ensure_ascii=False))
+
+    def _write(self, path: Path, line: str) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("a", encoding="utf-8") as file:
+            file.write(line + "\n")
+            size = file.tell()
+        if size > self.asked.max_log_bytes:
+            os.replace(path, path.with_name(f"{path.name}.1"))
 
 
 def columns(rows: deque[tuple[float, float | None]]) -> dict[str, list[float]]:

@@ -16,11 +16,11 @@ from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse, Response
 
 from image_classifier import __version__
-from image_classifier.errors import ClassifierError
 from image_classifier.serving import schemas
-from image_classifier.serving.answers import Parts
+from image_classifier.serving.answers import Parts, ask, room
 from image_classifier.serving.limits import Refusal
-from image_classifier.serving.process import Deadly, Ended, ModelHandle, QueueFull, TooLate
+from image_classifier.serving.models import Served
+from image_classifier.serving.process import Deadly, ModelHandle
 
 _HEADER = "inference-header-content-length"
 _MOST_JSON = 4 * 2**20  # bytes of numbers written out: nothing else runs while they are read; binary tensors have the limit of all bodies
@@ -50,7 +50,7 @@ def make_router(parts: Parts) -> APIRouter:
 
     @router.get("/health/ready", summary="Whether every model really answers", responses={503: {"description": "One does not"}})
     async def ready() -> Response:
-        troubles = [await parts.models.trouble(served) for served in parts.models]
+        troubles = await asyncio.gather(*(parts.models.trouble(served) for served in parts.models))
         return JSONResponse({"ready": not any(troubles)}, 503 if any(troubles) else 200)
 
     @router.get("/models/{name}/ready", summary="Whether a model really answers", responses=_REFUSALS | {503: {"description": "It does not"}})
@@ -105,6 +105,10 @@ def _add_metadata(router: APIRouter, parts: Parts) -> None:
     async def server() -> Response:
         return JSONResponse({"name": "image_classifier", "version": __version__, "extensions": _EXTENSIONS})
 
+    @router.post("/repository/index", summary="The models, as Triton lists them")
+    async def index() -> Response:
+        return JSONResponse([_state(one) for one in parts.models])
+
     @router.get("/models/{name}", summary="A model's tensors", responses=_REFUSALS)
     @router.get("/models/{name}/versions/{version}", include_in_schema=False)
     async def metadata(request: Request, name: str) -> Response:
@@ -130,6 +134,10 @@ def _add_metadata(router: APIRouter, parts: Parts) -> None:
         return JSONResponse({"name": name, "platform": handle.facts["backend"], "max_batch_size": _most(handle), "input": inputs, "output": outputs})
 
 
+def _state(served: Served) -> dict[str, str]:
+    return {"name": served.order.name, "version": "1", "state": "UNAVAILABLE" if served.known_trouble else "READY", "reason": served.known_trouble}
+
+
 def _handle(parts: Parts, request: Request) -> ModelHandle:
     """The model that a path names, whose version may be left out."""
     name = request.path_params["name"]
@@ -148,15 +156,9 @@ async def _answered(parts: Parts, handle: ModelHandle, asked: Asked) -> tuple[di
         raise Refusal(400, "bad_request", f"a batch of {rows} is more than the {_most(handle)} that this model takes")
     message = {"do": "pixels", "shape": asked.shape, "embeddings": "embedding" in asked.outputs}
     try:
-        with handle.room_for(rows):
-            head, content = await handle.ask(message, asked.content, parts.limits.answer_s)
-    except QueueFull as error:
-        raise Refusal(503, "queue_full", str(error), error.after_s) from None
-    except TooLate as error:
-        raise Refusal(503, "too_late", str(error), 1.0) from None
-    except Ended as error:
-        raise Refusal(503, "stopping", str(error), 1.0) from None
-    except (ClassifierError, Deadly) as error:
+        with room(handle, rows):
+            head, content = await ask(handle, message, asked.content, parts.limits.answer_s)
+    except Deadly as error:
         raise Refusal(500, "model_failed", str(error)) from None
     if not np.isfinite(np.frombuffer(content, "<f4")).all():
         raise Refusal(500, "model_failed", "the model answers with numbers that are not finite")

@@ -27,6 +27,7 @@ def test_what_is_kept_is_figures_only_and_the_verb_reads_it(digits_bundle: Path,
     for score in np.linspace(50, 60, 80):
         traffic.seen(known, ANSWER, float(score))
     traffic.seen(known, {"path": "secret.png", "error": "not an image"}, None)
+    traffic.close()
     shown = {figure: (distance, limit, images) for figure, distance, limit, images in traffic.figures("digits")}
     assert shown["ood_score"][0] == 1.0 and shown["ood_score"][2] == 80
     log = tmp_path / "digits.jsonl"
@@ -60,6 +61,7 @@ def test_a_long_log_is_put_aside_once(digits_bundle: Path, tmp_path: Path, comma
     traffic, known = Traffic(DriftSettings(enabled=True, log_dir=str(tmp_path), max_log_bytes=2000)), facts(digits_bundle)
     for _ in range(100):
         traffic.seen(known, ANSWER, 0.5)
+    traffic.close()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["digits.jsonl", "digits.jsonl.1"]
     assert all(path.stat().st_size < 2500 for path in tmp_path.iterdir())
     images = sum(len(path.read_text().splitlines()) for path in tmp_path.iterdir())
@@ -71,6 +73,7 @@ def test_a_log_that_cannot_be_written_costs_no_request(digits_bundle: Path, tmp_
     traffic = Traffic(DriftSettings(enabled=True, log_dir=str(tmp_path / "file")))
     for _ in range(3):
         traffic.seen(facts(digits_bundle), ANSWER, 0.5)
+    traffic.close()
     assert caplog.text.count("cannot be written") == 1
 
 

@@ -6,6 +6,7 @@ import os
 import resource
 import signal
 import socket
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, closing, suppress
@@ -87,7 +88,7 @@ def test_the_work_of_whoever_leaves_is_given_up(small: Victim, seven: bytes) -> 
             until(lambda: small.gauge("queue_images") == 40, "all wait")
     finally:
         os.kill(small.model_pids[0], signal.SIGCONT)
-    assert 499 in {request["status"] for request in small.requests()}
+    until(lambda: 499 in {request["status"] for request in small.requests()}, "the log says that they left")
 
 
 def test_a_full_queue_says_when_to_come_back_and_at_once(small: Victim, seven: bytes) -> None:
@@ -113,6 +114,47 @@ def test_bodies_together_have_a_limit_too(small: Victim) -> None:
         opened(small, 1, stack, held)
         status, headers, content = small.ask("/predict", form(bytes(40_000_000)))
         assert status == 503 and b"bodies" in content and "retry-after" in headers
+
+
+def test_whoever_is_refused_in_the_middle_of_a_large_body_hears_why(digits_bundle: Path, tmp_path: Path) -> None:
+    (tmp_path / "keys.txt").write_text("0123456789abcdef\n")
+    with victim(tmp_path, digits_bundle, "access.keys_file=keys.txt", "request.headers_s=2") as found, closing(found.connect()) as connection:
+        sent = threading.Thread(target=_send, args=(connection, head("POST", "/predict", bytes(60_000_000)) + bytes(60_000_000)))
+        sent.start()
+        said = b""
+        while not said.endswith(b"}"):
+            said += connection.recv(2**16)
+        status, _, content = reply_of(said)
+        sent.join()
+        assert status == 401 and b"X-API-Key" in content
+        until(lambda: 'route="/predict",status="401"' in _figures(found), "the refusal is counted for its route")
+
+
+def _send(connection: socket.socket, content: bytes) -> None:
+    with suppress(ConnectionError):
+        connection.sendall(content)
+
+
+def _figures(found: Victim) -> str:
+    key = b"X-API-Key: 0123456789abcdef\r\nConnection: close\r\n"
+    with closing(found.connect()) as connection:
+        connection.sendall(head("GET", "/metrics", more=key))
+        return all_of(connection).decode()
+
+
+@pytest.mark.slow
+def test_whoever_reads_slowly_gets_all(small: Victim) -> None:
+    """Answers of several megabytes, read for longer than one that reads nothing is waited for."""
+    with closing(small.connect()) as slow:
+        slow.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2**14)
+        slow.sendall(head("GET", "/openapi.json") * 199 + head("GET", "/openapi.json", more=b"Connection: close\r\n"))
+        slow.settimeout(30)
+        count, end = 0, time.monotonic() + 30
+        while part := slow.recv(2**15):
+            count += part.count(b"HTTP/1.1 200")
+            if time.monotonic() < end:
+                time.sleep(0.5)
+        assert count >= 195  # a status line may lie between two parts
 
 
 @pytest.mark.slow

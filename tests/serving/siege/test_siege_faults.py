@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import fcntl
 import os
 import random
 import re
@@ -17,6 +18,7 @@ from pathlib import Path
 import pytest
 
 import image_classifier.serving
+from tests.conftest import ROOT
 from tests.serving.siege.attackers import HANG_S, Victim, begun, exchange, form, head, keep_asking, until, victim, wait_until_ready
 
 _CLIENTS = 16
@@ -150,6 +152,37 @@ def test_a_full_disk_costs_no_request(digits_bundle: Path, tmp_path: Path, seven
 def test_a_log_that_cannot_be_written_costs_no_request(digits_bundle: Path, tmp_path: Path, seven: bytes) -> None:
     with Path("/dev/full").open("w") as full, victim(tmp_path, digits_bundle, stderr=full) as found:
         assert only_200(loaded(found, seven, []))
+
+
+@pytest.mark.slow
+def test_a_log_that_nobody_reads_costs_no_request(digits_bundle: Path, tmp_path: Path, seven: bytes) -> None:
+    reading, writing = os.pipe()
+    fcntl.fcntl(writing, fcntl.F_SETPIPE_SZ, 4096)
+    try:
+        with victim(tmp_path, digits_bundle, stderr=writing) as found:  # it also ends when it is told to
+            replies = loaded(found, seven, [], after_s=2)
+            assert only_200(replies) and len(replies) > 50
+    finally:
+        os.close(reading)
+        os.close(writing)
+
+
+@pytest.mark.slow
+def test_a_registry_that_does_not_answer_holds_up_no_end(digits_bundle: Path, tmp_path: Path, seven: bytes) -> None:
+    """The folder of the model is looked for where nothing comes back."""
+    stuck = tmp_path / "stuck"
+    stuck.mkdir()
+    (stuck / "sitecustomize.py").write_text(
+        "import sys, time\n"
+        "if 'serve' in sys.orig_argv:\n"
+        "    from image_classifier.serving import places\n"
+        "    real, began = places.OnDisk.find, time.monotonic()\n"
+        "    places.OnDisk.find = lambda self: real(self) if time.monotonic() - began < 4 else time.sleep(600)\n"
+    )
+    with victim(tmp_path, digits_bundle, "reload_s=0.2", env={**os.environ, "PYTHONPATH": f"{stuck}:{ROOT}"}) as found:
+        assert only_200(loaded(found, seven, [], after_s=6))
+        start = time.monotonic()
+    assert time.monotonic() - start < 10
 
 
 @pytest.mark.slow

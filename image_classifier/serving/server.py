@@ -1,0 +1,145 @@
+"""The server itself: the application in uvicorn over models that answer, until it is told to end and the last answer is out."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import signal
+import socket
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping
+from contextlib import ExitStack, asynccontextmanager, contextmanager
+from typing import TYPE_CHECKING, Any, Protocol
+
+import uvicorn
+
+from image_classifier.inference.urls import Web
+from image_classifier.serving import protocol
+from image_classifier.serving.access import Access
+from image_classifier.serving.answers import Parts
+from image_classifier.serving.app import make_app
+from image_classifier.serving.fence import Fence
+from image_classifier.serving.limits import Bodies
+from image_classifier.serving.lines import logging_aside
+from image_classifier.serving.models import Models, Reloader
+from image_classifier.serving.observe import Drift, Metrics, RequestLog
+from image_classifier.serving.places import Place
+from image_classifier.serving.traffic import Traffic
+from image_classifier.serving.uploads import Uploads
+
+if TYPE_CHECKING:
+    from image_classifier.serving.run import ServeSettings
+
+log = logging.getLogger(__name__)
+
+
+class Told(Protocol):
+    """What signals said: `ended` is set by the first, `hurry` called by a Ctrl-C after it."""
+
+    ended: asyncio.Event
+    hurry: Callable[[], object]
+
+
+async def serve_until(
+    told: Told, asked: ServeSettings, access: Access, models: Models, places: Mapping[str, Place], listening: socket.socket
+) -> None:
+    """Serve at a socket that listens, until `told` to end."""
+    with ExitStack() as stack:
+        errors = stack.enter_context(logging_aside())
+        uploads = Uploads(asked.request, Web(asked.fetch) if asked.fetch.enabled else None, asked.limits.max_bytes)
+        stack.callback(uploads.stop)
+        traffic = Traffic(asked.drift)
+        stack.callback(traffic.close)
+        metrics = Metrics(lambda: _gauges(models), lambda: _drift(models, traffic))
+        app = make_app(Parts(models, uploads, metrics, traffic, asked.request, asked.fetch.enabled), access.needs_key)
+        hear = (metrics.seen, RequestLog(errors)) if asked.request_log else (metrics.seen,)
+        fence = Fence(app, access, Bodies(asked.request), lambda seen: [one(seen) for one in hear], told.ended.is_set, lambda: app.openapi()["paths"])
+        server = _Server(_config(asked, fence), lambda: _say(models, listening))
+        reloader = Reloader(models, places, asked.reload_s, access.reread)
+        asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, reloader.now.set)  # from now on all signals wake the loop
+        if (main := asyncio.current_task()) is not None:
+            told.hurry = main.cancel
+        async with _running(models, told.ended) as are_running, asyncio.TaskGroup() as group:
+            if not are_running:
+                return
+            tasks = [group.create_task(work) for work in (reloader.run(), models.keep_asking(), _end(server, told.ended))]
+            await server.serve([listening])
+            told.ended.set()
+            for task in tasks:
+                task.cancel()
+
+
+def _config(asked: ServeSettings, fence: Fence) -> uvicorn.Config:
+    return uvicorn.Config(
+        fence,
+        lifespan="off",
+        log_config=None,
+        access_log=False,
+        server_header=False,
+        proxy_headers=bool(asked.access.proxies),
+        forwarded_allow_ips=asked.access.proxies,
+        timeout_graceful_shutdown=max(1, round(asked.drain_s)),
+        **protocol.arguments(asked.request),
+    )
+
+
+class _Server(uvicorn.Server):
+    """Uvicorn, which says when it answers, and leaves signals to `Told`, which also hears them while models are loaded and ended."""
+
+    def __init__(self, config: uvicorn.Config, say: Callable[[], None]) -> None:
+        super().__init__(config)
+        self._say = say
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        self._say()
+
+    @contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        yield
+
+
+@asynccontextmanager
+async def _running(models: Models, ended: asyncio.Event) -> AsyncIterator[bool]:
+    """Models that answer; false where the program was told to end before they did."""
+    starting, ending = asyncio.ensure_future(models.start()), asyncio.ensure_future(ended.wait())
+    try:
+        await asyncio.wait({starting, ending}, return_when=asyncio.FIRST_COMPLETED)
+        if starting.done():
+            await starting
+        yield starting.done()
+    finally:
+        for task in (starting, ending):
+            task.cancel()
+        await asyncio.gather(starting, ending, return_exceptions=True)
+        await models.stop()
+
+
+async def _end(server: Any, ended: asyncio.Event) -> None:
+    await ended.wait()
+    log.info("no new requests are taken, those that were begun are finished")
+    server.should_exit = True
+
+
+def _drift(models: Models, traffic: Traffic) -> list[Drift]:
+    return [(served.order.name, *figures) for served in models for figures in traffic.figures(served.order.name)]
+
+
+def _gauges(models: Models) -> Iterator[tuple[str, dict[str, float]]]:
+    for served in models:
+        handle = served.handle
+        state = {
+            "queue_images": handle.waiting,
+            "queue_limit_images": handle.most,
+            "ready": float(not served.known_trouble),
+            "restarts": handle.restarts,
+        }
+        yield served.order.name, state
+
+
+def _say(models: Models, listening: socket.socket) -> None:
+    host, port = listening.getsockname()[:2]
+    for served in models:
+        facts = served.handle.facts
+        log.info("model     %s %s, %d classes, backend %s", facts["name"], facts["version"], len(facts["classes"]), facts["backend"])
+    shown = f"[{host}]" if ":" in host else host
+    print(f"serving   http://{shown}:{port}", flush=True)
