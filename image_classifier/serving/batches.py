@@ -26,6 +26,7 @@ class BatchSettings:
         max_images: The most in one batch.
         max_ms: How long a batch may run, milliseconds; as many images are taken as did fit in it lately, at least one.
         wait_ms: How long an image waits for others that are being decoded, milliseconds.
+        at_once: Batches beside each other on the processor, each with a core less for every other one; on a GPU there is one.
 
     Raises:
         ConfigError: A value that cannot be.
@@ -34,10 +35,13 @@ class BatchSettings:
     max_images: int = 32
     max_ms: float = 100.0
     wait_ms: float = 2.0
+    at_once: int = 2
 
     def __post_init__(self) -> None:
         if not 1 <= self.max_images <= 4096:
             raise ConfigError(f"batch.max_images must be a number from 1 to 4096, not {self.max_images}")
+        if not 1 <= self.at_once <= 64:
+            raise ConfigError(f"batch.at_once must be a number from 1 to 64, not {self.at_once}")
         if not 0 < self.max_ms <= 60_000 or not 0 <= self.wait_ms <= 1000:
             raise ConfigError("batch.max_ms must be above 0 and at most 60000, batch.wait_ms from 0 to 1000")
 

@@ -22,7 +22,6 @@ from image_classifier.serving.batches import BatchSettings
 
 _TOLERANCE = 1e-4
 _DIGITS = 12  # of a version
-_CALLERS = min(2, cores())  # batches at once: while one waits for a core that decodes, the other computes
 
 
 @dataclass(frozen=True)
@@ -76,7 +75,7 @@ class Model:
         """The model of an order; errors as `load_predictor`."""
         path = Path(order.path)
         version = version_of(path)
-        found = load_predictor(path, order.backend, 1, order.trusted, order.limits, order.decision, order.server, _CALLERS)
+        found = load_predictor(path, order.backend, 1, order.trusted, order.limits, order.decision, order.server, min(order.batch.at_once, cores()))
         bundle = read_bundle(path) if path.is_dir() else None
         golden = Golden.of(bundle) if bundle is not None and (path / "golden.npz").is_file() else None
         return cls(order, replace(found, threshold=order.threshold), version, bundle, golden)

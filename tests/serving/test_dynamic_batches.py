@@ -193,7 +193,9 @@ def test_it_waits_a_little_for_images_that_are_being_decoded(model: Model, make:
     assert model.sizes == [2]
 
 
-@pytest.mark.parametrize("wrong", [{"max_images": 0}, {"max_ms": 0}, {"wait_ms": -1}, {"max_images": 10**6}, {"wait_ms": float("nan")}])
+@pytest.mark.parametrize(
+    "wrong", [{"max_images": 0}, {"max_ms": 0}, {"at_once": 0}, {"wait_ms": -1}, {"max_images": 10**6}, {"wait_ms": float("nan")}]
+)
 def test_settings_that_cannot_be(wrong: dict[str, float]) -> None:
     with pytest.raises(ConfigError):
         BatchSettings(**wrong)  # type: ignore[arg-type]
