@@ -27,7 +27,7 @@ _POLICY = (
     "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' blob: data:; media-src 'self' blob:; connect-src 'self'; "
     "manifest-src 'self'; form-action 'none'; base-uri 'none'; frame-ancestors 'none'"
 )
-_HEADERS = [
+HEADERS = [
     (b"content-security-policy", _POLICY.encode()),
     (b"x-content-type-options", b"nosniff"),
     (b"x-frame-options", b"DENY"),
@@ -220,7 +220,7 @@ class _Answer:
         if event["type"] == "http.response.start":
             self.status = event["status"]
             own = {name for name, _ in event["headers"]}
-            fixed = [pair for pair in _HEADERS if pair[0] not in own]
+            fixed = [pair for pair in HEADERS if pair[0] not in own]
             stored = [] if b"cache-control" in own else [(b"cache-control", b"no-store")]
             event = {**event, "headers": [*event["headers"], *fixed, *stored, *self._cors, (b"x-request-id", self.request_id.encode())]}
         await self._send(event)

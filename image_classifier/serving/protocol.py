@@ -5,12 +5,14 @@ from __future__ import annotations
 import asyncio
 import logging
 import resource
+import uuid
 from typing import Any, ClassVar
 
 import h11
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-from image_classifier.serving.limits import RequestLimits
+from image_classifier.serving.fence import HEADERS, said
+from image_classifier.serving.limits import Refusal, RequestLimits
 
 log = logging.getLogger(__name__)
 
@@ -110,9 +112,18 @@ class PatientProtocol(H11Protocol):
             self.cycle.disconnected = True
             self.cycle.message_event.set()
         if self.conn.our_state in (h11.IDLE, h11.SEND_RESPONSE):
-            super().send_400_response(msg)
-        else:
-            self.transport.close()
+            request_id = uuid.uuid4().hex
+            content, headers = said(Refusal(400, "bad_request", "this is no HTTP/1.1 request that can be read"), request_id, False)
+            head = [
+                *headers,
+                *HEADERS,
+                (b"x-request-id", request_id.encode()),
+                (b"content-length", str(len(content)).encode()),
+                (b"connection", b"close"),
+            ]
+            for event in (h11.Response(status_code=400, headers=head, reason=b"Bad Request"), h11.Data(data=content), h11.EndOfMessage()):
+                self.transport.write(self.conn.send(event) or b"")
+        self.transport.close()
 
     def _unsupported_upgrade_warning(self) -> None:
         """Another protocol is not taken up: HTTP/1.1 goes on, as it may."""
