@@ -11,7 +11,8 @@ import string
 import threading
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
+from contextlib import closing
 from dataclasses import dataclass, field
 from typing import Any
 from urllib.parse import quote, urlsplit, urlunsplit
@@ -21,6 +22,7 @@ from image_classifier.errors import ConfigError, SourceError, UnreadableImage, p
 from image_classifier.inference.watchdog import Watchdog
 
 _BLOCK_BYTES = 2**18
+ALLOWING = "; allow_private_urls=true allows it"  # the last words of a refusal, for the owner of that key
 
 
 @dataclass(frozen=True)
@@ -65,18 +67,23 @@ class Web:
     allow_private: bool = False
     _ended: threading.Event = field(default_factory=threading.Event, init=False, repr=False, compare=False)
 
-    def image(self, url: str, max_bytes: int) -> bytes:
-        """The bytes of an image; UnreadableImage says why there are none."""
+    def image(self, url: str, max_bytes: int, counted: Callable[[int], object] = lambda count: None) -> bytes:
+        """The bytes of an image, each block of which is `counted` before it is kept; UnreadableImage says why there are none."""
+        found = bytearray()
         try:
-            return b"".join(self.blocks(url, max_bytes))
+            with closing(self.blocks(url, max_bytes)) as blocks:
+                for block in blocks:
+                    counted(len(block))
+                    found += block
         except SourceError as error:
             raise UnreadableImage(url, error.fact) from error
+        return bytes(found)
 
     def stop(self) -> None:
         """End at once whatever is being fetched, and what would be."""
         self._ended.set()
 
-    def blocks(self, url: str, max_bytes: int) -> Iterator[bytes]:
+    def blocks(self, url: str, max_bytes: int) -> Generator[bytes, None, None]:
         """What lies there, piece by piece; SourceError where it cannot be had, takes too long or is larger."""
         check_url(url)
         with Watchdog(self.limits.total_s, self._ended) as watchdog:
@@ -152,10 +159,12 @@ def is_public(address: str) -> bool:
             within = ipaddress.ip_address(packed & 0xFFFFFFFF)
         if within is not None:
             return is_public(str(within))
-    return bool(found.is_global and not found.is_multicast and not found.is_reserved)
+    within_a_site = found.version == 6 and found.is_site_local
+    return bool(found.is_global and not found.is_multicast and not found.is_reserved and not within_a_site and address not in _OF_CLOUDS)
 
 
 _NAT64 = ipaddress.ip_network("64:ff9b::/96")
+_OF_CLOUDS = {"168.63.129.16", "192.0.0.192"}  # Azure and Oracle tell a machine its secrets there
 
 
 def _connected(place: tuple[str, int], timeout: Any, source: object = None, *, watchdog: Watchdog, public: bool) -> socket.socket:
@@ -163,7 +172,7 @@ def _connected(place: tuple[str, int], timeout: Any, source: object = None, *, w
     host, port = place
     found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
     if public and not all(is_public(str(address[0])) for *_, address in found):
-        raise SourceError(f"{host} is an address of this machine or of a private network; allow_private_urls=true allows it")
+        raise SourceError(f"{host} is an address of this machine or of a private network{ALLOWING}")
     failure: OSError | None = None
     for family, kind, protocol, _, address in found:
         connection = socket.socket(family, kind, protocol)

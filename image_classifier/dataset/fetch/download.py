@@ -259,6 +259,7 @@ class SafeRedirects(urllib.request.HTTPRedirectHandler):
         allowed = ("https",) if req.type == "https" else ("https", "http")
         if urlsplit(newurl).scheme not in allowed:
             raise SourceError(f"{shown(req.full_url)} leads to {shown(newurl)}", "that is not followed: fetch it by hand")
+        fp.close()  # what comes with it has no end, maybe, and would be read to it
         return super().redirect_request(req, fp, code, msg, headers, newurl)
 
 
