@@ -58,7 +58,7 @@ def make_router(parts: Parts) -> APIRouter:
     )
     async def predict(request: Request, name: ModelName = None, top_k: TopK = None) -> Response:
         with parts.models.held(name) as handle:
-            images, own_top_k = await parts.uploads.of(request.headers, request.state.body)
+            images, own_top_k = await parts.uploads.of(request.headers, request.state.body, request.state.share)
             request.state.images = len(images)
             answers, shown = await _predicted(parts, handle, images), top_k or own_top_k
         for answer in answers:
@@ -77,7 +77,7 @@ def make_router(parts: Parts) -> APIRouter:
     )
     async def explain(request: Request, name: ModelName = None, label: Label = None) -> Response:
         with parts.models.held(name) as handle:
-            images, _ = await parts.uploads.of(request.headers, request.state.body)
+            images, _ = await parts.uploads.of(request.headers, request.state.body, request.state.share)
             request.state.images = len(images)
             if len(images) != 1:
                 raise Refusal(400, "bad_request", "send one image to be explained")

@@ -19,7 +19,7 @@ from starlette.routing import compile_path
 
 from image_classifier.errors import printable
 from image_classifier.serving.access import Access, preflight
-from image_classifier.serving.limits import App, Bodies, Disconnected, Event, Receive, Refusal, Scope, Send
+from image_classifier.serving.limits import App, Bodies, Disconnected, Event, Receive, Refusal, Scope, Send, Share
 
 log = logging.getLogger(__name__)
 
@@ -83,14 +83,14 @@ class Fence:
             scope = {**scope, "method": "GET"}  # uvicorn leaves the content out
         given = headers.get(b"x-request-id", b"").decode("latin-1")
         state = scope.setdefault("state", {})
-        state.update(request_id=given if _ID.fullmatch(given) else uuid.uuid4().hex, images=0, received=0, key="")
+        state.update(request_id=given if _ID.fullmatch(given) else uuid.uuid4().hex, images=0, received=0, key="", share=Share(self.bodies.memory))
         answer = _Answer(send, state["request_id"], self.access.cors(headers), is_v2(scope["path"]))
         client = (scope.get("client") or ("unknown", 0))[0][:_CLIENT_CHARACTERS]
         start = time.monotonic()
         try:
             await self._answered(self._take(scope, method, client, receive, answer), answer)
         finally:
-            self.bodies.release(state["received"])
+            state["share"].end()
             seconds = time.monotonic() - start
             path = printable(scope["path"])[:200]
             self.tell(
@@ -123,7 +123,7 @@ class Fence:
         if method == "OPTIONS" and b"access-control-request-method" in headers and answer.cors_allowed:
             return await answer.plain(204, b"", preflight(["GET", "POST"]))
         scope["state"]["key"] = self.access.check(method, scope["path"], headers, client)
-        body = await self.bodies.read(scope, receive)
+        body = await self.bodies.read(scope, receive, scope["state"]["share"])
         scope["state"].update(received=len(body), body=body)
         return await self._run(scope, receive, answer)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 import time
 from collections.abc import Awaitable, Callable, MutableMapping
 from dataclasses import dataclass
@@ -30,7 +31,7 @@ class RequestLimits:
         headers_s: Seconds in which the head of a request must arrive, and that a connection may be idle before its first.
         keep_alive_s: Seconds that a connection may be idle between two requests.
         answer_s: Seconds that an answer may take.
-        max_memory: Bytes of all bodies that are held at once.
+        max_memory: Bytes of all bodies, and of what is fetched for them, that are held at once.
         max_connections: Open at once; more are closed as they come.
 
     Raises:
@@ -66,32 +67,48 @@ class Disconnected(Exception):  # it is no error of ours
     """The client is gone."""
 
 
+class Memory:
+    """What all requests hold together: a number of bytes that has a limit."""
+
+    def __init__(self, most: int) -> None:
+        self.most, self.held, self.lock = most, 0, threading.Lock()
+
+
+class Share:
+    """What one request holds of it, counted from any thread until the request is over."""
+
+    def __init__(self, memory: Memory) -> None:
+        self._memory, self._count, self._over = memory, 0, False
+
+    def take(self, count: int) -> None:
+        """Count so many bytes more; Refusal where there is no room for them, or the request is over."""
+        with self._memory.lock:
+            if self._over or self._memory.held + count > self._memory.most:
+                raise Refusal(503, "queue_full", "the server holds as many bytes of bodies and images as it may", 1.0)
+            self._memory.held += count
+            self._count += count
+
+    def end(self) -> None:
+        """Give all of it back: the request is over."""
+        with self._memory.lock:
+            self._memory.held -= self._count
+            self._count, self._over = 0, True
+
+
 class Bodies:
     """Reads bodies, each within its limits and all together within the memory that they may take."""
 
     def __init__(self, limits: RequestLimits) -> None:
-        self.limits, self.held = limits, 0
+        self.limits, self.memory = limits, Memory(limits.max_memory)
 
-    async def read(self, scope: Scope, receive: Receive) -> bytearray:
-        """The body of a request, which counts until `release`.
+    async def read(self, scope: Scope, receive: Receive, share: Share) -> bytearray:
+        """The body of a request, counted in its share.
 
         Raises:
             Refusal: It is too large, takes too long, or there is no room for it.
             Disconnected: The client went away.
         """
         parts = bytearray()
-        try:
-            await self._read(scope, receive, parts)
-        except BaseException:
-            self.release(len(parts))
-            raise
-        return parts
-
-    def release(self, count: int) -> None:
-        """A request of a body of so many bytes is over."""
-        self.held -= count
-
-    async def _read(self, scope: Scope, receive: Receive, parts: bytearray) -> None:
         headers = dict(scope["headers"])
         if headers.get(b"content-encoding", b"identity").lower() != b"identity":  # what it would unpack to has no limit
             raise Refusal(415, "unsupported_media_type", "send the body as it is: compressed ones are not unpacked")
@@ -112,11 +129,10 @@ class Bodies:
             if len(parts) + len(block) > self.limits.max_bytes:
                 await self._linger(receive)
                 raise self._too_large()
-            if self.held + len(block) > self.limits.max_memory:
-                raise Refusal(503, "queue_full", "the server holds as many bodies as it may", 1.0)
+            share.take(len(block))
             parts += block
-            self.held += len(block)
             more = event.get("more_body", False)
+        return parts
 
     def _too_large(self) -> Refusal:
         return Refusal(413, "too_large", f"the body is larger than {self.limits.max_bytes / 2**20:.3g} MiB")

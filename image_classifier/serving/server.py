@@ -46,7 +46,6 @@ async def serve_until(
     with ExitStack() as stack:
         errors = stack.enter_context(logging_aside())
         uploads = Uploads(asked.request, Web(asked.fetch) if asked.fetch.enabled else None, asked.limits.max_bytes)
-        stack.callback(uploads.stop)
         traffic = Traffic(asked.drift)
         stack.callback(traffic.close)
         metrics = Metrics(lambda: _gauges(models), lambda: _drift(models, traffic))

@@ -7,18 +7,19 @@ import base64
 import binascii
 from collections.abc import AsyncGenerator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from typing import Annotated, ClassVar
 
 from pydantic import BaseModel, ConfigDict, FailFast, Field, ValidationError
 from starlette.datastructures import Headers, UploadFile
 from starlette.formparsers import MultiPartException, MultiPartParser
 
-from image_classifier.errors import SourceError, UnreadableImage, printable
-from image_classifier.inference.urls import Web, file_name, is_url
-from image_classifier.serving.limits import Refusal, RequestLimits
+from image_classifier.errors import UnreadableImage, printable
+from image_classifier.inference.urls import ALLOWING, Web, file_name, is_url
+from image_classifier.serving.limits import Refusal, RequestLimits, Share
 
 _NAME_CHARACTERS = 200
-_FETCHES = 8  # at once, of all requests
+_FETCHES = 32  # at once, of all requests: so that one of them, of slow addresses, takes not all
 _MOST_ADDRESSES = 8  # in one request, each of which may bring as much as an image may
 _STEP = 2**16  # bytes of a body that are looked at before others have their turn
 _COMMAS = 32  # of one image in JSON, more than it can need: a list of millions takes gigabytes and a minute to be refused
@@ -63,19 +64,16 @@ class Uploads:
         self._limits, self._web, self._max_image_bytes = limits, web, max_image_bytes
         self._fetchers = ThreadPoolExecutor(_FETCHES, "fetch")
 
-    def stop(self) -> None:
-        """End what is being fetched."""
-        if self._web is not None:
-            self._web.stop()
-        self._fetchers.shutdown(wait=False, cancel_futures=True)
+    async def of(self, headers: Headers, body: bytearray, share: Share) -> tuple[list[Upload], int | None]:
+        """The images of a body, at least one, and how many classes an answer is to list where it says so; Refusal where it holds none.
 
-    async def of(self, headers: Headers, body: bytearray) -> tuple[list[Upload], int | None]:
-        """The images of a body, at least one, and how many classes an answer is to list where it says so; Refusal where it holds none."""
+        What is fetched for it is counted in its share.
+        """
         kind = headers.get("content-type", "").partition(";")[0].strip().lower()
         if kind == "multipart/form-data":
             return await self._of_form(headers, body)
         if kind == "application/json":
-            return await self._of_json(body)
+            return await self._of_json(body, share)
         raise Refusal(415, "unsupported_media_type", "send multipart/form-data with files named images, or application/json")
 
     async def _of_form(self, headers: Headers, body: bytearray) -> tuple[list[Upload], int | None]:
@@ -101,7 +99,7 @@ class Uploads:
             raise self._too_many()
         return [self._upload(_name(file.filename, place), file.file.read()) for place, file in enumerate(files, 1)], None
 
-    async def _of_json(self, body: bytearray) -> tuple[list[Upload], int | None]:
+    async def _of_json(self, body: bytearray, share: Share) -> tuple[list[Upload], int | None]:
         most = _COMMAS * (1 + self._limits.max_images)
         if _commas(body, most) > most:
             raise Refusal(413, "too_large", "the JSON has more values than a request can have")
@@ -116,16 +114,20 @@ class Uploads:
             raise self._too_many()
         if sum(item.url is not None for item in asked.images) > _MOST_ADDRESSES:
             raise Refusal(413, "too_large", f"more than {_MOST_ADDRESSES} addresses in one request")
+        web = None if self._web is None else replace(self._web)  # of its own, to end with this request
         try:
             async with asyncio.timeout(self._limits.answer_s), asyncio.TaskGroup() as group:
-                tasks = [group.create_task(self._of_item(item, place)) for place, item in enumerate(asked.images, 1)]
+                tasks = [group.create_task(self._of_item(item, place, web, share)) for place, item in enumerate(asked.images, 1)]
         except TimeoutError:
             raise Refusal(503, "too_late", f"the images were not there within {self._limits.answer_s:g} s", 1.0) from None
         except ExceptionGroup as error:
             raise error.exceptions[0] from None
+        finally:
+            if web is not None:
+                web.stop()
         return [task.result() for task in tasks], asked.top_k
 
-    async def _of_item(self, item: ImageAsked, place: int) -> Upload:
+    async def _of_item(self, item: ImageAsked, place: int, web: Web | None, share: Share) -> Upload:
         if (item.base64 is None) == (item.url is None):
             raise Refusal(422, "invalid", f"images.{place - 1} must have either base64 or url")
         if item.base64 is not None:
@@ -135,20 +137,19 @@ class Uploads:
                 return self._upload(name, await asyncio.to_thread(_decoded, text) if len(text) > _STEP else _decoded(text))
             except (binascii.Error, ValueError) as error:
                 return Upload(name, error=f"not base64 ({error})")
-        return await self._fetched(item.name, str(item.url), place)
+        return await self._fetched(item.name, str(item.url), place, web, share)
 
-    async def _fetched(self, given: str, url: str, place: int) -> Upload:
+    async def _fetched(self, given: str, url: str, place: int, web: Web | None, share: Share) -> Upload:
         name = _name(given or file_name(url), place)
-        if self._web is None:
+        if web is None:
             raise Refusal(403, "forbidden", "this server fetches no addresses (its owner may allow it: fetch.enabled=true)")
         if not is_url(url):
             return Upload(name, error="not an http:// or https:// address")
+        loop = asyncio.get_running_loop()
         try:
-            return Upload(name, await asyncio.get_running_loop().run_in_executor(self._fetchers, self._web.image, url, self._max_image_bytes))
+            return Upload(name, await loop.run_in_executor(self._fetchers, web.image, url, self._max_image_bytes, share.take))
         except UnreadableImage as error:
-            return Upload(name, error=error.reason.partition(";")[0])  # what follows tells the owner of a key
-        except SourceError as error:
-            return Upload(name, error=error.fact.partition(";")[0])
+            return Upload(name, error=error.reason.removesuffix(ALLOWING))
 
     def _upload(self, name: str, content: bytes) -> Upload:
         """The image, unless it is larger than the model's process would look at."""

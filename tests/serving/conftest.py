@@ -79,12 +79,12 @@ def form(*files: tuple[str, bytes], field: str = "images") -> tuple[bytes, str]:
     return b"".join(parts) + b"--frontier--\r\n", "multipart/form-data; boundary=frontier"
 
 
-def start_server(folder: Path, checkpoint: Path, *line: str, host: str = "127.0.0.1") -> Server:
+def start_server(folder: Path, checkpoint: Path, *line: str, host: str = "127.0.0.1", env: Mapping[str, str] | None = None) -> Server:
     """Start one and wait until it says where it listens, which is when all models answered."""
     log = folder / f"serve-{os.urandom(4).hex()}.log"
     words = [sys.executable, str(ROOT / "commands.py"), "serve", str(checkpoint), "--port", "0", "--host", host, *line]
     with log.open("w") as errors:
-        process = subprocess.Popen(words, cwd=folder, stdout=subprocess.PIPE, stderr=errors, text=True)
+        process = subprocess.Popen(words, cwd=folder, stdout=subprocess.PIPE, stderr=errors, text=True, env=env)
     assert process.stdout is not None
     said = process.stdout.readline()
     assert said.startswith("serving "), log.read_text()
