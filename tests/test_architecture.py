@@ -44,7 +44,9 @@ def assert_torch_free(cwd: Path, *line: str, timeout_s: float = 120) -> str:
     return done.stdout
 
 
-@pytest.mark.parametrize("line", [(), ("--help",), ("train", "--help"), ("train", "--cfg", "job"), ("infer", "--help")], ids=" ".join)
+@pytest.mark.parametrize(
+    "line", [(), ("--help",), ("train", "--help"), ("train", "--cfg", "job"), ("infer", "--help"), ("serve", "--help")], ids=" ".join
+)
 def test_help_loads_no_torch(line: tuple[str, ...], tmp_path: Path) -> None:
     assert_torch_free(tmp_path, *line)
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import os
 import shutil
 import socket
 from pathlib import Path
@@ -71,6 +73,34 @@ def test_a_port_that_is_taken_and_a_damaged_model_are_one_line(digits_bundle: Pa
     (tmp_path / "broken/model.onnx").write_bytes(b"nothing")
     answer = run_apart("serve", str(tmp_path / "broken"), "--port", "0")
     assert answer.code == 2 and "is damaged" in answer.err and answer.err.count("\n") == 1 and answer.out == ""
+
+
+_TRAINING = {"torch", "torchvision", "lightning", "pytorch_lightning", "timm", "torchmetrics", "mlflow"}
+_TELL_IMPORTS = """
+import os, sys
+told = open(f"{os.path.dirname(__file__)}/imports-{os.getpid()}", "w", buffering=1)
+sys.addaudithook(lambda event, details: event == "import" and told.write(f"{details[0]}\\n"))
+"""
+
+
+def test_nothing_of_training_is_loaded_from_the_command_to_the_answers(digits_bundle: Path, tmp_path: Path, digit: bytes) -> None:
+    """Each process writes down what it imports."""
+    (tmp_path / "sitecustomize.py").write_text(_TELL_IMPORTS)
+    server = start_server(tmp_path, digits_bundle, "reload_s=0.2", env={**os.environ, "PYTHONPATH": str(tmp_path)})
+    try:
+        for path in ("/readyz", "/model", "/metrics", "/docs"):
+            assert server.ask("GET", path).status == 200
+        body = json.dumps({"images": [{"url": "http://127.0.0.1/"}]}).encode()
+        assert server.ask("POST", "/predict", body, {"Content-Type": "application/json"}).status == 403
+        assert server.send("/predict", ("7.png", digit)).status == server.send("/explain", ("7.png", digit)).status == 200
+    finally:
+        assert server.end() == 0, server.log.read_text()
+    told = {path.name: {line.partition(".")[0] for line in path.read_text().split()} for path in tmp_path.glob("imports-*")}
+    own = told.pop(f"imports-{server.process.pid}")
+    (models,) = told.values()
+    assert "fastapi" in own and "onnxruntime" in models  # it was written down
+    assert not own & _TRAINING and not models & _TRAINING
+    assert "onnxruntime" not in own and not models & {"fastapi", "hydra"}  # each loads its own part, beside the other
 
 
 def test_documentation_is_a_page_without_scripts(server: Server, strict: Server) -> None:

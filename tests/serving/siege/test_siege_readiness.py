@@ -23,6 +23,7 @@ from image_classifier.serving.model_process import ModelProcess
 from image_classifier.serving.models import Models, Reloader
 from image_classifier.serving.order import Model, Order
 from image_classifier.serving.process import ModelHandle, Started
+from tests.serving.siege.attackers import Victim, until, victim
 from tests.serving.siege.test_siege_process import _fake, run  # noqa: F401  # the fixture that starts the stand-in
 
 ORDER: Any = SimpleNamespace(name="fake", path="nowhere")
@@ -98,6 +99,31 @@ def test_figures_are_true_where_nobody_probes(monkeypatch: pytest.MonkeyPatch) -
         await served.stop()
 
     run(scenario())
+
+
+@pytest.fixture
+def probed(digits_bundle: Path, tmp_path: Path) -> Iterator[Victim]:
+    with victim(tmp_path, digits_bundle, "canary_s=1") as found:
+        yield found
+
+
+@pytest.mark.slow
+def test_probes_say_what_the_process_does_while_it_stands_still_and_after(probed: Victim) -> None:
+    ready, (pid,) = ("/readyz", "/v2/health/ready", "/v2/models/digits/ready"), probed.model_pids
+    assert [probed.ask(path)[0] for path in ready] == [200] * 3 and probed.gauge("ready{") == 1
+    os.kill(pid, signal.SIGSTOP)
+    try:
+        time.sleep(models._FRESH_S)  # an answer is as old at most
+        start = time.monotonic()
+        status, _, content = probed.ask("/readyz")
+        assert status == 503 and b"no answer within 1 s" in content, content
+        assert time.monotonic() - start < 10  # a second, and not the half a minute of requests
+        assert [probed.ask(path)[0] for path in ready] == [503] * 3 and probed.gauge("ready{") == 0
+        assert probed.ask("/healthz")[0] == 200
+    finally:
+        os.kill(pid, signal.SIGCONT)
+    until(lambda: probed.ask("/readyz")[0] == 200, "it is ready again")
+    assert probed.gauge("restarts") == 0 and probed.model_pids == [pid] and probed.gauge("ready{") == 1
 
 
 @pytest.fixture

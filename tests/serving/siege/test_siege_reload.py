@@ -6,6 +6,8 @@ import asyncio
 import json
 import os
 import shutil
+import signal
+import time
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -74,6 +76,22 @@ def test_a_new_version_takes_over_without_a_lost_request(bundle: Path, tmp_path:
         assert set(seen) == {before, version(found)}
         until(lambda: len(found.model_pids) == 1 and old not in found.model_pids, "the old process is gone")
         assert found.gauge("queue_images") == 0 and found.ask("/readyz")[0] == 200
+
+
+@pytest.mark.slow
+def test_a_hangup_is_the_time_to_look_where_there_is_no_other(bundle: Path, tmp_path: Path, seven: bytes) -> None:
+    fresh = another(bundle, tmp_path / "fresh")
+    with victim(tmp_path, bundle, "reload_s=0") as found:
+        before = version(found)
+
+        def hang_up() -> None:
+            found.process.send_signal(signal.SIGHUP)
+
+        exchange_folders(bundle, fresh)
+        time.sleep(1)
+        assert version(found) == before
+        seen = versions_under_load(found, seven, hang_up, lambda: version(found) != before)
+        assert set(seen) == {before, version(found)} and found.ask("/readyz")[0] == 200
 
 
 @pytest.mark.slow
