@@ -113,7 +113,7 @@ class PatientProtocol(H11Protocol):
             self.cycle.message_event.set()
         if self.conn.our_state in (h11.IDLE, h11.SEND_RESPONSE):
             request_id = uuid.uuid4().hex
-            content, headers = said(Refusal(400, "bad_request", "this is no HTTP/1.1 request that can be read"), request_id, False)
+            content, headers = said(Refusal(400, "bad_request", "this is no HTTP request that can be read"), request_id, False)
             head = [
                 *headers,
                 *HEADERS,

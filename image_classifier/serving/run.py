@@ -170,6 +170,7 @@ class _Told:
     def listening(self) -> Iterator[None]:
         """Hear them; the program then ends with 0, as it was told to."""
         before = {number: signal.signal(number, self._hear) for number in (signal.SIGINT, signal.SIGTERM)}
+        before[signal.SIGHUP] = signal.signal(signal.SIGHUP, signal.SIG_IGN)  # until there is something to look at again
         try:
             yield
         finally:
