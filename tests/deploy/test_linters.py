@@ -14,6 +14,7 @@ import promql_parser
 import pytest
 import yaml
 
+from image_classifier.evaluation.drift import FEWEST
 from image_classifier.exporting.triton import TritonSettings, compose_of
 from tests.conftest import ROOT
 
@@ -101,3 +102,30 @@ def test_prometheus_reads_rules_that_there_are() -> None:
     assert [name for name in settings["rule_files"] if not (ROOT / "deploy/prometheus" / name).is_file()] == []
     with pytest.raises(ValueError, match="."):
         promql_parser.parse("sum by (job) (rate(up[5m])")
+
+
+def test_drift_wakes_somebody_only_where_the_program_would_speak_of_it() -> None:
+    expression = ALERTS["ImageClassifierDrifted"]["expr"]
+    assert "drift_distance > image_classifier_drift_limit" in expression and f"drift_images >= {FEWEST}" in expression
+
+
+@pytest.mark.skipif(not shutil.which("promtool"), reason="promtool, which counts as Prometheus does, is not installed")
+@pytest.mark.parametrize(
+    ("distance", "images", "minutes", "woken"), [(0.3, 50, 62, True), (0.3, 49, 62, False), (0.1, 50, 62, False), (0.3, 50, 30, False)]
+)
+def test_prometheus_itself_sees_the_drift(distance: float, images: int, minutes: int, woken: bool, tmp_path: Path) -> None:
+    labels = {"model": "digits", "figure": "confidence", "instance": "serve:8080"}
+    shown = ",".join(f'{name}="{value}"' for name, value in labels.items())
+    values = {"drift_distance": distance, "drift_limit": 0.1, "drift_images": images}
+    series = [{"series": f"image_classifier_{name}{{{shown}}}", "values": f"{value}x90"} for name, value in values.items()]
+    rule = ALERTS["ImageClassifierDrifted"]
+    words = {"summary": "digits: the traffic's confidence lies 0.30 from val's", "description": rule["annotations"]["description"]}
+    expected = [{"exp_labels": {**labels, **rule["labels"]}, "exp_annotations": words}] if woken else []
+    asked = {"eval_time": f"{minutes}m", "alertname": rule["alert"], "exp_alerts": expected}
+    case = {
+        "rule_files": [str(ROOT / "deploy/prometheus/rules.yml")],
+        "tests": [{"interval": "1m", "input_series": series, "alert_rule_test": [asked]}],
+    }
+    (tmp_path / "case.yml").write_text(yaml.safe_dump(case), encoding="utf-8")
+    done = subprocess.run(["promtool", "test", "rules", tmp_path / "case.yml"], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stdout + done.stderr
