@@ -28,14 +28,15 @@ LABEL org.opencontainers.image.title="image-classifier" \
       org.opencontainers.image.version="0.1.0" \
       org.opencontainers.image.licenses="Apache-2.0" \
       org.opencontainers.image.authors="The image_classifier authors"
-# Nothing here installs packages any more.
+# Nothing here installs packages any more. What drift.enabled=true writes needs a volume there; a new one takes the folder's owner.
 RUN python -m pip uninstall --yes pip \
- && python -c "import pathlib, shutil, sysconfig; shutil.rmtree(pathlib.Path(sysconfig.get_path('stdlib')) / 'ensurepip')"
+ && python -c "import pathlib, shutil, sysconfig; shutil.rmtree(pathlib.Path(sysconfig.get_path('stdlib')) / 'ensurepip')" \
+ && install -d -o 10001 -g 10001 /runs/serve
 COPY --from=build /opt/venv /opt/venv
 # ONNX Runtime tells its makers about each process unless it is told not to.
 ENV PATH=/opt/venv/bin:$PATH HOME=/tmp PYTHONDONTWRITEBYTECODE=1 PYTHONUNBUFFERED=1 ORT_DISABLE_TELEMETRY=1
 WORKDIR /
-# A number, so that Kubernetes can see that it is not root; it owns no file and needs none but /tmp.
+# A number, so that Kubernetes can see that it is not root; it needs to write nothing but /tmp, and /runs/serve for drift.enabled=true.
 USER 10001:10001
 EXPOSE 8080
 STOPSIGNAL SIGTERM

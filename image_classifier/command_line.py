@@ -32,7 +32,7 @@ TEXT_KEYS: dict[str, frozenset[str]] = {
     "infer": frozenset({"checkpoint_name", "output", "sort_into", "models_dir", "plots_dir", "url", "ray.address"}),
     "export": frozenset({"checkpoint_name", "data_dir", "models_dir", "triton.image"}),
     "verify": frozenset({"checkpoint_name", "models_dir", "url"}),
-    "drift": frozenset({"checkpoint_name", "models_dir", "log"}),
+    "drift": frozenset({"checkpoint_name", "name", "models_dir", "log", "tracking_uri"}),
     "serve": frozenset({"checkpoint_name", "models_dir", "url", "host", "access.keys_file", "tracking_uri"}),
     "promote": frozenset({"checkpoint_name", "models_dir", "tracking_uri", "registered_name", "alias"}),
     "triton": frozenset({"checkpoint_name", "tritonserver", "models_dir", "runs_dir"}),

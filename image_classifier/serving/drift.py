@@ -10,13 +10,15 @@ from pathlib import Path
 from typing import Any
 
 from image_classifier import settings
-from image_classifier.bundle import read_bundle
+from image_classifier.bundle import read_bundle, reading
 from image_classifier.errors import ConfigError, DataError
 from image_classifier.evaluation.drift import FEWEST, Reference, Shift
-from image_classifier.inference.load import pulled_bundle
 from image_classifier.serving.order import served_name, version_of
+from image_classifier.serving.places import place_of
 from image_classifier.serving.traffic import columns
 
+_LOG_DIR = "runs/serve"
+_MOST_NAMES = 10  # of other logs
 _WORDS = {"confidence": "probability of the answer", "ood_score": "distance from the training's embeddings"}
 
 
@@ -25,10 +27,12 @@ class DriftVerbSettings:
     """The keys of conf/drift.yaml."""
 
     checkpoint_name: str
+    name: str | None = None
     log: str | None = None
     last: int = 2000
     format: str = "table"
     fail: bool = False
+    tracking_uri: str = "sqlite:///mlflow.db"
     models_dir: str = "models"
     dvc: bool | None = None
 
@@ -47,15 +51,17 @@ def drift(config: Any) -> None:
         DataError: There is no log, or nothing of this model in it.
     """
     asked = settings.typed(DriftVerbSettings, config, "")
-    bundle = pulled_bundle(asked.checkpoint_name, Path(asked.models_dir), asked.dvc)
-    reference = Reference.of(read_bundle(bundle.directory).info.decision)
+    place = place_of(asked.checkpoint_name, Path(asked.models_dir), asked.dvc, asked.tracking_uri)
+    bundle = read_bundle(place.find())
+    reference = Reference.of(bundle.info.decision)
     if reference is None:
-        raise ConfigError(f"{bundle.info.name!r} does not tell what val was like", "use a bundle of this version")
-    path = Path(asked.log) if asked.log else Path("runs/serve", f"{served_name(bundle.directory.name)}.jsonl")
+        raise ConfigError(f"{place.name!r} does not tell what val was like", "use a bundle of this version")
+    path = _log_of(asked, place.name)
     version = version_of(bundle.directory)
-    rows = deque(_rows(path, version), maxlen=asked.last)
+    with reading(path):
+        rows = deque(_rows(path, version), maxlen=asked.last)
     if not rows:
-        raise DataError(f"{str(path)!r} holds no answer of version {version}", "serve it with drift.enabled=true, or name the file: --log PATH")
+        raise DataError(f"{str(path)!r} holds no answer of version {version}", _elsewhere(path))
     shifts = reference.shifts(columns(rows))
     if asked.format == "json":
         print(json.dumps({"version": version, "images": len(rows), "figures": [shift.as_dict() for shift in shifts]}, indent=2))
@@ -63,6 +69,23 @@ def drift(config: Any) -> None:
         _print(shifts, version, reference)
     if asked.fail and any(shift.drifted for shift in shifts):
         raise SystemExit(1)
+
+
+def _log_of(asked: DriftVerbSettings, own_name: str) -> Path:
+    """The file that was named, or that of the model's name in a folder."""
+    given = Path(asked.log or _LOG_DIR)
+    with reading(given):
+        return given / f"{served_name(asked.name or own_name)}.jsonl" if given.is_dir() or asked.log is None else given
+
+
+def _elsewhere(path: Path) -> str:
+    """What to do where a log does not help: those beside it may be of the same model under another name."""
+    with reading(path.parent):
+        names = sorted({file.name.partition(".jsonl")[0] for file in path.parent.glob("*.jsonl*")} - {path.stem})
+    if not names:
+        return "serve it with drift.enabled=true, or name the file: --log PATH"
+    more = f" and {len(names) - _MOST_NAMES} more" if len(names) > _MOST_NAMES else ""
+    return f"was it served under another name? --name NAME, here are logs of {', '.join(names[:_MOST_NAMES])}{more}"
 
 
 def _rows(path: Path, version: str) -> Iterator[tuple[float, float | None]]:

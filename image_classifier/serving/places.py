@@ -8,6 +8,7 @@ import re
 import shutil
 import tempfile
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Protocol
 
@@ -67,9 +68,12 @@ class InRegistry:
         """The bundle of that version, downloaded once.
 
         Raises:
-            ConfigError: The registry does not answer, or has no such model.
+            ConfigError: The registry does not answer, or has no such model; or nothing here can ask it.
             CheckpointError: It is no model that `promote` registered.
         """
+        if find_spec("mlflow") is None:
+            fact = f"models:/{self.name}@{self.alias} needs the package mlflow, which is not installed here"
+            raise ConfigError(fact, "pip install mlflow, or download the bundle elsewhere and name its folder (docs/deployment.md, An alias)")
         from image_classifier.tracking import download, registered_version
 
         _, source = registered_version(self.tracking_uri, self.name, self.alias)

@@ -110,6 +110,26 @@ def test_memory_is_enough_for_what_the_server_lets_in() -> None:
     assert needed < 2 << 30
 
 
+@needs_serve
+def test_the_figures_of_drift_can_be_kept_where_all_else_is_read_only() -> None:
+    assert SERVE is not None
+    place = Path(the("WORKDIR", FINAL).text, SERVE["drift"]["log_dir"]).as_posix()
+    uid, gid = the("USER", FINAL).text.split(":")
+    assert f"install -d -o {uid} -g {gid} {place}" in the("RUN", FINAL).text  # a new volume takes its owner from there
+    assert f"traffic:{place}" in SERVICES["serve"]["volumes"] and "traffic" in COMPOSE["volumes"]
+    (mount,) = [mount for mount in CONTAINER["volumeMounts"] if mount["mountPath"] == place]
+    assert not mount.get("readOnly")
+    sizes = {volume["name"]: int(volume["emptyDir"]["sizeLimit"].removesuffix("Mi")) << 20 for volume in POD["volumes"] if "emptyDir" in volume}
+    assert sizes[mount["name"]] > 2 * SERVE["drift"]["max_log_bytes"]  # NAME.jsonl and the older one beside it
+    assert sum(sizes.values()) < int(CONTAINER["resources"]["limits"]["ephemeral-storage"].removesuffix("Mi")) << 20
+
+
+def test_a_service_keeps_its_own_figures_of_drift() -> None:
+    """Two servers that wrote to one file would be compared as one."""
+    named = [volume.split(":")[0] for name, service in SERVICES.items() if name.startswith("serve") for volume in service["volumes"]]
+    assert named.count("traffic") == 1
+
+
 def test_the_probes_ask_what_the_server_serves() -> None:
     paths = {name: CONTAINER[f"{name}Probe"]["httpGet"] for name in ("startup", "readiness", "liveness")}
     assert {name: probe["path"] for name, probe in paths.items()} == {"startup": "/readyz", "readiness": "/readyz", "liveness": "/healthz"}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections import deque
 from pathlib import Path
 
@@ -12,6 +13,7 @@ import pytest
 from image_classifier.bundle import read_bundle
 from image_classifier.errors import ConfigError
 from image_classifier.serving.order import version_of
+from image_classifier.serving.places import InRegistry
 from image_classifier.serving.traffic import DriftSettings, Traffic, columns
 from tests.conftest import Command
 
@@ -40,6 +42,39 @@ def test_what_is_kept_is_figures_only_and_the_verb_reads_it(digits_bundle: Path,
     assert command(*line, "--fail").code == 1
     found = json.loads(command(*line, "--format", "json", "--last", "49").out)
     assert found["images"] == 49 and {row["figure"]: row["drifted"] for row in found["figures"]} == {"confidence": False, "ood_score": False}
+
+
+def test_a_log_is_found_by_the_name_under_which_the_model_was_served(
+    digits_bundle: Path, tmp_path: Path, command: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    traffic = Traffic(DriftSettings(enabled=True))
+    for _ in range(60):
+        traffic.seen({**facts(digits_bundle), "name": "cats"}, ANSWER, 0.5)
+    line = ("drift", str(digits_bundle))
+    assert "the last 60 answers" in command(*line, "--name", "cats").out
+    assert "the last 60 answers" in command(*line, "--name", "cats", "--log", "runs/serve").out
+    lost = command(*line)
+    assert lost.code == 2 and "digits.jsonl' holds no answer" in lost.err and "logs of cats\n" in lost.err and lost.err.count("\n") == 1, lost.err
+    for number in range(30):
+        (tmp_path / f"runs/serve/{number:02d}.jsonl.1").write_text("")
+    assert "--name NAME" in (many := command(*line, "--name", "dogs").err) and "09 and 21 more" in many and many.count("\n") == 1
+
+
+def test_an_alias_is_compared_too(digits_bundle: Path, tmp_path: Path, command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    asked = []
+    registered = tmp_path / "registered"  # `promote` leaves out what only training needs
+    registered.mkdir()
+    shutil.copyfile(digits_bundle / "bundle.json", registered / "bundle.json")
+    monkeypatch.setattr(InRegistry, "find", lambda place: asked.append(place) or registered)
+    traffic = Traffic(DriftSettings(enabled=True))
+    for _ in range(60):
+        traffic.seen({**facts(digits_bundle), "name": "flowers"}, ANSWER, 0.5)
+    answer = command("drift", "models:/flowers@champion", "--tracking_uri", "sqlite:///other.db")
+    assert answer.code == 0 and "the last 60 answers" in answer.out, answer.err
+    (place,) = asked
+    assert (place.name, place.alias, place.tracking_uri) == ("flowers", "champion", "sqlite:///other.db")
 
 
 def test_off_means_nothing_is_kept(digits_bundle: Path, tmp_path: Path) -> None:
@@ -89,6 +124,10 @@ def test_what_cannot_be_is_one_line(digits_bundle: Path, tmp_path: Path, command
         (("drift", str(digits_bundle), "--format", "xml"), "use table or json"),
         (("drift", str(digits_bundle), "--last", "0"), "at least 1"),
         (("drift", "nothing"), "nothing"),
+        (("drift", str(digits_bundle / "model.onnx")), "is not a bundle"),
+        (("drift", "models:/digits"), "write models:/NAME@ALIAS"),
+        (("drift", str(digits_bundle), "--name", "x" * 300), "holds no answer"),
+        (("drift", str(digits_bundle), "--log", "x" * 300), "cannot be read"),
     ):
         answer = command(*line)
         assert answer.code == 2 and words in answer.err and answer.err.count("\n") == 1, answer.err

@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import socket
+import sys
 from pathlib import Path
 
 import pytest
@@ -145,6 +146,14 @@ def test_an_alias_is_downloaded_once_a_version(digits_bundle: Path, tmp_path: Pa
     (tmp_path / "registered/artifacts/bundle/bundle.json").unlink()
     with pytest.raises(CheckpointError, match="holds no bundle"):
         place.find()
+
+
+def test_an_alias_where_mlflow_is_not_installed_says_what_to_do(command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "mlflow", None)
+    for verb in ("serve", "drift"):
+        answer = command(verb, "models:/digits@champion")
+        assert answer.code == 2 and answer.err.count("\n") == 1 and answer.out == "", answer.err
+        assert "models:/digits@champion needs the package mlflow" in answer.err and "name its folder" in answer.err
 
 
 def test_places_have_names(digits_bundle: Path, tmp_path: Path) -> None:
