@@ -81,6 +81,11 @@ class AccessSettings:
         return {value: name or f"key-{value.hex()[:8]}" for value, name in hashed}
 
 
+def is_open(path: str) -> bool:
+    """Whether a path needs no key, wherever there are keys."""
+    return _OPEN.fullmatch(path) is not None
+
+
 def _hash(key: bytes) -> bytes:
     return hashlib.sha256(key).digest()
 
@@ -134,7 +139,7 @@ class Access:
         """What the log calls the key, "" where none is needed; Refusal where this request may not be made."""
         self._check_host(headers.get(b"host", b"").decode("latin-1").lower())
         self._check_site(method, headers)
-        if _OPEN.fullmatch(path):
+        if is_open(path):
             return ""
         who = _hash(_key_of(headers)) if self._keys else client.encode()
         known = self._name(who) if self._keys else ""

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Annotated, Any
 
 import numpy as np
-from fastapi import APIRouter, Query, Request
+from fastapi import APIRouter, Depends, Query, Request
 from fastapi.responses import JSONResponse, Response
 
 from image_classifier.errors import ClassifierError
@@ -29,6 +29,17 @@ _REFUSALS = (400, 401, 403, 404, 408, 413, 415, 422, 429, 500, 503)
 ModelName = Annotated[str | None, Query(alias="model", description="One of GET /models; the first of them where none is named.", max_length=300)]
 TopK = Annotated[int | None, Query(ge=1, description="How many classes all_predictions lists, the most probable ones; all where left out.")]
 Label = Annotated[str | None, Query(alias="class", description="The class to explain; the most probable one where left out.")]
+
+
+async def _known_keys(request: Request) -> None:
+    """Refusal where the query has a key that the route does not know: a word mistyped would change the answer unseen."""
+    known = [field.alias for field in request.scope["route"].dependant.query_params]
+    for key in request.query_params:
+        if key not in known:
+            raise Refusal(422, "invalid", f"the query has {key[:100]!r}: here it can have {' and '.join(known)}")
+
+
+KNOWN_KEYS = [Depends(_known_keys)]
 
 
 @dataclass
@@ -53,6 +64,7 @@ def make_router(parts: Parts) -> APIRouter:
         "/predict",
         summary="What images show",
         response_model=schemas.Answers,
+        dependencies=KNOWN_KEYS,
         responses={**schemas.errors(*_REFUSALS), 422: unread},
         openapi_extra=schemas.IMAGES_BODY,
     )
@@ -72,6 +84,7 @@ def make_router(parts: Parts) -> APIRouter:
         "/explain",
         summary="What in an image speaks for a class",
         response_model=schemas.Explanation,
+        dependencies=KNOWN_KEYS,
         responses=schemas.errors(*_REFUSALS),
         openapi_extra=schemas.IMAGE_BODY,
     )

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import mimetypes
+from functools import cache
+from html import escape
 from pathlib import Path
 
 from fastapi import FastAPI, Request
@@ -13,6 +15,7 @@ from starlette.exceptions import HTTPException
 
 from image_classifier import __version__
 from image_classifier.serving import answers, docs, facts, schemas, v2
+from image_classifier.serving.access import is_open
 from image_classifier.serving.answers import Parts
 from image_classifier.serving.fence import FAILED, is_v2, said
 from image_classifier.serving.limits import Refusal
@@ -34,17 +37,21 @@ def make_app(parts: Parts, needs_key: bool = False) -> FastAPI:
     app.mount("/page", StaticFiles(directory=PAGE, check_dir=False), name="page")
 
     _add_pages(app, needs_key)
+    if needs_key:
+        schemas.tell_of_keys(app.openapi(), is_open)
     return app
 
 
 def _add_pages(app: FastAPI, needs_key: bool) -> None:
+    documented = cache(lambda: docs.rendered(app.openapi(), needs_key))
+
     @app.get("/", include_in_schema=False)
     async def page() -> FileResponse:
         return FileResponse(PAGE / "index.html")
 
     @app.get("/docs", include_in_schema=False)
     async def documentation(request: Request) -> HTMLResponse:
-        return HTMLResponse(docs.rendered(app.openapi(), str(request.base_url).rstrip("/"), needs_key))
+        return HTMLResponse(documented().replace(docs.ORIGIN, escape(str(request.base_url).rstrip("/"))))
 
     @app.get("/favicon.ico", include_in_schema=False)
     async def icon() -> FileResponse:

@@ -10,6 +10,7 @@ from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
+ORIGIN = "{origin}"  # where the page names the address by which its reader came
 _COMMANDS = {
     "/predict": "curl -F images=@photo.jpg -F images=@other.jpg '{origin}/predict?top_k=3'",
     "/explain": "curl -F images=@photo.jpg '{origin}/explain'",
@@ -31,21 +32,20 @@ class Operation:
     answers: list[tuple[str, str]]
 
 
-def rendered(description: Mapping[str, Any], origin: str, needs_key: bool) -> str:
-    """The page, for a server that is reached at `origin`."""
+def rendered(description: Mapping[str, Any], needs_key: bool) -> str:
+    """The page, with `ORIGIN` in place of the server's address."""
     environment = Environment(loader=FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=StrictUndefined, trim_blocks=True)
     groups: dict[str, list[Operation]] = {}
-    for tag, operation in _operations(description, origin, needs_key):
+    for tag, operation in _operations(description, needs_key):
         groups.setdefault(tag, []).append(operation)
-    return environment.get_template("docs.html.j2").render(info=description["info"], groups=groups, origin=origin, needs_key=needs_key)
+    return environment.get_template("docs.html.j2").render(info=description["info"], groups=groups, needs_key=needs_key)
 
 
-def _operations(description: Mapping[str, Any], origin: str, needs_key: bool) -> Iterator[tuple[str, Operation]]:
+def _operations(description: Mapping[str, Any], needs_key: bool) -> Iterator[tuple[str, Operation]]:
     schemas = description["components"]["schemas"]
     for path, methods in description["paths"].items():
         for method, told in methods.items():
-            command = _COMMANDS.get(path) or (f"curl '{{origin}}{path}'" if method == "get" else "")
-            command = command.replace("{origin}", origin)
+            command = _COMMANDS.get(path) or (f"curl '{ORIGIN}{path}'" if method == "get" else "")
             if needs_key:
                 command = command.replace("curl ", 'curl -H "X-API-Key: $KEY" ', 1)
             answers = [(code, str(answer.get("description") or "")) for code, answer in told["responses"].items()]
@@ -56,6 +56,7 @@ def _operations(description: Mapping[str, Any], origin: str, needs_key: bool) ->
 
 def _example(told: Mapping[str, Any], schemas: Mapping[str, Any]) -> str:
     """What an answer of 200 looks like, where the description has an example."""
-    content = told["responses"].get("200", {}).get("content", {}).get("application/json", {}).get("schema", {})
-    examples = schemas.get(str(content.get("$ref", "")).rpartition("/")[2], {}).get("examples")
+    content = told["responses"].get("200", {}).get("content", {}).get("application/json", {})
+    of_schema = schemas.get(str(content.get("schema", {}).get("$ref", "")).rpartition("/")[2], {}).get("examples", [])
+    examples = [content["example"]] if "example" in content else of_schema
     return json.dumps(examples[0], indent=2, ensure_ascii=False) if examples else ""

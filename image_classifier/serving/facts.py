@@ -8,7 +8,9 @@ from fastapi import APIRouter
 from fastapi.responses import JSONResponse, Response
 
 from image_classifier.serving import schemas
-from image_classifier.serving.answers import ModelName, Parts
+from image_classifier.serving.answers import KNOWN_KEYS, ModelName, Parts
+
+_FORM_BYTES = 1024  # of a form around one image
 
 
 def make_probes(parts: Parts) -> APIRouter:
@@ -46,9 +48,11 @@ def make_cards(parts: Parts) -> APIRouter:
         ]
         return schemas.ModelList(models=found)
 
-    @router.get("/model", summary="A model's card", responses=schemas.errors(404, 422))
+    @router.get("/model", summary="A model's card", dependencies=KNOWN_KEYS, responses=schemas.errors(404, 422))
     async def model(name: ModelName = None) -> schemas.Card:
         facts = parts.models.get(name).facts
-        return schemas.Card(**{**facts, "limits": {**facts["limits"], "max_images": parts.limits.max_images}, "explain": True, "urls": parts.urls})
+        most = min(facts["limits"]["max_bytes"], max(1, parts.limits.max_bytes - _FORM_BYTES))
+        limits = {**facts["limits"], "max_bytes": most, "max_images": parts.limits.max_images}
+        return schemas.Card(**{**facts, "limits": limits, "explain": True, "urls": parts.urls})
 
     return router

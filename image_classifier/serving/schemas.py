@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
@@ -106,6 +107,21 @@ class Explanation(_Model):
     path: str
     label: str = Field(alias="class")
     heat: list[list[float | None]]
+    model_config = ConfigDict(
+        protected_namespaces=(),
+        json_schema_extra={
+            "examples": [
+                {
+                    "model": "flowers",
+                    "model_version": "3fa9c1d2b04e",
+                    "request_id": "0b0c6f7e5a1d4d0c9d3a1f2b3c4d5e6f",
+                    "path": "garden.jpg",
+                    "class": "tulip",
+                    "heat": [[None, 0.0, 0.12, None], [None, 0.31, 1.0, None], [None, 0.05, 0.4, None]],
+                }
+            ]
+        },
+    )
 
 
 class ModelState(_Model):
@@ -167,7 +183,20 @@ def v2_errors(*codes: int) -> dict[int | str, dict[str, Any]]:
     return {code: {"model": V2Problem, "description": _WORDS[code]} for code in codes}
 
 
-_JSON = {
+def tell_of_keys(description: dict[str, Any], is_open: Callable[[str], bool]) -> None:
+    """Write into an OpenAPI description that requests must bring a key, wherever a path is not open."""
+    description["components"]["securitySchemes"] = {
+        "key": {"type": "apiKey", "in": "header", "name": "X-API-Key"},
+        "bearer": {"type": "http", "scheme": "bearer", "description": "The same key."},
+    }
+    for path, operations in description["paths"].items():
+        for operation in operations.values():
+            if not is_open(path):
+                operation["security"] = [{"key": []}, {"bearer": []}]
+                operation["responses"].setdefault("401", {"description": _WORDS[401]})
+
+
+_JSON: dict[str, Any] = {
     "type": "object",
     "required": ["images"],
     "additionalProperties": False,
@@ -190,13 +219,14 @@ _JSON = {
 }
 
 
-def _body(images: dict[str, Any], example: dict[str, Any]) -> dict[str, Any]:
-    form = {"schema": {"type": "object", "required": ["images"], "properties": {"images": images}}}
+def _body(images: dict[str, Any], example: dict[str, Any], of_form: dict[str, Any]) -> dict[str, Any]:
+    fields = {"images": images, "top_k": _JSON["properties"]["top_k"]}
+    form = {"schema": {"type": "object", "required": ["images"], "additionalProperties": False, "properties": fields}, "example": of_form}
     return {"requestBody": {"required": True, "content": {"multipart/form-data": form, "application/json": {"schema": _JSON, "example": example}}}}
 
 
 _FILE = {"type": "string", "format": "binary"}
 _PNG = "iVBORw0KGgoAAAANSUhEUgAAAAgAAAAICAIAAABLbSncAAAAFUlEQVR42mM8UaHBgA0wMeAAg1MCAB4nAXgllso1AAAAAElFTkSuQmCC"
 _ONE = {"images": [{"name": "garden.png", "base64": _PNG}]}
-IMAGES_BODY = _body({"type": "array", "minItems": 1, "items": _FILE}, {**_ONE, "top_k": 3})
-IMAGE_BODY = _body(_FILE, _ONE)
+IMAGES_BODY = _body({"type": "array", "minItems": 1, "items": _FILE}, {**_ONE, "top_k": 3}, {"images": ["(a file)", "(another)"], "top_k": 3})
+IMAGE_BODY = _body(_FILE, _ONE, {"images": "(a file)"})

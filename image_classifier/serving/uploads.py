@@ -10,7 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from typing import Annotated, ClassVar
 
-from pydantic import BaseModel, ConfigDict, FailFast, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, FailFast, Field, TypeAdapter, ValidationError
 from starlette.datastructures import Headers, UploadFile
 from starlette.formparsers import MultiPartException, MultiPartParser
 
@@ -22,7 +22,13 @@ _NAME_CHARACTERS = 200
 _FETCHES = 32  # at once, of all requests: so that one of them, of slow addresses, takes not all
 _MOST_ADDRESSES = 8  # in one request, each of which may bring as much as an image may
 _STEP = 2**16  # bytes of a body that are looked at before others have their turn
+_URL_SAFE = bytes.maketrans(b"-_", b"+/")
+_WRAPS = b" \t\r\n"  # what base64 may be wrapped with
 _COMMAS = 32  # of one image in JSON, more than it can need: a list of millions takes gigabytes and a minute to be refused
+
+
+TopK = Annotated[int, Field(ge=1)]
+_TOP_K: TypeAdapter[int] = TypeAdapter(TopK)
 
 
 class ImageAsked(BaseModel):
@@ -39,7 +45,7 @@ class PredictRequest(BaseModel):
 
     model_config = ConfigDict(extra="forbid", json_schema_extra={"examples": [{"images": [{"name": "cat.jpg", "base64": "/9j/4AAQ…"}], "top_k": 3}]})
     images: Annotated[list[ImageAsked], Field(min_length=1), FailFast()]
-    top_k: Annotated[int | None, Field(ge=1)] = None
+    top_k: TopK | None = None
 
 
 class Upload:
@@ -92,12 +98,13 @@ class Uploads:
             raise Refusal(400, "bad_request", f"the form cannot be read ({printable(error.message)[:200]})") from None
         except (ValueError, KeyError, LookupError) as error:  # what parts of forms can hold that the parser does not expect
             raise Refusal(400, "bad_request", f"the form cannot be read ({printable(str(error))[:200]})") from None
+        top_k = _top_k_of([(name, value) for name, value in form.multi_items() if isinstance(value, str)])
         files = [value for _, value in form.multi_items() if isinstance(value, UploadFile)]
         if not files:
             raise Refusal(400, "bad_request", "the form holds no file: send images=@FILE")
         if len(files) > most:
             raise self._too_many()
-        return [self._upload(_name(file.filename, place), file.file.read()) for place, file in enumerate(files, 1)], None
+        return [self._upload(_name(file.filename, place), file.file.read()) for place, file in enumerate(files, 1)], top_k
 
     async def _of_json(self, body: bytearray, share: Share) -> tuple[list[Upload], int | None]:
         most = _COMMAS * (1 + self._limits.max_images)
@@ -171,11 +178,32 @@ def _commas(body: bytearray, most: int) -> int:
     return found
 
 
+def _top_k_of(texts: list[tuple[str, str]]) -> int | None:
+    """The one text that a form may hold beside its files."""
+    top_k = None
+    for name, text in texts:
+        if name != "top_k":
+            raise Refusal(422, "invalid", f"the form has the text {name[:100]!r}: it takes files (images=@FILE) and top_k")
+        try:
+            top_k = _TOP_K.validate_python(text)
+        except ValidationError:
+            raise Refusal(422, "invalid", "top_k must be a whole number from 1") from None
+    return top_k
+
+
 def _decoded(text: str) -> bytes:
-    """The bytes that base64 stands for; in steps, between which other threads run."""
-    if not 0 <= len(text) - (text.find("=") if "=" in text else len(text)) <= 2:
-        raise ValueError("padding inside")
-    return b"".join(base64.b64decode(text[start : start + _STEP], validate=True) for start in range(0, len(text), _STEP))
+    """The bytes that base64 stands for, in either alphabet, wrapped or not; in steps, between which other threads run."""
+    if ("-" in text or "_" in text) and ("+" in text or "/" in text):
+        raise ValueError("two alphabets")
+    parts, rest, ended = [], b"", False
+    for start in range(0, len(text), _STEP):
+        plain = rest + text[start : start + _STEP].encode("ascii").translate(_URL_SAFE, _WRAPS)
+        if (ended and plain) or plain.endswith(b"==="):
+            raise ValueError("padding inside")
+        whole = len(plain) - len(plain) % 4
+        parts.append(base64.b64decode(plain[:whole], validate=True))
+        rest, ended = plain[whole:], ended or plain[:whole].endswith(b"=")
+    return b"".join([*parts, base64.b64decode(rest, validate=True)])
 
 
 def _name(given: str | None, place: int) -> str:

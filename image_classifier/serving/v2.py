@@ -64,7 +64,7 @@ def make_router(parts: Parts) -> APIRouter:
     @router.post(
         "/models/{name}/infer",
         summary="Pixels uint8 [N, 3, S, S] to logits [N, C] and embedding [N, D]",
-        responses=_ALL_REFUSALS,
+        responses=_ALL_REFUSALS | {200: _ANSWER},
         openapi_extra=_BODY,
     )
     @router.post("/models/{name}/versions/{version}/infer", include_in_schema=False)
@@ -97,7 +97,21 @@ _REQUEST = {
     "required": ["inputs"],
     "properties": {"id": {"type": "string"}, "inputs": {"type": "array", "minItems": 1, "maxItems": 1, "items": _TENSOR}},
 }
-_BODY = {"requestBody": {"required": True, "content": {"application/json": {"schema": _REQUEST}, "application/octet-stream": {}}}}
+_EXAMPLE = {"id": "1", "inputs": [{"name": "pixels", "shape": [1, 3, 2, 2], "datatype": "UINT8", "data": [0, 64, 128, 255] * 3}]}
+_BODY = {
+    "requestBody": {"required": True, "content": {"application/json": {"schema": _REQUEST, "example": _EXAMPLE}, "application/octet-stream": {}}}
+}
+_OUTPUTS = [
+    {"name": "logits", "datatype": "FP32", "shape": [1, 3], "data": [4.1, 0.3, -1.2]},
+    {"name": "embedding", "datatype": "FP32", "shape": [1, 4], "data": [0.8, 0.0, 1.5, 0.1]},
+]
+_ANSWER = {
+    "description": "The outputs; as binary data behind the JSON where that was asked for",
+    "content": {
+        "application/json": {"example": {"model_name": "flowers", "model_version": "1", "outputs": _OUTPUTS, "id": "1"}},
+        "application/octet-stream": {},
+    },
+}
 
 
 def _add_metadata(router: APIRouter, parts: Parts) -> None:

@@ -49,9 +49,9 @@ class Server:
         finally:
             connection.close()
 
-    def send(self, path: str, *files: tuple[str, bytes], headers: Mapping[str, str] | None = None) -> Reply:
-        """Files as a browser's form sends them."""
-        body, kind = form(*files)
+    def send(self, path: str, *files: tuple[str, bytes], headers: Mapping[str, str] | None = None, texts: Mapping[str, str] | None = None) -> Reply:
+        """Files, and texts before them, as a browser's form sends them."""
+        body, kind = form(*files, texts=texts)
         return self.ask("POST", path, body, {"Content-Type": kind, **(headers or {})})
 
     def gauge(self, name: str) -> float:
@@ -69,9 +69,10 @@ class Server:
         return code
 
 
-def form(*files: tuple[str, bytes], field: str = "images") -> tuple[bytes, str]:
-    """The body of a form with these files and its content type."""
-    parts = [
+def form(*files: tuple[str, bytes], field: str = "images", texts: Mapping[str, str] | None = None) -> tuple[bytes, str]:
+    """The body of a form with these texts and files, and its content type."""
+    parts = [f'--frontier\r\nContent-Disposition: form-data; name="{name}"\r\n\r\n{text}\r\n'.encode() for name, text in (texts or {}).items()]
+    parts += [
         b'--frontier\r\nContent-Disposition: form-data; name="%s"; filename="%s"\r\nContent-Type: application/octet-stream\r\n\r\n%s\r\n'
         % (field.encode(), name.encode(), content)
         for name, content in files

@@ -67,6 +67,8 @@ def test_many_clients_get_each_their_own_answer(server: Server, images, expected
 def test_json_answers_as_a_form_does(server: Server, images, expected) -> None:
     listed = [{"name": name, "base64": base64.b64encode(content).decode()} for name, content in images]
     listed[1]["base64"] = f"data:image/png;base64,{listed[1]['base64']}"
+    listed[2]["base64"] = base64.encodebytes(images[2][1]).decode()
+    listed[-1]["base64"] = base64.urlsafe_b64encode(images[-1][1]).decode()
     body = json.dumps({"images": listed}).encode()
     assert_equal(server.ask("POST", "/predict", body, {"Content-Type": "application/json; charset=utf-8"}).json["predictions"], expected)
 
@@ -76,6 +78,8 @@ def test_so_many_classes_are_listed_as_are_asked_for(server: Server, digit: byte
     assert len(whole) == 10 and sum(whole.values()) == pytest.approx(1)
     assert list(whole.values()) == sorted(whole.values(), reverse=True)
     assert server.send("/predict?top_k=2", ("7.png", digit)).json["predictions"][0]["all_predictions"] == dict(list(whole.items())[:2])
+    assert server.send("/predict", ("7.png", digit), texts={"top_k": "2"}).json["predictions"][0]["all_predictions"] == dict(list(whole.items())[:2])
+    assert len(server.send("/predict?top_k=3", ("7.png", digit), texts={"top_k": "2"}).json["predictions"][0]["all_predictions"]) == 3
     body = json.dumps({"images": [{"base64": base64.b64encode(digit).decode()}], "top_k": 1}).encode()
     (own,) = server.ask("POST", "/predict", body, {"Content-Type": "application/json"}).json["predictions"]
     assert own["path"] == "image-1" and own["all_predictions"] == dict(list(whole.items())[:1])
@@ -144,7 +148,29 @@ def test_probes_and_figures(server: Server, digit: bytes) -> None:
 def test_the_api_describes_itself(server: Server) -> None:
     found = server.ask("GET", "/openapi.json").json
     assert {"/predict", "/explain", "/model", "/models", "/healthz", "/readyz", "/metrics", "/v2/models/{name}/infer"} <= set(found["paths"])
-    assert "multipart/form-data" in found["paths"]["/predict"]["post"]["requestBody"]["content"]
+    assert set(found["paths"]["/predict"]["post"]["requestBody"]["content"]) == {"multipart/form-data", "application/json"}
+    assert "securitySchemes" not in found["components"] and "X-API-Key" not in json.dumps(found["paths"])
+
+
+def test_the_examples_of_the_api_work(server: Server) -> None:
+    paths = server.ask("GET", "/openapi.json").json["paths"]
+    for path in ("/predict", "/explain"):
+        content = paths[path]["post"]["requestBody"]["content"]
+        reply = server.ask("POST", path, json.dumps(content["application/json"]["example"]).encode(), {"Content-Type": "application/json"})
+        assert reply.status == 200, reply.content
+        form = content["multipart/form-data"]
+        assert set(form["example"]) <= set(form["schema"]["properties"]) == {"images", "top_k"}
+    infer = paths["/v2/models/{name}/infer"]["post"]
+    asked = infer["requestBody"]["content"]["application/json"]["example"]
+    (tensor,) = asked["inputs"]
+    assert len(tensor["data"]) == np.prod(tensor["shape"])
+    side = server.ask("GET", "/model").json["image_size"]
+    tensor.update(shape=[1, 3, side, side], data=[0] * (3 * side * side))
+    reply = server.ask("POST", "/v2/models/digits/infer", json.dumps(asked).encode())
+    shown = infer["responses"]["200"]["content"]["application/json"]["example"]
+    assert reply.status == 200 and set(reply.json) == set(shown)
+    assert [set(output) for output in reply.json["outputs"]] == [set(output) for output in shown["outputs"]]
+    assert all(len(output["data"]) == np.prod(output["shape"]) for output in shown["outputs"])
 
 
 def test_each_request_is_a_line_of_json_without_its_content(server: Server, digit: bytes) -> None:

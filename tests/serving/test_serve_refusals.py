@@ -44,6 +44,9 @@ def raw(server: Server, content: bytes, timeout_s: float = 20) -> bytes:
         ("POST", "/predict", b'{"images": [{"path": "/etc/passwd"}]}', {"Content-Type": "application/json"}, 422, "invalid"),
         ("POST", "/predict", b'{"images": [{"url": "http://127.0.0.1/"}]}', {"Content-Type": "application/json"}, 403, "forbidden"),
         ("POST", "/predict?top_k=0", b"", {}, 422, "invalid"),
+        ("POST", "/predict?topk=3", b"", {}, 422, "invalid"),
+        ("POST", "/explain?top_k=3", b"", {}, 422, "invalid"),
+        ("GET", "/model?name=digits", None, {}, 422, "invalid"),
         ("GET", "/models", None, {"Host": "evil.example"}, 403, "forbidden"),
         ("POST", "/predict", b"", {"Sec-Fetch-Site": "cross-site"}, 403, "forbidden"),
     ],
@@ -53,6 +56,28 @@ def test_a_refusal_has_one_shape(server: Server, method, path, body, headers, st
     assert (reply.status, reply.json["error"]["code"]) == (status, code), reply.content
     assert reply.json["error"]["message"] and reply.json["request_id"] == reply.headers["x-request-id"]
     assert reply.headers["content-security-policy"].startswith("default-src 'none'") and reply.headers["x-content-type-options"] == "nosniff"
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "words"),
+    [
+        ("topk", "3", "the text 'topk': it takes files (images=@FILE) and top_k"),
+        ("images", "photo.jpg", "the text 'images'"),
+        ("a\x1b[2J", "3", "a\\x1b[2J"),
+        ("top_k", "0", "top_k must be"),
+        ("top_k", "many", "top_k must be"),
+        ("top_k", "", "top_k must be"),
+    ],
+)
+def test_a_text_in_a_form_that_means_nothing_is_refused(server: Server, digit: bytes, name: str, text: str, words: str) -> None:
+    reply = server.send("/predict", ("7.png", digit), texts={name: text})
+    assert (reply.status, reply.json["error"]["code"]) == (422, "invalid") and words in reply.json["error"]["message"], reply.content
+
+
+def test_a_key_of_a_query_that_is_not_known_is_named_with_those_that_are(server: Server, digit: bytes) -> None:
+    said = [server.send(path, ("7.png", digit)).json["error"]["message"] for path in ("/predict?top_k=3&topk=3", "/explain?Class=7")]
+    assert said == ["the query has 'topk': here it can have model and top_k", "the query has 'Class': here it can have model and class"]
+    assert server.ask("GET", "/healthz?now=1").status == server.ask("GET", "/?from=mail").status == 200
 
 
 @pytest.mark.parametrize("path", ["/", "/healthz", "/models", "/predict", "/nothing", "/openapi.json"])
@@ -98,6 +123,12 @@ def test_too_much_is_refused_before_it_is_taken(strict: Server, digit: bytes) ->
     head = f"POST /predict HTTP/1.1\r\nHost: localhost\r\nX-API-Key: {KEY}\r\nContent-Length: 99999999999999999999\r\n\r\n".encode()
     assert raw(strict, head).startswith(b"HTTP/1.1 413 ")
     assert strict.send("/predict", *[(f"{place}.png", digit) for place in range(4)], headers=WITH_KEY).status == 413
+
+
+def test_what_the_card_says_an_image_may_have_fits_into_a_request(strict: Server) -> None:
+    most = strict.ask("GET", "/model", headers=WITH_KEY).json["limits"]["max_bytes"]
+    assert strict.send("/predict", (f"{'long' * 50}.png", bytes(most)), headers=WITH_KEY).status == 422  # no picture, but it was taken
+    assert strict.send("/predict", ("7.png", bytes(most + 1024)), headers=WITH_KEY).status == 413
 
 
 def test_too_many_pixels_and_other_formats_are_unreadable(strict: Server) -> None:

@@ -113,6 +113,30 @@ def test_documentation_is_a_page_without_scripts(server: Server, strict: Server)
     assert strict.ask("GET", "/openapi.json").status == strict.ask("GET", "/").status == strict.ask("GET", "/favicon.ico").status == 200
 
 
+def test_documentation_names_the_readers_own_address_and_runs_nothing_of_it(digits_bundle: Path, tmp_path: Path) -> None:
+    server = start_server(tmp_path, digits_bundle, "access.allowed_hosts=['*']")
+    try:
+        for number in range(3):
+            text = server.ask("GET", "/docs", headers={"Host": f"<b>'\"{number}.example"}).content.decode()
+            assert "<b>" not in text and (f"{number}.example/predict" in text or f"http://127.0.0.1:{server.port}/predict" in text)
+            assert "{origin}" not in text
+        assert "&#34;heat&#34;" in text and "&#34;outputs&#34;" in text
+    finally:
+        assert server.end() == 0
+
+
+def test_the_description_says_which_routes_want_a_key(strict: Server) -> None:
+    found = strict.ask("GET", "/openapi.json").json
+    schemes = found["components"]["securitySchemes"]
+    assert (schemes["key"]["in"], schemes["key"]["name"], schemes["bearer"]["scheme"]) == ("header", "X-API-Key", "bearer")
+    for path, operations in found["paths"].items():
+        for method, operation in operations.items():
+            needed = strict.ask(method.upper(), path).status == 401
+            assert operation.get("security") == ([{"key": []}, {"bearer": []}] if needed else None), path
+            assert not needed or "401" in operation["responses"]
+    assert "security" not in found["paths"]["/healthz"]["get"] and "security" in found["paths"]["/predict"]["post"]
+
+
 class Registry:
     """Stands in for MLflow's: an alias, and where its version lies."""
 
