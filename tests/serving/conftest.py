@@ -16,6 +16,8 @@ from typing import Any
 import pytest
 
 from tests.conftest import ROOT
+from tests.serving.page_stub import StubServer
+from tests.serving.page_tab import Open, Tab
 
 
 @dataclass(frozen=True)
@@ -123,3 +125,26 @@ def strict(digits_bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Ite
 def digit(digits_bundle: Path) -> bytes:
     """A real seven."""
     return next(path for path in sorted((digits_bundle.parents[1] / "data/digits/test/7").iterdir())).read_bytes()
+
+
+@pytest.fixture
+def stub() -> Iterator[StubServer]:
+    server = StubServer()
+    yield server
+    server.shutdown()
+    server.server_close()
+
+
+@pytest.fixture
+def opened(chromium: Any, stub: StubServer) -> Iterator[Open]:
+    """Opens the page; when the test ends it must have been quiet."""
+    all_opened: list[Tab] = []
+
+    def open_it(**how: Any) -> Tab:
+        all_opened.append(Tab(chromium, stub.address, **how))
+        return all_opened[-1]
+
+    yield open_it
+    for each in all_opened:
+        each.context.close()
+    assert [each.complaints for each in all_opened if not each.quiet()] == []

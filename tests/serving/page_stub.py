@@ -44,7 +44,10 @@ class Stub:
     refusals: list[tuple[int, str, str]] = field(default_factory=list)  # status, code, Retry-After: of the next requests to /predict
     delay_s: float = 0.0
     max_bytes: int = 2**20
+    max_pixels: int = 50_000_000
+    formats: tuple[str, ...] = tuple(FORMATS)
     asked: list[dict[str, Any]] = field(default_factory=list)
+    contents: dict[str, bytes] = field(default_factory=dict)  # of files, by their names
     together: int = 0
     most_together: int = 0
     lock: Any = field(default_factory=threading.Lock)
@@ -61,7 +64,7 @@ class Stub:
             "metrics": {"test": {"accuracy": 0.9714}, "val": {"accuracy": 0.96}},
             "intervals": {"test": {"accuracy": [0.951, 0.983]}},
             "provenance": {"created": "2026-11-22T03:22:47+00:00"},
-            "limits": {"max_bytes": self.max_bytes, "max_pixels": 50_000_000, "max_images": 64, "formats": list(FORMATS)},
+            "limits": {"max_bytes": self.max_bytes, "max_pixels": self.max_pixels, "max_images": 64, "formats": list(self.formats)},
             "explain": True,
             "urls": self.urls,
         }
@@ -139,6 +142,7 @@ class Handler(BaseHTTPRequestHandler):
     def answer(self, stub: Stub, url: Any, parts: list[tuple[str, bytes]]) -> None:
         query = {name: values[0] for name, values in parse_qs(url.query).items()}
         stub.asked.append({"path": url.path, **query, "names": [name for name, _ in parts]})
+        stub.contents |= dict(parts)
         common = {"model": query.get("model", stub.names[0]), "model_version": "3fa9c1d2", "request_id": "0"}
         if url.path == "/explain":
             self.json(200, {**common, "path": parts[0][0], "class": query["class"], "heat": heat()})

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -74,3 +75,6 @@ class Tab:
         said = [text for text in self.complaints if not _REFUSED.match(text)]
         away = [url for url in self.requests if not url.startswith((self.address, f"blob:{self.address}"))]
         return not said and not away
+
+
+Open = Callable[..., Tab]

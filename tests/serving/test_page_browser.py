@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,33 +13,9 @@ import pytest
 
 from tests.conftest import write_image
 from tests.serving.page_stub import CLASSES, HOSTILE, StubServer
-from tests.serving.page_tab import FOCUSED, SMALL, UNREADABLE, Tab
+from tests.serving.page_tab import FOCUSED, SMALL, UNREADABLE, Open
 
 pytestmark = pytest.mark.browser
-Open = Callable[..., Tab]
-
-
-@pytest.fixture
-def stub() -> Iterator[StubServer]:
-    server = StubServer()
-    yield server
-    server.shutdown()
-    server.server_close()
-
-
-@pytest.fixture
-def opened(chromium: Any, stub: StubServer) -> Iterator[Open]:
-    """Opens the page; when the test ends it must have been quiet."""
-    all_opened: list[Tab] = []
-
-    def open_it(**how: Any) -> Tab:
-        all_opened.append(Tab(chromium, stub.address, **how))
-        return all_opened[-1]
-
-    yield open_it
-    for each in all_opened:
-        each.context.close()
-    assert [each.complaints for each in all_opened if not each.quiet()] == []
 
 
 @pytest.fixture

@@ -2,7 +2,7 @@
 import { foreign, h, icon } from "./dom.js";
 import { hasUnseen, isEmpty, overlay } from "./heat.js";
 import { frameOf } from "./pictures.js";
-import { languageNow, percent, t } from "./words.js";
+import { bytes, languageNow, percent, t } from "./words.js";
 
 const FEW = 5;
 
@@ -18,10 +18,16 @@ export function cardOf(entry, actions) {
       h("div", { className: "file" }, foreign(entry.name, { className: "path", title: entry.name }),
         h("button", { type: "button", className: "bare", title: t("remove", { name: "" }).trim(), "aria-label": t("remove", { name: entry.name }), data: { key: "remove" },
           onclick: () => actions.remove(entry) }, icon("close"))),
-      ...parts));
+      ...parts, entry.shrunk ? shrunkWords(entry.shrunk) : null));
   if (shown) frame.style.setProperty("--aspect", aspectOf(entry, shown));
   overlay(frame, shown, { name: entry.name, className: entry.explained, aspect: shown ? aspectOf(entry, shown) : 1 });
   return card;
+}
+
+/** That another picture was sent than the one that was chosen. */
+function shrunkWords({ old, width, height, size }) {
+  const holes = { width, height, size: bytes(size), old_width: old.width, old_height: old.height, old_size: bytes(old.size) };
+  return h("p", { className: "small soft shrunk", textContent: t("shrunk", holes) });
 }
 
 export const isUnsure = (entry) => entry.state === "done" && entry.answer.decision === "abstain";

@@ -68,6 +68,7 @@ export const DICTIONARY = {
   "place_6": ["bottom left", "левый нижний угол"],
   "place_7": ["bottom", "низ"],
   "place_8": ["bottom right", "правый нижний угол"],
+  "shrunk": ["Larger than the server takes, so it was sent as {width}\u00a0×\u00a0{height} pixels ({size}) instead of {old_width}\u00a0×\u00a0{old_height} ({old_size}).", "Больше, чем принимает сервер, поэтому отправлено {width}\u00a0×\u00a0{height} пикселей ({size}) вместо {old_width}\u00a0×\u00a0{old_height} ({old_size})."],
   "no_preview": ["no preview", "без предпросмотра"],
   "answered_by": ["{model}, version {version}", "{model}, версия {version}"],
   "said_one": ["{name}: {answer}", "{name}: {answer}"],

@@ -26,9 +26,9 @@ function write(entries) {
 }
 
 function plain(entry) {
-  const { name, state, answer, error, modelName, version, showModel } = entry;
+  const { name, state, answer, error, modelName, version, showModel, shrunk } = entry;
   entry.small ??= entry.preview?.kept ? entry.preview : smaller(entry);
-  return { name, state, answer, error, modelName, version, showModel, preview: entry.small };
+  return { name, state, answer, error, modelName, version, showModel, shrunk, preview: entry.small };
 }
 
 function smaller({ frame, preview }) {

@@ -1,5 +1,6 @@
 // Entries to the server, a few at a time: the first answers come soon, and a busy server is not flooded.
 import { ApiError, explain, predict } from "./api.js";
+import { fitted } from "./fitting.js";
 import { obstacle } from "./pictures.js";
 
 const IN_FLIGHT = 2;
@@ -83,6 +84,7 @@ export class Sender {
   async #readable(batch, limits) {
     const readable = [];
     for (const entry of batch) {
+      if (!entry.url && !entry.removed) await fit(entry, limits);
       const words = entry.url || entry.removed ? null : await obstacle(entry.file, limits);
       if (words || entry.removed) this.#settle(entry, { words });
       else readable.push(entry);
@@ -125,6 +127,15 @@ export class Sender {
     this.answered += 1;
     this.changed(entry);
   }
+}
+
+/** What is too large is made smaller, if the server reads its kind; where the browser cannot, it stays what it is. */
+async function fit(entry, limits) {
+  if (await obstacle(entry.file, { ...limits, max_bytes: Infinity })) return;
+  const smaller = await fitted(entry.file, limits);
+  if (!smaller || entry.removed) return;
+  const { file, ...shrunk } = smaller;
+  Object.assign(entry, { file, shrunk, size: file.size });
 }
 
 const abortion = (signal) => new Promise((_, reject) => {
