@@ -33,7 +33,7 @@ Label = Annotated[str | None, Query(alias="class", description="The class to exp
 
 async def _known_keys(request: Request) -> None:
     """Refusal where the query has a key that the route does not know: a word mistyped would change the answer unseen."""
-    known = [field.alias for field in request.scope["route"].dependant.query_params]
+    known = [field.alias for field in request.scope["route"].dependant.query_params]  # codespell:ignore dependant
     for key in request.query_params:
         if key not in known:
             raise Refusal(422, "invalid", f"the query has {key[:100]!r}: here it can have {' and '.join(known)}")

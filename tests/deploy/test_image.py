@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import signal
@@ -17,6 +18,7 @@ import pytest
 
 from image_classifier import __version__
 from image_classifier.command_line import CONF_DIR
+from image_classifier.serving.order import version_of
 from tests.conftest import ROOT
 from tests.deploy.dockerfile import bare_environment, build, stages, the
 
@@ -60,6 +62,18 @@ def test_the_command_line_is_there(image: Path, tmp_path: Path) -> None:
             [image / "opt/venv/bin/image-classifier", *words], cwd=tmp_path, env=bare_environment(), capture_output=True, text=True, timeout=60
         )
         assert done.returncode == 0 and said in done.stdout, done.stderr
+
+
+def test_drift_can_be_asked_there_and_an_alias_cannot(image: Path, digits_bundle: Path, tmp_path: Path) -> None:
+    line = {"version": version_of(digits_bundle), "confidence": 0.5, "ood_score": None}
+    log = tmp_path / f"runs/serve/{digits_bundle.name}.jsonl"
+    log.parent.mkdir(parents=True)
+    log.write_text(60 * f"{json.dumps(line)}\n", encoding="utf-8")
+    for name, code, said in ((digits_bundle.name, 0, "the last 60 answers"), ("models:/digits@champion", 2, "needs the package mlflow")):
+        words = [image / "opt/venv/bin/image-classifier", "drift", name, "--models_dir", digits_bundle.parent]
+        done = subprocess.run(words, cwd=tmp_path, env={**bare_environment(), **ENVIRONMENT}, capture_output=True, text=True, timeout=60)
+        assert done.returncode == code and said in done.stdout + done.stderr, done.stderr
+        assert done.stderr.count("\n") == (code != 0)
 
 
 @contextmanager
