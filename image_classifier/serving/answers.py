@@ -65,7 +65,7 @@ def make_router(parts: Parts) -> APIRouter:
         summary="What images show",
         response_model=schemas.Answers,
         dependencies=KNOWN_KEYS,
-        responses={**schemas.errors(*_REFUSALS), 422: unread},
+        responses={**schemas.ANSWERS, **schemas.errors(*_REFUSALS), 422: unread},
         openapi_extra=schemas.IMAGES_BODY,
     )
     async def predict(request: Request, name: ModelName = None, top_k: TopK = None) -> Response:
@@ -85,7 +85,7 @@ def make_router(parts: Parts) -> APIRouter:
         summary="What in an image speaks for a class",
         response_model=schemas.Explanation,
         dependencies=KNOWN_KEYS,
-        responses=schemas.errors(*_REFUSALS),
+        responses={**schemas.EXPLANATION, **schemas.errors(*_REFUSALS)},
         openapi_extra=schemas.IMAGE_BODY,
     )
     async def explain(request: Request, name: ModelName = None, label: Label = None) -> Response:

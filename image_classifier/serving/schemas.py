@@ -73,29 +73,6 @@ class Answers(_Model):
     model_version: str
     request_id: str
     predictions: list[Prediction | Unreadable]
-    model_config = ConfigDict(
-        protected_namespaces=(),
-        json_schema_extra={
-            "examples": [
-                {
-                    "model": "flowers",
-                    "model_version": "3fa9c1d2b04e",
-                    "request_id": "0b0c6f7e5a1d4d0c9d3a1f2b3c4d5e6f",
-                    "predictions": [
-                        {
-                            "path": "garden.jpg",
-                            "predicted_class": "tulip",
-                            "confidence": 0.973,
-                            "all_predictions": {"tulip": 0.973, "rose": 0.021, "daisy": 0.006},
-                            "decision": "label",
-                            "reason": "",
-                            "prediction_set": ["tulip"],
-                        }
-                    ],
-                }
-            ]
-        },
-    )
 
 
 class Explanation(_Model):
@@ -107,21 +84,6 @@ class Explanation(_Model):
     path: str
     label: str = Field(alias="class")
     heat: list[list[float | None]]
-    model_config = ConfigDict(
-        protected_namespaces=(),
-        json_schema_extra={
-            "examples": [
-                {
-                    "model": "flowers",
-                    "model_version": "3fa9c1d2b04e",
-                    "request_id": "0b0c6f7e5a1d4d0c9d3a1f2b3c4d5e6f",
-                    "path": "garden.jpg",
-                    "class": "tulip",
-                    "heat": [[None, 0.0, 0.12, None], [None, 0.31, 1.0, None], [None, 0.05, 0.4, None]],
-                }
-            ]
-        },
-    )
 
 
 class ModelState(_Model):
@@ -171,6 +133,11 @@ _WORDS = {
     500: "The model failed",
     503: "The queue is full or the server is being stopped; Retry-After says when to come back",
 }
+
+
+def answer(example: dict[str, Any]) -> dict[int | str, dict[str, Any]]:
+    """The documentation of an answer of 200; an example of the model itself would lose its order."""
+    return {200: {"content": {"application/json": {"example": example}}}}
 
 
 def errors(*codes: int) -> dict[int | str, dict[str, Any]]:
@@ -230,3 +197,16 @@ _PNG = "iVBORw0KGgoAAAANSUhEUgAAAAgAAAAICAIAAABLbSncAAAAFUlEQVR42mM8UaHBgA0wMeAA
 _ONE = {"images": [{"name": "garden.png", "base64": _PNG}]}
 IMAGES_BODY = _body({"type": "array", "minItems": 1, "items": _FILE}, {**_ONE, "top_k": 3}, {"images": ["(a file)", "(another)"], "top_k": 3})
 IMAGE_BODY = _body(_FILE, _ONE, {"images": "(a file)"})
+_WHOSE = {"model": "flowers", "model_version": "3fa9c1d2b04e", "request_id": "0b0c6f7e5a1d4d0c9d3a1f2b3c4d5e6f"}
+_PREDICTION = {
+    "path": "garden.jpg",
+    "predicted_class": "tulip",
+    "confidence": 0.973,
+    "all_predictions": {"tulip": 0.973, "rose": 0.021, "daisy": 0.006},
+    "decision": "label",
+    "reason": "",
+    "prediction_set": ["tulip"],
+}
+ANSWERS = answer({**_WHOSE, "predictions": [_PREDICTION]})
+_HEAT = [[None, 0.0, 0.12, None], [None, 0.31, 1.0, None], [None, 0.05, 0.4, None]]
+EXPLANATION = answer({**_WHOSE, "path": "garden.jpg", "class": "tulip", "heat": _HEAT})

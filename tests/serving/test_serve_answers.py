@@ -158,6 +158,8 @@ def test_the_examples_of_the_api_work(server: Server) -> None:
         content = paths[path]["post"]["requestBody"]["content"]
         reply = server.ask("POST", path, json.dumps(content["application/json"]["example"]).encode(), {"Content-Type": "application/json"})
         assert reply.status == 200, reply.content
+        shown = paths[path]["post"]["responses"]["200"]["content"]["application/json"]["example"]
+        assert list(shown) == list(reply.json)
         form = content["multipart/form-data"]
         assert set(form["example"]) <= set(form["schema"]["properties"]) == {"images", "top_k"}
     infer = paths["/v2/models/{name}/infer"]["post"]
