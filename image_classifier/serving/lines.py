@@ -14,6 +14,7 @@ from contextlib import contextmanager
 log = logging.getLogger(__name__)
 
 _MOST = 10_000  # that wait; more are left out
+_STANDARD_ERROR = 2
 _LAST_S = 2.0  # in which what waits at the end must be written
 
 
@@ -82,8 +83,8 @@ class Aside(io.TextIOBase):
 
 @contextmanager
 def logging_aside() -> Iterator[Aside]:
-    """Let what is logged to standard error be written by a thread of its own while the block runs, and give a stream for more of that kind."""
-    stream = Aside(sys.stderr.fileno())
+    """Let what is logged to standard error be written by a thread of its own while the block runs, and give that stream."""
+    stream = Aside(_STANDARD_ERROR)
     handlers = [handler for handler in logging.getLogger().handlers if isinstance(handler, logging.StreamHandler) and handler.stream is sys.stderr]
     for handler in handlers:
         handler.setStream(stream)

@@ -23,10 +23,11 @@ from image_classifier.inference.urls import UrlLimits
 from image_classifier.serving.access import Access, AccessSettings, is_loopback
 from image_classifier.serving.batches import BatchSettings
 from image_classifier.serving.limits import RequestLimits
+from image_classifier.serving.lines import logging_aside
 from image_classifier.serving.order import Order, served_name
 from image_classifier.serving.places import Place, place_of
 from image_classifier.serving.process import Started
-from image_classifier.serving.traffic import DriftSettings
+from image_classifier.serving.traffic import DriftSettings, Traffic
 
 log = logging.getLogger(__name__)
 
@@ -118,14 +119,18 @@ def serve(config: Any) -> None:
         started = [(order, Started(order.as_dict())) for order in orders]  # they load while the server is imported
         for _, process in started:
             stack.callback(process.kill)
-        from image_classifier.serving.models import Models
-        from image_classifier.serving.server import serve_until
+        from image_classifier.serving.models import Models, Reloader
+        from image_classifier.serving.server import make_fence, serve_until
 
-        models = Models(started, asked.queue, asked.hang_s, asked.canary_s)
-        told = _Told()
-        with told.listening():
+        models, told = Models(started, asked.queue, asked.hang_s, asked.canary_s), _Told()
+        stack.enter_context(told.listening())
+        traffic = Traffic(asked.drift)
+        stack.callback(traffic.close)
+        with logging_aside() as log_to:  # until after the last request, which may be ended by the loop's own end
+            fence = make_fence(asked, access, models, traffic, log_to, told.ended.is_set)
+            reloader = Reloader(models, places, asked.reload_s, access.reread)
             try:
-                asyncio.run(serve_until(told, asked, access, models, places, listening))
+                asyncio.run(serve_until(told, asked, fence, models, reloader, listening))
             except asyncio.CancelledError:
                 raise KeyboardInterrupt from None
 

@@ -6,8 +6,8 @@ import asyncio
 import logging
 import signal
 import socket
-from collections.abc import AsyncIterator, Callable, Iterator, Mapping
-from contextlib import ExitStack, asynccontextmanager, contextmanager
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import asynccontextmanager, contextmanager
 from typing import TYPE_CHECKING, Any, Protocol
 
 import uvicorn
@@ -19,10 +19,8 @@ from image_classifier.serving.answers import Parts
 from image_classifier.serving.app import make_app
 from image_classifier.serving.fence import Fence
 from image_classifier.serving.limits import Bodies
-from image_classifier.serving.lines import logging_aside
 from image_classifier.serving.models import Models, Reloader
-from image_classifier.serving.observe import Drift, Metrics, RequestLog
-from image_classifier.serving.places import Place
+from image_classifier.serving.observe import Drift, Metrics, RequestLog, Writes
 from image_classifier.serving.traffic import Traffic
 from image_classifier.serving.uploads import Uploads
 
@@ -39,32 +37,29 @@ class Told(Protocol):
     hurry: Callable[[], object]
 
 
-async def serve_until(
-    told: Told, asked: ServeSettings, access: Access, models: Models, places: Mapping[str, Place], listening: socket.socket
-) -> None:
+def make_fence(asked: ServeSettings, access: Access, models: Models, traffic: Traffic, log_to: Writes, stopping: Callable[[], bool]) -> Fence:
+    """All routes and what stands around them."""
+    uploads = Uploads(asked.request, Web(asked.fetch) if asked.fetch.enabled else None, asked.limits.max_bytes)
+    metrics = Metrics(lambda: _gauges(models), lambda: _drift(models, traffic))
+    app = make_app(Parts(models, uploads, metrics, traffic, asked.request, asked.fetch.enabled), access.needs_key)
+    hear = (metrics.seen, RequestLog(log_to)) if asked.request_log else (metrics.seen,)
+    return Fence(app, access, Bodies(asked.request), lambda seen: [one(seen) for one in hear], stopping, lambda: app.openapi()["paths"])
+
+
+async def serve_until(told: Told, asked: ServeSettings, fence: Fence, models: Models, reloader: Reloader, listening: socket.socket) -> None:
     """Serve at a socket that listens, until `told` to end."""
-    with ExitStack() as stack:
-        errors = stack.enter_context(logging_aside())
-        uploads = Uploads(asked.request, Web(asked.fetch) if asked.fetch.enabled else None, asked.limits.max_bytes)
-        traffic = Traffic(asked.drift)
-        stack.callback(traffic.close)
-        metrics = Metrics(lambda: _gauges(models), lambda: _drift(models, traffic))
-        app = make_app(Parts(models, uploads, metrics, traffic, asked.request, asked.fetch.enabled), access.needs_key)
-        hear = (metrics.seen, RequestLog(errors)) if asked.request_log else (metrics.seen,)
-        fence = Fence(app, access, Bodies(asked.request), lambda seen: [one(seen) for one in hear], told.ended.is_set, lambda: app.openapi()["paths"])
-        server = _Server(_config(asked, fence), lambda: _say(models, listening))
-        reloader = Reloader(models, places, asked.reload_s, access.reread)
-        asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, reloader.now.set)  # from now on all signals wake the loop
-        if (main := asyncio.current_task()) is not None:
-            told.hurry = main.cancel
-        async with _running(models, told.ended) as are_running, asyncio.TaskGroup() as group:
-            if not are_running:
-                return
-            tasks = [group.create_task(work) for work in (reloader.run(), models.keep_asking(), _end(server, told.ended))]
-            await server.serve([listening])
-            told.ended.set()
-            for task in tasks:
-                task.cancel()
+    server = _Server(_config(asked, fence), lambda: _say(models, listening))
+    asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, reloader.now.set)  # from now on all signals wake the loop
+    if (main := asyncio.current_task()) is not None:
+        told.hurry = main.cancel
+    async with _running(models, told.ended) as are_running, asyncio.TaskGroup() as group:
+        if not are_running:
+            return
+        tasks = [group.create_task(work) for work in (reloader.run(), models.keep_asking(), _end(server, told.ended))]
+        await server.serve([listening])
+        told.ended.set()
+        for task in tasks:
+            task.cancel()
 
 
 def _config(asked: ServeSettings, fence: Fence) -> uvicorn.Config:
