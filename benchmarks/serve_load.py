@@ -70,6 +70,8 @@ class Clients:
             sys.exit(f"an answer without a length: {head!r}")
         await reader.readexactly(int(length[1]))
         self.statuses[int(head[9:12])] += 1
+        if set(self.statuses) != {200}:
+            sys.exit(f"an answer that is none: {head!r}")
         self._idle.append((reader, writer))
         return time.perf_counter() - start
 

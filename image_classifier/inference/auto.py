@@ -48,7 +48,9 @@ def fastest(bundle: Bundle, trusted: Sequence[str] = (), callers: int = 1) -> tu
         raise CheckpointError(f"no backend answers as {bundle.info.name!r} should ({'; '.join(told) or 'none is installed'})", "export it again")
     best = min(checks, key=lambda check: check.milliseconds).backend
     log.info("backend %s: %s", best, ", ".join(told))
-    return best, opened[best] if callers == 1 else open_backend(bundle, best, trusted, callers=callers)
+    if callers > 1 and hasattr(opened[best], "callers"):  # others have one way only
+        opened[best] = open_backend(bundle, best, trusted, callers=callers)
+    return best, opened[best]
 
 
 def candidates(bundle: Bundle) -> list[str]:

@@ -90,8 +90,10 @@ def make_router(parts: Parts) -> APIRouter:
     )
     async def explain(request: Request, name: ModelName = None, label: Label = None) -> Response:
         with parts.models.held(name) as handle:
-            images, _ = await parts.uploads.of(request.headers, request.state.body, request.state.share)
+            images, top_k = await parts.uploads.of(request.headers, request.state.body, request.state.share)
             request.state.images = len(images)
+            if top_k is not None:
+                raise Refusal(422, "invalid", "an explanation has no top_k")
             if len(images) != 1:
                 raise Refusal(400, "bad_request", "send one image to be explained")
             if images[0].error:

@@ -128,31 +128,35 @@ class Batches:
     def _loop(self) -> None:
         while True:
             with self._changed:
-                self._changed.wait_for(self._due)
+                while not self._due():
+                    self._changed.wait(self._asked.max_ms / 1000 if any(self._waiting.values()) else None)
                 if self._ended:
                     return
                 if not self._waiting["urgent"]:
                     enough = lambda: self._ended or not self._coming or _rows(self._waiting["next"]) >= self.most()  # noqa: E731
                     self._changed.wait_for(enough, self._asked.wait_ms / 1000)
                 kind = next((kind for kind, queue in self._waiting.items() if queue), None)
-                if kind is None:
-                    continue  # another runner took it
+                if kind is None or not self._due():
+                    continue  # another runner took it, or all but a little
                 chosen = self._taken(self._waiting[kind])
                 self._free -= 1
                 self._changed.notify()  # of another runner, where enough is left
-            if chosen:
-                self._answer(chosen)
-            if kind == "idle":
-                self._after_idle()
-            with self._changed:
-                self._free += 1
+            try:
+                if chosen:
+                    self._answer(chosen)
+                if kind == "idle":
+                    self._after_idle()
+            finally:
+                with self._changed:
+                    self._free += 1
 
     def _due(self) -> bool:
-        """Whether to begin a batch now; beside another one only where there is enough to do, as each has a price of its own."""
-        if self._ended or self._waiting["urgent"]:
+        """Whether to begin a batch now; beside another one where it is worth its price, or what waits has waited long."""
+        queues = [queue for queue in self._waiting.values() if queue]
+        if self._ended or self._waiting["urgent"] or (queues and self._free == len(self._threads)):
             return True
-        rows = max(_rows(self._waiting["next"]), _rows(self._waiting["idle"]))
-        return rows > 0 and (self._free == len(self._threads) or rows * self._row_s >= _WORTH_S)
+        latest = time.monotonic() - self._asked.max_ms / 1000
+        return any(_rows(queue) * self._row_s >= _WORTH_S or queue[0].since <= latest for queue in queues)
 
     def _taken(self, waiting: deque[Work]) -> list[Work]:
         """The works of the next batch, in their order, at least one, together no more rows than `most` and than another free runner leaves."""
@@ -167,17 +171,17 @@ class Batches:
         return chosen
 
     def _answer(self, works: Sequence[Work]) -> None:
-        pixels = works[0].pixels if len(works) == 1 else np.concatenate([work.pixels for work in works])
-        start = time.monotonic()
+        rows, start = _rows(works), time.monotonic()
         try:
+            pixels = works[0].pixels if len(works) == 1 else np.concatenate([work.pixels for work in works])
             logits, embeddings = self._run(pixels, any(work.embeddings for work in works))
         except Exception as error:
-            self._answers.submit(_hand_out, works, Outcome(error=error, batch=len(pixels)))
+            self._answers.submit(_hand_out, works, Outcome(error=error, batch=rows))
             return
-        row_s = (time.monotonic() - start) / len(pixels)
+        row_s = (time.monotonic() - start) / rows
         with self._changed:
             self._row_s = row_s if not self._row_s else _MEMORY * self._row_s + (1 - _MEMORY) * row_s
-        self._answers.submit(self._judged, works, Outcome(logits, embeddings, batch=len(pixels)))
+        self._answers.submit(self._judged, works, Outcome(logits, embeddings, batch=rows))
 
     def _judged(self, works: Sequence[Work], found: Outcome) -> None:
         """Hand out the answers, with scores where there are `looks`."""

@@ -5,7 +5,8 @@ from __future__ import annotations
 import asyncio
 import threading
 import time
-from collections.abc import Awaitable, Callable, MutableMapping
+from collections.abc import AsyncIterator, Awaitable, Callable, MutableMapping
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +18,8 @@ Receive = Callable[[], Awaitable[Event]]
 Send = Callable[[Event], Awaitable[None]]
 App = Callable[[Scope, Receive, Send], Awaitable[None]]
 
+_STALLED_S = 2.0  # a body of which less than _STEP came in so long gives way where others need its place
+_STEP = 2**14  # bytes
 _LINGER_S = 2.0  # a body that is refused is read for so long: whoever closes at once cuts off its own answer
 
 
@@ -72,6 +75,7 @@ class Memory:
 
     def __init__(self, most: int) -> None:
         self.most, self.held, self.lock = most, 0, threading.Lock()
+        self.coming: set[Share] = set()  # whose bodies are not there yet
 
 
 class Share:
@@ -79,6 +83,7 @@ class Share:
 
     def __init__(self, memory: Memory) -> None:
         self._memory, self._count, self._over = memory, 0, False
+        self._since, self._new, self._limit = 0.0, 0, asyncio.timeout(None)
 
     def take(self, count: int) -> None:
         """Count so many bytes more; Refusal where there is no room for them, or the request is over."""
@@ -87,6 +92,36 @@ class Share:
                 raise Refusal(503, "queue_full", "the server holds as many bytes of bodies and images as it may", 1.0)
             self._memory.held += count
             self._count += count
+
+    @asynccontextmanager
+    async def of_body(self, seconds: float) -> AsyncIterator[None]:
+        """The time of a body; TimeoutError where it is over, or where others need the place of one that does not go on."""
+        self._since = time.monotonic()
+        try:
+            async with asyncio.timeout(seconds) as self._limit:
+                self._memory.coming.add(self)
+                yield
+        finally:
+            self._memory.coming.discard(self)
+
+    def take_for_body(self, count: int) -> None:
+        """As `take`, in the place of bodies that do not go on where there is no other."""
+        self._new += count
+        if self._new >= _STEP:
+            self._since, self._new = time.monotonic(), 0
+        while True:
+            try:
+                return self.take(count)
+            except Refusal:
+                slowest = min(self._memory.coming, key=lambda share: share._since)
+                if self._over or slowest is self or self._since - slowest._since < _STALLED_S:
+                    raise
+                slowest._give_way()
+
+    def _give_way(self) -> None:
+        self._memory.coming.discard(self)
+        self.end()
+        self._limit.reschedule(0)
 
     def end(self) -> None:
         """Give all of it back: the request is over."""
@@ -116,23 +151,31 @@ class Bodies:
         if not length.isdigit() or int(length) > self.limits.max_bytes:
             await self._linger(receive)
             raise self._too_large()
-        end = time.monotonic() + self.limits.body_s
+        try:
+            async with share.of_body(self.limits.body_s):
+                whole = await self._read(receive, share, parts)
+        except TimeoutError:
+            words = f"longer than {self.limits.body_s:g} s, or too long while others needed its place in memory"
+            raise Refusal(408, "timeout", f"the body took {words}") from None
+        if not whole:
+            await self._linger(receive)
+            raise self._too_large()
+        return parts
+
+    async def _read(self, receive: Receive, share: Share, parts: bytearray) -> bool:
+        """Whether the body fits into its limit."""
         more = True
         while more:
-            try:
-                event = await asyncio.wait_for(receive(), max(0.001, end - time.monotonic()))
-            except TimeoutError:
-                raise Refusal(408, "timeout", f"the body took longer than {self.limits.body_s:g} s") from None
+            event = await receive()
             if event["type"] == "http.disconnect":
                 raise Disconnected
             block = event.get("body", b"")
             if len(parts) + len(block) > self.limits.max_bytes:
-                await self._linger(receive)
-                raise self._too_large()
-            share.take(len(block))
+                return False
+            share.take_for_body(len(block))
             parts += block
             more = event.get("more_body", False)
-        return parts
+        return True
 
     def _too_large(self) -> Refusal:
         return Refusal(413, "too_large", f"the body is larger than {self.limits.max_bytes / 2**20:.3g} MiB")

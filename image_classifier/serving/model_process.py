@@ -26,6 +26,7 @@ from image_classifier.images import read_size
 from image_classifier.inference.predictor import cores
 from image_classifier.serving import wire
 from image_classifier.serving.batches import Batches, Outcome, Work
+from image_classifier.serving.lines import Aside
 from image_classifier.serving.order import Model, Order
 
 _NOBODY = 0  # whose messages are signs of life
@@ -58,8 +59,8 @@ class PixelBudget:
 class ModelProcess:
     """Answers messages: `image`, `pixels`, `explain`, `canary`, and `cancel` of one of them."""
 
-    def __init__(self, model: Model, order: Order, send: Callable[[bytes], None]) -> None:
-        self.model, self.predictor, self._send = model, model.predictor, send
+    def __init__(self, model: Model, order: Order, send: Callable[[bytes], None], errors: Aside) -> None:
+        self.model, self.predictor, self._send, self._errors = model, model.predictor, send, errors
         self._judge = None if self.predictor.detector is None else self.predictor.detector.scores
         runners = getattr(self.predictor.backend, "callers", 1)
         self.batches = Batches(self._run, order.batch, self._judge, lambda: send(wire.packed({"id": _NOBODY})), runners)  # a sign of life
@@ -81,7 +82,8 @@ class ModelProcess:
             for thread, since in list(self._busy.items()):
                 limit = decode_s if thread.startswith("decode") else hang_s
                 if now - since > limit:
-                    os.write(2, f"the thread {thread} is at one thing for more than {limit:g} s: the process ends\n".encode())
+                    self._errors.write(f"the thread {thread} is at one thing for more than {limit:g} s: the process ends\n")
+                    self._errors.end()
                     os._exit(_HUNG)
 
     @contextmanager
@@ -238,6 +240,7 @@ def main(descriptor: int) -> None:
     """Serve the other end of a socket until it is closed; its first message is the order."""
     for ignored in (signal.SIGINT, signal.SIGTERM):  # the server decides when the last answer is out
         signal.signal(ignored, signal.SIG_IGN)
+    sys.stderr = errors = Aside(2)  # which nobody may be reading
     with socket.socket(fileno=descriptor) as connection, connection.makefile("rb") as stream:
         lock = threading.Lock()
 
@@ -254,13 +257,15 @@ def main(descriptor: int) -> None:
         order = Order.from_dict(first[0])
         try:
             model = Model.loaded(order)
-            process = ModelProcess(model, order, send)
+            process = ModelProcess(model, order, send, errors)
         except ClassifierError as error:
             send(wire.packed({"refused": [error.fact, error.hint]}))
+            errors.end()
             return
         send(wire.packed({"ready": model.facts()}))
         while message := wire.read(stream):
             process.take(*message)
+    errors.end()
     os._exit(0)  # threads may still be decoding, for nobody
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 
@@ -153,28 +153,35 @@ class _Refused:
 
 
 class Reloader:
-    """Looks now and then whether a model was replaced, on disk or by an alias of the registry, and serves the new version; calls `also` then."""
+    """Looks now and then whether a model was replaced, on disk or by an alias of the registry, and serves the new version."""
 
-    def __init__(self, models: Models, places: Mapping[str, Place], every_s: float, also: Callable[[], None] = lambda: None) -> None:
-        self._models, self._places, self._every_s, self._also = models, places, every_s, also
+    def __init__(self, models: Models, places: Mapping[str, Place], every_s: float) -> None:
+        self._models, self._places, self._every_s = models, places, every_s
         self._refused: dict[str, _Refused] = {}
         self._said: dict[str, str] = {}
-        self.now = asyncio.Event()
+        self._now = {name: asyncio.Event() for name in places}
 
     async def run(self) -> None:
-        """Look every `every_s` seconds (0: only when `now` is set)."""
+        """Look every `every_s` seconds (0: only when it is told to); a place that does not answer holds up no other model."""
+        async with asyncio.TaskGroup() as group:
+            for served in self._models:
+                group.create_task(self._follow(served, self._now[served.order.name]))
+
+    def look(self) -> None:
+        """Look at once, also at versions that could not be served."""
+        self._refused.clear()
+        for now in self._now.values():
+            now.set()
+
+    async def _follow(self, served: Served, now: asyncio.Event) -> None:
         while True:
             with suppress(TimeoutError):
-                await asyncio.wait_for(self.now.wait(), self._every_s or None)
-            if self.now.is_set():
-                self._refused.clear()
-            self.now.clear()
-            self._also()
-            for served in list(self._models):
-                try:
-                    await self._look(served)
-                except Exception:
-                    log.exception("the model %s could not be looked after", served.order.name)
+                await asyncio.wait_for(now.wait(), self._every_s or None)
+            now.clear()
+            try:
+                await self._look(served)
+            except Exception:
+                log.exception("the model %s could not be looked after", served.order.name)
 
     async def _look(self, served: Served) -> None:
         name, current = served.order.name, served.handle.facts["version"]

@@ -17,6 +17,8 @@ from image_classifier.errors import CheckpointError, ConfigError, storage_errors
 from image_classifier.inference.load import pulled_checkpoint
 
 _REGISTERED = re.compile(r"models:/([^/@:\s]+)[@/]([^/@:\s]+)")
+_UNFINISHED = "download-"
+_DAY_S = 86_400
 _INSIDE = Path("artifacts/bundle")  # of a model of MLflow
 
 
@@ -81,13 +83,20 @@ class InRegistry:
         if not (place / INFO_NAME).is_file():
             with storage_errors(place):
                 self.cache.mkdir(parents=True, exist_ok=True)
-                with tempfile.TemporaryDirectory(dir=self.cache) as folder:
+                with tempfile.TemporaryDirectory(prefix=_UNFINISHED, dir=self.cache) as folder:
+                    self._clear(Path(folder).stat().st_mtime)
                     bundle = download(self.tracking_uri, source, Path(folder)) / _INSIDE
                     if not (bundle / INFO_NAME).is_file():
                         raise CheckpointError(f"{self.name}@{self.alias} holds no bundle", "register one: python commands.py promote NAME")
                     shutil.rmtree(place, ignore_errors=True)
                     os.rename(bundle, place)
         return place
+
+    def _clear(self, now: float) -> None:
+        """Remove downloads that a program left when it was ended in the middle of one."""
+        for folder in self.cache.glob(f"{_UNFINISHED}*"):
+            if now - folder.stat().st_mtime > _DAY_S:
+                shutil.rmtree(folder, ignore_errors=True)
 
 
 def place_of(where: str, models_dir: Path, dvc: bool | None, tracking_uri: str) -> Place:

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import array
 import asyncio
+import fcntl
 import logging
 import resource
+import termios
 import uuid
+from contextlib import suppress
 from typing import Any, ClassVar
 
 import h11
@@ -77,6 +81,7 @@ class PatientProtocol(H11Protocol):
         super().on_response_complete()
         if self.cycle.response_complete and self.conn.trailing_data[0] and self._head is None:  # half a head came with the request before
             self._head = self.loop.call_later(self.headers_s, self._late)
+        self._close_in_time()
 
     def connection_lost(self, exc: Exception | None) -> None:
         for timer in (self._head, self._unread):
@@ -86,7 +91,7 @@ class PatientProtocol(H11Protocol):
 
     def timeout_keep_alive_handler(self) -> None:
         super().timeout_keep_alive_handler()
-        self.loop.call_later(_UNREAD_S, self.transport.abort)  # closing waits until all is read
+        self._close_in_time()
 
     def pause_writing(self) -> None:
         super().pause_writing()
@@ -94,13 +99,18 @@ class PatientProtocol(H11Protocol):
 
     def resume_writing(self) -> None:
         super().resume_writing()
-        if self._unread is not None:
+        if self._unread is not None and not self.transport.is_closing():
             self._unread.cancel()
             self._unread = None
 
+    def _close_in_time(self) -> None:
+        """A connection that is being closed waits until its client has read all, or reads no more."""
+        if self.transport.is_closing() and self._unread is None:
+            self._read_on(None)
+
     def _read_on(self, before: int | None) -> None:
         """End the connection unless its client has read something since there were `before` bytes left."""
-        left = self.transport.get_write_buffer_size()
+        left = self.transport.get_write_buffer_size() + _queued(self.transport)
         if before is not None and before - left < _LEAST_READ:
             self.transport.abort()
         else:
@@ -121,9 +131,11 @@ class PatientProtocol(H11Protocol):
                 (b"content-length", str(len(content)).encode()),
                 (b"connection", b"close"),
             ]
-            for event in (h11.Response(status_code=400, headers=head, reason=b"Bad Request"), h11.Data(data=content), h11.EndOfMessage()):
-                self.transport.write(self.conn.send(event) or b"")
+            with suppress(h11.LocalProtocolError):  # an answer to HEAD has no content
+                for event in (h11.Response(status_code=400, headers=head, reason=b"Bad Request"), h11.Data(data=content), h11.EndOfMessage()):
+                    self.transport.write(self.conn.send(event) or b"")
         self.transport.close()
+        self._close_in_time()
 
     def _unsupported_upgrade_warning(self) -> None:
         """Another protocol is not taken up: HTTP/1.1 goes on, as it may."""
@@ -132,6 +144,14 @@ class PatientProtocol(H11Protocol):
         self._head = None
         if self.cycle is None or self.cycle.response_complete:
             self.transport.abort()
+
+
+def _queued(transport: asyncio.Transport) -> int:
+    """Bytes of an answer that the system has and the client not yet."""
+    queued = array.array("i", [0])
+    with suppress(OSError):  # not every system tells, nor of every socket
+        fcntl.ioctl(transport.get_extra_info("socket").fileno(), termios.TIOCOUTQ, queued)
+    return queued[0]
 
 
 def arguments(limits: RequestLimits) -> dict[str, Any]:

@@ -111,6 +111,7 @@ def serve(config: Any) -> None:
     asked = settings.typed(ServeSettings, config, "")
     access = Access(asked.access, asked.host)
     with contextlib.ExitStack() as stack:
+        stack.callback(signal.signal, signal.SIGHUP, signal.signal(signal.SIGHUP, signal.SIG_IGN))  # until there is something to look at again
         listening = stack.enter_context(_listening(asked.host, asked.port))
         if not access.needs_key and not is_loopback(asked.host):
             log.warning("everyone who can reach %s may ask: access.keys_file=FILE asks for a key", asked.host)
@@ -122,17 +123,19 @@ def serve(config: Any) -> None:
         from image_classifier.serving.models import Models, Reloader
         from image_classifier.serving.server import make_fence, serve_until
 
-        models, told = Models(started, asked.queue, asked.hang_s, asked.canary_s), _Told()
+        models, told = Models(started, asked.queue, asked.hang_s, asked.canary_s), Told()
         stack.enter_context(told.listening())
         traffic = Traffic(asked.drift)
         stack.callback(traffic.close)
         with logging_aside() as log_to:  # until after the last request, which may be ended by the loop's own end
             fence = make_fence(asked, access, models, traffic, log_to, told.ended.is_set)
-            reloader = Reloader(models, places, asked.reload_s, access.reread)
+            reloader = Reloader(models, places, asked.reload_s)
             try:
                 asyncio.run(serve_until(told, asked, fence, models, reloader, listening))
             except asyncio.CancelledError:
                 raise KeyboardInterrupt from None
+            finally:
+                signal.signal(signal.SIGHUP, signal.SIG_IGN)  # the loop has given it back
 
 
 def _places(asked: ServeSettings) -> dict[str, Place]:
@@ -164,7 +167,7 @@ def _listening(host: str, port: int) -> Iterator[socket.socket]:
         yield found
 
 
-class _Told:
+class Told:
     """What SIGINT and SIGTERM said: `ended` is set by the first, `hurry` called by a Ctrl-C after it."""
 
     def __init__(self) -> None:
@@ -175,7 +178,6 @@ class _Told:
     def listening(self) -> Iterator[None]:
         """Hear them; the program then ends with 0, as it was told to."""
         before = {number: signal.signal(number, self._hear) for number in (signal.SIGINT, signal.SIGTERM)}
-        before[signal.SIGHUP] = signal.signal(signal.SIGHUP, signal.SIG_IGN)  # until there is something to look at again
         try:
             yield
         finally:

@@ -187,9 +187,10 @@ _JSON: dict[str, Any] = {
 
 
 def _body(images: dict[str, Any], example: dict[str, Any], of_form: dict[str, Any]) -> dict[str, Any]:
-    fields = {"images": images, "top_k": _JSON["properties"]["top_k"]}
-    form = {"schema": {"type": "object", "required": ["images"], "additionalProperties": False, "properties": fields}, "example": of_form}
-    return {"requestBody": {"required": True, "content": {"multipart/form-data": form, "application/json": {"schema": _JSON, "example": example}}}}
+    known = _JSON["properties"] if "top_k" in example else {"images": _JSON["properties"]["images"]}
+    form = {"schema": {**_JSON, "properties": {**known, "images": images}}, "example": of_form}
+    plain = {"schema": {**_JSON, "properties": known}, "example": example}
+    return {"requestBody": {"required": True, "content": {"multipart/form-data": form, "application/json": plain}}}
 
 
 _FILE = {"type": "string", "format": "binary"}

@@ -8,7 +8,7 @@ import signal
 import socket
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager, contextmanager
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import uvicorn
 
@@ -25,16 +25,9 @@ from image_classifier.serving.traffic import Traffic
 from image_classifier.serving.uploads import Uploads
 
 if TYPE_CHECKING:
-    from image_classifier.serving.run import ServeSettings
+    from image_classifier.serving.run import ServeSettings, Told
 
 log = logging.getLogger(__name__)
-
-
-class Told(Protocol):
-    """What signals said: `ended` is set by the first, `hurry` called by a Ctrl-C after it."""
-
-    ended: asyncio.Event
-    hurry: Callable[[], object]
 
 
 def make_fence(asked: ServeSettings, access: Access, models: Models, traffic: Traffic, log_to: Writes, stopping: Callable[[], bool]) -> Fence:
@@ -49,13 +42,21 @@ def make_fence(asked: ServeSettings, access: Access, models: Models, traffic: Tr
 async def serve_until(told: Told, asked: ServeSettings, fence: Fence, models: Models, reloader: Reloader, listening: socket.socket) -> None:
     """Serve at a socket that listens, until `told` to end."""
     server = _Server(_config(asked, fence), lambda: _say(models, listening))
-    asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, reloader.now.set)  # from now on all signals wake the loop
+
+    def look() -> None:
+        fence.access.reread()
+        reloader.look()
+
+    asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, look)  # from now on all signals wake the loop
     if (main := asyncio.current_task()) is not None:
         told.hurry = main.cancel
     async with _running(models, told.ended) as are_running, asyncio.TaskGroup() as group:
         if not are_running:
             return
-        tasks = [group.create_task(work) for work in (reloader.run(), models.keep_asking(), _end(server, told.ended))]
+        tasks = [
+            group.create_task(work)
+            for work in (reloader.run(), _reread(fence.access, asked.reload_s), models.keep_asking(), _end(server, told.ended))
+        ]
         await server.serve([listening])
         told.ended.set()
         for task in tasks:
@@ -70,7 +71,7 @@ def _config(asked: ServeSettings, fence: Fence) -> uvicorn.Config:
         access_log=False,
         server_header=False,
         proxy_headers=bool(asked.access.proxies),
-        forwarded_allow_ips=asked.access.proxies,
+        forwarded_allow_ips=asked.access.trusted_proxies(),
         timeout_graceful_shutdown=max(1, round(asked.drain_s)),
         **protocol.arguments(asked.request),
     )
@@ -106,6 +107,12 @@ async def _running(models: Models, ended: asyncio.Event) -> AsyncIterator[bool]:
             task.cancel()
         await asyncio.gather(starting, ending, return_exceptions=True)
         await models.stop()
+
+
+async def _reread(access: Access, every_s: float) -> None:
+    while every_s:
+        await asyncio.sleep(every_s)
+        access.reread()
 
 
 async def _end(server: Any, ended: asyncio.Event) -> None:

@@ -43,9 +43,9 @@ class ImageAsked(BaseModel):
 class PredictRequest(BaseModel):
     """A JSON request."""
 
-    model_config = ConfigDict(extra="forbid", json_schema_extra={"examples": [{"images": [{"name": "cat.jpg", "base64": "/9j/4AAQ…"}], "top_k": 3}]})
+    model_config = ConfigDict(extra="forbid")
     images: Annotated[list[ImageAsked], Field(min_length=1), FailFast()]
-    top_k: TopK | None = None
+    top_k: Annotated[TopK | None, Field(strict=True)] = None
 
 
 class Upload:

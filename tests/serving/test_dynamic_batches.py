@@ -169,6 +169,18 @@ def test_a_few_rows_that_take_no_time_get_no_batch_beside_another(model: Model, 
     answers.of(11)
 
 
+def test_what_has_waited_long_waits_for_no_runner_that_hangs(model: Model, make: Callable[..., Batches]) -> None:
+    batches, answers, others = make(runners=2, max_ms=50), Answers(), Answers()
+    batches.put(Work(rows(1), answers.append))
+    answers.of(1)
+    held(model, batches, answers)
+    batches.put(Work(rows(2), others.append))
+    while len(model.sizes) < 3:
+        time.sleep(0.001)
+    model.open.set()
+    assert int(others.of(1)[0].logits[0, 0]) == 2
+
+
 def test_urgent_work_waits_for_no_batch_where_another_runner_is_free(model: Model, make: Callable[..., Batches]) -> None:
     batches, answers, urgent = make(runners=2), Answers(), Answers()
     held(model, batches, answers)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import signal
+import time
 from pathlib import Path
 
 import pytest
@@ -80,7 +82,25 @@ def test_only_proxies_of_ours_say_who_asks(digits_bundle: Path, tmp_path: Path, 
         assert server.end() == 0
 
 
+def test_a_running_server_looks_at_its_keys_again(digits_bundle: Path, tmp_path: Path) -> None:
+    file = tmp_path / "keys.txt"
+    file.write_text(f"old {OLD}\n")
+    server = start_server(tmp_path, digits_bundle, "access.keys_file=keys.txt", "reload_s=0")
+    try:
+        file.write_text(f"new\t{NEW}\n")
+        assert server.ask("GET", "/models", headers={"X-API-Key": OLD}).status == 200
+        server.process.send_signal(signal.SIGHUP)
+        _log_of(server.log, "there are other keys now", 1)
+        assert server.ask("GET", "/models", headers={"X-API-Key": OLD}).status == 401
+        assert server.ask("GET", "/models", headers={"X-API-Key": NEW}).status == 200
+        assert '"key": "new"' in _log_of(server.log, '"path": "/models"', 3)
+    finally:
+        assert server.end() == 0
+
+
 def _log_of(log: Path, word: str, times: int) -> str:
+    end = time.monotonic() + 30
     while (text := log.read_text()).count(word) < times:
-        pass
+        assert time.monotonic() < end, text
+        time.sleep(0.01)
     return text

@@ -1,6 +1,6 @@
 // The answers as a table that a spreadsheet opens, and runs nothing of.
 
-const COLUMNS = ["path", "predicted_class", "confidence", "decision", "reason", "model", "model_version"];
+const COLUMNS = ["path", "predicted_class", "confidence", "decision", "reason", "model", "model_version", "sent_as"];
 
 /** A cell: what a spreadsheet would run as a formula becomes text, what would break the row is quoted. */
 function cell(value) {
@@ -18,10 +18,13 @@ export function table(entries) {
     const [label, confidence, decision, reason] = answer
       ? [answer.predicted_class, answer.confidence, answer.decision, answer.reason]
       : ["", "", error ? "error" : "", errorText];
-    return [entry.name, label, confidence, decision, reason, entry.modelName, entry.version, ...classes.map((name) => shares.get(name) ?? "")];
+    return [entry.name, label, confidence, decision, reason, entry.modelName, entry.version, sentAs(entry.shrunk), ...classes.map((name) => shares.get(name) ?? "")];
   });
   return `\ufeff${[[...COLUMNS, ...classes], ...rows].map((row) => row.map(cell).join(",")).join("\r\n")}\r\n`;
 }
+
+/** The size of the picture that was sent where it was made smaller. */
+const sentAs = (shrunk) => (shrunk ? `${shrunk.width} x ${shrunk.height}` : "");
 
 export function save(text, name) {
   const link = document.createElement("a");

@@ -131,8 +131,9 @@ export class Sender {
 
 /** What is too large is made smaller, if the server reads its kind; where the browser cannot, it stays what it is. */
 async function fit(entry, limits) {
-  if (await obstacle(entry.file, { ...limits, max_bytes: Infinity })) return;
-  const smaller = await fitted(entry.file, limits);
+  const original = entry.file; // the entry may be removed meanwhile
+  if (await obstacle(original, { ...limits, max_bytes: Infinity })) return;
+  const smaller = await fitted(original, limits).catch(() => null);
   if (!smaller || entry.removed) return;
   const { file, ...shrunk } = smaller;
   Object.assign(entry, { file, shrunk, size: file.size });

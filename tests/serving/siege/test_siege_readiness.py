@@ -19,6 +19,7 @@ from image_classifier.errors import CheckpointError, ServerError
 from image_classifier.images import DecodeLimits
 from image_classifier.serving import model_process, models
 from image_classifier.serving.batches import BatchSettings
+from image_classifier.serving.lines import Aside
 from image_classifier.serving.model_process import ModelProcess
 from image_classifier.serving.models import Models, Reloader
 from image_classifier.serving.order import Model, Order
@@ -153,7 +154,7 @@ def test_a_decoder_or_a_model_that_hangs_ends_its_process(hangs: str, ended: thr
     backend = SimpleNamespace(logits=wait)
     predictor = SimpleNamespace(detector=None, limits=DecodeLimits(), backend=backend, preprocess=preprocess)
     model: Any = SimpleNamespace(predictor=predictor)
-    process = ModelProcess(model, order, lambda message: None)  # type: ignore[arg-type]
+    process = ModelProcess(model, order, lambda message: None, Aside(2))  # type: ignore[arg-type]
     process.take({"do": "image", "id": 1, "name": "a.png"}, model_process._png(np.zeros((3, 8, 8), np.uint8)))
     assert ended.wait(10)
     go_on.set()
@@ -191,7 +192,7 @@ def test_a_version_that_failed_once_is_tried_again_later_and_at_once_when_told(m
         while len(tries) < 2:
             await asyncio.sleep(0.05)
         assert tries[1] - tries[0] >= 0.9  # not before the pause is over
-        reloader.now.set()
+        reloader.look()
         while len(tries) < 3:
             await asyncio.sleep(0.01)
         assert tries[2] - tries[1] < 1.5  # twice the pause would be two seconds
