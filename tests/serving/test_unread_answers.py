@@ -55,24 +55,23 @@ def test_it_is_gone_in_time(monkeypatch: pytest.MonkeyPatch, size: int, more: by
 
 
 def test_a_client_that_goes_on_reading_gets_all(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(protocol, "_UNREAD_S", 0.1)
+    monkeypatch.setattr(protocol, "_UNREAD_S", 0.2)
     size = 3_000_000
 
     async def scenario() -> int:
         config = uvicorn.Config(app_of(size), lifespan="off", log_config=None, **protocol.arguments(RequestLimits()))
         config.load()
-        ours, theirs = socket.socketpair()
-        ours.setblocking(False)
-        loop = asyncio.get_running_loop()
         make: Any = config.http_protocol_class
-        await loop.connect_accepted_socket(lambda: make(config=config, server_state=ServerState(), app_state={}), ours)
-        reader, writer = await asyncio.open_connection(sock=theirs, limit=2**14)
+        loop = asyncio.get_running_loop()
+        server = await loop.create_server(lambda: make(config=config, server_state=ServerState(), app_state={}), "127.0.0.1", 0)
+        reader, writer = await asyncio.open_connection(*server.sockets[0].getsockname(), limit=2**14)
         writer.write(b"GET / HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n")
         count = 0
         while part := await reader.read(2**15):
             count += len(part)
             await asyncio.sleep(0.02)
         writer.close()
+        server.close()
         return count
 
     assert asyncio.run(scenario()) > size
