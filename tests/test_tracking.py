@@ -73,6 +73,7 @@ def test_a_value_the_store_refuses_does_not_block_the_others(tmp_path: Path, mon
     assert read_back(f"sqlite:///{tmp_path}/mlflow.db", tracker.run_id)[0] == {"train/loss": 1.0}
 
 
+@pytest.mark.slow
 def test_a_run_that_goes_on_logs_nothing_twice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     runs = []

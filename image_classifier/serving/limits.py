@@ -114,14 +114,15 @@ class Share:
                 return self.take(count)
             except Refusal:
                 slowest = min(self._memory.coming, key=lambda share: share._since)
-                if self._over or slowest is self or self._since - slowest._since < _STALLED_S:
+                if self._over or slowest is self or time.monotonic() - slowest._since < _STALLED_S:
                     raise
                 slowest._give_way()
 
     def _give_way(self) -> None:
         self._memory.coming.discard(self)
         self.end()
-        self._limit.reschedule(0)
+        if not self._limit.expired():
+            self._limit.reschedule(0)
 
     def end(self) -> None:
         """Give all of it back: the request is over."""

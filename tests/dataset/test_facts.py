@@ -197,6 +197,7 @@ def change(folder: Path, what: str, one: str, other: str, colour: int) -> None:
         shutil.copy2(path, second)
 
 
+@pytest.mark.slow
 @given(rounds=st.lists(st.lists(CHANGES, max_size=4), min_size=1, max_size=4))
 @settings(max_examples=20, deadline=None)
 def test_whatever_happens_between_scans_the_facts_are_those_of_a_fresh_look(tmp_path_factory, rounds):

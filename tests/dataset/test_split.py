@@ -316,9 +316,8 @@ def simpsons(shared_data: Path) -> Manifest:
     return join_groups(manifest, twins.first, twins.second)
 
 
-@pytest.mark.parametrize(
-    "settings", [SplitSettings(val=0.16, test=0.2, seed=83), pytest.param(SplitSettings(val=0.05, test=0.05, seed=2024), marks=pytest.mark.slow)]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("settings", [SplitSettings(val=0.16, test=0.2, seed=83), SplitSettings(val=0.05, test=0.05, seed=2024)])
 def test_real_frames_of_one_shot_stay_in_one_part_and_recipes_hold(simpsons: Manifest, settings):
     dealt = assign_splits(simpsons, settings)
     assert len({record.group for record in simpsons}) < len(simpsons) - 500

@@ -153,6 +153,7 @@ def test_no_sample_is_refused(tmp_path: Path) -> None:
         plots.plot_samples([], [], [], [], tmp_path / "samples.png")
 
 
+@pytest.mark.slow
 def test_odd_names_neither_crash_nor_warn_nor_overlap(tmp_path: Path, drawn: list[Figure]) -> None:
     image = np.zeros((8, 8, 3), dtype=np.uint8)
     count = len(ODD)

@@ -26,6 +26,7 @@ from image_classifier.images import decode
 from image_classifier.inference.load import load_predictor
 from tests.conftest import ROOT, Command, run_command
 
+pytestmark = pytest.mark.slow
 BIN = Path(sys.executable).parent
 READY_S = 90
 
@@ -42,7 +43,6 @@ def exported(trained: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "here"
 
 
-@pytest.mark.slow
 def test_every_way_to_give_a_picture_has_the_answer_of_infer(exported: Path) -> None:
     from image_classifier.tracking import load_pyfunc
 
@@ -169,7 +169,6 @@ def served(exported: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.Captur
         process.wait()
 
 
-@pytest.mark.slow
 def test_the_champion_is_served_and_answers_pictures(served: str, exported: Path) -> None:
     def asked(content: object) -> tuple[int, Any]:
         request = urllib.request.Request(f"{served}/invocations", json.dumps(content).encode(), {"Content-Type": "application/json"})

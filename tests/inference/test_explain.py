@@ -206,6 +206,7 @@ def share_of_hits(name: str, steps: int, count: int) -> float:
     return hits / count
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("one_thread")
 def test_a_trained_transformer_points_at_what_it_learnt() -> None:
     assert share_of_hits("timm vit, class token", 75, 20) >= 0.8

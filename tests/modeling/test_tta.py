@@ -72,7 +72,8 @@ def test_training_sees_each_image_once() -> None:
         assert torch.equal(classifier(pixels), classifier.classify(classifier.embed(pixels)))
 
 
-@pytest.mark.parametrize("tta", ["flip", pytest.param("shift", marks=pytest.mark.slow), pytest.param("flip_shift", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("tta", ["flip", "shift", "flip_shift"])
 def test_torch_onnx_and_a_reloaded_checkpoint_agree(tta: str, tmp_path: Path) -> None:
     classifier = classifier_with(tta)
     export_onnx(classifier, SIZE, {}, tmp_path / "model.onnx")

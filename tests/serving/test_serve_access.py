@@ -70,6 +70,7 @@ def test_settings_that_cannot_be(wrong: dict[str, object]) -> None:
         Access(AccessSettings(**wrong), "127.0.0.1")  # type: ignore[arg-type]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("proxies", "status"), [("[]", 429), ("[127.0.0.0/8]", 200)])
 def test_only_proxies_of_ours_say_who_asks(digits_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, proxies: str, status: int) -> None:
     monkeypatch.setitem(os.environ, "FORWARDED_ALLOW_IPS", "*")

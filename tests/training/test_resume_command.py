@@ -90,6 +90,7 @@ def refused(answer: Answer, *says: str) -> bool:
     return answer.code == 2 and last.startswith("error: ") and all(text in last for text in says)
 
 
+@pytest.mark.slow
 def test_a_stopped_run_goes_on_by_its_name_alone_and_ends_as_one_never_stopped(command: Command, stopped: Any) -> None:
     assert command("train", *SHORT, "name=whole").code == 0
     assert stopped(*SHORT, "name=cut").code == 143

@@ -73,6 +73,7 @@ def test_what_shows_only_while_running_is_one_line_too(command: Command, line: t
     assert not Path("models/run").exists()
 
 
+@pytest.mark.slow
 def test_a_trial_run_of_one_batch_works(command: Command) -> None:
     assert command("train", *SMALL[:-3], "name=run", "model.backbone.channels=[4,8]", "+trainer.fast_dev_run=true").code == 0
 

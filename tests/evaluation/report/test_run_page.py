@@ -167,6 +167,7 @@ def test_an_axis_holds_all_its_values(values: list[float], percent: bool) -> Non
     assert scale.low <= min(values) <= max(values) <= scale.high and scale.low < scale.high
 
 
+@pytest.mark.slow
 def test_a_thousand_classes_stay_below_ten_megabytes(tmp_path: Path, command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
     make_run(tmp_path, num_classes=1000, each=4, pictures=False)
     monkeypatch.chdir(tmp_path)

@@ -116,6 +116,7 @@ def test_bodies_together_have_a_limit_too(small: Victim) -> None:
         assert status == 503 and b"bodies" in content and "retry-after" in headers
 
 
+@pytest.mark.slow
 def test_a_body_that_does_not_go_on_gives_way(digits_bundle: Path, tmp_path: Path, seven: bytes) -> None:
     with victim(tmp_path, digits_bundle, "request.max_memory=70000000") as found, ExitStack() as stack:
         (held,) = opened(found, 1, stack, head("POST", "/predict", bytes(60_000_000)) + bytes(59_990_000))
@@ -125,6 +126,7 @@ def test_a_body_that_does_not_go_on_gives_way(digits_bundle: Path, tmp_path: Pat
         assert found.predict(seven)["predictions"]
 
 
+@pytest.mark.slow
 def test_whoever_is_refused_in_the_middle_of_a_large_body_hears_why(digits_bundle: Path, tmp_path: Path) -> None:
     (tmp_path / "keys.txt").write_text("0123456789abcdef\n")
     with victim(tmp_path, digits_bundle, "access.keys_file=keys.txt", "request.headers_s=2") as found, closing(found.connect()) as connection:
