@@ -55,7 +55,8 @@ def test_the_first_signal_waits_for_the_step_and_the_second_does_not(
         os.kill(os.getpid(), number)
         steps = 1
     assert steps == 1 and caught.value.code == 128 + number
-    assert "finishing the step under way" in capfd.readouterr().err
+    said = capfd.readouterr().err
+    assert "finishing the step under way" in said and said.splitlines()[-1].startswith(f"stopped by {number.name} after the last step")
     monkeypatch.setattr(signals_file, "_ECHO_S", 0.0)
     with pytest.raises((SystemExit, KeyboardInterrupt)), signals.caught(), signals.deferred():
         os.kill(os.getpid(), number)

@@ -61,7 +61,8 @@ class Signals:
             yield
         finally:
             self._deferred = False
-        if self.received:
+        if self.received:  # after the last step was looked at
+            os.write(2, f"stopped by {signal.Signals(self.received).name} after the last step; the same command with resume=last goes on\n".encode())
             raise SystemExit(128 + self.received)
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
