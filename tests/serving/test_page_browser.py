@@ -25,7 +25,7 @@ def picture(tmp_path: Path) -> Callable[..., Path]:
 
 def test_a_chosen_image_is_answered_with_bars_and_honest_percentages(opened: Open, picture: Any, stub: StubServer) -> None:
     tab = opened()
-    assert tab.page.locator("#classes li").count() == len(CLASSES) and tab.page.locator("#history").is_hidden()
+    assert tab.wait("#classes li", len(CLASSES)) and tab.page.locator("#history").is_hidden()
     tab.send(picture("roses.png"))
     tab.wait(".entry.done", 1)
     assert tab.texts(".verdict bdi") == ["roses"] and re.fullmatch(r"9\d\.\d%", tab.texts(".verdict b")[0])
@@ -102,7 +102,7 @@ def test_files_that_cannot_be_answered_say_why_in_words(opened: Open, picture: A
 
 
 def test_many_files_fly_a_few_at_a_time(opened: Open, picture: Any, stub: StubServer) -> None:
-    stub.stub.delay_s = 0.05
+    stub.stub.delay_s = 0.3
     tab = opened()
     tab.send(*(picture(f"{number:03d}-{CLASSES[number % 5]}.png") for number in range(70)))
     assert "of 70 answered" in tab.wait("#progress-text", 1).text_content()
@@ -224,13 +224,13 @@ def test_the_answers_are_a_table_that_runs_nothing(opened: Open, picture: Any, t
     content = Path(download.value.path()).read_bytes()
     assert content.startswith(b"\xef\xbb\xbf")
     heading, *rows = csv.reader(io.StringIO(content.decode("utf-8-sig"), newline=""))
-    assert heading[:7] == ["path", "predicted_class", "confidence", "decision", "reason", "model", "model_version"]
-    assert sorted(heading[7:]) == sorted({*CLASSES, "'=1+1"} - {"=1+1"})
+    assert heading[:8] == ["path", "predicted_class", "confidence", "decision", "reason", "model", "model_version", "sent_as"]
+    assert sorted(heading[8:]) == sorted({*CLASSES, "'=1+1"} - {"=1+1"})
     by_path = {row[0]: row for row in rows}
     assert set(by_path) == {"roses, red.png", "'=1+1.png", "unsure.png", "bad.png"}
     assert by_path["'=1+1.png"][1] == "'=1+1" and by_path["unsure.png"][3] == "abstain" and by_path["unsure.png"][4].startswith("not sure enough")
     assert by_path["bad.png"][1:4] == ["", "", "error"] and "cut off" in by_path["bad.png"][4]
-    assert sum(map(float, by_path["roses, red.png"][7:])) == pytest.approx(1)
+    assert sum(map(float, by_path["roses, red.png"][8:])) == pytest.approx(1)
 
 
 def test_the_answers_survive_a_reload_until_they_are_cleared(opened: Open, picture: Any) -> None:
