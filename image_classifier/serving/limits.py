@@ -113,7 +113,7 @@ class Share:
             try:
                 return self.take(count)
             except Refusal:
-                slowest = min(self._memory.coming, key=lambda share: share._since)
+                slowest = min(self._memory.coming, key=lambda share: share._since, default=self)
                 if self._over or slowest is self or time.monotonic() - slowest._since < _STALLED_S:
                     raise
                 slowest._give_way()

@@ -12,6 +12,7 @@ import socket
 import sys
 import threading
 import time
+import traceback
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -241,6 +242,17 @@ def main(descriptor: int) -> None:
     for ignored in (signal.SIGINT, signal.SIGTERM):  # the server decides when the last answer is out
         signal.signal(ignored, signal.SIG_IGN)
     sys.stderr = errors = Aside(2)  # which nobody may be reading
+    code = 0
+    try:
+        _answer(descriptor, errors)
+    except Exception:
+        traceback.print_exc()
+        code = 1
+    errors.end()
+    os._exit(code)  # threads may still be decoding, for nobody
+
+
+def _answer(descriptor: int, errors: Aside) -> None:
     with socket.socket(fileno=descriptor) as connection, connection.makefile("rb") as stream:
         lock = threading.Lock()
 
@@ -260,13 +272,10 @@ def main(descriptor: int) -> None:
             process = ModelProcess(model, order, send, errors)
         except ClassifierError as error:
             send(wire.packed({"refused": [error.fact, error.hint]}))
-            errors.end()
             return
         send(wire.packed({"ready": model.facts()}))
         while message := wire.read(stream):
             process.take(*message)
-    errors.end()
-    os._exit(0)  # threads may still be decoding, for nobody
 
 
 if __name__ == "__main__":

@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import logging
 import os
+import socket
+import subprocess
+import sys
 import threading
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from image_classifier.serving import lines
+from image_classifier.serving import lines, wire
 from image_classifier.serving.lines import Aside, Lines
+from tests.conftest import ROOT
 
 
 @given(st.lists(st.text(max_size=50), max_size=50))
@@ -67,3 +71,12 @@ def test_a_pipe_that_nobody_reads_holds_nobody_up(monkeypatch: pytest.MonkeyPatc
         found += os.read(reading, 2**16)
     assert [int(line.split()[0]) for line in found.decode().splitlines() if line.endswith("xx")][:2999] == list(range(2999))
     os.close(reading)
+
+
+def test_a_models_process_that_fails_says_why_before_it_ends() -> None:
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        ours.sendall(wire.packed({"what": "is no order"}))
+        line = [sys.executable, "-m", "image_classifier.serving.model_process", str(theirs.fileno())]
+        done = subprocess.run(line, cwd=ROOT, pass_fds=[theirs.fileno()], capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 1 and "TypeError" in done.stderr
