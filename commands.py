@@ -20,7 +20,9 @@ _OF_TRAIN = (
     "onnx onnxscript scipy sklearn cleanlab matplotlib pyarrow"
 )
 _OF_SERVE = "fastapi uvicorn starlette pydantic python_multipart prometheus_client"
-_OPTIONAL = dict.fromkeys(_OF_TRAIN.split(), "train") | dict.fromkeys(_OF_SERVE.split(), "serve")  # package -> the extra that brings it
+_OPTIONAL = dict.fromkeys(_OF_TRAIN.split(), "train") | dict.fromkeys(
+    _OF_SERVE.split(), "serve"
+)  # package -> the extra that brings it
 
 
 class Commands:

@@ -45,7 +45,11 @@ def report(count: int, side: int, hardware: Hardware, rounds: int) -> None:
     pixels = photographs(count, side).contiguous(memory_format=layout)
     targets = torch.arange(count) % _CLASSES
     step = network_step(pixels, targets, hardware, layout)
-    recipes = {path.stem: recipe(path.stem, pixels, targets) for path in sorted((ROOT / "conf/augment").glob("*.yaml")) if path.stem != "none"}
+    recipes = {
+        path.stem: recipe(path.stem, pixels, targets)
+        for path in sorted((ROOT / "conf/augment").glob("*.yaml"))
+        if path.stem != "none"
+    }
     for warm in (step, *recipes.values()):
         warm(0)
     times: dict[str, list[float]] = {name: [] for name in ("network", *recipes)}
@@ -56,7 +60,9 @@ def report(count: int, side: int, hardware: Hardware, rounds: int) -> None:
             for repeat in range(repeats):
                 action(1 + repeats * number + repeat)
             times[name].append((time.perf_counter() - start) / repeats)
-    print(f"batch {count}, {side} px: forward and backward of resnet18 {1e3 * statistics.median(times['network']):.0f} ms")
+    print(
+        f"batch {count}, {side} px: forward and backward of resnet18 {1e3 * statistics.median(times['network']):.0f} ms"
+    )
     for name in recipes:
         ratio = statistics.median(own / network for own, network in zip(times[name], times["network"], strict=True))
         print(f"  {name:12} {1e3 * statistics.median(times[name]):7.1f} ms   ratio {ratio:.3f}")
@@ -68,7 +74,9 @@ def photographs(count: int, side: int) -> torch.Tensor:
     return (255 * functional.interpolate(coarse, size=side, mode="bilinear")).to(torch.uint8)
 
 
-def network_step(pixels: torch.Tensor, targets: torch.Tensor, hardware: Hardware, layout: torch.memory_format) -> Callable[[int], None]:
+def network_step(
+    pixels: torch.Tensor, targets: torch.Tensor, hardware: Hardware, layout: torch.memory_format
+) -> Callable[[int], None]:
     network = torchvision.models.resnet18(num_classes=_CLASSES).to(memory_format=layout)
 
     def step(_: int) -> None:

@@ -71,7 +71,9 @@ def _step(
     optimizer = torch.optim.SGD(network.parameters(), lr=0.01, momentum=0.9, fused=fused)
     if compiled:
         network.compile()
-    pixels = torch.randint(0, 256, (options.batch, 3, options.px, options.px), dtype=torch.uint8).contiguous(memory_format=layout)
+    pixels = torch.randint(0, 256, (options.batch, 3, options.px, options.px), dtype=torch.uint8).contiguous(
+        memory_format=layout
+    )
     targets = torch.randint(0, 10, (options.batch,))
 
     def step() -> None:

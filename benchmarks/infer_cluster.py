@@ -36,7 +36,9 @@ def main() -> None:
     parser.add_argument("--workers", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--batch_size", type=int, default=64)
     options = parser.parse_args()
-    found = sorted(path for path in options.images.resolve().rglob("*") if path.suffix.lower() in (".png", ".jpg", ".jpeg"))
+    found = sorted(
+        path for path in options.images.resolve().rglob("*") if path.suffix.lower() in (".png", ".jpg", ".jpeg")
+    )
     paths = [found[number % len(found)] for number in range(options.count)]
     predictor = load_predictor(options.bundle, batch_size=options.batch_size)
     used = {"local": cores(), **{f"ray, {workers} workers": workers for workers in options.workers}}
@@ -49,10 +51,15 @@ def main() -> None:
             starts[name].append(start)
             print(f"{name}: {speed:.1f} images/s, start and end {start:.1f} s", flush=True)
     for name, processors in used.items():
-        speed, ratio = statistics.median(speeds[name]), statistics.median(a / b for a, b in zip(speeds[name], speeds["local"], strict=True))
+        speed, ratio = (
+            statistics.median(speeds[name]),
+            statistics.median(a / b for a, b in zip(speeds[name], speeds["local"], strict=True)),
+        )
         cost = 1e6 / speed / 3600 * processors * options.price
         start = statistics.median(starts[name])
-        print(f"{name:<14} {processors} cores {speed:8.1f} images/s  / local {ratio:.2f}  start and end {start:.1f} s  a million images: {cost:.3g}")
+        print(
+            f"{name:<14} {processors} cores {speed:8.1f} images/s  / local {ratio:.2f}  start and end {start:.1f} s  a million images: {cost:.3g}"
+        )
 
 
 def _here(predictor: Predictor, paths: list[Path]) -> tuple[float, float]:
@@ -66,10 +73,22 @@ def _on_ray(options: argparse.Namespace, paths: list[Path], workers: int) -> tup
     with tempfile.TemporaryDirectory() as folder:
         table, output = Path(folder) / "list.csv", Path(folder) / "answers"
         table.write_text("path\n" + "".join(f'"{path}"\n' for path in paths))
-        line = [sys.executable, str(ROOT / "commands.py"), "infer", "--checkpoint_name", str(options.bundle), "--images", str(table)]
+        line = [
+            sys.executable,
+            str(ROOT / "commands.py"),
+            "infer",
+            "--checkpoint_name",
+            str(options.bundle),
+            "--images",
+            str(table),
+        ]
         line += ["--format", "parquet", "--output", str(output), "--batch_size", str(options.batch_size)]
         start = time.perf_counter()
-        subprocess.run([*line, "--engine", "ray", "--ray.workers", str(workers), "--ray.shard_batches", "1"], check=True, capture_output=True)
+        subprocess.run(
+            [*line, "--engine", "ray", "--ray.workers", str(workers), "--ray.shard_batches", "1"],
+            check=True,
+            capture_output=True,
+        )
         whole = time.perf_counter() - start
         written = sorted(path.stat().st_mtime for path in output.glob("part-*"))
         seconds = written[-1] - written[workers - 1]

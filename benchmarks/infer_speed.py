@@ -37,7 +37,9 @@ def main() -> None:
             seconds, answers[backend] = _timed(options.bundle, backend, paths)
             times[backend].append(seconds)
     for backend, seconds in times.items():
-        print(f"{len(paths)} images, {backend}: median {statistics.median(seconds):.2f} s, each {[round(value, 2) for value in seconds]}")
+        print(
+            f"{len(paths)} images, {backend}: median {statistics.median(seconds):.2f} s, each {[round(value, 2) for value in seconds]}"
+        )
     ratios = [slow / fast for fast, slow in zip(times["onnx"], times["checkpoint"], strict=True)]
     print(f"checkpoint / onnx: median {statistics.median(ratios):.2f}")
     pairs = list(zip(answers["onnx"], answers["checkpoint"], strict=True))

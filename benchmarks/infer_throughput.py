@@ -57,7 +57,9 @@ def main() -> None:
         model = options.bundle or _untrained(Path(folder) / "resnet18.onnx")
         predictor = load_predictor(model, options.backend if options.bundle else None)
         paths = (found * (options.count // len(found) + 1))[: options.count]
-        print(f"{len(found)} files, {statistics.median(path.stat().st_size for path in found) / 1e3:.0f} kB each; backend {predictor.backend_name}")
+        print(
+            f"{len(found)} files, {statistics.median(path.stat().st_size for path in found) / 1e3:.0f} kB each; backend {predictor.backend_name}"
+        )
         _speed(predictor, paths, options.rounds, model)
         for count in options.memory:
             print(f"{count} images: at most {_peak(model, predictor.backend_name, found, count):.0f} MiB", flush=True)
@@ -69,7 +71,9 @@ def _speed(predictor: Predictor, paths: list[Path], rounds: int, model: Path) ->
         "decode alone": lambda: _decode(predictor, paths),
         "backend alone": lambda: [predictor.judge(pixels) for _ in range(len(paths) // len(pixels))],
         "infer": lambda: sum(1 for _ in predictor.predict(paths)),
-        "plain loop": lambda: _plain(model / "model.onnx" if model.is_dir() else model, predictor.preprocess.size, paths),
+        "plain loop": lambda: _plain(
+            model / "model.onnx" if model.is_dir() else model, predictor.preprocess.size, paths
+        ),
     }
     speeds: dict[str, list[float]] = {name: [] for name in sides}
     for _ in range(rounds):
@@ -81,7 +85,9 @@ def _speed(predictor: Predictor, paths: list[Path], rounds: int, model: Path) ->
         print(f"{name:<14} median {statistics.median(each):.1f} images/s, each {[round(speed, 1) for speed in each]}")
     halves = list(zip(speeds["decode alone"], speeds["backend alone"], strict=True))
     slower = [speed / min(pair) for speed, pair in zip(speeds["infer"], halves, strict=True)]
-    shared = [speed * (1 / decode + 1 / backend) for speed, (decode, backend) in zip(speeds["infer"], halves, strict=True)]
+    shared = [
+        speed * (1 / decode + 1 / backend) for speed, (decode, backend) in zip(speeds["infer"], halves, strict=True)
+    ]
     plain = [speed / loop for speed, loop in zip(speeds["infer"], speeds["plain loop"], strict=True)]
     print(f"infer / slower of the two: {statistics.median(slower):.2f}")
     print(f"infer / what the cores allow where both halves use all of them: {statistics.median(shared):.2f}")
@@ -105,7 +111,17 @@ def _plain(model: Path, size: int, paths: list[Path]) -> None:
 
 def _peak(model: Path, backend: str, found: list[Path], count: int) -> float:
     lines = "".join(f"{found[number % len(found)]}\n" for number in range(count))
-    command = [sys.executable, "-c", PEAK, str(ROOT / "commands.py"), "infer", "--checkpoint_name", str(model), "--backend", backend]
+    command = [
+        sys.executable,
+        "-c",
+        PEAK,
+        str(ROOT / "commands.py"),
+        "infer",
+        "--checkpoint_name",
+        str(model),
+        "--backend",
+        backend,
+    ]
     with tempfile.TemporaryDirectory() as folder:
         line = [*command, "--format", "jsonl", "--images", "-", "--output", str(Path(folder) / "answers.jsonl")]
         done = subprocess.run(line, input=lines, text=True, capture_output=True, check=True)

@@ -52,16 +52,33 @@ def main() -> None:
         return
     _speed(options)
     for rows in options.rows:
-        command = [sys.executable, __file__, options.folder, "--memory-of", str(rows), "--size", "32", "--batch", str(options.batch)]
-        print(f"memory over {rows:9,} rows: {subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()}", flush=True)
+        command = [
+            sys.executable,
+            __file__,
+            options.folder,
+            "--memory-of",
+            str(rows),
+            "--size",
+            "32",
+            "--batch",
+            str(options.batch),
+        ]
+        print(
+            f"memory over {rows:9,} rows: {subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()}",
+            flush=True,
+        )
 
 
 def _speed(options: argparse.Namespace) -> None:
     with tempfile.TemporaryDirectory() as scratch:
-        settings = DataSettings(image_size=options.size, manifest_path=f"{scratch}/m.csv", cache=CacheSettings(f"{scratch}/cache"))
+        settings = DataSettings(
+            image_size=options.size, manifest_path=f"{scratch}/m.csv", cache=CacheSettings(f"{scratch}/cache")
+        )
         start = time.perf_counter()
         manifest, _ = prepare([options.folder], settings, AuditSettings(output_dir=scratch))
-        print(f"scan, hash and audit of {len(manifest)} images: {len(manifest) / (time.perf_counter() - start):.0f} images/s")
+        print(
+            f"scan, hash and audit of {len(manifest)} images: {len(manifest) / (time.perf_counter() - start):.0f} images/s"
+        )
         first, later, plain_first, plain_later = [], [], [], []
         for number in range(options.rounds):
             cache_settings = CacheSettings(f"{scratch}/cache{number}")
@@ -80,7 +97,10 @@ def _speed(options: argparse.Namespace) -> None:
 def _print(name: str, ours: list[float], plain: list[float]) -> None:
     ratios = [mine / theirs for mine, theirs in zip(ours, plain, strict=True)]
     rates = f"{statistics.median(ours):.0f} / {statistics.median(plain):.0f} images/s"
-    print(f"{name:<13} median ratio {statistics.median(ratios):.2f} ({rates}), pair by pair {[round(ratio, 2) for ratio in ratios]}", flush=True)
+    print(
+        f"{name:<13} median ratio {statistics.median(ratios):.2f} ({rates}), pair by pair {[round(ratio, 2) for ratio in ratios]}",
+        flush=True,
+    )
 
 
 def _rate(count: int, action: Callable[[], object]) -> float:
@@ -150,7 +170,10 @@ def write_rows(folder: str, rows: int, size: int) -> None:
     digests = np.random.default_rng(0).integers(0, 256, (rows, 32), dtype=np.uint8)
     names = (digest.tobytes().hex() for digest in digests)
     labels = [f"class_{row % 100:03d}" for row in range(rows)]
-    records = (Record(f"train/{labels[row]}/image_{row:07d}.jpg", labels[row], "train", name[:16], name, 500, 400) for row, name in enumerate(names))
+    records = (
+        Record(f"train/{labels[row]}/image_{row:07d}.jpg", labels[row], "train", name[:16], name, 500, 400)
+        for row, name in enumerate(names)
+    )
     Manifest.of(Path(folder), records).write(Path(folder) / "manifest.csv")
     store = Path(folder) / "cache" / pixels_key(Preprocess(size))
     store.mkdir(parents=True)

@@ -51,7 +51,15 @@ def _measure(source: Path, work: Path, kind: str, seed: int, share: float, overr
     """Plant, run `suspects` and print one row."""
     planted, total = plant(source, work / "images", kind, seed, share)
     start = time.perf_counter()
-    line = [sys.executable, str(ROOT / "commands.py"), "suspects", "data=folder", f"data.dir={work / 'images'}", "logger=none", *overrides]
+    line = [
+        sys.executable,
+        str(ROOT / "commands.py"),
+        "suspects",
+        "data=folder",
+        f"data.dir={work / 'images'}",
+        "logger=none",
+        *overrides,
+    ]
     done = subprocess.run(line, cwd=work, capture_output=True, text=True, check=False)
     if done.returncode:
         sys.exit(f"{done.stderr}\n{' '.join(line)} failed")
@@ -63,7 +71,9 @@ def _measure(source: Path, work: Path, kind: str, seed: int, share: float, overr
     hits = [sum(path in planted for path in ranked[: factor * len(planted)]) for factor in (1, 2)]
     shares = (hits[0] / min(len(planted), max(1, len(ranked))), hits[0] / len(planted), hits[1] / len(planted))
     figures = "  ".join(f"{value:{width}.3f}" for value, width in zip(shares, (12, 9, 9), strict=True))
-    print(f"{kind:<9}  {seed:4d}  {total:6d}  {len(planted):7d}  {len(ranked):6d}  {figures}  {seconds:7.0f}", flush=True)
+    print(
+        f"{kind:<9}  {seed:4d}  {total:6d}  {len(planted):7d}  {len(ranked):6d}  {figures}  {seconds:7.0f}", flush=True
+    )
 
 
 def plant(source: Path, target: Path, kind: str, seed: int, share: float) -> tuple[set[str], int]:

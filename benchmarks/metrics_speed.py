@@ -46,7 +46,17 @@ def main() -> None:
 
 
 def _run(images: int, classes: int, options: argparse.Namespace) -> dict[str, float]:
-    words = ["--images", images, "--classes", classes, "--resamples", options.resamples, "--threads", options.threads, "--measure"]
+    words = [
+        "--images",
+        images,
+        "--classes",
+        classes,
+        "--resamples",
+        options.resamples,
+        "--threads",
+        options.threads,
+        "--measure",
+    ]
     done = subprocess.run([sys.executable, __file__, *map(str, words)], stdout=subprocess.PIPE, text=True, check=True)
     row: dict[str, float] = json.loads(done.stdout)
     print(
@@ -63,7 +73,14 @@ def _measure(images: int, classes: int, resamples: int, threads: int) -> dict[st
     compute_metrics(table, resamples, threads)
     seconds, processor = time.perf_counter() - start, time.process_time() - spent
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    return {"images": images, "classes": classes, "logits": table.logits.nbytes, "seconds": seconds, "processor_s": processor, "peak": peak}
+    return {
+        "images": images,
+        "classes": classes,
+        "logits": table.logits.nbytes,
+        "seconds": seconds,
+        "processor_s": processor,
+        "peak": peak,
+    }
 
 
 def _table(images: int, classes: int) -> PredictionTable:
@@ -89,9 +106,17 @@ def _plot(rows: list[dict[str, float]], path: Path) -> None:
         (("processor_s", 1.0, "processor seconds, all threads"), ("peak", 1e9, "peak memory, GB (logits included)"))
     ):
         axes = axes_at(figure, 0.75 + 4.65 * place, 0.6, 3.8, 2.7)
-        for colour, mark, classes in zip((GREY, ORANGE, BLUE), "^so", sorted({row["classes"] for row in rows}), strict=False):
+        for colour, mark, classes in zip(
+            (GREY, ORANGE, BLUE), "^so", sorted({row["classes"] for row in rows}), strict=False
+        ):
             own = [row for row in rows if row["classes"] == classes]
-            axes.plot([row["images"] for row in own], [row[key] / scale for row in own], color=colour, marker=mark, label=f"{classes:,.0f} classes")
+            axes.plot(
+                [row["images"] for row in own],
+                [row[key] / scale for row in own],
+                color=colour,
+                marker=mark,
+                label=f"{classes:,.0f} classes",
+            )
         axes.set(xscale="log", yscale="log", xlabel="images", ylabel=label)
         for axis in (axes.xaxis, axes.yaxis):
             axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,g}" if value < 1 else f"{value:,.0f}"))

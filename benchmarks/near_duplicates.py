@@ -88,7 +88,9 @@ def _run(pictures: np.ndarray, size: int, folder: Path) -> dict[str, float]:
     path = folder / f"{size}.npy"
     first, second, correlation = _generate(pictures, size, path)
     np.savez(path.with_suffix(".npz"), first=first, second=second, correlation=correlation)
-    done = subprocess.run([sys.executable, __file__, "--measure", str(path)], capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [sys.executable, __file__, "--measure", str(path)], capture_output=True, text=True, check=False
+    )
     if done.returncode:
         sys.exit(done.stderr)
     row: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
@@ -113,7 +115,9 @@ def _generate(pictures: np.ndarray, size: int, path: Path) -> tuple[np.ndarray, 
     second = np.arange(size - twins, size)
     for number, (model, row) in enumerate(zip(first, second, strict=True)):
         file[row] = _perturbed(file[model], rng)[:, :: -1 if number % 2 else 1]
-    correlation = np.concatenate([_correlation(file[first[at]], file[second[at]]) for at in np.array_split(np.arange(twins), twins // 4096 + 1)])
+    correlation = np.concatenate(
+        [_correlation(file[first[at]], file[second[at]]) for at in np.array_split(np.arange(twins), twins // 4096 + 1)]
+    )
     return first, second, correlation
 
 
@@ -157,8 +161,16 @@ def _measure(path: Path) -> dict[str, float]:
     count = len(thumbnails)
     found = set((twins.first * count + twins.second).tolist())
     hit = np.array([int(code) in found for code in planted["first"] * count + planted["second"]])
-    row = {"images": count, "seconds": round(seconds, 2), "cpu_seconds": round(busy, 2), "peak_gb": round(peak, 2), "twins": len(twins)}
-    proposed = sum(len(pairs) for pairs, _ in propose(thumbnails, np.arange(count), settings.threshold or 1, settings.mirrored))
+    row = {
+        "images": count,
+        "seconds": round(seconds, 2),
+        "cpu_seconds": round(busy, 2),
+        "peak_gb": round(peak, 2),
+        "twins": len(twins),
+    }
+    proposed = sum(
+        len(pairs) for pairs, _ in propose(thumbnails, np.arange(count), settings.threshold or 1, settings.mirrored)
+    )
     row["proposed_per_image"] = round(proposed / count, 2)
     row["pairs_over_0.7"] = round(_alike(thumbnails), 6)
     for low, high in itertools.pairwise(BINS):
@@ -186,7 +198,9 @@ def _brute(thumbnails: np.ndarray) -> float:
 def _report(rows: list[dict[str, float]], brute: float) -> None:
     for row in rows:
         slow = brute * (row["images"] / rows[0]["images"]) ** 2
-        print(f"{row['images']:>9,} images: {row['seconds']:.2f} s; brute force {slow:,.1f} s, {slow / row['seconds']:.1f} x as long")
+        print(
+            f"{row['images']:>9,} images: {row['seconds']:.2f} s; brute force {slow:,.1f} s, {slow / row['seconds']:.1f} x as long"
+        )
     print(f"brute force was measured on {rows[0]['images']:,} images and extrapolated by the square")
     for small, large in itertools.pairwise(rows):
         exponent = np.log(large["seconds"] / small["seconds"]) / np.log(large["images"] / small["images"])
@@ -203,8 +217,15 @@ def _plot(rows: list[dict[str, float]], brute: float, path: Path) -> None:
     axes.loglog(images, [row["seconds"] for row in rows], "o-", color="tab:blue", label="find_twins")
     for row in rows:
         text = f"{row['seconds']:.3g} s\n{row['peak_gb']:.2g} GB"
-        axes.annotate(text, (row["images"], row["seconds"]), xytext=(0, -8), textcoords="offset points", ha="center", va="top")
-    axes.set(xlabel="images", ylabel="seconds", title="Near-duplicates, plain and mirrored", ylim=(min(row["seconds"] for row in rows) / 8, None))
+        axes.annotate(
+            text, (row["images"], row["seconds"]), xytext=(0, -8), textcoords="offset points", ha="center", va="top"
+        )
+    axes.set(
+        xlabel="images",
+        ylabel="seconds",
+        title="Near-duplicates, plain and mirrored",
+        ylim=(min(row["seconds"] for row in rows) / 8, None),
+    )
     axes.margins(x=0.12)
     axes.grid(alpha=0.3)
     axes.legend(frameon=False)

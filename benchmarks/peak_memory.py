@@ -43,12 +43,22 @@ def main() -> None:
     mark = words.index("--") if "--" in words else len(words)
     options, overrides = parser.parse_args(words[:mark]), words[mark + 1 :]
     roots = ",".join(str(folder.resolve()) for folder in options.folders)
-    ours = [f"data.dir=[{roots}]", f"model={options.arch}", f"data.image_size={options.px}", f"data.batch_size={options.batch}"]
+    ours = [
+        f"data.dir=[{roots}]",
+        f"model={options.arch}",
+        f"data.image_size={options.px}",
+        f"data.batch_size={options.batch}",
+    ]
     with tempfile.TemporaryDirectory() as folder:
         bare = _peak(["-c", _BARE, options.arch, options.px, options.batch, 5], Path(folder))
-        whole = _peak([ROOT / "commands.py", "train", "data=folder", *ours, f"trainer.max_steps={options.steps}", *overrides], Path(folder))
+        whole = _peak(
+            [ROOT / "commands.py", "train", "data=folder", *ours, f"trainer.max_steps={options.steps}", *overrides],
+            Path(folder),
+        )
     for name, of_bare, of_train in zip(("all memory", "not backed by a file"), bare, whole, strict=True):
-        print(f"{name:<21} bare loop {of_bare / 1e9:.2f} GB, train {of_train / 1e9:.2f} GB: {(of_train - of_bare) / 1e9:+.2f} GB")
+        print(
+            f"{name:<21} bare loop {of_bare / 1e9:.2f} GB, train {of_train / 1e9:.2f} GB: {(of_train - of_bare) / 1e9:+.2f} GB"
+        )
 
 
 def _peak(script: list[object], folder: Path) -> tuple[int, int]:

@@ -53,7 +53,9 @@ def main() -> None:
 
 def _timed(place: Path) -> float:
     start = time.perf_counter()
-    subprocess.run([sys.executable, ROOT / "commands.py", "report", "run"], cwd=place, check=True, stdout=subprocess.DEVNULL)
+    subprocess.run(
+        [sys.executable, ROOT / "commands.py", "report", "run"], cwd=place, check=True, stdout=subprocess.DEVNULL
+    )
     return time.perf_counter() - start
 
 
@@ -64,7 +66,10 @@ def _make_run(place: Path, num_images: int, num_classes: int, side: int) -> None
     names = [f"{target:04d}/{row:06d}.jpg" for row, target in enumerate(targets.tolist())]
     _write_images(place / "images", names, side, generator)
     digests = (f"{row:064x}" for row in range(num_images))
-    records = (Record(name, name[:4], "test", digest[-16:], digest, side, side) for name, digest in zip(names, digests, strict=True))
+    records = (
+        Record(name, name[:4], "test", digest[-16:], digest, side, side)
+        for name, digest in zip(names, digests, strict=True)
+    )
     manifest = Manifest.of(place / "images", records)
     answers = np.where(generator.random(num_images) < 0.85, targets, generator.integers(0, num_classes, num_images))
     logits = generator.normal(size=(num_images, num_classes)).astype(np.float32)

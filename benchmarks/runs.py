@@ -54,7 +54,9 @@ def unpack(archive: Path, folder: Path) -> Path:
 
 def plain_loop(options: argparse.Namespace, data: Path) -> Run:
     """One run of the plain loop over the train/ and test/ folders in `data`."""
-    text, seconds = _timed([options.plain_loop.resolve(), data, options.arch, options.px, options.batch, options.epochs], ROOT)
+    text, seconds = _timed(
+        [options.plain_loop.resolve(), data, options.arch, options.px, options.batch, options.epochs], ROOT
+    )
     answer = json.loads(text.splitlines()[-1])
     return Run(answer["img_s"], answer["acc"], seconds)
 

@@ -79,7 +79,9 @@ def _compare_pixels(full: Preprocess, scaled: Preprocess, contents: list[bytes])
     changed = (apart > 0).any(axis=(1, 2, 3))
     levels = f"mean {apart.mean():.2f}, 99th percentile {np.percentile(apart, 99):.0f}, largest {apart.max()}"
     among = f" (mean {apart[changed].mean():.2f} among them)" if changed.any() else ""
-    print(f"{full.size} px {full.mode}: grey levels apart: {levels}; {changed.mean():.0%} of images differ at all{among}")
+    print(
+        f"{full.size} px {full.mode}: grey levels apart: {levels}; {changed.mean():.0%} of images differ at all{among}"
+    )
 
 
 if __name__ == "__main__":

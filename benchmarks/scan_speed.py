@@ -38,7 +38,9 @@ def main() -> None:
     options = parser.parse_args()
     os.sync()  # what was unpacked a moment ago is not written beside the first round
     find([options.folder])  # nor does it pay for the folders' way into memory
-    times: dict[str, list[float]] = {name: [] for name in (*(f"{scan}, {way}" for way in WAYS for scan in ("first", "second")), "find")}
+    times: dict[str, list[float]] = {
+        name: [] for name in (*(f"{scan}, {way}" for way in WAYS for scan in ("first", "second")), "find")
+    }
     count = 0
     for _ in range(options.rounds):
         for way, limit in WAYS.items():
@@ -49,7 +51,9 @@ def main() -> None:
             times["find"].append(found)
     for name, seconds in times.items():
         middle = statistics.median(seconds)
-        print(f"{name:<18} median {middle:6.2f} s, {count / middle:8.0f} files/s, each {[round(value, 2) for value in seconds]}")
+        print(
+            f"{name:<18} median {middle:6.2f} s, {count / middle:8.0f} files/s, each {[round(value, 2) for value in seconds]}"
+        )
     pairs = zip(times["first, threads"], times["first, processes"], strict=True)
     print(f"threads / processes: median {statistics.median(slow / fast for slow, fast in pairs):.2f}")
     pairs = zip(times["first, processes"], times["second, processes"], strict=True)

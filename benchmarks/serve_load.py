@@ -53,7 +53,9 @@ class Clients:
 
     @staticmethod
     def _request(image: bytes) -> bytes:
-        body = b'--f\r\nContent-Disposition: form-data; name="images"; filename="a.jpg"\r\n\r\n' + image + b"\r\n--f--\r\n"
+        body = (
+            b'--f\r\nContent-Disposition: form-data; name="images"; filename="a.jpg"\r\n\r\n' + image + b"\r\n--f--\r\n"
+        )
         kind = b"Content-Type: multipart/form-data; boundary=f\r\n"
         return b"POST /predict HTTP/1.1\r\nHost: localhost\r\n%bContent-Length: %d\r\n\r\n%b" % (kind, len(body), body)
 
@@ -128,13 +130,18 @@ def main() -> None:
         predictor = load_predictor(options.bundle)
     except ClassifierError as error:
         sys.exit(str(error))
-    print(f"{len(found)} images, {statistics.median(path.stat().st_size for path in found) / 1e3:.0f} kB each; {options.bundle.name}", flush=True)
+    print(
+        f"{len(found)} images, {statistics.median(path.stat().st_size for path in found) / 1e3:.0f} kB each; {options.bundle.name}",
+        flush=True,
+    )
     with _server(options.bundle, options.serve) as (pid, port):
         clients = Clients(port, [path.read_bytes() for path in found])
         asyncio.run(_measured(clients, options, pid, port, predictor, found))
 
 
-async def _measured(clients: Clients, options: argparse.Namespace, pid: int, port: int, predictor: Predictor, paths: list[Path]) -> None:
+async def _measured(
+    clients: Clients, options: argparse.Namespace, pid: int, port: int, predictor: Predictor, paths: list[Path]
+) -> None:
     pixels = _pixels(predictor.preprocess, paths)
     if options.rounds:
         await clients.closed(options.clients, _WARM_S)
@@ -154,12 +161,24 @@ async def _measured(clients: Clients, options: argparse.Namespace, pid: int, por
         shares.append(rate / alone)
         fair.append(rate * (1 / alone + 1 / decode))
         mean = sum(size * count for size, count in sizes.items()) / sum(sizes.values())
-        figures = [f"{rate:.1f}", f"{alone:.1f}", f"{decode:.1f}", f"{shares[-1]:.2f}", f"{fair[-1]:.2f}", f"{mean:.1f}"]
+        figures = [
+            f"{rate:.1f}",
+            f"{alone:.1f}",
+            f"{decode:.1f}",
+            f"{shares[-1]:.2f}",
+            f"{fair[-1]:.2f}",
+            f"{mean:.1f}",
+        ]
         print(
-            f"round {number:<2}" + "".join(f"{figure:>13}" for figure in [*figures, f"{own / seconds:.0%}", f"{server:.0%}", f"{model:.0%}"]),
+            f"round {number:<2}"
+            + "".join(
+                f"{figure:>13}" for figure in [*figures, f"{own / seconds:.0%}", f"{server:.0%}", f"{model:.0%}"]
+            ),
             flush=True,
         )
-    print(f"serve / ONNX Runtime alone: {statistics.median(shares):.2f}; serve / what the cores allow: {statistics.median(fair):.2f}")
+    print(
+        f"serve / ONNX Runtime alone: {statistics.median(shares):.2f}; serve / what the cores allow: {statistics.median(fair):.2f}"
+    )
     rate = _LOAD * statistics.median(rates)
     for name, evenly in (("evenly", True), ("at random", False)):
         latencies = np.array(await clients.open(rate, options.seconds, evenly))
@@ -190,7 +209,9 @@ async def _memory(clients: Clients, options: argparse.Namespace, pid: int) -> No
     late = np.array(points[len(points) // 10 :])
     for name, column in (("server", 1), ("model", 2)):
         slope = 10_000 * float(np.polyfit(late[:, 0], late[:, column], 1)[0])
-        print(f"memory of the {name}: {late[0, column]:.1f} MiB, at the end {late[-1, column]:.1f}; {1024 * slope:+.0f} KiB in 10 000 requests")
+        print(
+            f"memory of the {name}: {late[0, column]:.1f} MiB, at the end {late[-1, column]:.1f}; {1024 * slope:+.0f} KiB in 10 000 requests"
+        )
 
 
 def _alone(model: Path, pixels: np.ndarray, sizes: Counter[int], seconds: float) -> float:
@@ -231,7 +252,10 @@ async def _batches(port: int) -> dict[int, float]:
     writer.write(b"GET /metrics HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n")
     said = (await reader.read(-1)).decode()
     writer.close()
-    found = {int(float(most)): float(count) for most, count in re.findall(r'batch_images_bucket\{le="([\d.]+)",model="[^"]+"\} ([\d.]+)', said)}
+    found = {
+        int(float(most)): float(count)
+        for most, count in re.findall(r'batch_images_bucket\{le="([\d.]+)",model="[^"]+"\} ([\d.]+)', said)
+    }
     return found or dict.fromkeys((1, 2, 4, 8, 16, 32, 64, 128), 0.0)
 
 
@@ -248,7 +272,9 @@ def _sizes(before: dict[int, float], after: dict[int, float]) -> Counter[int]:
 
 
 def _children(pid: int) -> list[int]:
-    return [int(child) for task in Path(f"/proc/{pid}/task").iterdir() for child in (task / "children").read_text().split()]
+    return [
+        int(child) for task in Path(f"/proc/{pid}/task").iterdir() for child in (task / "children").read_text().split()
+    ]
 
 
 def _busy(pid: int) -> tuple[float, float]:
@@ -265,14 +291,27 @@ def _resident(pid: int) -> tuple[float, float]:
     """MiB of the server and of its model's process."""
 
     def of(one: int) -> float:
-        return next(int(line.split()[1]) / 1024 for line in Path(f"/proc/{one}/status").read_text().splitlines() if line.startswith("VmRSS"))
+        return next(
+            int(line.split()[1]) / 1024
+            for line in Path(f"/proc/{one}/status").read_text().splitlines()
+            if line.startswith("VmRSS")
+        )
 
     return of(pid), sum(map(of, _children(pid)))
 
 
 @contextmanager
 def _server(bundle: Path, keys: list[str]) -> Iterator[tuple[int, int]]:
-    line = [sys.executable, str(ROOT / "commands.py"), "serve", str(bundle.resolve()), "--port", "0", "request_log=false", *keys]
+    line = [
+        sys.executable,
+        str(ROOT / "commands.py"),
+        "serve",
+        str(bundle.resolve()),
+        "--port",
+        "0",
+        "request_log=false",
+        *keys,
+    ]
     process = subprocess.Popen(line, stdout=subprocess.PIPE, text=True)
     try:
         assert process.stdout is not None

@@ -41,15 +41,26 @@ def main() -> None:
             config = hydra.compose("train", ["logger=none", f"run_dir={folder}", *overrides])
         manifest, data = prepare_from(config)
         cache = open_cache(manifest, data.preprocess, data.cache)
-        pairs = [(_bare(config, manifest, data, cache), _lightning(config, manifest, data, cache, Path(folder))) for _ in range(options.rounds)]
+        pairs = [
+            (_bare(config, manifest, data, cache), _lightning(config, manifest, data, cache, Path(folder)))
+            for _ in range(options.rounds)
+        ]
     ratios = [ours / bare for bare, ours in pairs]
-    print(f"bare loop images/s {statistics.median(pair[0] for pair in pairs):.1f}, train images/s {statistics.median(pair[1] for pair in pairs):.1f}")
-    print(f"images/s, train / bare loop: median {statistics.median(ratios):.3f}, pair by pair {[round(ratio, 3) for ratio in ratios]}")
+    print(
+        f"bare loop images/s {statistics.median(pair[0] for pair in pairs):.1f}, train images/s {statistics.median(pair[1] for pair in pairs):.1f}"
+    )
+    print(
+        f"images/s, train / bare loop: median {statistics.median(ratios):.3f}, pair by pair {[round(ratio, 3) for ratio in ratios]}"
+    )
 
 
 def _parts(config: Any, manifest: Any, data: Any, cache: Any) -> tuple[Any, ImageDataModule, Hardware]:
     hardware = choose_hardware(speed_settings(config))
-    return build_module(config, manifest, data, cache, hardware), build_datamodule(config, manifest, data, cache, hardware), hardware
+    return (
+        build_module(config, manifest, data, cache, hardware),
+        build_datamodule(config, manifest, data, cache, hardware),
+        hardware,
+    )
 
 
 def _bare(config: Any, manifest: Any, data: Any, cache: Any) -> float:
@@ -81,7 +92,12 @@ def _lightning(config: Any, manifest: Any, data: Any, cache: Any, folder: Path) 
     module, datamodule, hardware = _parts(config, manifest, data, cache)
     throughput = Throughput()
     trainer = build_trainer(
-        config, hardware, throughput, RunHistory(folder / "metrics.csv", throughput), ExactState({}, False), BadLoss("stop", folder)
+        config,
+        hardware,
+        throughput,
+        RunHistory(folder / "metrics.csv", throughput),
+        ExactState({}, False),
+        BadLoss("stop", folder),
     )
     trainer.fit(module, datamodule=datamodule)
     return throughput.images_per_second

@@ -65,7 +65,9 @@ class Bundle:
         with reading(path):
             if path.is_file():
                 return path
-        raise CheckpointError(f"the bundle {str(self.directory)!r} has no {name}", "train again, or choose another --backend")
+        raise CheckpointError(
+            f"the bundle {str(self.directory)!r} has no {name}", "train again, or choose another --backend"
+        )
 
     def content(self, name: str) -> bytes:
         """The bytes of one of the bundle's files; CheckpointError where they are not those of its hash."""
@@ -81,19 +83,29 @@ class Bundle:
 
     def _compare(self, name: str, digest: str) -> None:
         if digest != self.info.files.get(name):
-            raise CheckpointError(f"{name} of the bundle {str(self.directory)!r} is damaged", "its sha256 differs from bundle.json: copy it anew")
+            raise CheckpointError(
+                f"{name} of the bundle {str(self.directory)!r} is damaged",
+                "its sha256 differs from bundle.json: copy it anew",
+            )
 
     def refuse_unlisted(self, folder: str) -> None:
         """CheckpointError where a folder of the bundle, which a server runs, holds what was not exported."""
         there = (path for path in (self.directory / folder).rglob("*") if path.is_symlink() or not path.is_dir())
         strange = sorted({path.relative_to(self.directory).as_posix() for path in there} - set(self.info.files))
         if strange:
-            raise CheckpointError(f"the bundle {self.info.name!r} holds {strange[0]!r}, which was not exported", "a server would run it: remove it")
+            raise CheckpointError(
+                f"the bundle {self.info.name!r} holds {strange[0]!r}, which was not exported",
+                "a server would run it: remove it",
+            )
 
 
 def seal(directory: Path, info: BundleInfo) -> Bundle:
     """Write `bundle.json` over the files that lie in `directory`, with the hash of each."""
-    files = {path.relative_to(directory).as_posix(): sha256_of(path) for path in sorted(directory.rglob("*")) if path.is_file()}
+    files = {
+        path.relative_to(directory).as_posix(): sha256_of(path)
+        for path in sorted(directory.rglob("*"))
+        if path.is_file()
+    }
     sealed = BundleInfo(**{**_shallow(info), "files": files})
     write_text(directory / INFO_NAME, json.dumps(asdict(sealed), indent=2, ensure_ascii=False) + "\n")
     return Bundle(directory, sealed)
@@ -102,7 +114,9 @@ def seal(directory: Path, info: BundleInfo) -> Bundle:
 def add_export(directory: Path, info: BundleInfo, name: str, facts: Mapping[str, Any], files: Sequence[str]) -> Bundle:
     """Write `bundle.json` anew for a folder to which these files were added: their hashes, and what is known of the export of this name."""
     gone = set(info.exports.get(name, {}).get("files", ())) - set(files)
-    hashes = {file: known for file, known in info.files.items() if file not in gone} | {file: sha256_of(directory / file) for file in files}
+    hashes = {file: known for file, known in info.files.items() if file not in gone} | {
+        file: sha256_of(directory / file) for file in files
+    }
     exports = {**info.exports, name: {**facts, "files": list(files)}}
     sealed = BundleInfo(**{**_shallow(info), "files": dict(sorted(hashes.items())), "exports": exports})
     write_text(directory / INFO_NAME, json.dumps(asdict(sealed), indent=2, ensure_ascii=False) + "\n")
@@ -121,9 +135,14 @@ def read_bundle(directory: Path) -> Bundle:
         info = BundleInfo(**{key: value for key, value in content.items() if key in known})
         _check(info)
     except (OSError, ValueError, KeyError, TypeError, RecursionError, OverflowError) as error:
-        raise CheckpointError(f"{str(directory)!r} is not a bundle ({type(error).__name__}: {error})", "it needs a whole bundle.json") from error
+        raise CheckpointError(
+            f"{str(directory)!r} is not a bundle ({type(error).__name__}: {error})", "it needs a whole bundle.json"
+        ) from error
     if version > SCHEMA_VERSION:
-        raise CheckpointError(f"{str(directory)!r} has bundle schema {version}, this version reads up to {SCHEMA_VERSION}", "update image_classifier")
+        raise CheckpointError(
+            f"{str(directory)!r} has bundle schema {version}, this version reads up to {SCHEMA_VERSION}",
+            "update image_classifier",
+        )
     return Bundle(directory, BundleInfo(**{**_shallow(info), "classes": tuple(info.classes)}))
 
 
@@ -135,12 +154,21 @@ def _check(info: BundleInfo) -> None:
     if not info.classes or len(set(info.classes)) < len(info.classes):
         raise ValueError("classes must be named, each once")
     numbers = (info.temperature, info.threshold, info.schema_version)
-    if not all(isinstance(number, int | float) and math.isfinite(number) for number in numbers) or not 1e-6 <= info.temperature <= 1e6:
+    if (
+        not all(isinstance(number, int | float) and math.isfinite(number) for number in numbers)
+        or not 1e-6 <= info.temperature <= 1e6
+    ):
         raise ValueError("a number that cannot be")
     _check_figures(info)
     for name, digest in info.files.items():
         place = PurePosixPath(name)
-        if place.is_absolute() or ".." in place.parts or "\\" in name or ":" in name or not re.fullmatch("[0-9a-f]{64}", str(digest)):
+        if (
+            place.is_absolute()
+            or ".." in place.parts
+            or "\\" in name
+            or ":" in name
+            or not re.fullmatch("[0-9a-f]{64}", str(digest))
+        ):
             raise ValueError(f"{name!r} is no file of a bundle")
 
 
@@ -148,15 +176,23 @@ def _check_figures(info: BundleInfo) -> None:
     """ValueError where metrics, intervals or exports are not what they are in every bundle."""
     parts = [*info.metrics.values(), *info.intervals.values()]
     numbers = [value for part in info.metrics.values() if isinstance(part, dict) for value in part.values()]
-    if not all(isinstance(part, dict) for part in (*parts, *info.exports.values())) or not all(map(_is_number, numbers)):
+    if not all(isinstance(part, dict) for part in (*parts, *info.exports.values())) or not all(
+        map(_is_number, numbers)
+    ):
         raise ValueError("metrics, intervals or exports of the wrong kind")
     for name, facts in info.exports.items():
         found = [facts, facts.get("bf16", {})]
         files, tolerance = facts.get("files", []), facts.get("tolerance", 0)
-        if not isinstance(files, list) or not all(isinstance(file, str) for file in files) or not (_is_number(tolerance) and 0 <= tolerance <= 1):
+        if (
+            not isinstance(files, list)
+            or not all(isinstance(file, str) for file in files)
+            or not (_is_number(tolerance) and 0 <= tolerance <= 1)
+        ):
             raise ValueError(f"an export {name!r} that cannot be")
         if not all(
-            isinstance(row, dict) and _is_number(row.get(key, 0)) for row in found for key in ("agreement", "largest_difference", "golden_agreement")
+            isinstance(row, dict) and _is_number(row.get(key, 0))
+            for row in found
+            for key in ("agreement", "largest_difference", "golden_agreement")
         ):
             raise ValueError(f"an export {name!r} that found what cannot be")
 
@@ -173,7 +209,9 @@ def reading(path: Path) -> Iterator[None]:
     except OSError as error:
         place = str(error.filename or path)
         shown = place if len(place) < 200 else f"{place[:100]}..."
-        raise CheckpointError(f"{shown!r} cannot be read ({error.strerror})", "check its name, its owner and the disk") from error
+        raise CheckpointError(
+            f"{shown!r} cannot be read ({error.strerror})", "check its name, its owner and the disk"
+        ) from error
 
 
 def find_checkpoint(name: str, models_dir: Path) -> Path:
@@ -196,12 +234,18 @@ def _found(name: str, given: Path, models_dir: Path) -> Path:
     if len(exact or found) == 1:
         return (exact or found)[0]
     if found:
-        raise CheckpointError(f"{name!r} names {len(found)} checkpoints", f"write the path of one: {', '.join(map(str, found))}")
+        raise CheckpointError(
+            f"{name!r} names {len(found)} checkpoints", f"write the path of one: {', '.join(map(str, found))}"
+        )
     if given.exists():
-        raise CheckpointError(f"{name!r} is no bundle, .ckpt or .onnx", "give a folder with bundle.json, or one such file")
+        raise CheckpointError(
+            f"{name!r} is no bundle, .ckpt or .onnx", "give a folder with bundle.json, or one such file"
+        )
     if len(given.parts) > 1 and not (models_dir / given).parent.is_dir():
         raise CheckpointError(f"{name!r} does not exist", "check the path, or give a name under the models folder")
-    raise CheckpointError(f"there is no checkpoint {name!r} under {str(models_dir)!r}", _suggestion(name, known, models_dir))
+    raise CheckpointError(
+        f"there is no checkpoint {name!r} under {str(models_dir)!r}", _suggestion(name, known, models_dir)
+    )
 
 
 def _is_checkpoint(path: Path) -> bool:
@@ -211,8 +255,12 @@ def _is_checkpoint(path: Path) -> bool:
 def _checkpoints_under(models_dir: Path) -> list[Path]:
     bundles = {path.parent for path in models_dir.rglob(INFO_NAME)}
     files = (path for suffix in ("ckpt", "onnx") for path in models_dir.rglob(f"*.{suffix}"))
-    outermost = (path for path in (*bundles, *files) if bundles.isdisjoint(path.parents))  # an export inside a bundle is no checkpoint of its own
-    return sorted(path for path in outermost if not any(part.startswith(".") for part in path.relative_to(models_dir).parts))
+    outermost = (
+        path for path in (*bundles, *files) if bundles.isdisjoint(path.parents)
+    )  # an export inside a bundle is no checkpoint of its own
+    return sorted(
+        path for path in outermost if not any(part.startswith(".") for part in path.relative_to(models_dir).parts)
+    )
 
 
 def _names(path: Path, models_dir: Path) -> set[str]:
@@ -241,7 +289,9 @@ def read_arrays(path: Path, kinds: Mapping[str, tuple[str, int]]) -> dict[str, n
     """
     try:
         with zipfile.ZipFile(path) as archive:
-            size = sum(item.file_size for item in archive.infolist())  # zipfile unpacks no more of each than it says here
+            size = sum(
+                item.file_size for item in archive.infolist()
+            )  # zipfile unpacks no more of each than it says here
         if size > _MOST_ARRAY_BYTES:
             raise ValueError(f"it unpacks to {size} bytes, {_MOST_ARRAY_BYTES} may be")
         with np.load(path, allow_pickle=False) as content:
@@ -251,7 +301,9 @@ def read_arrays(path: Path, kinds: Mapping[str, tuple[str, int]]) -> dict[str, n
                 raise ValueError(f"its {name} are {found[name].dtype} {list(found[name].shape)}")
         return found
     except Exception as error:  # a damaged archive makes its readers raise anything, and a header may claim any size
-        raise CheckpointError(f"{str(path)!r} is damaged ({type(error).__name__}: {str(error)[:160]})", "copy the bundle anew") from error
+        raise CheckpointError(
+            f"{str(path)!r} is damaged ({type(error).__name__}: {str(error)[:160]})", "copy the bundle anew"
+        ) from error
 
 
 def sha256_of(path: Path) -> str:

@@ -15,11 +15,22 @@ from pathlib import Path
 from image_classifier.errors import ClassifierError, ConfigError, printable
 
 _HERE = Path(__file__).resolve().parent
-CONF_DIR = next(path for path in (_HERE / "conf", _HERE.parent / "conf") if path.is_dir())  # a wheel holds it within the package
+CONF_DIR = next(
+    path for path in (_HERE / "conf", _HERE.parent / "conf") if path.is_dir()
+)  # a wheel holds it within the package
 
 # Values that are text and never Hydra's grammar, for each verb: names and paths. `--KEY VALUE` keeps them to the letter.
 _DATA_TEXT = frozenset(
-    {"data.dir", "data.archive", "data.manifest_path", "data.exclude_path", "data.fix_path", "data.cache.dir", "data.split.group", "audit.output_dir"}
+    {
+        "data.dir",
+        "data.archive",
+        "data.manifest_path",
+        "data.exclude_path",
+        "data.fix_path",
+        "data.cache.dir",
+        "data.split.group",
+        "audit.output_dir",
+    }
 )
 TEXT_KEYS: dict[str, frozenset[str]] = {
     "prepare": _DATA_TEXT,
@@ -27,7 +38,8 @@ TEXT_KEYS: dict[str, frozenset[str]] = {
     "clean": frozenset({"cache_dir"}),
     "show": _DATA_TEXT | {"output", "plots_dir"},
     "baseline": _DATA_TEXT | {"model.weights", "model.from", "name", "plots_dir", "models_dir"},
-    "train": _DATA_TEXT | {"model.weights", "model.from", "name", "resume", "models_dir", "plots_dir", "runs_dir", "logger.tracking_uri"},
+    "train": _DATA_TEXT
+    | {"model.weights", "model.from", "name", "resume", "models_dir", "plots_dir", "runs_dir", "logger.tracking_uri"},
     "test": frozenset({"cache_dir", "checkpoint_name", "test_dir", "output_dir", "models_dir", "plots_dir", "url"}),
     "infer": frozenset({"checkpoint_name", "output", "sort_into", "models_dir", "plots_dir", "url", "ray.address"}),
     "export": frozenset({"checkpoint_name", "data_dir", "models_dir", "triton.image"}),
@@ -40,7 +52,11 @@ TEXT_KEYS: dict[str, frozenset[str]] = {
 }
 TEXT_KEYS["suspects"] = TEXT_KEYS["train"] | {"checkpoint_name"}
 TEXT_KEYS["tune"] = TEXT_KEYS["train"] | {"tune.storage"}
-LIST_KEYS: dict[str, frozenset[str]] = {"infer": frozenset({"images"}), "export": frozenset({"to"}), "triton": frozenset({"arguments"})}
+LIST_KEYS: dict[str, frozenset[str]] = {
+    "infer": frozenset({"images"}),
+    "export": frozenset({"to"}),
+    "triton": frozenset({"arguments"}),
+}
 _FILE_LISTS = frozenset({"images"})  # whose items may look like overrides
 WORD_KEYS: dict[str, tuple[str, ...]] = {
     "report": ("name", "other"),
@@ -54,11 +70,43 @@ WORD_KEYS: dict[str, tuple[str, ...]] = {
 MAP_KEYS = frozenset({"data.rename", "models"})  # of any names: Hydra must be told that they are new
 
 # Hydra's own flags that stand alone, and those that take a value.
-_ALONE = ("--help", "-h", "--hydra-help", "--version", "--resolve", "--run", "-r", "--multirun", "-m", "--shell-completion", "-sc")
-_VALUED = ("--cfg", "-c", "--package", "-p", "--config-path", "-cp", "--config-name", "-cn", "--config-dir", "-cd", "--experimental-rerun")
+_ALONE = (
+    "--help",
+    "-h",
+    "--hydra-help",
+    "--version",
+    "--resolve",
+    "--run",
+    "-r",
+    "--multirun",
+    "-m",
+    "--shell-completion",
+    "-sc",
+)
+_VALUED = (
+    "--cfg",
+    "-c",
+    "--package",
+    "-p",
+    "--config-path",
+    "-cp",
+    "--config-name",
+    "-cn",
+    "--config-dir",
+    "-cd",
+    "--experimental-rerun",
+)
 _CFG = ("job", "hydra", "all")
 _INFO = ("all", "config", "defaults", "defaults-tree", "plugins", "searchpath")
-_LONG = {"-h": "--help", "-c": "--cfg", "-p": "--package", "-r": "--run", "-m": "--multirun", "-sc": "--shell-completion", "-i": "--info"}
+_LONG = {
+    "-h": "--help",
+    "-c": "--cfg",
+    "-p": "--package",
+    "-r": "--run",
+    "-m": "--multirun",
+    "-sc": "--shell-completion",
+    "-i": "--info",
+}
 _LONG |= {"-cp": "--config-path", "-cn": "--config-name", "-cd": "--config-dir"}
 
 _OVERRIDE = re.compile(r"(\+{1,2}|~)?[\w$][\w$.@/:-]*=|~[\w$][\w$.@/:-]*$")
@@ -81,7 +129,9 @@ class CommandLine:
 
     def argv(self) -> list[str]:
         """The line for Hydra: flags first, as argparse takes overrides from one place only."""
-        return [part for name, value in self.flags for part in ((name,) if value is None else (name, value))] + list(self.overrides)
+        return [part for name, value in self.flags for part in ((name,) if value is None else (name, value))] + list(
+            self.overrides
+        )
 
 
 def translate(verb: str, arguments: Sequence[str]) -> CommandLine:
@@ -214,13 +264,21 @@ def verb_help(program: str, verb: str, text: str, conf: Path) -> str:
     root, *bases = _roots(conf, verb)
     examples = [line.lstrip("# ") for line in root.splitlines() if re.match(r"#\s+python commands\.py", line)]
     keys = [line for line in root.splitlines() if re.match(r"([a-z_]+|  \w+):", line)]
-    keys += [line for base in bases for line in base.splitlines() if re.match(r"[a-z_]+:", line) and f"\n{line.partition(':')[0]}:" not in root]
+    keys += [
+        line
+        for base in bases
+        for line in base.splitlines()
+        if re.match(r"[a-z_]+:", line) and f"\n{line.partition(':')[0]}:" not in root
+    ]
     keys = [line for line in keys if not line.startswith(("defaults:", "run_dir:"))]
     lines = [f"usage: python {program} {verb} [key=value | --key value ...]", "", text, "", "keys (default, meaning):"]
     lines += [f"  {line}" for line in keys]
     groups = root_groups(conf, verb)
     if groups:
-        lines += ["", "groups (default): choices; the keys of a choice are in conf/GROUP/CHOICE.yaml, write GROUP.KEY=VALUE"]
+        lines += [
+            "",
+            "groups (default): choices; the keys of a choice are in conf/GROUP/CHOICE.yaml, write GROUP.KEY=VALUE",
+        ]
     for group, chosen in groups.items():
         lines.append(f"  {f'{group} ({chosen})':<24} {', '.join(choices(conf, group)) or '(none yet)'}")
     lines += ["", "examples:", *(f"  {example}" for example in examples)]
@@ -252,7 +310,9 @@ def is_base(choice: str) -> bool:
 
 def summaries(component: type) -> dict[str, str]:
     """Each public method of a Fire component and the first line of its docstring."""
-    methods = {name: member for name, member in vars(component).items() if callable(member) and not name.startswith("_")}
+    methods = {
+        name: member for name, member in vars(component).items() if callable(member) and not name.startswith("_")
+    }
     return {name: (inspect.getdoc(member) or "").partition("\n")[0] for name, member in methods.items()}
 
 

@@ -27,7 +27,9 @@ _CONTROLS = re.compile("[\x00-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069]")
 
 def printable(text: str) -> str:
     """Text of a stranger for a terminal: what would move its cursor, clear it, begin a line or turn the direction of letters comes as an escape."""
-    return _CONTROLS.sub(lambda found: f"\\x{ord(found[0]):02x}" if found[0] < "\u0100" else f"\\u{ord(found[0]):04x}", text)
+    return _CONTROLS.sub(
+        lambda found: f"\\x{ord(found[0]):02x}" if found[0] < "\u0100" else f"\\u{ord(found[0]):04x}", text
+    )
 
 
 class ClassifierError(Exception):
@@ -96,12 +98,22 @@ def storage_errors(path: str | Path) -> Iterator[None]:
         yield
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-            raise StorageError(f"no space left while writing {os.fspath(path)!r}", "free some space and run the same command again") from error
+            raise StorageError(
+                f"no space left while writing {os.fspath(path)!r}", "free some space and run the same command again"
+            ) from error
         if error.errno in (errno.EEXIST, errno.ENOTDIR):
-            raise StorageError(f"{os.fspath(path)!r} cannot be made: a file is in the way", "move it or choose another folder") from error
+            raise StorageError(
+                f"{os.fspath(path)!r} cannot be made: a file is in the way", "move it or choose another folder"
+            ) from error
         if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
-            raise StorageError(f"no permission to write {os.fspath(path)!r}", "change the owner or choose another folder") from error
-        own = str(error.filename or "").startswith(os.fspath(Path(path).parent))  # a file missing elsewhere is a bug and must be seen
+            raise StorageError(
+                f"no permission to write {os.fspath(path)!r}", "change the owner or choose another folder"
+            ) from error
+        own = str(error.filename or "").startswith(
+            os.fspath(Path(path).parent)
+        )  # a file missing elsewhere is a bug and must be seen
         if own and error.errno in (errno.EISDIR, errno.ENOENT, errno.ENAMETOOLONG, errno.EIO):
-            raise StorageError(f"cannot write {os.fspath(path)!r} ({error.strerror})", "choose another place") from error
+            raise StorageError(
+                f"cannot write {os.fspath(path)!r} ({error.strerror})", "choose another place"
+            ) from error
         raise

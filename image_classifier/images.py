@@ -57,7 +57,10 @@ def _checked_formats(asked: Any) -> tuple[str, ...]:
     for name in names:
         if name not in FORMATS:
             near = difflib.get_close_matches(str(name).upper(), FORMATS, n=1)
-            raise ConfigError(f"data.limits.formats knows no {name!r}", f"did you mean {near[0]}?" if near else f"choose from {', '.join(FORMATS)}")
+            raise ConfigError(
+                f"data.limits.formats knows no {name!r}",
+                f"did you mean {near[0]}?" if near else f"choose from {', '.join(FORMATS)}",
+            )
     return tuple(name for name in FORMATS if name in names)
 
 
@@ -107,7 +110,12 @@ def read_header(source: Path | bytes, limits: DecodeLimits = DEFAULT_LIMITS) -> 
         return _header(opened)
 
 
-def decode(source: Path | bytes, limits: DecodeLimits = DEFAULT_LIMITS, background: Colour = WHITE, at_least: Size | None = None) -> np.ndarray:
+def decode(
+    source: Path | bytes,
+    limits: DecodeLimits = DEFAULT_LIMITS,
+    background: Colour = WHITE,
+    at_least: Size | None = None,
+) -> np.ndarray:
     """The picture as a person sees it: uint8 RGB [H, W, 3].
 
     Upright by EXIF, transparency laid on `background`, deep samples scaled to 0..255 and never clipped, the first frame of
@@ -130,7 +138,10 @@ def decode(source: Path | bytes, limits: DecodeLimits = DEFAULT_LIMITS, backgrou
 
 
 def inspect(
-    source: Path | bytes, limits: DecodeLimits = DEFAULT_LIMITS, background: Colour = WHITE, at_least: Size | None = None
+    source: Path | bytes,
+    limits: DecodeLimits = DEFAULT_LIMITS,
+    background: Colour = WHITE,
+    at_least: Size | None = None,
 ) -> tuple[Header, np.ndarray]:
     """`read_header` and `decode` from one opening; the header's width and height are the whole picture's."""
     background = _checked_background(background)
@@ -139,7 +150,15 @@ def inspect(
 
 
 def _header(opened: OpenedImage) -> Header:
-    return Header(opened.format, opened.image.mode, *opened.size, opened.orientation, opened.frames, opened.transparent, opened.bits)
+    return Header(
+        opened.format,
+        opened.image.mode,
+        *opened.size,
+        opened.orientation,
+        opened.frames,
+        opened.transparent,
+        opened.bits,
+    )
 
 
 @contextmanager
@@ -150,7 +169,9 @@ def _opened(source: Path | bytes, limits: DecodeLimits) -> Iterator[OpenedImage]
     try:
         with pillow.opened(content, limits.formats, lambda size: _check_size(size, limits)) as image:
             yield image
-    except Exception as error:  # Pillow's plugins raise anything: OSError, ValueError, SyntaxError, struct.error, MemoryError ...
+    except (
+        Exception
+    ) as error:  # Pillow's plugins raise anything: OSError, ValueError, SyntaxError, struct.error, MemoryError ...
         raise UnreadableImage(name, _reason(error, limits)) from error
 
 
@@ -249,16 +270,22 @@ class Preprocess:
         """Twice the width and height to which the whole picture is resized."""
         if self.mode == "squash":
             return 2 * self.size, 2 * self.size
-        width, height = _fitted(whole, self.size) if self.mode == "pad" else _covering(whole, round(self.size / self.crop_fraction))
+        width, height = (
+            _fitted(whole, self.size) if self.mode == "pad" else _covering(whole, round(self.size / self.crop_fraction))
+        )
         return 2 * width, 2 * height
 
     def _squared(self, picture: Image.Image, whole: Size, mirrored: tuple[bool, bool] = (False, False)) -> np.ndarray:
         """`picture` may be `whole` decoded to a part of its size: what is kept, and where it comes to lie, is reckoned on the whole."""
         part = next(part for part in (1, 2, 4, 8) if part * max(picture.size) >= max(whole))
         # A side that the part does not divide is rounded up: the picture ends within its last pixel, or begins within its first.
-        blank = [side - full / part if flip else 0.0 for side, full, flip in zip(picture.size, whole, mirrored, strict=True)]
+        blank = [
+            side - full / part if flip else 0.0 for side, full, flip in zip(picture.size, whole, mirrored, strict=True)
+        ]
         edges = _crop_box(whole, self.size, self.crop_fraction) if self.mode == "crop" else (0, 0, *whole)
-        left, top, right, bottom = (min(edge / part + blank[axis % 2], picture.size[axis % 2]) for axis, edge in enumerate(edges))
+        left, top, right, bottom = (
+            min(edge / part + blank[axis % 2], picture.size[axis % 2]) for axis, edge in enumerate(edges)
+        )
         shape = _fitted(whole, self.size) if self.mode == "pad" else (self.size, self.size)
         resized = np.array(picture.resize(shape, _RESAMPLING[self.interpolation], box=(left, top, right, bottom)))
         return self._padded(resized) if self.mode == "pad" else resized
@@ -325,5 +352,7 @@ def _crop_box(shape: Size, size: int, fraction: float) -> tuple[float, float, fl
     resized = _covering(shape, round(size / fraction))
     starts = [(side - size) // 2 for side in resized]
     left, top = (start * side / whole for start, side, whole in zip(starts, shape, resized, strict=True))
-    right, bottom = (min((start + size) * side / whole, side) for start, side, whole in zip(starts, shape, resized, strict=True))
+    right, bottom = (
+        min((start + size) * side / whole, side) for start, side, whole in zip(starts, shape, resized, strict=True)
+    )
     return left, top, right, bottom

@@ -40,10 +40,14 @@ _MOST_READS = 500_000  # of a file's parts by Pillow's parsers, half a second or
 _MOST_SCANS = 100  # of a progressive JPEG, each a pass over all pixels
 _MOST_RUN_LENGTH_PIXELS = 4_000_000  # of a BMP, decoded in Python
 _SCAN, _END = b"\xff\xda", b"\xff\xd9"  # JPEG markers
-_SCAN_END = re.compile(rb"\xff[^\x00\xd0-\xd7\xff]")  # the first marker behind a JPEG's entropy-coded data, restarts left out
+_SCAN_END = re.compile(
+    rb"\xff[^\x00\xd0-\xd7\xff]"
+)  # the first marker behind a JPEG's entropy-coded data, restarts left out
 _MID_GREYS = (128, (128, 128, 128), (127, 127, 127, 127))
 
-logging.getLogger("PIL.TiffImagePlugin").setLevel(logging.CRITICAL)  # what is wrong with a file is said once, by the exception
+logging.getLogger("PIL.TiffImagePlugin").setLevel(
+    logging.CRITICAL
+)  # what is wrong with a file is said once, by the exception
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,7 +93,10 @@ class OpenedImage:
         if self.format not in ("GIF", "TIFF"):
             return min(int(getattr(self.image, "n_frames", 1)), 2**31 - 1)
         count = 1
-        with suppress(Exception), Image.open(_stream(self.content), formats=(self.format,)) as again:  # counting loses the place
+        with (
+            suppress(Exception),
+            Image.open(_stream(self.content), formats=(self.format,)) as again,
+        ):  # counting loses the place
             if self.format == "GIF":
                 return int(again.n_frames)  # type: ignore[attr-defined]
             while count < _MOST_FRAMES:  # Pillow's own count of TIFF pages takes quadratic time
@@ -133,7 +140,9 @@ def opened(content: bytes, formats: tuple[str, ...], check_size: Callable[[Size]
             check_size(image.size)
             _check_cost(image, content, check_size)
             args = image.tile[0].args if image.tile else ""
-            yield OpenedImage(image, content, str(args[0] if isinstance(args, tuple) else args), _orientation(image, content))
+            yield OpenedImage(
+                image, content, str(args[0] if isinstance(args, tuple) else args), _orientation(image, content)
+            )
 
 
 def _check_cost(image: ImageFile.ImageFile, content: bytes, check_size: Callable[[Size], None]) -> None:
@@ -193,7 +202,9 @@ def _orientation(image: ImageFile.ImageFile, content: bytes) -> int:
         if image.format == "TIFF":
             value = image.tag_v2.get(ExifTags.Base.Orientation)  # type: ignore[attr-defined]
         elif _EXIF_KEYS & image.info.keys():
-            value = Image.Image.getexif(image).get(ExifTags.Base.Orientation)  # a PNG's own would decode it, and hide what that raises
+            value = Image.Image.getexif(image).get(
+                ExifTags.Base.Orientation
+            )  # a PNG's own would decode it, and hide what that raises
         else:
             return 1
     except Exception:  # damaged metadata around good pixels: the picture is as its pixels lie
@@ -305,7 +316,9 @@ def _range(opened: OpenedImage) -> tuple[float, float]:
     image, rawmode = opened.image, opened.rawmode
     if image.mode.startswith("I;16"):
         return 0.0, 4095.0 if rawmode == "I;12" else 65535.0
-    extremes = [(piece.min(), piece.max()) for piece in (_samples(image.crop(box), rawmode) for box in _boxes(image.size))]
+    extremes = [
+        (piece.min(), piece.max()) for piece in (_samples(image.crop(box), rawmode) for box in _boxes(image.size))
+    ]
     low, high = (float(edge) for edge in (np.min(extremes), np.max(extremes)))
     if not np.isfinite((low, high)).all():
         raise ValueError("holds samples that are not numbers")

@@ -46,7 +46,12 @@ class Prediction:
         if self.error:
             return {"path": self.path, "error": self.error}
         ranked = sorted(self.probabilities.items(), key=lambda item: -item[1])[:top_k]
-        answer = {"path": self.path, "predicted_class": self.label, "confidence": self.confidence, "all_predictions": dict(ranked)}
+        answer = {
+            "path": self.path,
+            "predicted_class": self.label,
+            "confidence": self.confidence,
+            "all_predictions": dict(ranked),
+        }
         may_be = None if self.prediction_set is None else list(self.prediction_set)
         return {**answer, "decision": self.decision, "reason": self.reason, "prediction_set": may_be}
 
@@ -132,10 +137,19 @@ class PredictionTable:
             with (directory / "predictions.csv").open(encoding=ENCODING[0], errors=ENCODING[1], newline="") as file:
                 reader = csv.DictReader(file)
                 rows = list(reader)
-            scores = np.array([row["ood_score"] for row in rows], np.float32) if "ood_score" in (reader.fieldnames or ()) else None
+            scores = (
+                np.array([row["ood_score"] for row in rows], np.float32)
+                if "ood_score" in (reader.fieldnames or ())
+                else None
+            )
             codes = {label: code for code, label in enumerate(facts["classes"])}
-            targets, named = (np.array([codes[row[column]] for row in rows], dtype=np.int64) for column in ("label", "predicted_class"))
-            table = cls(tuple(row["path"] for row in rows), targets, logits, tuple(codes), float(facts["temperature"]), scores)
+            targets, named = (
+                np.array([codes[row[column]] for row in rows], dtype=np.int64)
+                for column in ("label", "predicted_class")
+            )
+            table = cls(
+                tuple(row["path"] for row in rows), targets, logits, tuple(codes), float(facts["temperature"]), scores
+            )
             if logits.shape != (len(rows), len(codes)):
                 raise ValueError(f"{len(rows)} rows of {len(codes)} classes, logits of the shape {list(logits.shape)}")
             if (table.answers()[0] != named).any():

@@ -135,10 +135,14 @@ class Manifest:
             block = slice(start, start + _BLOCK)
             targets, splits, groups, digests, widths, heights = (column[block] for column in self._columns)
             text = digests.tobytes().hex()
-            rows = zip(targets.tolist(), splits.tolist(), groups.tolist(), widths.tolist(), heights.tolist(), strict=True)
+            rows = zip(
+                targets.tolist(), splits.tolist(), groups.tolist(), widths.tolist(), heights.tolist(), strict=True
+            )
             for row, (target, split, group, width, height) in enumerate(rows):
                 sha256 = text[64 * row : 64 * row + 64]
-                yield Record(self.paths[start + row], self.classes[target], names[split], f"{group:016x}", sha256, width, height)
+                yield Record(
+                    self.paths[start + row], self.classes[target], names[split], f"{group:016x}", sha256, width, height
+                )
 
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, Manifest):
@@ -203,7 +207,9 @@ class Manifest:
         write_row = csv_writer(text)
         write_row(_COLUMNS)
         for row, record in enumerate(self, start=1):
-            write_row((record.path, record.label, record.split, record.group, record.sha256, record.width, record.height))
+            write_row(
+                (record.path, record.label, record.split, record.group, record.sha256, record.width, record.height)
+            )
             if row % _BLOCK == 0:
                 yield text.getvalue()
                 text.seek(0)
@@ -217,7 +223,9 @@ class Manifest:
             with path.open(encoding=ENCODING[0], errors=ENCODING[1], newline="") as file:
                 return _read(csv.DictReader(file), path, root)
         except OSError as error:
-            raise DataError(f"cannot read the manifest {str(path)!r} ({error.strerror})", "run `python commands.py prepare` first") from error
+            raise DataError(
+                f"cannot read the manifest {str(path)!r} ({error.strerror})", "run `python commands.py prepare` first"
+            ) from error
 
 
 def csv_writer(file: IO[str]) -> Callable[[Sequence[object]], object]:
@@ -262,20 +270,40 @@ class _Columns:
         digests = np.frombuffer(bytes(self.digests), dtype=np.uint8).reshape(-1, 32)
         sizes = (np.array(self.widths, dtype=np.int32), np.array(self.heights, dtype=np.int32))
         return Manifest(
-            root, paths, tuple(classes), targets, np.array(self.splits, dtype=np.int8), np.array(self.groups, dtype=np.uint64), digests, *sizes
+            root,
+            paths,
+            tuple(classes),
+            targets,
+            np.array(self.splits, dtype=np.int8),
+            np.array(self.groups, dtype=np.uint64),
+            digests,
+            *sizes,
         )
 
 
 def _read(rows: csv.DictReader[str], path: Path, root: Path) -> Manifest:
     missing = [name for name in _COLUMNS if name not in (rows.fieldnames or ())]
     if missing:
-        raise DataError(f"the manifest {str(path)!r} has no column {', '.join(missing)}", f"its columns are {','.join(_COLUMNS)}")
+        raise DataError(
+            f"the manifest {str(path)!r} has no column {', '.join(missing)}", f"its columns are {','.join(_COLUMNS)}"
+        )
     columns = _Columns()
     for number, row in enumerate(rows, start=2):
         if row["split"] not in SPLITS:
-            raise DataError(f"line {number} of the manifest {str(path)!r} has the split {row['split']!r}", f"use one of {', '.join(SPLITS)}")
+            raise DataError(
+                f"line {number} of the manifest {str(path)!r} has the split {row['split']!r}",
+                f"use one of {', '.join(SPLITS)}",
+            )
         try:
-            columns.add(row["path"], row["label"], row["split"], row["group"], row["sha256"], int(row["width"]), int(row["height"]))
+            columns.add(
+                row["path"],
+                row["label"],
+                row["split"],
+                row["group"],
+                row["sha256"],
+                int(row["width"]),
+                int(row["height"]),
+            )
         except (TypeError, ValueError, AttributeError, OverflowError) as error:
             hint = "sha256 has 64 hex digits, group 16; width and height are whole numbers"
             raise DataError(f"line {number} of the manifest {str(path)!r} is not a record", hint) from error

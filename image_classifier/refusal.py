@@ -26,7 +26,9 @@ from image_classifier.errors import ConfigError
 def one_line(error: BaseException) -> str:
     """The error's own words and its cause's, without Hydra's advice and lay-out."""
     words = [str(error), str(error.__cause__ or "")]
-    lines = [line.strip() for text in words for line in re.split(r"(?i)\n(?:config )?search path:", text)[0].splitlines()]
+    lines = [
+        line.strip() for text in words for line in re.split(r"(?i)\n(?:config )?search path:", text)[0].splitlines()
+    ]
     noise = ("full_key", "object_type", "reference_type", "See https", "Set the environment", "To append")
     return "; ".join(dict.fromkeys(line for line in lines if line and not line.startswith(noise)))
 
@@ -93,7 +95,9 @@ def explain(error: Exception, root: str, overrides: list[str], extra: list[str],
     Called inside an initialised Hydra; `extra` are overrides of ours, such as the search path.
     """
     loader = GlobalHydra.instance().config_loader()
-    parsed = [override for override in OverridesParser.create().parse_overrides(overrides) if not override.is_hydra_override()]
+    parsed = [
+        override for override in OverridesParser.create().parse_overrides(overrides) if not override.is_hydra_override()
+    ]
     groups, keys = _split(loader, root, parsed, extra)
     try:
         chosen = _chosen(loader, root, extra)
@@ -104,10 +108,14 @@ def explain(error: Exception, root: str, overrides: list[str], extra: list[str],
         if refused:
             return refused
     kept = [override.input_line or "" for override in groups] + extra
-    return _refused_key(loader, root, keys, kept, verb) or ConfigError("Hydra refuses the command line", one_line(error))
+    return _refused_key(loader, root, keys, kept, verb) or ConfigError(
+        "Hydra refuses the command line", one_line(error)
+    )
 
 
-def _split(loader: ConfigLoader, root: str, parsed: list[Override], extra: list[str]) -> tuple[list[Override], list[Override]]:
+def _split(
+    loader: ConfigLoader, root: str, parsed: list[Override], extra: list[str]
+) -> tuple[list[Override], list[Override]]:
     def is_group(override: Override) -> bool:
         return bool(_options(loader, root, override.key_or_group, extra)) and not isinstance(override.value(), dict)
 
@@ -126,7 +134,9 @@ def _chosen(loader: ConfigLoader, root: str, extra: list[str]) -> dict[str, Any]
     return {group: choice for group, choice in choices.items() if not group.startswith("hydra")}
 
 
-def _refused_group(loader: ConfigLoader, root: str, override: Override, chosen: dict[str, Any], extra: list[str]) -> ConfigError | None:
+def _refused_group(
+    loader: ConfigLoader, root: str, override: Override, chosen: dict[str, Any], extra: list[str]
+) -> ConfigError | None:
     group, choice = override.key_or_group, override.value()
     if group not in chosen and not override.is_add():
         hint = f"{did_you_mean(group, chosen)}To add one write +{group}=..."
@@ -142,7 +152,9 @@ def _refused_group(loader: ConfigLoader, root: str, override: Override, chosen: 
     return None
 
 
-def _refused_key(loader: ConfigLoader, root: str, keys: list[Override], kept: list[str], verb: str) -> ConfigError | None:
+def _refused_key(
+    loader: ConfigLoader, root: str, keys: list[Override], kept: list[str], verb: str
+) -> ConfigError | None:
     try:
         added = [override.input_line or "" for override in keys if override.is_force_add()]
         config = hydra.compose(root, kept + added)
@@ -162,7 +174,11 @@ def _refused_key(loader: ConfigLoader, root: str, keys: list[Override], kept: li
 
 def _hint(loader: ConfigLoader, root: str, kept: list[str], override: Override, valid: set[str], verb: str) -> str:
     near = nearest(override.key_or_group, valid)
-    guess = f"did you mean {near} ({_file(loader, root, kept, near)})?" if near else f"python commands.py {verb} --cfg job shows all keys."
+    guess = (
+        f"did you mean {near} ({_file(loader, root, kept, near)})?"
+        if near
+        else f"python commands.py {verb} --cfg job shows all keys."
+    )
     return guess if override.is_delete() else f"{guess} To add a new key write +{override.key_or_group}=..."
 
 

@@ -207,7 +207,11 @@ def _candidates(verb: str, earlier: list[str], word: str, command: str) -> list[
         return []
     os.environ["COMP_LINE"] = " ".join(["python", "commands.py", *known, word])
     foreign = {path.name for path in CONF_DIR.iterdir() if path.is_dir()} - root_groups(CONF_DIR, verb).keys()
-    found = [item for item in _completion(verb, command).split() if re.split("[=./]", item)[0] not in foreign or word.startswith("hydra")]
+    found = [
+        item
+        for item in _completion(verb, command).split()
+        if re.split("[=./]", item)[0] not in foreign or word.startswith("hydra")
+    ]
     return [prefix + item.removeprefix(strip) for item in found if item.startswith(strip)]
 
 
@@ -261,12 +265,18 @@ def _field_names(cls: Any, prefix: str) -> Iterator[str]:
 
 
 def _wrong_type(cls: type, plain: Mapping[str, Any], key: str, error: OmegaConfBaseException) -> ConfigError:
-    groups = [name for name, kind in get_type_hints(cls).items() if is_dataclass(kind) and not isinstance(plain.get(name, {}), Mapping)]
+    groups = [
+        name
+        for name, kind in get_type_hints(cls).items()
+        if is_dataclass(kind) and not isinstance(plain.get(name, {}), Mapping)
+    ]
     path = str(error.full_key or (groups or [""])[0])
     value: Any = plain
     expected: Any = cls
     for part in filter(None, path.replace("[", ".").replace("]", "").split(".")):
-        value = value[int(part)] if isinstance(value, list) else value.get(part) if isinstance(value, Mapping) else value
+        value = (
+            value[int(part)] if isinstance(value, list) else value.get(part) if isinstance(value, Mapping) else value
+        )
         expected = get_type_hints(expected).get(part) if is_dataclass(expected) else expected
     return ConfigError(f"{_join(key, path) or 'the configuration'} must be {_article(expected)}, got {value!r}")
 
@@ -349,7 +359,9 @@ def resumed(config: DictConfig, path: Path, overrides: Iterable[str]) -> DictCon
     except (OSError, ValueError, AssertionError, yaml.YAMLError) as error:
         raise ConfigError(f"cannot read {str(path)!r}, the settings of the run", one_line(error)) from error
     keys = [parse(override).key_or_group.replace("/", ".") for override in overrides]
-    keys = [str(key) for key in config] if "experiment" in keys else [key for key in keys if not key.startswith("hydra")]
+    keys = (
+        [str(key) for key in config] if "experiment" in keys else [key for key in keys if not key.startswith("hydra")]
+    )
     for key in (*keys, *(str(key) for key in config if key not in saved)):
         value = OmegaConf.select(config, key)
         value = _literal({"": to_plain(value) if OmegaConf.is_config(value) else value})[""]
@@ -358,7 +370,9 @@ def resumed(config: DictConfig, path: Path, overrides: Iterable[str]) -> DictCon
         if isinstance(value, str) and "://***@" in value:
             again = OmegaConf.select(config, key)
             if without_passwords(again) != value:
-                raise ConfigError(f"{key} was given with a password, which the run folder does not keep", "give it again")
+                raise ConfigError(
+                    f"{key} was given with a password, which the run folder does not keep", "give it again"
+                )
             OmegaConf.update(saved, key, again)
     OmegaConf.set_struct(saved, True)
     return saved
@@ -372,5 +386,7 @@ def flatten(mapping: Mapping[str, Any], prefix: str = "") -> dict[str, str | int
         if isinstance(value, Mapping):
             flat |= flatten(value, f"{name}.")
         else:
-            flat[name] = value if value is None or isinstance(value, (str, int, float)) else json.dumps(value, default=str)
+            flat[name] = (
+                value if value is None or isinstance(value, (str, int, float)) else json.dumps(value, default=str)
+            )
     return flat

@@ -34,7 +34,9 @@ class _Sent(Exception):
 
     def __init__(self, error: Exception) -> None:
         super().__init__(error)
-        self.error = error if isinstance(error, ClassifierError) else RuntimeError(f"{type(error).__name__}: {error}")  # others may not travel
+        self.error = (
+            error if isinstance(error, ClassifierError) else RuntimeError(f"{type(error).__name__}: {error}")
+        )  # others may not travel
 
     def __reduce__(self) -> tuple[type[Escape], tuple[Exception]]:
         return Escape, (self.error,)
@@ -58,7 +60,12 @@ def guarded(verb: str, task: Task, on_arrival: Callable[[], None]) -> Task:
             if not launched:
                 raise Escape(error) from None
             overrides = " ".join(HydraConfig.get().overrides.task)
-            log.error("the job %s failed: %s", overrides, error, exc_info=None if isinstance(error, ClassifierError) else error)
+            log.error(
+                "the job %s failed: %s",
+                overrides,
+                error,
+                exc_info=None if isinstance(error, ClassifierError) else error,
+            )
             raise _Sent(error) from None
 
     return run

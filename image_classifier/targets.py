@@ -29,7 +29,11 @@ TRUSTED = (
     "timm.optim.",
     "timm.scheduler.",
     "timm.loss.",
-    *(f"{lightning}.{part}" for lightning in ("pytorch_lightning", "lightning.pytorch") for part in ("Trainer", *_LIGHTNING)),
+    *(
+        f"{lightning}.{part}"
+        for lightning in ("pytorch_lightning", "lightning.pytorch")
+        for part in ("Trainer", *_LIGHTNING)
+    ),
     "torchmetrics.",
     "image_classifier.dataset.sources.",
     "image_classifier.modeling.",
@@ -69,10 +73,15 @@ def check_targets(node: Any, trusted: Iterable[str] = (), known: tuple[str, ...]
         if not _is_trusted(target, allowed):
             package = target.partition(".")[0]
             hint = f"if you trust that package, write 'trusted_packages=[{package}]'"
-            raise ConfigError(f"{_join(key, '_target_')} names {target}, which is not on the list of what a configuration may build", hint)
+            raise ConfigError(
+                f"{_join(key, '_target_')} names {target}, which is not on the list of what a configuration may build",
+                hint,
+            )
 
 
-def instantiate(node: Any, *args: Any, trusted: Iterable[str] = (), known: tuple[str, ...] = TRUSTED, **kwargs: Any) -> Any:
+def instantiate(
+    node: Any, *args: Any, trusted: Iterable[str] = (), known: tuple[str, ...] = TRUSTED, **kwargs: Any
+) -> Any:
     """Build the object a node describes, after `check_targets`; None for no node and for `_target_: null`.
 
     Raises:
@@ -127,7 +136,9 @@ def _located(key: str, target: str, allowed: tuple[str, ...]) -> Callable[..., A
     home = f"{getattr(found, '__module__', None) or target}."
     homes = (*(entry for entry in allowed if entry.endswith(".")), *_HOMES)
     if not callable(found) or not home.startswith(homes):
-        raise ConfigError(f"{_join(key, '_target_')} names {target}, which is {home.rstrip('.')}'s and may not be built")
+        raise ConfigError(
+            f"{_join(key, '_target_')} names {target}, which is {home.rstrip('.')}'s and may not be built"
+        )
     return found  # type: ignore[no-any-return]
 
 
@@ -138,7 +149,11 @@ def _import(target: str) -> Any:
     path = first
     for part in parts:
         path = f"{path}.{part}"
-        found = getattr(found, part) if hasattr(found, part) or not inspect.ismodule(found) else importlib.import_module(path)
+        found = (
+            getattr(found, part)
+            if hasattr(found, part) or not inspect.ismodule(found)
+            else importlib.import_module(path)
+        )
     return found
 
 

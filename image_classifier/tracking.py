@@ -37,12 +37,19 @@ class Tracker:
     """
 
     def __init__(self, tracking_uri: str, experiment_name: str, run_name: str, tags: Mapping[str, str]) -> None:
-        if not tracking_uri.startswith(("sqlite:", "http://", "https://", "postgresql", "mysql", "mssql", "databricks")):
+        if not tracking_uri.startswith(
+            ("sqlite:", "http://", "https://", "postgresql", "mysql", "mssql", "databricks")
+        ):
             raise ConfigError(
                 f"logger.tracking_uri={tracking_uri!r} is not a store MLflow can use",
                 "use sqlite:///mlflow.db or the http:// address of a server (MLflow 3 refuses plain folders)",
             )
-        self.tracking_uri, self.experiment_name, self.run_name, self.tags = tracking_uri, experiment_name, run_name, dict(tags)
+        self.tracking_uri, self.experiment_name, self.run_name, self.tags = (
+            tracking_uri,
+            experiment_name,
+            run_name,
+            dict(tags),
+        )
         self._shown = re.sub(r"://[^/@]+@", "://***@", tracking_uri)  # without a password
         self.run_id, self._experiment_id = "", ""
         self._client: Any = None
@@ -77,7 +84,11 @@ class Tracker:
             return
         now = int(time.time() * 1000)
         rows = [Metric(name, float(value), now, step) for name, value in metrics.items()]
-        self._do(lambda client: client.log_batch(self.run_id, metrics=[row for row in rows if (row.key, row.step) not in self._points]))
+        self._do(
+            lambda client: client.log_batch(
+                self.run_id, metrics=[row for row in rows if (row.key, row.step) not in self._points]
+            )
+        )
 
     def log_artifacts(self, directory: Path, name: str) -> None:
         """Copy a folder into the run's artifacts under `name`."""
@@ -106,7 +117,11 @@ class Tracker:
         self._retry_at = 0.0
         self._do(lambda client: client.set_terminated(self.run_id, status))
         if self._waiting:
-            log.warning("%d calls to MLflow at %s were never answered; the run folder keeps everything", len(self._waiting), self._shown)
+            log.warning(
+                "%d calls to MLflow at %s were never answered; the run folder keeps everything",
+                len(self._waiting),
+                self._shown,
+            )
 
     @property
     def where(self) -> str:
@@ -128,7 +143,11 @@ class Tracker:
             self.lost_contact = False
         except Exception as error:  # whatever the store's trouble is, the training matters more
             if not self.lost_contact:
-                log.warning("MLflow at %s fails (%s); training goes on, the run folder keeps everything", self._shown, _one_line(error))
+                log.warning(
+                    "MLflow at %s fails (%s); training goes on, the run folder keeps everything",
+                    self._shown,
+                    _one_line(error),
+                )
             self.lost_contact, self._retry_at = True, time.monotonic() + _RETRY_AFTER_S
 
     def _send(self, client: Any) -> None:
@@ -149,19 +168,29 @@ class Tracker:
             with _alone(self.tracking_uri):
                 client = MlflowClient(tracking_uri=_absolute(self.tracking_uri))
                 experiment = client.get_experiment_by_name(self.experiment_name)
-                self._experiment_id = experiment.experiment_id if experiment else client.create_experiment(self.experiment_name)
+                self._experiment_id = (
+                    experiment.experiment_id if experiment else client.create_experiment(self.experiment_name)
+                )
                 if not (self._goes_on and self._take_up(client)):
-                    self.run_id = client.create_run(self._experiment_id, tags=self.tags, run_name=self.run_name).info.run_id
+                    self.run_id = client.create_run(
+                        self._experiment_id, tags=self.tags, run_name=self.run_name
+                    ).info.run_id
             self._client = client
         return self._client
 
     def _take_up(self, client: Any) -> bool:
         """Go on with the run that has this key, if there is one; what it has logged is not logged again."""
-        found = client.search_runs([self._experiment_id], filter_string=f"tags.`{_KEY_TAG}` = '{self.tags[_KEY_TAG]}'", max_results=1)
+        found = client.search_runs(
+            [self._experiment_id], filter_string=f"tags.`{_KEY_TAG}` = '{self.tags[_KEY_TAG]}'", max_results=1
+        )
         if not found:
             return False
         self.run_id, self._known = found[0].info.run_id, set(found[0].data.params)
-        self._points = {(name, point.step) for name in found[0].data.metrics for point in client.get_metric_history(self.run_id, name)}
+        self._points = {
+            (name, point.step)
+            for name in found[0].data.metrics
+            for point in client.get_metric_history(self.run_id, name)
+        }
         client.update_run(self.run_id, status="RUNNING")
         return True
 
@@ -191,13 +220,17 @@ def _one_line(error: Exception) -> str:
     return " ".join(str(error).split())[:200]
 
 
-def save_pyfunc(directory: Path, code: Path, bundle: Path, package: Path, requirements: Sequence[str], facts: Mapping[str, Any]) -> None:
+def save_pyfunc(
+    directory: Path, code: Path, bundle: Path, package: Path, requirements: Sequence[str], facts: Mapping[str, Any]
+) -> None:
     """Write a model of MLflow to a new folder: `code` says how the copied `bundle` is run, with a copy of `package`; nothing is pickled."""
     import mlflow
 
     _be_quick()
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # MLflow's own, about the signature that is left out: the code checks each input itself
+        warnings.simplefilter(
+            "ignore"
+        )  # MLflow's own, about the signature that is left out: the code checks each input itself
         mlflow.pyfunc.save_model(
             path=str(directory),
             python_model=str(code),
@@ -240,11 +273,16 @@ def registered_version(tracking_uri: str, name: str, alias: str) -> tuple[str, s
     try:
         with _alone(tracking_uri):
             client = MlflowClient(tracking_uri=_absolute(tracking_uri), registry_uri=_absolute(tracking_uri))
-            found = client.get_model_version(name, alias) if alias.isdecimal() else client.get_model_version_by_alias(name, alias)
+            found = (
+                client.get_model_version(name, alias)
+                if alias.isdecimal()
+                else client.get_model_version_by_alias(name, alias)
+            )
             return str(found.version), str(client.get_model_version_download_uri(name, found.version))
     except MlflowException as error:
         raise ConfigError(
-            f"MLflow at {tracking_uri} has no {name}@{alias} ({_one_line(error)})", "check tracking_uri, or promote a bundle"
+            f"MLflow at {tracking_uri} has no {name}@{alias} ({_one_line(error)})",
+            "check tracking_uri, or promote a bundle",
         ) from error
 
 
@@ -255,12 +293,21 @@ def download(tracking_uri: str, source: str, directory: Path) -> Path:
     from mlflow.exceptions import MlflowException
 
     try:
-        return Path(mlflow.artifacts.download_artifacts(artifact_uri=source, dst_path=str(directory), tracking_uri=_absolute(tracking_uri)))
+        return Path(
+            mlflow.artifacts.download_artifacts(
+                artifact_uri=source, dst_path=str(directory), tracking_uri=_absolute(tracking_uri)
+            )
+        )
     except (MlflowException, OSError) as error:
-        raise ConfigError(f"MLflow at {tracking_uri} does not give {source} ({_one_line(error)})", "check that its artifacts can be read") from error
+        raise ConfigError(
+            f"MLflow at {tracking_uri} does not give {source} ({_one_line(error)})",
+            "check that its artifacts can be read",
+        ) from error
 
 
-def register(tracking_uri: str, directory: Path, name: str, alias: str, tags: Mapping[str, str], metrics: Mapping[str, float]) -> str:
+def register(
+    tracking_uri: str, directory: Path, name: str, alias: str, tags: Mapping[str, str], metrics: Mapping[str, float]
+) -> str:
     """Log the model of MLflow in `directory` to a run of its own, as a new version of `name`; the alias points to it. The version.
 
     Raises:
@@ -282,8 +329,12 @@ def register(tracking_uri: str, directory: Path, name: str, alias: str, tags: Ma
             client.set_terminated(run.info.run_id)
             if not client.search_registered_models(f"name = '{name}'"):
                 client.create_registered_model(name)
-            version = client.create_model_version(name, f"{run.info.artifact_uri}/model", run.info.run_id, tags=dict(tags))
+            version = client.create_model_version(
+                name, f"{run.info.artifact_uri}/model", run.info.run_id, tags=dict(tags)
+            )
             client.set_registered_model_alias(name, alias, version.version)
             return str(version.version)
     except MlflowException as error:
-        raise ConfigError(f"MLflow at {tracking_uri} refuses ({_one_line(error)})", "check tracking_uri, and that the server runs") from error
+        raise ConfigError(
+            f"MLflow at {tracking_uri} refuses ({_one_line(error)})", "check tracking_uri, and that the server runs"
+        ) from error

@@ -27,9 +27,13 @@ from image_classifier.images import DecodeLimits
 from image_classifier.records import Manifest
 
 if "PYTEST_XDIST_WORKER" in os.environ:
-    os.environ.setdefault("OMP_NUM_THREADS", "1")  # the processes of a test run share the cores; torch's threads would wait for each other
+    os.environ.setdefault(
+        "OMP_NUM_THREADS", "1"
+    )  # the processes of a test run share the cores; torch's threads would wait for each other
 
-settings.register_profile("project", deadline=None)  # how long an example takes says more about the machine's other work
+settings.register_profile(
+    "project", deadline=None
+)  # how long an example takes says more about the machine's other work
 settings.load_profile("project")
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -146,9 +150,13 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session", autouse=True)
-def training_beside_the_first_tests(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest) -> Iterator[None]:
+def training_beside_the_first_tests(
+    tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest
+) -> Iterator[None]:
     """No process of a test run waits for the folder `trained`: one makes it while all are busy with tests of other things."""
-    if os.environ.get("PYTEST_XDIST_WORKER") != "gw0" or not any(_on_the_trained_folder(item) for item in request.session.items):
+    if os.environ.get("PYTEST_XDIST_WORKER") != "gw0" or not any(
+        _on_the_trained_folder(item) for item in request.session.items
+    ):
         yield
         return
     thread = Thread(target=_train_once, args=(_shared(tmp_path_factory),))
@@ -184,7 +192,12 @@ def _train(folder: Path) -> None:
     line = ["train", "name=digits", "trainer.max_epochs=2", "+trainer.limit_train_batches=6"]
     environment = {key: value for key, value in os.environ.items() if key != "OMP_NUM_THREADS"}
     done = subprocess.run(
-        [sys.executable, str(ROOT / "commands.py"), *line], cwd=folder, capture_output=True, text=True, timeout=300, env=environment
+        [sys.executable, str(ROOT / "commands.py"), *line],
+        cwd=folder,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        env=environment,
     )
     assert done.returncode == 0, done.stderr
     (folder / "stderr.txt").write_text(done.stderr)
@@ -200,7 +213,9 @@ def chromium() -> Iterator[Any]:
     from playwright.sync_api import sync_playwright
 
     with sync_playwright() as play:
-        browser = play.chromium.launch(executable_path=binary, args=["--no-sandbox", "--use-fake-device-for-media-stream"])
+        browser = play.chromium.launch(
+            executable_path=binary, args=["--no-sandbox", "--use-fake-device-for-media-stream"]
+        )
         yield browser
         browser.close()
 

@@ -17,7 +17,14 @@ import image_classifier
 ROOT = Path(__file__).resolve().parents[1]
 COMMANDS = ROOT / "commands.py"
 CONF = ROOT / "conf"
-SOURCES = sorted([COMMANDS, *(ROOT / "image_classifier").rglob("*.py"), *(ROOT / "tests").rglob("*.py"), *(ROOT / "benchmarks").rglob("*.py")])
+SOURCES = sorted(
+    [
+        COMMANDS,
+        *(ROOT / "image_classifier").rglob("*.py"),
+        *(ROOT / "tests").rglob("*.py"),
+        *(ROOT / "benchmarks").rglob("*.py"),
+    ]
+)
 TORCH_ZONE = ("torch", "torchvision", "lightning", "pytorch_lightning", "timm", "torchmetrics")
 
 # Runs commands.py as a shell would and then says, on the last line of stderr, what of the torch zone it loaded.
@@ -45,7 +52,9 @@ def assert_torch_free(cwd: Path, *line: str, timeout_s: float = 120) -> str:
 
 
 @pytest.mark.parametrize(
-    "line", [(), ("--help",), ("train", "--help"), ("train", "--cfg", "job"), ("infer", "--help"), ("serve", "--help")], ids=" ".join
+    "line",
+    [(), ("--help",), ("train", "--help"), ("train", "--cfg", "job"), ("infer", "--help"), ("serve", "--help")],
+    ids=" ".join,
 )
 def test_help_loads_no_torch(line: tuple[str, ...], tmp_path: Path) -> None:
     assert_torch_free(tmp_path, *line)
@@ -53,7 +62,9 @@ def test_help_loads_no_torch(line: tuple[str, ...], tmp_path: Path) -> None:
 
 def test_prepare_audit_and_clean_load_no_torch(tmp_path: Path) -> None:
     manifest_path = tmp_path / "manifest.csv"
-    assert_torch_free(tmp_path, "prepare", "data=digits", f"data.dir={tmp_path / 'digits'}", f"data.manifest_path={manifest_path}")
+    assert_torch_free(
+        tmp_path, "prepare", "data=digits", f"data.dir={tmp_path / 'digits'}", f"data.manifest_path={manifest_path}"
+    )
     assert manifest_path.read_text(encoding="utf-8").startswith("path,label,split,group,sha256,width,height")
     assert "nothing found" in assert_torch_free(tmp_path, "audit", "data=digits", f"data.dir={tmp_path / 'digits'}")
     assert "removed" in assert_torch_free(tmp_path, "clean")
@@ -64,7 +75,9 @@ def test_infer_with_an_onnx_bundle_loads_no_torch(digits_bundle: Path, tmp_path:
 
     image_path = tmp_path / "seven.png"
     Image.new("RGB", (8, 8), "white").save(image_path)
-    printed = assert_torch_free(tmp_path, "infer", "--checkpoint_name", str(digits_bundle), "--images", str(image_path), "--format", "jsonl")
+    printed = assert_torch_free(
+        tmp_path, "infer", "--checkpoint_name", str(digits_bundle), "--images", str(image_path), "--format", "jsonl"
+    )
     assert '"predicted_class"' in printed
 
 
@@ -119,8 +132,12 @@ def test_every_config_composes(path: Path) -> None:
 def test_the_runner_needs_no_package_beyond_the_extra_infer(digits_bundle: Path, tmp_path: Path) -> None:
     """`pip install image-classifier[infer]` gives infer and verify; any other verb says in one line what it lacks."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-    declared = {Requirement(line).name for line in (*project["dependencies"], *project["optional-dependencies"]["infer"])}
-    others = {Requirement(line).name for lines in project["optional-dependencies"].values() for line in lines} - declared
+    declared = {
+        Requirement(line).name for line in (*project["dependencies"], *project["optional-dependencies"]["infer"])
+    }
+    others = {
+        Requirement(line).name for lines in project["optional-dependencies"].values() for line in lines
+    } - declared
     missing = {name.replace("-", "_") for name in others} | {"sklearn"}
     code = f"""
 import sys
@@ -140,5 +157,12 @@ commands.run()
         (["train"], 2, "pip install 'image-classifier[train]'"),
     ):
         environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-        done = subprocess.run([sys.executable, "-c", code, *line], cwd=tmp_path, capture_output=True, text=True, timeout=120, env=environment)
+        done = subprocess.run(
+            [sys.executable, "-c", code, *line],
+            cwd=tmp_path,
+            capture_output=True,
+            text=True,
+            timeout=120,
+            env=environment,
+        )
         assert done.returncode == status and says in done.stdout + done.stderr, done.stderr

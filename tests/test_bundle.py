@@ -19,7 +19,9 @@ def make_bundle(directory: Path) -> Path:
     return directory
 
 
-@pytest.mark.parametrize("name", ["digits", "team/digits", "model_val_loss=1.12.ckpt", "model_val_loss=1.12", "net.onnx", "net"])
+@pytest.mark.parametrize(
+    "name", ["digits", "team/digits", "model_val_loss=1.12.ckpt", "model_val_loss=1.12", "net.onnx", "net"]
+)
 def test_found_by_name_or_path(tmp_path: Path, name: str) -> None:
     make_bundle(tmp_path / "team" / "digits")
     for file in ("model_val_loss=1.12.ckpt", "net.onnx"):
@@ -80,7 +82,9 @@ def test_a_newer_schema_is_refused(tmp_path: Path) -> None:
         read_bundle(directory)
 
 
-def test_a_folder_that_is_closed_is_one_clear_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: Command) -> None:
+def test_a_folder_that_is_closed_is_one_clear_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: Command
+) -> None:
     closed = make_bundle(tmp_path / "digits")
     stat = Path.stat
 
@@ -93,7 +97,11 @@ def test_a_folder_that_is_closed_is_one_clear_line(tmp_path: Path, monkeypatch: 
     for name in (str(closed), "digits"):
         answer = command("verify", name, "--models_dir", str(tmp_path))
         assert answer.code == 2 and answer.out == ""
-        assert answer.err.startswith("error: ") and len(answer.err.strip().splitlines()) == 1 and "Permission denied" in answer.err
+        assert (
+            answer.err.startswith("error: ")
+            and len(answer.err.strip().splitlines()) == 1
+            and "Permission denied" in answer.err
+        )
 
 
 def test_a_file_that_cannot_be_read_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -110,4 +118,9 @@ def test_a_file_that_cannot_be_read_is_named(tmp_path: Path, monkeypatch: pytest
 @pytest.mark.parametrize("verb", [("verify",), ("infer", "--images", "a.png", "--checkpoint_name")])
 def test_a_name_that_no_file_can_have(command: Command, verb: tuple[str, ...]) -> None:
     answer = command(*verb, "x" * 300)
-    assert answer.code == 2 and "File name too long" in answer.err and len(answer.err.strip().splitlines()) == 1 and len(answer.err) < 300
+    assert (
+        answer.code == 2
+        and "File name too long" in answer.err
+        and len(answer.err.strip().splitlines()) == 1
+        and len(answer.err) < 300
+    )

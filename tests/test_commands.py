@@ -23,7 +23,9 @@ PROBE += "finally: print([m for m in ('torch', 'pytorch_lightning', 'mlflow') if
 
 def _run(*arguments: str) -> subprocess.CompletedProcess[str]:
     """The program in its own process; the last line of stderr lists the heavy packages it loaded."""
-    return subprocess.run([sys.executable, "-c", PROBE, "commands.py", *arguments], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    return subprocess.run(
+        [sys.executable, "-c", PROBE, "commands.py", *arguments], cwd=ROOT, capture_output=True, text=True, timeout=60
+    )
 
 
 def test_the_first_page_lists_the_verbs_and_is_quick() -> None:
@@ -38,7 +40,9 @@ def test_the_first_page_lists_the_verbs_and_is_quick() -> None:
 
 
 @pytest.mark.parametrize("verb", VERBS)
-def test_each_verb_has_a_root_file_and_a_help_page(verb: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_each_verb_has_a_root_file_and_a_help_page(
+    verb: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     monkeypatch.setattr(sys, "argv", ["commands.py", verb, "--help"])
     commands.main()
     page = capsys.readouterr().out
@@ -52,7 +56,10 @@ def test_each_verb_has_a_root_file_and_a_help_page(verb: str, monkeypatch: pytes
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["infer", "--checkpoint_nam", "x"], "checkpoint_nam is not a key: did you mean checkpoint_name (conf/infer.yaml)?"),
+        (
+            ["infer", "--checkpoint_nam", "x"],
+            "checkpoint_nam is not a key: did you mean checkpoint_name (conf/infer.yaml)?",
+        ),
         (["infer"], "checkpoint_name and images are missing: write checkpoint_name=NAME images=PATH"),
         (["trainn"], "did you mean train?"),
         (["data=folder"], "write the verb first"),
@@ -120,5 +127,7 @@ def test_completion_in_a_real_bash(tmp_path: Path) -> None:
     """
     (tmp_path / "python").symlink_to(sys.executable)
     path = os.pathsep.join([os.path.dirname(sys.executable), str(tmp_path), os.environ["PATH"]])
-    done = subprocess.run(["bash", "-c", script], cwd=ROOT, capture_output=True, text=True, timeout=60, env={**os.environ, "PATH": path})
+    done = subprocess.run(
+        ["bash", "-c", script], cwd=ROOT, capture_output=True, text=True, timeout=60, env={**os.environ, "PATH": path}
+    )
     assert done.stdout.split("\n")[:2] == ["infer", "--format="], done.stderr

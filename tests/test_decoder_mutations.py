@@ -145,7 +145,11 @@ def attempt(content: bytes, at_least: tuple[int, int] | None) -> bool:
 
 
 @settings(max_examples=150, deadline=None, derandomize=True)
-@given(st.sampled_from(sorted(whole_files().items())), st.sampled_from(sorted(whole_files().values())), st.integers(0, 2**32))
+@given(
+    st.sampled_from(sorted(whole_files().items())),
+    st.sampled_from(sorted(whole_files().values())),
+    st.integers(0, 2**32),
+)
 def test_a_damaged_file_is_a_picture_or_the_one_error(file, other, seed):
     attempt(mutated(file[1], other, random.Random(seed)), (8, 8) if seed % 2 else None)
 
@@ -163,7 +167,14 @@ def test_a_file_cut_anywhere_is_refused_or_loses_no_pixel(name):
 
 
 def run_in_limited_memory(seed: int, count: int, folder: Path | None) -> dict[str, float]:
-    command = [sys.executable, "-m", "tests.test_decoder_mutations", str(seed), str(count), *([str(folder)] if folder else [])]
+    command = [
+        sys.executable,
+        "-m",
+        "tests.test_decoder_mutations",
+        str(seed),
+        str(count),
+        *([str(folder)] if folder else []),
+    ]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300, cwd=Path(__file__).parents[1])
     assert done.returncode == 0, f"ended with {done.returncode}: {done.stderr[-3000:]}"
     return json.loads(done.stdout)
@@ -220,7 +231,13 @@ def main(seed: int, count: int, folder: Path | None) -> None:
         if time.process_time() - start > slowest:
             slowest, slowest_name = time.process_time() - start, f"{name}, number {number}"
     grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024
-    answer = {"decoded": decoded, "refused": count - decoded, "slowest_s": slowest, "slowest": slowest_name, "grown_bytes": grown}
+    answer = {
+        "decoded": decoded,
+        "refused": count - decoded,
+        "slowest_s": slowest,
+        "slowest": slowest_name,
+        "grown_bytes": grown,
+    }
     print(json.dumps(answer))
 
 

@@ -30,7 +30,8 @@ def test_errors_cross_processes(error):
 
 
 @pytest.mark.parametrize(
-    ("number", "word"), [(errno.ENOSPC, "space"), (errno.EDQUOT, "space"), (errno.EACCES, "permission"), (errno.EROFS, "permission")]
+    ("number", "word"),
+    [(errno.ENOSPC, "space"), (errno.EDQUOT, "space"), (errno.EACCES, "permission"), (errno.EROFS, "permission")],
 )
 def test_what_the_disk_refuses_is_a_storage_error(number, word):
     with pytest.raises(StorageError, match=word), storage_errors("x/y"):

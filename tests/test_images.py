@@ -132,7 +132,12 @@ def test_what_is_not_a_file_is_refused_at_once(tmp_path):
     os.mkfifo(tmp_path / "pipe.png")
     (tmp_path / "folder.png").mkdir()
     (tmp_path / "empty.png").touch()
-    for name, reason in (("pipe.png", "not a file"), ("folder.png", "not a file"), ("empty.png", "empty"), ("none.png", "no such file")):
+    for name, reason in (
+        ("pipe.png", "not a file"),
+        ("folder.png", "not a file"),
+        ("empty.png", "empty"),
+        ("none.png", "no such file"),
+    ):
         with pytest.raises(UnreadableImage, match=reason):
             decode(tmp_path / name)
 
@@ -180,7 +185,9 @@ def test_crop_is_resize_then_centre_crop(shape, size, fraction, seed):
     whole = np.asarray(Image.fromarray(image).resize((width, height), Image.Resampling.BILINEAR))
     top, left = (height - size) // 2, (width - size) // 2
     expected = whole[top : top + size, left : left + size].astype(int)
-    assert abs(Preprocess(size, crop_fraction=fraction)(image).astype(int) - expected).max() <= 2  # Pillow keeps the box in float32
+    assert (
+        abs(Preprocess(size, crop_fraction=fraction)(image).astype(int) - expected).max() <= 2
+    )  # Pillow keeps the box in float32
 
 
 def test_a_picture_of_the_right_size_is_untouched():
@@ -196,7 +203,9 @@ def test_an_absurd_shape_needs_no_absurd_memory():
 def test_preprocess_travels_as_a_dict():
     preprocess = Preprocess(48, "pad", "bicubic", 0.9, background=(1, 2, 3), scaled_decoding=True)
     assert Preprocess.from_dict(json.loads(json.dumps(preprocess.as_dict()))) == preprocess
-    assert Preprocess.from_dict({"size": 8, "mode": "crop", "interpolation": "bilinear", "crop_fraction": 1.0}) == Preprocess(8)
+    assert Preprocess.from_dict(
+        {"size": 8, "mode": "crop", "interpolation": "bilinear", "crop_fraction": 1.0}
+    ) == Preprocess(8)
     for bad in ({"size": 8, "colour": 1}, {"mode": "crop"}):
         with pytest.raises(ConfigError):
             Preprocess.from_dict(bad)
@@ -282,10 +291,14 @@ def test_scaled_decoding_barely_moves_the_pixels(mode, orientation, tmp_path):
     exif = Image.Exif()
     exif[0x0112] = orientation
     (tmp_path / "a.jpg").write_bytes(encoded(PHOTOGRAPH, "JPEG", quality=95, exif=exif))
-    full, scaled = (Preprocess(32, mode, scaled_decoding=scaled).read(tmp_path / "a.jpg").astype(int) for scaled in (False, True))
+    full, scaled = (
+        Preprocess(32, mode, scaled_decoding=scaled).read(tmp_path / "a.jpg").astype(int) for scaled in (False, True)
+    )
     assert (full != scaled).any()
     assert abs(full - scaled).mean() < 1
     assert abs(full - scaled).max() <= 12
-    np.testing.assert_array_equal(scaled, Preprocess(32, mode, scaled_decoding=True).read((tmp_path / "a.jpg").read_bytes()))
+    np.testing.assert_array_equal(
+        scaled, Preprocess(32, mode, scaled_decoding=True).read((tmp_path / "a.jpg").read_bytes())
+    )
     large = Preprocess(200, mode, scaled_decoding=True)  # nothing to gain: the full picture
     np.testing.assert_array_equal(large.read(tmp_path / "a.jpg"), large(decode(tmp_path / "a.jpg")))

@@ -49,7 +49,10 @@ def test_it_is_small_and_without_torch(runner: Path) -> None:
 def test_it_answers_and_verifies_as_the_whole_program(runner: Path, digits_bundle: Path, tmp_path: Path) -> None:
     program, images = runner / "bin/image-classifier", digits_bundle.parents[1] / "data/digits/test/3"
     line = ("infer", "--checkpoint_name", digits_bundle, "--images", images, "--format", "json")
-    alone, whole = ran(program, *line, folder=tmp_path), ran(sys.executable, ROOT / "commands.py", *line, folder=tmp_path)
+    alone, whole = (
+        ran(program, *line, folder=tmp_path),
+        ran(sys.executable, ROOT / "commands.py", *line, folder=tmp_path),
+    )
     assert alone.returncode == whole.returncode == 0, alone.stderr + whole.stderr
     assert json.loads(alone.stdout) == json.loads(whole.stdout)
     verified = ran(program, "verify", digits_bundle, folder=tmp_path)

@@ -33,12 +33,32 @@ def png(width: int, bits: int, colour: int, row: bytes, transparent: bytes | Non
     """One row of samples as they are given."""
     header = chunk(b"IHDR", struct.pack(">IIBBBBB", width, 1, bits, colour, 0, 0, 0))
     key = chunk(b"tRNS", transparent) if transparent else b""
-    return b"\x89PNG\r\n\x1a\n" + header + b"".join(before) + key + chunk(b"IDAT", zlib.compress(b"\0" + row)) + chunk(b"IEND", b"")
+    return (
+        b"\x89PNG\r\n\x1a\n"
+        + header
+        + b"".join(before)
+        + key
+        + chunk(b"IDAT", zlib.compress(b"\0" + row))
+        + chunk(b"IEND", b"")
+    )
 
 
-def tiff(bits: int, data: bytes, width: int = 2, photometric: int = 1, sample_format: int = 1, *more: tuple[int, int]) -> bytes:
+def tiff(
+    bits: int, data: bytes, width: int = 2, photometric: int = 1, sample_format: int = 1, *more: tuple[int, int]
+) -> bytes:
     """One uncompressed row of grey samples as they are given."""
-    tags = [(256, width), (257, 1), (258, bits), (259, 1), (262, photometric), (273, 8), (278, 1), (279, len(data)), *more, (339, sample_format)]
+    tags = [
+        (256, width),
+        (257, 1),
+        (258, bits),
+        (259, 1),
+        (262, photometric),
+        (273, 8),
+        (278, 1),
+        (279, len(data)),
+        *more,
+        (339, sample_format),
+    ]
     data += b"\0" * (len(data) % 2)
     entries = b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in tags)
     return b"II*\0" + struct.pack("<I", 8 + len(data)) + data + struct.pack("<H", len(tags)) + entries + b"\0\0\0\0"

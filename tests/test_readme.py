@@ -10,7 +10,11 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-COMMANDS = [line.partition(" #")[0].strip() for block in re.findall(r"```bash\n(.*?)```", README, re.DOTALL) for line in block.splitlines()]
+COMMANDS = [
+    line.partition(" #")[0].strip()
+    for block in re.findall(r"```bash\n(.*?)```", README, re.DOTALL)
+    for line in block.splitlines()
+]
 SHORTER = ["trainer.max_epochs=1", "+trainer.limit_train_batches=2", "+trainer.limit_val_batches=2"]
 
 
@@ -48,11 +52,16 @@ def test_the_tree_of_the_readme_is_there() -> None:
     rows = re.findall(r"^\| ((?:`[^`]+` ?)+)\|", README.partition("## The tree")[2], re.MULTILINE)
     paths = [path for row in rows for path in re.findall(r"`([^`]+)`", row) if path != "runs/"]
     assert [path for path in paths if not (ROOT / path).exists()] == []
-    assert {path.name for path in ROOT.glob("conf/*/") if path.name not in ("hydra",)} <= set(re.findall(r"`(\w+)`", README))
+    assert {path.name for path in ROOT.glob("conf/*/") if path.name not in ("hydra",)} <= set(
+        re.findall(r"`(\w+)`", README)
+    )
 
 
 @pytest.mark.parametrize(
-    "group", sorted(path.name for path in (ROOT / "conf").iterdir() if path.is_dir() and path.name not in ("hydra", "experiment"))
+    "group",
+    sorted(
+        path.name for path in (ROOT / "conf").iterdir() if path.is_dir() and path.name not in ("hydra", "experiment")
+    ),
 )
 def test_the_choices_of_each_group_are_listed(group: str) -> None:
     (row,) = re.findall(rf"^\| `{group}` \| (.*?) \|", README.partition("## Config groups")[2], re.MULTILINE)

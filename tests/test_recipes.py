@@ -105,7 +105,10 @@ SMALL: dict[str, list[str]] = {
     "flowers_rexnet": ["data.image_size=32", "model.backbone.pretrained=false", "trainer.check_val_every_n_epoch=1"],
     "cifar10_resnet": [],
     "cat_breeds_vit": ["data.image_size=32", "model.backbone.pretrained=false"]
-    + [f"+model.backbone.{key}={value}" for key, value in (("img_size", 32), ("depth", 1), ("embed_dim", 24), ("num_heads", 2))],
+    + [
+        f"+model.backbone.{key}={value}"
+        for key, value in (("img_size", 32), ("depth", 1), ("embed_dim", 24), ("num_heads", 2))
+    ],
 }
 
 
@@ -138,7 +141,9 @@ def test_a_recipe_opens_with_its_command_its_source_and_its_result(name: str) ->
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", SYSTEMS)
-def test_a_recipe_trains_from_images_to_a_bundle(name: str, command: Command, make_tree: MakeTree, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_recipe_trains_from_images_to_a_bundle(
+    name: str, command: Command, make_tree: MakeTree, monkeypatch: pytest.MonkeyPatch
+) -> None:
     tree = make_tree(a=12, b=12, c=12)
     monkeypatch.chdir(tree.parent)
     split = ["data.split.test=0.2", "data.split.val=0.2"]

@@ -15,7 +15,9 @@ from image_classifier.records import SPLITS, Manifest, Record
 
 # Any name a file system can give: spaces, quotes, newlines, and bytes that are not UTF-8 (lone surrogates \udc80..\udcff).
 NAMES = st.text(
-    st.characters(codec="utf-8", exclude_characters="\0") | st.characters(min_codepoint=0xDC80, max_codepoint=0xDCFF, categories=["Cs"]), min_size=1
+    st.characters(codec="utf-8", exclude_characters="\0")
+    | st.characters(min_codepoint=0xDC80, max_codepoint=0xDCFF, categories=["Cs"]),
+    min_size=1,
 )
 GROUPS = st.integers(0, 2**64 - 1).map("{:016x}".format)
 DIGESTS = st.binary(min_size=32, max_size=32).map(bytes.hex)
@@ -44,12 +46,16 @@ def test_taking_rows_is_taking_records(records, data):
     manifest = Manifest.of(Path("root"), records)
     rows = data.draw(st.lists(st.sampled_from(range(len(records))))) if records else []
     assert list(manifest.take(np.array(rows, dtype=np.int64))) == [records[row] for row in rows]
-    assert [manifest.part(split).classes for split in SPLITS] == [tuple(sorted({r.label for r in records if r.split == split})) for split in SPLITS]
+    assert [manifest.part(split).classes for split in SPLITS] == [
+        tuple(sorted({r.label for r in records if r.split == split})) for split in SPLITS
+    ]
 
 
 def test_records_whose_group_is_in_train_have_leaked():
     groups = [("train", 1), ("test", 1), ("test", 2), ("val", 2), ("test", 1)]
-    manifest = Manifest.of(Path(), [record(str(row), split=split, group=group) for row, (split, group) in enumerate(groups)])
+    manifest = Manifest.of(
+        Path(), [record(str(row), split=split, group=group) for row, (split, group) in enumerate(groups)]
+    )
     assert manifest.leaked("test").tolist() == [True, False, True]
     assert manifest.leaked("val").tolist() == [False]
 
@@ -100,7 +106,15 @@ def test_a_missing_manifest_is_one_line(tmp_path):
 
 def test_an_answer_has_the_stable_keys_most_probable_first():
     answer = Prediction("a.jpg", "dog", 0.7, {"cat": 0.3, "dog": 0.7}).answer()
-    assert list(answer) == ["path", "predicted_class", "confidence", "all_predictions", "decision", "reason", "prediction_set"]
+    assert list(answer) == [
+        "path",
+        "predicted_class",
+        "confidence",
+        "all_predictions",
+        "decision",
+        "reason",
+        "prediction_set",
+    ]
     assert (answer["decision"], answer["reason"], answer["prediction_set"]) == ("label", "", None)
     assert json.dumps(answer["all_predictions"]) == '{"dog": 0.7, "cat": 0.3}'
     assert Prediction("a.jpg", "dog", 0.7, {"cat": 0.3, "dog": 0.7}).answer(top_k=1)["all_predictions"] == {"dog": 0.7}
@@ -108,7 +122,9 @@ def test_an_answer_has_the_stable_keys_most_probable_first():
 
 
 def test_predictions_are_written_with_their_logits(tmp_path):
-    table = PredictionTable(("a.png", "b.png"), np.array([0, 1]), np.array([[2.0, 0.0], [3.0, 1.0]], np.float32), ("cat", "dog"))
+    table = PredictionTable(
+        ("a.png", "b.png"), np.array([0, 1]), np.array([[2.0, 0.0], [3.0, 1.0]], np.float32), ("cat", "dog")
+    )
     table.write(tmp_path)
     assert (tmp_path / "predictions.csv").read_text().splitlines()[2] == "b.png,dog,cat,0.880797"
     np.testing.assert_array_equal(np.load(tmp_path / "logits.npy"), table.logits)

@@ -52,7 +52,26 @@ ODD = [
     "\\\\'",
     "😀",
 ]
-ODD += ["-a", "null", "true", "1e3", "'", '"', "\udcff.png", "a\nb", "\t", "~", "${oc.env:HOME}", "${", "}", "???", "x???", "#", "a: b", ""]
+ODD += [
+    "-a",
+    "null",
+    "true",
+    "1e3",
+    "'",
+    '"',
+    "\udcff.png",
+    "a\nb",
+    "\t",
+    "~",
+    "${oc.env:HOME}",
+    "${",
+    "}",
+    "???",
+    "x???",
+    "#",
+    "a: b",
+    "",
+]
 
 
 @pytest.fixture(scope="module")
@@ -81,7 +100,9 @@ def run(conf: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
 
 def text() -> st.SearchStrategy[str]:
     special = st.sampled_from([*"\\'\"$={}[](),:~+- \t\n", "${", "}", "\udc80", "\udcff", "😀", "a", "null"])
-    return st.lists(special | st.characters(exclude_characters="\0", exclude_categories=["Cs"]), max_size=12).map("".join)
+    return st.lists(special | st.characters(exclude_characters="\0", exclude_categories=["Cs"]), max_size=12).map(
+        "".join
+    )
 
 
 def _composed(conf: Path, overrides: list[str]) -> DictConfig:
@@ -133,7 +154,10 @@ def test_options_are_overrides(arguments: list[str], overrides: list[str]) -> No
 
 
 def test_images_run_to_the_next_option_and_a_dash_is_standard_input() -> None:
-    assert list(translate("infer", ["--images", "a", "k=v", "-", "--top_k", "3"]).overrides) == ["images=['a','k=v','-']", "top_k=3"]
+    assert list(translate("infer", ["--images", "a", "k=v", "-", "--top_k", "3"]).overrides) == [
+        "images=['a','k=v','-']",
+        "top_k=3",
+    ]
     assert list(translate("infer", ["images=a b.png"]).overrides) == ["images=['a b.png']"]
     assert list(translate("infer", ["images=[a,b]"]).overrides) == ["images=[a,b]"]
 
@@ -168,7 +192,11 @@ def test_a_run_sees_the_config_and_the_whole_command_line(run: Any, tmp_path: Pa
     arguments = ["model=large", "--seed", "3", "+model.extra=1", "++new.key=b", "hydra.run.dir=."]
     run("train", *arguments, task=lambda config: seen.append((settings.to_plain(config), list(sys.argv))))
     config, argv = seen[0]
-    assert (config["model"], config["seed"], config["new"]) == ({"name": "large", "width": 512, "depth": 9, "extra": 1}, 3, {"key": "b"})
+    assert (config["model"], config["seed"], config["new"]) == (
+        {"name": "large", "width": 512, "depth": 9, "extra": 1},
+        3,
+        {"key": "b"},
+    )
     assert argv == ["commands.py", "train", *arguments]
     assert list(tmp_path.iterdir()) == []
 
@@ -176,7 +204,10 @@ def test_a_run_sees_the_config_and_the_whole_command_line(run: Any, tmp_path: Pa
 def test_experiments_deletions_and_sweeps(run: Any) -> None:
     assert [(job.model.name, job.seed) for job in run("train", "experiment=quick")] == [("large", 7)]
     assert "model" not in run("train", "~model")[0]
-    assert [(job.model.name, job.seed) for job in run("train", "-m", "model=small,large", "seed=1")] == [("small", 1), ("large", 1)]
+    assert [(job.model.name, job.seed) for job in run("train", "-m", "model=small,large", "seed=1")] == [
+        ("small", 1),
+        ("large", 1),
+    ]
     assert [job.model.name for job in run("train", "--multirun", "model=glob(*)")] == ["large", "small"]
     assert [job.seed for job in run("train", "-m", "seed=range(0,3)")] == [0, 1, 2]
 
@@ -191,7 +222,10 @@ def test_another_config_folder_and_root(run: Any, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["data.batchsize=3"], ["data.batchsize is not a key: did you mean data.batch_size (", "/data/base.yaml)", "+data.batchsize="]),
+        (
+            ["data.batchsize=3"],
+            ["data.batchsize is not a key: did you mean data.batch_size (", "/data/base.yaml)", "+data.batchsize="],
+        ),
         (["--data.imagesize", "3"], ["data.image_size (", "/data/digits.yaml)"]),
         (["experiment=quick", "model.depht=3"], ["model.depth (", "/model/large.yaml)"]),
         (["sede=3"], ["seed (", "/train.yaml)"]),
@@ -307,7 +341,13 @@ def test_instantiate_refuses(node: dict[str, Any], words: str) -> None:
 
 
 def test_instantiate_builds_trusted_targets() -> None:
-    tree = OmegaConf.create({"a": {"_target_": "image_classifier.dataset.sources.Folder", "dir": "${b}"}, "b": "x", "none": {"_target_": None}})
+    tree = OmegaConf.create(
+        {
+            "a": {"_target_": "image_classifier.dataset.sources.Folder", "dir": "${b}"},
+            "b": "x",
+            "none": {"_target_": None},
+        }
+    )
     assert settings.instantiate(tree.a, archive="y").archive == "y"
     assert settings.instantiate(None) is None
     assert settings.instantiate(tree.none) is None
@@ -317,8 +357,14 @@ def test_instantiate_builds_trusted_targets() -> None:
 @pytest.mark.parametrize(
     ("node", "words"),
     [
-        ({"_target_": "torch.nn.Dropout", "p": 3}, "a: torch.nn.Dropout refuses its arguments: dropout probability has to be between 0 and 1"),
-        ({"_target_": "torch.optim.AdamW", "_partial_": True, "weight_dcay": 1}, "takes no argument 'weight_dcay': did you mean weight_decay?"),
+        (
+            {"_target_": "torch.nn.Dropout", "p": 3},
+            "a: torch.nn.Dropout refuses its arguments: dropout probability has to be between 0 and 1",
+        ),
+        (
+            {"_target_": "torch.optim.AdamW", "_partial_": True, "weight_dcay": 1},
+            "takes no argument 'weight_dcay': did you mean weight_decay?",
+        ),
         ({"_target_": "torch.nn.init.torch.load", "f": "x"}, "which is torch.serialization's and may not be built"),
         ({"_target_": "torch.nn.Lineer"}, "did you mean Linear?"),
         ({"_target_": "nopackage.Thing"}, "pip install nopackage"),
@@ -346,10 +392,18 @@ def test_flatten_and_without() -> None:
     assert "c" in node.a
 
 
-def test_completion_offers_verbs_groups_choices_and_keys(conf: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_completion_offers_verbs_groups_choices_and_keys(
+    conf: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     monkeypatch.setattr(settings, "CONF_DIR", conf)
     monkeypatch.setattr(sys, "argv", ["commands.py", "-sc"])
-    expected = {"": "train infer", "t": "train", "train model=l": "model=large", "train --see": "--seed=", "train --model l": "large"}
+    expected = {
+        "": "train infer",
+        "t": "train",
+        "train model=l": "model=large",
+        "train --see": "--seed=",
+        "train --model l": "large",
+    }
     expected |= {"train --model large model.d": "model.depth=", "infer --che": "--checkpoint_name=", "nope x": ""}
     for line, answer in expected.items():
         monkeypatch.setitem(os.environ, "COMP_LINE", f"python commands.py {line}")

@@ -44,14 +44,29 @@ def test_the_launchers_are_known(launcher: str, command: Command, folder: Path) 
     assert command("prepare", "-m", *line).code == 2  # Hydra would end in a traceback
 
 
-def test_a_job_of_a_sweep_knows_the_line_that_runs_it_alone(command: Command, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_job_of_a_sweep_knows_the_line_that_runs_it_alone(
+    command: Command, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     lines = []
     monkeypatch.setattr("image_classifier.dataset.run.prepare_from", lambda config: lines.append(sys.argv[1:]))
-    assert command("prepare", "-m", "data=folder", "--data.dir", "a tree", "data.split.val=0.1,0.2", "hydra.sweep.dir=x").code == 0
+    assert (
+        command(
+            "prepare", "-m", "data=folder", "--data.dir", "a tree", "data.split.val=0.1,0.2", "hydra.sweep.dir=x"
+        ).code
+        == 0
+    )
     assert lines == [["prepare", "data=folder", "data.dir='a tree'", f"data.split.val={share}"] for share in (0.1, 0.2)]
 
 
-LINE = ("data=folder", "data.dir=tree", "data.image_size=16", "data.batch_size=8", "model=mlp", "trainer.max_epochs=1", "trainer.accelerator=cpu")
+LINE = (
+    "data=folder",
+    "data.dir=tree",
+    "data.image_size=16",
+    "data.batch_size=8",
+    "model=mlp",
+    "trainer.max_epochs=1",
+    "trainer.accelerator=cpu",
+)
 
 
 def sweep(folder: Path, verb: str, *line: str, path: str = "") -> tuple[int, str]:
@@ -63,13 +78,20 @@ def sweep(folder: Path, verb: str, *line: str, path: str = "") -> tuple[int, str
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("launcher", [("joblib", "hydra.launcher.n_jobs=2"), ("submitit_local",)], ids=lambda words: words[0])
-def test_runs_that_start_at_once_on_a_fresh_database_and_cache_all_finish(launcher: tuple[str, ...], folder: Path) -> None:
+@pytest.mark.parametrize(
+    "launcher", [("joblib", "hydra.launcher.n_jobs=2"), ("submitit_local",)], ids=lambda words: words[0]
+)
+def test_runs_that_start_at_once_on_a_fresh_database_and_cache_all_finish(
+    launcher: tuple[str, ...], folder: Path
+) -> None:
     code, err = sweep(folder, "train", *LINE, "seed=0,1", f"hydra/launcher={launcher[0]}", *launcher[1:])
     assert code == 0, err
     runs = sorted(path.parent.name for path in folder.glob("models/*/bundle.json"))
     assert runs == ["tree-mlp", "tree-mlp-2"]
-    assert len({(folder / "runs" / name / "config.yaml").read_text().partition("seed: ")[2].split()[0] for name in runs}) == 2
+    assert (
+        len({(folder / "runs" / name / "config.yaml").read_text().partition("seed: ")[2].split()[0] for name in runs})
+        == 2
+    )
     with sqlite3.connect(folder / "mlflow.db") as database:
         assert sorted(database.execute("select name, status from runs")) == [(name, "FINISHED") for name in runs]
     assert len(list(folder.glob("data/cache/*/pixels.u8"))) == 1
@@ -79,8 +101,12 @@ def test_runs_that_start_at_once_on_a_fresh_database_and_cache_all_finish(launch
 @pytest.mark.slow
 @pytest.mark.parametrize("launcher", ["joblib", "submitit_local"])
 def test_a_job_that_fails_stops_no_other_and_is_one_line(launcher: str, folder: Path) -> None:
-    code, err = sweep(folder, "prepare", "data=folder", "data.dir=tree", "data.split.val=0.1,2,0.2", f"hydra/launcher={launcher}")
-    assert code == 2 and err.splitlines()[-1].startswith("error: data.split.val must be") and "Traceback" not in err, err
+    code, err = sweep(
+        folder, "prepare", "data=folder", "data.dir=tree", "data.split.val=0.1,2,0.2", f"hydra/launcher={launcher}"
+    )
+    assert code == 2 and err.splitlines()[-1].startswith("error: data.split.val must be") and "Traceback" not in err, (
+        err
+    )
     assert len(list(folder.glob("data/manifests/*.csv"))) == 2
 
 
@@ -119,7 +145,14 @@ def fake_slurm(tmp_path: Path) -> Path:
 
 @pytest.mark.slow
 def test_a_sweep_goes_through_slurms_queue(folder: Path, fake_slurm: Path) -> None:
-    line = (*LINE, *QUICK, "seed=0,1", "hydra/launcher=submitit_slurm", "hydra.launcher.partition=gpu", "hydra.launcher.timeout_min=5")
+    line = (
+        *LINE,
+        *QUICK,
+        "seed=0,1",
+        "hydra/launcher=submitit_slurm",
+        "hydra.launcher.partition=gpu",
+        "hydra.launcher.timeout_min=5",
+    )
     code, err = sweep(folder, "train", *line, path=str(fake_slurm))
     assert code == 0, err
     assert len(list(folder.glob("models/*/bundle.json"))) == 2

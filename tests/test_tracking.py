@@ -33,7 +33,10 @@ def test_everything_is_logged_to_a_local_file(tmp_path: Path, monkeypatch: pytes
     assert (metrics, len(params), status) == ({"val/f1_macro": 0.5, "train/loss": 1.5}, 130, "FINISHED")
     assert list(tmp_path.glob("mlruns/*/*/artifacts/plots/loss.png"))
     (table,) = tmp_path.glob("mlruns/*/*/artifacts/test/answers.json")
-    assert json.loads(table.read_text()) == {"columns": ["path", "correct"], "data": [["a.png", True], ["b.png", False]]}
+    assert json.loads(table.read_text()) == {
+        "columns": ["path", "correct"],
+        "data": [["a.png", True], ["b.png", False]],
+    }
     assert tracker.run_id in tracker.where
 
 
@@ -49,7 +52,9 @@ def test_a_dead_server_warns_once_and_everything_goes_on(caplog: pytest.LogCaptu
     assert "did not answer" in tracker.where
 
 
-def test_what_was_said_while_the_store_was_down_is_logged_when_it_is_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_was_said_while_the_store_was_down_is_logged_when_it_is_back(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(tmp_path)
     tracker = Tracker("sqlite:///mlflow.db", "tests", "run", {})
     tracker.log_metrics({"train/loss": 3.0}, 1)
@@ -88,7 +93,11 @@ def test_a_run_that_goes_on_logs_nothing_twice(tmp_path: Path, monkeypatch: pyte
         runs.append(tracker.run_id)
     assert runs[0] == runs[1]
     metrics, params, status = read_back(f"sqlite:///{tmp_path}/mlflow.db", runs[0])
-    assert params == {"lr": "0.1", "resume": "False"} and status == "FINISHED" and metrics["train/loss"] == pytest.approx(1 / 3)
+    assert (
+        params == {"lr": "0.1", "resume": "False"}
+        and status == "FINISHED"
+        and metrics["train/loss"] == pytest.approx(1 / 3)
+    )
     assert [point.step for point in tracker._client.get_metric_history(runs[0], "train/loss")] == [1, 2, 3]
     other = Tracker("sqlite:///mlflow.db", "tests", "run", {})
     other.go_on_as("a run whose first part logged nothing", True)

@@ -47,7 +47,9 @@ class CacheSettings:
         if self.workers is not None and self.workers < 1:
             raise ConfigError(f"data.cache.workers must be at least 1, not {self.workers}", "null uses every core")
         if self.max_gb is not None and not self.max_gb >= 0:
-            raise ConfigError(f"data.cache.max_gb must be at least 0, not {self.max_gb}", "null sets no bound, 0 decodes on the fly")
+            raise ConfigError(
+                f"data.cache.max_gb must be at least 0, not {self.max_gb}", "null sets no bound, 0 decodes on the fly"
+            )
 
     @property
     def num_workers(self) -> int:
@@ -101,7 +103,9 @@ class PixelCache:
         Where some records are not in the file, evenly spaced ones stand for all.
         """
         if len(indices) == 0:
-            raise DataError("there are no training images to take the mean and std of", "lower data.split.val and data.split.test")
+            raise DataError(
+                "there are no training images to take the mean and std of", "lower data.split.val and data.split.test"
+            )
         if self.live is not None and len(indices) > _SAMPLE:
             log.info("mean and std are those of %d of the %d training images", _SAMPLE, len(indices))
             indices = np.sort(indices)[np.linspace(0, len(indices) - 1, _SAMPLE).astype(np.int64)]
@@ -145,7 +149,11 @@ def _moments(totals: np.ndarray, squares: np.ndarray, count: int) -> tuple[list[
 
 
 def open_cache(
-    manifest: Manifest, preprocess: Preprocess, settings: CacheSettings, limits: DecodeLimits = DEFAULT_LIMITS, progress: bool = False
+    manifest: Manifest,
+    preprocess: Preprocess,
+    settings: CacheSettings,
+    limits: DecodeLimits = DEFAULT_LIMITS,
+    progress: bool = False,
 ) -> PixelCache:
     """The pixels of all records, decoding only those that no earlier run has left, as far as `settings.max_gb` goes.
 
@@ -229,7 +237,9 @@ class _Store:
             raise self._unreadable(error) from error
 
     def _unreadable(self, error: OSError) -> StorageError:
-        return StorageError(f"cannot read the pixel cache {str(self.dir)!r} ({error.strerror})", "choose another data.cache.dir=PATH")
+        return StorageError(
+            f"cannot read the pixel cache {str(self.dir)!r} ({error.strerror})", "choose another data.cache.dir=PATH"
+        )
 
     def repair(self) -> None:
         """Cut both files to the rows that count: what a crash left behind them is dropped."""
@@ -242,8 +252,13 @@ class _Store:
         """StorageError where `count` more images cannot fit."""
         needed, free = count * (self.row_bytes + _DIGEST), shutil.disk_usage(self.dir).free
         if needed > free:
-            fact = f"the pixel cache needs {needed / 1e6:,.1f} MB in {str(self.dir)!r} and {free / 1e6:,.1f} MB are free"
-            raise StorageError(fact, "free some space, choose another disk with data.cache.dir=PATH, or bound it with data.cache.max_gb=N")
+            fact = (
+                f"the pixel cache needs {needed / 1e6:,.1f} MB in {str(self.dir)!r} and {free / 1e6:,.1f} MB are free"
+            )
+            raise StorageError(
+                fact,
+                "free some space, choose another disk with data.cache.dir=PATH, or bound it with data.cache.max_gb=N",
+            )
 
     def pixels(self) -> np.ndarray:
         """All rows, mapped read-only: uint8 [M, S, S, 3]."""
@@ -253,7 +268,9 @@ class _Store:
         return np.memmap(self.pixels_path, dtype=np.uint8, mode="r", shape=(count, self.size, self.size, 3))
 
 
-def _fill(store: _Store, todo: np.ndarray, manifest: Manifest, reader: ImageReader, settings: CacheSettings, progress: bool) -> None:
+def _fill(
+    store: _Store, todo: np.ndarray, manifest: Manifest, reader: ImageReader, settings: CacheSettings, progress: bool
+) -> None:
     """Append the images of the rows `todo` while `max_gb` allows; on any failure both files end where they agree."""
     if settings.max_gb is not None:
         taken = sum(path.stat().st_size for path in store.dir.parent.glob("*/pixels.u8"))  # by all image sizes together
@@ -296,7 +313,9 @@ def _decoded(
     """The sha256 of each row of `todo` with its pixels, or why it has none; in the order of `todo`."""
     length = max(1, min(_BLOCK, _BLOCK_BYTES // (3 * reader.preprocess.size**2)))
     work = Blocks(manifest, todo, length)
-    for block in map_blocks(reader.read_block, work, len(todo), settings.workers, "decoding images" if progress else None):
+    for block in map_blocks(
+        reader.read_block, work, len(todo), settings.workers, "decoding images" if progress else None
+    ):
         yield from block
 
 
@@ -307,4 +326,6 @@ def _refuse(root: Path, failures: list[DataError]) -> None:
         raise unreadable(root, broken)
     changed = [failure for failure in failures if isinstance(failure, ChangedImage)]
     if changed:
-        raise DataError(f"{len(changed)} images under {str(root)!r} changed since the manifest was written", changed[0].fact)
+        raise DataError(
+            f"{len(changed)} images under {str(root)!r} changed since the manifest was written", changed[0].fact
+        )

@@ -45,9 +45,13 @@ def clean(config: Any) -> None:
         print(f"nothing to remove: there is no {directory}")
         return
     if not _is_cache(directory):
-        raise ConfigError(f"cache_dir={directory} is no cache of this program", f"it has no {_TAG}; nothing was removed")
+        raise ConfigError(
+            f"cache_dir={directory} is no cache of this program", f"it has no {_TAG}; nothing was removed"
+        )
     stores = list(_stores(directory))
-    size = sum(file.stat().st_size for store in stores for file in store.rglob("*") if file.is_file() and not file.is_symlink())
+    size = sum(
+        file.stat().st_size for store in stores for file in store.rglob("*") if file.is_file() and not file.is_symlink()
+    )
     if asked.dry_run:
         print(f"would remove {size / 1e6:,.1f} MB from {directory}")
         return
@@ -56,7 +60,9 @@ def clean(config: Any) -> None:
             try:
                 stack.enter_context(locked(lock, wait=False))
             except BlockingIOError:
-                raise DataError(f"a run is writing to {str(lock.parent)!r}", "wait until it is done; nothing was removed") from None
+                raise DataError(
+                    f"a run is writing to {str(lock.parent)!r}", "wait until it is done; nothing was removed"
+                ) from None
         for store in stores:
             shutil.rmtree(store)
         if [path.name for path in directory.iterdir()] == [_TAG]:  # else something of somebody's lies here
@@ -72,5 +78,9 @@ def _is_cache(directory: Path) -> bool:
 def _stores(directory: Path) -> Iterator[Path]:
     """The folders that this program makes in a cache: pixels under 16 hex digits, facts, twins and embeddings."""
     for path in sorted(directory.iterdir()):
-        if path.is_dir() and not path.is_symlink() and (path.name in ("facts", "twins", "embeddings") or _PIXELS.fullmatch(path.name)):
+        if (
+            path.is_dir()
+            and not path.is_symlink()
+            and (path.name in ("facts", "twins", "embeddings") or _PIXELS.fullmatch(path.name))
+        ):
             yield path

@@ -22,7 +22,9 @@ def equal_to_training(tested: Manifest, known: Manifest) -> np.ndarray:
     return np.array([digest.tobytes() in trained for digest in tested.digests], dtype=bool)
 
 
-def alike_in_training(tested: Manifest, known: Manifest, limits: DecodeLimits, store_dir: Path, progress: bool = False) -> np.ndarray:
+def alike_in_training(
+    tested: Manifest, known: Manifest, limits: DecodeLimits, store_dir: Path, progress: bool = False
+) -> np.ndarray:
     """Which of the tested images, bool [N], have a twin (`duplicates.find_twins`) in the train part of `known`; none where its files are gone.
 
     Files that a scan has seen before are not opened again.
@@ -32,12 +34,19 @@ def alike_in_training(tested: Manifest, known: Manifest, limits: DecodeLimits, s
     """
     training = _tree(known.part("train"))
     if not training.images:
-        log.info("the training images are no longer in %s: copies of them were looked for by their bytes only", known.root)
+        log.info(
+            "the training images are no longer in %s: copies of them were looked for by their bytes only", known.root
+        )
         return np.zeros(len(tested), dtype=bool)
-    train, mine = (read_facts(tree, store_dir / "facts", limits, (255, 255, 255), None, progress) for tree in (training, _tree(tested)))
+    train, mine = (
+        read_facts(tree, store_dir / "facts", limits, (255, 255, 255), None, progress)
+        for tree in (training, _tree(tested))
+    )
     rows, others = np.flatnonzero(mine.readable), np.flatnonzero(train.readable)
     twins = find_twins(np.concatenate([train.thumbnails[others], mine.thumbnails[rows]]), DuplicateSettings(), progress)
-    cluster = clusters(len(others) + len(rows), twins.first, twins.second)  # not every pair of a crowd is listed, but all are connected
+    cluster = clusters(
+        len(others) + len(rows), twins.first, twins.second
+    )  # not every pair of a crowd is listed, but all are connected
     alike = np.zeros(len(tested), dtype=bool)
     alike[rows] = np.isin(cluster[len(others) :], cluster[: len(others)])
     return alike

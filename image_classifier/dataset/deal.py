@@ -45,7 +45,9 @@ class Clusters:
     def images(self, among: np.ndarray) -> np.ndarray:
         """How many images the clusters `among`, bool [K], hold of each class and of each class's bunch, float64 [2, C]."""
         of_class = np.bincount(self.labels, weights=self.counts * among[self.owners], minlength=len(self.bunches))
-        return np.stack([of_class, np.bincount(self.bunches, weights=of_class, minlength=len(self.bunches))[self.bunches]])
+        return np.stack(
+            [of_class, np.bincount(self.bunches, weights=of_class, minlength=len(self.bunches))[self.bunches]]
+        )
 
     def deal(self, part: int, ratio: float, leave: int) -> None:
         """Hold out `ratio` of each class for `part`, from what is not dealt yet; `leave` clusters of a class always stay.
@@ -76,7 +78,12 @@ class Clusters:
         cluster, and where a cluster was refused less than half of it is lacking.
         """
         trained, bunches = self.trained.tolist(), self.bunches.tolist()
-        starts, labels, counts, sizes = self.starts.tolist(), self.labels.tolist(), self.counts.tolist(), self.sizes.tolist()
+        starts, labels, counts, sizes = (
+            self.starts.tolist(),
+            self.labels.tolist(),
+            self.counts.tolist(),
+            self.sizes.tolist(),
+        )
         need, room = lack.tolist()
         for cluster in self._undealt(among).tolist():
             start, size = starts[cluster], sizes[cluster]
@@ -84,7 +91,10 @@ class Clusters:
             if size > 2 * room[bunch]:
                 continue
             cells = range(start, starts[cluster + 1])
-            nearer = bunch_only or sum(abs(need[labels[cell]] - counts[cell]) - abs(need[labels[cell]]) for cell in cells) <= 0
+            nearer = (
+                bunch_only
+                or sum(abs(need[labels[cell]] - counts[cell]) - abs(need[labels[cell]]) for cell in cells) <= 0
+            )
             if nearer and all(trained[labels[cell]] > leave for cell in cells):
                 self.parts[cluster] = part
                 room[bunch] -= size
@@ -138,7 +148,10 @@ class Clusters:
             cells = range(starts[cluster], starts[cluster + 1])
             crowd: list[float] = list(held[labels[cells.start]])
             if len(cells) > 1:
-                crowd = [sum(counts[cell] * held[labels[cell]][fold] / totals[labels[cell]] for cell in cells) for fold in range(count)]
+                crowd = [
+                    sum(counts[cell] * held[labels[cell]][fold] / totals[labels[cell]] for cell in cells)
+                    for fold in range(count)
+                ]
             fold = min(zip(crowd, load, range(count), strict=True))[2]
             folds[cluster] = fold
             for cell in cells:

@@ -41,7 +41,9 @@ class DuplicateSettings:
     def __post_init__(self) -> None:
         if self.threshold is not None and not _LOWEST <= self.threshold <= 1:
             fact = f"data.duplicates.threshold must lie between {_LOWEST} and 1, not {self.threshold}"
-            raise ConfigError(fact, "0.98 finds frames of one shot, 0.995 little more than re-encoded copies, 1 only equal files")
+            raise ConfigError(
+                fact, "0.98 finds frames of one shot, 0.995 little more than re-encoded copies, 1 only equal files"
+            )
 
 
 @dataclass(frozen=True)
@@ -59,7 +61,10 @@ class Twins:
     @classmethod
     def of(cls, parts: list[Self]) -> Self:
         """All pairs of several lists, sorted."""
-        columns = [np.concatenate([getattr(part, name) for part in parts]) for name in ("first", "second", "correlation", "mirrored")]
+        columns = [
+            np.concatenate([getattr(part, name) for part in parts])
+            for name in ("first", "second", "correlation", "mirrored")
+        ]
         order = np.lexsort((columns[1], columns[0]))
         return cls(*(column[order] for column in columns))
 
@@ -117,7 +122,9 @@ class _Found:
 
     def weigh(self, first: np.ndarray, second: np.ndarray) -> None:
         """Take in proposed pairs but those that only add to a crowd, and decide once they are many."""
-        crowded = (np.minimum(self.twins[first], self.twins[second]) >= ENOUGH) & (self.cluster[first] == self.cluster[second])
+        crowded = (np.minimum(self.twins[first], self.twins[second]) >= ENOUGH) & (
+            self.cluster[first] == self.cluster[second]
+        )
         crowded |= np.minimum(self.tries[first], self.tries[second]) >= TRIES
         codes = (first * self.count + second)[~crowded]
         self.waiting.append(codes)
@@ -200,7 +207,9 @@ class _Pixels:
         keep = is_twin | mirrored
         return Twins(first[keep], second[keep], correlation[keep].astype(np.float32), mirrored[keep])
 
-    def _compare(self, first: np.ndarray, second: np.ndarray, dot: np.ndarray, plane: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    def _compare(
+        self, first: np.ndarray, second: np.ndarray, dot: np.ndarray, plane: np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray]:
         """Correlations of the pairs, and whether they are twins; `plane` is that of `second`, as it is turned."""
         dot = dot.astype(np.float64)
         whole = (dot - self.levels[first] * self.levels[second]) / (self.norm[first] * self.norm[second])
@@ -210,7 +219,9 @@ class _Pixels:
 
 def _distinct(thumbnails: np.ndarray, rows: np.ndarray) -> tuple[np.ndarray, Twins]:
     """The first of each set of equal thumbnails among `rows`, and the others as its twins."""
-    numbers = np.random.default_rng(0).integers(0, 2**63, SIDE * SIDE * 3 // 8, dtype=np.uint64) * np.uint64(2) + np.uint64(1)
+    numbers = np.random.default_rng(0).integers(0, 2**63, SIDE * SIDE * 3 // 8, dtype=np.uint64) * np.uint64(
+        2
+    ) + np.uint64(1)
     hashes = np.empty(len(rows), np.uint64)
     for start in range(0, len(rows), _BLOCK):
         words = thumbnails[rows[start : start + _BLOCK]].reshape(-1, SIDE * SIDE * 3).view(np.uint64)

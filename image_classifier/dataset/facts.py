@@ -25,7 +25,10 @@ __all__ = ["THUMBNAIL", "Facts", "read_facts"]
 
 _FORMAT = 1
 _LEAST = (64, 64)  # a JPEG may be decoded at a part of its size, as long as this is left to make the thumbnail from
-_BLOCK_FILES, _BLOCK_BYTES = 256, 4 * 2**20  # of one task: enough to be worth sending, and done in a good part of a second
+_BLOCK_FILES, _BLOCK_BYTES = (
+    256,
+    4 * 2**20,
+)  # of one task: enough to be worth sending, and done in a good part of a second
 _COMMIT_FILES, _COMMIT_SECONDS = 16_384, 60.0  # what a kill can cost of a long scan
 _TICK_NS = 2 * 10**9  # the coarsest clock of a file system in use (FAT)
 _STAMPS = ("size", "mtime_ns", "ctime_ns")
@@ -68,7 +71,12 @@ class Facts:
 
 
 def read_facts(
-    tree: Tree, store_dir: Path, limits: DecodeLimits, background: tuple[int, int, int], workers: int | None = None, progress: bool = False
+    tree: Tree,
+    store_dir: Path,
+    limits: DecodeLimits,
+    background: tuple[int, int, int],
+    workers: int | None = None,
+    progress: bool = False,
 ) -> Facts:
     """The facts of all images of a tree, of which only new and changed files are opened.
 
@@ -95,7 +103,15 @@ def read_facts(
 
 def _key(root: Path, limits: DecodeLimits, background: tuple[int, int, int]) -> str:
     """What decides the facts besides the files themselves; another Pillow may decode differently."""
-    parts = (os.path.realpath(root), astuple(limits), tuple(background), _LEAST, THUMBNAIL, _FORMAT, PIL.__version__.partition(".")[0])
+    parts = (
+        os.path.realpath(root),
+        astuple(limits),
+        tuple(background),
+        _LEAST,
+        THUMBNAIL,
+        _FORMAT,
+        PIL.__version__.partition(".")[0],
+    )
     return hashlib.sha256(repr(parts).encode("utf-8", "surrogatepass")).hexdigest()[:8]
 
 
@@ -106,7 +122,9 @@ class _Scan:
         self.images, self.store, self.look = tree.images, store, look
         self.started_ns = time.time_ns()
         self.blocks = store.load()
-        self.stamps = np.stack([np.array([getattr(image, name) for image in tree.images], dtype=np.int64) for name in _STAMPS], axis=1)
+        self.stamps = np.stack(
+            [np.array([getattr(image, name) for image in tree.images], dtype=np.int64) for name in _STAMPS], axis=1
+        )
         self.rows, self.others = self._known()
         self.todo = np.flatnonzero(self.rows < 0)
 
@@ -115,7 +133,9 @@ class _Scan:
         start = int(self.rows[0]) if len(self.rows) else 0
         in_place = len(self.blocks) == 1 and np.array_equal(self.rows, np.arange(start, start + len(self.rows)))
         if len(self.todo) or not in_place:
-            kept = [row for path, row in self.others.items() if os.path.lexists(self.look.root / path)]  # of another part of the same tree
+            kept = [
+                row for path, row in self.others.items() if os.path.lexists(self.look.root / path)
+            ]  # of another part of the same tree
             self.blocks = [self.store.replace(self.blocks, np.concatenate([self.rows, np.array(kept, dtype=np.int64)]))]
             start = 0
         return _facts(self.blocks[0], slice(start, start + len(self.images)))
@@ -147,7 +167,10 @@ class _Scan:
                     self._stamp(block.table, self.stamps[self.todo[files : files + len(block.paths)]])
                     pending.append(block)
                     files += len(block.paths)
-                    if sum(len(part.paths) for part in pending) >= _COMMIT_FILES or time.monotonic() - committed > _COMMIT_SECONDS:
+                    if (
+                        sum(len(part.paths) for part in pending) >= _COMMIT_FILES
+                        or time.monotonic() - committed > _COMMIT_SECONDS
+                    ):
                         self.blocks.append(self.store.append(_joined(pending)))
                         pending, committed = [], time.monotonic()
         except KeyboardInterrupt:
@@ -166,7 +189,9 @@ class _Scan:
             table[name] = column
         racing = (np.abs(stamps[:, 1:] - self.started_ns) <= _TICK_NS).any(axis=1) | (stamps[:, 2] > self.started_ns)
         limit = self.look.limits.max_bytes
-        unread = ~table["digest"].any(axis=1) & (stamps[:, 0] > 0) & (stamps[:, 0] <= limit)  # no permission, a disk's error
+        unread = (
+            ~table["digest"].any(axis=1) & (stamps[:, 0] > 0) & (stamps[:, 0] <= limit)
+        )  # no permission, a disk's error
         table["size"][racing | unread] = _LOOK_AGAIN
 
 
@@ -180,7 +205,9 @@ class _Look:
 
     def read_block(self, paths: list[str]) -> Block:
         """The facts of some files, their stamps still open."""
-        block = Block(paths, np.zeros(len(paths), dtype=ROW), np.zeros((len(paths), *THUMBNAIL_SHAPE), dtype=np.uint8), {})
+        block = Block(
+            paths, np.zeros(len(paths), dtype=ROW), np.zeros((len(paths), *THUMBNAIL_SHAPE), dtype=np.uint8), {}
+        )
         for row, path in enumerate(paths):
             try:
                 self._read(self.root / path, block.table[row], block.thumbnails[row])
@@ -222,8 +249,14 @@ def _tasks(images: Sequence[ImageFile], rows: np.ndarray) -> list[list[str]]:
 
 def _joined(blocks: Sequence[Block]) -> Block:
     starts = np.cumsum([0, *(len(block.paths) for block in blocks)]).tolist()
-    errors = {start + row: reason for start, block in zip(starts, blocks, strict=False) for row, reason in block.errors.items()}
-    table, thumbnails = (np.concatenate(parts) for parts in zip(*((block.table, block.thumbnails) for block in blocks), strict=True))
+    errors = {
+        start + row: reason
+        for start, block in zip(starts, blocks, strict=False)
+        for row, reason in block.errors.items()
+    }
+    table, thumbnails = (
+        np.concatenate(parts) for parts in zip(*((block.table, block.thumbnails) for block in blocks), strict=True)
+    )
     return Block([path for block in blocks for path in block.paths], table, thumbnails, errors)
 
 
@@ -244,11 +277,15 @@ def _facts(block: Block, rows: slice) -> Facts:
         bits=np.array(table["bits"]),
         transparent=np.array(table["transparent"]),
         thumbnails=block.thumbnails[rows],
-        errors={row - rows.start: reason for row, reason in sorted(block.errors.items()) if rows.start <= row < rows.stop},
+        errors={
+            row - rows.start: reason for row, reason in sorted(block.errors.items()) if rows.start <= row < rows.stop
+        },
     )
 
 
 def _codes(names: np.ndarray) -> tuple[np.ndarray, tuple[str, ...]]:
     """Short names [N] as uint8 [N] and the names that these count in."""
-    values, codes = np.unique(np.ascontiguousarray(names).view("<u8"), return_inverse=True)  # numbers are sorted faster than texts
+    values, codes = np.unique(
+        np.ascontiguousarray(names).view("<u8"), return_inverse=True
+    )  # numbers are sorted faster than texts
     return codes.astype(np.uint8), tuple(name.decode("ascii") for name in values.view("S8").tolist())

@@ -95,7 +95,9 @@ def _write(folder: Path, blocks: Sequence[Block], rows: np.ndarray) -> None:
     np.save(table, np.concatenate([block.table for block in blocks])[rows])
     (folder / "table.npy").write_bytes(table.getbuffer())
     (folder / "errors.json").write_text(json.dumps(_errors(blocks, rows)), encoding="ascii")
-    with (folder / "thumbnails.npy").open("wb") as file:  # written, not mapped: a full disk is then an error and no SIGBUS
+    with (folder / "thumbnails.npy").open(
+        "wb"
+    ) as file:  # written, not mapped: a full disk is then an error and no SIGBUS
         header: dict[str, Any] = {"descr": "|u1", "fortran_order": False, "shape": (len(rows), *THUMBNAIL_SHAPE)}
         np.lib.format.write_array_header_1_0(file, header)
         for chunk in _thumbnails(blocks, rows):

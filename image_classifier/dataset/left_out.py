@@ -26,8 +26,14 @@ def remembered(previous: Manifest | None, path: Path) -> Manifest | None:
 
 def divided(manifest: Manifest, correction: Correction) -> tuple[Manifest, Manifest | None]:
     """The manifest without the images that fix.csv leaves out, and a manifest of these; None where there are none."""
-    gone = np.array([name in correction.excluded for name in manifest.paths], dtype=bool) if correction.excluded else np.zeros(0, dtype=bool)
-    return (manifest.take(np.flatnonzero(~gone)), manifest.take(np.flatnonzero(gone))) if gone.any() else (manifest, None)
+    gone = (
+        np.array([name in correction.excluded for name in manifest.paths], dtype=bool)
+        if correction.excluded
+        else np.zeros(0, dtype=bool)
+    )
+    return (
+        (manifest.take(np.flatnonzero(~gone)), manifest.take(np.flatnonzero(gone))) if gone.any() else (manifest, None)
+    )
 
 
 def forget(path: Path) -> None:

@@ -23,7 +23,14 @@ from image_classifier.dataset.duplicates import DuplicateSettings, Twins
 from image_classifier.dataset.facts import Facts, read_facts
 from image_classifier.dataset.left_out import beside, divided, forget, remembered
 from image_classifier.dataset.select import ClassSettings, select
-from image_classifier.dataset.split import SplitSettings, assign_splits, check_folds, content_names, group_keys, join_groups
+from image_classifier.dataset.split import (
+    SplitSettings,
+    assign_splits,
+    check_folds,
+    content_names,
+    group_keys,
+    join_groups,
+)
 from image_classifier.dataset.tree import Tree, find, find_test, unreadable
 from image_classifier.dataset.twins_store import known_twins
 from image_classifier.errors import ConfigError, DataError, UnreadableImage
@@ -87,7 +94,9 @@ class DataSettings:
     @property
     def preprocess(self) -> Preprocess:
         """The evaluation path that these settings ask for; ConfigError where they cannot be."""
-        return Preprocess(self.image_size, self.resize, self.interpolation, self.crop_fraction, self.background, self.scaled_decoding)
+        return Preprocess(
+            self.image_size, self.resize, self.interpolation, self.crop_fraction, self.background, self.scaled_decoding
+        )
 
     def place(self, root: Path, paths: Sequence[Path], *more: Any) -> str:
         """What names this data set's files: its name, and 8 hex of its folders and tables and of whatever else decides."""
@@ -122,7 +131,13 @@ def manifest_path(root: Path, paths: Sequence[Path], settings: DataSettings) -> 
     """Where the manifest of these images, under these settings of selection and split, lies: `data.manifest_path`, else a name of its own."""
     if settings.manifest_path:
         return Path(settings.manifest_path)
-    asked = (astuple(settings.split), settings.folds, settings.fold, astuple(settings.classes), sorted(settings.rename.items()))
+    asked = (
+        astuple(settings.split),
+        settings.folds,
+        settings.fold,
+        astuple(settings.classes),
+        sorted(settings.rename.items()),
+    )
     return Path("data/manifests") / f"{settings.place(root, paths, asked)}.csv"
 
 
@@ -150,7 +165,9 @@ def examine(paths: Sequence[Path], settings: DataSettings, asked: AuditSettings,
     return Examination(correction.tree, facts, twins, audit, exclusions, directory, fixes, correction)
 
 
-def prepare(paths: Sequence[Path], settings: DataSettings, asked: AuditSettings, progress: bool = False) -> tuple[Manifest, Examination]:
+def prepare(
+    paths: Sequence[Path], settings: DataSettings, asked: AuditSettings, progress: bool = False
+) -> tuple[Manifest, Examination]:
     """Examine the images, leave out, select, deal the splits and write the manifest; images that an earlier one knows keep their split.
 
     Raises:
@@ -185,9 +202,14 @@ def all_folds(found: Examination, settings: DataSettings) -> list[Manifest]:
         DataError: As `prepare`, or a fold would hold no image.
     """
     whole, folds = _dealt(found, settings), range(settings.folds or 0)
-    dealt = [divided(assign_splits(whole, settings.split, None, fold, settings.folds), found.correction)[0] for fold in folds]
+    dealt = [
+        divided(assign_splits(whole, settings.split, None, fold, settings.folds), found.correction)[0] for fold in folds
+    ]
     if empty := sum(not len(manifest.indices("val")) for manifest in dealt):
-        raise DataError(f"{empty} of {len(folds)} folds would hold no image", f"take at most {len(folds) - empty}; 5 or 10 are usual")
+        raise DataError(
+            f"{empty} of {len(folds)} folds would hold no image",
+            f"take at most {len(folds) - empty}; 5 or 10 are usual",
+        )
     return dealt
 
 
@@ -196,10 +218,17 @@ def _warn_of_kept_split(manifest: Manifest, tree: Tree, settings: DataSettings, 
     share = len(manifest.indices("val")) / max(1, known)
     given = any(image.split for image in tree.images)  # then a val part may be the folder's own, of any size
     if not given and abs(share - settings.split.val) > 0.05:
-        log.warning("%s keeps its split: %.0f %% are val, not %.0f %%; delete it to deal anew", path, 100 * share, 100 * settings.split.val)
+        log.warning(
+            "%s keeps its split: %.0f %% are val, not %.0f %%; delete it to deal anew",
+            path,
+            100 * share,
+            100 * settings.split.val,
+        )
 
 
-def load_test_manifest(folders: Sequence[Path], limits: DecodeLimits, store_dir: Path, progress: bool = False) -> Manifest:
+def load_test_manifest(
+    folders: Sequence[Path], limits: DecodeLimits, store_dir: Path, progress: bool = False
+) -> Manifest:
     """The images to test on, every record in the split "test": a tree's own test part where it has one, else all of it.
 
     Raises:
@@ -209,7 +238,10 @@ def load_test_manifest(folders: Sequence[Path], limits: DecodeLimits, store_dir:
     tag_cache(store_dir)
     facts = read_facts(tree, store_dir / "facts", limits, (255, 255, 255), None, progress)
     if facts.errors:
-        raise unreadable(tree.root, [UnreadableImage(tree.root / tree.images[row].path, reason) for row, reason in facts.errors.items()])
+        raise unreadable(
+            tree.root,
+            [UnreadableImage(tree.root / tree.images[row].path, reason) for row, reason in facts.errors.items()],
+        )
     return manifest_of(tree, facts, np.arange(len(tree.images)))
 
 
@@ -221,14 +253,20 @@ def _dealt(found: Examination, settings: DataSettings) -> Manifest:
         log.warning("%s: no image is called %s", found.exclusions.path, ", ".join(map(repr, found.audit.unmatched[:5])))
     excluded = found.exclusions.covers([image.path for image in tree.images])
     corrected = found.correction.excluded
-    errors = {tree.images[row].path: reason for row, reason in facts.errors.items() if not excluded[row] and tree.images[row].path not in corrected}
+    errors = {
+        tree.images[row].path: reason
+        for row, reason in facts.errors.items()
+        if not excluded[row] and tree.images[row].path not in corrected
+    }
     broken = [UnreadableImage(tree.root / path, reason) for path, reason in errors.items()]
     if broken:
         raise unreadable(tree.root, broken)
     if excluded.any():
         log.warning("%s left out by %s", counted(int(excluded.sum()), "image"), found.exclusions.path)
     rows = np.flatnonzero(facts.readable)
-    whole = _joined(manifest_of(tree, facts, rows), found, rows, settings)  # before anything leaves: what is left out may link what stays
+    whole = _joined(
+        manifest_of(tree, facts, rows), found, rows, settings
+    )  # before anything leaves: what is left out may link what stays
     whole = whole.take(np.flatnonzero(~excluded[rows]))
     gone = {*(image.label for image in tree.images), *_empty_classes(tree, settings)} - set(whole.classes)
     classes = replace(settings.classes, exclude=[name for name in settings.classes.exclude if name not in gone])
@@ -268,7 +306,9 @@ def _empty_classes(tree: Tree, settings: DataSettings) -> dict[str, str]:
 
 def _refuse_empty(tree: Tree, settings: DataSettings) -> None:
     for label, folder in _empty_classes(tree, settings).items():
-        if label not in settings.classes.exclude and (settings.classes.include is None or label in settings.classes.include):
+        if label not in settings.classes.exclude and (
+            settings.classes.include is None or label in settings.classes.include
+        ):
             hint = f"add images to it, remove the folder, or leave it out with data.classes.exclude=[{label}]"
             raise DataError(f"the class folder {str(tree.root / folder)!r} holds no images", hint)
 
@@ -283,7 +323,9 @@ def _check_classes(manifest: Manifest) -> None:
         if manifest.classes[code] not in trained:
             split = SPLITS[int(manifest.splits[np.flatnonzero(manifest.targets == code)[0]])]
             fact = f"the {split} part of {str(manifest.root)!r} has the class {manifest.classes[code]!r}, which the train part lacks"
-            raise DataError(fact, f"add training images of it, or leave it out with data.classes.exclude=[{manifest.classes[code]}]")
+            raise DataError(
+                fact, f"add training images of it, or leave it out with data.classes.exclude=[{manifest.classes[code]}]"
+            )
 
 
 def _joined(manifest: Manifest, found: Examination, rows: np.ndarray, settings: DataSettings) -> Manifest:

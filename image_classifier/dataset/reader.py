@@ -35,7 +35,10 @@ class ImageReader:
         """
         content = load_bytes(self.root / path, self.limits)
         if hashlib.sha256(content).digest() != digest:
-            raise ChangedImage(f"{str(self.root / path)!r} changed since the manifest was written", "run the same command again to scan it anew")
+            raise ChangedImage(
+                f"{str(self.root / path)!r} changed since the manifest was written",
+                "run the same command again to scan it anew",
+            )
         try:
             return self.preprocess.read(content, self.limits)
         except UnreadableImage as error:

@@ -38,7 +38,9 @@ def examined(config: Any) -> tuple[Manifest, DataSettings, Examination]:
         log.info("%s", line)
     log.info("audit: %s; a page to look at: python commands.py audit with the same data.*", report)
     if found.audit.exceeds(asked.fail_on):
-        raise DataError(f"the audit found problems of level {asked.fail_on!r} or above", f"see {report}, or set audit.fail_on=null")
+        raise DataError(
+            f"the audit found problems of level {asked.fail_on!r} or above", f"see {report}, or set audit.fail_on=null"
+        )
     return manifest, data, found
 
 
@@ -48,7 +50,9 @@ def audit(config: Any) -> None:
     found = examine(_fetched(config), data, asked, sys.stderr.isatty())
     write_audit(found.audit, found.directory, True, data.limits, data.background)
     print("\n".join(found.audit.table()))
-    print(f"page     {found.directory / 'audit.html'}\nfacts    {found.directory / 'audit.json'}\nexclude  {found.exclusions.path}")
+    print(
+        f"page     {found.directory / 'audit.html'}\nfacts    {found.directory / 'audit.json'}\nexclude  {found.exclusions.path}"
+    )
     if found.audit.exceeds(asked.fail_on):
         raise SystemExit(1)
 

@@ -35,9 +35,13 @@ class ClassSettings:
     def __post_init__(self) -> None:
         for name, value in (("top", self.top), ("max_images", self.max_images), ("min_images", self.min_images)):
             if value is not None and value < 1:
-                raise ConfigError(f"data.classes.{name} must be at least 1, not {value}", "null leaves every class as it is")
+                raise ConfigError(
+                    f"data.classes.{name} must be at least 1, not {value}", "null leaves every class as it is"
+                )
         if self.include is not None and not self.include:
-            raise ConfigError("data.classes.include is an empty list", "name the classes to keep, or write null for all")
+            raise ConfigError(
+                "data.classes.include is an empty list", "name the classes to keep, or write null for all"
+            )
         both = sorted(set(self.include or ()) & set(self.exclude))
         if both:
             raise ConfigError(f"data.classes includes and excludes {both[0]!r}", "take it out of one of the lists")
@@ -51,7 +55,14 @@ class Selection:
     summary: str
 
 
-def select(targets: np.ndarray, classes: Sequence[str], splits: np.ndarray, digests: np.ndarray, settings: ClassSettings, seed: int = 0) -> Selection:
+def select(
+    targets: np.ndarray,
+    classes: Sequence[str],
+    splits: np.ndarray,
+    digests: np.ndarray,
+    settings: ClassSettings,
+    seed: int = 0,
+) -> Selection:
     """The rows that `data.classes` leaves.
 
     Classes are counted and compared without the images of a given test part: what is chosen must not be chosen by them.
@@ -74,19 +85,25 @@ def select(targets: np.ndarray, classes: Sequence[str], splits: np.ndarray, dige
     kept, reasons = _kept_classes(counts, known, classes, settings)
     if reasons and kept.sum() < 2:
         left = f"one class only, {classes[int(np.flatnonzero(kept)[0])]!r}" if kept.any() else "no class"
-        raise ConfigError(f"data.classes leaves {left} ({'; '.join(reasons)})", "a classifier needs images of two or more classes")
+        raise ConfigError(
+            f"data.classes leaves {left} ({'; '.join(reasons)})", "a classifier needs images of two or more classes"
+        )
     stays = kept[targets]
     if settings.max_images is not None:
         over = _over_the_cap(np.flatnonzero(stays & (splits <= _TRAIN)), targets, digests, settings.max_images, seed)
         stays[over] = False
         if len(over):
-            reasons.append(f"max_images={settings.max_images} leaves out {len(over)} images of {len(np.unique(targets[over]))} classes")
+            reasons.append(
+                f"max_images={settings.max_images} leaves out {len(over)} images of {len(np.unique(targets[over]))} classes"
+            )
     rows = np.flatnonzero(stays)
     summary = f"data.classes keeps {kept.sum()} of {known.sum()} classes, {len(rows)} of {len(targets)} images: {'; '.join(reasons)}"
     return Selection(rows, summary if reasons else "")
 
 
-def _kept_classes(counts: np.ndarray, known: np.ndarray, classes: Sequence[str], settings: ClassSettings) -> tuple[np.ndarray, list[str]]:
+def _kept_classes(
+    counts: np.ndarray, known: np.ndarray, classes: Sequence[str], settings: ClassSettings
+) -> tuple[np.ndarray, list[str]]:
     """Which classes stay, bool [C], and why the others do not."""
     kept = known.copy()
     reasons: list[str] = []
@@ -105,12 +122,16 @@ def _kept_classes(counts: np.ndarray, known: np.ndarray, classes: Sequence[str],
     return kept, reasons
 
 
-def _leave_out(kept: np.ndarray, stays: np.ndarray, step: str, classes: Sequence[str], reasons: list[str], most: int = 10) -> None:
+def _leave_out(
+    kept: np.ndarray, stays: np.ndarray, step: str, classes: Sequence[str], reasons: list[str], most: int = 10
+) -> None:
     leaving = np.flatnonzero(kept & ~stays).tolist()
     kept &= stays
     if leaving:
         names = ", ".join(classes[label] for label in leaving[:most])
-        reasons.append(f"{step} leaves out {names}" + (f" and {len(leaving) - most} more" if len(leaving) > most else ""))
+        reasons.append(
+            f"{step} leaves out {names}" + (f" and {len(leaving) - most} more" if len(leaving) > most else "")
+        )
 
 
 def _named(key: str, names: Sequence[str], classes: Sequence[str], known: np.ndarray) -> np.ndarray:
@@ -119,7 +140,10 @@ def _named(key: str, names: Sequence[str], classes: Sequence[str], known: np.nda
     for name in names:
         if name not in labels:
             some = ", ".join(list(labels)[:10]) + (" ..." if len(labels) > 10 else "")
-            raise ConfigError(f"data.classes.{key} names {name!r}, which is no class", did_you_mean(name, labels) + f"the classes are {some}")
+            raise ConfigError(
+                f"data.classes.{key} names {name!r}, which is no class",
+                did_you_mean(name, labels) + f"the classes are {some}",
+            )
     chosen = np.zeros(len(classes), dtype=bool)
     chosen[[labels[name] for name in names]] = True
     return chosen

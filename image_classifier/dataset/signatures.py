@@ -87,7 +87,9 @@ def _signatures(thumbnails: np.ndarray, rows: np.ndarray, words: int, mirrored: 
     result = np.empty((words, (1 + mirrored) * len(rows)), np.uint64)
     for start in range(0, len(rows), _BLOCK):
         values = thumbnails[rows[start : start + _BLOCK]].astype(np.float32)
-        common, other = (part.reshape(-1, 384) @ planes for part, planes in zip(_parts(values, axis=2), (even, odd), strict=True))
+        common, other = (
+            part.reshape(-1, 384) @ planes for part, planes in zip(_parts(values, axis=2), (even, odd), strict=True)
+        )
         for side, projections in enumerate((common + other, common - other)[: 1 + mirrored]):
             at = side * len(rows) + start
             result[:, at : at + len(projections)] = np.packbits(projections > 0, axis=1).view(">u8").T

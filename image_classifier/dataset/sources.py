@@ -88,7 +88,9 @@ class Folder:
             raise ConfigError("data.dir is not set", self.hint or "pass data.dir=FOLDER or data.archive=FILE.tar.gz")
         sums = _listed(self.sha256) or [""] * len(given)
         if len(sums) != len(given):
-            raise ConfigError(f"data.sha256 has {len(sums)} entries for {len(given)} archives", "give one for each, in their order")
+            raise ConfigError(
+                f"data.sha256 has {len(sums)} entries for {len(given)} archives", "give one for each, in their order"
+            )
         roots = [self._root(name, sha256) for name, sha256 in zip(given, sums, strict=True)]
         return roots[0] if len(roots) == 1 else roots
 
@@ -101,7 +103,10 @@ class Folder:
         if is_archive(path.name) and path.is_file():
             return self._inside(unpack_once(path, Path(self.unpack_dir), sha256))
         if sha256:
-            raise ConfigError(f"data.sha256 is of an archive, and {str(path)!r} is none", f"the suffixes of archives are {', '.join(SUFFIXES)}")
+            raise ConfigError(
+                f"data.sha256 is of an archive, and {str(path)!r} is none",
+                f"the suffixes of archives are {', '.join(SUFFIXES)}",
+            )
         if path.is_dir():
             return self._inside(path)
         if is_table(path):
@@ -112,7 +117,9 @@ class Folder:
     def _from_web(self, url: str, sha256: str) -> Path:
         name = PurePosixPath(unquote(urlsplit(url).path)).name
         if not is_archive(name):
-            raise SourceError(f"{shown(url)!r} is no archive by its name", f"fetch it by hand and pass data.archive=FILE{SUFFIXES[1]}")
+            raise SourceError(
+                f"{shown(url)!r} is no archive by its name", f"fetch it by hand and pass data.archive=FILE{SUFFIXES[1]}"
+            )
         name = f"{stem(name)}-{hashlib.sha256(url.encode()).hexdigest()[:8]}{name[len(stem(name)) :]}"  # two hosts may both have a data.zip
         path = Download(url, Path(self.downloads_dir) / name, f"sha256:{sha256}" if sha256 else "")()
         try:
@@ -122,7 +129,9 @@ class Folder:
 
     def _located(self, given: str) -> Path:
         path = Path(given).expanduser()
-        candidates = [path] if self.dir or path.is_absolute() else [path, *(Path(folder) / path for folder in self.search)]
+        candidates = (
+            [path] if self.dir or path.is_absolute() else [path, *(Path(folder) / path for folder in self.search)]
+        )
         for candidate in candidates:
             if self.dvc is not False:
                 pull_missing(candidate)
@@ -164,7 +173,9 @@ class Hub:
         if not self.name:
             raise ConfigError("data.dir is not set", f"pass data.dir={self.kind}:OWNER/NAME")
         name = self.name if is_hub_name(self.name) else f"{self.kind}:{self.name}"
-        return unwrapped(fetch_from_hub(name, Path(self.unpack_dir), self.revision, self.image_column, self.label_column))
+        return unwrapped(
+            fetch_from_hub(name, Path(self.unpack_dir), self.revision, self.image_column, self.label_column)
+        )
 
 
 @dataclass(frozen=True)
@@ -196,10 +207,14 @@ class TorchvisionDataset:
             StorageError: No space or no permission.
         """
         if self.archive:
-            return Folder(None, self.archive, self.sha256, self.dvc, None, self.unpack_dir, self.downloads_dir, self.search)()
+            return Folder(
+                None, self.archive, self.sha256, self.dvc, None, self.unpack_dir, self.downloads_dir, self.search
+            )()
         with _written_once(Path(self.dir)) as part:
             if part:
-                with tempfile.TemporaryDirectory(dir=part, prefix=".") as scratch:  # torchvision may be killed while it unpacks
+                with tempfile.TemporaryDirectory(
+                    dir=part, prefix="."
+                ) as scratch:  # torchvision may be killed while it unpacks
                     self._write(part, Path(scratch))
         return Path(self.dir)
 
@@ -209,7 +224,10 @@ class TorchvisionDataset:
             try:
                 Download(file["url"], place, f"md5:{file['md5']}")()
             except SourceError as error:
-                later = [f"{more['url']} to {str(Path(self.downloads_dir) / more['path'])!r}" for more in self.files[position + 1 :]]
+                later = [
+                    f"{more['url']} to {str(Path(self.downloads_dir) / more['path'])!r}"
+                    for more in self.files[position + 1 :]
+                ]
                 raise SourceError(error.fact, "; also ".join([error.hint, *later])) from error
             link_or_copy(place, scratch / file["path"])
         for name, factory in (("train", self.train), ("val", self.val), ("test", self.test)):
@@ -281,14 +299,19 @@ def _files_of(images: IndexedImages) -> list[tuple[str | Path, int]]:
     if samples is None:
         paths = getattr(images, "_image_files", None) or getattr(images, "_images", None) or []
         samples = list(zip(paths, getattr(images, "_labels", []), strict=False))
-    whole = len(samples) == len(images) and all(isinstance(path, (str, Path)) and isinstance(label, int) for path, label in samples)
+    whole = len(samples) == len(images) and all(
+        isinstance(path, (str, Path)) and isinstance(label, int) for path, label in samples
+    )
     return list(samples) if whole else []
 
 
 def _built(factory: Callable[..., IndexedImages], scratch: Path) -> IndexedImages:
     try:
         return factory(root=str(scratch), download=True)
-    except (OSError, RuntimeError) as error:  # urllib's URLError is an OSError; torchvision raises RuntimeError for a damaged file
+    except (
+        OSError,
+        RuntimeError,
+    ) as error:  # urllib's URLError is an OSError; torchvision raises RuntimeError for a damaged file
         if is_of_the_disk(error):
             raise
         hint = "no network? pass data.archive=PATH, a .tar.gz or .zip with one folder a class"

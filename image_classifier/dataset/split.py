@@ -38,9 +38,14 @@ class SplitSettings:
     def __post_init__(self) -> None:
         for name, value in (("val", self.val), ("test", self.test)):
             if not 0 <= value < 1:
-                raise ConfigError(f"data.split.{name} must be at least 0 and below 1, not {value}", "0.2 holds out a fifth")
+                raise ConfigError(
+                    f"data.split.{name} must be at least 0 and below 1, not {value}", "0.2 holds out a fifth"
+                )
         if self.val + self.test >= 1:
-            raise ConfigError(f"data.split.val + data.split.test must be below 1, not {self.val + self.test:g}", "leave something to train on")
+            raise ConfigError(
+                f"data.split.val + data.split.test must be below 1, not {self.val + self.test:g}",
+                "leave something to train on",
+            )
 
 
 def check_folds(fold: int | None, folds: int | None) -> None:
@@ -50,9 +55,13 @@ def check_folds(fold: int | None, folds: int | None) -> None:
     if folds is None:
         raise ConfigError(f"data.fold={fold} needs data.folds", "data.fold=0 data.folds=5 validates on the first fifth")
     if folds < 2:
-        raise ConfigError(f"data.folds must be at least 2, not {folds}", "data.fold=0 data.folds=5 validates on the first fifth")
+        raise ConfigError(
+            f"data.folds must be at least 2, not {folds}", "data.fold=0 data.folds=5 validates on the first fifth"
+        )
     if fold is None or not 0 <= fold < folds:
-        raise ConfigError(f"data.fold must be 0 to {folds - 1} with data.folds={folds}, not {'null' if fold is None else fold}")
+        raise ConfigError(
+            f"data.fold must be 0 to {folds - 1} with data.folds={folds}, not {'null' if fold is None else fold}"
+        )
 
 
 def group_keys(paths: Sequence[str], pattern: str) -> list[str]:
@@ -65,7 +74,8 @@ def group_keys(paths: Sequence[str], pattern: str) -> list[str]:
         regex = re.compile(pattern)
     except re.error as error:
         raise ConfigError(
-            f"data.split.group={pattern!r} is not a regular expression ({error})", "'([^/]+)_\\d+' takes what stands before _12"
+            f"data.split.group={pattern!r} is not a regular expression ({error})",
+            "'([^/]+)_\\d+' takes what stands before _12",
         ) from error
     keys = [(match[1 if regex.groups else 0] or "") if (match := regex.search(path)) else "" for path in paths]
     alone = keys.count("")
@@ -82,7 +92,9 @@ def content_names(digests: np.ndarray) -> np.ndarray:
     return np.ascontiguousarray(digests[:, :8]).view(">u8").ravel().astype(np.uint64)
 
 
-def join_groups(manifest: Manifest, first: np.ndarray, second: np.ndarray, keys: Sequence[str] | None = None) -> Manifest:
+def join_groups(
+    manifest: Manifest, first: np.ndarray, second: np.ndarray, keys: Sequence[str] | None = None
+) -> Manifest:
     """The manifest with each record's group set to its cluster: what equal content, twins and equal keys link, however indirectly.
 
     A cluster is called after the smallest content name of its members, so neither order nor names of files matter.
@@ -119,7 +131,11 @@ def _key_chains(keys: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
 
 
 def assign_splits(
-    manifest: Manifest, settings: SplitSettings, previous: Manifest | None = None, fold: int | None = None, folds: int | None = None
+    manifest: Manifest,
+    settings: SplitSettings,
+    previous: Manifest | None = None,
+    fold: int | None = None,
+    folds: int | None = None,
 ) -> Manifest:
     """The manifest with every record in a split, no cluster (`groups`) in two.
 
@@ -183,7 +199,9 @@ def _check(pool: Clusters, classes: Sequence[str]) -> None:
         raise DataError(fact, hint)
 
 
-def _remember(pool: Clusters, manifest: Manifest, rows: np.ndarray, previous: Manifest, allowed: Collection[int]) -> None:
+def _remember(
+    pool: Clusters, manifest: Manifest, rows: np.ndarray, previous: Manifest, allowed: Collection[int]
+) -> None:
     """Decide the clusters that `previous` knows.
 
     One whose members were dealt apart goes where the earliest of train, val and test is: what a model has learnt from is
@@ -198,7 +216,10 @@ def _remember(pool: Clusters, manifest: Manifest, rows: np.ndarray, previous: Ma
     pool.parts[free] = earliest[free]
     torn = int(np.count_nonzero(free & (latest > earliest)))
     if torn:
-        log.warning("%d clusters join images that were in different parts: each is now whole in the earliest of train, val, test", torn)
+        log.warning(
+            "%d clusters join images that were in different parts: each is now whole in the earliest of train, val, test",
+            torn,
+        )
     bare = pool.train_on_every_class()
     if len(bare):
         log.warning("held-out images go back to train, which would have none of %s", _listed(bare, manifest.classes))

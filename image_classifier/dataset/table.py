@@ -81,7 +81,11 @@ class _Reader:
 
     def row(self, place: str, values: Sequence[str]) -> TableRow:
         if len(values) != self.count:
-            raise self._wrong(place, f"has {len(values)} values and the table {self.count} columns", "quote values that hold the separator")
+            raise self._wrong(
+                place,
+                f"has {len(values)} values and the table {self.count} columns",
+                "quote values that hold the separator",
+            )
         name, label = values[self.path], values[self.label].strip()
         if not name.strip():
             raise self._wrong(place, "has no path")
@@ -98,7 +102,9 @@ class _Reader:
         """Raise DataError where files are not there."""
         if self.absent:
             place, path = self.absent[0]
-            more = f" and {len(self.absent) - 1} more rows name files that are not there" if len(self.absent) > 1 else ""
+            more = (
+                f" and {len(self.absent) - 1} more rows name files that are not there" if len(self.absent) > 1 else ""
+            )
             raise self._wrong(place, f"names {path!r}, which is not there{more}", "paths start from the table's folder")
 
     def _split(self, place: str, values: Sequence[str]) -> str:
@@ -174,13 +180,20 @@ def _parquet(path: Path, wanted: Sequence[str]) -> tuple[list[str], _Rows]:
     names = [name for name in names if _column(name) in wanted]  # others may hold the pictures
     table = _opened(path, lambda: parquet.read_table(path, columns=names))
     rows = zip(*(table.column(name).to_pylist() for name in names), strict=True)
-    return names, ((f"row {number}", ["" if value is None else str(value) for value in row]) for number, row in enumerate(rows, start=1))
+    return names, (
+        (f"row {number}", ["" if value is None else str(value) for value in row])
+        for number, row in enumerate(rows, start=1)
+    )
 
 
 def _opened(path: Path, read: Callable[[], Any]) -> Any:
     try:
         return read()
     except OSError as error:
-        raise DataError(f"cannot read the table {str(path)!r} ({error.strerror or error})", "check the path and its permissions") from error
+        raise DataError(
+            f"cannot read the table {str(path)!r} ({error.strerror or error})", "check the path and its permissions"
+        ) from error
     except ValueError as error:  # pyarrow's errors
-        raise DataError(f"the table {str(path)!r} is not a Parquet file ({str(error)[:100]})", "save it anew") from error
+        raise DataError(
+            f"the table {str(path)!r} is not a Parquet file ({str(error)[:100]})", "save it anew"
+        ) from error

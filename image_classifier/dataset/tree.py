@@ -67,7 +67,12 @@ class Listing:
 Parts = dict[str, str]  # folder name -> split; {"": ""} for a folder that holds classes itself
 
 
-def find(paths: Sequence[Path], rename: Mapping[str, str] | None = None, progress: bool = False, group_column: str | None = None) -> Tree:
+def find(
+    paths: Sequence[Path],
+    rename: Mapping[str, str] | None = None,
+    progress: bool = False,
+    group_column: str | None = None,
+) -> Tree:
     """All images of some folders and tables, classes of the same (renamed) name being one.
 
     Args:
@@ -90,7 +95,12 @@ def find(paths: Sequence[Path], rename: Mapping[str, str] | None = None, progres
     return finder.tree(rename or {})
 
 
-def find_test(paths: Sequence[Path], rename: Mapping[str, str] | None = None, progress: bool = False, group_column: str | None = None) -> Tree:
+def find_test(
+    paths: Sequence[Path],
+    rename: Mapping[str, str] | None = None,
+    progress: bool = False,
+    group_column: str | None = None,
+) -> Tree:
     """The images to test on, each with the split "test": the test parts of the folders and tables where there are any, else all.
 
     Raises:
@@ -112,14 +122,18 @@ def unreadable(root: Path, failures: Sequence[UnreadableImage]) -> DataError:
         return UnreadableImage(failures[0].path, failures[0].reason, "delete or replace it")
     named = ", ".join(f"{failure.path!r} ({failure.reason})" for failure in failures[:3])
     more = f" and {len(failures) - 3} more" if len(failures) > 3 else ""
-    return DataError(f"{len(failures)} images under {str(root)!r} cannot be read: {named}{more}", "delete or replace them")
+    return DataError(
+        f"{len(failures)} images under {str(root)!r} cannot be read: {named}{more}", "delete or replace them"
+    )
 
 
 def list_folder(folder: Path) -> Listing:
     """What `folder` itself shows; DataError where it cannot be read."""
     listing = Listing([], [], [])
     for entry in _entries(folder):
-        names = listing.folders if _is_folder(entry) else listing.images if is_image_name(entry.name) else listing.others
+        names = (
+            listing.folders if _is_folder(entry) else listing.images if is_image_name(entry.name) else listing.others
+        )
         names.append(entry.name)
     for names in (listing.folders, listing.images, listing.others):
         names.sort()
@@ -132,7 +146,9 @@ def _entries(folder: str | Path) -> list[os.DirEntry[str]]:
         with os.scandir(folder) as entries:
             return [entry for entry in entries if not entry.name.startswith(".") and entry.name not in _JUNK]
     except OSError as error:
-        raise DataError(f"cannot read the folder {str(folder)!r} ({error.strerror})", "check the path and its permissions") from error
+        raise DataError(
+            f"cannot read the folder {str(folder)!r} ({error.strerror})", "check the path and its permissions"
+        ) from error
 
 
 def _is_folder(entry: os.DirEntry[str]) -> bool:
@@ -190,14 +206,20 @@ def _check_apart(paths: Sequence[Path]) -> None:
     for i, inner in enumerate(real):
         for k, outer in enumerate(real):
             if i != k and os.path.commonpath([inner, outer]) == outer:
-                fact = f"{str(paths[i])!r} is named twice" if inner == outer else f"{str(paths[i])!r} lies inside {str(paths[k])!r}"
+                fact = (
+                    f"{str(paths[i])!r} is named twice"
+                    if inner == outer
+                    else f"{str(paths[i])!r} lies inside {str(paths[k])!r}"
+                )
                 raise ConfigError(f"data.dir: {fact}", "name each folder once")
 
 
 class _Finder:
     """Looks through folders and rows once; what it found is in its lists, paths relative to the sources' root."""
 
-    def __init__(self, sources: _Sources, folders: Sequence[tuple[Path, Parts]], rows: Iterable[TableRow], progress: bool) -> None:
+    def __init__(
+        self, sources: _Sources, folders: Sequence[tuple[Path, Parts]], rows: Iterable[TableRow], progress: bool
+    ) -> None:
         self.sources = sources
         self.images: list[ImageFile] = []
         self.strays: list[str] = []
@@ -218,9 +240,16 @@ class _Finder:
             raise DataError(f"{str(self.sources.root)!r} holds no images", _TREE_HINT)
         for image, following in pairwise(images):
             if image.path == following.path:
-                raise DataError(f"the image {str(self.sources.root / image.path)!r} is given twice", "name each folder and each image once")
+                raise DataError(
+                    f"the image {str(self.sources.root / image.path)!r} is given twice",
+                    "name each folder and each image once",
+                )
         _check_names({image.label for image in images}, self.sources.root)
-        return Tree(self.sources.root, tuple(images), *(tuple(sorted(names)) for names in (self.strays, self.empty, self.ignored)))
+        return Tree(
+            self.sources.root,
+            tuple(images),
+            *(tuple(sorted(names)) for names in (self.strays, self.empty, self.ignored)),
+        )
 
     def _classes(self, folder: Path, parts: Parts) -> Iterator[tuple[str, str, str]]:
         """Path, label and split of each class folder of one tree; notes what lies beside them."""
@@ -285,10 +314,16 @@ def _image(path: str, label: str, split: str, status: os.stat_result | None, key
 
 def _check_class_folders(folder: Path, listing: Listing) -> None:
     if not listing.folders:
-        fact = f"the images lie directly in {str(folder)!r}, not in class folders" if listing.images else f"{str(folder)!r} holds no images"
+        fact = (
+            f"the images lie directly in {str(folder)!r}, not in class folders"
+            if listing.images
+            else f"{str(folder)!r} holds no images"
+        )
         raise DataError(fact, _TREE_HINT)
     if listing.images:
-        log.warning("%s: %d images beside the class folders belong to no class and are left out", folder, len(listing.images))
+        log.warning(
+            "%s: %d images beside the class folders belong to no class and are left out", folder, len(listing.images)
+        )
 
 
 def _check_names(labels: Iterable[str], root: Path) -> None:
@@ -304,7 +339,10 @@ def _check_renamed(rename: Mapping[str, str], labels: Iterable[str]) -> None:
     for old, new in rename.items():
         if old not in labels:
             close = difflib.get_close_matches(old, labels, n=1)
-            raise ConfigError(f"data.rename has {old!r}, which is no class", f"did you mean {close[0]!r}?" if close else f"classes: {_some(labels)}")
+            raise ConfigError(
+                f"data.rename has {old!r}, which is no class",
+                f"did you mean {close[0]!r}?" if close else f"classes: {_some(labels)}",
+            )
         if not new.strip():
             raise ConfigError(f"data.rename gives {old!r} no name", "data.classes.exclude leaves a class out")
 

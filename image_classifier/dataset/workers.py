@@ -35,7 +35,11 @@ def core_count() -> int:
 
 
 def map_blocks(
-    function: Callable[[Block], Result], blocks: Sequence[Block], items: int, workers: int | None = None, progress: str | None = None
+    function: Callable[[Block], Result],
+    blocks: Sequence[Block],
+    items: int,
+    workers: int | None = None,
+    progress: str | None = None,
 ) -> Generator[Result, None, None]:
     """`function(block)` for each block, in the order of `blocks`; close the iterator to stop early.
 
@@ -54,7 +58,9 @@ def map_blocks(
     """
     count = max(1, min(workers or core_count(), len(blocks)))
     processes = _started(function, count) if count > 1 and items >= MANY else []
-    results: Generator[Result, None, None] = _answers(processes, blocks) if processes else _in_order(function, blocks, count)
+    results: Generator[Result, None, None] = (
+        _answers(processes, blocks) if processes else _in_order(function, blocks, count)
+    )
     with closing(results):
         yield from with_bar(results, progress, len(blocks)) if progress else results
 
@@ -138,9 +144,15 @@ class _Worker:
     def __init__(self, order: bytes) -> None:
         self.order: bytes | None = order
         command = [sys.executable, f"-Xutf8={sys.flags.utf8_mode}", "-c", _START.format(path=ascii(sys.path))]
-        environment = {**os.environ, "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}  # there are as many workers as cores
+        environment = {
+            **os.environ,
+            "OMP_NUM_THREADS": "1",
+            "OPENBLAS_NUM_THREADS": "1",
+        }  # there are as many workers as cores
         # A session of its own: Ctrl-C on the terminal reaches the caller only, who then ends the workers.
-        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment, start_new_session=True)
+        self.process = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment, start_new_session=True
+        )
 
     def __call__(self, block: Any) -> Any:
         assert self.process.stdin is not None
@@ -162,7 +174,10 @@ class _Worker:
     def _lost(self) -> DataError:
         code = self.process.wait()
         ending = signal.Signals(-code).name if -code in set(signal.Signals) else f"exit code {code}"
-        return DataError(f"a worker process ended with {ending}", "the memory may be full: free some, or use fewer workers with data.cache.workers=1")
+        return DataError(
+            f"a worker process ended with {ending}",
+            "the memory may be full: free some, or use fewer workers with data.cache.workers=1",
+        )
 
     def end(self) -> None:
         """Kill the process, which holds nothing, and let go of its pipes."""

@@ -36,7 +36,9 @@ class Answers:
         return np.asarray(self.probabilities[np.arange(len(self.targets)), self.targets])
 
 
-def out_of_fold(directories: Iterable[Path], labels: dict[str, int], splits: dict[str, str], classes: Sequence[str]) -> Answers:
+def out_of_fold(
+    directories: Iterable[Path], labels: dict[str, int], splits: dict[str, str], classes: Sequence[str]
+) -> Answers:
     """The answers of all folds together, in the order of `labels`, of which each image is answered exactly once.
 
     Args:
@@ -51,15 +53,30 @@ def out_of_fold(directories: Iterable[Path], labels: dict[str, int], splits: dic
     answered: dict[str, np.ndarray] = {}
     for directory in directories:
         table = PredictionTable.read(directory)
-        paths, probabilities = table.paths, softmax(table.logits)  # each fold has a temperature of its own: none is applied
+        paths, probabilities = (
+            table.paths,
+            softmax(table.logits),
+        )  # each fold has a temperature of its own: none is applied
         if probabilities.shape[1] != len(classes):
-            raise DataError(f"the predictions in {str(directory)!r} are of other classes", f"remove {str(directory.parent)!r} and run again")
+            raise DataError(
+                f"the predictions in {str(directory)!r} are of other classes",
+                f"remove {str(directory.parent)!r} and run again",
+            )
         twice = next((path for path in paths if path in answered), None)
         if twice is not None:
             raise DataError(f"{twice!r} is in two folds", f"remove {str(directory.parent)!r} and run again")
         answered |= dict(zip(paths, probabilities, strict=True))
     if answered.keys() != labels.keys():
         odd = min(answered.keys() ^ labels.keys())
-        raise DataError(f"{odd!r} is in the data set or in a fold, and not in both", "the files have changed meanwhile: run the command again")
+        raise DataError(
+            f"{odd!r} is in the data set or in a fold, and not in both",
+            "the files have changed meanwhile: run the command again",
+        )
     targets = np.fromiter(labels.values(), dtype=np.int64, count=len(labels))
-    return Answers(tuple(labels), targets, np.stack([answered[path] for path in labels]), tuple(classes), [splits.get(path, "") for path in labels])
+    return Answers(
+        tuple(labels),
+        targets,
+        np.stack([answered[path] for path in labels]),
+        tuple(classes),
+        [splits.get(path, "") for path in labels],
+    )

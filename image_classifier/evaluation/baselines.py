@@ -38,7 +38,9 @@ class Baseline:
 
 def judged(name: str, about: str, tables: Mapping[str, PredictionTable]) -> Baseline:
     """The baseline that gave these answers, judged by the same code as the model."""
-    return Baseline(name, about, {split: compute_metrics(table, resamples=0).scalars() for split, table in tables.items()})
+    return Baseline(
+        name, about, {split: compute_metrics(table, resamples=0).scalars() for split, table in tables.items()}
+    )
 
 
 def most_frequent(train: np.ndarray, classes: Sequence[str], parts: Mapping[str, np.ndarray]) -> Baseline:
@@ -49,11 +51,15 @@ def most_frequent(train: np.ndarray, classes: Sequence[str], parts: Mapping[str,
     counts = np.bincount(train, minlength=len(classes))
     logits = np.log(np.maximum(counts, 0.5) / max(1, len(train))).astype(np.float32)
     tables = {
-        split: PredictionTable(("",) * len(targets), targets, np.broadcast_to(logits, (len(targets), len(logits))), tuple(classes))
+        split: PredictionTable(
+            ("",) * len(targets), targets, np.broadcast_to(logits, (len(targets), len(logits))), tuple(classes)
+        )
         for split, targets in parts.items()
         if len(targets)
     }
-    return judged(MOST_FREQUENT, f"always {classes[int(counts.argmax())]!r}, the class with most training images", tables)
+    return judged(
+        MOST_FREQUENT, f"always {classes[int(counts.argmax())]!r}, the class with most training images", tables
+    )
 
 
 def most_frequent_of(manifest: Manifest) -> Baseline:
@@ -64,7 +70,11 @@ def most_frequent_of(manifest: Manifest) -> Baseline:
 
 def beside(baselines: Sequence[Baseline], split: str) -> dict[str, dict[str, Any]]:
     """The scores of one part under the baselines' names, as JSON."""
-    return {baseline.name: {"about": baseline.about, **baseline.scores[split]} for baseline in baselines if split in baseline.scores}
+    return {
+        baseline.name: {"about": baseline.about, **baseline.scores[split]}
+        for baseline in baselines
+        if split in baseline.scores
+    }
 
 
 def as_metrics(baselines: Sequence[Baseline]) -> dict[str, float]:
@@ -79,7 +89,9 @@ def as_metrics(baselines: Sequence[Baseline]) -> dict[str, float]:
 
 def lines(baselines: Sequence[Baseline], split: str, own: Mapping[str, float] | None = None) -> Iterator[str]:
     """A table for a terminal: each baseline's accuracy and F1 on one part, the model's `own` below them."""
-    rows = [(baseline.name, baseline.scores[split], baseline.about) for baseline in baselines if split in baseline.scores]
+    rows = [
+        (baseline.name, baseline.scores[split], baseline.about) for baseline in baselines if split in baseline.scores
+    ]
     if not rows:
         return
     rows += [("this model", own, "")] if own else []
@@ -122,7 +134,10 @@ def _numbers(scores: Any) -> dict[str, dict[str, float]]:
 def write_baselines(baselines: Sequence[Baseline], manifest_sha256: str, directory: Path) -> Path:
     """Write baselines.json: the scores and the fingerprint of the manifest they are of."""
     path = directory / FILE_NAME
-    content = {"manifest_sha256": manifest_sha256, "baselines": {baseline.name: baseline.as_dict() for baseline in baselines}}
+    content = {
+        "manifest_sha256": manifest_sha256,
+        "baselines": {baseline.name: baseline.as_dict() for baseline in baselines},
+    }
     write_text(path, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
     return path
 
@@ -134,7 +149,11 @@ def known_baseline(plots: Path, manifest_sha256: str, name: str) -> Baseline | N
         try:
             content = json.loads(path.read_text(encoding="utf-8"))
             if content["manifest_sha256"] == manifest_sha256:
-                found += [baseline for baseline in from_dict(content["baselines"]) if baseline.name == name and "val" in baseline.scores]
+                found += [
+                    baseline
+                    for baseline in from_dict(content["baselines"])
+                    if baseline.name == name and "val" in baseline.scores
+                ]
         except (OSError, ValueError, KeyError, TypeError) as error:
             log.warning("%s cannot be read and is passed over (%s: %s)", path, type(error).__name__, error)
     return max(found, key=lambda baseline: baseline.scores["val"]["accuracy"], default=None)

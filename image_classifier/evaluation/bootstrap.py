@@ -15,7 +15,9 @@ _AT_ONCE = 20  # resamples to one task of a thread
 _FEW = 5  # right or wrong answers below which resampling says too little of a share
 
 
-def resample(sums: Callable[[np.ndarray], np.ndarray], num_images: int, count: int, threads: int | None = None) -> np.ndarray:
+def resample(
+    sums: Callable[[np.ndarray], np.ndarray], num_images: int, count: int, threads: int | None = None
+) -> np.ndarray:
     """The sums [S] of `count` resamples, float64 [count, S]; a resample is how often each image is drawn in N draws, float64 [N].
 
     Resample number r draws from a stream of its own, so that neither the number of threads nor that of resamples changes it.
@@ -63,5 +65,8 @@ def wilson(hits: np.ndarray, total: np.ndarray) -> np.ndarray:
     total = np.where(total > 0, total, np.nan)
     middle = (hits + _Z**2 / 2) / (total + _Z**2)
     half = _Z / (total + _Z**2) * np.sqrt(hits * (total - hits) / total + _Z**2 / 4)
-    low, high = np.where(hits == 0, 0.0, middle - half), np.where(hits == total, 1.0, middle + half)  # exactly, not but for rounding
+    low, high = (
+        np.where(hits == 0, 0.0, middle - half),
+        np.where(hits == total, 1.0, middle + half),
+    )  # exactly, not but for rounding
     return np.where(np.isnan(total), np.nan, np.stack([low, high]))

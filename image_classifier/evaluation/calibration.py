@@ -43,7 +43,9 @@ def fit_temperature(table: PredictionTable) -> TemperatureFit:
         raise DataError("the logits are not numbers", "the model has diverged; train again with a lower learning rate")
     if (table.logits.argmax(axis=1) == table.targets).all():
         nll = _moments(table, 1.0)[0]
-        return TemperatureFit(1.0, nll, nll, len(table.targets), "every val image is right, so none says how sure is too sure: 1 is kept")
+        return TemperatureFit(
+            1.0, nll, nll, len(table.targets), "every val image is right, so none says how sure is too sure: 1 is kept"
+        )
     temperature, note = 1 / _sharpness(table), ""
     for bound in (_COLDEST, _HOTTEST):
         if math.isclose(temperature, bound, rel_tol=1e-3):
@@ -106,7 +108,9 @@ class Reliability:
     def counted(cls, confidence: np.ndarray, correct: np.ndarray) -> Reliability:
         """The bins of confidences float64 [N] and right answers bool [N]."""
         edges, bins = _EDGES, bins_of(confidence)
-        counts, sums, hits = (np.bincount(bins, weights=weights, minlength=NUM_BINS) for weights in (None, confidence, correct))
+        counts, sums, hits = (
+            np.bincount(bins, weights=weights, minlength=NUM_BINS) for weights in (None, confidence, correct)
+        )
         return cls(edges, counts, sums / np.maximum(counts, 1), hits / np.maximum(counts, 1))
 
     @property
@@ -131,7 +135,11 @@ def noise_floor(confidence: np.ndarray, seed: int = 0) -> tuple[float, float]:
     Above 20 000 images as many of them are simulated, and the result is scaled to N: it falls with its square root.
     """
     generator = np.random.default_rng(seed)
-    chosen = confidence if len(confidence) <= _MOST_SIMULATED else generator.choice(confidence, _MOST_SIMULATED, replace=False)
+    chosen = (
+        confidence
+        if len(confidence) <= _MOST_SIMULATED
+        else generator.choice(confidence, _MOST_SIMULATED, replace=False)
+    )
     bins = bins_of(chosen)
     gaps = ((generator.random(len(chosen)) < chosen) - chosen for _ in range(_DRAWS))
     draws = [np.abs(np.bincount(bins, weights=gap)).sum() / len(chosen) for gap in gaps]
@@ -176,4 +184,6 @@ def calibration_score(table: PredictionTable) -> CalibrationScore:
     before, after = Reliability.of(replace(table, temperature=1.0)), Reliability.of(table)
     chance = noise_floor(table.answers()[1])
     nll_before, nll_after = (_moments(table, sharpness)[0] for sharpness in (1.0, 1 / table.temperature))
-    return CalibrationScore(table.temperature, len(table.targets), before.ece, after.ece, nll_before, nll_after, *chance)
+    return CalibrationScore(
+        table.temperature, len(table.targets), before.ece, after.ece, nll_before, nll_after, *chance
+    )

@@ -59,7 +59,12 @@ class Paired:
 
     def as_dict(self) -> dict[str, object]:
         """Plain values, ready for JSON."""
-        return {"first": self.values[0], "second": self.values[1], "difference": self.difference, "interval": list(self.interval)}
+        return {
+            "first": self.values[0],
+            "second": self.values[1],
+            "difference": self.difference,
+            "interval": list(self.interval),
+        }
 
 
 @dataclass(frozen=True)
@@ -99,11 +104,15 @@ def share(first: PredictionTable, second: PredictionTable) -> Shared:
     places = [_places(table) for table in (first, second)]
     both = [path for path in first.paths if path in places[1]]
     if not both:
-        raise DataError("the two have judged no image in common", "compare predictions of the same part of the same data set")
+        raise DataError(
+            "the two have judged no image in common", "compare predictions of the same part of the same data set"
+        )
     rows = np.array([[place[path] for path in both] for place in places], dtype=np.int64)
     classes = tuple(sorted({*first.classes, *second.classes}))
     codes = [np.array([classes.index(label) for label in table.classes], dtype=np.int64) for table in (first, second)]
-    targets = np.stack([code[table.targets[row]] for code, table, row in zip(codes, (first, second), rows, strict=True)])
+    targets = np.stack(
+        [code[table.targets[row]] for code, table, row in zip(codes, (first, second), rows, strict=True)]
+    )
     _check_labels(both, targets, classes)
     answers = [_answers(table, row, code) for table, row, code in zip((first, second), rows, codes, strict=True)]
     predicted, losses, confidences = (np.stack(column) for column in zip(*answers, strict=True))
@@ -124,9 +133,7 @@ def _check_labels(paths: list[str], targets: np.ndarray, classes: tuple[str, ...
     differ = np.flatnonzero(targets[0] != targets[1])
     if len(differ):
         first, second = (classes[code] for code in targets[:, differ[0]])
-        fact = (
-            f"{len(differ)} of {len(paths)} images have other labels in the two: {paths[differ[0]]!r} is {first!r} in one and {second!r} in the other"
-        )
+        fact = f"{len(differ)} of {len(paths)} images have other labels in the two: {paths[differ[0]]!r} is {first!r} in one and {second!r} in the other"
         raise DataError(fact, "judge both by the same labels: run `python commands.py test` again for one of them")
 
 
@@ -136,14 +143,19 @@ def _answers(table: PredictionTable, rows: np.ndarray, codes: np.ndarray) -> tup
     losses = np.zeros(len(table.targets))
     for place, _ in table.blocks():
         logits = table.block(place)
-        losses[place] = logsumexp(logits[:, np.argsort(codes)], axis=1) - logits[np.arange(len(logits)), table.targets[place]]
+        losses[place] = (
+            logsumexp(logits[:, np.argsort(codes)], axis=1) - logits[np.arange(len(logits)), table.targets[place]]
+        )
     return codes[predicted[rows]], losses[rows], confidence[rows]
 
 
 def paired_bootstrap(shared: Shared, resamples: int, seed: int) -> dict[str, Paired]:
     """Accuracy, log loss and macro F1 of both with percentile intervals of their differences: every draw takes the same images for both."""
     num_images, generator = len(shared.targets), np.random.default_rng(seed)
-    draws = (np.bincount(generator.integers(0, num_images, num_images), minlength=num_images).astype(np.float64) for _ in range(resamples))
+    draws = (
+        np.bincount(generator.integers(0, num_images, num_images), minlength=num_images).astype(np.float64)
+        for _ in range(resamples)
+    )
     drawn = np.stack([_scores(shared, weights) for weights in draws])
     whole = _scores(shared, np.ones(num_images))
     found = {}
@@ -157,11 +169,16 @@ def paired_bootstrap(shared: Shared, resamples: int, seed: int) -> dict[str, Pai
 def _scores(shared: Shared, weights: np.ndarray) -> np.ndarray:
     """Accuracy, macro F1 and log loss of both, float64 [3, 2], each image counted `weights` [N] times."""
     right, total = shared.right, weights.sum()
-    f1 = [_f1_macro(shared.targets, predicted, hits, weights, len(shared.classes)) for predicted, hits in zip(shared.predicted, right, strict=True)]
+    f1 = [
+        _f1_macro(shared.targets, predicted, hits, weights, len(shared.classes))
+        for predicted, hits in zip(shared.predicted, right, strict=True)
+    ]
     return np.array([right @ weights / total, f1, shared.losses @ weights / total])
 
 
-def _f1_macro(targets: np.ndarray, predicted: np.ndarray, hits: np.ndarray, weights: np.ndarray, num_classes: int) -> float:
+def _f1_macro(
+    targets: np.ndarray, predicted: np.ndarray, hits: np.ndarray, weights: np.ndarray, num_classes: int
+) -> float:
     """Macro F1 over the classes seen or predicted, as in `metrics`; all inputs [N]."""
     named = np.bincount(targets, weights, num_classes) + np.bincount(predicted, weights, num_classes)
     twice = 2 * np.bincount(targets[hits], weights[hits], num_classes)

@@ -33,17 +33,26 @@ class DecisionSettings:
     ood_rate: float | None = None
 
     def __post_init__(self) -> None:
-        bounds = {"risk": (0, 1, "]"), "risk_confidence": (0, 1, ")"), "coverage": (0, 1, ")"), "ood_rate": (-1, 1, ")")}
+        bounds = {
+            "risk": (0, 1, "]"),
+            "risk_confidence": (0, 1, ")"),
+            "coverage": (0, 1, ")"),
+            "ood_rate": (-1, 1, ")"),
+        }
         for name, (low, high, end) in bounds.items():
             value = getattr(self, name)
-            inside = value is None or (max(low, 0) < value < high) or (value == 1 and end == "]") or (value == 0 and low < 0)
+            inside = (
+                value is None or (max(low, 0) < value < high) or (value == 1 and end == "]") or (value == 0 and low < 0)
+            )
             if not inside:
                 raise ConfigError(f"decision.{name}={value} cannot be", "it is a share between 0 and 1, such as 0.05")
 
     def or_else(self, other: DecisionSettings) -> DecisionSettings:
         """These settings, each that is null taken from the other."""
         own = {item.name: getattr(self, item.name) for item in fields(self)}
-        return DecisionSettings(**{name: getattr(other, name) if value is None else value for name, value in own.items()})
+        return DecisionSettings(
+            **{name: getattr(other, name) if value is None else value for name, value in own.items()}
+        )
 
 
 DEFAULTS = DecisionSettings(None, 0.95, 0.9, 0.01)
@@ -96,7 +105,9 @@ class Evidence:
 
 
 def _kept(values: np.ndarray) -> tuple[float, ...]:
-    return tuple(np.sort(values)[_places(len(values))].tolist())  # to the last bit: an image at its own limit is within it
+    return tuple(
+        np.sort(values)[_places(len(values))].tolist()
+    )  # to the last bit: an image at its own limit is within it
 
 
 def _places(count: int) -> np.ndarray:
@@ -174,7 +185,14 @@ class Decision:
     def from_dict(cls, content: Mapping[str, Any]) -> Decision:
         """What `as_dict` described, its thresholds chosen again; CheckpointError where it is none."""
         try:
-            asked = content["risk"], content["risk_confidence"], content["conformal"]["coverage"], content["ood"]["rate"]
+            asked = (
+                content["risk"],
+                content["risk_confidence"],
+                content["conformal"]["coverage"],
+                content["ood"]["rate"],
+            )
             return cls.chosen(Evidence.from_dict(content["evidence"]), DecisionSettings(*asked))
         except (KeyError, TypeError, ValueError, IndexError, ConfigError) as error:
-            raise CheckpointError(f"the decision of the bundle is damaged ({type(error).__name__}: {error})", "export it again") from error
+            raise CheckpointError(
+                f"the decision of the bundle is damaged ({type(error).__name__}: {error})", "export it again"
+            ) from error

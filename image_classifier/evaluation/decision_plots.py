@@ -43,28 +43,73 @@ def _draw_bins(axes: Axes, bins: Reliability, colour: str) -> None:
 
 def _draw_counts(axes: Axes, bins: Reliability, colour: str, label: str) -> None:
     most = max(1, int(bins.counts.max()))
-    axes.bar(bins.edges[:-1], bins.counts, width=np.diff(bins.edges), align="edge", color=colour, alpha=0.6, edgecolor="white", linewidth=0.8)
-    axes.set(xlim=(0, 1), ylim=(0, 1.1 * most), xticks=np.linspace(0, 1, 6), yticks=[0, most], xlabel="confidence", ylabel=label)
+    axes.bar(
+        bins.edges[:-1],
+        bins.counts,
+        width=np.diff(bins.edges),
+        align="edge",
+        color=colour,
+        alpha=0.6,
+        edgecolor="white",
+        linewidth=0.8,
+    )
+    axes.set(
+        xlim=(0, 1),
+        ylim=(0, 1.1 * most),
+        xticks=np.linspace(0, 1, 6),
+        yticks=[0, most],
+        xlabel="confidence",
+        ylabel=label,
+    )
     axes.tick_params(axis="y", labelsize=8)
 
 
-def plot_risk_coverage(curve: RiskCurve, asked: float | None, chosen: tuple[float, float] | None, path: Path, title: str = "") -> Path:
+def plot_risk_coverage(
+    curve: RiskCurve, asked: float | None, chosen: tuple[float, float] | None, path: Path, title: str = ""
+) -> Path:
     """Write the risk-coverage curve: the share of wrong labels when only the most confident answers are given.
 
     `asked` is the risk that was promised, `chosen` the coverage and risk of the limits in use.
     """
     figure = new_figure(7.2, 4.6, title or "Risk and coverage")
     axes = axes_at(figure, 0.85, 0.65, 6.05, 3.05)
-    axes.plot(curve.coverage, curve.risk, color=BLUE, linewidth=1.8, label=f"AURC {curve.area:.4f}, in the best order {curve.best_area:.4f}")
+    axes.plot(
+        curve.coverage,
+        curve.risk,
+        color=BLUE,
+        linewidth=1.8,
+        label=f"AURC {curve.area:.4f}, in the best order {curve.best_area:.4f}",
+    )
     if asked is not None:
         axes.axhline(asked, color=GREY, linestyle="--", linewidth=1.0, label=f"risk {asked:g} promised")
     if chosen is not None:
-        axes.plot(*chosen, "o", color=ORANGE, markersize=8, label=f"limits in use: {chosen[1]:.1%} wrong of {chosen[0]:.0%}", clip_on=False, zorder=3)
+        axes.plot(
+            *chosen,
+            "o",
+            color=ORANGE,
+            markersize=8,
+            label=f"limits in use: {chosen[1]:.1%} wrong of {chosen[0]:.0%}",
+            clip_on=False,
+            zorder=3,
+        )
     settled = curve.risk[curve.coverage >= 0.05]  # the first few answers jump
     top = max(0.01, 1.15 * float(settled.max(initial=0)), 1.3 * (asked or 0), 1.15 * (chosen[1] if chosen else 0))
-    axes.set(xlim=(0, 1), ylim=(0, top), xlabel="coverage: share of images that get a label", ylabel="risk: share of wrong labels")
+    axes.set(
+        xlim=(0, 1),
+        ylim=(0, top),
+        xlabel="coverage: share of images that get a label",
+        ylabel="risk: share of wrong labels",
+    )
     for axis in (axes.xaxis, axes.yaxis):
         axis.set_major_formatter(PercentFormatter(1.0))
     axes.grid(color="#e3e3e3", linewidth=0.8)
-    axes.legend(loc="lower right", bbox_to_anchor=(1.0, 1.01), ncols=2, fontsize=9, frameon=False, columnspacing=1.4, borderaxespad=0.0)
+    axes.legend(
+        loc="lower right",
+        bbox_to_anchor=(1.0, 1.01),
+        ncols=2,
+        fontsize=9,
+        frameon=False,
+        columnspacing=1.4,
+        borderaxespad=0.0,
+    )
     return save_figure(figure, path)

@@ -79,16 +79,30 @@ class Trust:
             "aurc": self.curve.area,
             "best_aurc": self.curve.best_area,
         }
-        stated = {} if self.decision is None else {key: value for key, value in self.decision.as_dict().items() if key != "evidence"}
-        found = {"decision": {**stated, "threshold": self.decision.threshold, "measured": asdict(self.score)}} if self.decision and self.score else {}
+        stated = (
+            {}
+            if self.decision is None
+            else {key: value for key, value in self.decision.as_dict().items() if key != "evidence"}
+        )
+        found = (
+            {"decision": {**stated, "threshold": self.decision.threshold, "measured": asdict(self.score)}}
+            if self.decision and self.score
+            else {}
+        )
         return {**self.calibration.as_dict(), "risk_coverage": curve, **found}
 
     def scalars(self) -> dict[str, float]:
         """The single numbers under their stable names."""
         found = {"ece_uncalibrated": self.calibration.ece_before, "aurc": self.curve.area}
         if self.score:
-            names = {"answered": self.score.answered, "refused_as_unlike": self.score.unknown, "set_coverage": self.score.set_coverage}
-            found |= {**names, "set_size": self.score.set_size} | ({} if self.score.risk is None else {"risk": self.score.risk})
+            names = {
+                "answered": self.score.answered,
+                "refused_as_unlike": self.score.unknown,
+                "set_coverage": self.score.set_coverage,
+            }
+            found |= {**names, "set_size": self.score.set_size} | (
+                {} if self.score.risk is None else {"risk": self.score.risk}
+            )
         return found
 
     def lines(self, split: str) -> Iterator[str]:
@@ -111,7 +125,9 @@ class Trust:
         )
 
 
-def write_trust(table: PredictionTable, decision: Decision | None, directory: Path, title: str, figures: bool = True) -> Trust:
+def write_trust(
+    table: PredictionTable, decision: Decision | None, directory: Path, title: str, figures: bool = True
+) -> Trust:
     """Judge calibration and decision on one part; writes calibration.json and, with `figures`, reliability.png and risk_coverage.png."""
     score = decision_score(table, decision) if decision else None
     trust = Trust(calibration_score(table), risk_curve(table), decision, score)

@@ -68,7 +68,11 @@ class Reference:
 
     def shifts(self, seen: Mapping[str, Sequence[float]]) -> list[Shift]:
         """One Shift for each figure that both know, `seen` being the traffic's."""
-        return [self._shift(name, np.asarray(values)) for name, values in seen.items() if name in self.figures and len(values)]
+        return [
+            self._shift(name, np.asarray(values))
+            for name, values in seen.items()
+            if name in self.figures and len(values)
+        ]
 
     def _shift(self, name: str, values: np.ndarray) -> Shift:
         points, shares = self.figures[name]
@@ -76,6 +80,8 @@ class Reference:
         # Confidences are known by how many lie below a threshold, scores by how many lie at or below a value.
         found = np.searchsorted(ordered, points, side="left" if name == "confidence" else "right") / len(ordered)
         distance = float(np.abs(found - shares).max())
-        chance = math.sqrt(-math.log(_DOUBT / 2) / 2 * (len(ordered) + self.num_images) / (len(ordered) * self.num_images))
+        chance = math.sqrt(
+            -math.log(_DOUBT / 2) / 2 * (len(ordered) + self.num_images) / (len(ordered) * self.num_images)
+        )
         middle = float(points[min(int(np.searchsorted(shares, 0.5)), len(points) - 1)])
         return Shift(name, len(ordered), distance, max(_LEAST, chance), float(np.median(ordered)), middle)

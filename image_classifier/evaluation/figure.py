@@ -67,7 +67,9 @@ def _svg(figure: Figure) -> bytes:
 def fit_text(text: str, width: float, size: float, weight: str = "normal") -> str:
     """The text on one line of `width` points: undrawable characters become □, the middle of a long one an ellipsis."""
     font = _face(weight)
-    text = " ".join("".join(c if c.isspace() or (c.isprintable() and font.get_char_index(ord(c))) else "□" for c in text).split())
+    text = " ".join(
+        "".join(c if c.isspace() or (c.isprintable() and font.get_char_index(ord(c))) else "□" for c in text).split()
+    )
     cuts = [f"{text[: ceil(kept / 2)]}…{text[len(text) - kept // 2 :]}" for kept in range(1, min(len(text), 200))]
     if not cuts or (len(text) <= 200 and text_width(text, size, weight) <= width):
         return text

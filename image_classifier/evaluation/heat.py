@@ -32,7 +32,9 @@ def explanation_name(file: Path) -> str:
     return f"{whole.stem[:60]}-{hashlib.sha256(os.fsencode(whole)).hexdigest()[:8]}.png"
 
 
-def plot_explanation(picture: np.ndarray, heat: np.ndarray, answer: str, method: str, path: Path, title: str = "") -> Path:
+def plot_explanation(
+    picture: np.ndarray, heat: np.ndarray, answer: str, method: str, path: Path, title: str = ""
+) -> Path:
     """Write picture | overlay as PNG: picture uint8 [H, W, 3], heat float32 [H, W] in 0..1, NaN where the network did not look."""
     height, width = (max(0.6, _SIDE * side / max(picture.shape[:2])) for side in picture.shape[:2])
     panel = max(width, 1.8)

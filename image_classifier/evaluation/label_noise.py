@@ -65,8 +65,12 @@ def confident_errors(answers: Answers) -> np.ndarray:
     probabilities = np.maximum(answers.probabilities[:, present], 1e-12)
     probabilities /= probabilities.sum(axis=1, keepdims=True)
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "May not flag all label issues in class")  # a class of one image has none to spare: no more can be said
-        return np.asarray(find_label_issues(targets, probabilities, filter_by="prune_by_noise_rate", n_jobs=1), dtype=bool)
+        warnings.filterwarnings(
+            "ignore", "May not flag all label issues in class"
+        )  # a class of one image has none to spare: no more can be said
+        return np.asarray(
+            find_label_issues(targets, probabilities, filter_by="prune_by_noise_rate", n_jobs=1), dtype=bool
+        )
 
 
 def highest_losses(answers: Answers, share: float) -> np.ndarray:
@@ -78,7 +82,9 @@ def highest_losses(answers: Answers, share: float) -> np.ndarray:
     return chosen
 
 
-def find_suspects(answers: Answers, twins: Iterable[Sequence[tuple[str, str]]] = (), share: float = 0.1) -> list[Suspect]:
+def find_suspects(
+    answers: Answers, twins: Iterable[Sequence[tuple[str, str]]] = (), share: float = 0.1
+) -> list[Suspect]:
     """All images in doubt, the worst first, equals by path: the same list on any machine for the same answers.
 
     Args:
@@ -90,7 +96,9 @@ def find_suspects(answers: Answers, twins: Iterable[Sequence[tuple[str, str]]] =
         DataError: A probability is not finite.
     """
     if not np.isfinite(answers.probabilities).all():
-        raise DataError("there are probabilities that are not finite", "train again, with trainer.precision=32-true if need be")
+        raise DataError(
+            "there are probabilities that are not finite", "train again, with trainer.precision=32-true if need be"
+        )
     quality, likeliest = answers.given, answers.probabilities.argmax(axis=1)
     doubts: dict[int, _Doubt] = {}
 
@@ -111,7 +119,9 @@ def find_suspects(answers: Answers, twins: Iterable[Sequence[tuple[str, str]]] =
     return sorted(found, key=lambda suspect: (suspect.score, suspect.path))
 
 
-def _judged_twins(answers: Answers, group: Sequence[tuple[str, str]], places: Mapping[str, int]) -> list[tuple[int, float, int]]:
+def _judged_twins(
+    answers: Answers, group: Sequence[tuple[str, str]], places: Mapping[str, int]
+) -> list[tuple[int, float, int]]:
     """Row, share of belief in its label and likeliest label of each answered copy of one picture: a label is as probable as it is on average."""
     rows = [places[path] for path, _ in group if path in places]
     labels = sorted({answers.classes.index(label) for _, label in group if label in answers.classes})
@@ -134,4 +144,14 @@ def _suspect(answers: Answers, row: int, doubt: _Doubt) -> Suspect:
     suggested = "" if doubt.suggested == label else answers.classes[doubt.suggested]
     given, other = (float(answers.probabilities[row, code]) for code in (label, doubt.suggested))
     reasons, note = tuple(doubt.reasons), doubt.note
-    return Suspect(answers.paths[row], answers.splits[row], answers.classes[label], suggested, doubt.score, reasons, given, other, note)
+    return Suspect(
+        answers.paths[row],
+        answers.splits[row],
+        answers.classes[label],
+        suggested,
+        doubt.score,
+        reasons,
+        given,
+        other,
+        note,
+    )

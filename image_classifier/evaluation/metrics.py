@@ -20,7 +20,11 @@ Interval = tuple[float, float]
 Intervals = Mapping[str, Interval | None]
 
 _RANGES = {"log_loss": (0.0, np.inf), "brier": (0.0, 2.0), "kappa": (-1.0, 1.0)}
-_SHARES = {"accuracy": "accuracy", "recall_weighted": "accuracy", "top5_accuracy": "top5_accuracy"}  # right answers among all images
+_SHARES = {
+    "accuracy": "accuracy",
+    "recall_weighted": "accuracy",
+    "top5_accuracy": "top5_accuracy",
+}  # right answers among all images
 
 
 @dataclass(frozen=True)
@@ -135,7 +139,9 @@ def _intervals(part: Part, scalars: Mapping[str, np.ndarray], samples: np.ndarra
     return {name: _interval(bounds) for name, bounds in found.items()}
 
 
-def _class_scores(classes: tuple[str, ...], part: Part, counts: Counts, samples: np.ndarray | None) -> tuple[ClassScore, ...]:
+def _class_scores(
+    classes: tuple[str, ...], part: Part, counts: Counts, samples: np.ndarray | None
+) -> tuple[ClassScore, ...]:
     intervals = [{}] * len(classes) if samples is None else _class_intervals(counts, part.counts(samples))
     columns = (np.nan_to_num(values).tolist() for values in (counts.precision, counts.recall, counts.f1))
     ranked = (part.ranking.roc_auc.tolist(), part.ranking.average_precision.tolist())

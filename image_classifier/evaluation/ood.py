@@ -62,11 +62,21 @@ class Detector:
     @classmethod
     def fitted(cls, embeddings: np.ndarray, seen: np.ndarray, targets: np.ndarray) -> Detector:
         """A detector of training images: embeddings [N, D], `looks` [N, 11] and classes int64 [N]."""
-        inner, outer = Gaussian.fitted(_unit(embeddings), targets), Gaussian.fitted(seen, np.zeros(len(targets), np.int64))
+        inner, outer = (
+            Gaussian.fitted(_unit(embeddings), targets),
+            Gaussian.fitted(seen, np.zeros(len(targets), np.int64)),
+        )
         distances = np.stack([inner.distances(_unit(embeddings)), outer.distances(seen)])
         centres, tails = np.quantile(distances, (0.5, 0.95), axis=1)
         scales = np.maximum(tails - centres, 1e-6)
-        return cls(inner.means, inner.whitening, outer.means, outer.whitening, centres.astype(np.float32), scales.astype(np.float32))
+        return cls(
+            inner.means,
+            inner.whitening,
+            outer.means,
+            outer.whitening,
+            centres.astype(np.float32),
+            scales.astype(np.float32),
+        )
 
     def scores(self, embeddings: np.ndarray, seen: np.ndarray) -> np.ndarray:
         """How unlike the training images each is, float32 [N], of embeddings [N, D] and `looks` [N, 11]."""
@@ -87,7 +97,11 @@ class Detector:
     @classmethod
     def read(cls, path: Path) -> Detector:
         """What `write` left; CheckpointError where it is damaged."""
-        detector = cls(**read_arrays(path, {item.name: ("float32", 1 if item.name in ("centres", "scales") else 2) for item in fields(cls)}))
+        detector = cls(
+            **read_arrays(
+                path, {item.name: ("float32", 1 if item.name in ("centres", "scales") else 2) for item in fields(cls)}
+            )
+        )
         width, looked = detector.means.shape[1], detector.looks_mean.shape[1]
         squares = detector.whitening.shape == (width, width) and detector.looks_whitening.shape == (looked, looked)
         if not squares or looked != _LOOKS or detector.centres.shape != (2,) or detector.scales.shape != (2,):
@@ -104,12 +118,16 @@ def looks(pixels: np.ndarray) -> np.ndarray:
     step = max(1, pixels.shape[2] // 64)
     values = pixels[:, :, ::step, ::step].astype(np.float32) / 255
     colour, grey = values.max(axis=1) - values.min(axis=1), values.mean(axis=1)
-    across, down = (np.abs(np.diff(values, axis=axis, append=values.take([-1], axis))).mean(axis=(1, 2, 3)) for axis in (3, 2))
+    across, down = (
+        np.abs(np.diff(values, axis=axis, append=values.take([-1], axis))).mean(axis=(1, 2, 3)) for axis in (3, 2)
+    )
     padded = np.pad(grey, ((0, 0), (1, 1), (1, 1)), mode="edge")
     around = padded[:, :-2, 1:-1] + padded[:, 2:, 1:-1] + padded[:, 1:-1, :-2] + padded[:, 1:-1, 2:]
     grain = np.abs(4 * grey - around).mean(axis=(1, 2))
     single = np.stack([colour.mean(axis=(1, 2)), colour.std(axis=(1, 2)), across, down, grain], axis=1)
-    return np.concatenate([values.mean(axis=(2, 3)), np.log(np.hstack([values.std(axis=(2, 3)), single]) + _EPSILON)], axis=1)
+    return np.concatenate(
+        [values.mean(axis=(2, 3)), np.log(np.hstack([values.std(axis=(2, 3)), single]) + _EPSILON)], axis=1
+    )
 
 
 def _unit(embeddings: np.ndarray) -> np.ndarray:
@@ -120,6 +138,8 @@ def _unit(embeddings: np.ndarray) -> np.ndarray:
 def auroc(inside: np.ndarray, outside: np.ndarray) -> float:
     """The probability that an image from outside scores higher than one from inside, of scores [N] and [M]; equal ones count half."""
     values, places = np.unique(np.concatenate([inside, outside]), return_inverse=True)
-    within, beyond = (np.bincount(part, minlength=len(values)) for part in (places[: len(inside)], places[len(inside) :]))
+    within, beyond = (
+        np.bincount(part, minlength=len(values)) for part in (places[: len(inside)], places[len(inside) :])
+    )
     lower = np.concatenate([[0], within.cumsum()[:-1]])
     return float((beyond * (lower + within / 2)).sum() / (len(inside) * len(outside)))

@@ -58,7 +58,17 @@ def _judge(table: PredictionTable, rows: slice) -> np.ndarray:
     total = exponents.sum(axis=1)
     squares = np.einsum("nc,nc->n", exponents, exponents) / total**2
     log_total, hit = np.log(total), exponents[image, targets] / total
-    columns = (finite, predicted, 1 / total, predicted == targets, in_top, log_total - shifted, squares - 2 * hit + 1, top, log_total)
+    columns = (
+        finite,
+        predicted,
+        1 / total,
+        predicted == targets,
+        in_top,
+        log_total - shifted,
+        squares - 2 * hit + 1,
+        top,
+        log_total,
+    )
     return np.stack([np.asarray(column, dtype=np.float64) for column in columns])
 
 

@@ -16,7 +16,18 @@ from matplotlib.patches import Rectangle
 from matplotlib.ticker import MaxNLocator
 
 from image_classifier.errors import DataError
-from image_classifier.evaluation.figure import BLUE, DPI, GREY, INK, ORANGE, axes_at, fit_text, new_figure, save_figure, text_width
+from image_classifier.evaluation.figure import (
+    BLUE,
+    DPI,
+    GREY,
+    INK,
+    ORANGE,
+    axes_at,
+    fit_text,
+    new_figure,
+    save_figure,
+    text_width,
+)
 from image_classifier.evaluation.metrics import ClassScore
 
 _CURVES = (("loss", "loss", "Loss"), ("accuracy", "accuracy", "Accuracy"), ("f1", "f1_macro", "F1 (macro)"))
@@ -55,16 +66,28 @@ def _learning_curve(series: Mapping[str, np.ndarray], title: str, lowest: bool) 
     axes.set(xlabel="epoch", ylabel=title.lower().replace("f1", "F1"))
     axes.grid(color="#e3e3e3", linewidth=0.8)
     # Above the axes, where no curve can pass behind it.
-    axes.legend(loc="lower right", bbox_to_anchor=(1.0, 1.01), ncols=4, fontsize=9, frameon=False, columnspacing=1.4, borderaxespad=0.0)
+    axes.legend(
+        loc="lower right",
+        bbox_to_anchor=(1.0, 1.01),
+        ncols=4,
+        fontsize=9,
+        frameon=False,
+        columnspacing=1.4,
+        borderaxespad=0.0,
+    )
     return figure
 
 
 def plot_loss_in_parts(history: Mapping[str, Sequence[tuple[float, float]]], directory: Path) -> list[Path]:
     """Write loss_parts.png for a run of 40 epochs or more, in four parts."""
-    return plot_curves_in_parts({name: points for name, points in history.items() if name.endswith("/loss")}, directory, 4, _LONG)
+    return plot_curves_in_parts(
+        {name: points for name, points in history.items() if name.endswith("/loss")}, directory, 4, _LONG
+    )
 
 
-def plot_curves_in_parts(history: Mapping[str, Sequence[tuple[float, float]]], directory: Path, parts: int, least: int = 2) -> list[Path]:
+def plot_curves_in_parts(
+    history: Mapping[str, Sequence[tuple[float, float]]], directory: Path, parts: int, least: int = 2
+) -> list[Path]:
     """Write loss_parts.png, accuracy_parts.png and f1_parts.png: equal shares of the epochs, each on its own scale, so that late progress is seen.
 
     A metric that was followed for fewer than `least` epochs is skipped; there are never more parts than steps between epochs.
@@ -85,7 +108,9 @@ def _curve_in_parts(series: Mapping[str, np.ndarray], title: str, edges: np.ndar
     parts = len(edges) - 1
     columns = min(parts, 2 if parts <= 4 else 3)
     rows = ceil(parts / columns)
-    figure = new_figure(max(4.6, 0.1 + 3.55 * columns), 0.6 + 2.7 * rows, f"{title}, in {parts} parts" if parts > 1 else title)
+    figure = new_figure(
+        max(4.6, 0.1 + 3.55 * columns), 0.6 + 2.7 * rows, f"{title}, in {parts} parts" if parts > 1 else title
+    )
     for part in range(parts):
         axes = axes_at(figure, 0.75 + 3.55 * (part % columns), 0.6 + 2.7 * (rows - 1 - part // columns), 2.6, 2.05)
         for split, points in series.items():
@@ -97,11 +122,21 @@ def _curve_in_parts(series: Mapping[str, np.ndarray], title: str, edges: np.ndar
         axes.set(xlabel="epoch", ylabel=title.lower().replace("f1", "F1"))
         axes.grid(color="#e3e3e3", linewidth=0.8)
     axes = figure.axes[0]
-    axes.legend(loc="lower left", bbox_to_anchor=(0.0, 1.01), ncols=2, fontsize=9, frameon=False, columnspacing=1.4, borderaxespad=0.0)
+    axes.legend(
+        loc="lower left",
+        bbox_to_anchor=(0.0, 1.01),
+        ncols=2,
+        fontsize=9,
+        frameon=False,
+        columnspacing=1.4,
+        borderaxespad=0.0,
+    )
     return figure
 
 
-def plot_learning_rate_finder(rates: np.ndarray, losses: np.ndarray, smooth: np.ndarray, found: float | None, path: Path) -> Path:
+def plot_learning_rate_finder(
+    rates: np.ndarray, losses: np.ndarray, smooth: np.ndarray, found: float | None, path: Path
+) -> Path:
     """Write the sweep of a learning-rate finder: losses [S] and their smooth course over rates [S], and the rate that was `found`."""
     figure = new_figure(7.2, 4.4, "Learning-rate finder")
     axes = axes_at(figure, 0.85, 0.65, 6.05, 3.05)
@@ -110,11 +145,21 @@ def plot_learning_rate_finder(rates: np.ndarray, losses: np.ndarray, smooth: np.
     if found is not None:
         axes.axvline(found, color=ORANGE, linestyle="--", linewidth=1.4, label=f"chosen: {found:.2g}")
     axes.set_xscale("log")
-    axes.xaxis.set_major_formatter(lambda rate, _: f"{rate:g}")  # the usual labels are formulas, which figures of ours do not set
+    axes.xaxis.set_major_formatter(
+        lambda rate, _: f"{rate:g}"
+    )  # the usual labels are formulas, which figures of ours do not set
     axes.set_ylim(*_span(smooth))
     axes.set(xlabel="learning rate", ylabel="loss")
     axes.grid(color="#e3e3e3", linewidth=0.8)
-    axes.legend(loc="lower right", bbox_to_anchor=(1.0, 1.01), ncols=4, fontsize=9, frameon=False, columnspacing=1.4, borderaxespad=0.0)
+    axes.legend(
+        loc="lower right",
+        bbox_to_anchor=(1.0, 1.01),
+        ncols=4,
+        fontsize=9,
+        frameon=False,
+        columnspacing=1.4,
+        borderaxespad=0.0,
+    )
     return save_figure(figure, path)
 
 
@@ -170,7 +215,10 @@ def plot_samples(
         raise DataError("there is no image to draw", "give a part that holds at least one image")
     gap, text = 0.2, 0.46 if any(truth != predicted for _, truth, predicted, _ in rows) else 0.3
     num_columns = min(6, len(rows))
-    width, height = max(3.2, gap + num_columns * (_CELL + gap)), 0.42 + ceil(len(rows) / num_columns) * (_CELL + text) + gap
+    width, height = (
+        max(3.2, gap + num_columns * (_CELL + gap)),
+        0.42 + ceil(len(rows) / num_columns) * (_CELL + text) + gap,
+    )
     figure = new_figure(width, height, title or "Predictions")
     axes = axes_at(figure, 0, 0, width, height)  # one for all pictures, in inches: axes are what costs time
     for position, row in enumerate(rows):
@@ -231,7 +279,13 @@ def _mark_best(axes: Axes, split: str, points: np.ndarray, lowest: bool) -> None
     epoch, value = points[np.nanargmin(values) if lowest else np.nanargmax(values)]
     shown = f"{value:.4f}" if 1e-3 <= abs(value) < 1e4 or value == 0 else f"{value:.3g}"
     axes.axvline(epoch, color=GREY, linewidth=0.9, linestyle=":")
-    ring: dict[str, Any] = {"marker": "o", "markersize": 11, "markerfacecolor": "none", "markeredgecolor": INK, "markeredgewidth": 1.6}
+    ring: dict[str, Any] = {
+        "marker": "o",
+        "markersize": 11,
+        "markerfacecolor": "none",
+        "markeredgecolor": INK,
+        "markeredgewidth": 1.6,
+    }
     axes.plot([epoch], [value], linestyle="none", label=f"best {split} {shown} (epoch {epoch:g})", **ring)
 
 
@@ -243,7 +297,9 @@ def _cell_size(largest: int, pitch: float) -> float:
     return 0.0
 
 
-def _draw_matrix(figure: Figure, axes: Axes, confusion: np.ndarray, bar: tuple[float, float, float, float]) -> np.ndarray:
+def _draw_matrix(
+    figure: Figure, axes: Axes, confusion: np.ndarray, bar: tuple[float, float, float, float]
+) -> np.ndarray:
     """Paint the share of each row and return it on the colour scale, 0..1 [C, C], NaN in rows that have no image."""
     totals = confusion.sum(axis=1, keepdims=True)
     shares = np.where(totals > 0, confusion / np.maximum(totals, 1), np.nan)
@@ -254,7 +310,9 @@ def _draw_matrix(figure: Figure, axes: Axes, confusion: np.ndarray, bar: tuple[f
     scale = figure.colorbar(image, cax=axes_at(figure, *bar))
     scale.set_ticks([0, 0.05, 0.25, 0.5, 0.75, 1], labels=["0%", "5%", "25%", "50%", "75%", "100%"], fontsize=8)
     empty = int((totals == 0).sum())
-    scale.set_label("share of the true class" + (f" (grey: no image, {empty} of {len(shares)})" if empty else ""), fontsize=9)
+    scale.set_label(
+        "share of the true class" + (f" (grey: no image, {empty} of {len(shares)})" if empty else ""), fontsize=9
+    )
     return np.asarray(np.sqrt(shares))
 
 
@@ -269,17 +327,32 @@ def _list_confusions(axes: Axes, confusion: np.ndarray, classes: Sequence[str], 
     axes.set_axis_off()
     axes.text(0, 1, "Most frequent confusions (true → predicted)", fontsize=10, weight="bold", va="top", color=INK)
     wrong = confusion - np.diag(np.diag(confusion))
-    order = [pair for pair in np.argsort(-wrong, axis=None, kind="stable")[: min(25, int(height / 0.26) - 2)] if wrong.flat[pair]]
+    order = [
+        pair
+        for pair in np.argsort(-wrong, axis=None, kind="stable")[: min(25, int(height / 0.26) - 2)]
+        if wrong.flat[pair]
+    ]
     for line, pair in enumerate(order):
         truth, predicted = divmod(int(pair), len(classes))
         top = 1 - (0.36 + 0.26 * line) / height
-        axes.text(0, top, f"{fit_text(classes[truth], 112, 8)} → {fit_text(classes[predicted], 112, 8)}", fontsize=8, va="top", color=INK)
-        axes.text(1, top, f"{wrong.flat[pair]} of {confusion[truth].sum()}", fontsize=8, va="top", ha="right", color=ORANGE)
+        axes.text(
+            0,
+            top,
+            f"{fit_text(classes[truth], 112, 8)} → {fit_text(classes[predicted], 112, 8)}",
+            fontsize=8,
+            va="top",
+            color=INK,
+        )
+        axes.text(
+            1, top, f"{wrong.flat[pair]} of {confusion[truth].sum()}", fontsize=8, va="top", ha="right", color=ORANGE
+        )
     if not order:
         axes.text(0, 1 - 0.36 / height, "none: every image is right", fontsize=9, va="top", color=INK)
 
 
-def _draw_sample(axes: Axes, image: np.ndarray, truth: str, predicted: str, confidence: float, left: float, bottom: float) -> None:
+def _draw_sample(
+    axes: Axes, image: np.ndarray, truth: str, predicted: str, confidence: float, left: float, bottom: float
+) -> None:
     """One picture in its square, in its own proportions, framed, with what was answered above it."""
     right = truth == predicted
     colour, mark = (BLUE, "✓") if right else (ORANGE, "✗")
@@ -305,7 +378,11 @@ def _choose_scores(per_class: Sequence[ClassScore]) -> tuple[Sequence[ClassScore
     present = ranked[: len(ranked) - num_absent]
     if len(present) <= _MAX_BARS:
         return present, f"{len(present)} of {len(ranked)} classes, worst first{absent}"
-    return [*present[:_NUM_WORST], None, *present[-_NUM_BEST:]], f"worst {_NUM_WORST} and best {_NUM_BEST} of {len(ranked)} classes{absent}"
+    return [
+        *present[:_NUM_WORST],
+        None,
+        *present[-_NUM_BEST:],
+    ], f"worst {_NUM_WORST} and best {_NUM_BEST} of {len(ranked)} classes{absent}"
 
 
 def _draw_columns(axes: Axes, rows: Sequence[ClassScore | None]) -> None:

@@ -39,7 +39,9 @@ def rank_classes(table: PredictionTable, images: PerImage, threads: int | None =
     num_images, num_classes = len(table.targets), len(table.classes)
     scores, influence = np.full((2, num_classes), np.nan), np.zeros((2, num_images))
     blocks = list(slices(num_classes, _BLOCK // num_images))
-    for columns, (values, added) in zip(blocks, in_order(lambda columns: _rank(table, images, columns), blocks, threads), strict=True):
+    for columns, (values, added) in zip(
+        blocks, in_order(lambda columns: _rank(table, images, columns), blocks, threads), strict=True
+    ):
         scores[:, columns] = values
         influence += added
     return Ranking(scores[0], scores[1], influence / max(1, np.isfinite(scores[0]).sum()))

@@ -37,7 +37,9 @@ def write_evaluation(
     The table's rows are the part's records, `limits` what their files may ask for.
     """
     table.write(directory)
-    write_text(directory / "metrics.json", json.dumps(metrics_dict(metrics, leak, beside), indent=2, ensure_ascii=False) + "\n")
+    write_text(
+        directory / "metrics.json", json.dumps(metrics_dict(metrics, leak, beside), indent=2, ensure_ascii=False) + "\n"
+    )
     if not figures:
         return
     plot_confusion_matrix(metrics.confusion, table.classes, directory / "confusion_matrix.png", title)
@@ -58,7 +60,11 @@ def _samples(table: PredictionTable) -> list[int]:
     """Half of the grid for the most confident mistakes, the rest spread evenly over the part."""
     worst = table.surest_mistakes(_NUM_SAMPLES // 2)
     others = np.setdiff1d(np.arange(len(table.targets)), worst)
-    spread = others[np.unique(np.linspace(0, len(others) - 1, min(len(others), _NUM_SAMPLES - len(worst))).astype(int))] if len(others) else others
+    spread = (
+        others[np.unique(np.linspace(0, len(others) - 1, min(len(others), _NUM_SAMPLES - len(worst))).astype(int))]
+        if len(others)
+        else others
+    )
     return [int(row) for row in (*worst, *spread)]
 
 
@@ -82,7 +88,9 @@ def class_columns(metrics: Metrics) -> dict[str, list[Any]]:
     return {name: [getattr(score, name) for score in metrics.per_class] for name in names}
 
 
-def metrics_dict(metrics: Metrics, leak: LeakScore | None, beside: Mapping[str, Any] | None = None) -> dict[str, object]:
+def metrics_dict(
+    metrics: Metrics, leak: LeakScore | None, beside: Mapping[str, Any] | None = None
+) -> dict[str, object]:
     """The metrics of one part as JSON, the baselines' beside them; `leak` is null where no image of it has a copy or twin in the train part."""
     return {**metrics.as_dict(), "leak": leak.as_dict() if leak else None, "baselines": dict(beside or {})}
 
@@ -100,11 +108,17 @@ def metrics_lines(metrics: Metrics, split: str, leak: LeakScore | None = None) -
         yield f"the {len(ranked)} classes with the lowest F1 of {len(metrics.per_class)}:"
     yield f"{'class':<{width}}  precision  recall      f1  images{'  95 % interval of f1' if metrics.intervals else ''}"
     for score in ranked:
-        row = f"{score.label:<{width}}  {score.precision:9.4f}  {score.recall:6.4f}  {score.f1:6.4f}  {score.support:6d}"
+        row = (
+            f"{score.label:<{width}}  {score.precision:9.4f}  {score.recall:6.4f}  {score.f1:6.4f}  {score.support:6d}"
+        )
         yield f"{row}{shown(score.intervals.get('f1'))}"
     if metrics.absent:
         yield f"no image in this part: {_listed(metrics.absent)}"
-    if never := [score.label for score, count in zip(metrics.per_class, metrics.confusion.sum(axis=0), strict=True) if score.support and not count]:
+    if never := [
+        score.label
+        for score, count in zip(metrics.per_class, metrics.confusion.sum(axis=0), strict=True)
+        if score.support and not count
+    ]:
         yield f"never predicted: {_listed(never)}"
     yield f"{split} images {metrics.num_images}"
     for name, value in metrics.scalars().items():

@@ -24,7 +24,12 @@ def plot_robustness(accuracy: Mapping[str, Mapping[str, float]], num_images: int
         axes.axhline(values[0], color=GREY, linewidth=1, linestyle="--")
         axes.plot(severities, values, color=BLUE, linewidth=1.8, marker="o", markersize=4)
         axes.set(xlim=(-0.2, severities[-1] + 0.45), ylim=(-4, 108), axisbelow=True)
-        style: dict[str, Any] = {"fontsize": 8, "va": "center", "color": INK, "bbox": {"facecolor": "white", "edgecolor": "none", "pad": 0.5}}
+        style: dict[str, Any] = {
+            "fontsize": 8,
+            "va": "center",
+            "color": INK,
+            "bbox": {"facecolor": "white", "edgecolor": "none", "pad": 0.5},
+        }
         axes.annotate(f"{values[-1]:.0f}", (severities[-1], values[-1]), (5, 0), textcoords="offset points", **style)
         axes.set_xticks(severities, ["none", *map(str, severities[1:])], fontsize=8)
         axes.set_yticks(range(0, 101, 25), [str(value) for value in range(0, 101, 25)], fontsize=8)

@@ -29,7 +29,10 @@ def risk_levels(table: PredictionTable) -> tuple[RiskLevel, ...]:
     order = np.sort(confidence)[::-1]
     ranks = np.unique(np.ceil(len(order) * np.arange(1, _LEVELS + 1) / _LEVELS).astype(np.int64)) - 1
     thresholds = np.unique(np.floor(order[ranks] * _DIGITS) / _DIGITS)[::-1]
-    return tuple(RiskLevel(float(limit), int((confidence >= limit).sum()), int(wrong[confidence >= limit].sum())) for limit in thresholds)
+    return tuple(
+        RiskLevel(float(limit), int((confidence >= limit).sum()), int(wrong[confidence >= limit].sum()))
+        for limit in thresholds
+    )
 
 
 def choose_level(levels: Sequence[RiskLevel], risk: float, confidence: float) -> RiskLevel | None:

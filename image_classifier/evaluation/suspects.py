@@ -15,7 +15,17 @@ from image_classifier.evaluation.label_noise import CONFIDENT, TWINS, Suspect, h
 from image_classifier.files import write_text
 from image_classifier.records import csv_writer
 
-COLUMNS = ("rank", "path", "split", "label", "suggested_label", "score", "reason", "probability", "suggested_probability")
+COLUMNS = (
+    "rank",
+    "path",
+    "split",
+    "label",
+    "suggested_label",
+    "score",
+    "reason",
+    "probability",
+    "suggested_probability",
+)
 SURE = 0.5  # the probability from which a suggested label is taken over without a person's look; below it the image is left out
 _SHOWN = 10
 

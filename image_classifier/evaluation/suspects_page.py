@@ -102,7 +102,12 @@ def _cards(suspects: Sequence[Suspect], gallery: Gallery, draw: partial[Thumbnai
                 if spent > BUDGET:
                     return
                 row = gallery.rows.get(suspect.path)
-                yield _Card(rank, suspect, picture, row if row and all(map(_is_text, (row.path, row.label, row.reason))) else None)
+                yield _Card(
+                    rank,
+                    suspect,
+                    picture,
+                    row if row and all(map(_is_text, (row.path, row.label, row.reason))) else None,
+                )
 
 
 def _drawn(root: Path, limits: DecodeLimits, background: tuple[int, int, int], suspect: Suspect) -> Thumbnail:

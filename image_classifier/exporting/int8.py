@@ -29,7 +29,14 @@ log = logging.getLogger(__name__)
 
 NAME = "model.int8.onnx"
 _LAYERS = ("Conv", "Gemm", "MatMul")
-_BETWEEN = ("Add", "Relu", "Clip", "MaxPool", "GlobalAveragePool", "Concat")  # or integers would become floats and back around each
+_BETWEEN = (
+    "Add",
+    "Relu",
+    "Clip",
+    "MaxPool",
+    "GlobalAveragePool",
+    "Concat",
+)  # or integers would become floats and back around each
 _SHARES = (0.0, 0.05, 0.1, 0.2, 0.4)  # of the layers that stay in float32, one trial after the other
 _DEBUG_IMAGES, _SPEED_BATCH = 8, 16
 
@@ -67,7 +74,9 @@ class Drop:
     breach: str
 
     @classmethod
-    def of(cls, targets: np.ndarray, expected: np.ndarray, actual: np.ndarray, classes: Sequence[str], most: float) -> Drop:
+    def of(
+        cls, targets: np.ndarray, expected: np.ndarray, actual: np.ndarray, classes: Sequence[str], most: float
+    ) -> Drop:
         """Compare two backends' probabilities [N, C] on images of these class indices [N]; `most` points may be lost."""
         before, after = (probabilities.argmax(axis=1) == targets for probabilities in (expected, actual))
         lost = np.bincount(targets, before.astype(float) - after, len(classes))
@@ -101,9 +110,19 @@ def export_int8(reference: Reference, directory: Path, asked: Int8Settings) -> d
         probabilities = softmax(answers_of(backend, reference.pixels)[0], info.temperature)
         drop = Drop.of(reference.targets, reference.probabilities, probabilities, info.classes, asked.max_drop)
         speedup = _speedup(whole, backend, reference.pixels[:_SPEED_BATCH])
-        slow = "" if speedup >= asked.min_speedup else f"it is {speedup:.2f} times as fast as model.onnx, {asked.min_speedup:g} are asked for"
+        slow = (
+            ""
+            if speedup >= asked.min_speedup
+            else f"it is {speedup:.2f} times as fast as model.onnx, {asked.min_speedup:g} are asked for"
+        )
         breach = drop.breach or slow
-        log.info("int8, %d layers in float32: %.2f points lost, %.2f times as fast. %s", len(kept), drop.overall, speedup, breach)
+        log.info(
+            "int8, %d layers in float32: %.2f points lost, %.2f times as fast. %s",
+            len(kept),
+            drop.overall,
+            speedup,
+            breach,
+        )
         if not breach:
             prepared.unlink()
             _keep_metadata(float_model, directory / NAME)
@@ -119,7 +138,10 @@ def export_int8(reference: Reference, directory: Path, asked: Int8Settings) -> d
             return {**parity.as_dict(), **facts, "tolerance": 1.0, "float_layers": list(kept)}
         if slow:
             break  # with more layers in float32 it is slower still
-    raise ParityError(f"int8 breaks its contract: {breach}", "model.onnx stays what is served; loosen int8.max_drop or int8.min_speedup")
+    raise ParityError(
+        f"int8 breaks its contract: {breach}",
+        "model.onnx stays what is served; loosen int8.max_drop or int8.min_speedup",
+    )
 
 
 class _Reader(CalibrationDataReader):
@@ -161,9 +183,15 @@ def _most_sensitive(prepared: Path, quantised: Path, pixels: np.ndarray) -> list
     loss.modify_model_output_intermediate_tensors(str(quantised), str(watched))
     found = loss.create_activation_matching(loss.collect_activations(str(watched), _Reader(pixels)))
     watched.unlink()
-    ratio = {name: loss.compute_signal_to_quantization_noice_ratio(match["pre_qdq"], match["post_qdq"]) for name, match in found.items()}
+    ratio = {
+        name: loss.compute_signal_to_quantization_noice_ratio(match["pre_qdq"], match["post_qdq"])
+        for name, match in found.items()
+    }
     layers = [node for node in onnx.load(str(prepared)).graph.node if node.op_type in _LAYERS]
-    worst = {node.name: min((ratio[name] for name in (*node.input, *node.output) if name in ratio), default=math.inf) for node in layers}
+    worst = {
+        node.name: min((ratio[name] for name in (*node.input, *node.output) if name in ratio), default=math.inf)
+        for node in layers
+    }
     return sorted(worst, key=lambda name: worst[name])
 
 
@@ -176,5 +204,7 @@ def _speedup(whole: OnnxBackend, quantised: OnnxBackend, pixels: np.ndarray) -> 
 def _keep_metadata(source: Path, target: Path) -> None:
     """What a model says of itself, written into the one made from it."""
     model = onnx.load(str(target))
-    onnx.helper.set_model_props(model, {item.key: item.value for item in onnx.load(str(source), load_external_data=False).metadata_props})
+    onnx.helper.set_model_props(
+        model, {item.key: item.value for item in onnx.load(str(source), load_external_data=False).metadata_props}
+    )
     onnx.save(model, str(target))

@@ -39,6 +39,10 @@ def export_mlflow(reference: Reference, directory: Path) -> dict[str, Any]:
     answers = load_pyfunc(directory / NAME).predict([file.read_bytes() for file in reference.files])
     for compiled in [*(directory / NAME).rglob("__pycache__")]:
         shutil.rmtree(compiled)  # Python wrote it, and will write it anew where the model is served
-    probabilities = np.array([[answer["all_predictions"][label] for label in bundle.info.classes] for answer in answers])
-    parity = Parity.of(reference.probabilities, probabilities, reference.paths, "the model of MLflow").check("the model of MLflow")
+    probabilities = np.array(
+        [[answer["all_predictions"][label] for label in bundle.info.classes] for answer in answers]
+    )
+    parity = Parity.of(reference.probabilities, probabilities, reference.paths, "the model of MLflow").check(
+        "the model of MLflow"
+    )
     return {**parity.as_dict(), "tolerance": TOLERANCE, "requirements": pinned}

@@ -56,7 +56,9 @@ class _Quiet:
         self._warnings = warnings.catch_warnings()
         self._warnings.__enter__()
         warnings.simplefilter("ignore")
-        self._levels = {name: logging.getLogger(name).level for name in ("torch.onnx", "onnxscript", "onnx_ir", "torch.export")}
+        self._levels = {
+            name: logging.getLogger(name).level for name in ("torch.onnx", "onnxscript", "onnx_ir", "torch.export")
+        }
         for name in self._levels:
             logging.getLogger(name).setLevel(logging.ERROR)
 

@@ -27,12 +27,23 @@ def export_openvino(reference: Reference, directory: Path) -> dict[str, Any]:
     except ImportError as error:
         raise ConfigError("--to openvino needs a package that is not installed", "pip install openvino") from error
     (directory / NAME).parent.mkdir()
-    openvino.save_model(openvino.convert_model(str(reference.bundle.path("model.onnx"))), str(directory / NAME), compress_to_fp16=False)
-    found = {precision: _parity(reference, OpenVinoBackend(directory / NAME, precision)) for precision in ("f32", "bf16")}
+    openvino.save_model(
+        openvino.convert_model(str(reference.bundle.path("model.onnx"))), str(directory / NAME), compress_to_fp16=False
+    )
+    found = {
+        precision: _parity(reference, OpenVinoBackend(directory / NAME, precision)) for precision in ("f32", "bf16")
+    }
     found["f32"].check("OpenVINO", TOLERANCE)
-    return {**found["f32"].as_dict(), "tolerance": TOLERANCE, "bf16": found["bf16"].as_dict(), "version": openvino.__version__}
+    return {
+        **found["f32"].as_dict(),
+        "tolerance": TOLERANCE,
+        "bf16": found["bf16"].as_dict(),
+        "version": openvino.__version__,
+    }
 
 
 def _parity(reference: Reference, backend: OpenVinoBackend) -> Parity:
     logits, _ = answers_of(backend, reference.pixels)
-    return Parity.of(reference.probabilities, softmax(logits, reference.bundle.info.temperature), reference.paths, "OpenVINO")
+    return Parity.of(
+        reference.probabilities, softmax(logits, reference.bundle.info.temperature), reference.paths, "OpenVINO"
+    )

@@ -33,7 +33,9 @@ class PromoteSettings:
         if not re.fullmatch(r"[a-z][a-z0-9_-]*", self.alias):
             raise ConfigError(f"alias={self.alias!r} cannot be", "use small letters, digits, - and _, such as champion")
         if self.registered_name is not None and re.search(r"[/:\s]|^$", self.registered_name):
-            raise ConfigError(f"registered_name={self.registered_name!r} cannot be", "MLflow's names have no slash, colon or space")
+            raise ConfigError(
+                f"registered_name={self.registered_name!r} cannot be", "MLflow's names have no slash, colon or space"
+            )
 
 
 def promote(config: Any) -> None:
@@ -49,13 +51,25 @@ def promote(config: Any) -> None:
     called = bundle.directory.resolve().name
     files = bundle.info.exports.get("mlflow", {}).get("files")
     if not files:
-        raise CheckpointError(f"{called!r} has no model of MLflow", f"write it first: python commands.py export {bundle.directory} --to mlflow")
+        raise CheckpointError(
+            f"{called!r} has no model of MLflow",
+            f"write it first: python commands.py export {bundle.directory} --to mlflow",
+        )
     name = asked.registered_name or re.sub(r"[/:\s]+", "-", called)
-    about = {"classes": str(len(bundle.info.classes)), "manifest_sha256": str(bundle.info.provenance.get("manifest_sha256"))}
-    scores = {f"{split}/{metric}": float(value) for split, values in bundle.info.metrics.items() for metric, value in values.items()}
+    about = {
+        "classes": str(len(bundle.info.classes)),
+        "manifest_sha256": str(bundle.info.provenance.get("manifest_sha256")),
+    }
+    scores = {
+        f"{split}/{metric}": float(value)
+        for split, values in bundle.info.metrics.items()
+        for metric, value in values.items()
+    }
     with tempfile.TemporaryDirectory() as folder:
         for file in files:  # what else lies there would be run by whoever serves the model
             link_or_copy(bundle.directory / file, Path(folder, file))
         version = register(asked.tracking_uri, Path(folder, FOLDER), name, asked.alias, about, scores)
     print(f"promoted  {name} version {version} is @{asked.alias} in {asked.tracking_uri}")
-    print(f"next      MLFLOW_TRACKING_URI={asked.tracking_uri} mlflow models serve -m models:/{name}@{asked.alias} --env-manager local --port 5001")
+    print(
+        f"next      MLFLOW_TRACKING_URI={asked.tracking_uri} mlflow models serve -m models:/{name}@{asked.alias} --env-manager local --port 5001"
+    )

@@ -33,7 +33,9 @@ class ServedClassifier(PythonModel):
         self.predictor = load_predictor(Path(context.artifacts["bundle"]), "onnx")
         self.allow_paths = bool((context.model_config or {}).get("allow_paths", False))
 
-    def predict(self, context: Any, model_input: np.ndarray, params: Mapping[str, Any] | None = None) -> list[dict[str, object]]:
+    def predict(
+        self, context: Any, model_input: np.ndarray, params: Mapping[str, Any] | None = None
+    ) -> list[dict[str, object]]:
         """A list with the JSON object of `infer` for each picture.
 
         Raises:
@@ -57,11 +59,15 @@ class ServedClassifier(PythonModel):
     def _source(self, number: int, item: Any) -> Path | bytes:
         if isinstance(item, Mapping) and set(item) == {"path"} and isinstance(item["path"], str):
             if not self.allow_paths:
-                raise _refused(number, 'names a file, which is off: load the model with model_config={"allow_paths": True}')
+                raise _refused(
+                    number, 'names a file, which is off: load the model with model_config={"allow_paths": True}'
+                )
             return Path(item["path"])
         if isinstance(item, str):
             try:
-                return base64.b64decode(item.partition(";base64,")[2] if item.startswith("data:") else item, validate=True)
+                return base64.b64decode(
+                    item.partition(";base64,")[2] if item.startswith("data:") else item, validate=True
+                )
             except (binascii.Error, ValueError) as error:
                 raise _refused(number, "is text but not base64") from error
         if isinstance(item, bytes | Path):
@@ -90,7 +96,9 @@ def _is_column(value: Any) -> bool:
 
 def _are_grey_levels(values: np.ndarray) -> bool:
     """Whether all are whole numbers from 0 to 255; a server makes int64 of those in JSON."""
-    return values.dtype == np.uint8 or (values.dtype.kind in "iu" and int(values.min()) >= 0 and int(values.max()) <= 255)
+    return values.dtype == np.uint8 or (
+        values.dtype.kind in "iu" and int(values.min()) >= 0 and int(values.max()) <= 255
+    )
 
 
 def _plain(item: Any) -> Any:

@@ -37,7 +37,15 @@ class Reference:
     limits: DecodeLimits
 
     @classmethod
-    def of(cls, bundle: Bundle, data_dir: Path | None, most: int, trusted: Sequence[str], limits: DecodeLimits, dvc: bool | None = None) -> Reference:
+    def of(
+        cls,
+        bundle: Bundle,
+        data_dir: Path | None,
+        most: int,
+        trusted: Sequence[str],
+        limits: DecodeLimits,
+        dvc: bool | None = None,
+    ) -> Reference:
         """At most so many images, every class in its share, from the folder the bundle was trained on, or `data_dir` in its place.
 
         Raises:
@@ -50,14 +58,18 @@ class Reference:
         manifest = Manifest.read(bundle.path("manifest.csv"), root)
         val, codes = manifest.part("val"), {label: code for code, label in enumerate(bundle.info.classes)}
         if not len(val):
-            raise DataError("the model was trained without a val part, and exports are held against its images", "train with data.split.val above 0")
+            raise DataError(
+                "the model was trained without a val part, and exports are held against its images",
+                "train with data.split.val above 0",
+            )
         targets = np.array([codes[record.label] for record in val], dtype=np.int64)
         rows = stratified(targets, most).tolist()
         files = tuple(val.file(val[row]) for row in rows)
         gone = next((file for file in files if not file.is_file() and not pull_missing(file, dvc)), None)
         if gone:
             raise DataError(
-                f"{str(gone)!r} is gone, and exports are held against the validation images", "give the folder they lie in: --data_dir PATH"
+                f"{str(gone)!r} is gone, and exports are held against the validation images",
+                "give the folder they lie in: --data_dir PATH",
             )
         classifier, _ = load_classifier(bundle.path("model.ckpt"), trusted)
         paths = tuple(val.paths[row] for row in rows)

@@ -42,24 +42,32 @@ def export_sealed(reference: Reference, directory: Path) -> dict[str, Any]:
     squares, answers = [], []
     for file in reference.files:
         image = decode(file, reference.limits, reference.preprocess.background)
-        squares.append(reference.preprocess(image).transpose(2, 0, 1))  # of the whole picture: `read` may let a JPEG be decoded to a part of it
+        squares.append(
+            reference.preprocess(image).transpose(2, 0, 1)
+        )  # of the whole picture: `read` may let a JPEG be decoded to a part of it
         answers.append(runner.probabilities(image))
     expected = reference.answers(np.stack(squares))
     parity = Parity.of(expected, np.stack(answers), reference.paths, FILE).check(FILE, TOLERANCE, AGREEMENT)
     return {**parity.as_dict(), "tolerance": TOLERANCE, "opset": _opset(model)}
 
 
-def sealed(model: onnx.ModelProto, preprocess: Preprocess, temperature: float, metadata: Mapping[str, Any]) -> onnx.ModelProto:
+def sealed(
+    model: onnx.ModelProto, preprocess: Preprocess, temperature: float, metadata: Mapping[str, Any]
+) -> onnx.ModelProto:
     """A model of pixels -> logits as one of `image` uint8 [H, W, 3] -> `probabilities` float32 [C]; the metadata is kept as JSON values."""
     model.ir_version = _IR_VERSION
     opset = helper.make_opsetid("", _opset(model))
     parts = {
         "before/": helper.make_model(_squaring(preprocess), opset_imports=[opset], ir_version=_IR_VERSION),
         "network/": model,
-        "after/": helper.make_model(_answering(len(metadata["classes"]), temperature), opset_imports=[opset], ir_version=_IR_VERSION),
+        "after/": helper.make_model(
+            _answering(len(metadata["classes"]), temperature), opset_imports=[opset], ir_version=_IR_VERSION
+        ),
     }
     before, network, after = (compose.add_prefix(part, prefix) for prefix, part in parts.items())
-    joined = compose.merge_models(before, network, io_map=[("before/pixels", "network/pixels")], outputs=["network/logits"])
+    joined = compose.merge_models(
+        before, network, io_map=[("before/pixels", "network/pixels")], outputs=["network/logits"]
+    )
     joined = compose.merge_models(joined, after, io_map=[("network/logits", "after/logits")])
     _rename(joined.graph, {"before/image": "image", "after/probabilities": "probabilities"})
     del joined.metadata_props[:]
@@ -114,7 +122,9 @@ def _squaring(preprocess: Preprocess) -> onnx.GraphProto:
     if preprocess.mode == "pad":
         slack = graph.add("Neg", slack)
         before = graph.add("Div", slack, graph.integers(2, 2))
-        pads = graph.add("Concat", graph.integers(0, 0), before, graph.integers(0, 0), graph.add("Sub", slack, before), axis=0)
+        pads = graph.add(
+            "Concat", graph.integers(0, 0), before, graph.integers(0, 0), graph.add("Sub", slack, before), axis=0
+        )
         graph.add("Pad", resized, pads, graph.constant(np.array(0, dtype=np.uint8)), named="pixels")
     else:
         start = graph.add("Div", slack, graph.integers(2, 2))
@@ -130,8 +140,12 @@ def _resized(graph: _Graph, planes: str, whole: str, target: str, preprocess: Pr
 
     Which axis comes first matters where a kernel overshoots: the rule is that of Pillow 13 (ImagingResampleInner in Resample.c).
     """
-    kernel: dict[str, Any] = {"mode": "cubic", "cubic_coeff_a": -0.5} if preprocess.interpolation == "bicubic" else {"mode": "linear"}
-    kept = target if preprocess.mode == "pad" else graph.integers(preprocess.size, preprocess.size)  # what is left after the crop
+    kernel: dict[str, Any] = (
+        {"mode": "cubic", "cubic_coeff_a": -0.5} if preprocess.interpolation == "bicubic" else {"mode": "linear"}
+    )
+    kept = (
+        target if preprocess.mode == "pad" else graph.integers(preprocess.size, preprocess.size)
+    )  # what is left after the crop
     shrinks = graph.add("Sub", whole, kept)
     rows, columns = (graph.add("Slice", shrinks, graph.integers(axis), graph.integers(axis + 1)) for axis in (0, 1))
     bound = graph.add("Max", graph.add("Mul", columns, graph.integers(2)), graph.integers(0))
@@ -139,7 +153,17 @@ def _resized(graph: _Graph, planes: str, whole: str, target: str, preprocess: Pr
     between = graph.add("Where", graph.add("Equal", rows_first, graph.booleans(True, False)), target, whole)
     for height_and_width in (between, target):
         sizes = graph.add("Concat", graph.integers(1, 3), height_and_width, axis=0)
-        planes = graph.add("Resize", planes, "", "", sizes, antialias=1, exclude_outside=1, coordinate_transformation_mode="half_pixel", **kernel)
+        planes = graph.add(
+            "Resize",
+            planes,
+            "",
+            "",
+            sizes,
+            antialias=1,
+            exclude_outside=1,
+            coordinate_transformation_mode="half_pixel",
+            **kernel,
+        )
     return planes
 
 
@@ -154,7 +178,9 @@ def _target(graph: _Graph, whole: str, preprocess: Preprocess) -> str:
     scale = graph.add("Div", wanted, graph.add("ReduceMax" if pad else "ReduceMin", sides, keepdims=1))
     scaled = graph.add("Round", graph.add("Mul", sides, scale))
     bounded = (
-        graph.add("Clip", scaled, graph.constant(np.array(1.0)), graph.constant(np.array(float(side)))) if pad else graph.add("Max", scaled, wanted)
+        graph.add("Clip", scaled, graph.constant(np.array(1.0)), graph.constant(np.array(float(side))))
+        if pad
+        else graph.add("Max", scaled, wanted)
     )
     return graph.add("Cast", bounded, to=TensorProto.INT64)
 
@@ -163,7 +189,12 @@ def _answering(num_classes: int, temperature: float) -> onnx.GraphProto:
     """Logits float32 [1, C] -> probabilities float32 [C]."""
     graph = _Graph()
     row = graph.add("Reshape", "logits", graph.integers(num_classes))
-    graph.add("Softmax", graph.add("Div", row, graph.constant(np.array(temperature, dtype=np.float32))), axis=0, named="probabilities")
+    graph.add(
+        "Softmax",
+        graph.add("Div", row, graph.constant(np.array(temperature, dtype=np.float32))),
+        axis=0,
+        named="probabilities",
+    )
     logits = helper.make_tensor_value_info("logits", TensorProto.FLOAT, [1, num_classes])
     probabilities = helper.make_tensor_value_info("probabilities", TensorProto.FLOAT, [num_classes])
     return helper.make_graph(graph.nodes, "answer", [logits], [probabilities], graph.constants)

@@ -32,7 +32,9 @@ def export_tensorrt(reference: Reference, directory: Path, asked: EngineSettings
     backend, kept = opened(reference.bundle, model, asked, anew=True)
     try:
         logits, embeddings = answers_of(backend, reference.pixels)
-        parity = Parity.of(reference.probabilities, softmax(logits, info.temperature), reference.paths, "TensorRT").check("TensorRT", asked.tolerance)
+        parity = Parity.of(
+            reference.probabilities, softmax(logits, info.temperature), reference.paths, "TensorRT"
+        ).check("TensorRT", asked.tolerance)
         check_embeddings(reference.embeddings, embeddings, reference.paths, "TensorRT", asked.tolerance)
     except ParityError:
         kept.forget()

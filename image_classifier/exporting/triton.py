@@ -70,16 +70,24 @@ def export_triton(reference: Reference, directory: Path, asked: TritonSettings) 
     write_text(root / name / "labels.txt", "".join(f"{' '.join(label.split())}\n" for label in info.classes))
     write_text(root / "docker-compose.yml", compose_of(asked))
     logits, _ = answers_of(OnnxBackend(model), reference.pixels)
-    parity = Parity.of(reference.probabilities, softmax(logits, info.temperature), reference.paths, "the model for Triton").check(
-        "the model for Triton"
-    )
-    return {**parity.as_dict(), "tolerance": TOLERANCE if asked.device == "cpu" else _GPU_TOLERANCE, "model": name, "device": asked.device}
+    parity = Parity.of(
+        reference.probabilities, softmax(logits, info.temperature), reference.paths, "the model for Triton"
+    ).check("the model for Triton")
+    return {
+        **parity.as_dict(),
+        "tolerance": TOLERANCE if asked.device == "cpu" else _GPU_TOLERANCE,
+        "model": name,
+        "device": asked.device,
+    }
 
 
 def sizes_of(path: Path) -> dict[str, list[int]]:
     """The inputs and outputs of a model, each with its sizes but for the batch; CheckpointError where one is open."""
     graph = onnx.load(str(path), load_external_data=False).graph
-    sizes = {value.name: [side.dim_value for side in value.type.tensor_type.shape.dim][1:] for value in (*graph.input, *graph.output)}
+    sizes = {
+        value.name: [side.dim_value for side in value.type.tensor_type.shape.dim][1:]
+        for value in (*graph.input, *graph.output)
+    }
     if "pixels" not in sizes or "logits" not in sizes or not all(all(rest) for rest in sizes.values()):
         raise CheckpointError(f"model.onnx has inputs and outputs of open size ({sizes})", "export it again: --to onnx")
     return sizes
@@ -119,6 +127,8 @@ def _output(name: str, rest: list[int]) -> str:
 def compose_of(asked: TritonSettings) -> str:
     """docker-compose.yml: a server that only this machine reaches, over a repository that it cannot change."""
     gpus = (
-        "    deploy: {resources: {reservations: {devices: [{driver: nvidia, count: all, capabilities: [gpu]}]}}}\n" if asked.device == "gpu" else ""
+        "    deploy: {resources: {reservations: {devices: [{driver: nvidia, count: all, capabilities: [gpu]}]}}}\n"
+        if asked.device == "gpu"
+        else ""
     )
     return COMPOSE.format(image=asked.image, flags=", ".join(FLAGS), gpus=gpus)

@@ -20,7 +20,17 @@ from image_classifier.images import is_image_name
 from image_classifier.inference.item import Item
 
 SUFFIXES = (".zip", ".tar", ".tar.gz", ".tgz", ".tar.zst", ".tzst", ".tar.bz2", ".tbz2", ".tar.xz", ".txz")
-_DAMAGED = (tarfile.TarError, zipfile.BadZipFile, zlib.error, lzma.LZMAError, EOFError, OSError, ValueError, NotImplementedError, RuntimeError)
+_DAMAGED = (
+    tarfile.TarError,
+    zipfile.BadZipFile,
+    zlib.error,
+    lzma.LZMAError,
+    EOFError,
+    OSError,
+    ValueError,
+    NotImplementedError,
+    RuntimeError,
+)
 _ZIP, _ZSTD, _GZIP, _BZ2, _XZ = b"PK", b"\x28\xb5\x2f\xfd", b"\x1f\x8b", b"BZh", b"\xfd7zXZ"
 _HEADERS = 2**20  # bytes that may lie between two members of a tar: long names
 _FREE = 2**28  # bytes that any archive may unpack to, however small it is
@@ -107,16 +117,26 @@ class _Budget:
         self.members += 1
         self.unpacked += size
         if self.members > self.limits.max_members:
-            raise SourceError(f"the archive holds more than {self.limits.max_members:,} members, which archive.max_members allows")
+            raise SourceError(
+                f"the archive holds more than {self.limits.max_members:,} members, which archive.max_members allows"
+            )
         if self.unpacked > self.limits.max_bytes:
-            raise SourceError(f"the archive unpacks to more than {self.limits.max_bytes:,} bytes, which archive.max_bytes allows")
+            raise SourceError(
+                f"the archive unpacks to more than {self.limits.max_bytes:,} bytes, which archive.max_bytes allows"
+            )
         if self.unpacked > max(_FREE, self.limits.max_ratio * self.size):
-            raise SourceError(f"the archive unpacks to more than {self.limits.max_ratio:g} times its size, which archive.max_ratio allows")
+            raise SourceError(
+                f"the archive unpacks to more than {self.limits.max_ratio:g} times its size, which archive.max_ratio allows"
+            )
 
 
 def _wanted(name: str) -> bool:
     parts = PurePosixPath(name.replace("\\", "/")).parts
-    return bool(parts) and is_image_name(parts[-1]) and not any(part.startswith(".") and part not in (".", "..") for part in parts)
+    return (
+        bool(parts)
+        and is_image_name(parts[-1])
+        and not any(part.startswith(".") and part not in (".", "..") for part in parts)
+    )
 
 
 def _of_zip(file: IO[bytes], name: str, budget: _Budget, max_image_bytes: int) -> Iterator[Item]:
@@ -150,7 +170,9 @@ def _check_directory(file: IO[bytes], limits: ArchiveLimits) -> None:
     if directory == 0xFFFFFFFF and at64 >= 0:
         directory = int.from_bytes(tail[at64 + 40 : at64 + 48], "little")
     if directory > _DIRECTORY_ENTRY * limits.max_members:
-        raise SourceError(f"the archive's table of contents is too large for the {limits.max_members:,} members that archive.max_members allows")
+        raise SourceError(
+            f"the archive's table of contents is too large for the {limits.max_members:,} members that archive.max_members allows"
+        )
     file.seek(0)
 
 

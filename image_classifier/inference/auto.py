@@ -45,7 +45,10 @@ def fastest(bundle: Bundle, trusted: Sequence[str] = (), callers: int = 1) -> tu
         told.append(f"{name} {check.milliseconds:.2f} ms an image")
         checks.append(check)
     if not checks:
-        raise CheckpointError(f"no backend answers as {bundle.info.name!r} should ({'; '.join(told) or 'none is installed'})", "export it again")
+        raise CheckpointError(
+            f"no backend answers as {bundle.info.name!r} should ({'; '.join(told) or 'none is installed'})",
+            "export it again",
+        )
     best = min(checks, key=lambda check: check.milliseconds).backend
     log.info("backend %s: %s", best, ", ".join(told))
     if callers > 1 and hasattr(opened[best], "callers"):  # others have one way only

@@ -55,7 +55,9 @@ def _tensorrt_in_onnx_runtime() -> bool:
     return "TensorrtExecutionProvider" in onnxruntime.get_available_providers()
 
 
-def _onnx(path: Path, trusted: Sequence[str], read: Read, callers: int, tensorrt: bool = False) -> tuple[Backend, Mapping[str, Any]]:
+def _onnx(
+    path: Path, trusted: Sequence[str], read: Read, callers: int, tensorrt: bool = False
+) -> tuple[Backend, Mapping[str, Any]]:
     from image_classifier.inference.onnx_runtime import OnnxBackend
 
     runner = OnnxBackend(path, tensorrt, read(path), callers)
@@ -87,9 +89,13 @@ BACKENDS: dict[str, Kind] = {
     "onnx": Kind(("model.onnx",), _package("onnxruntime"), _onnx, mend="export it again: --to onnx"),
     "checkpoint": Kind(("model.ckpt",), _package("torch"), _checkpoint, mend="copy the bundle anew, or train again"),
     "openvino": Kind(_OPENVINO, _package("openvino"), _openvino("f32"), mend="export it again: --to openvino"),
-    "openvino-bf16": Kind(_OPENVINO, _package("openvino"), _openvino("bf16"), 2e-2, _FLOAT32),  # 8 bits of a number are kept
+    "openvino-bf16": Kind(
+        _OPENVINO, _package("openvino"), _openvino("bf16"), 2e-2, _FLOAT32
+    ),  # 8 bits of a number are kept
     "int8": Kind(("model.int8.onnx",), _package("onnxruntime"), _onnx, mend="export it again: --to int8"),
-    tensorrt.NAME: Kind(tensorrt.FILES, _has_tensorrt, partial(_onnx, tensorrt=True), tensorrt.TOLERANCE["tf32"], "use --backend onnx"),
+    tensorrt.NAME: Kind(
+        tensorrt.FILES, _has_tensorrt, partial(_onnx, tensorrt=True), tensorrt.TOLERANCE["tf32"], "use --backend onnx"
+    ),
 }
 REMOTE = "triton"  # runs no file of a bundle: a server does, whose address must be given
 NAMES = (*BACKENDS, REMOTE)
@@ -133,12 +139,16 @@ class ServerAt:
     def fits(self, backend: str | None) -> None:
         """ConfigError where a backend needs an address and there is none, or there is one and it needs none."""
         if backend == REMOTE and not self.url:
-            raise ConfigError("the backend triton needs the server's address", "--url http://HOST:8000 or --url grpc://HOST:8001")
+            raise ConfigError(
+                "the backend triton needs the server's address", "--url http://HOST:8000 or --url grpc://HOST:8001"
+            )
         if self.url and backend != REMOTE:
             raise ConfigError(f"url={self.url!r} is for a server", f"add --backend {REMOTE}")
 
 
-def open_backend(bundle: Bundle, name: str, trusted: Sequence[str] = (), server: ServerAt = ServerAt(), callers: int = 1) -> Backend:  # frozen
+def open_backend(
+    bundle: Bundle, name: str, trusted: Sequence[str] = (), server: ServerAt = ServerAt(), callers: int = 1
+) -> Backend:  # frozen
     """A backend over the bundle's file for it, whose hash is checked first, or over a server, which must give a golden answer first.
 
     Where `callers` are more than one, a backend that can run batches beside each other leaves each of them its share of the cores.
@@ -159,7 +169,9 @@ def open_backend(bundle: Bundle, name: str, trusted: Sequence[str] = (), server:
         return _engine(bundle)
     if name == "checkpoint":
         bundle.verify([file])  # torch reads the file itself, which may be large
-    return BACKENDS[name].open(bundle.path(file), trusted, lambda path: bundle.content(path.relative_to(bundle.directory).as_posix()), callers)[0]
+    return BACKENDS[name].open(
+        bundle.path(file), trusted, lambda path: bundle.content(path.relative_to(bundle.directory).as_posix()), callers
+    )[0]
 
 
 def _only_onnx_runtime_has_tensorrt() -> bool:

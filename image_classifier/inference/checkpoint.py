@@ -32,12 +32,22 @@ def load_classifier(path: Path, trusted: Sequence[str] = ()) -> tuple[Classifier
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
         blueprint = content["hyper_parameters"]["blueprint"]
-        weights = {key.removeprefix("classifier."): value for key, value in content["state_dict"].items() if key.startswith("classifier.")}
-        shape = len(blueprint["classes"]), blueprint["preprocess"]["size"], blueprint["normalise"]["mean"], blueprint["normalise"]["std"]
+        weights = {
+            key.removeprefix("classifier."): value
+            for key, value in content["state_dict"].items()
+            if key.startswith("classifier.")
+        }
+        shape = (
+            len(blueprint["classes"]),
+            blueprint["preprocess"]["size"],
+            blueprint["normalise"]["mean"],
+            blueprint["normalise"]["std"],
+        )
         dropout, tta = blueprint["head_dropout"], blueprint.get("tta", "none")
     except Exception as error:  # a damaged file makes torch raise anything, assertions too
         raise CheckpointError(
-            f"{str(path)!r} is damaged, or no checkpoint of this package ({type(error).__name__})", "give another, or train again"
+            f"{str(path)!r} is damaged, or no checkpoint of this package ({type(error).__name__})",
+            "give another, or train again",
         ) from error
     try:
         backbone = settings.instantiate(network_of(blueprint), trusted=trusted, known=settings.NETWORKS)
@@ -46,11 +56,15 @@ def load_classifier(path: Path, trusted: Sequence[str] = ()) -> tuple[Classifier
         raise
     except Exception as error:  # what a stranger asks of a library makes it raise anything
         reason = f"{type(error).__name__}: {str(error)[:160]}"
-        raise CheckpointError(f"the network that {str(path)!r} describes cannot be built ({reason})", "give another, or train again") from error
+        raise CheckpointError(
+            f"the network that {str(path)!r} describes cannot be built ({reason})", "give another, or train again"
+        ) from error
     try:
         classifier.load_state_dict(weights)
     except RuntimeError as error:
-        raise CheckpointError(f"the weights of {str(path)!r} do not fit its own network", "was timm or torchvision changed since?") from error
+        raise CheckpointError(
+            f"the weights of {str(path)!r} do not fit its own network", "was timm or torchvision changed since?"
+        ) from error
     return classifier.eval(), blueprint
 
 
@@ -62,7 +76,9 @@ def network_of(blueprint: Mapping[str, Any]) -> dict[str, Any]:
     """
     node = _alone(blueprint["backbone"])
     if not isinstance(node, dict):
-        raise CheckpointError(f"a checkpoint describes its network as {type(node).__name__}", "give another, or train again")
+        raise CheckpointError(
+            f"a checkpoint describes its network as {type(node).__name__}", "give another, or train again"
+        )
     key = _FETCHERS.get(str(node.get("_target_")))
     return {**node, key: _FETCHING[key]} if key else node
 
@@ -80,11 +96,15 @@ def _alone(node: Any) -> Any:
     for value in (node.get("model_name"), node.get("name")):
         if re.search("[:/]", str(value)):
             raise _refused(str(value))  # of timm: an address at Hugging Face, or a folder
-    return {key: _FETCHING[key] if key in _FETCHING else _alone(value) for key, value in node.items() if key not in _LOADING}
+    return {
+        key: _FETCHING[key] if key in _FETCHING else _alone(value) for key, value in node.items() if key not in _LOADING
+    }
 
 
 def _refused(words: str) -> CheckpointError:
-    return CheckpointError(f"a checkpoint asks for {words[:100]!r}, and a file may not make us read others", "give another, or train again")
+    return CheckpointError(
+        f"a checkpoint asks for {words[:100]!r}, and a file may not make us read others", "give another, or train again"
+    )
 
 
 class CheckpointBackend:

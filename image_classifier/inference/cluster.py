@@ -56,16 +56,31 @@ class RaySettings:
     retries: int = 3
 
     def __post_init__(self) -> None:
-        if self.cpus < 1 or self.shard_batches < 1 or self.retries < 0 or (self.workers is not None and self.workers < 1):
-            raise ConfigError("ray.workers, ray.cpus and ray.shard_batches must be at least 1, and ray.retries at least 0")
-        if self.address is not None and not re.fullmatch(r"auto|[\w.-]+:\d{1,5}|\[[\da-fA-F:]+\]:\d{1,5}", self.address):
-            raise ConfigError(f"ray.address={self.address!r} cannot be", "run this on a machine of the cluster and write auto, or its HOST:PORT")
+        if (
+            self.cpus < 1
+            or self.shard_batches < 1
+            or self.retries < 0
+            or (self.workers is not None and self.workers < 1)
+        ):
+            raise ConfigError(
+                "ray.workers, ray.cpus and ray.shard_batches must be at least 1, and ray.retries at least 0"
+            )
+        if self.address is not None and not re.fullmatch(
+            r"auto|[\w.-]+:\d{1,5}|\[[\da-fA-F:]+\]:\d{1,5}", self.address
+        ):
+            raise ConfigError(
+                f"ray.address={self.address!r} cannot be",
+                "run this on a machine of the cluster and write auto, or its HOST:PORT",
+            )
 
 
 def check_installed() -> None:
     """ConfigError where Ray is not there."""
     if find_spec("ray") is None or find_spec("pyarrow") is None:
-        raise ConfigError("engine=ray needs a package that is not installed", "pip install 'image-classifier[ray]', on every machine of the cluster")
+        raise ConfigError(
+            "engine=ray needs a package that is not installed",
+            "pip install 'image-classifier[ray]', on every machine of the cluster",
+        )
 
 
 @dataclass(frozen=True)
@@ -91,7 +106,8 @@ def _portable(item: Item) -> Item:
     """The image as any machine finds it."""
     if isinstance(item.source, bytes):
         raise ConfigError(
-            f"{item.name!r} is read by one process only", "engine=ray takes files, folders, tables, addresses of images and s3://: unpack it"
+            f"{item.name!r} is read by one process only",
+            "engine=ray takes files, folders, tables, addresses of images and s3://: unpack it",
         )
     return replace(item, source=item.source.absolute()) if isinstance(item.source, Path) else item
 
@@ -136,7 +152,10 @@ def answer_shards(asked: RaySettings, model: Path, dealt: Dealt, job: Job) -> It
             raise  # a bug: its traceback is that of the worker
         except ray.exceptions.RayError as error:
             reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
-            raise ClusterError(f"the cluster gave up ({reason})", "look at the machines' memory; --resume goes on with what is answered") from error
+            raise ClusterError(
+                f"the cluster gave up ({reason})",
+                "look at the machines' memory; --resume goes on with what is answered",
+            ) from error
 
 
 @dataclass(frozen=True)
@@ -160,10 +179,16 @@ def _ray(asked: RaySettings) -> Iterator[str | None]:
             yield None
         return
     # Read by Ray when it is imported: it listens on loopback only, and asks for a password that no file holds.
-    os.environ |= {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0", "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
+    os.environ |= {
+        "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
+        "RAY_AUTH_MODE": "token",
+        "RAY_AUTH_TOKEN": secrets.token_hex(32),
+    }
     with tempfile.TemporaryDirectory(prefix="ic-", ignore_cleanup_errors=True) as folder:
         if len(folder) + _SOCKETS > 107:
-            raise ConfigError(f"{tempfile.gettempdir()!r} is too long for the names of Ray's sockets", "set TMPDIR to a short folder")
+            raise ConfigError(
+                f"{tempfile.gettempdir()!r} is too long for the names of Ray's sockets", "set TMPDIR to a short folder"
+            )
         processors = (asked.workers or max(1, cores() // asked.cpus)) * asked.cpus
         with _joined(asked, address="local", num_cpus=processors, include_dashboard=False, _temp_dir=folder):
             yield f"{folder}/models"

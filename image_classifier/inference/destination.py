@@ -19,11 +19,15 @@ def check_output(output: Path, named: Iterable[str]) -> None:
         if output.is_dir():
             raise ConfigError(f"output={str(output)!r} is a folder", "name a file in it")
         if not is_replaceable(output):
-            raise ConfigError(f"output={str(output)!r} is no file", "leave --output out, and answers go to standard output")
+            raise ConfigError(
+                f"output={str(output)!r} is no file", "leave --output out, and answers go to standard output"
+            )
     own, same = output.resolve(), _same(output)
     for item in named:
         within = is_image_name(output.name) and os.path.isdir(item) and own.is_relative_to(Path(item).resolve())
-        if within or (output.exists() and any(map(same, [item] if os.path.exists(item) else glob.iglob(item, recursive=True)))):
+        if within or (
+            output.exists() and any(map(same, [item] if os.path.exists(item) else glob.iglob(item, recursive=True)))
+        ):
             raise _is_asked_about(output)
 
 

@@ -18,7 +18,12 @@ from image_classifier.modeling.held import Held
 
 _SMALLEST = 4  # places a side: a coarser map says nothing of where
 _MOST_EXTRA = 16  # tokens before those of the image: class, distillation, registers
-_POOLS = (nn.MaxPool2d, nn.AvgPool2d, nn.AdaptiveMaxPool2d, nn.AdaptiveAvgPool2d)  # the map before one is finer and says the same
+_POOLS = (
+    nn.MaxPool2d,
+    nn.AvgPool2d,
+    nn.AdaptiveMaxPool2d,
+    nn.AdaptiveAvgPool2d,
+)  # the map before one is finer and says the same
 
 # A layer's output [1, ...] -> planes [C, h, w].
 Arrange = Callable[[torch.Tensor], torch.Tensor]
@@ -103,13 +108,19 @@ class _Watch:
         if side < _SMALLEST or side in self._lengths or not (first or side == output.shape[2]):
             return None  # too coarse, or attention's own table of tokens by tokens, or no map
         self._grids.append((side, side))
-        return _Layer(output, (lambda tensor: tensor[0]) if first else (lambda tensor: tensor[0].permute(2, 0, 1)), tokens=False)
+        return _Layer(
+            output, (lambda tensor: tensor[0]) if first else (lambda tensor: tensor[0].permute(2, 0, 1)), tokens=False
+        )
 
     def _tokens(self, output: torch.Tensor) -> _Layer | None:
         """Tokens [1, T, D] of which the last are those of an image's grid, known from the maps before them or else square."""
         length = output.shape[1]
         square = (isqrt(length), isqrt(length))
-        grids = [grid for grid in (*reversed(self._grids), square) if 0 <= length - grid[0] * grid[1] <= (0 if grid is square else _MOST_EXTRA)]
+        grids = [
+            grid
+            for grid in (*reversed(self._grids), square)
+            if 0 <= length - grid[0] * grid[1] <= (0 if grid is square else _MOST_EXTRA)
+        ]
         if not grids or grids[0][0] < _SMALLEST:
             return None
         self._lengths.add(length)
@@ -144,9 +155,16 @@ def _found(classifier: Classifier, images: torch.Tensor, target: int) -> tuple[l
     """
     with _watched(classifier.backbone, images) as watch:
         logit = classifier.classify(classifier.embed(images))[0, target]
-    of_images, *gradients = torch.autograd.grad(logit, [images, *(layer.output for layer in watch.layers)], allow_unused=True)
-    reached = [(layer, gradient) for layer, gradient in zip(watch.layers, gradients, strict=True) if gradient is not None]
-    places = [_Places(layer.arrange(layer.output.detach()), layer.arrange(gradient), layer.tokens) for layer, gradient in reached]
+    of_images, *gradients = torch.autograd.grad(
+        logit, [images, *(layer.output for layer in watch.layers)], allow_unused=True
+    )
+    reached = [
+        (layer, gradient) for layer, gradient in zip(watch.layers, gradients, strict=True) if gradient is not None
+    ]
+    places = [
+        _Places(layer.arrange(layer.output.detach()), layer.arrange(gradient), layer.tokens)
+        for layer, gradient in reached
+    ]
     return [one for one in places if one.slopes.any()], of_images
 
 

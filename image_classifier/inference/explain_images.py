@@ -51,7 +51,9 @@ def explainer_of(path: Path, trusted: Sequence[str] = (), limits: DecodeLimits =
     return explainer_with(classifier, blueprint["classes"], Preprocess.from_dict(blueprint["preprocess"]), limits)
 
 
-def explainer_with(classifier: Classifier, classes: Sequence[str], preprocess: Preprocess, limits: DecodeLimits) -> Explainer:
+def explainer_with(
+    classifier: Classifier, classes: Sequence[str], preprocess: Preprocess, limits: DecodeLimits
+) -> Explainer:
     """What explains images with a classifier at hand."""
     from image_classifier.inference.explain import explain  # torch
 
@@ -64,7 +66,9 @@ def explainer_with(classifier: Classifier, classes: Sequence[str], preprocess: P
     return explain_image
 
 
-def explained(answers: Iterable[tuple[Prediction, Content]], explainer: Explainer, directory: Path) -> Iterator[tuple[Prediction, Content]]:
+def explained(
+    answers: Iterable[tuple[Prediction, Content]], explainer: Explainer, directory: Path
+) -> Iterator[tuple[Prediction, Content]]:
     """The answers as they come, the figure of each one that is an answer written to `directory`."""
     count = 0
     for prediction, content in answers:
@@ -78,13 +82,22 @@ def explained(answers: Iterable[tuple[Prediction, Content]], explainer: Explaine
 
 def write_explanation(found: Explained, label: str, confidence: float, file: Path, directory: Path) -> None:
     """Write the figure of one answer to the directory, under the name by which the report looks for the explanation of the file."""
-    plot_explanation(*found[:2], f"{label} {confidence:.1%}", found.method, directory / explanation_name(file), "/".join(file.parts[-2:]))
+    plot_explanation(
+        *found[:2],
+        f"{label} {confidence:.1%}",
+        found.method,
+        directory / explanation_name(file),
+        "/".join(file.parts[-2:]),
+    )
 
 
 def checkpoint_of(path: Path) -> Path:
     """The `.ckpt` of what `bundle.find_checkpoint` found, its hash checked where a bundle knows it; errors as `explainer_of`."""
     if path.suffix == ".onnx":
-        raise ConfigError(f"{path.name} is an ONNX file, through which no gradient flows", "give its bundle or its .ckpt: --checkpoint_name NAME")
+        raise ConfigError(
+            f"{path.name} is an ONNX file, through which no gradient flows",
+            "give its bundle or its .ckpt: --checkpoint_name NAME",
+        )
     if not (path / INFO_NAME).is_file():
         return path
     bundle = read_bundle(path)
@@ -95,11 +108,15 @@ def checkpoint_of(path: Path) -> Path:
     return bundle.path("model.ckpt")
 
 
-def over_picture(image: Content, heat: np.ndarray, preprocess: Preprocess, limits: DecodeLimits) -> tuple[np.ndarray, np.ndarray]:
+def over_picture(
+    image: Content, heat: np.ndarray, preprocess: Preprocess, limits: DecodeLimits
+) -> tuple[np.ndarray, np.ndarray]:
     """The picture at the size it is shown, uint8 [H, W, 3], and the square's heat over it, float32 [H, W], NaN where the network did not look."""
     header, pixels = inspect(image, limits, preprocess.background, at_least=(_SHOWN, _SHOWN))
     whole = (header.width, header.height)
     scale = _SHOWN / max(whole)
     shape = max(1, round(whole[0] * scale)), max(1, round(whole[1] * scale))
-    sampling = Image.Resampling.NEAREST if scale > 3 else Image.Resampling.BICUBIC  # pixels that can be counted stay squares
+    sampling = (
+        Image.Resampling.NEAREST if scale > 3 else Image.Resampling.BICUBIC
+    )  # pixels that can be counted stay squares
     return np.array(Image.fromarray(pixels).resize(shape, sampling)), preprocess.laid_back(heat, whole, shape)

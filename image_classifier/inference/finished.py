@@ -67,7 +67,8 @@ class Finished:
             names.add(item.name)
         if known["images"] != str(names):
             raise ConfigError(
-                f"{str(self.output)!r} holds the answers for other images", "give --images as then, or leave --resume out to start over"
+                f"{str(self.output)!r} holds the answers for other images",
+                "give --images as then, or leave --resume out to start over",
             )
         return Told(**known["told"])
 

@@ -26,7 +26,12 @@ class Golden:
     @classmethod
     def of(cls, bundle: Bundle) -> Golden:
         """Those of a bundle; CheckpointError where golden.npz is damaged, or of another model."""
-        golden = cls(**read_arrays(bundle.path("golden.npz"), {"pixels": ("uint8", 4), "logits": ("float32", 2), "embeddings": ("float32", 2)}))
+        golden = cls(
+            **read_arrays(
+                bundle.path("golden.npz"),
+                {"pixels": ("uint8", 4), "logits": ("float32", 2), "embeddings": ("float32", 2)},
+            )
+        )
         count, classes, side = len(golden.pixels), len(bundle.info.classes), bundle.info.preprocess.get("size")
         if (
             count > _MOST_IMAGES
@@ -35,7 +40,9 @@ class Golden:
             or len(golden.embeddings) != count
         ):
             shapes = f"pixels {list(golden.pixels.shape)}, logits {list(golden.logits.shape)}, embeddings {list(golden.embeddings.shape)}"
-            raise CheckpointError(f"golden.npz of {str(bundle.directory)!r} is of another model ({shapes})", "copy the bundle anew")
+            raise CheckpointError(
+                f"golden.npz of {str(bundle.directory)!r} is of another model ({shapes})", "copy the bundle anew"
+            )
         return golden
 
 
@@ -64,4 +71,10 @@ def checked(name: str, backend: Backend, golden: Golden, temperature: float) -> 
         return Check(name, len(golden.pixels), 0.0, float("inf"), 1000 * seconds)
     difference = np.abs(softmax(actual, temperature) - softmax(golden.logits, temperature)).max()
     agreement = float((actual.argmax(axis=1) == golden.logits.argmax(axis=1)).mean())
-    return Check(name, len(golden.pixels), agreement, float(difference) if np.isfinite(difference) else float("inf"), 1000 * seconds)
+    return Check(
+        name,
+        len(golden.pixels),
+        agreement,
+        float(difference) if np.isfinite(difference) else float("inf"),
+        1000 * seconds,
+    )

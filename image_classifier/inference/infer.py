@@ -85,12 +85,18 @@ class InferSettings:
         if self.engine == "ray":
             self._check_ray()
         elif self.output and is_stored(self.output):
-            raise ConfigError(f"output={self.output!r} is written by a cluster only", "add --engine ray, or write to a file here")
+            raise ConfigError(
+                f"output={self.output!r} is written by a cluster only", "add --engine ray, or write to a file here"
+            )
 
     def _check_ray(self) -> None:
         if self.format != "parquet" or not self.output:
-            raise ConfigError("engine=ray writes a folder of Parquet files", "add --format parquet --output DIR or s3://BUCKET/FOLDER")
-        beside = [f"--{key}" for key in ("explain", "sort_into") if getattr(self, key)] + ["--images -"] * (STDIN in self.images)
+            raise ConfigError(
+                "engine=ray writes a folder of Parquet files", "add --format parquet --output DIR or s3://BUCKET/FOLDER"
+            )
+        beside = [f"--{key}" for key in ("explain", "sort_into") if getattr(self, key)] + ["--images -"] * (
+            STDIN in self.images
+        )
         if beside:
             raise ConfigError(f"engine=ray cannot do {' and '.join(beside)}", "leave it out, or use --engine local")
 
@@ -107,7 +113,9 @@ def infer(config: Any) -> None:
     for item in asked.images:
         if item != STDIN and not is_address(item):
             pull_missing(Path(item), None if asked.dvc else asked.dvc)
-    inputs = Inputs(asked.images, lambda: sys.stdin.buffer, asked.limits, asked.archive, Web(asked.fetch, asked.allow_private_urls))
+    inputs = Inputs(
+        asked.images, lambda: sys.stdin.buffer, asked.limits, asked.archive, Web(asked.fetch, asked.allow_private_urls)
+    )
     inputs.check()
     if asked.output and asked.engine == "local":
         check_output(Path(asked.output), [item for item in asked.images if item != STDIN and not is_address(item)])
@@ -125,11 +133,15 @@ def infer(config: Any) -> None:
     finally:
         inputs.web.stop()  # after Ctrl-C, and after errors too
     if told.failed:
-        raise DataError(f"{told.failed} of {told.count} images could not be read, first {told.first}", "their rows say why")
+        raise DataError(
+            f"{told.failed} of {told.count} images could not be read, first {told.first}", "their rows say why"
+        )
 
 
 def _predictor(asked: InferSettings, path: Path, backend: str | None) -> Predictor:
-    found = load_predictor(path, backend, asked.batch_size, asked.trusted_packages, asked.limits, asked.decision, asked.server)
+    found = load_predictor(
+        path, backend, asked.batch_size, asked.trusted_packages, asked.limits, asked.decision, asked.server
+    )
     return replace(found, threshold=asked.threshold)
 
 
@@ -161,7 +173,9 @@ def _to_file(asked: InferSettings, path: Path, inputs: Inputs, output: Path, tol
         known = part.run()
         ended = finished.run() if asked.resume and known is None else None
         before = known or ended or {}
-        predictor = _predictor(asked, path, before.get("backend", AUTO) if asked.resume and asked.backend == AUTO else asked.backend)
+        predictor = _predictor(
+            asked, path, before.get("backend", AUTO) if asked.resume and asked.backend == AUTO else asked.backend
+        )
         items, run, names = spared(inputs, output), _run(asked, path, predictor), Names()
         if ended is not None:
             check_same_run(ended, run, repr(str(output)))
@@ -176,7 +190,9 @@ def _to_file(asked: InferSettings, path: Path, inputs: Inputs, output: Path, tol
         part.path.unlink()
 
 
-def _begin(part: Part, known: Mapping[str, Any] | None, run: Mapping[str, Any], items: Iterator[Item], asked: InferSettings) -> None:
+def _begin(
+    part: Part, known: Mapping[str, Any] | None, run: Mapping[str, Any], items: Iterator[Item], asked: InferSettings
+) -> None:
     """Go on with what a killed run left, or start over."""
     if known is not None and asked.resume:
         check_same_run(known, run, repr(str(part.path)))
@@ -205,7 +221,9 @@ def _to_shards(asked: InferSettings, path: Path, inputs: Inputs, told: Told) -> 
             log.info("resume: %d of %d files of answers are there", done, len(dealt.shards))
         by_number: dict[int, Told] = {}
         with _progress(asked) as advance:
-            for number, of_shard in answer_shards(asked.ray, path, dealt, Job(run["model"], load, shards, asked.top_k, asked.ray.cpus)):
+            for number, of_shard in answer_shards(
+                asked.ray, path, dealt, Job(run["model"], load, shards, asked.top_k, asked.ray.cpus)
+            ):
                 by_number[number] = of_shard
                 advance(of_shard.count)
         for number in sorted(by_number):
@@ -222,13 +240,19 @@ def _alone(output: Path) -> Iterator[None]:
         with locked(lock, wait=False, remove=True):
             yield
     except BlockingIOError as error:
-        raise ConfigError(f"another run is writing {str(output)!r}", "wait for it, or choose another --output") from error
+        raise ConfigError(
+            f"another run is writing {str(output)!r}", "wait for it, or choose another --output"
+        ) from error
 
 
 def _run(asked: InferSettings, path: Path, predictor: Predictor) -> dict[str, Any]:
     """What must be the same for answers to be of one run: the model, and every key that they depend on."""
     keys = {name: getattr(asked, name) for name in ("top_k", "threshold", "batch_size", "explain", "sort_into")}
-    nested = {f"{name}.{key}": value for name in ("decision", "limits", "archive") for key, value in vars(getattr(asked, name)).items()}
+    nested = {
+        f"{name}.{key}": value
+        for name in ("decision", "limits", "archive")
+        for key, value in vars(getattr(asked, name)).items()
+    }
     plain = {key: list(value) if isinstance(value, tuple) else value for key, value in (keys | nested).items()}
     return {"model": sha256_of(path / INFO_NAME if path.is_dir() else path), "backend": predictor.backend_name, **plain}
 
@@ -243,7 +267,14 @@ def _progress(asked: InferSettings) -> Iterator[Any]:
     from rich.progress import MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
     speed = TextColumn("{task.fields[speed]}")
-    with Progress(SpinnerColumn(), TextColumn("images"), MofNCompleteColumn(), speed, TimeElapsedColumn(), console=Console(stderr=True)) as bar:
+    with Progress(
+        SpinnerColumn(),
+        TextColumn("images"),
+        MofNCompleteColumn(),
+        speed,
+        TimeElapsedColumn(),
+        console=Console(stderr=True),
+    ) as bar:
         task = bar.add_task("images", total=None, speed="")
 
         def advance(count: int = 1) -> None:

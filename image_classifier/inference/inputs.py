@@ -66,7 +66,10 @@ class Inputs:
                 empty = False
                 yield found
         if empty:
-            raise DataError("there is no image to answer for", "give files, folders, globs, archives, tables, URLs, s3:// or - for standard input")
+            raise DataError(
+                "there is no image to answer for",
+                "give files, folders, globs, archives, tables, URLs, s3:// or - for standard input",
+            )
 
     def _expanded(self, item: str) -> Iterator[Item]:
         path = Path(item)
@@ -86,14 +89,19 @@ class Inputs:
         if os.path.isfile(path) and is_archive_name(path.name):
             return self._of_archive(path)
         if os.path.isfile(path) and is_table(path):
-            return (self._named(name) if name else Item.missing(str(path), "a row of the table has no path") for name in _table(path))
+            return (
+                self._named(name) if name else Item.missing(str(path), "a row of the table has no path")
+                for name in _table(path)
+            )
         return iter([Item.file(path)])
 
     def _named(self, name: str) -> Item:
         """One image of a list: a file, or an address."""
         if is_stored(name):
             return self.storage.item(name, self.limits.max_bytes)
-        return Item(name, partial(self.web.image, name, self.limits.max_bytes)) if is_url(name) else Item.file(Path(name))
+        return (
+            Item(name, partial(self.web.image, name, self.limits.max_bytes)) if is_url(name) else Item.file(Path(name))
+        )
 
     def _of_archive(self, path: Path) -> Iterator[Item]:
         try:
@@ -162,7 +170,9 @@ def _walk(folder: str) -> Iterator[Item]:
     """The images below a folder, by name, without hidden ones; one folder's names are held at a time."""
     try:
         with os.scandir(folder) as entries:
-            found = sorted((entry.name, entry.is_dir(follow_symlinks=False)) for entry in entries if not entry.name.startswith("."))
+            found = sorted(
+                (entry.name, entry.is_dir(follow_symlinks=False)) for entry in entries if not entry.name.startswith(".")
+            )
     except OSError as error:
         yield Item.missing(folder, f"the folder cannot be listed ({error.strerror})")
         return
@@ -193,7 +203,10 @@ def _column(path: Path, names: Sequence[str]) -> str:
     known = {name.strip().lower(): name for name in reversed(names)}
     found = next((known[name] for name in _COLUMNS if name in known), None)
     if found is None:
-        raise DataError(f"the table {str(path)!r} has no column path and no column image", f"its columns are {', '.join(names)[:100]}")
+        raise DataError(
+            f"the table {str(path)!r} has no column path and no column image",
+            f"its columns are {', '.join(names)[:100]}",
+        )
     return found
 
 
@@ -201,7 +214,9 @@ def _of_text(path: Path) -> Iterator[str]:
     try:
         with path.open("rb") as binary:
             wide = binary.read(2) in (b"\xff\xfe", b"\xfe\xff")
-        with path.open(encoding="utf-16" if wide else "utf-8-sig", errors="replace" if wide else "surrogateescape", newline="") as file:
+        with path.open(
+            encoding="utf-16" if wide else "utf-8-sig", errors="replace" if wide else "surrogateescape", newline=""
+        ) as file:
             header = file.readline()
             file.seek(0)
             semicolons = ";" in header and "," not in header
@@ -212,7 +227,9 @@ def _of_text(path: Path) -> Iterator[str]:
             yield from (row[place] if place < len(row) else "" for row in rows if row)
     except (OSError, csv.Error) as error:
         reason = getattr(error, "strerror", None) or error
-        raise DataError(f"cannot read the table {str(path)!r} ({reason})", "check it, its path and its permissions") from error
+        raise DataError(
+            f"cannot read the table {str(path)!r} ({reason})", "check it, its path and its permissions"
+        ) from error
 
 
 def _of_parquet(path: Path) -> Iterator[str]:
@@ -225,5 +242,6 @@ def _of_parquet(path: Path) -> Iterator[str]:
                 yield from ("" if value is None else str(value) for value in batch.column(0).to_pylist())
     except (OSError, ValueError) as error:  # pyarrow's own are ValueErrors
         raise DataError(
-            f"cannot read the table {str(path)!r} ({' '.join(str(error).split())[:100]})", "check it, its path and its permissions"
+            f"cannot read the table {str(path)!r} ({' '.join(str(error).split())[:100]})",
+            "check it, its path and its permissions",
         ) from error

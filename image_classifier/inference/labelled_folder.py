@@ -18,7 +18,9 @@ from image_classifier.records import Manifest
 _SHOWN = 10  # classes in a message
 
 
-def read_labelled(folder: Path, checkpoint_name: str, classes: Sequence[str], limits: DecodeLimits, cache_dir: Path, progress: bool) -> Manifest:
+def read_labelled(
+    folder: Path, checkpoint_name: str, classes: Sequence[str], limits: DecodeLimits, cache_dir: Path, progress: bool
+) -> Manifest:
     """The images of a folder with one sub-folder per class, or of a table.
 
     Raises:
@@ -33,23 +35,35 @@ def read_labelled(folder: Path, checkpoint_name: str, classes: Sequence[str], li
 
 def _check_labelled(folder: Path, checkpoint_name: str, classes: Sequence[str]) -> None:
     if not folder.exists():
-        raise DataError(f"there is no folder {os.fspath(folder)!r}", f"check the path; the current folder is {os.getcwd()!r}")
+        raise DataError(
+            f"there is no folder {os.fspath(folder)!r}", f"check the path; the current folder is {os.getcwd()!r}"
+        )
     if not folder.is_dir():
         if is_table(folder):
             return
         if is_image_name(folder.name):
-            raise DataError(f"{os.fspath(folder)!r} is one image, not a folder of classes", _infer(folder, checkpoint_name))
-        raise DataError(f"{os.fspath(folder)!r} is not a folder", "give one with a sub-folder per class, or a table (.csv) of paths and labels")
+            raise DataError(
+                f"{os.fspath(folder)!r} is one image, not a folder of classes", _infer(folder, checkpoint_name)
+            )
+        raise DataError(
+            f"{os.fspath(folder)!r} is not a folder",
+            "give one with a sub-folder per class, or a table (.csv) of paths and labels",
+        )
     listing = list_folder(folder)
     if not listing.folders and not listing.images:
-        raise DataError(f"{os.fspath(folder)!r} holds no images", "give a folder with one sub-folder per class: FOLDER/cat/1.jpg, FOLDER/dog/2.jpg")
+        raise DataError(
+            f"{os.fspath(folder)!r} holds no images",
+            "give a folder with one sub-folder per class: FOLDER/cat/1.jpg, FOLDER/dog/2.jpg",
+        )
     if not listing.folders:
         own = folder.resolve()
         if own.name in classes:
             fact = f"the images lie directly in {os.fspath(folder)!r}, which is the one class {own.name!r}"
             instead = _command("test", checkpoint_name, "--test_dir", _shown(own.parent))
             raise DataError(fact, f"test the folder that holds it: {instead} (or {_infer(folder, checkpoint_name)})")
-        raise DataError(f"the images in {os.fspath(folder)!r} have no labels: no class folders", _infer(folder, checkpoint_name))
+        raise DataError(
+            f"the images in {os.fspath(folder)!r} have no labels: no class folders", _infer(folder, checkpoint_name)
+        )
 
 
 def _check_classes(folder: Path, manifest: Manifest, checkpoint_name: str, classes: Sequence[str]) -> None:

@@ -65,10 +65,17 @@ def hardware() -> dict[str, Any]:
     """The processor's name, the cores this process may use, and how many processes wanted one in the last minute."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     load = os.getloadavg()[0] if hasattr(os, "getloadavg") else float("nan")
-    return {"processor": _processor(), "cores": cores, "load": round(load, 2), "system": f"{platform.system()} {platform.machine()}"}
+    return {
+        "processor": _processor(),
+        "cores": cores,
+        "load": round(load, 2),
+        "system": f"{platform.system()} {platform.machine()}",
+    }
 
 
-def timed(logits: Callable[[], object], fewest: int = _FEWEST, most: int = _MOST, seconds: float = _SECONDS) -> np.ndarray:
+def timed(
+    logits: Callable[[], object], fewest: int = _FEWEST, most: int = _MOST, seconds: float = _SECONDS
+) -> np.ndarray:
     """Seconds of each call, float64 [n], the first ones left out: `most` calls, or as many as fit into the time, at least `fewest`."""
     for _ in range(_WARM_UP):
         logits()
@@ -86,7 +93,12 @@ def measured(backend: Backend, size: int, batch_size: int, seconds: float = _SEC
     single = timed(lambda: backend.logits(pixels[:1]), seconds=seconds)
     batches = timed(lambda: backend.logits(pixels), fewest=3, seconds=seconds)
     p50, p95 = np.percentile(1000 * single, (50, 95))
-    return {"p50_ms": float(p50), "p95_ms": float(p95), "images_per_s": batch_size / float(np.median(batches)), "calls": len(single)}
+    return {
+        "p50_ms": float(p50),
+        "p95_ms": float(p95),
+        "images_per_s": batch_size / float(np.median(batches)),
+        "calls": len(single),
+    }
 
 
 def _backends(path: Path) -> list[str]:
@@ -111,7 +123,10 @@ def _in_a_process(path: Path, backend: str, batch_size: int, trusted: Sequence[s
         capture_output=True,
         text=True,
         check=False,
-        env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, (os.fspath(root), os.environ.get("PYTHONPATH", ""))))},
+        env={
+            **os.environ,
+            "PYTHONPATH": os.pathsep.join(filter(None, (os.fspath(root), os.environ.get("PYTHONPATH", "")))),
+        },
     )
     if done.returncode:
         reason = (done.stderr.strip().splitlines() or ["no reason given"])[-1][:300]

@@ -43,7 +43,10 @@ def pulled_bundle(name: str, models_dir: Path, dvc: bool | None = None) -> Bundl
     """
     path = pulled_checkpoint(name, models_dir, dvc)
     if not (path / INFO_NAME).is_file():
-        raise CheckpointError(f"{str(path)!r} is not a bundle", "only a bundle says which hashes and answers are right: give its folder or its name")
+        raise CheckpointError(
+            f"{str(path)!r} is not a bundle",
+            "only a bundle says which hashes and answers are right: give its folder or its name",
+        )
     bundle = read_bundle(path)
     bundle.verify()
     return bundle
@@ -75,11 +78,17 @@ def load_predictor(
     if (path / INFO_NAME).is_file():
         bundle = read_bundle(path)
         name = backend or "onnx"
-        name, runner = fastest(bundle, trusted, callers) if name == AUTO else (name, open_backend(bundle, name, trusted, server, callers))
+        name, runner = (
+            fastest(bundle, trusted, callers)
+            if name == AUTO
+            else (name, open_backend(bundle, name, trusted, server, callers))
+        )
         return _decided(_from_bundle(bundle, name, runner, batch_size, limits), asked, path)
     own = "checkpoint" if path.suffix == ".ckpt" else "onnx"
     if backend not in (None, AUTO, own):
-        raise ConfigError(f"{path.name} cannot be run by the backend {backend!r}", f"leave --backend out, or use --backend {own}")
+        raise ConfigError(
+            f"{path.name} cannot be run by the backend {backend!r}", f"leave --backend out, or use --backend {own}"
+        )
     runner, facts = BACKENDS[own].open(path, trusted, _read, callers)
     return _decided(replace(_predictor(runner, facts, batch_size, path, limits), backend_name=own), asked, path)
 
@@ -94,7 +103,10 @@ def _decided(predictor: Predictor, asked: DecisionSettings, path: Path) -> Predi
     if asked == DecisionSettings():
         return predictor
     if predictor.decision is None:
-        raise ConfigError(f"{path.name!r} does not say what its val part told, from which decision.* is chosen", "use a bundle of this version")
+        raise ConfigError(
+            f"{path.name!r} does not say what its val part told, from which decision.* is chosen",
+            "use a bundle of this version",
+        )
     decision = predictor.decision.again(asked)
     if decision.note:
         log.warning(decision.note)
@@ -102,21 +114,32 @@ def _decided(predictor: Predictor, asked: DecisionSettings, path: Path) -> Predi
 
 
 def _from_bundle(bundle: Bundle, backend: str, runner: Backend, batch_size: int, limits: DecodeLimits) -> Predictor:
-    predictor = replace(_predictor(runner, {**vars(bundle.info)}, batch_size, bundle.directory, limits), backend_name=backend)
+    predictor = replace(
+        _predictor(runner, {**vars(bundle.info)}, batch_size, bundle.directory, limits), backend_name=backend
+    )
     if DETECTOR not in bundle.info.files or predictor.decision is None or predictor.decision.evidence.ood_scores == ():
         return predictor
     bundle.verify([DETECTOR])
     return replace(predictor, detector=Detector.read(bundle.path(DETECTOR)))
 
 
-def _predictor(runner: Backend, facts: Mapping[str, Any], batch_size: int, path: Path, limits: DecodeLimits) -> Predictor:
+def _predictor(
+    runner: Backend, facts: Mapping[str, Any], batch_size: int, path: Path, limits: DecodeLimits
+) -> Predictor:
     if "classes" not in facts or "preprocess" not in facts:
-        raise CheckpointError(f"{str(path)!r} does not say its classes and preprocessing", "use a model exported by this package, or its bundle")
+        raise CheckpointError(
+            f"{str(path)!r} does not say its classes and preprocessing",
+            "use a model exported by this package, or its bundle",
+        )
     try:
         preprocess, temperature = Preprocess.from_dict(facts["preprocess"]), float(facts.get("temperature", 1.0))
     except (TypeError, ValueError, AttributeError) as error:
-        raise CheckpointError(f"{str(path)!r} describes no preprocessing that can be ({error})", "use a model exported by this package") from error
+        raise CheckpointError(
+            f"{str(path)!r} describes no preprocessing that can be ({error})", "use a model exported by this package"
+        ) from error
     decision = Decision.from_dict(facts["decision"]) if facts.get("decision") else None
     if isinstance(runner, Shaped):
         runner.check(preprocess.size, len(facts["classes"]))
-    return Predictor(runner, tuple(facts["classes"]), preprocess, temperature, batch_size, limits=limits, decision=decision)
+    return Predictor(
+        runner, tuple(facts["classes"]), preprocess, temperature, batch_size, limits=limits, decision=decision
+    )

@@ -33,10 +33,14 @@ class Heat:
     def over(self, preprocess: Preprocess, whole: Size) -> np.ndarray:
         """The same over the picture that the square was made from, of this width and height: float32 [rows, columns], NaN where it was cut off."""
         scale = _GRID / max(whole)
-        return preprocess.laid_back(self.plane, whole, (max(1, round(whole[0] * scale)), max(1, round(whole[1] * scale))))
+        return preprocess.laid_back(
+            self.plane, whole, (max(1, round(whole[0] * scale)), max(1, round(whole[1] * scale)))
+        )
 
 
-def heat_of(pixels: np.ndarray, label: str | None, predictor: Predictor, ask: Ask, stopped: Callable[[], bool] = lambda: False) -> Heat:
+def heat_of(
+    pixels: np.ndarray, label: str | None, predictor: Predictor, ask: Ask, stopped: Callable[[], bool] = lambda: False
+) -> Heat:
     """What in pixels uint8 [3, S, S] speaks for a class, null for the most probable one, by the logits [N, C] of `ask` for pixels [N, 3, S, S].
 
     Occlusion (Zeiler & Fergus, 2014, section 4.2) with a blur in place of grey (Fong & Vedaldi, 2017): how much log-probability the class loses,
@@ -74,7 +78,10 @@ def _windows(side: int) -> Iterator[tuple[slice, slice]]:
     """The windows, each as rows and columns; at the edges they are cut off, so that every place is covered as often as its neighbours can be."""
     step = max(1.0, side / _WINDOWS)
     count = round(side / step)
-    edges = [(max(0.0, (place + 1 - _WIDTH) * step), min(float(side), (place + 1) * step)) for place in range(count + _WIDTH - 1)]
+    edges = [
+        (max(0.0, (place + 1 - _WIDTH) * step), min(float(side), (place + 1) * step))
+        for place in range(count + _WIDTH - 1)
+    ]
     parts = [slice(round(start), round(end)) for start, end in edges if round(end) > round(start)]
     return ((rows, columns) for rows in parts for columns in parts)
 

@@ -31,11 +31,16 @@ def providers(tensorrt: bool = False) -> list[str]:
     """
     available = onnxruntime.get_available_providers()
     if tensorrt and _TENSORRT not in available:
-        raise ConfigError("this ONNX Runtime has no TensorRT", "pip install onnxruntime-gpu on a machine with TensorRT, or use --backend onnx")
+        raise ConfigError(
+            "this ONNX Runtime has no TensorRT",
+            "pip install onnxruntime-gpu on a machine with TensorRT, or use --backend onnx",
+        )
     return [name for name in (_TENSORRT, _CUDA, _CPU) if name in available and (tensorrt or name != _TENSORRT)]
 
 
-def session_of(path: Path, tensorrt: bool = False, content: bytes | None = None, callers: int = 1) -> onnxruntime.InferenceSession:
+def session_of(
+    path: Path, tensorrt: bool = False, content: bytes | None = None, callers: int = 1
+) -> onnxruntime.InferenceSession:
     """A model ready to run, of `content` where its bytes are read already, by so many threads at once.
 
     Raises:
@@ -51,13 +56,23 @@ def session_of(path: Path, tensorrt: bool = False, content: bytes | None = None,
     except Exception as error:  # onnxruntime has no public base class for its errors
         reason = " ".join(str(error).split())[:200]
         if tensorrt:
-            raise ConfigError(f"ONNX Runtime cannot run {path.name} with TensorRT ({reason})", "look at nvidia-smi, or use --backend onnx") from error
-        raise CheckpointError(f"{str(path)!r} is not an ONNX model that can be run ({reason})", "export it again") from error
+            raise ConfigError(
+                f"ONNX Runtime cannot run {path.name} with TensorRT ({reason})",
+                "look at nvidia-smi, or use --backend onnx",
+            ) from error
+        raise CheckpointError(
+            f"{str(path)!r} is not an ONNX model that can be run ({reason})", "export it again"
+        ) from error
     if tensorrt and _TENSORRT not in session.get_providers():
-        raise ConfigError("this ONNX Runtime was built for TensorRT, which does not load here", "look at nvidia-smi, or use --backend onnx")
+        raise ConfigError(
+            "this ONNX Runtime was built for TensorRT, which does not load here",
+            "look at nvidia-smi, or use --backend onnx",
+        )
     if _CUDA in places and _CUDA not in session.get_providers():
         log.warning("ONNX Runtime was built for CUDA, which does not load here: the processor is used")
-    session._model_bytes = None  # kept for other providers to be tried later, as long as the session lives: a second copy of the weights
+    session._model_bytes = (
+        None  # kept for other providers to be tried later, as long as the session lives: a second copy of the weights
+    )
     return session
 
 
@@ -65,16 +80,24 @@ def _session(content: bytes, places: list[str], callers: int) -> onnxruntime.Inf
     """A session on the first of these that loads. ONNX Runtime's own way to the next one is off: it prints among the answers, in several lines."""
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
-    options.add_session_config_entry("session.intra_op.allow_spinning", "0")  # threads that wait leave the cores to decoding
-    options.add_session_config_entry("session.load_model_format", "ONNX")  # its own format could hold what `is_self_contained` does not see
+    options.add_session_config_entry(
+        "session.intra_op.allow_spinning", "0"
+    )  # threads that wait leave the cores to decoding
+    options.add_session_config_entry(
+        "session.load_model_format", "ONNX"
+    )  # its own format could hold what `is_self_contained` does not see
     onnxruntime.set_default_logger_severity(4)  # `session_of` says what does not load
     chosen = [_OPTIONS.get(name, {}) for name in places]
     if callers > 1:
-        options.intra_op_num_threads = max(1, cores() - callers + 1)  # whoever calls computes too, beside threads that all of them share
+        options.intra_op_num_threads = max(
+            1, cores() - callers + 1
+        )  # whoever calls computes too, beside threads that all of them share
     elif cores() < (os.cpu_count() or 1):
         options.intra_op_num_threads = cores()  # it would take those of the whole machine
     try:
-        return onnxruntime.InferenceSession(content, options, providers=places, provider_options=chosen, enable_fallback=0)
+        return onnxruntime.InferenceSession(
+            content, options, providers=places, provider_options=chosen, enable_fallback=0
+        )
     except Exception:
         if _TENSORRT in places or places == [_CPU]:
             raise
@@ -87,7 +110,9 @@ def metadata_of(session: onnxruntime.InferenceSession) -> dict[str, Any]:
         found = session.get_modelmeta().custom_metadata_map
         return {key: json.loads(value) for key, value in found.items() if key in _FACTS}
     except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"an ONNX model says of itself what cannot be read ({error})", "export it again") from error
+        raise CheckpointError(
+            f"an ONNX model says of itself what cannot be read ({error})", "export it again"
+        ) from error
 
 
 class OnnxBackend:
@@ -96,9 +121,17 @@ class OnnxBackend:
     def __init__(self, path: Path, tensorrt: bool = False, content: bytes | None = None, callers: int = 1) -> None:
         self.session, self.path = session_of(path, tensorrt, content, callers), path
         self.callers = callers if self.session.get_providers() == [_CPU] else 1  # a GPU has one queue
-        self._form = {value.name: (value.type, value.shape) for value in (*self.session.get_inputs(), *self.session.get_outputs())}
-        if self._form.get("pixels", ("",))[0] != "tensor(uint8)" or self._form.get("logits", ("",))[0] != "tensor(float)":
-            raise CheckpointError(f"{str(path)!r} does not take pixels uint8 and answer with logits", "use a model exported by this package")
+        self._form = {
+            value.name: (value.type, value.shape) for value in (*self.session.get_inputs(), *self.session.get_outputs())
+        }
+        if (
+            self._form.get("pixels", ("",))[0] != "tensor(uint8)"
+            or self._form.get("logits", ("",))[0] != "tensor(float)"
+        ):
+            raise CheckpointError(
+                f"{str(path)!r} does not take pixels uint8 and answer with logits",
+                "use a model exported by this package",
+            )
 
     def check(self, size: int, num_classes: int) -> None:
         """CheckpointError where the graph was made for squares of another side, or another number of classes."""
@@ -116,7 +149,9 @@ class OnnxBackend:
             return list(self.session.run(list(outputs), {"pixels": pixels}))
         except Exception as error:  # onnxruntime has no public base class for its errors
             reason = " ".join(str(error).split())[:200]
-            raise CheckpointError(f"{str(self.path)!r} cannot be run on these images ({reason})", "export it again") from error
+            raise CheckpointError(
+                f"{str(self.path)!r} cannot be run on these images ({reason})", "export it again"
+            ) from error
 
     def metadata(self) -> dict[str, Any]:
         """What the file says of itself: classes, preprocess, temperature, decision."""

@@ -24,7 +24,10 @@ class OpenVinoBackend:
         try:
             import openvino
         except ImportError as error:
-            raise ConfigError("the backend openvino needs a package that is not installed", "pip install openvino, or use --backend onnx") from error
+            raise ConfigError(
+                "the backend openvino needs a package that is not installed",
+                "pip install openvino, or use --backend onnx",
+            ) from error
         self.path = path
         hints: dict[str, str | int] = {"INFERENCE_PRECISION_HINT": precision, "PERFORMANCE_HINT": "LATENCY"}
         if cores() < (os.cpu_count() or 1):
@@ -36,7 +39,9 @@ class OpenVinoBackend:
                 raise ValueError("it is not OpenVINO's XML")  # but perhaps ONNX, with weights in any file
             if not own and not is_self_contained(content):
                 raise ValueError("weights of it lie in another file")
-            self.model = core.compile_model(core.read_model(content, read(path.with_suffix(".bin")) if own else b""), "CPU", hints)
+            self.model = core.compile_model(
+                core.read_model(content, read(path.with_suffix(".bin")) if own else b""), "CPU", hints
+            )
             for found, name, kind in ((self.model.input, "pixels", "u8"), (self.model.output, "logits", "f32")):
                 if found(name).element_type.get_type_name() != kind:
                     raise RuntimeError(f"its {name} are {found(name).element_type.get_type_name()}, not {kind}")
@@ -45,7 +50,11 @@ class OpenVinoBackend:
         """CheckpointError where the graph was made for squares of another side, or another number of classes."""
         places = {"pixels": self.model.input("pixels"), "logits": self.model.output("logits")}
         shapes = {name: place.partial_shape for name, place in places.items()}
-        known = {name: [side.get_length() if side.is_static else None for side in shape] for name, shape in shapes.items() if shape.rank.is_static}
+        known = {
+            name: [side.get_length() if side.is_static else None for side in shape]
+            for name, shape in shapes.items()
+            if shape.rank.is_static
+        }
         check_shapes({"pixels": [], "logits": [], **known}, size, num_classes, self.path)
 
     def logits(self, pixels: np.ndarray) -> np.ndarray:
@@ -67,4 +76,6 @@ class OpenVinoBackend:
             yield
         except (RuntimeError, KeyError, ValueError, TypeError, OSError) as error:
             reason = " ".join(str(error).split())[:200]
-            raise CheckpointError(f"OpenVINO cannot run {str(self.path)!r} ({reason})", "export it again, or use --backend onnx") from error
+            raise CheckpointError(
+                f"OpenVINO cannot run {str(self.path)!r} ({reason})", "export it again, or use --backend onnx"
+            ) from error

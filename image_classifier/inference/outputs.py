@@ -72,10 +72,24 @@ def _row(answer: Answer) -> list[Any]:
         return [answer["path"], "", None, answer["error"], "{}", "", "", ""]
     nested = (json.dumps(answer[key], ensure_ascii=False) for key in ("all_predictions", "prediction_set"))
     probabilities, may_be = nested
-    return [answer["path"], answer["predicted_class"], answer["confidence"], "", probabilities, answer["decision"], answer["reason"], may_be]
+    return [
+        answer["path"],
+        answer["predicted_class"],
+        answer["confidence"],
+        "",
+        probabilities,
+        answer["decision"],
+        answer["reason"],
+        may_be,
+    ]
 
 
-_LINES: dict[str, Callable[[Iterable[Answer], int | None], Iterator[str]]] = {"table": _table, "json": _json, "jsonl": _jsonl, "csv": _csv}
+_LINES: dict[str, Callable[[Iterable[Answer], int | None], Iterator[str]]] = {
+    "table": _table,
+    "json": _json,
+    "jsonl": _jsonl,
+    "csv": _csv,
+}
 FORMATS = (*_LINES, "parquet")
 
 
@@ -99,7 +113,10 @@ def _write_parquet(answers: Iterable[Answer], file: IO[bytes]) -> None:
     stream = iter(answers)
     with parquet.ParquetWriter(file, schema, compression="zstd") as writer:
         while rows := [_row(answer) for answer in islice(stream, _ROW_GROUP)]:
-            columns = [pyarrow.array(map(_utf8, column), kind) for column, kind in zip(zip(*rows, strict=True), types, strict=True)]
+            columns = [
+                pyarrow.array(map(_utf8, column), kind)
+                for column, kind in zip(zip(*rows, strict=True), types, strict=True)
+            ]
             writer.write_table(pyarrow.Table.from_arrays(columns, schema=schema), row_group_size=_ROW_GROUP)
 
 
@@ -137,4 +154,8 @@ class Told:
 
     def add(self, later: Told) -> None:
         """Count what was counted elsewhere, of answers behind these."""
-        self.count, self.failed, self.first = self.count + later.count, self.failed + later.failed, self.first or later.first
+        self.count, self.failed, self.first = (
+            self.count + later.count,
+            self.failed + later.failed,
+            self.first or later.first,
+        )

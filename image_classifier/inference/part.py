@@ -48,7 +48,9 @@ class Part:
                 self.path.is_file() and (not self.path.stat().st_size or {"model", "backend"} <= {*(self.run() or ())})
             )
             if not is_ours:
-                raise ConfigError(f"{str(self.path)!r} is no run that was stopped", "move it away, or choose another --output")
+                raise ConfigError(
+                    f"{str(self.path)!r} is no run that was stopped", "move it away, or choose another --output"
+                )
 
     def begin(self, run: Mapping[str, Any]) -> None:
         """Start over."""

@@ -50,8 +50,12 @@ def check_shapes(found: Mapping[str, Sequence[object]], size: int, num_classes: 
     """
     for name, expected in {"pixels": [3, size, size], "logits": [num_classes]}.items():
         own = list(found[name])[1:]
-        if len(own) != len(expected) or any(isinstance(side, int) and side != due for side, due in zip(own, expected, strict=True)):
-            raise CheckpointError(f"{name} of {str(path)!r} has the shape {own} an image, not {expected}", "use the bundle it came from")
+        if len(own) != len(expected) or any(
+            isinstance(side, int) and side != due for side, due in zip(own, expected, strict=True)
+        ):
+            raise CheckpointError(
+                f"{name} of {str(path)!r} has the shape {own} an image, not {expected}", "use the bundle it came from"
+            )
 
 
 def cores() -> int:
@@ -90,7 +94,10 @@ class Predictor:
             readable = [(name, pixels) for name, _, pixels in batch if isinstance(pixels, np.ndarray)]
             found = iter(self.predictions([name for name, _ in readable], [pixels for _, pixels in readable]))
             for name, content, pixels in batch:
-                yield (Prediction(name, error=pixels.reason) if isinstance(pixels, UnreadableImage) else next(found)), content
+                yield (
+                    (Prediction(name, error=pixels.reason) if isinstance(pixels, UnreadableImage) else next(found)),
+                    content,
+                )
 
     def predictions(self, names: Sequence[str], pixels: Sequence[np.ndarray]) -> list[Prediction]:
         """The Predictions of preprocessed images uint8 [S, S, 3], under these names."""
@@ -151,7 +158,9 @@ class Predictor:
                     return
                 yield [waiting.popleft().result() for _ in range(min(self.batch_size, len(waiting)))]
         finally:
-            pool.shutdown(wait=False, cancel_futures=True)  # after Ctrl-C nobody waits for what a server has not sent yet
+            pool.shutdown(
+                wait=False, cancel_futures=True
+            )  # after Ctrl-C nobody waits for what a server has not sent yet
 
     def _read(self, item: Item, keep: bool) -> _Read:
         try:
@@ -166,7 +175,11 @@ class Predictor:
             return Prediction(name, error="the model answers with numbers that are not finite")
         top, ranked = int(probabilities.argmax()), dict(zip(self.classes, probabilities.tolist(), strict=True))
         confidence = float(probabilities[top])
-        unsure = f"not sure enough: confidence {confidence:.3f}, the limit is {self.threshold:.3f}" if confidence < self.threshold else ""
+        unsure = (
+            f"not sure enough: confidence {confidence:.3f}, the limit is {self.threshold:.3f}"
+            if confidence < self.threshold
+            else ""
+        )
         if self.decision is None:
             return Prediction(name, self.classes[top], confidence, ranked, reason=unsure)
         may_be = tuple(self.classes[code] for code in self.decision.prediction_set(probabilities))

@@ -49,7 +49,11 @@ class Robustness:
         """For a terminal, under names that a script may look for."""
         for name, row in self.accuracy.items():
             yield f"{split} accuracy_{name} {' '.join(f'{row[str(severity)]:.4f}' for severity in SEVERITIES)}"
-        chosen = f"{self.images} of the {self.of} images, every class in its share" if self.images < self.of else f"{self.images} images"
+        chosen = (
+            f"{self.images} of the {self.of} images, every class in its share"
+            if self.images < self.of
+            else f"{self.images} images"
+        )
         yield f"the {len(self.accuracy)} corruptions at severities 1 to 3 on {chosen}; uncorrupted {self.clean:.4f}"
 
     def write(self, directory: Path, title: str) -> None:
@@ -58,7 +62,9 @@ class Robustness:
         plot_robustness(self.accuracy, self.images, directory / "robustness.png", title)
 
 
-def measure_robustness(predictor: Predictor, paths: Sequence[Path], targets: np.ndarray, most: int, part: str = "") -> Robustness:
+def measure_robustness(
+    predictor: Predictor, paths: Sequence[Path], targets: np.ndarray, most: int, part: str = ""
+) -> Robustness:
     """Accuracy of the predictor on at most `most` of the images of a part, class indices [N], under each corruption.
 
     Each image has random numbers of its own, so neither batches nor the other images change the figures.
@@ -77,7 +83,9 @@ def measure_robustness(predictor: Predictor, paths: Sequence[Path], targets: np.
                 seen = list(pool.map(partial(_corrupted, name, severity), pixels, batch.tolist()))
                 hits[name, severity] += int((predictor.logits(seen).argmax(axis=1) == targets[batch]).sum())
     clean = hits["", 0] / len(rows)
-    accuracy = {name: {"0": clean, **{str(step): hits[name, step] / len(rows) for step in SEVERITIES}} for name in CORRUPTIONS}
+    accuracy = {
+        name: {"0": clean, **{str(step): hits[name, step] / len(rows) for step in SEVERITIES}} for name in CORRUPTIONS
+    }
     return Robustness(accuracy, len(rows), len(targets), part)
 
 

@@ -25,7 +25,9 @@ class SealedModel:
             return np.asarray(self.session.run(["probabilities"], {"image": image})[0])
         except Exception as error:  # onnxruntime has no public base class for its errors
             reason = " ".join(str(error).split())[:200]
-            raise CheckpointError(f"{str(self.path)!r} cannot be run on a picture ({reason})", "export it again: --to sealed") from error
+            raise CheckpointError(
+                f"{str(self.path)!r} cannot be run on a picture ({reason})", "export it again: --to sealed"
+            ) from error
 
 
 class SealedSquares:

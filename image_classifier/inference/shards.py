@@ -88,10 +88,16 @@ class Shards:
             raise ConfigError(f"{self.output!r} exists", "choose another --output, or remove it")
         names = {name for name in self.place.names() if not name.startswith(".")}  # killed workers leave such
         if DONE in names or (names and RUN not in names):
-            raise ConfigError(f"{self._left} holds {'answers that are whole' if DONE in names else 'other files'}", "choose another --output")
+            raise ConfigError(
+                f"{self._left} holds {'answers that are whole' if DONE in names else 'other files'}",
+                "choose another --output",
+            )
         done = len({self.name(number) for number in range(self.count)} & names)
         if names - {RUN} and not resume:
-            raise ConfigError(f"{self._left} is of a run that was stopped", "add --resume to go on with it, remove it, or choose another --output")
+            raise ConfigError(
+                f"{self._left} is of a run that was stopped",
+                "add --resume to go on with it, remove it, or choose another --output",
+            )
         if names - {RUN}:
             check_same_run(self._known(), self.run, self._left, "ask as then, or choose another --output")
         return done
@@ -103,7 +109,10 @@ class Shards:
     def check_shared(self, machine: str) -> None:
         """StorageError where this machine does not see what the one that began wrote, or another run began there meanwhile."""
         if dict(self._known()) != dict(self.run):
-            raise StorageError(f"{self._left} is another place on {machine}", "give a folder that all machines share, or s3://BUCKET/FOLDER")
+            raise StorageError(
+                f"{self._left} is another place on {machine}",
+                "give a folder that all machines share, or s3://BUCKET/FOLDER",
+            )
 
     def answers(self, number: int) -> list[Answer] | None:
         """The path of each row of a shard, and the error of those that have one; None where the shard is not there yet."""
@@ -125,7 +134,9 @@ class Shards:
         """Make it OUTPUT; StorageError where a shard is missing."""
         missing = sorted({self.name(number) for number in range(self.count)} - self.place.names())
         if missing:
-            raise StorageError(f"{missing[0]} was written and is not in {self._left}", "give a folder that all machines share")
+            raise StorageError(
+                f"{missing[0]} was written and is not in {self._left}", "give a folder that all machines share"
+            )
         self.place.write(DONE, json.dumps({"images": images, "errors": failed, "shards": self.count}).encode())
         if isinstance(self.place, Folder):
             with storage_errors(self._path):

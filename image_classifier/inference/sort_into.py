@@ -32,7 +32,9 @@ class Sorter:
         own = self.directory.resolve()
         for item in items:
             if os.path.isdir(item) and own.is_relative_to(Path(item).resolve()):
-                raise ConfigError(f"sort_into={str(self.directory)!r} lies within the images in {item!r}", "choose a folder elsewhere")
+                raise ConfigError(
+                    f"sort_into={str(self.directory)!r} lies within the images in {item!r}", "choose a folder elsewhere"
+                )
 
     def sorted(self, answers: Iterable[tuple[Prediction, Content]]) -> Iterator[tuple[Prediction, Content]]:
         """The answers as they come, each image copied first; one that is gone meanwhile becomes a row with an error."""

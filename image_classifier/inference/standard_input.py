@@ -41,7 +41,10 @@ def lines(head: bytes, rest: IO[bytes]) -> Iterator[str]:
     """The lines that are not empty of a list whose first bytes were read; DataError where it is none."""
     for line in io.BufferedReader(_Rejoined(head, rest)):
         if b"\0" in line or not is_text(head):
-            raise DataError("standard input is no image, no archive and no list", "pipe one of them; a list has one path or address a line")
+            raise DataError(
+                "standard input is no image, no archive and no list",
+                "pipe one of them; a list has one path or address a line",
+            )
         if name := os.fsdecode(line.rstrip(b"\r\n")):
             yield name
 

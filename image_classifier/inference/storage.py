@@ -55,9 +55,15 @@ class Storage:
                 return
             below = files.get_file_info(FileSelector(place, recursive=True, allow_not_found=True))
         except OSError as error:
-            raise SourceError(f"cannot list {address!r} ({_reason(error)})", "check its name, the keys and the endpoint") from error
-        names = sorted(tuple(info.path[len(place) :].strip("/").split("/")) for info in below if info.type == FileType.File)
-        wanted = [parts for parts in names if is_image_name(parts[-1]) and not any(part.startswith(".") for part in parts)]
+            raise SourceError(
+                f"cannot list {address!r} ({_reason(error)})", "check its name, the keys and the endpoint"
+            ) from error
+        names = sorted(
+            tuple(info.path[len(place) :].strip("/").split("/")) for info in below if info.type == FileType.File
+        )
+        wanted = [
+            parts for parts in names if is_image_name(parts[-1]) and not any(part.startswith(".") for part in parts)
+        ]
         if not wanted:
             raise DataError(f"{address!r} holds no image", f"images end in {', '.join(sorted(IMAGE_SUFFIXES))}")
         for parts in wanted:
@@ -92,7 +98,10 @@ class Prefix:
 
         try:
             place = _place(self.address)
-            return {info.base_name for info in _opened(self.storage, place).get_file_info(FileSelector(place, allow_not_found=True))}
+            return {
+                info.base_name
+                for info in _opened(self.storage, place).get_file_info(FileSelector(place, allow_not_found=True))
+            }
         except OSError as error:
             raise self._refused(error) from error
 
@@ -117,7 +126,10 @@ class Prefix:
             raise self._refused(error) from error
 
     def _refused(self, error: OSError) -> StorageError:
-        return StorageError(f"cannot use {self.address!r} ({_reason(error)})", "check its name, the keys, the endpoint and what they allow")
+        return StorageError(
+            f"cannot use {self.address!r} ({_reason(error)})",
+            "check its name, the keys, the endpoint and what they allow",
+        )
 
 
 def _place(address: str) -> str:
@@ -133,7 +145,11 @@ def _connected(storage: Storage, bucket: str) -> Any:
     from pyarrow import fs  # type: ignore[import-untyped]
 
     region = storage.region or (None if storage.endpoint else fs.resolve_s3_region(bucket))
-    keys = {"endpoint_override": storage.endpoint, "region": region, "retry_strategy": fs.AwsStandardS3RetryStrategy(max_attempts=_ATTEMPTS)}
+    keys = {
+        "endpoint_override": storage.endpoint,
+        "region": region,
+        "retry_strategy": fs.AwsStandardS3RetryStrategy(max_attempts=_ATTEMPTS),
+    }
     return fs.S3FileSystem(**{key: value for key, value in keys.items() if value is not None})
 
 

@@ -85,9 +85,17 @@ def test(config: Any) -> Metrics:
     """Predict a labelled part, print the metrics and write predictions, metrics and plots."""
     asked = settings.typed(TestSettings, config, "")
     path = pulled_checkpoint(asked.checkpoint_name, Path(asked.models_dir), asked.dvc)
-    predictor = load_predictor(path, asked.backend, asked.batch_size, asked.trusted_packages, asked.limits, asked.decision, asked.server)
-    manifest, leaked, known = _labelled_folder(asked, path, predictor.classes) if asked.test_dir else _own_part(asked, path)
-    table = predictor.table([manifest.file(record) for record in manifest], [record.path for record in manifest], _targets(manifest, predictor))
+    predictor = load_predictor(
+        path, asked.backend, asked.batch_size, asked.trusted_packages, asked.limits, asked.decision, asked.server
+    )
+    manifest, leaked, known = (
+        _labelled_folder(asked, path, predictor.classes) if asked.test_dir else _own_part(asked, path)
+    )
+    table = predictor.table(
+        [manifest.file(record) for record in manifest],
+        [record.path for record in manifest],
+        _targets(manifest, predictor),
+    )
     copies = "are training images or near copies of one" if asked.near_copies else "are training images, byte for byte"
     metrics, leak = compute_metrics(table), leak_score(table, leaked, copies if asked.test_dir else LeakScore.what)
     part = _part_of_folder(Path(asked.test_dir)) if asked.test_dir else asked.split
@@ -102,7 +110,16 @@ def test(config: Any) -> Metrics:
     if asked.format == "json":
         print(json.dumps({**metrics_dict(metrics, leak, beside), **further}, ensure_ascii=False))
     else:
-        print("\n".join([*metrics_lines(metrics, asked.split, leak), *trust.lines(asked.split), *baselines.lines(found, asked.split, own), *lines]))
+        print(
+            "\n".join(
+                [
+                    *metrics_lines(metrics, asked.split, leak),
+                    *trust.lines(asked.split),
+                    *baselines.lines(found, asked.split, own),
+                    *lines,
+                ]
+            )
+        )
     log.info("predictions, metrics and plots: %s", directory)
     return metrics
 
@@ -117,7 +134,13 @@ def _part_of_folder(folder: Path) -> str:
 
 
 def _further(
-    asked: TestSettings, path: Path, manifest: Manifest, predictor: Predictor, table: PredictionTable, directory: Path, title: str
+    asked: TestSettings,
+    path: Path,
+    manifest: Manifest,
+    predictor: Predictor,
+    table: PredictionTable,
+    directory: Path,
+    title: str,
 ) -> tuple[dict[str, Any], list[str]]:
     """Robustness and latency where they are asked for, as JSON values and as lines; of the model's own parts their files lie beside the parts."""
     found: dict[str, Any] = {}
@@ -135,11 +158,15 @@ def _further(
     return found, lines
 
 
-def _labelled_folder(asked: TestSettings, path: Path, classes: Sequence[str]) -> tuple[Manifest, np.ndarray, Manifest | None]:
+def _labelled_folder(
+    asked: TestSettings, path: Path, classes: Sequence[str]
+) -> tuple[Manifest, np.ndarray, Manifest | None]:
     """The images of a folder of the user's own, which of them (bool [N]) are training images or like one, and its own manifest."""
     folder = Path(str(asked.test_dir)).expanduser()
     pull_missing(folder, asked.dvc)
-    manifest = read_labelled(folder, asked.checkpoint_name, classes, asked.limits, Path(asked.cache_dir), sys.stderr.isatty())
+    manifest = read_labelled(
+        folder, asked.checkpoint_name, classes, asked.limits, Path(asked.cache_dir), sys.stderr.isatty()
+    )
     if not (path / INFO_NAME).is_file():
         return manifest, np.zeros(len(manifest), dtype=bool), None
     bundle = read_bundle(path)
@@ -153,26 +180,39 @@ def _labelled_folder(asked: TestSettings, path: Path, classes: Sequence[str]) ->
 def _own_part(asked: TestSettings, path: Path) -> tuple[Manifest, np.ndarray, Manifest]:
     """One split of the data the bundle was made from, its files compared with the manifest, which of them have leaked, and all of the manifest."""
     if not (path / INFO_NAME).is_file():
-        raise CheckpointError(f"{path.name!r} does not say which images it was tested on", "give a labelled folder with --test_dir=PATH")
+        raise CheckpointError(
+            f"{path.name!r} does not say which images it was tested on", "give a labelled folder with --test_dir=PATH"
+        )
     bundle = read_bundle(path)
     root = Path(str(bundle.info.provenance.get("data_root", "")))
     split, manifest = asked.split, Manifest.read(bundle.path("manifest.csv"), root)
     part = manifest.part(split)
     if not len(part):
-        raise DataError(f"the data of {path.name!r} has no {split} part", "use --split val, or a labelled folder with --test_dir=PATH")
+        raise DataError(
+            f"the data of {path.name!r} has no {split} part",
+            "use --split val, or a labelled folder with --test_dir=PATH",
+        )
     for record in part:
         file = part.file(record)
         if not file.is_file() and not pull_missing(file, asked.dvc):
-            raise DataError(f"{str(file)!r} is gone", "run where the training data lies, or give a labelled folder with --test_dir=PATH")
+            raise DataError(
+                f"{str(file)!r} is gone",
+                "run where the training data lies, or give a labelled folder with --test_dir=PATH",
+            )
         if hashlib.sha256(file.read_bytes()).hexdigest() != record.sha256:
-            raise DataError(f"{str(file)!r} has changed since training", "restore it, or give a labelled folder with --test_dir=PATH")
+            raise DataError(
+                f"{str(file)!r} has changed since training",
+                "restore it, or give a labelled folder with --test_dir=PATH",
+            )
     return part, manifest.leaked(split) if split != "train" else np.zeros(len(part), dtype=bool), manifest
 
 
 def _baselines(asked: TestSettings, path: Path, table: PredictionTable, known: Manifest) -> tuple[Baseline, ...]:
     """The class most frequent in training, judged on the very images of the table, and what the bundle knows of its own parts."""
     codes = np.array([table.classes.index(label) for label in known.classes], dtype=np.int64)
-    simplest = baselines.most_frequent(codes[known.targets[known.indices("train")]], table.classes, {asked.split: table.targets})
+    simplest = baselines.most_frequent(
+        codes[known.targets[known.indices("train")]], table.classes, {asked.split: table.targets}
+    )
     if asked.test_dir:
         return (simplest,)
     try:

@@ -46,7 +46,9 @@ class UrlLimits:
 
     def __post_init__(self) -> None:
         if min(self.max_bytes, self.timeout_s, self.total_s) <= 0 or self.max_redirects < 0:
-            raise ConfigError("fetch.max_bytes, fetch.timeout_s and fetch.total_s must be above 0 and fetch.max_redirects at least 0")
+            raise ConfigError(
+                "fetch.max_bytes, fetch.timeout_s and fetch.total_s must be above 0 and fetch.max_redirects at least 0"
+            )
 
 
 def is_url(text: str) -> bool:
@@ -100,7 +102,9 @@ class Web:
                 raise SourceError(f"cannot be fetched ({reason_of(error)})") from error
 
     def _blocks(self, url: str, max_bytes: int, watchdog: Watchdog) -> Iterator[bytes]:
-        request = urllib.request.Request(_ascii(url), headers={"Accept-Encoding": "identity", "User-Agent": "image_classifier"})
+        request = urllib.request.Request(
+            _ascii(url), headers={"Accept-Encoding": "identity", "User-Agent": "image_classifier"}
+        )
         count = 0
         with self._opener(watchdog).open(request, timeout=self.limits.timeout_s) as answer:
             if (answer.length or 0) > max_bytes:
@@ -160,14 +164,22 @@ def is_public(address: str) -> bool:
         if within is not None:
             return is_public(str(within))
     within_a_site = found.version == 6 and found.is_site_local
-    return bool(found.is_global and not found.is_multicast and not found.is_reserved and not within_a_site and address not in _OF_CLOUDS)
+    return bool(
+        found.is_global
+        and not found.is_multicast
+        and not found.is_reserved
+        and not within_a_site
+        and address not in _OF_CLOUDS
+    )
 
 
 _NAT64 = ipaddress.ip_network("64:ff9b::/96")
 _OF_CLOUDS = {"168.63.129.16", "192.0.0.192"}  # Azure and Oracle tell a machine its secrets there
 
 
-def _connected(place: tuple[str, int], timeout: Any, source: object = None, *, watchdog: Watchdog, public: bool) -> socket.socket:
+def _connected(
+    place: tuple[str, int], timeout: Any, source: object = None, *, watchdog: Watchdog, public: bool
+) -> socket.socket:
     """A connection to one of the addresses that a name has now, all of which must be public if one must: what was checked is what is asked."""
     host, port = place
     found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
@@ -206,7 +218,9 @@ class _Https(urllib.request.HTTPSHandler):
         self.connect = connect
 
     def https_open(self, req: urllib.request.Request) -> http.client.HTTPResponse:
-        return self.do_open(functools.partial(_made, http.client.HTTPSConnection, self.connect, context=_encryption()), req)
+        return self.do_open(
+            functools.partial(_made, http.client.HTTPSConnection, self.connect, context=_encryption()), req
+        )
 
 
 def _made(kind: Any, connect: Callable[..., socket.socket], host: str, **options: Any) -> Any:

@@ -10,7 +10,16 @@ from typing import Any
 from image_classifier import settings
 from image_classifier.bundle import Bundle
 from image_classifier.errors import ConfigError, ParityError
-from image_classifier.inference.backends import BACKENDS, EXACT, NAMES, ServerAt, exported, fitting, open_backend, takes_minutes
+from image_classifier.inference.backends import (
+    BACKENDS,
+    EXACT,
+    NAMES,
+    ServerAt,
+    exported,
+    fitting,
+    open_backend,
+    takes_minutes,
+)
 from image_classifier.inference.golden import Check, Golden, checked
 from image_classifier.inference.load import pulled_bundle
 from image_classifier.inference.sealed import FILE, SealedSquares
@@ -52,9 +61,13 @@ def verify(config: Any) -> None:
     asked = settings.typed(VerifySettings, config, "")
     bundle = pulled_bundle(asked.checkpoint_name, Path(asked.models_dir), asked.dvc)
     print(f"hashes    {len(bundle.info.files)} files are as they were sealed")
-    for check in verified(bundle, [asked.backend] if asked.backend else checkable(bundle), asked.trusted_packages, asked.server):
+    for check in verified(
+        bundle, [asked.backend] if asked.backend else checkable(bundle), asked.trusted_packages, asked.server
+    ):
         difference = f"largest difference of a probability {check.largest_difference:.1e}"
-        print(f"{check.backend:<9} {check.agreement:.0%} of {check.images} golden images, {difference}, {check.milliseconds:.1f} ms an image")
+        print(
+            f"{check.backend:<9} {check.agreement:.0%} of {check.images} golden images, {difference}, {check.milliseconds:.1f} ms an image"
+        )
 
 
 def verified(
@@ -73,7 +86,9 @@ def verified(
         if check.fails(tolerance, least):
             fact = f"the backend {name} of {bundle.info.name!r} agrees on {check.agreement:.0%} of {check.images} golden images"
             mend = kind.mend if kind else f"export it again: --to {name}"
-            raise ParityError(f"{fact} and differs by up to {check.largest_difference:.2g} (allowed {tolerance:g})", mend)
+            raise ParityError(
+                f"{fact} and differs by up to {check.largest_difference:.2g} (allowed {tolerance:g})", mend
+            )
         checks.append(check)
     return checks
 
@@ -83,5 +98,11 @@ def checkable(bundle: Bundle) -> list[str]:
 
     The golden images are squares: a sealed model takes them as they are only where it crops nothing off.
     """
-    known = [name for name in fitting(bundle) if (name in EXACT or exported(bundle, name)) and not takes_minutes(bundle, name)]
-    return [*known, SEALED] if FILE in bundle.info.files and bundle.info.preprocess.get("crop_fraction", 1) == 1 else known
+    known = [
+        name
+        for name in fitting(bundle)
+        if (name in EXACT or exported(bundle, name)) and not takes_minutes(bundle, name)
+    ]
+    return (
+        [*known, SEALED] if FILE in bundle.info.files and bundle.info.preprocess.get("crop_fraction", 1) == 1 else known
+    )

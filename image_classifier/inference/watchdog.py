@@ -25,7 +25,9 @@ class Watchdog:
         threading.Thread(target=self._watch, daemon=True).start()
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self._done.set()
         with self._lock:
             for held in self._held:
@@ -34,7 +36,9 @@ class Watchdog:
 
     def hold(self, connection: socket.socket) -> None:
         """Watch this one too, which may yet have to connect and be wrapped in TLS; TimeoutError where it is too late."""
-        held = socket.socket(fileno=os.dup(connection.fileno()))  # of its own: wrapping takes the number away from the other
+        held = socket.socket(
+            fileno=os.dup(connection.fileno())
+        )  # of its own: wrapping takes the number away from the other
         with self._lock:
             self._held.append(held)
         if self.bit:

@@ -40,7 +40,9 @@ class Model:
         bundle = read_bundle(path)
         bundle.verify()
         names = [INFO_NAME, *bundle.info.files]
-        return cls(path.resolve().name, sha256_of(path / INFO_NAME), {name: (path / name).read_bytes() for name in names})
+        return cls(
+            path.resolve().name, sha256_of(path / INFO_NAME), {name: (path / name).read_bytes() for name in names}
+        )
 
     def unpacked(self, root: Path) -> Path:
         """Where it lies below `root`, once for all workers of a machine; CheckpointError where that is not what was sent."""
@@ -54,7 +56,9 @@ class Model:
             try:
                 return self._checked(folder)
             except CheckpointError as error:
-                raise CheckpointError(f"{error.fact} on {socket.gethostname()}", f"remove {str(folder)!r} there, and run again") from error
+                raise CheckpointError(
+                    f"{error.fact} on {socket.gethostname()}", f"remove {str(folder)!r} there, and run again"
+                ) from error
 
     def _checked(self, folder: Path) -> Path:
         lone = self.files.keys() != {INFO_NAME} | self.files.keys()

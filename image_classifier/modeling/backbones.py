@@ -10,7 +10,9 @@ from torch import nn
 from image_classifier.errors import CheckpointError, ConfigError
 
 
-def torchvision_backbone(name: str, weights: str | None = None, small_images: bool = False, **arguments: Any) -> nn.Module:
+def torchvision_backbone(
+    name: str, weights: str | None = None, small_images: bool = False, **arguments: Any
+) -> nn.Module:
     """Any classification network of torchvision, returning embeddings [N, D] instead of logits.
 
     `weights` is null, `DEFAULT` or a name torchvision knows; ConfigError names the networks where `name` is none. With `small_images` a
@@ -23,7 +25,10 @@ def torchvision_backbone(name: str, weights: str | None = None, small_images: bo
         raise ConfigError(f"torchvision has no network {name!r}", f"choose one of {', '.join(known)}")
     sets = models.get_model_weights(name).__members__
     if weights is not None and weights not in sets:
-        raise ConfigError(f"torchvision has no weights {weights!r} for {name}", f"choose one of {', '.join(sets)}, or a file: model.weights=PATH")
+        raise ConfigError(
+            f"torchvision has no weights {weights!r} for {name}",
+            f"choose one of {', '.join(sets)}, or a file: model.weights=PATH",
+        )
     try:
         network = models.get_model(name, weights=weights, **arguments)
     except OSError as error:
@@ -39,7 +44,9 @@ def torchvision_backbone(name: str, weights: str | None = None, small_images: bo
 def _keep_size(network: nn.Module, name: str) -> None:
     first = getattr(network, "conv1", None)
     if not isinstance(first, nn.Conv2d) or not hasattr(network, "maxpool"):
-        raise ConfigError(f"model.backbone.small_images is for ResNets, and {name} is none", "choose model.backbone.name=resnet18")
+        raise ConfigError(
+            f"model.backbone.small_images is for ResNets, and {name} is none", "choose model.backbone.name=resnet18"
+        )
     network.conv1 = nn.Conv2d(3, first.out_channels, kernel_size=3, padding=1, bias=False)
     nn.init.kaiming_normal_(network.conv1.weight, mode="fan_out", nonlinearity="relu")
     network.maxpool = nn.Identity()
@@ -55,7 +62,10 @@ def no_pretrained(name: str, error: Exception) -> CheckpointError:
 def _take_head_off(network: nn.Module, name: str) -> None:
     linears = [key for key, module in network.named_modules() if isinstance(module, nn.Linear)]
     if not linears or getattr(network, "aux_logits", False):
-        raise ConfigError(f"{name} of torchvision has no single last linear layer to replace", "choose another network or use model=timm")
+        raise ConfigError(
+            f"{name} of torchvision has no single last linear layer to replace",
+            "choose another network or use model=timm",
+        )
     network.set_submodule(linears[-1], nn.Identity())
 
 

@@ -22,7 +22,9 @@ class Classifier(nn.Module):
     scale: torch.Tensor
     shift: torch.Tensor
 
-    def __init__(self, backbone: nn.Module, head: nn.Module, mean: Sequence[float], std: Sequence[float], tta: str = "none") -> None:
+    def __init__(
+        self, backbone: nn.Module, head: nn.Module, mean: Sequence[float], std: Sequence[float], tta: str = "none"
+    ) -> None:
         super().__init__()
         if tta not in TTA:
             raise ConfigError(f"model.tta={tta} is unknown", f"use one of {', '.join(TTA)}")
@@ -55,7 +57,9 @@ class Classifier(nn.Module):
         if self.training or self.tta == "none":
             embeddings = self.embed(pixels)
             return self.classify(embeddings), embeddings.float()
-        views, weights = zip(*tta_views(pixels.float(), self.tta), strict=True)  # TensorRT cuts and joins no integers of 8 bits
+        views, weights = zip(
+            *tta_views(pixels.float(), self.tta), strict=True
+        )  # TensorRT cuts and joins no integers of 8 bits
         embeddings = self.embed(torch.cat(views))
         logits = self.classify(embeddings).unflatten(0, (len(views), -1))
         averaged = (logits * torch.tensor(weights, device=logits.device).view(-1, 1, 1)).sum(dim=0)
@@ -106,10 +110,15 @@ def check_sizes(backbone: nn.Module, sizes: Sequence[int]) -> None:
         try:
             found[size] = _num_features(backbone, size)
         except ConfigError as error:
-            raise ConfigError(f"data.progressive_sizes: {error.fact}", "choose a network that averages over places, or one size") from error
+            raise ConfigError(
+                f"data.progressive_sizes: {error.fact}", "choose a network that averages over places, or one size"
+            ) from error
     if len(set(found.values())) > 1:
         given = ", ".join(f"{features} features at {size} px" for size, features in found.items())
-        raise ConfigError(f"data.progressive_sizes: the network gives {given}", "choose a network that averages over places, or one size")
+        raise ConfigError(
+            f"data.progressive_sizes: the network gives {given}",
+            "choose a network that averages over places, or one size",
+        )
 
 
 @contextmanager

@@ -11,7 +11,14 @@ from torch import nn
 from image_classifier.errors import ConfigError
 
 _PARTS = ("conv", "norm", "activation", "pool")
-_ACTIVATIONS = {"relu": nn.ReLU, "leaky_relu": nn.LeakyReLU, "gelu": nn.GELU, "silu": nn.SiLU, "elu": nn.ELU, "tanh": nn.Tanh}
+_ACTIVATIONS = {
+    "relu": nn.ReLU,
+    "leaky_relu": nn.LeakyReLU,
+    "gelu": nn.GELU,
+    "silu": nn.SiLU,
+    "elu": nn.ELU,
+    "tanh": nn.Tanh,
+}
 
 
 class ConvNet(nn.Sequential):
@@ -52,14 +59,18 @@ class ConvNet(nn.Sequential):
         self.append(nn.Flatten())
         side = image_size >> (len(channels) if "pool" in order else 0)
         features = channels[-1] * (1 if global_pool else side * side)
-        for width, rate in zip(hidden, _per_layer(hidden_dropout, len(hidden), "model.backbone.hidden_dropout"), strict=True):
+        for width, rate in zip(
+            hidden, _per_layer(hidden_dropout, len(hidden), "model.backbone.hidden_dropout"), strict=True
+        ):
             self.append(nn.Sequential(nn.Linear(features, width), _ACTIVATIONS[activation](), *_dropout(rate)))
             features = width
 
 
 def _block(inputs: int, outputs: int, order: Sequence[str], activation: str, dropout: float) -> nn.Sequential:
     bias = order[(list(order).index("conv") + 1) % len(order)] != "norm"  # a norm right after it would cancel the bias
-    normalised = outputs if list(order).index("conv") < (list(order).index("norm") if "norm" in order else 0) else inputs
+    normalised = (
+        outputs if list(order).index("conv") < (list(order).index("norm") if "norm" in order else 0) else inputs
+    )
     parts: dict[str, Callable[[], nn.Module]] = {
         "conv": lambda: nn.Conv2d(inputs, outputs, 3, padding=1, bias=bias),
         "norm": lambda: nn.BatchNorm2d(normalised),
@@ -86,9 +97,14 @@ def _check(image_size: int, channels: Sequence[int], order: Sequence[str], activ
     if not channels:
         raise ConfigError("model.backbone.channels is empty", "give one number a block, such as [32,64,128]")
     if "conv" not in order or len(set(order)) != len(order) or not set(order) <= set(_PARTS):
-        raise ConfigError(f"model.backbone.order={list(order)} is not an order of {', '.join(_PARTS)}", "name each part once, conv always")
+        raise ConfigError(
+            f"model.backbone.order={list(order)} is not an order of {', '.join(_PARTS)}",
+            "name each part once, conv always",
+        )
     if activation not in _ACTIVATIONS:
-        raise ConfigError(f"model.backbone.activation={activation!r} is unknown", f"use one of {', '.join(_ACTIVATIONS)}")
+        raise ConfigError(
+            f"model.backbone.activation={activation!r} is unknown", f"use one of {', '.join(_ACTIVATIONS)}"
+        )
     smallest = 2 ** len(channels) if "pool" in order else 1
     if image_size < smallest:
         raise ConfigError(

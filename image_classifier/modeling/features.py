@@ -31,7 +31,11 @@ Gather = Callable[[np.ndarray], np.ndarray]
 def fingerprint(classifier: Classifier, backbone: Mapping[str, Any], precision: str) -> str:
     """What decides an embedding besides the pixels, as 64 hex digits: the network's description and weights, its normalisation, the number format."""
     digest = hashlib.sha256(json.dumps([backbone, precision], sort_keys=True, default=str).encode())
-    for name, tensor in (*classifier.backbone.state_dict().items(), ("scale", classifier.scale), ("shift", classifier.shift)):
+    for name, tensor in (
+        *classifier.backbone.state_dict().items(),
+        ("scale", classifier.scale),
+        ("shift", classifier.shift),
+    ):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
         digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
@@ -85,7 +89,12 @@ class EmbeddingStore:
 
 
 def known_embeddings(
-    classifier: Classifier, digests: np.ndarray, gather: Gather, directory: Path, precision: str = "32-true", channels_last: bool = False
+    classifier: Classifier,
+    digests: np.ndarray,
+    gather: Gather,
+    directory: Path,
+    precision: str = "32-true",
+    channels_last: bool = False,
 ) -> EmbeddingStore:
     """The store in `directory` with the embeddings of all images (sha256 uint8 [N, 32]) in it, computing only those it lacks.
 
@@ -97,7 +106,12 @@ def known_embeddings(
     with locked(directory / "lock"):
         todo = store.missing(digests)
         absent = {bytes(digest) for digest in digests[todo]}
-        log.info("embeddings: %d of %d images are in %s", sum(bytes(digest) not in absent for digest in digests), len(digests), directory)
+        log.info(
+            "embeddings: %d of %d images are in %s",
+            sum(bytes(digest) not in absent for digest in digests),
+            len(digests),
+            directory,
+        )
         for start in range(0, len(todo), _PART):
             rows = todo[start : start + _PART]
             store.add(digests[rows], np.concatenate(list(embed(classifier, rows, gather, precision, channels_last))))
@@ -105,7 +119,9 @@ def known_embeddings(
     return store
 
 
-def embed(classifier: Classifier, rows: np.ndarray, gather: Gather, precision: str = "32-true", channels_last: bool = False) -> Iterator[np.ndarray]:
+def embed(
+    classifier: Classifier, rows: np.ndarray, gather: Gather, precision: str = "32-true", channels_last: bool = False
+) -> Iterator[np.ndarray]:
     """Embeddings float32 [n, D] of the images at `rows`, batch by batch, with the network as it is in use: no dropout, no augmentation."""
     device = classifier.scale.device
     layout = torch.channels_last if channels_last else torch.contiguous_format
@@ -115,7 +131,10 @@ def embed(classifier: Classifier, rows: np.ndarray, gather: Gather, precision: s
             batch = torch.from_numpy(pixels).permute(0, 3, 1, 2).contiguous(memory_format=layout)
             embeddings = classifier.embed(batch.to(device, non_blocking=True)).float()
             if not torch.isfinite(embeddings).all():
-                raise TrainingError("the backbone answers with numbers that are not finite", "choose other weights, or precision=32-true")
+                raise TrainingError(
+                    "the backbone answers with numbers that are not finite",
+                    "choose other weights, or precision=32-true",
+                )
             yield embeddings.cpu().numpy()
 
 

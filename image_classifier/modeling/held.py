@@ -17,7 +17,9 @@ class Held(TorchFunctionMode):
     The answers stay the same. What is called inside is replaced, not the network's modules, so attention may be fused, explicit or windowed.
     """
 
-    def __torch_function__(self, function: Callable, types: Any, arguments: Sequence = (), options: dict | None = None) -> Any:
+    def __torch_function__(
+        self, function: Callable, types: Any, arguments: Sequence = (), options: dict | None = None
+    ) -> Any:
         return _HELD.get(function, function)(*arguments, **(options or {}))
 
 
@@ -43,7 +45,9 @@ def _rms_norm(tensor: Tensor, shape: Sequence[int], weight: Tensor | None = None
     return scaled if weight is None else scaled * weight
 
 
-def _layer_norm(tensor: Tensor, shape: Sequence[int], weight: Tensor | None = None, bias: Tensor | None = None, eps: float = 1e-5) -> Tensor:
+def _layer_norm(
+    tensor: Tensor, shape: Sequence[int], weight: Tensor | None = None, bias: Tensor | None = None, eps: float = 1e-5
+) -> Tensor:
     """`functional.layer_norm` over the last axes, those of `shape`."""
     scaled = _rms_norm(tensor - tensor.mean(tuple(range(-len(shape), 0)), keepdim=True), shape, weight, eps)
     return scaled if bias is None else scaled + bias
@@ -52,6 +56,9 @@ def _layer_norm(tensor: Tensor, shape: Sequence[int], weight: Tensor | None = No
 _HELD: dict[Callable, Callable] = {
     functional.layer_norm: _layer_norm,
     functional.rms_norm: _rms_norm,
-    **{function: _attention(function) for function in (functional.scaled_dot_product_attention, functional.multi_head_attention_forward)},
+    **{
+        function: _attention(function)
+        for function in (functional.scaled_dot_product_attention, functional.multi_head_attention_forward)
+    },
     **{function: _softmax(function) for function in (functional.softmax, torch.softmax, Tensor.softmax)},
 }

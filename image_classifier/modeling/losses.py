@@ -128,9 +128,13 @@ class SupervisedContrastive(nn.Module):
 
     def attach(self, num_features: int) -> None:
         """Build the neck for embeddings [N, num_features]."""
-        self.neck = nn.Sequential(nn.Linear(num_features, num_features), nn.ReLU(), nn.Linear(num_features, self.projection))
+        self.neck = nn.Sequential(
+            nn.Linear(num_features, num_features), nn.ReLU(), nn.Linear(num_features, self.projection)
+        )
 
-    def forward(self, logits: torch.Tensor, targets: torch.Tensor, embeddings: torch.Tensor | None = None) -> torch.Tensor:
+    def forward(
+        self, logits: torch.Tensor, targets: torch.Tensor, embeddings: torch.Tensor | None = None
+    ) -> torch.Tensor:
         """The loss; without embeddings (as in validation) its cross-entropy alone. ValueError for class probabilities, TypeError without neck."""
         if targets.is_floating_point():
             raise ValueError("images of a class attract one another, and a mixed image has no class")
@@ -139,7 +143,9 @@ class SupervisedContrastive(nn.Module):
             return plain
         if self.neck is None:
             raise TypeError("attach() must come before embeddings")
-        return plain + self.contrast * supervised_contrastive(*_of_all_ranks(self.neck(embeddings), targets), self.temperature)
+        return plain + self.contrast * supervised_contrastive(
+            *_of_all_ranks(self.neck(embeddings), targets), self.temperature
+        )
 
 
 def supervised_contrastive(projections: torch.Tensor, targets: torch.Tensor, temperature: float) -> torch.Tensor:
@@ -187,9 +193,13 @@ def _weights(values: Sequence[float] | None) -> torch.Tensor | None:
     try:
         weights = torch.tensor([float(value) for value in values])
     except (TypeError, ValueError) as error:
-        raise ConfigError(f"loss.weight={values} is not a list of numbers", "give one number a class, or null") from error
+        raise ConfigError(
+            f"loss.weight={values} is not a list of numbers", "give one number a class, or null"
+        ) from error
     if not len(weights) or not torch.isfinite(weights).all() or weights.min() < 0 or weights.max() == 0:
-        raise ConfigError(f"loss.weight={list(values)} cannot weigh classes", "give one number of 0 or more a class, or null")
+        raise ConfigError(
+            f"loss.weight={list(values)} cannot weigh classes", "give one number of 0 or more a class, or null"
+        )
     return weights
 
 

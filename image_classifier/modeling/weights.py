@@ -22,7 +22,19 @@ log = logging.getLogger(__name__)
 
 Tensors = Mapping[str, torch.Tensor]
 # Where training loops keep a state dict inside what they save, the averaged one first.
-_WRAPPERS = ("state_dict_ema", "model_ema", "ema_state_dict", "ema", "state_dict", "model_state_dict", "model", "module", "network", "net", "weights")
+_WRAPPERS = (
+    "state_dict_ema",
+    "model_ema",
+    "ema_state_dict",
+    "ema",
+    "state_dict",
+    "model_state_dict",
+    "model",
+    "module",
+    "network",
+    "net",
+    "weights",
+)
 _LEAST_SHARE = 0.5  # of the backbone's numbers: a file with fewer is another network's
 _NAMED = 5  # tensors of one kind that a message names
 
@@ -34,9 +46,13 @@ def read_weights(path: Path) -> dict[str, torch.Tensor]:
         CheckpointError: There is no such file, it is damaged, holds code, or no state dict.
     """
     if not path.is_file():
-        raise CheckpointError(f"there is no file {str(path)!r}", "model.weights takes a .pth, .pt, .bin, .safetensors or .ckpt")
+        raise CheckpointError(
+            f"there is no file {str(path)!r}", "model.weights takes a .pth, .pt, .bin, .safetensors or .ckpt"
+        )
     content = _read_safetensors(path) if path.suffix == ".safetensors" else _read_torch(path)
-    tensors = {key.replace("_orig_mod.", ""): value for key, value in _state_dict(content).items()}  # the mark of a compiled module
+    tensors = {
+        key.replace("_orig_mod.", ""): value for key, value in _state_dict(content).items()
+    }  # the mark of a compiled module
     if not tensors:
         raise CheckpointError(f"{str(path)!r} holds no state dict", "save the network's state_dict() in it")
     return tensors
@@ -62,11 +78,15 @@ def _read_torch(path: Path) -> Any:
         if code is None:
             raise _damaged(path, error) from error
         hint = "save the network's state_dict() alone, or as .safetensors"
-        raise CheckpointError(f"{str(path)!r} holds more than weights ({code.group(1)}), and code in it is never run", hint) from error
+        raise CheckpointError(
+            f"{str(path)!r} holds more than weights ({code.group(1)}), and code in it is never run", hint
+        ) from error
 
 
 def _damaged(path: Path, error: Exception) -> CheckpointError:
-    return CheckpointError(f"{str(path)!r} is damaged, or no file of weights ({type(error).__name__})", "copy it anew, or give another")
+    return CheckpointError(
+        f"{str(path)!r} is damaged, or no file of weights ({type(error).__name__})", "copy it anew, or give another"
+    )
 
 
 def _state_dict(content: Any) -> dict[str, torch.Tensor]:
@@ -141,7 +161,9 @@ def load_weights(classifier: Classifier, tensors: Tensors, source: str) -> None:
     classifier.backbone.load_state_dict(found.fitting, strict=False)
     log.info("weights: %d of the backbone's %d tensors from %s", len(found.fitting), len(own), source)
     for name, value in found.other_shape.items():
-        log.info("weights: %s starts anew: its shape is %s, in the file %s", name, list(own[name].shape), list(value.shape))
+        log.info(
+            "weights: %s starts anew: its shape is %s, in the file %s", name, list(own[name].shape), list(value.shape)
+        )
     if found.missing:
         log.info("weights: not in the file, so they start anew: %s", _names(found.missing))
     used = _load_head(classifier, found.left)
@@ -152,7 +174,11 @@ def load_weights(classifier: Classifier, tensors: Tensors, source: str) -> None:
 def _load_head(classifier: Classifier, left: Tensors) -> set[str]:
     """Fill the head where the file has one of its shape; returns the names of the file's head."""
     linear = last_linear(classifier.head)
-    heads = [name for name, value in left.items() if name.endswith("weight") and value.ndim == 2 and value.shape[1] == linear.in_features]
+    heads = [
+        name
+        for name, value in left.items()
+        if name.endswith("weight") and value.ndim == 2 and value.shape[1] == linear.in_features
+    ]
     if len(heads) != 1:
         log.info("weights: the head starts anew: the file has none for it")
         return set()

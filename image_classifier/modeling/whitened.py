@@ -41,7 +41,13 @@ class WhitenedNet(nn.Module):
         norm_momentum: float = 0.6,
     ) -> None:
         super().__init__()
-        if not widths or min(widths) < 1 or convolutions < (3 if residual else 1) or whitening_size < 1 or not 0 <= norm_momentum < 1:
+        if (
+            not widths
+            or min(widths) < 1
+            or convolutions < (3 if residual else 1)
+            or whitening_size < 1
+            or not 0 <= norm_momentum < 1
+        ):
             raise ConfigError(
                 "model.backbone of the whitened network is impossible",
                 "give widths such as [64,256,256], convolutions of 1 or more (3 with residual), whitening_size of 1 or more, norm_momentum below 1",
@@ -51,9 +57,14 @@ class WhitenedNet(nn.Module):
         self.whiten.weight.requires_grad_(False)
         nn.init.zeros_(self.whiten.bias)  # type: ignore[arg-type]
         self.blocks = nn.Sequential(
-            *(_Block(inputs, outputs, convolutions, residual, norm_momentum) for inputs, outputs in pairwise((2 * filters, *widths)))
+            *(
+                _Block(inputs, outputs, convolutions, residual, norm_momentum)
+                for inputs, outputs in pairwise((2 * filters, *widths))
+            )
         )
-        self.scale = math.sqrt(3 / widths[-1])  # a head as torch starts it then gives logits of standard deviation 1 / sqrt(D)
+        self.scale = math.sqrt(
+            3 / widths[-1]
+        )  # a head as torch starts it then gives logits of standard deviation 1 / sqrt(D)
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         features = self.blocks(functional.gelu(self.whiten(images)))

@@ -36,7 +36,13 @@ def _environment(folder: Path) -> jinja2.Environment:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {"number": number, "plain": plain, "printable": printable, "counted": counted, "unbroken": unbroken}
+    environment.filters |= {
+        "number": number,
+        "plain": plain,
+        "printable": printable,
+        "counted": counted,
+        "unbroken": unbroken,
+    }
     return environment
 
 

@@ -29,7 +29,11 @@ NO_PICTURE = Thumbnail()
 
 
 def thumbnail(
-    path: Path, limits: DecodeLimits = DEFAULT_LIMITS, background: tuple[int, int, int] = WHITE, side: int = THUMBNAIL, quality: int = 75
+    path: Path,
+    limits: DecodeLimits = DEFAULT_LIMITS,
+    background: tuple[int, int, int] = WHITE,
+    side: int = THUMBNAIL,
+    quality: int = 75,
 ) -> Thumbnail:
     """The picture of a file, its longer side at most `side` pixels; one of no address where the file cannot be read any more."""
     try:

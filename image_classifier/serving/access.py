@@ -52,19 +52,24 @@ class AccessSettings:
         for origin in self.cors_origins:
             if not re.fullmatch(r"https?://[^/\s*]+", origin):
                 raise ConfigError(
-                    f"access.cors_origins knows no {origin!r}", "write an origin such as https://example.org, without a path and without *"
+                    f"access.cors_origins knows no {origin!r}",
+                    "write an origin such as https://example.org, without a path and without *",
                 )
 
         for proxy in self.proxies:
             try:
                 ipaddress.ip_network(proxy)
             except ValueError as error:
-                raise ConfigError(f"access.proxies knows no {proxy!r}", "write addresses or networks: 10.0.0.7, 10.0.0.0/8") from error
+                raise ConfigError(
+                    f"access.proxies knows no {proxy!r}", "write addresses or networks: 10.0.0.7, 10.0.0.0/8"
+                ) from error
 
     def trusted_proxies(self) -> list[str]:
         """The proxies, those of IPv4 also as a socket for both kinds of addresses names them."""
         networks = [ipaddress.ip_network(proxy) for proxy in self.proxies]
-        mapped = [f"::ffff:{network.network_address}/{96 + network.prefixlen}" for network in networks if network.version == 4]
+        mapped = [
+            f"::ffff:{network.network_address}/{96 + network.prefixlen}" for network in networks if network.version == 4
+        ]
         return [*map(str, networks), *mapped]
 
     def keys(self) -> dict[bytes, str]:
@@ -75,13 +80,20 @@ class AccessSettings:
         try:
             lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
         except (OSError, UnicodeDecodeError) as error:
-            raise ConfigError(f"access.keys_file={str(path)!r} cannot be read ({getattr(error, 'strerror', None) or error})") from error
-        named = [(" ".join(name), key) for *name, key in map(str.split, lines) if key and not "".join((*name, key)).startswith("#")]
+            raise ConfigError(
+                f"access.keys_file={str(path)!r} cannot be read ({getattr(error, 'strerror', None) or error})"
+            ) from error
+        named = [
+            (" ".join(name), key)
+            for *name, key in map(str.split, lines)
+            if key and not "".join((*name, key)).startswith("#")
+        ]
         if not named:
             raise ConfigError(f"access.keys_file={str(path)!r} holds no key", "write one a line: openssl rand -hex 24")
         if any(len(key) < _LEAST_CHARACTERS or not (key.isascii() and key.isprintable()) for _, key in named):
             raise ConfigError(
-                f"a key in {str(path)!r} is shorter than {_LEAST_CHARACTERS} characters or not plain ASCII", "openssl rand -hex 24 makes one"
+                f"a key in {str(path)!r} is shorter than {_LEAST_CHARACTERS} characters or not plain ASCII",
+                "openssl rand -hex 24 makes one",
             )
         hashed = [(_hash(key.encode()), printable(name)) for name, key in named]
         return {value: name or f"key-{value.hex()[:8]}" for value, name in hashed}

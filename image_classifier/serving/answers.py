@@ -26,9 +26,17 @@ _EXPLANATIONS = 4  # at once: each asks the model more than a hundred times
 _DEADLY = "the process that reads images ended over it, more than once"
 _REFUSALS = (400, 401, 403, 404, 408, 413, 415, 422, 429, 500, 503)
 
-ModelName = Annotated[str | None, Query(alias="model", description="One of GET /models; the first of them where none is named.", max_length=300)]
-TopK = Annotated[int | None, Query(ge=1, description="How many classes all_predictions lists, the most probable ones; all where left out.")]
-Label = Annotated[str | None, Query(alias="class", description="The class to explain; the most probable one where left out.")]
+ModelName = Annotated[
+    str | None,
+    Query(alias="model", description="One of GET /models; the first of them where none is named.", max_length=300),
+]
+TopK = Annotated[
+    int | None,
+    Query(ge=1, description="How many classes all_predictions lists, the most probable ones; all where left out."),
+]
+Label = Annotated[
+    str | None, Query(alias="class", description="The class to explain; the most probable one where left out.")
+]
 
 
 async def _known_keys(request: Request) -> None:
@@ -58,7 +66,10 @@ class Parts:
 def make_router(parts: Parts) -> APIRouter:
     """The routes."""
     router = APIRouter(tags=["answers"])
-    unread = {"model": schemas.Answers | schemas.Problem, "description": "No image can be read, or the request is not as it should be"}
+    unread = {
+        "model": schemas.Answers | schemas.Problem,
+        "description": "No image can be read, or the request is not as it should be",
+    }
 
     @router.post(
         "/predict",
@@ -76,7 +87,9 @@ def make_router(parts: Parts) -> APIRouter:
         for answer in answers:
             if shown is not None and "all_predictions" in answer:
                 probabilities = answer["all_predictions"]
-                answer["all_predictions"] = dict(itertools.islice(probabilities.items(), min(shown, len(probabilities))))
+                answer["all_predictions"] = dict(
+                    itertools.islice(probabilities.items(), min(shown, len(probabilities)))
+                )
         content = {**_of(handle, request), "predictions": answers}
         return JSONResponse(content, 422 if all("error" in answer for answer in answers) else 200)
 
@@ -108,10 +121,16 @@ def make_router(parts: Parts) -> APIRouter:
 
 def _of(handle: ModelHandle, request: Request) -> dict[str, str]:
     """Whose answer it is."""
-    return {"model": handle.facts["name"], "model_version": handle.facts["version"], "request_id": request.state.request_id}
+    return {
+        "model": handle.facts["name"],
+        "model_version": handle.facts["version"],
+        "request_id": request.state.request_id,
+    }
 
 
-async def _explained(parts: Parts, handle: ModelHandle, image: Upload, label: str | None) -> tuple[str, list[list[float | None]]]:
+async def _explained(
+    parts: Parts, handle: ModelHandle, image: Upload, label: str | None
+) -> tuple[str, list[list[float | None]]]:
     if parts.explaining >= _EXPLANATIONS:
         raise Refusal(503, "queue_full", "other explanations are being made", 5.0)
     parts.explaining += 1
@@ -164,7 +183,9 @@ def room(handle: ModelHandle, images: int) -> Iterator[None]:
         raise Refusal(503, "queue_full", str(error), error.after_s) from None
 
 
-async def ask(handle: ModelHandle, head: Mapping[str, Any], content: bytes, timeout_s: float) -> tuple[dict[str, Any], bytes]:
+async def ask(
+    handle: ModelHandle, head: Mapping[str, Any], content: bytes, timeout_s: float
+) -> tuple[dict[str, Any], bytes]:
     """What the model's process answers, its troubles as refusals, but for `Deadly`."""
     try:
         return await handle.ask(head, content, timeout_s)

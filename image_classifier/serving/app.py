@@ -26,12 +26,19 @@ _CODES = {400: "bad_request", 401: "unauthorized", 403: "forbidden", 404: "not_f
 
 def make_app(parts: Parts, needs_key: bool = False) -> FastAPI:
     """The routes over these parts."""
-    app = FastAPI(title="image_classifier", version=__version__, description=schemas.ABOUT, docs_url=None, redoc_url=None)
+    app = FastAPI(
+        title="image_classifier", version=__version__, description=schemas.ABOUT, docs_url=None, redoc_url=None
+    )
     app.add_exception_handler(Refusal, _refused)
     app.add_exception_handler(HTTPException, _http)
     app.add_exception_handler(RequestValidationError, _invalid)
     app.add_exception_handler(Exception, _failed)
-    for router in (answers.make_router(parts), facts.make_cards(parts), facts.make_probes(parts), v2.make_router(parts)):
+    for router in (
+        answers.make_router(parts),
+        facts.make_cards(parts),
+        facts.make_probes(parts),
+        v2.make_router(parts),
+    ):
         app.include_router(router)
     mimetypes.add_type("text/javascript", ".js")  # what Windows' registry says may be another
     app.mount("/page", StaticFiles(directory=PAGE, check_dir=False), name="page")

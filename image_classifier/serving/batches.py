@@ -85,7 +85,12 @@ class Batches:
     """
 
     def __init__(
-        self, run: Run, asked: BatchSettings, judge: Judge | None = None, after_idle: Callable[[], None] = lambda: None, runners: int = 1
+        self,
+        run: Run,
+        asked: BatchSettings,
+        judge: Judge | None = None,
+        after_idle: Callable[[], None] = lambda: None,
+        runners: int = 1,
     ) -> None:
         self._run, self._asked, self._judge, self._after_idle = run, asked, judge, after_idle
         self._answers = ThreadPoolExecutor(1, "answers")
@@ -95,7 +100,9 @@ class Batches:
         self._row_s = 0.0
         self._free = runners
         self._ended = False
-        self._threads = [threading.Thread(target=self._loop, name=f"batches-{number}", daemon=True) for number in range(runners)]
+        self._threads = [
+            threading.Thread(target=self._loop, name=f"batches-{number}", daemon=True) for number in range(runners)
+        ]
         for thread in self._threads:
             thread.start()
 
@@ -161,7 +168,10 @@ class Batches:
     def _taken(self, waiting: deque[Work]) -> list[Work]:
         """The works of the next batch, in their order, at least one, together no more rows than `most` and than another free runner leaves."""
         chosen: list[Work] = []
-        share = max(math.ceil(_rows(waiting) / self._free), math.ceil(_WORTH_S / self._row_s) if self._row_s else self._asked.max_images)
+        share = max(
+            math.ceil(_rows(waiting) / self._free),
+            math.ceil(_WORTH_S / self._row_s) if self._row_s else self._asked.max_images,
+        )
         rows, most = 0, min(self.most(), share)
         while waiting and (not chosen or rows + len(waiting[0].pixels) <= most):
             work = waiting.popleft()
@@ -185,11 +195,15 @@ class Batches:
 
     def _judged(self, works: Sequence[Work], found: Outcome) -> None:
         """Hand out the answers, with scores where there are `looks`."""
-        looks = [work.looks if work.looks is not None else np.zeros((len(work.pixels), 0), np.float32) for work in works]
+        looks = [
+            work.looks if work.looks is not None else np.zeros((len(work.pixels), 0), np.float32) for work in works
+        ]
         width = max(table.shape[1] for table in looks)
         try:
             if width and self._judge is not None and found.embeddings is not None:
-                seen = np.concatenate([table if table.shape[1] else np.zeros((len(table), width), np.float32) for table in looks])
+                seen = np.concatenate(
+                    [table if table.shape[1] else np.zeros((len(table), width), np.float32) for table in looks]
+                )
                 found = replace(found, scores=self._judge(found.embeddings, seen))
         except Exception as error:
             found = Outcome(error=error, batch=found.batch)
@@ -205,5 +219,7 @@ def _hand_out(works: Sequence[Work], found: Outcome) -> None:
     first = 0
     for work in works:
         own = slice(first, first := first + len(work.pixels))
-        logits, embeddings, scores = (None if table is None else table[own] for table in (found.logits, found.embeddings, found.scores))
+        logits, embeddings, scores = (
+            None if table is None else table[own] for table in (found.logits, found.embeddings, found.scores)
+        )
         work.finish(Outcome(logits, embeddings, scores, found.error, found.batch))

@@ -34,7 +34,9 @@ class Operation:
 
 def rendered(description: Mapping[str, Any], needs_key: bool) -> str:
     """The page, with `ORIGIN` in place of the server's address."""
-    environment = Environment(loader=FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=StrictUndefined, trim_blocks=True)
+    environment = Environment(
+        loader=FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=StrictUndefined, trim_blocks=True
+    )
     groups: dict[str, list[Operation]] = {}
     for tag, operation in _operations(description):
         groups.setdefault(tag, []).append(operation)
@@ -50,7 +52,12 @@ def _operations(description: Mapping[str, Any]) -> Iterator[tuple[str, Operation
             answers = [(code, str(answer.get("description") or "")) for code, answer in told["responses"].items()]
             bodies = list(told.get("requestBody", {}).get("content", {}))
             shown = _example(told)
-            yield told["tags"][0], Operation(method.upper(), path, told["summary"], told.get("parameters", []), bodies, shown, command, answers)
+            yield (
+                told["tags"][0],
+                Operation(
+                    method.upper(), path, told["summary"], told.get("parameters", []), bodies, shown, command, answers
+                ),
+            )
 
 
 def _example(told: Mapping[str, Any]) -> str:

@@ -64,7 +64,11 @@ def drift(config: Any) -> None:
         raise DataError(f"{str(path)!r} holds no answer of version {version}", _elsewhere(path))
     shifts = reference.shifts(columns(rows))
     if asked.format == "json":
-        print(json.dumps({"version": version, "images": len(rows), "figures": [shift.as_dict() for shift in shifts]}, indent=2))
+        print(
+            json.dumps(
+                {"version": version, "images": len(rows), "figures": [shift.as_dict() for shift in shifts]}, indent=2
+            )
+        )
     else:
         _print(shifts, version, reference)
     if asked.fail and any(shift.drifted for shift in shifts):

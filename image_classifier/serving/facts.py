@@ -43,7 +43,12 @@ def make_cards(parts: Parts) -> APIRouter:
     async def models() -> schemas.ModelList:
         first = parts.models.first
         found = [
-            schemas.ModelState(name=one.order.name, version=one.handle.facts["version"], ready=not one.known_trouble, default=one.order.name == first)
+            schemas.ModelState(
+                name=one.order.name,
+                version=one.handle.facts["version"],
+                ready=not one.known_trouble,
+                default=one.order.name == first,
+            )
             for one in parts.models
         ]
         return schemas.ModelList(models=found)

@@ -72,7 +72,14 @@ class Fence:
         stopping: Callable[[], bool],
         paths: Callable[[], Iterable[str]],
     ) -> None:
-        self.app, self.access, self.bodies, self.tell, self.stopping, self.paths = app, access, bodies, tell, stopping, paths
+        self.app, self.access, self.bodies, self.tell, self.stopping, self.paths = (
+            app,
+            access,
+            bodies,
+            tell,
+            stopping,
+            paths,
+        )
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """One request, or the server's own start and end."""
@@ -83,7 +90,13 @@ class Fence:
             scope = {**scope, "method": "GET"}  # uvicorn leaves the content out
         given = headers.get(b"x-request-id", b"").decode("latin-1")
         state = scope.setdefault("state", {})
-        state.update(request_id=given if _ID.fullmatch(given) else uuid.uuid4().hex, images=0, received=0, key="", share=Share(self.bodies.memory))
+        state.update(
+            request_id=given if _ID.fullmatch(given) else uuid.uuid4().hex,
+            images=0,
+            received=0,
+            key="",
+            share=Share(self.bodies.memory),
+        )
         answer = _Answer(send, state["request_id"], self.access.cors(headers), is_v2(scope["path"]))
         client = (scope.get("client") or ("unknown", 0))[0][:_CLIENT_CHARACTERS]
         start = time.monotonic()
@@ -156,7 +169,11 @@ class Fence:
             nonlocal delivered
             if not delivered:
                 delivered = True
-                return {"type": "http.request", "body": b"", "more_body": False}  # routes take it from the state, without a copy
+                return {
+                    "type": "http.request",
+                    "body": b"",
+                    "more_body": False,
+                }  # routes take it from the state, without a copy
             await gone.wait()
             return {"type": "http.disconnect"}
 
@@ -222,7 +239,16 @@ class _Answer:
             own = {name for name, _ in event["headers"]}
             fixed = [pair for pair in HEADERS if pair[0] not in own]
             stored = [] if b"cache-control" in own else [(b"cache-control", b"no-store")]
-            event = {**event, "headers": [*event["headers"], *fixed, *stored, *self._cors, (b"x-request-id", self.request_id.encode())]}
+            event = {
+                **event,
+                "headers": [
+                    *event["headers"],
+                    *fixed,
+                    *stored,
+                    *self._cors,
+                    (b"x-request-id", self.request_id.encode()),
+                ],
+            }
         await self._send(event)
         self.complete = event["type"] == "http.response.body" and not event.get("more_body", False)
 

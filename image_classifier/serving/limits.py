@@ -55,7 +55,9 @@ class RequestLimits:
             if not 0 < value < float("inf"):
                 raise ConfigError(f"request.{name} must be above 0, not {value}")
         if self.max_memory < self.max_bytes:
-            raise ConfigError(f"request.max_memory={self.max_memory} is less than one body of request.max_bytes={self.max_bytes}")
+            raise ConfigError(
+                f"request.max_memory={self.max_memory} is less than one body of request.max_bytes={self.max_bytes}"
+            )
 
 
 class Refusal(Exception):  # it is an answer

@@ -26,7 +26,9 @@ class Lines:
         self._waiting: queue.Queue[str | None] = queue.Queue(_MOST)
         self._left_out = 0
         self._failed = False
-        self._thread = threading.Thread(target=self._loop, name=what, daemon=True)  # whoever holds up a line does not hold up the end
+        self._thread = threading.Thread(
+            target=self._loop, name=what, daemon=True
+        )  # whoever holds up a line does not hold up the end
         self._thread.start()
 
     def put(self, line: str) -> None:
@@ -51,7 +53,9 @@ class Lines:
                 self._write(line)
             except (OSError, ValueError) as error:  # a closed stream is a ValueError
                 if not self._failed:
-                    log.warning("%s: a line cannot be written (%s)", self._what, getattr(error, "strerror", None) or error)
+                    log.warning(
+                        "%s: a line cannot be written (%s)", self._what, getattr(error, "strerror", None) or error
+                    )
                 self._failed = True
                 continue
             if self._left_out:
@@ -85,7 +89,11 @@ class Aside(io.TextIOBase):
 def logging_aside() -> Iterator[Aside]:
     """Let what is logged to standard error be written by a thread of its own while the block runs, and give that stream."""
     stream = Aside(_STANDARD_ERROR)
-    handlers = [handler for handler in logging.getLogger().handlers if isinstance(handler, logging.StreamHandler) and handler.stream is sys.stderr]
+    handlers = [
+        handler
+        for handler in logging.getLogger().handlers
+        if isinstance(handler, logging.StreamHandler) and handler.stream is sys.stderr
+    ]
     for handler in handlers:
         handler.setStream(stream)
     try:

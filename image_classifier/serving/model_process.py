@@ -64,7 +64,9 @@ class ModelProcess:
         self.model, self.predictor, self._send, self._errors = model, model.predictor, send, errors
         self._judge = None if self.predictor.detector is None else self.predictor.detector.scores
         runners = getattr(self.predictor.backend, "callers", 1)
-        self.batches = Batches(self._run, order.batch, self._judge, lambda: send(wire.packed({"id": _NOBODY})), runners)  # a sign of life
+        self.batches = Batches(
+            self._run, order.batch, self._judge, lambda: send(wire.packed({"id": _NOBODY})), runners
+        )  # a sign of life
         self._decoders = ThreadPoolExecutor(cores(), "decode")
         self._explainer = ThreadPoolExecutor(1, "decode-to-explain")
         self._budget = PixelBudget(order.limits.max_pixels)
@@ -83,7 +85,9 @@ class ModelProcess:
             for thread, since in list(self._busy.items()):
                 limit = decode_s if thread.startswith("decode") else hang_s
                 if now - since > limit:
-                    self._errors.write(f"the thread {thread} is at one thing for more than {limit:g} s: the process ends\n")
+                    self._errors.write(
+                        f"the thread {thread} is at one thing for more than {limit:g} s: the process ends\n"
+                    )
                     self._errors.end()
                     os._exit(_HUNG)
 
@@ -142,7 +146,15 @@ class ModelProcess:
                 return
             pixels = self._read(body)[None]
             seen = None if self._judge is None else looks(pixels)
-            self.batches.put(Work(pixels, lambda found: self._predict(number, name, found), seen is not None, self._wanted(number), seen))
+            self.batches.put(
+                Work(
+                    pixels,
+                    lambda found: self._predict(number, name, found),
+                    seen is not None,
+                    self._wanted(number),
+                    seen,
+                )
+            )
         except UnreadableImage as error:
             self._answer(number, {"answer": {"path": name, "error": error.reason}})
         except Exception as error:
@@ -178,7 +190,9 @@ class ModelProcess:
                 return self._fail(number, found.error or RuntimeError("no logits"))
             tables = [found.logits, found.embeddings] if embeddings and found.embeddings is not None else [found.logits]
             content = b"".join(np.ascontiguousarray(table, np.float32).tobytes() for table in tables)
-            return self._answer(number, {"shapes": [list(table.shape) for table in tables], "batch": found.batch}, content)
+            return self._answer(
+                number, {"shapes": [list(table.shape) for table in tables], "batch": found.batch}, content
+            )
 
         self.batches.put(Work(pixels, finish, embeddings, self._wanted(number)))
 
@@ -187,12 +201,16 @@ class ModelProcess:
         number, pixels = head["id"], self.model.golden_pixels()
 
         def finish(found: Outcome) -> None:
-            reason = str(found.error) if found.error is not None or found.logits is None else self.model.wrong(found.logits)
+            reason = (
+                str(found.error) if found.error is not None or found.logits is None else self.model.wrong(found.logits)
+            )
             self._answer(number, {"failed": reason} if reason else {})
 
         def decode() -> None:
             try:
-                self.predictor.preprocess.read(_png(pixels[0]), self.predictor.limits)  # without a budget, which large pictures may hold
+                self.predictor.preprocess.read(
+                    _png(pixels[0]), self.predictor.limits
+                )  # without a budget, which large pictures may hold
                 self.batches.put(Work(pixels, finish), "urgent")
             except Exception as error:
                 self._fail(number, error)
@@ -208,9 +226,15 @@ class ModelProcess:
         number = head["id"]
         try:
             size = read_size(body, self.predictor.limits)
-            found = heat_of(self._read(body), head.get("class"), self.predictor, self._soon, lambda: number in self._gone)
+            found = heat_of(
+                self._read(body), head.get("class"), self.predictor, self._soon, lambda: number in self._gone
+            )
             grid = found.over(self.predictor.preprocess, size)
-            self._answer(number, {"class": found.label, "shape": list(grid.shape)}, np.ascontiguousarray(grid, np.float32).tobytes())
+            self._answer(
+                number,
+                {"class": found.label, "shape": list(grid.shape)},
+                np.ascontiguousarray(grid, np.float32).tobytes(),
+            )
         except UnreadableImage as error:
             self._answer(number, {"unreadable": error.reason})
         except Exception as error:

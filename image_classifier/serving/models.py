@@ -148,7 +148,10 @@ class _Refused:
 
     @classmethod
     def again(cls, version: str, before: _Refused | None, every_s: float) -> _Refused:
-        pause_s = min(_LONGEST_PAUSE_S, 2 * before.pause_s if before is not None and before.version == version else max(1.0, every_s))
+        pause_s = min(
+            _LONGEST_PAUSE_S,
+            2 * before.pause_s if before is not None and before.version == version else max(1.0, every_s),
+        )
         return cls(version, pause_s, time.monotonic() + pause_s)
 
 
@@ -198,7 +201,9 @@ class Reloader:
             try:
                 await self._models.reload(name, replace(served.order, path=str(path)))
             except ClassifierError:
-                if await asyncio.to_thread(version_of, path) == version:  # else it is still being written, and looked at again
+                if (
+                    await asyncio.to_thread(version_of, path) == version
+                ):  # else it is still being written, and looked at again
                     self._refused[name] = _Refused.again(version, refused, self._every_s)
                 raise
         except (ClassifierError, OSError) as error:

@@ -25,17 +25,33 @@ Drift = tuple[str, str, float, float, int]
 class Metrics:
     """The figures, in a registry of their own."""
 
-    def __init__(self, gauges: Callable[[], Iterable[tuple[str, dict[str, float]]]], drift: Callable[[], Iterable[Drift]]) -> None:
+    def __init__(
+        self, gauges: Callable[[], Iterable[tuple[str, dict[str, float]]]], drift: Callable[[], Iterable[Drift]]
+    ) -> None:
         self.registry = CollectorRegistry()
         own: dict[str, Any] = {"registry": self.registry, "namespace": "image_classifier"}
-        self.requests = Counter("requests", "Requests by route, method and status", ["route", "method", "status"], **own)
-        self.seconds = Histogram("request_seconds", "Seconds from the head of a request to the end of its answer", ["route"], buckets=_SECONDS, **own)
+        self.requests = Counter(
+            "requests", "Requests by route, method and status", ["route", "method", "status"], **own
+        )
+        self.seconds = Histogram(
+            "request_seconds",
+            "Seconds from the head of a request to the end of its answer",
+            ["route"],
+            buckets=_SECONDS,
+            **own,
+        )
         self.received = Counter("received_bytes", "Bytes of all bodies", **own)
-        self.batch = Histogram("batch_images", "Images that were run together, counted for each of them", ["model"], buckets=_SIZES, **own)
-        self.labels = Counter("predictions", "Answers by their most probable class", ["model", "version", "label"], **own)
+        self.batch = Histogram(
+            "batch_images", "Images that were run together, counted for each of them", ["model"], buckets=_SIZES, **own
+        )
+        self.labels = Counter(
+            "predictions", "Answers by their most probable class", ["model", "version", "label"], **own
+        )
         self.abstentions = Counter("abstentions", "Answers that are no label", ["model", "version"], **own)
         self.unreadable = Counter("unreadable_images", "Images without an answer", ["model"], **own)
-        self.confidence = Histogram("confidence", "Probability of the most probable class", ["model"], buckets=_SHARES, **own)
+        self.confidence = Histogram(
+            "confidence", "Probability of the most probable class", ["model"], buckets=_SHARES, **own
+        )
         self.up = Gauge("up_since_seconds", "When the server started, seconds since 1970", **own)
         self.up.set(time.time())
         self._gauges, self._drift = gauges, drift
@@ -49,11 +65,18 @@ class Metrics:
             "ready": "1 where the last canary was answered",
             "restarts": "How often the model's process had to be started again",
         }
-        families = {name: GaugeMetricFamily(f"image_classifier_{name}", text, labels=["model"]) for name, text in help_text.items()}
+        families = {
+            name: GaugeMetricFamily(f"image_classifier_{name}", text, labels=["model"])
+            for name, text in help_text.items()
+        }
         for model, values in self._gauges():
             for name, value in values.items():
                 families[name].add_metric([model], value)
-        told = {"drift_distance": "Of the traffic from val, 0 to 1", "drift_limit": "Above it they are not alike", "drift_images": "Compared"}
+        told = {
+            "drift_distance": "Of the traffic from val, 0 to 1",
+            "drift_limit": "Above it they are not alike",
+            "drift_images": "Compared",
+        }
         for name, text in told.items():
             families[name] = GaugeMetricFamily(f"image_classifier_{name}", text, labels=["model", "figure"])
         for model, figure, *numbers in self._drift():

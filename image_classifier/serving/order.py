@@ -47,7 +47,13 @@ class Order:
     @classmethod
     def from_dict(cls, plain: Mapping[str, Any]) -> Order:
         """What `as_dict` described."""
-        kinds = {"server": ServerAt, "decision": DecisionSettings, "limits": DecodeLimits, "batch": BatchSettings, "trusted": tuple}
+        kinds = {
+            "server": ServerAt,
+            "decision": DecisionSettings,
+            "limits": DecodeLimits,
+            "batch": BatchSettings,
+            "trusted": tuple,
+        }
         return cls(**{key: _made(kinds[key], value) if key in kinds else value for key, value in plain.items()})
 
 
@@ -75,7 +81,16 @@ class Model:
         """The model of an order; errors as `load_predictor`."""
         path = Path(order.path)
         version = version_of(path)
-        found = load_predictor(path, order.backend, 1, order.trusted, order.limits, order.decision, order.server, min(order.batch.at_once, cores()))
+        found = load_predictor(
+            path,
+            order.backend,
+            1,
+            order.trusted,
+            order.limits,
+            order.decision,
+            order.server,
+            min(order.batch.at_once, cores()),
+        )
         bundle = read_bundle(path) if path.is_dir() else None
         golden = Golden.of(bundle) if bundle is not None and (path / "golden.npz").is_file() else None
         return cls(order, replace(found, threshold=order.threshold), version, bundle, golden)
@@ -87,7 +102,9 @@ class Model:
 
     def golden_pixels(self) -> np.ndarray:
         """One image uint8 [1, 3, S, S] whose answer is known, or a grey one."""
-        return self.golden.pixels[:1] if self.golden is not None else np.full((1, 3, self.side, self.side), 128, np.uint8)
+        return (
+            self.golden.pixels[:1] if self.golden is not None else np.full((1, 3, self.side, self.side), 128, np.uint8)
+        )
 
     def wrong(self, logits: np.ndarray) -> str:
         """Why these logits [1, C] cannot be the model's for `golden_pixels`; "" where they can."""
@@ -97,7 +114,11 @@ class Model:
             return ""
         found, due = (softmax(values, self.predictor.temperature) for values in (logits, self.golden.logits[:1]))
         difference = float(np.abs(found - due).max())
-        return "" if difference <= self._tolerance() else f"the model answers a known image otherwise than its bundle (difference {difference:.2g})"
+        return (
+            ""
+            if difference <= self._tolerance()
+            else f"the model answers a known image otherwise than its bundle (difference {difference:.2g})"
+        )
 
     def _tolerance(self) -> float:
         name = self.predictor.backend_name
@@ -108,7 +129,11 @@ class Model:
     def facts(self) -> dict[str, Any]:
         """The model's card, and what the server must know to ask it."""
         decision = self.predictor.decision
-        limits = {"max_bytes": self.order.limits.max_bytes, "max_pixels": self.order.limits.max_pixels, "formats": list(self.order.limits.formats)}
+        limits = {
+            "max_bytes": self.order.limits.max_bytes,
+            "max_pixels": self.order.limits.max_pixels,
+            "formats": list(self.order.limits.formats),
+        }
         info = None if self.bundle is None else self.bundle.info
         return {
             "name": self.order.name,
@@ -118,11 +143,17 @@ class Model:
             "image_size": self.side,
             "temperature": self.predictor.temperature,
             "threshold": self.predictor.threshold,
-            "decision": None if decision is None else {key: getattr(decision, key) for key in ("threshold", "ood_limit", "set_level", "note")},
+            "decision": None
+            if decision is None
+            else {key: getattr(decision, key) for key in ("threshold", "ood_limit", "set_level", "note")},
             "embeddings": hasattr(self.predictor.backend, "logits_and_embeddings"),
             "limits": limits,
             "reference": {} if info is None else info.decision,
-            **({} if info is None else {"metrics": info.metrics, "intervals": info.intervals, "provenance": info.provenance}),
+            **(
+                {}
+                if info is None
+                else {"metrics": info.metrics, "intervals": info.intervals, "provenance": info.provenance}
+            ),
         }
 
 

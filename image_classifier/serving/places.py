@@ -75,11 +75,16 @@ class InRegistry:
         """
         if find_spec("mlflow") is None:
             fact = f"models:/{self.name}@{self.alias} needs the package mlflow, which is not installed here"
-            raise ConfigError(fact, "pip install mlflow, or download the bundle elsewhere and name its folder (docs/deployment.md, An alias)")
+            raise ConfigError(
+                fact,
+                "pip install mlflow, or download the bundle elsewhere and name its folder (docs/deployment.md, An alias)",
+            )
         from image_classifier.tracking import download, registered_version
 
         _, source = registered_version(self.tracking_uri, self.name, self.alias)
-        place = self.cache / hashlib.sha256(source.encode()).hexdigest()[:32]  # where it lies names the run that wrote it
+        place = (
+            self.cache / hashlib.sha256(source.encode()).hexdigest()[:32]
+        )  # where it lies names the run that wrote it
         if not (place / INFO_NAME).is_file():
             with storage_errors(place):
                 self.cache.mkdir(parents=True, exist_ok=True)
@@ -87,7 +92,9 @@ class InRegistry:
                     self._clear(Path(folder).stat().st_mtime)
                     bundle = download(self.tracking_uri, source, Path(folder)) / _INSIDE
                     if not (bundle / INFO_NAME).is_file():
-                        raise CheckpointError(f"{self.name}@{self.alias} holds no bundle", "register one: python commands.py promote NAME")
+                        raise CheckpointError(
+                            f"{self.name}@{self.alias} holds no bundle", "register one: python commands.py promote NAME"
+                        )
                     shutil.rmtree(place, ignore_errors=True)
                     os.rename(bundle, place)
         return place

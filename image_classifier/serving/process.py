@@ -72,7 +72,9 @@ class Started:
         line = [sys.executable, "-m", "image_classifier.serving.model_process", str(other.fileno())]
         # A session of its own: Ctrl-C is for the server, which ends it when the last answer is out.
         environment = {**_ENVIRONMENT, **os.environ, "PYTHONPATH": path}
-        self.process = subprocess.Popen(line, pass_fds=[other.fileno()], start_new_session=True, stdin=subprocess.DEVNULL, env=environment)
+        self.process = subprocess.Popen(
+            line, pass_fds=[other.fileno()], start_new_session=True, stdin=subprocess.DEVNULL, env=environment
+        )
         other.close()
         self.connection.sendall(wire.packed(order))
 
@@ -154,7 +156,9 @@ class ModelHandle:
         finally:
             self._rows -= images
 
-    async def ask(self, head: Mapping[str, Any], body: bytes = b"", timeout_s: float = 30.0, again: bool = True) -> wire.Message:
+    async def ask(
+        self, head: Mapping[str, Any], body: bytes = b"", timeout_s: float = 30.0, again: bool = True
+    ) -> wire.Message:
         """The answer to one message, which is asked `again` where the process dies before it.
 
         Raises:
@@ -167,7 +171,9 @@ class ModelHandle:
             raise ServerError("its process is being started again")
         self._last += 1
         number = self._last
-        pending = _Pending(asyncio.get_running_loop().create_future(), wire.head_of({**head, "id": number}, body), body, again)
+        pending = _Pending(
+            asyncio.get_running_loop().create_future(), wire.head_of({**head, "id": number}, body), body, again
+        )
         self._pending[number] = pending
         try:
             async with asyncio.timeout(timeout_s):
@@ -204,7 +210,10 @@ class ModelHandle:
         await self._kill()
         if first is None:
             code = self.started.process.returncode
-            raise ServerError(f"the process of the model {self.name!r} ended with {code} before it was ready", "its own words are above")
+            raise ServerError(
+                f"the process of the model {self.name!r} ended with {code} before it was ready",
+                "its own words are above",
+            )
         raise ClassifierError(*first[0]["refused"])
 
     async def _watch(self) -> None:
@@ -237,7 +246,9 @@ class ModelHandle:
 
     async def _replace(self) -> None:
         await self._kill()
-        log.error("the process of the model %s ended with %s, another is started", self.name, self.started.process.returncode)
+        log.error(
+            "the process of the model %s ended with %s, another is started", self.name, self.started.process.returncode
+        )
         self.starting = True
         suspects = [pending for pending in self._pending.values() if pending.again and pending.attempts]
         self._calm.clear()
@@ -286,8 +297,16 @@ class ModelHandle:
     async def _kill_when_hung(self) -> None:
         while True:
             await asyncio.sleep(min(1.0, self.hang_s / 4))
-            if not self.starting and self._silent_since is not None and time.monotonic() - self._silent_since > self.hang_s:
-                log.error("the process of the model %s owes answers and gave none for %g s: it is killed", self.name, self.hang_s)
+            if (
+                not self.starting
+                and self._silent_since is not None
+                and time.monotonic() - self._silent_since > self.hang_s
+            ):
+                log.error(
+                    "the process of the model %s owes answers and gave none for %g s: it is killed",
+                    self.name,
+                    self.hang_s,
+                )
                 self._silent_since = None
                 with suppress(ProcessLookupError):
                     self.started.process.kill()

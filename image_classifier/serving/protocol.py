@@ -21,7 +21,9 @@ from image_classifier.serving.limits import Refusal, RequestLimits
 log = logging.getLogger(__name__)
 
 _BACKLOG = 128  # connections that are accepted at once, before any of them can be refused
-_OTHER_FILES = 3 * _BACKLOG + 64  # three rounds of the loop lie between accepting and closing; models, logs, the listening socket
+_OTHER_FILES = (
+    3 * _BACKLOG + 64
+)  # three rounds of the loop lie between accepting and closing; models, logs, the listening socket
 _UNREAD_S = 20.0  # in which a client must read some of its answer
 _LEAST_READ = 2**14  # bytes; less is nothing
 _MOST_HEAD = 2**15  # bytes
@@ -79,7 +81,9 @@ class PatientProtocol(H11Protocol):
 
     def on_response_complete(self) -> None:
         super().on_response_complete()
-        if self.cycle.response_complete and self.conn.trailing_data[0] and self._head is None:  # half a head came with the request before
+        if (
+            self.cycle.response_complete and self.conn.trailing_data[0] and self._head is None
+        ):  # half a head came with the request before
             self._head = self.loop.call_later(self.headers_s, self._late)
         self._close_in_time()
 
@@ -123,7 +127,9 @@ class PatientProtocol(H11Protocol):
             self.cycle.message_event.set()
         if self.conn.our_state in (h11.IDLE, h11.SEND_RESPONSE):
             request_id = uuid.uuid4().hex
-            content, headers = said(Refusal(400, "bad_request", "this is no HTTP request that can be read"), request_id, False)
+            content, headers = said(
+                Refusal(400, "bad_request", "this is no HTTP request that can be read"), request_id, False
+            )
             head = [
                 *headers,
                 *HEADERS,
@@ -132,7 +138,11 @@ class PatientProtocol(H11Protocol):
                 (b"connection", b"close"),
             ]
             with suppress(h11.LocalProtocolError):  # an answer to HEAD has no content
-                for event in (h11.Response(status_code=400, headers=head, reason=b"Bad Request"), h11.Data(data=content), h11.EndOfMessage()):
+                for event in (
+                    h11.Response(status_code=400, headers=head, reason=b"Bad Request"),
+                    h11.Data(data=content),
+                    h11.EndOfMessage(),
+                ):
                     self.transport.write(self.conn.send(event) or b"")
         self.transport.close()
         self._close_in_time()
@@ -156,7 +166,11 @@ def _queued(transport: asyncio.Transport) -> int:
 
 def arguments(limits: RequestLimits) -> dict[str, Any]:
     """What uvicorn's Config is told so that it makes such connections."""
-    kind = type("Patient", (PatientProtocol,), {"headers_s": limits.headers_s, "max_connections": _possible(limits.max_connections)})
+    kind = type(
+        "Patient",
+        (PatientProtocol,),
+        {"headers_s": limits.headers_s, "max_connections": _possible(limits.max_connections)},
+    )
     return {"http": kind, "timeout_keep_alive": max(1, round(limits.keep_alive_s)), "ws": "none", "backlog": _BACKLOG}
 
 
@@ -170,5 +184,10 @@ def _possible(connections: int) -> int:
     if soft >= needed or soft == resource.RLIM_INFINITY:
         return connections
     found = max(soft // 4, soft - _OTHER_FILES)
-    log.warning("request.max_connections=%d is %d here: the system allows this process %d open files (ulimit -n)", connections, found, soft)
+    log.warning(
+        "request.max_connections=%d is %d here: the system allows this process %d open files (ulimit -n)",
+        connections,
+        found,
+        soft,
+    )
     return found

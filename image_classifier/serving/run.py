@@ -81,7 +81,9 @@ class ServeSettings:
         if not 0 <= self.threshold <= 1:
             raise ConfigError(f"threshold={self.threshold} cannot be", "it is a confidence from 0 to 1, such as 0.8")
         if self.queue < self.request.max_images:
-            raise ConfigError(f"queue={self.queue} is less than one request of request.max_images={self.request.max_images}")
+            raise ConfigError(
+                f"queue={self.queue} is less than one request of request.max_images={self.request.max_images}"
+            )
         if min(self.canary_s, self.hang_s, self.drain_s) <= 0 or self.reload_s < 0:
             raise ConfigError("canary_s, hang_s and drain_s must be above 0, reload_s at least 0")
         if self.hang_s <= self.canary_s:
@@ -111,7 +113,9 @@ def serve(config: Any) -> None:
     asked = settings.typed(ServeSettings, config, "")
     access = Access(asked.access, asked.host)
     with contextlib.ExitStack() as stack:
-        stack.callback(signal.signal, signal.SIGHUP, signal.signal(signal.SIGHUP, signal.SIG_IGN))  # until there is something to look at again
+        stack.callback(
+            signal.signal, signal.SIGHUP, signal.signal(signal.SIGHUP, signal.SIG_IGN)
+        )  # until there is something to look at again
         listening = stack.enter_context(_listening(asked.host, asked.port))
         if not access.needs_key and not is_loopback(asked.host):
             log.warning("everyone who can reach %s may ask: access.keys_file=FILE asks for a key", asked.host)
@@ -145,7 +149,9 @@ def _places(asked: ServeSettings) -> dict[str, Place]:
         place = place_of(where, Path(asked.models_dir), asked.dvc, asked.tracking_uri)
         name = served_name(given or place.name)
         if name in places:
-            raise ConfigError(f"two models would be served as {name!r}", "give the other its own name: models.NAME=CHECKPOINT")
+            raise ConfigError(
+                f"two models would be served as {name!r}", "give the other its own name: models.NAME=CHECKPOINT"
+            )
         places[name] = place
     return places
 
@@ -154,16 +160,22 @@ def _places(asked: ServeSettings) -> dict[str, Place]:
 def _listening(host: str, port: int) -> Iterator[socket.socket]:
     """A socket that listens; ConfigError where it cannot."""
     try:
-        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
+        family, kind, protocol, _, address = socket.getaddrinfo(
+            host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+        )[0]
         found = socket.socket(family, kind, protocol)
     except OSError as error:
-        raise ConfigError(f"host={host!r} is no address of this machine ({error.strerror})", "use 127.0.0.1, or 0.0.0.0 for all") from error
+        raise ConfigError(
+            f"host={host!r} is no address of this machine ({error.strerror})", "use 127.0.0.1, or 0.0.0.0 for all"
+        ) from error
     with found:
         found.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             found.bind(address)
         except OSError as error:
-            raise ConfigError(f"cannot listen at {host}:{port} ({error.strerror})", "choose another --port, 0 takes one that is free") from error
+            raise ConfigError(
+                f"cannot listen at {host}:{port} ({error.strerror})", "choose another --port, 0 takes one that is free"
+            ) from error
         yield found
 
 

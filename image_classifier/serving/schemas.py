@@ -7,7 +7,9 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-ABOUT = "What images show. Send pictures, get their class, how sure that is, and whether the answer should be held back."
+ABOUT = (
+    "What images show. Send pictures, get their class, how sure that is, and whether the answer should be held back."
+)
 
 
 class _Model(BaseModel):
@@ -56,7 +58,9 @@ class Prediction(_Model):
     all_predictions: dict[str, float] = Field(description="Probability of each class, the most probable first.")
     decision: Literal["label", "abstain"]
     reason: str
-    prediction_set: list[str] | None = Field(description="The classes that it may be; null where the model does not know that of itself.")
+    prediction_set: list[str] | None = Field(
+        description="The classes that it may be; null where the model does not know that of itself."
+    )
 
 
 class Unreadable(_Model):
@@ -196,7 +200,11 @@ def _body(images: dict[str, Any], example: dict[str, Any], of_form: dict[str, An
 _FILE = {"type": "string", "format": "binary"}
 _PNG = "iVBORw0KGgoAAAANSUhEUgAAAAgAAAAICAIAAABLbSncAAAAFUlEQVR42mM8UaHBgA0wMeAAg1MCAB4nAXgllso1AAAAAElFTkSuQmCC"
 _ONE = {"images": [{"name": "garden.png", "base64": _PNG}]}
-IMAGES_BODY = _body({"type": "array", "minItems": 1, "items": _FILE}, {**_ONE, "top_k": 3}, {"images": ["(a file)", "(another)"], "top_k": 3})
+IMAGES_BODY = _body(
+    {"type": "array", "minItems": 1, "items": _FILE},
+    {**_ONE, "top_k": 3},
+    {"images": ["(a file)", "(another)"], "top_k": 3},
+)
 IMAGE_BODY = _body(_FILE, _ONE, {"images": "(a file)"})
 _WHOSE = {"model": "flowers", "model_version": "3fa9c1d2b04e", "request_id": "0b0c6f7e5a1d4d0c9d3a1f2b3c4d5e6f"}
 _PREDICTION = {

@@ -30,16 +30,27 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 
-def make_fence(asked: ServeSettings, access: Access, models: Models, traffic: Traffic, log_to: Writes, stopping: Callable[[], bool]) -> Fence:
+def make_fence(
+    asked: ServeSettings, access: Access, models: Models, traffic: Traffic, log_to: Writes, stopping: Callable[[], bool]
+) -> Fence:
     """All routes and what stands around them."""
     uploads = Uploads(asked.request, Web(asked.fetch) if asked.fetch.enabled else None, asked.limits.max_bytes)
     metrics = Metrics(lambda: _gauges(models), lambda: _drift(models, traffic))
     app = make_app(Parts(models, uploads, metrics, traffic, asked.request, asked.fetch.enabled), access.needs_key)
     hear = (metrics.seen, RequestLog(log_to)) if asked.request_log else (metrics.seen,)
-    return Fence(app, access, Bodies(asked.request), lambda seen: [one(seen) for one in hear], stopping, lambda: app.openapi()["paths"])
+    return Fence(
+        app,
+        access,
+        Bodies(asked.request),
+        lambda seen: [one(seen) for one in hear],
+        stopping,
+        lambda: app.openapi()["paths"],
+    )
 
 
-async def serve_until(told: Told, asked: ServeSettings, fence: Fence, models: Models, reloader: Reloader, listening: socket.socket) -> None:
+async def serve_until(
+    told: Told, asked: ServeSettings, fence: Fence, models: Models, reloader: Reloader, listening: socket.socket
+) -> None:
     """Serve at a socket that listens, until `told` to end."""
     server = _Server(_config(asked, fence), lambda: _say(models, listening))
 
@@ -55,7 +66,12 @@ async def serve_until(told: Told, asked: ServeSettings, fence: Fence, models: Mo
             return
         tasks = [
             group.create_task(work)
-            for work in (reloader.run(), _reread(fence.access, asked.reload_s), models.keep_asking(), _end(server, told.ended))
+            for work in (
+                reloader.run(),
+                _reread(fence.access, asked.reload_s),
+                models.keep_asking(),
+                _end(server, told.ended),
+            )
         ]
         await server.serve([listening])
         told.ended.set()
@@ -141,6 +157,12 @@ def _say(models: Models, listening: socket.socket) -> None:
     host, port = listening.getsockname()[:2]
     for served in models:
         facts = served.handle.facts
-        log.info("model     %s %s, %d classes, backend %s", facts["name"], facts["version"], len(facts["classes"]), facts["backend"])
+        log.info(
+            "model     %s %s, %d classes, backend %s",
+            facts["name"],
+            facts["version"],
+            len(facts["classes"]),
+            facts["backend"],
+        )
     shown = f"[{host}]" if ":" in host else host
     print(f"serving   http://{shown}:{port}", flush=True)

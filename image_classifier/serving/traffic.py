@@ -73,8 +73,16 @@ class Traffic:
             yield shift.figure, shift.distance, shift.limit, shift.images
 
     def _keep(self, path: Path, version: str, answer: Mapping[str, Any], ood_score: float | None) -> None:
-        line = {"time": round(time.time(), 3), "version": version, "label": answer["predicted_class"], "decision": answer["decision"]}
-        line |= {"confidence": round(answer["confidence"], 6), "ood_score": None if ood_score is None else round(ood_score, 4)}
+        line = {
+            "time": round(time.time(), 3),
+            "version": version,
+            "label": answer["predicted_class"],
+            "decision": answer["decision"],
+        }
+        line |= {
+            "confidence": round(answer["confidence"], 6),
+            "ood_score": None if ood_score is None else round(ood_score, 4),
+        }
         if path.name not in self._lines:
             self._lines[path.name] = Lines(f"drift: {path}", partial(self._write, path))
         self._lines[path.name].put(json.dumps(line, ensure_ascii=False))

@@ -24,7 +24,9 @@ _MOST_ADDRESSES = 8  # in one request, each of which may bring as much as an ima
 _STEP = 2**16  # bytes of a body that are looked at before others have their turn
 _URL_SAFE = bytes.maketrans(b"-_", b"+/")
 _WRAPS = b" \t\r\n"  # what base64 may be wrapped with
-_COMMAS = 32  # of one image in JSON, more than it can need: a list of millions takes gigabytes and a minute to be refused
+_COMMAS = (
+    32  # of one image in JSON, more than it can need: a list of millions takes gigabytes and a minute to be refused
+)
 
 
 TopK = Annotated[int, Field(ge=1)]
@@ -80,7 +82,9 @@ class Uploads:
             return await self._of_form(headers, body)
         if kind == "application/json":
             return await self._of_json(body, share)
-        raise Refusal(415, "unsupported_media_type", "send multipart/form-data with files named images, or application/json")
+        raise Refusal(
+            415, "unsupported_media_type", "send multipart/form-data with files named images, or application/json"
+        )
 
     async def _of_form(self, headers: Headers, body: bytearray) -> tuple[list[Upload], int | None]:
         async def stream() -> AsyncGenerator[bytes, None]:
@@ -96,7 +100,11 @@ class Uploads:
             if "Too many files" in error.message:
                 raise self._too_many() from None
             raise Refusal(400, "bad_request", f"the form cannot be read ({printable(error.message)[:200]})") from None
-        except (ValueError, KeyError, LookupError) as error:  # what parts of forms can hold that the parser does not expect
+        except (
+            ValueError,
+            KeyError,
+            LookupError,
+        ) as error:  # what parts of forms can hold that the parser does not expect
             raise Refusal(400, "bad_request", f"the form cannot be read ({printable(str(error))[:200]})") from None
         top_k = _top_k_of([(name, value) for name, value in form.multi_items() if isinstance(value, str)])
         files = [value for _, value in form.multi_items() if isinstance(value, UploadFile)]
@@ -104,7 +112,9 @@ class Uploads:
             raise Refusal(400, "bad_request", "the form holds no file: send images=@FILE")
         if len(files) > most:
             raise self._too_many()
-        return [self._upload(_name(file.filename, place), file.file.read()) for place, file in enumerate(files, 1)], top_k
+        return [
+            self._upload(_name(file.filename, place), file.file.read()) for place, file in enumerate(files, 1)
+        ], top_k
 
     async def _of_json(self, body: bytearray, share: Share) -> tuple[list[Upload], int | None]:
         most = _COMMAS * (1 + self._limits.max_images)
@@ -116,7 +126,11 @@ class Uploads:
         except ValidationError as error:
             first = error.errors(include_url=False, include_context=False, include_input=False)[0]
             place = ".".join(map(str, first["loc"]))
-            raise Refusal(422, "invalid", f"the JSON is not as it should be: {place or 'all of it'}: {printable(first['msg'])[:200]}") from None
+            raise Refusal(
+                422,
+                "invalid",
+                f"the JSON is not as it should be: {place or 'all of it'}: {printable(first['msg'])[:200]}",
+            ) from None
         if len(asked.images) > self._limits.max_images:
             raise self._too_many()
         if sum(item.url is not None for item in asked.images) > _MOST_ADDRESSES:
@@ -124,9 +138,14 @@ class Uploads:
         web = None if self._web is None else replace(self._web)  # of its own, to end with this request
         try:
             async with asyncio.timeout(self._limits.answer_s), asyncio.TaskGroup() as group:
-                tasks = [group.create_task(self._of_item(item, place, web, share)) for place, item in enumerate(asked.images, 1)]
+                tasks = [
+                    group.create_task(self._of_item(item, place, web, share))
+                    for place, item in enumerate(asked.images, 1)
+                ]
         except TimeoutError:
-            raise Refusal(503, "too_late", f"the images were not there within {self._limits.answer_s:g} s", 1.0) from None
+            raise Refusal(
+                503, "too_late", f"the images were not there within {self._limits.answer_s:g} s", 1.0
+            ) from None
         except ExceptionGroup as error:
             raise error.exceptions[0] from None
         finally:
@@ -141,7 +160,9 @@ class Uploads:
             name = _name(item.name, place)
             text = item.base64.partition(",")[2] if item.base64.startswith("data:") else item.base64
             try:
-                return self._upload(name, await asyncio.to_thread(_decoded, text) if len(text) > _STEP else _decoded(text))
+                return self._upload(
+                    name, await asyncio.to_thread(_decoded, text) if len(text) > _STEP else _decoded(text)
+                )
             except (binascii.Error, ValueError) as error:
                 return Upload(name, error=f"not base64 ({error})")
         return await self._fetched(item.name, str(item.url), place, web, share)
@@ -149,12 +170,16 @@ class Uploads:
     async def _fetched(self, given: str, url: str, place: int, web: Web | None, share: Share) -> Upload:
         name = _name(given or file_name(url), place)
         if web is None:
-            raise Refusal(403, "forbidden", "this server fetches no addresses (its owner may allow it: fetch.enabled=true)")
+            raise Refusal(
+                403, "forbidden", "this server fetches no addresses (its owner may allow it: fetch.enabled=true)"
+            )
         if not is_url(url):
             return Upload(name, error="not an http:// or https:// address")
         loop = asyncio.get_running_loop()
         try:
-            return Upload(name, await loop.run_in_executor(self._fetchers, web.image, url, self._max_image_bytes, share.take))
+            return Upload(
+                name, await loop.run_in_executor(self._fetchers, web.image, url, self._max_image_bytes, share.take)
+            )
         except UnreadableImage as error:
             return Upload(name, error=error.reason.removesuffix(ALLOWING))
 
@@ -183,7 +208,9 @@ def _top_k_of(texts: list[tuple[str, str]]) -> int | None:
     top_k = None
     for name, text in texts:
         if name != "top_k":
-            raise Refusal(422, "invalid", f"the form has the text {name[:100]!r}: it takes files (images=@FILE) and top_k")
+            raise Refusal(
+                422, "invalid", f"the form has the text {name[:100]!r}: it takes files (images=@FILE) and top_k"
+            )
         try:
             top_k = _TOP_K.validate_python(text)
         except ValidationError:

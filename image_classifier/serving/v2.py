@@ -23,7 +23,9 @@ from image_classifier.serving.models import Served
 from image_classifier.serving.process import Deadly, ModelHandle
 
 _HEADER = "inference-header-content-length"
-_MOST_JSON = 4 * 2**20  # bytes of numbers written out: nothing else runs while they are read; binary tensors have the limit of all bodies
+_MOST_JSON = (
+    4 * 2**20
+)  # bytes of numbers written out: nothing else runs while they are read; binary tensors have the limit of all bodies
 _REFUSALS = schemas.v2_errors(401, 403, 404, 422, 429)
 _ALL_REFUSALS = schemas.v2_errors(400, 401, 403, 404, 408, 413, 415, 422, 429, 500, 503)
 _EXTENSIONS = ["binary_tensor_data", "model_configuration"]
@@ -48,12 +50,18 @@ def make_router(parts: Parts) -> APIRouter:
     async def live() -> Response:
         return JSONResponse({"live": True})
 
-    @router.get("/health/ready", summary="Whether every model really answers", responses={503: {"description": "One does not"}})
+    @router.get(
+        "/health/ready", summary="Whether every model really answers", responses={503: {"description": "One does not"}}
+    )
     async def ready() -> Response:
         troubles = await asyncio.gather(*(parts.models.trouble(served) for served in parts.models))
         return JSONResponse({"ready": not any(troubles)}, 503 if any(troubles) else 200)
 
-    @router.get("/models/{name}/ready", summary="Whether a model really answers", responses=_REFUSALS | {503: {"description": "It does not"}})
+    @router.get(
+        "/models/{name}/ready",
+        summary="Whether a model really answers",
+        responses=_REFUSALS | {503: {"description": "It does not"}},
+    )
     @router.get("/models/{name}/versions/{version}/ready", include_in_schema=False)
     async def model_ready(request: Request, name: str) -> Response:
         _handle(parts, request)
@@ -95,11 +103,20 @@ _TENSOR = {
 _REQUEST = {
     "type": "object",
     "required": ["inputs"],
-    "properties": {"id": {"type": "string"}, "inputs": {"type": "array", "minItems": 1, "maxItems": 1, "items": _TENSOR}},
+    "properties": {
+        "id": {"type": "string"},
+        "inputs": {"type": "array", "minItems": 1, "maxItems": 1, "items": _TENSOR},
+    },
 }
-_EXAMPLE = {"id": "1", "inputs": [{"name": "pixels", "shape": [1, 3, 2, 2], "datatype": "UINT8", "data": [0, 64, 128, 255] * 3}]}
+_EXAMPLE = {
+    "id": "1",
+    "inputs": [{"name": "pixels", "shape": [1, 3, 2, 2], "datatype": "UINT8", "data": [0, 64, 128, 255] * 3}],
+}
 _BODY = {
-    "requestBody": {"required": True, "content": {"application/json": {"schema": _REQUEST, "example": _EXAMPLE}, "application/octet-stream": {}}}
+    "requestBody": {
+        "required": True,
+        "content": {"application/json": {"schema": _REQUEST, "example": _EXAMPLE}, "application/octet-stream": {}},
+    }
 }
 _OUTPUTS = [
     {"name": "logits", "datatype": "FP32", "shape": [1, 3], "data": [4.1, 0.3, -1.2]},
@@ -108,7 +125,9 @@ _OUTPUTS = [
 _ANSWER = {
     "description": "The outputs; as binary data behind the JSON where that was asked for",
     "content": {
-        "application/json": {"example": {"model_name": "flowers", "model_version": "1", "outputs": _OUTPUTS, "id": "1"}},
+        "application/json": {
+            "example": {"model_name": "flowers", "model_version": "1", "outputs": _OUTPUTS, "id": "1"}
+        },
         "application/octet-stream": {},
     },
 }
@@ -133,7 +152,14 @@ def _add_metadata(router: APIRouter, parts: Parts) -> None:
             outputs.append({"name": "embedding", "datatype": "FP32", "shape": [-1, -1]})
         inputs = [{"name": "pixels", "datatype": "UINT8", "shape": [-1, 3, side, side]}]
         own = {"classes": facts["classes"], "version": facts["version"]}
-        content = {"name": name, "versions": ["1"], "platform": facts["backend"], "inputs": inputs, "outputs": outputs, "parameters": own}
+        content = {
+            "name": name,
+            "versions": ["1"],
+            "platform": facts["backend"],
+            "inputs": inputs,
+            "outputs": outputs,
+            "parameters": own,
+        }
         return JSONResponse(content)
 
     @router.get("/models/{name}/config", summary="A model's configuration, as Triton tells it", responses=_REFUSALS)
@@ -145,11 +171,24 @@ def _add_metadata(router: APIRouter, parts: Parts) -> None:
         outputs = [{"name": "logits", "data_type": "TYPE_FP32", "dims": [len(handle.facts["classes"])]}]
         if handle.facts["embeddings"]:
             outputs.append({"name": "embedding", "data_type": "TYPE_FP32", "dims": [-1]})
-        return JSONResponse({"name": name, "platform": handle.facts["backend"], "max_batch_size": _most(handle), "input": inputs, "output": outputs})
+        return JSONResponse(
+            {
+                "name": name,
+                "platform": handle.facts["backend"],
+                "max_batch_size": _most(handle),
+                "input": inputs,
+                "output": outputs,
+            }
+        )
 
 
 def _state(served: Served) -> dict[str, str]:
-    return {"name": served.order.name, "version": "1", "state": "UNAVAILABLE" if served.known_trouble else "READY", "reason": served.known_trouble}
+    return {
+        "name": served.order.name,
+        "version": "1",
+        "state": "UNAVAILABLE" if served.known_trouble else "READY",
+        "reason": served.known_trouble,
+    }
 
 
 def _handle(parts: Parts, request: Request) -> ModelHandle:
@@ -218,7 +257,9 @@ def _content(tensor: Mapping[str, Any], shape: Sequence[int], binary: bytes) -> 
     told = (tensor.get("parameters") or {}).get("binary_data_size")
     if told is not None:
         if type(told) is not int or told != len(binary) or told != size:
-            raise _bad(f"pixels of the shape {list(shape)} are {size} bytes; binary_data_size says {told}, {len(binary)} came")
+            raise _bad(
+                f"pixels of the shape {list(shape)} are {size} bytes; binary_data_size says {told}, {len(binary)} came"
+            )
         return binary
     if binary:
         raise _bad("binary data came, but pixels has no binary_data_size")

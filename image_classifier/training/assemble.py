@@ -58,16 +58,25 @@ def speed_settings(config: Any) -> SpeedSettings:
     return settings.typed(SpeedSettings, settings.only(config.trainer, *keys), "trainer")
 
 
-def build_datamodule(config: Any, manifest: Manifest, data: DataSettings, cache: PixelCache, hardware: Hardware) -> ImageDataModule:
+def build_datamodule(
+    config: Any, manifest: Manifest, data: DataSettings, cache: PixelCache, hardware: Hardware
+) -> ImageDataModule:
     """The data module over the cached pixels of all splits."""
     augment, views = _instantiate(config, config.augment), (config.get("loss") or {}).get("views") or 1
     if views > 1 and augment is None:
-        raise ConfigError(f"loss.views={views} sees each image in two augmentations, and there is none", "choose an augment, or set loss.views=1")
+        raise ConfigError(
+            f"loss.views={views} sees each image in two augmentations, and there is none",
+            "choose an augment, or set loss.views=1",
+        )
     balanced, sizes = data.balance == "sampler", data.progressive_sizes
-    return ImageDataModule(cache, manifest, data.batch_size, augment, config.seed, hardware.channels_last, balanced, views, sizes)
+    return ImageDataModule(
+        cache, manifest, data.batch_size, augment, config.seed, hardware.channels_last, balanced, views, sizes
+    )
 
 
-def build_module(config: Any, manifest: Manifest, data: DataSettings, cache: PixelCache, hardware: Hardware) -> ClassifierModule:
+def build_module(
+    config: Any, manifest: Manifest, data: DataSettings, cache: PixelCache, hardware: Hardware
+) -> ClassifierModule:
     """The classifier with its criterion, optimizer and scheduler; ConfigError where a node cannot be built."""
     classifier, blueprint = build_network(config, manifest, data, cache, hardware)
     targets = manifest.targets[manifest.indices("train")]
@@ -96,23 +105,33 @@ def check_optimisation(config: Any) -> None:
     for name in ("averaging", "unfreeze"):
         _instantiate(config, (config.get("callbacks") or {}).get(name))
     auto = config.optimizer.get("lr") == "auto"
-    optimizer, scheduler = _optimizer_and_scheduler(settings.replaced(config, {"optimizer.lr": 1e-3}) if auto else config)
+    optimizer, scheduler = _optimizer_and_scheduler(
+        settings.replaced(config, {"optimizer.lr": 1e-3}) if auto else config
+    )
     small = nn.ModuleDict({"backbone": nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2)), "head": nn.Linear(2, 2)})
-    build_moves(optimizer, parameter_groups(small, None, config.optimizer.get("layer_decay", 1.0)), scheduler, num_steps=1000)
+    build_moves(
+        optimizer, parameter_groups(small, None, config.optimizer.get("layer_decay", 1.0)), scheduler, num_steps=1000
+    )
 
 
 def _optimizer_and_scheduler(config: Any) -> tuple[Any, SchedulerSettings]:
     moves = config.scheduler
-    scheduler = SchedulerSettings(_instantiate(config, moves.build), moves.interval, moves.length, moves.monitor, moves.get("warmup", 0.0))
+    scheduler = SchedulerSettings(
+        _instantiate(config, moves.build), moves.interval, moves.length, moves.monitor, moves.get("warmup", 0.0)
+    )
     return _instantiate(config, settings.without(config.optimizer, "layer_decay")), scheduler
 
 
-def build_network(config: Any, manifest: Manifest, data: DataSettings, cache: PixelCache, hardware: Hardware) -> tuple[Classifier, dict[str, Any]]:
+def build_network(
+    config: Any, manifest: Manifest, data: DataSettings, cache: PixelCache, hardware: Hardware
+) -> tuple[Classifier, dict[str, Any]]:
     """The classifier that `config.model` describes, and its blueprint: plain containers from which a checkpoint is read back."""
     backbone = build_backbone(config)
     plain = settings.to_plain(config.model)
     mean, std = _normalise(plain["normalise"], backbone, pretrained_settings(plain), cache, manifest.indices("train"))
-    classifier = build_classifier(backbone, len(manifest.classes), data.image_size, mean, std, plain["head_dropout"], plain["tta"])
+    classifier = build_classifier(
+        backbone, len(manifest.classes), data.image_size, mean, std, plain["head_dropout"], plain["tta"]
+    )
     check_sizes(backbone, data.progressive_sizes or ())
     if hasattr(backbone, "fit_to"):  # a first layer that comes from the data
         backbone.fit_to(_some_images(cache, manifest.indices("train"), mean, std))
@@ -133,7 +152,10 @@ def build_network(config: Any, manifest: Manifest, data: DataSettings, cache: Pi
 def build_trainer(config: Any, hardware: Hardware, throughput: Throughput, *callbacks: pl.Callback) -> pl.Trainer:
     """Lightning's Trainer with our callbacks before the configured ones."""
     if hardware.precision.endswith("-true") and hardware.precision not in ("32-true", "64-true"):
-        raise ConfigError(f"trainer.precision={hardware.precision} would round the pixels", f"use {hardware.precision.replace('true', 'mixed')}")
+        raise ConfigError(
+            f"trainer.precision={hardware.precision} would round the pixels",
+            f"use {hardware.precision.replace('true', 'mixed')}",
+        )
     on_terminal = sys.stderr.isatty() and is_main()
     bar = [ImagesProgressBar(throughput)] if on_terminal else []
     configured = [_instantiate(config, node) for node in (config.get("callbacks") or {}).values() if node]
@@ -145,7 +167,9 @@ def build_trainer(config: Any, hardware: Hardware, throughput: Throughput, *call
         trusted=config.trusted_packages,
         precision=hardware.precision,
         callbacks=everyone,
-        enable_checkpointing=any(isinstance(callback, Checkpoint) for callback in everyone),  # else Lightning adds one of its own
+        enable_checkpointing=any(
+            isinstance(callback, Checkpoint) for callback in everyone
+        ),  # else Lightning adds one of its own
         logger=(_loggers(config) or False) if is_main() else False,
         plugins=[SafeCheckpointIO(), cluster_environment()],
         **_scale(config.trainer),
@@ -157,7 +181,10 @@ def build_trainer(config: Any, hardware: Hardware, throughput: Throughput, *call
         log_every_n_steps=1,
     )
     if is_sharded(trainer.strategy) and any(isinstance(callback, WeightAveraging) for callback in everyone):
-        raise ConfigError("trainer=fsdp cannot average weights, of which each process holds a part", "use trainer=ddp, or callbacks=default")
+        raise ConfigError(
+            "trainer=fsdp cannot average weights, of which each process holds a part",
+            "use trainer=ddp, or callbacks=default",
+        )
     if not is_main():
         trainer.logger = DummyLogger()  # with none at all some callbacks refuse
     return trainer
@@ -173,7 +200,9 @@ def _scale(asked: Any) -> dict[str, Any]:
     """How many processes there are, as the launcher decided, and what Lightning is to do about it."""
     here, on_gpu = place(), uses_gpu(asked.accelerator)
     alone = here.world_size == 1
-    several = asked.get("strategy") == "ddp" or "_target_" in (asked.get("strategy") or "")  # as conf/trainer asks for where there may be several
+    several = asked.get("strategy") == "ddp" or "_target_" in (
+        asked.get("strategy") or ""
+    )  # as conf/trainer asks for where there may be several
     strategy = {"strategy": "auto"} if alone and several else {}
     devices = {"devices": 1 if alone else here.local_world_size}
     synced = asked.get("sync_batchnorm", False)
@@ -215,7 +244,9 @@ def _instantiate(config: Any, node: Any) -> Any:
     return settings.instantiate(node, trusted=config.trusted_packages) if node else None
 
 
-def build_criteria(config: Any, targets: np.ndarray, num_classes: int, data: DataSettings) -> tuple[nn.Module, nn.Module]:
+def build_criteria(
+    config: Any, targets: np.ndarray, num_classes: int, data: DataSettings
+) -> tuple[nn.Module, nn.Module]:
     """The losses of training and of validation, for the classes int64 [N] of the training rows.
 
     Only the first has class weights, so that `val/loss` means the same in every run; it must take mixed targets where images are mixed.
@@ -224,7 +255,10 @@ def build_criteria(config: Any, targets: np.ndarray, num_classes: int, data: Dat
     if data.balance == "weights":
         _weigh(criterion, config.loss, class_weights(targets, num_classes))
     if getattr(criterion, "weight", None) is not None and len(criterion.weight) != num_classes:
-        raise ConfigError(f"loss.weight has {len(criterion.weight)} numbers for {num_classes} classes", "give one number a class, or null")
+        raise ConfigError(
+            f"loss.weight has {len(criterion.weight)} numbers for {num_classes} classes",
+            "give one number a class, or null",
+        )
     if getattr(val_criterion, "weight", None) is not None:
         val_criterion.weight = None
     if settings.to_plain(config.augment).get("mix"):
@@ -239,21 +273,31 @@ def build_criteria(config: Any, targets: np.ndarray, num_classes: int, data: Dat
 def _weigh(criterion: nn.Module, node: Any, weights: np.ndarray) -> None:
     """Set the loss's class weights, as torch's losses keep them: in a buffer `weight`."""
     if "weight" not in inspect.signature(type(criterion)).parameters or not hasattr(criterion, "weight"):
-        raise ConfigError(f"loss: {node._target_} takes no class weights, which data.balance=weights needs", "use data.balance=sampler")
+        raise ConfigError(
+            f"loss: {node._target_} takes no class weights, which data.balance=weights needs",
+            "use data.balance=sampler",
+        )
     if criterion.weight is not None:
         raise ConfigError("loss.weight is given, and data.balance=weights would replace it", "leave one of them out")
     criterion.weight = torch.from_numpy(weights)
 
 
-def _normalise(wanted: Any, backbone: nn.Module, plain: dict[str, Any], cache: PixelCache, rows: np.ndarray) -> tuple[list[float], list[float]]:
+def _normalise(
+    wanted: Any, backbone: nn.Module, plain: dict[str, Any], cache: PixelCache, rows: np.ndarray
+) -> tuple[list[float], list[float]]:
     """Mean and standard deviation of pixels in 0..1, per channel, as `model.normalise` asks."""
     if isinstance(wanted, dict):
         return list(wanted["mean"]), list(wanted["std"])
     if wanted not in ("auto", "dataset", "backbone"):
-        raise ConfigError(f"model.normalise={wanted!r} is unknown", "use auto, dataset, backbone, or {mean: [...], std: [...]}")
+        raise ConfigError(
+            f"model.normalise={wanted!r} is unknown", "use auto, dataset, backbone, or {mean: [...], std: [...]}"
+        )
     own = pretrained_normalise(backbone, plain)
     if wanted == "backbone" and own is None:
-        raise ConfigError("model.normalise=backbone, but the backbone is not pretrained or does not say its mean and std", "use dataset")
+        raise ConfigError(
+            "model.normalise=backbone, but the backbone is not pretrained or does not say its mean and std",
+            "use dataset",
+        )
     if own is not None and wanted != "dataset":
         log.info("normalise: the backbone's own mean and std")
         return own
@@ -266,6 +310,10 @@ def _quiet_lightning() -> None:
         logging.getLogger(name).setLevel(logging.WARNING)
     # The pixels are cached and read in whole batches: loader workers would only take cores from the training.
     warnings.filterwarnings("ignore", message=".*does not have many workers.*")
-    warnings.filterwarnings("ignore", message=".*isinstance.treespec, LeafSpec.*", category=FutureWarning)  # Lightning's own, on torch 2.14
-    warnings.filterwarnings("ignore", message=".*recommended to use .self.log.*sync_dist.*")  # what we log is that of all ranks already
+    warnings.filterwarnings(
+        "ignore", message=".*isinstance.treespec, LeafSpec.*", category=FutureWarning
+    )  # Lightning's own, on torch 2.14
+    warnings.filterwarnings(
+        "ignore", message=".*recommended to use .self.log.*sync_dist.*"
+    )  # what we log is that of all ranks already
     warnings.filterwarnings("ignore", message=".*Checkpoint directory .* exists and is not empty.*")

@@ -25,7 +25,15 @@ from image_classifier.dataset.cache import PixelCache, open_cache, pixels_key
 from image_classifier.dataset.prepare import DataSettings
 from image_classifier.dataset.run import prepare_from
 from image_classifier.errors import DataError
-from image_classifier.evaluation.baselines import LOGISTIC, Baseline, judged, known_baseline, lines, most_frequent_of, write_baselines
+from image_classifier.evaluation.baselines import (
+    LOGISTIC,
+    Baseline,
+    judged,
+    known_baseline,
+    lines,
+    most_frequent_of,
+    write_baselines,
+)
 from image_classifier.modeling.classifier import Classifier
 from image_classifier.modeling.features import EmbeddingStore, fingerprint, known_embeddings
 from image_classifier.predictions import PredictionTable
@@ -37,7 +45,14 @@ from image_classifier.training.start import settle_start
 log = logging.getLogger(__name__)
 
 _FORMAT = 1
-_STRENGTHS = (1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0)  # C of scikit-learn, weakest weights first: each fit starts from the one before
+_STRENGTHS = (
+    1e-4,
+    1e-3,
+    1e-2,
+    1e-1,
+    1.0,
+    10.0,
+)  # C of scikit-learn, weakest weights first: each fit starts from the one before
 _MOST_NUMBERS = 2**28  # of training features in memory, 1 GiB
 _MAX_ITER = 300
 
@@ -76,14 +91,20 @@ def baseline(config: Any) -> Path:
     settle_start(config)
     manifest, data = prepare_from(config)
     if not len(manifest.indices("val")):
-        raise DataError("there is no val part to choose the regression's strength by", "set data.split.val above 0, or add a val/ folder")
+        raise DataError(
+            "there is no val part to choose the regression's strength by",
+            "set data.split.val above 0, or add a val/ folder",
+        )
     number = choose_precision(str(asked.precision), asked.accelerator)
     log.info("precision: %s (%s)", number.value, number.reason)
     hardware = Hardware(str(number.value), bool(choose_channels_last("auto", number.value, asked.accelerator).value))
     cache = open_cache(manifest, data.preprocess, data.cache, data.limits, progress=sys.stderr.isatty())
     pl.seed_everything(asked.seed, workers=True, verbose=False)
     classifier, _ = build_network(config, manifest, data, cache, hardware)
-    found = (most_frequent_of(manifest), logistic(config, classifier.to(device_of(asked.accelerator)), manifest, data, cache, hardware))
+    found = (
+        most_frequent_of(manifest),
+        logistic(config, classifier.to(device_of(asked.accelerator)), manifest, data, cache, hardware),
+    )
     name = asked.name or f"{data.name or manifest.root.resolve().name}-{config.model.name}".replace("/", "-")
     path = write_baselines(found, manifest.sha256, Path(asked.plots_dir) / name)
     for split in SPLITS[1:]:
@@ -93,7 +114,14 @@ def baseline(config: Any) -> Path:
 
 
 def baselines_of_run(
-    config: Any, classifier: Classifier, manifest: Manifest, data: DataSettings, cache: PixelCache, hardware: Hardware, plots: Path, resumed: bool
+    config: Any,
+    classifier: Classifier,
+    manifest: Manifest,
+    data: DataSettings,
+    cache: PixelCache,
+    hardware: Hardware,
+    plots: Path,
+    resumed: bool,
 ) -> tuple[Baseline, ...]:
     """What a training is compared with: the most frequent class, and the best logistic regression known for this manifest.
 
@@ -102,14 +130,18 @@ def baselines_of_run(
     simplest, known = most_frequent_of(manifest), known_baseline(Path(config.plots_dir), manifest.sha256, LOGISTIC)
     if config.baselines and not (resumed and known):
         before = classifier.scale.device
-        computed = logistic(config, classifier.to(device_of(config.trainer.accelerator)), manifest, data, cache, hardware)
+        computed = logistic(
+            config, classifier.to(device_of(config.trainer.accelerator)), manifest, data, cache, hardware
+        )
         classifier.to(before)
         write_baselines((simplest, computed), manifest.sha256, plots)
         known = known_baseline(Path(config.plots_dir), manifest.sha256, LOGISTIC)
     return (simplest, known) if known else (simplest,)
 
 
-def logistic(config: Any, classifier: Classifier, manifest: Manifest, data: DataSettings, cache: PixelCache, hardware: Hardware) -> Baseline:
+def logistic(
+    config: Any, classifier: Classifier, manifest: Manifest, data: DataSettings, cache: PixelCache, hardware: Hardware
+) -> Baseline:
     """Logistic regression on the backbone's embeddings, of the strength that answers best on val; embeddings are computed once and kept."""
     plain = settings.to_plain(config.model)
     store = embeddings_of(config, classifier, manifest, data, cache, hardware)
@@ -127,7 +159,9 @@ def embeddings_of(
     network = fingerprint(classifier, settings.to_plain(config.model)["backbone"], hardware.precision)
     key = hashlib.sha256(json.dumps([_FORMAT, pixels_key(data.preprocess), network]).encode()).hexdigest()[:16]
     directory = Path(data.cache.dir) / "embeddings" / key
-    return known_embeddings(classifier, manifest.digests, cache.gather, directory, hardware.precision, hardware.channels_last)
+    return known_embeddings(
+        classifier, manifest.digests, cache.gather, directory, hardware.precision, hardware.channels_last
+    )
 
 
 def fit_logistic(store: EmbeddingStore, manifest: Manifest, seed: int) -> dict[float, LinearModel]:
@@ -143,12 +177,21 @@ def fit_logistic(store: EmbeddingStore, manifest: Manifest, seed: int) -> dict[f
     regression = LogisticRegression(C=1.0, warm_start=True, max_iter=_MAX_ITER)
     for strength in _STRENGTHS:
         start = time.perf_counter()
-        with warnings.catch_warnings(), threadpool_limits(1):  # several wait for each other longer than they work, 50 times so on a busy machine
+        with (
+            warnings.catch_warnings(),
+            threadpool_limits(1),
+        ):  # several wait for each other longer than they work, 50 times so on a busy machine
             warnings.simplefilter("ignore", ConvergenceWarning)  # said below
             regression.set_params(C=strength).fit(features, manifest.targets[rows])
         steps = int(regression.n_iter_.max())
         ended = "" if steps < _MAX_ITER else ", not converged"
-        log.info("logistic regression: C=%g fitted in %.1f s (%d steps%s)", strength, time.perf_counter() - start, steps, ended)
+        log.info(
+            "logistic regression: C=%g fitted in %.1f s (%d steps%s)",
+            strength,
+            time.perf_counter() - start,
+            steps,
+            ended,
+        )
         weights, bias = regression.coef_.T.astype(np.float32), regression.intercept_.astype(np.float32)
         if weights.shape[1] == 1:  # two classes: scikit-learn keeps the difference
             weights, bias = np.hstack([0 * weights, weights]), np.append(np.float32(0), bias)
@@ -180,19 +223,31 @@ def _sampled(rows: np.ndarray, targets: np.ndarray, count: int, seed: int) -> np
     return np.asarray(np.sort(rows[order[chosen]]))
 
 
-def _chosen(models: Mapping[float, LinearModel], store: EmbeddingStore, manifest: Manifest) -> tuple[float, dict[str, PredictionTable]]:
+def _chosen(
+    models: Mapping[float, LinearModel], store: EmbeddingStore, manifest: Manifest
+) -> tuple[float, dict[str, PredictionTable]]:
     """The strength with most right answers on val, the weaker of equals, and its answers for val and test."""
     rows = {split: manifest.indices(split) for split in SPLITS[1:] if len(manifest.indices(split))}
-    logits = {split: {strength: np.empty((len(part), len(manifest.classes)), np.float32) for strength in models} for split, part in rows.items()}
+    logits = {
+        split: {strength: np.empty((len(part), len(manifest.classes)), np.float32) for strength in models}
+        for split, part in rows.items()
+    }
     for split, part in rows.items():
         for places, features in store.parts(manifest.digests[part]):
             for strength, model in models.items():
                 logits[split][strength][places] = model.logits(features)
-    right = {strength: (answers.argmax(axis=1) == manifest.targets[rows["val"]]).mean() for strength, answers in logits["val"].items()}
-    log.info("logistic regression: val accuracy %s", ", ".join(f"{share:.4f} with C={strength:g}" for strength, share in right.items()))
+    right = {
+        strength: (answers.argmax(axis=1) == manifest.targets[rows["val"]]).mean()
+        for strength, answers in logits["val"].items()
+    }
+    log.info(
+        "logistic regression: val accuracy %s",
+        ", ".join(f"{share:.4f} with C={strength:g}" for strength, share in right.items()),
+    )
     best = max(right, key=lambda strength: right[strength])
     tables = {
-        split: PredictionTable(("",) * len(part), manifest.targets[part], logits[split][best], manifest.classes) for split, part in rows.items()
+        split: PredictionTable(("",) * len(part), manifest.targets[part], logits[split][best], manifest.classes)
+        for split, part in rows.items()
     }
     return best, tables
 

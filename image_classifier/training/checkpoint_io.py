@@ -129,7 +129,9 @@ def newest_readable(directory: Path) -> Path | None:
         reason = damage(path)
         if not reason:
             return path
-        log.warning("the checkpoint %s%s is damaged (%s): going back to the one before", path, _also_last(path, last), reason)
+        log.warning(
+            "the checkpoint %s%s is damaged (%s): going back to the one before", path, _also_last(path, last), reason
+        )
     if order:
         raise CheckpointError(f"every checkpoint in {str(directory)!r} is damaged", "start anew with overwrite=true")
     return None
@@ -154,7 +156,11 @@ def read_part(path: Path, key: str) -> Any:
     try:
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except Exception as error:  # torch and pickle have many words for a file that is no checkpoint
-        raise CheckpointError(f"{str(path)!r} cannot be read as a checkpoint ({' '.join(str(error).split())[:200]})") from error
+        raise CheckpointError(
+            f"{str(path)!r} cannot be read as a checkpoint ({' '.join(str(error).split())[:200]})"
+        ) from error
     if not isinstance(content, dict) or key not in content:
-        raise CheckpointError(f"{str(path)!r} is not a checkpoint to resume from", "give a run folder, or a .ckpt in its checkpoints/")
+        raise CheckpointError(
+            f"{str(path)!r} is not a checkpoint to resume from", "give a run folder, or a .ckpt in its checkpoints/"
+        )
     return content[key]

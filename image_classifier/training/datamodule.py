@@ -81,16 +81,25 @@ class BatchLoader:
 
     batch_sampler = None  # Lightning looks for one where it finds a sampler
 
-    def __init__(self, batches: PixelBatches, sampler: ShuffledBatches | Sequence[np.ndarray], pinned: bool = False) -> None:
+    def __init__(
+        self, batches: PixelBatches, sampler: ShuffledBatches | Sequence[np.ndarray], pinned: bool = False
+    ) -> None:
         """With `pinned` batches are made ahead in page-locked memory, from which a GPU copies while it computes."""
-        self.batches, self.sampler, self.pinned = batches, sampler, pinned  # Lightning tells a loader's sampler the epoch
+        self.batches, self.sampler, self.pinned = (
+            batches,
+            sampler,
+            pinned,
+        )  # Lightning tells a loader's sampler the epoch
         self._first = 0
 
     def __len__(self) -> int:
         return len(self.sampler)
 
     def __iter__(self) -> Iterator[Batch]:
-        first, self._first = self._first, 0  # taken at the first batch: Lightning may ask for an iterator that it never uses
+        first, self._first = (
+            self._first,
+            0,
+        )  # taken at the first batch: Lightning may ask for an iterator that it never uses
         made = (self.batches[rows] for rows in islice(iter(self.sampler), first, None))
         if self.pinned:
             made = ((pixels.pin_memory(), targets.pin_memory()) for pixels, targets in made)
@@ -148,7 +157,9 @@ class ImageDataModule(pl.LightningDataModule):
         if world_size() > 1:  # as many batches on every rank: those of a sharded network wait for one another
             most = -(-len(self.rows[split]) // world_size())
             return BatchLoader(self.batches, np.array_split(rows, -(-most // size)))
-        return BatchLoader(self.batches, [rows[start : start + size] for start in range(0, len(rows), size)], self._on_cuda())
+        return BatchLoader(
+            self.batches, [rows[start : start + size] for start in range(0, len(rows), size)], self._on_cuda()
+        )
 
     def _on_cuda(self) -> bool:
         return self.trainer is not None and self.trainer.strategy.root_device.type == "cuda"
@@ -167,7 +178,9 @@ class ImageDataModule(pl.LightningDataModule):
         if rows is None or not self.alternates:
             return self.augment(*batch, self.num_classes, self._generator)
         mirrored = self.mirrored(rows, epoch)
-        return self.augment(*batch, self.num_classes, self._generator, torch.cat([mirrored, ~mirrored]) if self.views == 2 else mirrored)
+        return self.augment(
+            *batch, self.num_classes, self._generator, torch.cat([mirrored, ~mirrored]) if self.views == 2 else mirrored
+        )
 
     @property
     def alternates(self) -> bool:
@@ -204,7 +217,12 @@ class ImageDataModule(pl.LightningDataModule):
             return pixels
         if not self._steps:
             self._steps = run_length(self.trainer, "data.progressive_sizes")
-        return downsized(pixels, self.progressive_sizes[min(step * len(self.progressive_sizes) // self._steps, len(self.progressive_sizes) - 1)])
+        return downsized(
+            pixels,
+            self.progressive_sizes[
+                min(step * len(self.progressive_sizes) // self._steps, len(self.progressive_sizes) - 1)
+            ],
+        )
 
     def paths_of(self, epoch: int, batch_idx: int) -> list[str]:
         """The images of one training batch, over all ranks; `epoch` and `batch_idx` count from 0."""

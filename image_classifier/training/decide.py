@@ -30,7 +30,9 @@ def decision_settings(config: Any) -> DecisionSettings:
     return settings.typed(DecisionSettings, config.decision, "decision").or_else(DEFAULTS)
 
 
-def fit_detector(classifier: Classifier, manifest: Manifest, cache: PixelCache, asked: DecisionSettings) -> Detector | None:
+def fit_detector(
+    classifier: Classifier, manifest: Manifest, cache: PixelCache, asked: DecisionSettings
+) -> Detector | None:
     """A detector fitted to the embeddings of training images, not augmented, at equal steps through each class; None where none is asked for."""
     if asked.ood_rate == 0:
         return None
@@ -38,7 +40,9 @@ def fit_detector(classifier: Classifier, manifest: Manifest, cache: PixelCache, 
     embeddings = np.concatenate(list(embed(classifier, rows, cache.gather)))
     blocks = (cache.gather(rows[start : start + _BLOCK]).transpose(0, 3, 1, 2) for start in range(0, len(rows), _BLOCK))
     seen = np.concatenate([looks(pixels) for pixels in blocks])
-    log.info("out of distribution: detector fitted to %d of %d training images", len(rows), len(manifest.indices("train")))
+    log.info(
+        "out of distribution: detector fitted to %d of %d training images", len(rows), len(manifest.indices("train"))
+    )
     return Detector.fitted(embeddings, seen, manifest.targets[rows])
 
 
@@ -55,7 +59,13 @@ def _spread(rows: np.ndarray, targets: np.ndarray, most: int) -> np.ndarray:
 def calibrated(tables: Mapping[str, PredictionTable]) -> dict[str, PredictionTable]:
     """The tables with the temperature that is fitted on val; the log says it, and what is odd about it."""
     fit = fit_temperature(tables["val"])
-    log.info("temperature %.4f fitted on %d val images: log loss %.4f, before %.4f", fit.temperature, fit.num_images, fit.nll_after, fit.nll_before)
+    log.info(
+        "temperature %.4f fitted on %d val images: log loss %.4f, before %.4f",
+        fit.temperature,
+        fit.num_images,
+        fit.nll_after,
+        fit.nll_before,
+    )
     if fit.note:
         log.warning("temperature: %s", fit.note)
     return {split: replace(table, temperature=fit.temperature) for split, table in tables.items()}
@@ -68,6 +78,8 @@ def decided(val: PredictionTable, asked: DecisionSettings) -> Decision:
         log.warning("decision: %s", decision.note)
     elif asked.risk is not None:
         log.info(
-            "decision: below a confidence of %.4f the answer is abstain; %.1f %% of val get a label", decision.threshold, 100 * decision.answered
+            "decision: below a confidence of %.4f the answer is abstain; %.1f %% of val get a label",
+            decision.threshold,
+            100 * decision.answered,
         )
     return decision

@@ -74,13 +74,20 @@ def deliver(
         export_onnx(classifier, blueprint["preprocess"]["size"], _plain(blueprint), directory / "model.onnx")
         if detector:
             detector.write(directory / DETECTOR)
-        backends: dict[str, EmbeddingBackend] = {"onnx": OnnxBackend(directory / "model.onnx"), "checkpoint": CheckpointBackend(classifier)}
+        backends: dict[str, EmbeddingBackend] = {
+            "onnx": OnnxBackend(directory / "model.onnx"),
+            "checkpoint": CheckpointBackend(classifier),
+        }
         difference = _gate(backends["checkpoint"], backends["onnx"], directory, manifest, cache)
         facts["onnx_largest_difference"] = difference
         log.info("ONNX agrees with torch: largest difference of a probability %.1e", difference)
         if diagnostics_settings(config).latency:
             files = {"onnx": directory / "model.onnx", "checkpoint": directory / "model.ckpt"}
-            measure_exports({name: (backend, files[name]) for name, backend in backends.items()}, run, blueprint["preprocess"]["size"])
+            measure_exports(
+                {name: (backend, files[name]) for name, backend in backends.items()},
+                run,
+                blueprint["preprocess"]["size"],
+            )
         manifest.write(directory / "manifest.csv")
         settings.save(config, directory / "config.yaml")
         info = BundleInfo(
@@ -123,7 +130,9 @@ def _write_checkpoint(classifier: Classifier, blueprint: dict[str, Any], path: P
     save_whole({"state_dict": state, "hyper_parameters": {"blueprint": blueprint}}, path)
 
 
-def _gate(checkpoint: EmbeddingBackend, exported: EmbeddingBackend, directory: Path, manifest: Manifest, cache: PixelCache) -> float:
+def _gate(
+    checkpoint: EmbeddingBackend, exported: EmbeddingBackend, directory: Path, manifest: Manifest, cache: PixelCache
+) -> float:
     """Compare ONNX with torch on real validation images, and keep some of them as golden answers."""
     rows = manifest.indices("val")
     rows = rows[np.unique(np.linspace(0, len(rows) - 1, min(len(rows), _NUM_PARITY_IMAGES)).astype(int))]
@@ -185,6 +194,10 @@ def _baseline_rows(baselines: Mapping[str, Any], own: Mapping[str, Mapping[str, 
     """A table of Markdown: accuracy and F1 of each baseline and of the model, for each part."""
     yield "| part | classifier | accuracy | f1_macro |\n|---|---|---|---|"
     for split, scores in own.items():
-        beside = [(f"{name}: {value['about']}", value["scores"][split]) for name, value in baselines.items() if split in value["scores"]]
+        beside = [
+            (f"{name}: {value['about']}", value["scores"][split])
+            for name, value in baselines.items()
+            if split in value["scores"]
+        ]
         for name, values in [*beside, ("**this model**", scores)]:
             yield f"| {split} | {name} | {values['accuracy']:.4f} | {values['f1_macro']:.4f} |"

@@ -44,7 +44,9 @@ class DiagnosticsSettings:
             raise ConfigError(f"diagnostics.explanations must not be negative, got {self.explanations}")
         images = self.robustness_images
         if images != "auto" and (isinstance(images, bool) or not isinstance(images, int) or images < 0):
-            raise ConfigError(f"diagnostics.robustness_images must be a whole number, 0 for none, or auto, got {images!r}")
+            raise ConfigError(
+                f"diagnostics.robustness_images must be a whole number, 0 for none, or auto, got {images!r}"
+            )
 
     def most_images(self, images_seen: int) -> int:
         """On how many images robustness is measured at most; `auto`: a tenth as many predictions as training saw images, within bounds."""
@@ -59,7 +61,13 @@ def diagnostics_settings(config: Any) -> DiagnosticsSettings:
 
 
 def examine(
-    classifier: Classifier, table: PredictionTable, part: Manifest, run: RunFolder, data: Any, asked: DiagnosticsSettings, images_seen: int
+    classifier: Classifier,
+    table: PredictionTable,
+    part: Manifest,
+    run: RunFolder,
+    data: Any,
+    asked: DiagnosticsSettings,
+    images_seen: int,
 ) -> None:
     """Write explain/*.png and robustness.json with its figure to the run's plots; the table's rows are the part's records.
 
@@ -71,7 +79,9 @@ def examine(
     if most := asked.most_images(images_seen):
         with _optional("robustness"):
             predictor = Predictor(CheckpointBackend(classifier), table.classes, data.preprocess, limits=data.limits)
-            measured = measure_robustness(predictor, [part.file(record) for record in part], table.targets, most, part[0].split)
+            measured = measure_robustness(
+                predictor, [part.file(record) for record in part], table.targets, most, part[0].split
+            )
             measured.write(run.plots, f"Robustness of {run.name}")
 
 
@@ -92,7 +102,13 @@ def _optional(what: str) -> Iterator[None]:
 
 
 def _explain(
-    classifier: Classifier, table: PredictionTable, part: Manifest, directory: Path, preprocess: Preprocess, limits: DecodeLimits, most: int
+    classifier: Classifier,
+    table: PredictionTable,
+    part: Manifest,
+    directory: Path,
+    preprocess: Preprocess,
+    limits: DecodeLimits,
+    most: int,
 ) -> None:
     """A figure of each of the surest mistakes; a network through which no gradient flows has none, which is said."""
     explainer = explainer_with(classifier, table.classes, preprocess, limits)
@@ -112,14 +128,25 @@ def diagnosed(run: RunFolder) -> dict[str, float]:
     found: dict[str, float] = {}
     if (file := run.plots / "robustness.json").is_file():
         rows = {name: row for name, row in json.loads(file.read_text(encoding="utf-8")).items() if name != "about"}
-        found |= {f"robustness/{name}_{severity}": value for name, row in rows.items() for severity, value in row.items() if severity != "0"}
+        found |= {
+            f"robustness/{name}_{severity}": value
+            for name, row in rows.items()
+            for severity, value in row.items()
+            if severity != "0"
+        }
     if (file := run.plots / "latency.json").is_file():
         rows = json.loads(file.read_text(encoding="utf-8"))["backends"]
-        found |= {f"latency/{name}_{figure}": row[figure] for name, row in rows.items() for figure in ("p50_ms", "p95_ms", "images_per_s")}
+        found |= {
+            f"latency/{name}_{figure}": row[figure]
+            for name, row in rows.items()
+            for figure in ("p50_ms", "p95_ms", "images_per_s")
+        }
     return found
 
 
 def measure_exports(backends: Mapping[str, tuple[Backend, Path]], run: RunFolder, size: int) -> None:
     """Write latency.json: how fast each backend answers for images of `size` pixels a side, and how large its file is."""
     with _optional("latency"):
-        Latency({name: in_this_process(backend, file, size) for name, (backend, file) in backends.items()}, hardware()).write(run.plots)
+        Latency(
+            {name: in_this_process(backend, file, size) for name, (backend, file) in backends.items()}, hardware()
+        ).write(run.plots)

@@ -23,7 +23,12 @@ from typing import Any, TypeVar
 import numpy as np
 import pytorch_lightning as pl
 import torch
-from lightning_fabric.plugins.environments import ClusterEnvironment, LightningEnvironment, SLURMEnvironment, TorchElasticEnvironment
+from lightning_fabric.plugins.environments import (
+    ClusterEnvironment,
+    LightningEnvironment,
+    SLURMEnvironment,
+    TorchElasticEnvironment,
+)
 from torch import distributed, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
@@ -59,15 +64,28 @@ def place(environment: Mapping[str, str] = os.environ) -> Place:
     """
     if {"RANK", "WORLD_SIZE", "LOCAL_RANK"} <= environment.keys():
         world_size = int(environment["WORLD_SIZE"])
-        found = Place(int(environment["RANK"]), world_size, int(environment["LOCAL_RANK"]), int(environment.get("LOCAL_WORLD_SIZE", world_size)))
-    elif "SLURM_STEP_ID" in environment and int(environment.get("SLURM_STEP_NUM_TASKS", "1")) > 1:  # only srun sets the step
+        found = Place(
+            int(environment["RANK"]),
+            world_size,
+            int(environment["LOCAL_RANK"]),
+            int(environment.get("LOCAL_WORLD_SIZE", world_size)),
+        )
+    elif (
+        "SLURM_STEP_ID" in environment and int(environment.get("SLURM_STEP_NUM_TASKS", "1")) > 1
+    ):  # only srun sets the step
         world_size, nodes = int(environment["SLURM_STEP_NUM_TASKS"]), int(environment.get("SLURM_STEP_NUM_NODES", "1"))
-        found = Place(int(environment["SLURM_PROCID"]), world_size, int(environment["SLURM_LOCALID"]), max(1, world_size // nodes))
+        found = Place(
+            int(environment["SLURM_PROCID"]), world_size, int(environment["SLURM_LOCALID"]), max(1, world_size // nodes)
+        )
     else:
         return Place()
     if found.world_size % found.local_world_size or found.local_rank >= found.local_world_size:
-        fact = f"{found.world_size} processes cannot be spread evenly over the nodes, {found.local_world_size} on this one"
-        raise ConfigError(fact, "start the same number on each node: srun --ntasks-per-node=N, or torchrun --nproc-per-node=N")
+        fact = (
+            f"{found.world_size} processes cannot be spread evenly over the nodes, {found.local_world_size} on this one"
+        )
+        raise ConfigError(
+            fact, "start the same number on each node: srun --ntasks-per-node=N, or torchrun --nproc-per-node=N"
+        )
     return found
 
 
@@ -122,10 +140,14 @@ def joined(on_gpu: bool) -> Iterator[None]:
     if on_gpu:
         if torch.cuda.device_count() < here.local_world_size:
             fact = f"{here.local_world_size} processes on this machine see {torch.cuda.device_count()} GPUs"
-            raise ConfigError(fact, "start one a GPU; with srun give them to the node, --gpus-per-node=N, not to the tasks")
+            raise ConfigError(
+                fact, "start one a GPU; with srun give them to the node, --gpus-per-node=N, not to the tasks"
+            )
         torch.cuda.set_device(here.local_rank)
     store = _store(here)
-    distributed.init_process_group("nccl" if on_gpu else "gloo", store=store, rank=here.rank, world_size=here.world_size)
+    distributed.init_process_group(
+        "nccl" if on_gpu else "gloo", store=store, rank=here.rank, world_size=here.world_size
+    )
     # Objects travel between processors, whatever the gradients do, and may keep the others waiting for hours.
     _ties = _Ties(distributed.new_group(backend="gloo", timeout=_PATIENCE), store)
     over = threading.Event()
@@ -138,7 +160,9 @@ def joined(on_gpu: bool) -> Iterator[None]:
     except BaseException as error:
         other = _failed_before(f"{here.rank} {_exit_code(error)}")
         if other is None and _is_lost_contact(error):
-            raise TrainingError("another process of this training is gone", "what it said stands above; resume=last goes on") from error
+            raise TrainingError(
+                "another process of this training is gone", "what it said stands above; resume=last goes on"
+            ) from error
         if other is None:
             raise
     finally:
@@ -156,7 +180,12 @@ def _take_place(here: Place) -> None:
     port = 15_000 + int(os.environ.get("SLURM_JOB_ID", "0")) % 10_000 + int(os.environ.get("SLURM_STEP_ID", "0")) % 100
     os.environ.setdefault("MASTER_ADDR", SLURMEnvironment.resolve_root_node_address(nodes))
     os.environ.setdefault("MASTER_PORT", str(port))
-    numbers = {"RANK": here.rank, "WORLD_SIZE": here.world_size, "LOCAL_RANK": here.local_rank, "LOCAL_WORLD_SIZE": here.local_world_size}
+    numbers = {
+        "RANK": here.rank,
+        "WORLD_SIZE": here.world_size,
+        "LOCAL_RANK": here.local_rank,
+        "LOCAL_WORLD_SIZE": here.local_world_size,
+    }
     numbers |= {"GROUP_RANK": here.rank // here.local_world_size}
     os.environ.update({name: str(number) for name, number in numbers.items()})
 
@@ -165,8 +194,12 @@ def _store(here: Place, master: bool = True) -> Any:
     """The table of keys that all ranks share; torchrun's agent holds it, or else the main rank."""
     held = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
     address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-    shared = distributed.TCPStore(address, port, here.world_size, master and here.rank == 0 and not held, timeout=timedelta(minutes=15))
-    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")  # the agent's table outlives the ranks that it starts again
+    shared = distributed.TCPStore(
+        address, port, here.world_size, master and here.rank == 0 and not held, timeout=timedelta(minutes=15)
+    )
+    attempt = os.environ.get(
+        "TORCHELASTIC_RESTART_COUNT", "0"
+    )  # the agent's table outlives the ranks that it starts again
     return distributed.PrefixStore(f"image_classifier/{attempt}", shared)
 
 
@@ -276,9 +309,15 @@ def check_shares(batch_size: int, num_train: int, num_val: int) -> None:
     parts = world_size()
     if batch_size % parts:
         near = max(parts, batch_size // parts * parts)
-        raise ConfigError(f"data.batch_size={batch_size} cannot be shared by {parts} processes", f"use a multiple of {parts}, such as {near}")
+        raise ConfigError(
+            f"data.batch_size={batch_size} cannot be shared by {parts} processes",
+            f"use a multiple of {parts}, such as {near}",
+        )
     if min(num_train, num_val) < parts:
-        raise DataError(f"{num_train} images to train on and {num_val} to validate on are too few for {parts} processes", "lower trainer.devices")
+        raise DataError(
+            f"{num_train} images to train on and {num_val} to validate on are too few for {parts} processes",
+            "lower trainer.devices",
+        )
 
 
 class Together(pl.Callback):
@@ -287,9 +326,13 @@ class Together(pl.Callback):
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         # It waits for the device in every step to hear of the main rank's signals; StopOnSignal hears of all ranks', and seldom.
         trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = lambda: None  # type: ignore[method-assign]
-        normed = any(isinstance(part, _BatchNorm) and not isinstance(part, nn.SyncBatchNorm) for part in pl_module.modules())
+        normed = any(
+            isinstance(part, _BatchNorm) and not isinstance(part, nn.SyncBatchNorm) for part in pl_module.modules()
+        )
         if normed and trainer.strategy.root_device.type == "cpu":
-            log.info("batch norm: each process takes the statistics of its own part of the batch (torch joins them on GPUs only)")
+            log.info(
+                "batch norm: each process takes the statistics of its own part of the batch (torch joins them on GPUs only)"
+            )
 
     def on_validation_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         same_buffers(pl_module)  # by now averaged weights have taken their place

@@ -39,7 +39,9 @@ def answer_by_embeddings(config: Any, folds: Sequence[Manifest], data: DataSetti
     """
     settle_start(config)
     chosen = choose_precision(str(config.trainer.precision), config.trainer.accelerator)
-    hardware = Hardware(str(chosen.value), bool(choose_channels_last("auto", chosen.value, config.trainer.accelerator).value))
+    hardware = Hardware(
+        str(chosen.value), bool(choose_channels_last("auto", chosen.value, config.trainer.accelerator).value)
+    )
     whole = folds[0]
     cache = open_cache(whole, data.preprocess, data.cache, data.limits, progress=sys.stderr.isatty())
     pl.seed_everything(config.seed, workers=True, verbose=False)

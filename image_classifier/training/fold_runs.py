@@ -56,7 +56,12 @@ class FoldRun:
     @property
     def is_done(self) -> bool:
         """Whether its predictions are there."""
-        return self.is_ours and self.is_finished and (self.answers / "logits.npy").is_file() and (self.answers / "predictions.csv").is_file()
+        return (
+            self.is_ours
+            and self.is_finished
+            and (self.answers / "logits.npy").is_file()
+            and (self.answers / "predictions.csv").is_file()
+        )
 
     @property
     def _key_path(self) -> Path:
@@ -64,9 +69,15 @@ class FoldRun:
 
     def command(self) -> list[str]:
         """The whole command line: going on from a checkpoint of the same run, else from the start."""
-        places = {"runs_dir": self.directory, "models_dir": self.directory / "bundles", "plots_dir": self.directory / "plots"}
+        places = {
+            "runs_dir": self.directory,
+            "models_dir": self.directory / "bundles",
+            "plots_dir": self.directory / "plots",
+        }
         own = [f"{key}={quoted(str(value))}" for key, value in {"name": self.name, **places}.items()]
-        goes_on = self.is_ours and not self.is_finished and any((self.directory / self.name / "checkpoints").glob("*.ckpt"))
+        goes_on = (
+            self.is_ours and not self.is_finished and any((self.directory / self.name / "checkpoints").glob("*.ckpt"))
+        )
         return [*self.program, *self.words, *own, "resume=last" if goes_on else "overwrite=true"]
 
     def train(self) -> None:
@@ -90,10 +101,15 @@ class FoldRun:
         if ending.interrupted:
             raise KeyboardInterrupt
         if ending.reason:
-            raise TrainingError(f"the training of {self.name} failed: {ending.reason}", f"see {self.log}; the same command goes on where it stopped")
+            raise TrainingError(
+                f"the training of {self.name} failed: {ending.reason}",
+                f"see {self.log}; the same command goes on where it stopped",
+            )
 
 
-def fold_runs(name: str, directory: Path, folds: Sequence[Manifest], words: Sequence[str], program: Sequence[str] | None = None) -> list[FoldRun]:
+def fold_runs(
+    name: str, directory: Path, folds: Sequence[Manifest], words: Sequence[str], program: Sequence[str] | None = None
+) -> list[FoldRun]:
     """The runs of all folds, fold i being the val part of `folds[i]`; `words` are those of every training's command line."""
     runs = []
     for number, fold in enumerate(folds):

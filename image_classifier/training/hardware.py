@@ -54,7 +54,10 @@ class SpeedSettings:
 
     def __post_init__(self) -> None:
         if self.speed not in ("auto", "safe"):
-            raise ConfigError(f"trainer.speed={self.speed!r} is unknown", "use auto, or safe: float32 and nothing that only makes it faster")
+            raise ConfigError(
+                f"trainer.speed={self.speed!r} is unknown",
+                "use auto, or safe: float32 and nothing that only makes it faster",
+            )
         for key, value in (("compile", self.compile), ("channels_last", self.channels_last)):
             if value not in ("auto", True, False):
                 raise ConfigError(f"trainer.{key}={value!r} is unknown", "use auto, true or false")
@@ -63,11 +66,21 @@ class SpeedSettings:
 def choose_hardware(asked: SpeedSettings) -> Hardware:
     """Settle what makes a step fast and say in the log what was chosen and why."""
     safe = asked.speed == "safe"
-    number = choose_precision("32-true" if safe and asked.precision == "auto" else str(asked.precision), asked.accelerator)
-    layout = Choice(False, "trainer.speed=safe") if safe else choose_channels_last(asked.channels_last, number.value, asked.accelerator)
+    number = choose_precision(
+        "32-true" if safe and asked.precision == "auto" else str(asked.precision), asked.accelerator
+    )
+    layout = (
+        Choice(False, "trainer.speed=safe")
+        if safe
+        else choose_channels_last(asked.channels_last, number.value, asked.accelerator)
+    )
     fused = choose_fused(safe, asked.gradient_clip_val, number.value)
     compiling = choose_compile(safe, asked.compile, asked.deterministic)
-    log.info("precision: %s (%s)", number.value, "trainer.speed=safe" if safe and asked.precision == "auto" else number.reason)
+    log.info(
+        "precision: %s (%s)",
+        number.value,
+        "trainer.speed=safe" if safe and asked.precision == "auto" else number.reason,
+    )
     log.info("memory layout: channels %s (%s)", "last" if layout.value else "first", layout.reason)
     log.info("fused optimizer: %s (%s)", _word(fused.value), fused.reason)
     log.info("torch.compile: %s (%s)", _word(compiling.value), compiling.reason)
@@ -76,7 +89,9 @@ def choose_hardware(asked: SpeedSettings) -> Hardware:
         tf32 = not safe
         torch.set_float32_matmul_precision("high" if tf32 else "highest")
         torch.backends.cudnn.allow_tf32 = tf32
-        log.info("TF32: %s (%s)", _word(tf32), "trainer.speed=safe" if safe else "float32 products of this GPU are faster so")
+        log.info(
+            "TF32: %s (%s)", _word(tf32), "trainer.speed=safe" if safe else "float32 products of this GPU are faster so"
+        )
     benchmark = on_cuda and not safe and not asked.deterministic
     return Hardware(str(number.value), bool(layout.value), bool(fused.value), compiling.value, benchmark)  # type: ignore[arg-type]
 
@@ -132,7 +147,12 @@ def choose_channels_last(requested: str | bool, precision: object, accelerator: 
     on_cpu = accelerator == "cpu" or not (torch.cuda.is_available() or torch.backends.mps.is_available())
     if on_cpu and "avx512f" in processor_flags():
         return Choice(False, "float32 convolutions with AVX-512 are faster so")
-    return Choice(True, "float32 convolutions without AVX-512 are faster so" if on_cpu else "convolutions on this device are at least as fast so")
+    return Choice(
+        True,
+        "float32 convolutions without AVX-512 are faster so"
+        if on_cpu
+        else "convolutions on this device are at least as fast so",
+    )
 
 
 def processor_flags() -> frozenset[str]:

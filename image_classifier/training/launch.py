@@ -67,7 +67,9 @@ def run_ranks(accelerator: str, devices: Any, nodes: int) -> bool:
     if count == 1:
         return False
     if len(sys.argv) < 2 or sys.argv[1] != "train":
-        raise ConfigError(f"trainer.devices={devices} is for the verb train; here each run has one device", "set trainer.devices=1")
+        raise ConfigError(
+            f"trainer.devices={devices} is for the verb train; here each run has one device", "set trainer.devices=1"
+        )
     log.info("starting %d processes, one a device", count)
     code = _run(count, _visible(accelerator, devices))
     if code:
@@ -77,7 +79,13 @@ def run_ranks(accelerator: str, devices: Any, nodes: int) -> bool:
 
 def _visible(accelerator: str, devices: Any) -> dict[str, str]:
     """The GPUs of a list, as the only ones that the ranks see: they take them by number."""
-    chosen = devices if not isinstance(devices, int | str) else [part for part in str(devices).split(",") if part] if "," in str(devices) else []
+    chosen = (
+        devices
+        if not isinstance(devices, int | str)
+        else [part for part in str(devices).split(",") if part]
+        if "," in str(devices)
+        else []
+    )
     if not uses_gpu(accelerator) or not chosen:
         return {}
     mine = [name for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name]
@@ -93,14 +101,21 @@ def _run(count: int, environment: dict[str, str]) -> int:
     for name in list(logging.root.manager.loggerDict):
         if name.startswith("torch.distributed.elastic"):
             logging.getLogger(name).setLevel(logging.CRITICAL)  # the ranks say themselves what is wrong
-    environment = {"OMP_NUM_THREADS": str(max(1, core_count() // count)), "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": str(_TIME_TO_SAVE_S)} | environment
+    environment = {
+        "OMP_NUM_THREADS": str(max(1, core_count() // count)),
+        "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": str(_TIME_TO_SAVE_S),
+    } | environment
     with _environment(environment):
-        job = LaunchConfig(1, 1, count, run_id=uuid.uuid4().hex, rdzv_backend="c10d", rdzv_endpoint="localhost:0", max_restarts=0)
+        job = LaunchConfig(
+            1, 1, count, run_id=uuid.uuid4().hex, rdzv_backend="c10d", rdzv_endpoint="localhost:0", max_restarts=0
+        )
         job.signals_to_handle = ",".join([job.signals_to_handle, *(number.name for number in slurm_warnings())])
         try:
             elastic_launch(job, sys.executable)(*sys.argv)
         except ChildFailedError as error:
-            codes = [failure.exitcode for _, failure in sorted(error.failures.items(), key=lambda item: item[1].timestamp)]
+            codes = [
+                failure.exitcode for _, failure in sorted(error.failures.items(), key=lambda item: item[1].timestamp)
+            ]
             return next((code for code in codes if code > 0), 128 - codes[0])
         except SignalException as error:
             return 128 + int(error.sigval)
@@ -111,7 +126,9 @@ def _run(count: int, environment: dict[str, str]) -> int:
 def _environment(values: dict[str, str]) -> Iterator[None]:
     """Set variables for the processes started in the block; those that are set already stay, but for the choice of GPUs."""
     before = dict(os.environ)
-    os.environ.update({name: value for name, value in values.items() if name not in before or name == "CUDA_VISIBLE_DEVICES"})
+    os.environ.update(
+        {name: value for name, value in values.items() if name not in before or name == "CUDA_VISIBLE_DEVICES"}
+    )
     try:
         yield
     finally:

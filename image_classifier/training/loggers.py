@@ -28,10 +28,17 @@ class MLflowLogger(Logger):
     """
 
     def __init__(
-        self, tracking_uri: str, experiment_name: str, run_name: str = "", tags: dict[str, str] | None = None, artifacts: bool = True
+        self,
+        tracking_uri: str,
+        experiment_name: str,
+        run_name: str = "",
+        tags: dict[str, str] | None = None,
+        artifacts: bool = True,
     ) -> None:
         super().__init__()
-        self.tracker = Tracker(tracking_uri, experiment_name, run_name, {key: str(value) for key, value in (tags or {}).items()})
+        self.tracker = Tracker(
+            tracking_uri, experiment_name, run_name, {key: str(value) for key, value in (tags or {}).items()}
+        )
         self.artifacts = artifacts
 
     @property
@@ -79,7 +86,8 @@ class RunLoggers:
                 if not type(error).__module__.startswith("wandb"):
                     raise
                 raise ConfigError(
-                    f"wandb cannot start ({error})", "run `wandb login`, or keep the run on this machine: logger.offline=true"
+                    f"wandb cannot start ({error})",
+                    "run `wandb login`, or keep the run on this machine: logger.offline=true",
                 ) from error
         for mlflow in self._mlflow:
             mlflow.tracker.set_tags(facts)
@@ -135,5 +143,7 @@ def _place(logger: Logger) -> str:
         return logger.tracker.where
     if isinstance(logger, WandbLogger):
         folder = os.path.relpath(Path(str(logger.experiment.dir)).parent)
-        return f"{folder}; send it with: wandb sync {folder}" if logger.experiment.offline else str(logger.experiment.url)
+        return (
+            f"{folder}; send it with: wandb sync {folder}" if logger.experiment.offline else str(logger.experiment.url)
+        )
     return str(logger.log_dir or logger.save_dir)

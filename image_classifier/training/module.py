@@ -19,7 +19,13 @@ from image_classifier.training.datamodule import Batch
 from image_classifier.training.distributed import gather_rows
 from image_classifier.training.optimizers.freezing import quieten
 from image_classifier.training.optimizers.groups import parameter_groups
-from image_classifier.training.optimizers.schedules import OptimizerFactory, SchedulerSettings, build_moves, scaled_rates, warmup_factor
+from image_classifier.training.optimizers.schedules import (
+    OptimizerFactory,
+    SchedulerSettings,
+    build_moves,
+    scaled_rates,
+    warmup_factor,
+)
 from image_classifier.training.sharding import shard, whole
 
 
@@ -78,7 +84,9 @@ class ClassifierModule(pl.LightningModule):
     def training_step(self, batch: Batch, batch_idx: int) -> torch.Tensor:
         pixels, targets = batch
         logits, loss = self._logits_and_loss(pixels, targets)
-        self.train_accuracy.update(logits.detach(), targets.argmax(dim=1) if targets.is_floating_point() else targets)  # mixed: the greater share
+        self.train_accuracy.update(
+            logits.detach(), targets.argmax(dim=1) if targets.is_floating_point() else targets
+        )  # mixed: the greater share
         self.train_loss.update(loss.detach(), len(targets))
         return loss
 

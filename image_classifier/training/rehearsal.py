@@ -45,7 +45,11 @@ from image_classifier.training.memory import free_memory, memory_used, reset_pea
 log = logging.getLogger(__name__)
 
 _SWEEP_STEPS, _LOWEST, _HIGHEST = 100, 1e-6, 10.0
-_SMALLEST_BATCH, _FEWEST_STEPS, _WORTH = 16, 10, 1.03  # a batch may be 1/10 of the training part; each doubling must gain 3 %
+_SMALLEST_BATCH, _FEWEST_STEPS, _WORTH = (
+    16,
+    10,
+    1.03,
+)  # a batch may be 1/10 of the training part; each doubling must gain 3 %
 _TIMED_STEPS, _TIMED_S, _WARMUP = 20, 2.0, 3
 _UNSCHEDULED = {"scheduler.build": None, "scheduler.warmup": 0.0}
 _MARGIN = 0.9  # of the time is planned for: checkpoints, plots, and a machine that others use too
@@ -113,7 +117,8 @@ def check_choices(config: Any) -> None:
         raise ConfigError(f"model.tta={tta} is unknown", f"use one of {', '.join(TTA)}")
     if "flip" in tta and not plain["data"]["flip"]:
         raise ConfigError(
-            f"model.tta={tta} asks a mirrored image too, and data.flip=false says that it may be of another class", "set model.tta=shift or none"
+            f"model.tta={tta} asks a mirrored image too, and data.flip=false says that it may be of another class",
+            "set model.tta=shift or none",
         )
     if trainer["max_epochs"] in (None, -1) and trainer["max_time"] is None and (trainer.get("max_steps") or -1) < 0:
         raise ConfigError("nothing ends this run", "set trainer.max_epochs, trainer.max_steps or trainer.max_time")
@@ -121,10 +126,16 @@ def check_choices(config: Any) -> None:
         seconds_of(trainer["max_time"])
     fixed = next((key for key, value in rates.items() if key.endswith("_lr") and value is not None), None)
     if rates.get("lr") == "auto" and fixed:
-        raise ConfigError(f"optimizer.lr=auto moves all learning rates together, and optimizer.{fixed} is fixed", f"set optimizer.{fixed}=null")
-    if plain["data"]["batch_size"] == "auto" and (world_size() > 1 or device_count(trainer["accelerator"], trainer["devices"]) > 1):
         raise ConfigError(
-            "data.batch_size=auto tries batches on one device", "run it with trainer.devices=1 first, and give the batch of all devices"
+            f"optimizer.lr=auto moves all learning rates together, and optimizer.{fixed} is fixed",
+            f"set optimizer.{fixed}=null",
+        )
+    if plain["data"]["batch_size"] == "auto" and (
+        world_size() > 1 or device_count(trainer["accelerator"], trainer["devices"]) > 1
+    ):
+        raise ConfigError(
+            "data.batch_size=auto tries batches on one device",
+            "run it with trainer.devices=1 first, and give the batch of all devices",
         )
 
 
@@ -143,7 +154,11 @@ def rehearse(
         data = replace(data, batch_size=config.data.batch_size)
     if config.optimizer.get("lr") == "auto":
         config.optimizer.lr = find_learning_rate(trials, data, plots)
-    if config.trainer.max_time is not None and config.trainer.max_epochs is None and (config.trainer.get("max_steps") or -1) < 0:
+    if (
+        config.trainer.max_time is not None
+        and config.trainer.max_epochs is None
+        and (config.trainer.get("max_steps") or -1) < 0
+    ):
         hardware, config.trainer.max_steps = plan_steps(trials, data)
         config.trainer.compile = hardware.compile
     return data, hardware
@@ -159,9 +174,15 @@ def find_learning_rate(trials: Rehearsal, data: DataSettings, plots: Path) -> fl
     found = broadcast(suggest(rates, smooth) if is_main() else None)
     if is_main():
         plot_learning_rate_finder(rates, losses, smooth, found, plots / "learning_rate_finder.png")
-        write_text(plots / "learning_rate_finder.csv", _table(["learning_rate", "loss", "smoothed_loss"], zip(rates, losses, smooth, strict=True)))
+        write_text(
+            plots / "learning_rate_finder.csv",
+            _table(["learning_rate", "loss", "smoothed_loss"], zip(rates, losses, smooth, strict=True)),
+        )
     if found is None:
-        raise TrainingError("no learning rate makes the loss fall", f"look at {plots / 'learning_rate_finder.png'}, and give optimizer.lr")
+        raise TrainingError(
+            "no learning rate makes the loss fall",
+            f"look at {plots / 'learning_rate_finder.png'}, and give optimizer.lr",
+        )
     log.info("optimizer.lr: %.2g (found: the loss falls fastest there; %s)", found, plots / "learning_rate_finder.png")
     return found
 
@@ -189,7 +210,9 @@ def find_batch_size(trials: Rehearsal, data: DataSettings) -> int:
     size, best, reason = min(_SMALLEST_BATCH, most), 0, ""
     before = memory_used(trials.on_gpu)
     while not reason:
-        measured = _speed(trials, replace(data, batch_size=size, progressive_sizes=None))  # the last, largest size decides
+        measured = _speed(
+            trials, replace(data, batch_size=size, progressive_sizes=None)
+        )  # the last, largest size decides
         if measured is None:
             reason = f"{size} do not fit into memory"
             break
@@ -205,7 +228,9 @@ def find_batch_size(trials: Rehearsal, data: DataSettings) -> int:
         elif growth > 0 and 2 * growth > free_memory(trials.on_gpu):
             reason = f"{size} would not fit into memory"
     if not best:
-        raise ConfigError(f"not even batches of {size} fit into memory: {reason}", "lower data.image_size, or choose a smaller model")
+        raise ConfigError(
+            f"not even batches of {size} fit into memory: {reason}", "lower data.image_size, or choose a smaller model"
+        )
     for size, rate, peak in tried:
         log.info("batch of %5d: %8.1f images/s, peak memory %7.0f MB", size, rate, peak / 2**20)
     log.info("data.batch_size: %d (found: %s; optimizer.lr stays %s)", best, reason, trials.config.optimizer.get("lr"))
@@ -215,7 +240,12 @@ def find_batch_size(trials: Rehearsal, data: DataSettings) -> int:
 def _speed(trials: Rehearsal, data: DataSettings) -> tuple[float, float] | None:
     """Images a second and peak memory in bytes of real training steps; None where the device has not so much memory."""
     watch = Stopwatch(_WARMUP, _TIMED_S)
-    limits = {"trainer.max_epochs": -1, "trainer.max_steps": _WARMUP + _TIMED_STEPS, "trainer.limit_val_batches": 0, "optimizer.lr": _rate(trials)}
+    limits = {
+        "trainer.max_epochs": -1,
+        "trainer.max_steps": _WARMUP + _TIMED_STEPS,
+        "trainer.limit_val_batches": 0,
+        "optimizer.lr": _rate(trials),
+    }
     reset_peak(trials.on_gpu)
     try:
         trials.fit(data, limits | _UNSCHEDULED, watch)
@@ -239,7 +269,12 @@ def plan_steps(trials: Rehearsal, data: DataSettings) -> tuple[Hardware, int]:
     timed = [_times(replace(trials, hardware=one), data) for one in tried]
     (step_s, validation_s), hardware = min(zip(timed, tried, strict=True), key=lambda pair: pair[0])
     if len(tried) > 1:
-        log.info("torch.compile: %s (%.3g s a step without, %.3g s with)", "on" if hardware.compile else "off", timed[0][0], timed[1][0])
+        log.info(
+            "torch.compile: %s (%.3g s a step without, %.3g s with)",
+            "on" if hardware.compile else "off",
+            timed[0][0],
+            timed[1][0],
+        )
     datamodule = build_datamodule(config, trials.manifest, data, trials.cache, trials.hardware)
     batches = config.trainer.accumulate_grad_batches or 1  # a step
     step_s, per_epoch = batches * step_s, max(1, math.ceil(len(datamodule.train_dataloader()) / batches))
@@ -249,7 +284,8 @@ def plan_steps(trials: Rehearsal, data: DataSettings) -> tuple[Hardware, int]:
     planned = int(left_s / (step_s + validation_s / (every * per_epoch)))
     if planned < 1:
         raise ConfigError(
-            f"trainer.max_time={config.trainer.max_time} is less than a step and a validation take", f"allow {step_s + validation_s:.0f} s"
+            f"trainer.max_time={config.trainer.max_time} is less than a step and a validation take",
+            f"allow {step_s + validation_s:.0f} s",
         )
     log.info(
         "trainer.max_steps: %d, %.1f epochs (found: %.3g s a step and %.3g s a validation, so that the schedule ends within %.0f s)",
@@ -273,11 +309,15 @@ def seconds_of(max_time: Any) -> float:
     try:
         duration = Timer(duration=dict(max_time) if not isinstance(max_time, str | timedelta) else max_time)._duration
     except (MisconfigurationException, ValueError, TypeError, AttributeError) as error:
-        raise ConfigError(f"trainer.max_time={max_time} is no time", 'write "days:hours:minutes:seconds", such as "00:00:30:00"') from error
+        raise ConfigError(
+            f"trainer.max_time={max_time} is no time", 'write "days:hours:minutes:seconds", such as "00:00:30:00"'
+        ) from error
     return float(duration or 0)
 
 
 def _table(header: list[str], rows: Any) -> str:
     text = io.StringIO()
-    csv.writer(text, lineterminator="\n").writerows([header, *([f"{float(value):.6g}" for value in row] for row in rows)])
+    csv.writer(text, lineterminator="\n").writerows(
+        [header, *([f"{float(value):.6g}" for value in row] for row in rows)]
+    )
     return text.getvalue()

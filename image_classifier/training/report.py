@@ -51,7 +51,10 @@ class Results:
     @property
     def intervals(self) -> dict[str, dict[str, list[float]]]:
         """The 95 % intervals of each part by name, where there is one."""
-        return {split: {name: list(bounds) for name, bounds in metrics.intervals.items() if bounds} for split, metrics in self.metrics.items()}
+        return {
+            split: {name: list(bounds) for name, bounds in metrics.intervals.items() if bounds}
+            for split, metrics in self.metrics.items()
+        }
 
 
 def write_results(
@@ -67,16 +70,23 @@ def write_results(
     """Judge the predictions, and write the tables of the run and, if asked for, its figures to its folder in plots/."""
     metrics = {split: compute_metrics(table) for split, table in tables.items()}
     leaks = {split: leak_score(table, manifest.leaked(split)) for split, table in tables.items()}
-    trusts = {split: write_trust(table, decision, run.plots / split, f"{run.name}, {split}", plots.figures) for split, table in tables.items()}
+    trusts = {
+        split: write_trust(table, decision, run.plots / split, f"{run.name}, {split}", plots.figures)
+        for split, table in tables.items()
+    }
     results = Results(metrics, leaks, {split: scalars(metrics[split], leaks[split]) for split in tables}, trusts)
     write_text(run.plots / "metrics.json", json.dumps(results.scores, indent=2) + "\n")
     if plots.figures:
         plot_learning_curves(history.curves(), run.plots)
-        plot_curves_in_parts(history.curves(), run.plots, plots.parts) if plots.parts else plot_loss_in_parts(history.curves(), run.plots)
+        plot_curves_in_parts(history.curves(), run.plots, plots.parts) if plots.parts else plot_loss_in_parts(
+            history.curves(), run.plots
+        )
     for split, table in tables.items():
         beside = simple.beside(baselines, split)
         title, directory = f"{run.name}, {split}", run.plots / split
-        write_evaluation(table, metrics[split], manifest.part(split), directory, title, limits, leaks[split], beside, plots.figures)
+        write_evaluation(
+            table, metrics[split], manifest.part(split), directory, title, limits, leaks[split], beside, plots.figures
+        )
     return results
 
 
@@ -91,13 +101,28 @@ def log_outcome(
 ) -> None:
     """Give the loggers what is known at the end: scores, intervals, robustness, latency, tables of answers and classes, bundle, figures."""
     scores = {f"test/{name}": value for name, value in results.scores.get("test", {}).items()}
-    scores |= {f"{split}/{name}": value for split, trust in results.trusts.items() for name, value in trust.scalars().items()}
+    scores |= {
+        f"{split}/{name}": value for split, trust in results.trusts.items() for name, value in trust.scalars().items()
+    }
     bounds = results.intervals.get("test", {}).items()
-    scores |= {f"test/{name}_{end}": value for name, pair in bounds for end, value in zip(("low", "high"), pair, strict=True)}
-    loggers.log_metrics({**scores, **diagnosed(run), **simple.as_metrics(baselines)}, max(0, trainer.current_epoch - 1), trainer.global_step)
+    scores |= {
+        f"test/{name}_{end}": value for name, pair in bounds for end, value in zip(("low", "high"), pair, strict=True)
+    }
+    loggers.log_metrics(
+        {**scores, **diagnosed(run), **simple.as_metrics(baselines)},
+        max(0, trainer.current_epoch - 1),
+        trainer.global_step,
+    )
     for split, table in tables.items():
-        loggers.keep_tables({f"tables/{split}_answers": answer_columns(table), f"tables/{split}_classes": class_columns(results.metrics[split])})
-    loggers.keep({"git_commit": str(facts["git"]), "bundle": str(run.bundle)}, {"bundle": run.bundle, "plots": run.plots})
+        loggers.keep_tables(
+            {
+                f"tables/{split}_answers": answer_columns(table),
+                f"tables/{split}_classes": class_columns(results.metrics[split]),
+            }
+        )
+    loggers.keep(
+        {"git_commit": str(facts["git"]), "bundle": str(run.bundle)}, {"bundle": run.bundle, "plots": run.plots}
+    )
     loggers.finish()
 
 
@@ -118,7 +143,13 @@ def summarise(
     if split == "val" and has_test_part:
         print("these figures are of the part that chose the best epoch; test=false left the test part alone")
     elif split == "val":
-        print("there is no test part: these figures are of the part that chose the best epoch; ask for one with data.split.test=0.1")
+        print(
+            "there is no test part: these figures are of the part that chose the best epoch; ask for one with data.split.test=0.1"
+        )
     print(f"images/s {throughput.images_per_second:.1f}")
-    print("\n".join([f"bundle   {run.bundle}", f"plots    {run.plots}", *logged, f"log      {run.directory / 'train.log'}"]))
+    print(
+        "\n".join(
+            [f"bundle   {run.bundle}", f"plots    {run.plots}", *logged, f"log      {run.directory / 'train.log'}"]
+        )
+    )
     print(f"next     python commands.py infer --checkpoint_name {shlex.quote(run.name)} --images PATH")

@@ -86,12 +86,18 @@ def find_run(asked: RunSettings, line: Sequence[str]) -> Resumption | None:
 def _at(path: Path) -> Resumption:
     if path.is_dir():
         if not (path / "config.yaml").is_file():
-            raise CheckpointError(f"{str(path)!r} is not the folder of a run", "give runs/NAME, or a .ckpt in its checkpoints/")
+            raise CheckpointError(
+                f"{str(path)!r} is not the folder of a run", "give runs/NAME, or a .ckpt in its checkpoints/"
+            )
         return Resumption(path)
     if not path.is_file():
-        raise CheckpointError(f"there is no {str(path)!r} to go on from", "give runs/NAME, a .ckpt in its checkpoints/, or resume=last")
+        raise CheckpointError(
+            f"there is no {str(path)!r} to go on from", "give runs/NAME, a .ckpt in its checkpoints/, or resume=last"
+        )
     if reason := damage(path):
-        raise CheckpointError(f"the checkpoint {str(path)!r} is damaged ({reason})", "give its run folder: the newest whole one is taken")
+        raise CheckpointError(
+            f"the checkpoint {str(path)!r} is damaged ({reason})", "give its run folder: the newest whole one is taken"
+        )
     read_part(path, KEY)
     folder = path.resolve().parent.parent
     own = path.resolve().parent.name == "checkpoints" and (folder / "config.yaml").is_file()
@@ -123,7 +129,13 @@ def notes_of(going: Resumption | None, line: Sequence[str], flat: Mapping[str, A
     before = read_notes(going.directory) if going and going.directory else {}
     given = before.get("given", {}) | {_key(item): item for item in own_line(line)}
     job = {"slurm_job": slurm_job()} if slurm_job() else {}
-    return {"line": before.get("line", own_line(line)), "given": given, "length": length_of(flat), "finished": False, **job}
+    return {
+        "line": before.get("line", own_line(line)),
+        "given": given,
+        "length": length_of(flat),
+        "finished": False,
+        **job,
+    }
 
 
 def given_anew(directory: Path, line: Sequence[str]) -> list[str]:
@@ -149,7 +161,8 @@ def score_if_finished(going: Resumption, flat: Mapping[str, Any], asked: str | N
         log.info("%s is finished", going.directory)
         return float(notes["score"])
     raise ConfigError(
-        f"the run {str(going.directory)!r} is finished", "give more trainer.max_epochs to train on, or overwrite=true without resume to start anew"
+        f"the run {str(going.directory)!r} is finished",
+        "give more trainer.max_epochs to train on, or overwrite=true without resume to start anew",
     )
 
 
@@ -180,7 +193,11 @@ def facts_of(manifest: Manifest, flat: Mapping[str, Any]) -> dict[str, Any]:
     return {
         "manifest_sha256": manifest.sha256,
         "classes": list(manifest.classes),
-        "settings": {key: json.dumps(value) for key, value in flat.items() if key.startswith(_FIXED) and not key.startswith(_FREE)},
+        "settings": {
+            key: json.dumps(value)
+            for key, value in flat.items()
+            if key.startswith(_FIXED) and not key.startswith(_FREE)
+        },
         "length": length_of(flat),
     }
 
@@ -190,13 +207,20 @@ def _check_same(path: Path, facts: Mapping[str, Any], flat: Mapping[str, Any]) -
     before = read_part(path, KEY)["facts"]
     anew = "start a new run; model.from=NAME starts it from these weights"
     if before["classes"] != facts["classes"]:
-        raise DataError(f"the run to go on with has other classes ({_shown(before['classes'])}; now {_shown(facts['classes'])})", anew)
+        raise DataError(
+            f"the run to go on with has other classes ({_shown(before['classes'])}; now {_shown(facts['classes'])})",
+            anew,
+        )
     if before["manifest_sha256"] != facts["manifest_sha256"]:
-        raise DataError("the images or their parts are not those of the run to go on with", f"bring them back, or {anew}")
+        raise DataError(
+            "the images or their parts are not those of the run to go on with", f"bring them back, or {anew}"
+        )
     for key in sorted(before["settings"].keys() | facts["settings"].keys()):
         old, new = before["settings"].get(key), facts["settings"].get(key)
         if old != new:
-            raise ConfigError(f"{key}={new} in a run that began with {old}", f"a run keeps it to its end: leave it out, or {anew}")
+            raise ConfigError(
+                f"{key}={new} in a run that began with {old}", f"a run keeps it to its end: leave it out, or {anew}"
+            )
     return _is_longer(before["length"], flat, read_part(path, "epoch"), anew)
 
 

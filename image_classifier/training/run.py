@@ -26,7 +26,13 @@ from image_classifier.evaluation.ood import Detector, looks
 from image_classifier.modeling.classifier import Classifier
 from image_classifier.predictions import PredictionTable
 from image_classifier.records import SPLITS, Manifest
-from image_classifier.training.assemble import build_datamodule, build_module, build_trainer, check_optimisation, speed_settings
+from image_classifier.training.assemble import (
+    build_datamodule,
+    build_module,
+    build_trainer,
+    check_optimisation,
+    speed_settings,
+)
 from image_classifier.training.baseline import baselines_of_run
 from image_classifier.training.callbacks.bad_loss import BadLoss, check_on_nan
 from image_classifier.training.callbacks.checkpoints import final_checkpoint
@@ -54,7 +60,17 @@ from image_classifier.training.loggers import RunLoggers
 from image_classifier.training.module import ClassifierModule
 from image_classifier.training.rehearsal import check_choices, rehearse
 from image_classifier.training.report import log_outcome, summarise, write_results
-from image_classifier.training.resume import Resumption, facts_of, find_run, forget_later, given_anew, length_of, notes_of, score_if_finished, settled
+from image_classifier.training.resume import (
+    Resumption,
+    facts_of,
+    find_run,
+    forget_later,
+    given_anew,
+    length_of,
+    notes_of,
+    score_if_finished,
+    settled,
+)
 from image_classifier.training.run_folder import RunFolder, RunSettings, claim_run, note_finished, remembered_log
 from image_classifier.training.start import settle_start
 
@@ -88,7 +104,9 @@ def _as_begun(config: Any, going: Resumption, line: Sequence[str]) -> Any:
         return config
     place = {"name": going.directory.name, "run_dir": str(going.directory)}
     anew = given_anew(going.directory, line)
-    config = settings.replaced(settings.resumed(settings.replaced(config, place), going.directory / "config.yaml", anew), place)
+    config = settings.replaced(
+        settings.resumed(settings.replaced(config, place), going.directory / "config.yaml", anew), place
+    )
     keys = {item.partition("=")[0] for item in anew}
     if "trainer.max_time" in keys and "trainer.max_steps" not in keys and config.trainer.max_epochs is None:
         config.trainer.max_steps = -1  # the steps that were planned for the old time are planned anew
@@ -111,12 +129,21 @@ def _prepare_and_train(config: Any, going: Resumption | None, line: Sequence[str
         first_on_each_node(lambda: settle_start(config))
         manifest, data = from_main(lambda: prepare_from(config))
     if not len(manifest.indices("val")):
-        raise DataError("there is no val part to choose the best epoch by", "set data.split.val above 0, or add a val/ folder")
+        raise DataError(
+            "there is no val part to choose the best epoch by", "set data.split.val above 0, or add a val/ folder"
+        )
     if data.batch_size != "auto":
         check_shares(data.batch_size, len(manifest.indices("train")), len(manifest.indices("val")))
     name = f"{data.name or manifest.root.resolve().name}-{config.model.name}"
     going = from_main(lambda: settled(going, facts_of(manifest, _flat(config)), _flat(config)) if going else None)
-    claim = partial(claim_run, _run_settings(config), name, early, notes_of(going, line, _flat(config)), going.directory if going else None)
+    claim = partial(
+        claim_run,
+        _run_settings(config),
+        name,
+        early,
+        notes_of(going, line, _flat(config)),
+        going.directory if going else None,
+    )
     with claim() if is_main() else nullcontext() as claimed:
         run = broadcast(claimed)
         config.name, config.run_dir = run.name, str(run.directory)
@@ -125,43 +152,82 @@ def _prepare_and_train(config: Any, going: Resumption | None, line: Sequence[str
         return _train(config, run, manifest, data, going, signals)
 
 
-def _train(config: Any, run: RunFolder, manifest: Manifest, data: DataSettings, going: Resumption | None, signals: Signals) -> float | None:
+def _train(
+    config: Any, run: RunFolder, manifest: Manifest, data: DataSettings, going: Resumption | None, signals: Signals
+) -> float | None:
     if is_main() and going:
         forget_later(going)
     pl.seed_everything(config.seed, workers=True, verbose=False)
     hardware = choose_hardware(speed_settings(config))
-    cache = first_on_each_node(lambda: open_cache(manifest, data.preprocess, data.cache, data.limits, progress=sys.stderr.isatty()))
+    cache = first_on_each_node(
+        lambda: open_cache(manifest, data.preprocess, data.cache, data.limits, progress=sys.stderr.isatty())
+    )
     data, hardware = rehearse(config, manifest, data, cache, hardware, run.plots)
     if is_main():
-        settings.save(config, run.directory / "config.yaml")  # with what was found, so that a resumed run need not look again
+        settings.save(
+            config, run.directory / "config.yaml"
+        )  # with what was found, so that a resumed run need not look again
     datamodule = build_datamodule(config, manifest, data, cache, hardware)
     module = build_module(config, manifest, data, cache, hardware)
-    baselines = from_main(lambda: baselines_of_run(config, module.classifier, manifest, data, cache, hardware, run.plots, run.resumed))
+    baselines = from_main(
+        lambda: baselines_of_run(config, module.classifier, manifest, data, cache, hardware, run.plots, run.resumed)
+    )
     separate_draws(config.seed)
     throughput = Throughput()
     history = RunHistory(run.directory / "metrics.csv", throughput)
     state = ExactState(facts_of(manifest, _flat(config)), going is not None and going.longer)
-    trainer = build_trainer(config, hardware, throughput, history, state, StopOnSignal(signals), BadLoss(config.trainer.on_nan, run.directory))
+    trainer = build_trainer(
+        config,
+        hardware,
+        throughput,
+        history,
+        state,
+        StopOnSignal(signals),
+        BadLoss(config.trainer.on_nan, run.directory),
+    )
     loggers = RunLoggers(trainer.loggers)
     loggers.go_on_as(run.key, run.resumed)
     try:
         corrected = {"corrected": in_words(manifest.corrected)} if manifest.corrected else {}
-        loggers.begin(_flat(config), {"manifest_sha256": manifest.sha256, "run_folder": str(run.directory), **corrected})
+        loggers.begin(
+            _flat(config), {"manifest_sha256": manifest.sha256, "run_folder": str(run.directory), **corrected}
+        )
         with signals.deferred():
             _fit(trainer, module, datamodule, going.checkpoint if going else None)
         classifier = _best_classifier(trainer, module)
         asked = decision_settings(config)
         detector = from_main(lambda: fit_detector(classifier, manifest, cache, asked))
-        tables = {split: _predict(classifier, detector, datamodule, manifest, split) for split in _judged_parts(config, manifest)}
+        tables = {
+            split: _predict(classifier, detector, datamodule, manifest, split)
+            for split in _judged_parts(config, manifest)
+        }
         if not is_main():
             return None
         tables = calibrated(tables)
         decision = decided(tables["val"], asked)
-        results = write_results(run, manifest, tables, history, baselines, decision, _run_settings(config).plots, data.limits)
+        results = write_results(
+            run, manifest, tables, history, baselines, decision, _run_settings(config).plots, data.limits
+        )
         judged, seen = tables[results.judged], trainer.current_epoch * len(manifest.indices("train"))
         examine(classifier, judged, manifest.part(results.judged), run, data, diagnostics_settings(config), seen)
-        blueprint = {**module.hparams["blueprint"], "temperature": tables["val"].temperature, "decision": decision.as_dict()}
-        facts = deliver(classifier, blueprint, run, manifest, cache, results, baselines, config, throughput.images_per_second, decision, detector)
+        blueprint = {
+            **module.hparams["blueprint"],
+            "temperature": tables["val"].temperature,
+            "decision": decision.as_dict(),
+        }
+        facts = deliver(
+            classifier,
+            blueprint,
+            run,
+            manifest,
+            cache,
+            results,
+            baselines,
+            config,
+            throughput.images_per_second,
+            decision,
+            detector,
+        )
         note_finished(run, results.score, length_of(_flat(config)))
         log_outcome(loggers, run, results, tables, baselines, facts, trainer)
     except BaseException as error:
@@ -192,15 +258,22 @@ def _fit(trainer: pl.Trainer, module: ClassifierModule, datamodule: ImageDataMod
 def _explained(error: Exception, trainer: pl.Trainer) -> Exception:
     """A wrong setting that shows only while training, as one line; anything else is a bug and stays as it is."""
     if "conditioned on metric" in str(error) and "val/loss" not in trainer.callback_metrics:
-        return ConfigError("the run ended before its first validation", "let it train a whole epoch, or set callbacks.early_stopping=null")
+        return ConfigError(
+            "the run ended before its first validation",
+            "let it train a whole epoch, or set callbacks.early_stopping=null",
+        )
     if isinstance(error, MisconfigurationException) or "conditioned on metric" in str(error):
         return ConfigError(str(error))
     if isinstance(error, torch.OutOfMemoryError):
-        return ConfigError("the memory of the GPU is full", "lower data.batch_size, or let it be found with data.batch_size=auto")
+        return ConfigError(
+            "the memory of the GPU is full", "lower data.batch_size, or let it be found with data.batch_size=auto"
+        )
     if "does not have a deterministic implementation" in str(error):
         return ConfigError(str(error).partition(".")[0], "set trainer.deterministic=warn, or choose another network")
     if "Expected more than 1 value per channel" in str(error):
-        return ConfigError("batch normalisation needs more than one value a channel", "raise data.batch_size or data.image_size")
+        return ConfigError(
+            "batch normalisation needs more than one value a channel", "raise data.batch_size or data.image_size"
+        )
     return error
 
 
@@ -210,21 +283,33 @@ def _best_classifier(trainer: pl.Trainer, module: ClassifierModule) -> Classifie
     if path:
         state = from_main(lambda: torch.load(path, map_location="cpu", weights_only=True)["state_dict"])
         prefix = "classifier."
-        classifier.load_state_dict({name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)})
+        classifier.load_state_dict(
+            {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
+        )
     return classifier.eval().float().to(trainer.strategy.root_device)
 
 
-def _predict(classifier: Classifier, detector: Detector | None, datamodule: ImageDataModule, manifest: Manifest, split: str) -> PredictionTable:
+def _predict(
+    classifier: Classifier, detector: Detector | None, datamodule: ImageDataModule, manifest: Manifest, split: str
+) -> PredictionTable:
     device, logits, scores = classifier.scale.device, [], []
     with torch.inference_mode():
-        parts = (part for pixels, _ in datamodule.in_order(split) for part in pixels.split(-(-len(pixels) // classifier.num_views)))
+        parts = (
+            part
+            for pixels, _ in datamodule.in_order(split)
+            for part in pixels.split(-(-len(pixels) // classifier.num_views))
+        )
         for part in parts:
             answers, embeddings = classifier.answer(part.to(device))
             logits.append(answers.cpu())
             scores.append(
-                torch.from_numpy(detector.scores(embeddings.cpu().numpy(), looks(part.cpu().numpy()))) if detector else torch.zeros(len(answers))
+                torch.from_numpy(detector.scores(embeddings.cpu().numpy(), looks(part.cpu().numpy())))
+                if detector
+                else torch.zeros(len(answers))
             )
         whole, unlike = gather_rows(logits).numpy(), gather_rows(scores).numpy()
     rows = manifest.indices(split)
     paths = tuple(manifest.paths[row] for row in rows)
-    return PredictionTable(paths, manifest.targets[rows], whole, manifest.classes, ood_scores=unlike if detector else None)
+    return PredictionTable(
+        paths, manifest.targets[rows], whole, manifest.classes, ood_scores=unlike if detector else None
+    )

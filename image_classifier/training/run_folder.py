@@ -96,7 +96,11 @@ class _Memory(logging.Handler):
 
 @contextmanager
 def claim_run(
-    asked: RunSettings, default: str, early: Sequence[logging.LogRecord] = (), notes: dict[str, Any] | None = None, going_on: Path | None = None
+    asked: RunSettings,
+    default: str,
+    early: Sequence[logging.LogRecord] = (),
+    notes: dict[str, Any] | None = None,
+    going_on: Path | None = None,
 ) -> Iterator[RunFolder]:
     """Claim a name and its run folder; a run that fails before it has a checkpoint leaves no folder behind.
 
@@ -143,7 +147,9 @@ def _alone(asked: RunSettings) -> Iterator[None]:
         try:
             stack.enter_context(locked(Path(asked.runs_dir) / f".{asked.name}.lock", wait=False))
         except BlockingIOError:
-            raise StorageError(f"a run named {asked.name!r} is under way", "wait for it, or choose another name=") from None
+            raise StorageError(
+                f"a run named {asked.name!r} is under way", "wait for it, or choose another name="
+            ) from None
         yield
 
 
@@ -241,9 +247,14 @@ def _claim(asked: RunSettings, default: str) -> RunFolder:
         except FileExistsError:
             if asked.name:
                 taken = run.directory if run.directory.exists() else run.bundle
-                goes_on = "pass resume=last to go on with it, " if taken == run.directory and not read_notes(taken).get("finished") else ""
+                goes_on = (
+                    "pass resume=last to go on with it, "
+                    if taken == run.directory and not read_notes(taken).get("finished")
+                    else ""
+                )
                 raise StorageError(
-                    f"the name {asked.name!r} is taken: {str(taken)!r} exists", f"{goes_on}choose another name=, or pass overwrite=true"
+                    f"the name {asked.name!r} is taken: {str(taken)!r} exists",
+                    f"{goes_on}choose another name=, or pass overwrite=true",
                 ) from None
         number += 1
 
@@ -276,7 +287,11 @@ def git_commit() -> str | None:
     root = Path(__file__).resolve().parents[2]
     try:
         done = subprocess.run(
-            ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"], cwd=root, capture_output=True, text=True, timeout=10
+            ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"],
+            cwd=root,
+            capture_output=True,
+            text=True,
+            timeout=10,
         )
     except (OSError, subprocess.TimeoutExpired):
         return None

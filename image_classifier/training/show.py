@@ -71,7 +71,9 @@ def choose_rows(manifest: Manifest, count: int, seed: int) -> np.ndarray:
     order = np.argsort(manifest.targets[rows], kind="stable")
     targets = manifest.targets[rows][order]
     turn = np.arange(len(rows)) - np.searchsorted(targets, targets)  # which of its class a row is
-    chosen = rows[order][np.lexsort((np.random.default_rng(seed).permutation(manifest.targets.max() + 1)[targets], turn))[:count]]
+    chosen = rows[order][
+        np.lexsort((np.random.default_rng(seed).permutation(manifest.targets.max() + 1)[targets], turn))[:count]
+    ]
     return np.asarray(chosen[np.argsort(manifest.targets[chosen], kind="stable")])
 
 
@@ -99,7 +101,11 @@ def labels(target: torch.Tensor, classes: tuple[str, ...]) -> list[str]:
         return [classes[int(target)]]
     shares, codes = target.topk(min(2, len(classes)))
     named = zip(shares.tolist(), codes.tolist(), strict=True)
-    return [f"{share:.0%} {classes[code]}" if share < 1 - _SPOKEN else classes[code] for share, code in named if share > _SPOKEN]
+    return [
+        f"{share:.0%} {classes[code]}" if share < 1 - _SPOKEN else classes[code]
+        for share, code in named
+        if share > _SPOKEN
+    ]
 
 
 def _write(sheet: Image.Image, place: tuple[int, int], lines: list[str], width: int) -> None:

@@ -33,7 +33,9 @@ def settle_start(config: Any) -> None:
     if model["from"]:
         _adopt(config)
     elif not model.backbone:
-        raise ConfigError("there is no model.backbone", "choose one such as model=convnet, or start from a bundle: model.from=NAME")
+        raise ConfigError(
+            "there is no model.backbone", "choose one such as model=convnet, or start from a bundle: model.from=NAME"
+        )
     elif model.weights:
         fit(build_backbone(config), read_weights(_path(config)), str(model.weights))
     elif _fetches(settings.to_plain(model.backbone)):
@@ -73,8 +75,16 @@ def _adopt(config: Any) -> None:
     source, blueprint = load_classifier(path, config.trusted_packages)
     size, own = config.data.image_size, blueprint["preprocess"]["size"]
     if size != own:
-        build_classifier(source.backbone, 2, size, *blueprint["normalise"].values())  # which refuses a size that it cannot take
-        log.info("from: %s was trained at %s px and this run is at %s: data.image_size=%s keeps its size", model["from"], own, size, own)
+        build_classifier(
+            source.backbone, 2, size, *blueprint["normalise"].values()
+        )  # which refuses a size that it cannot take
+        log.info(
+            "from: %s was trained at %s px and this run is at %s: data.image_size=%s keeps its size",
+            model["from"],
+            own,
+            size,
+            own,
+        )
     model.backbone = network_of(blueprint)
     model.name = path.stem if path.suffix == ".ckpt" and path.name != "model.ckpt" else path.parent.name
     model.head_dropout = model.head_dropout or blueprint["head_dropout"]

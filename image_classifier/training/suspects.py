@@ -34,7 +34,17 @@ from image_classifier.training.tuning.process import spared_words, tracking_word
 log = logging.getLogger(__name__)
 
 WAYS = ("auto", "embeddings", "training")
-_OURS = ("name", "overwrite", "resume", "suspects", "apply", "checkpoint_name", "runs_dir", "models_dir", "plots_dir")  # not a fold's
+_OURS = (
+    "name",
+    "overwrite",
+    "resume",
+    "suspects",
+    "apply",
+    "checkpoint_name",
+    "runs_dir",
+    "models_dir",
+    "plots_dir",
+)  # not a fold's
 
 
 @dataclass(frozen=True)
@@ -52,11 +62,18 @@ class SuspectSettings:
 
     def __post_init__(self) -> None:
         if isinstance(self.by, str) and self.by not in WAYS:
-            raise ConfigError(f"suspects.by={self.by} is not known", f"{did_you_mean(self.by, WAYS)}It is one of {', '.join(WAYS)}")
+            raise ConfigError(
+                f"suspects.by={self.by} is not known", f"{did_you_mean(self.by, WAYS)}It is one of {', '.join(WAYS)}"
+            )
         if isinstance(self.folds, int) and self.folds < 2:
-            raise ConfigError(f"suspects.folds must be at least 2, not {self.folds}", "5 trains on four fifths of the images each time")
+            raise ConfigError(
+                f"suspects.folds must be at least 2, not {self.folds}",
+                "5 trains on four fifths of the images each time",
+            )
         if isinstance(self.highest_loss, int | float) and not 0 <= self.highest_loss <= 1:
-            raise ConfigError(f"suspects.highest_loss must lie between 0 and 1, not {self.highest_loss}", "0.1 lists the worst tenth")
+            raise ConfigError(
+                f"suspects.highest_loss must lie between 0 and 1, not {self.highest_loss}", "0.1 lists the worst tenth"
+            )
         if isinstance(self.max_listed, int) and self.max_listed < 0:
             raise ConfigError(f"suspects.max_listed must be at least 0, not {self.max_listed}")
 
@@ -85,14 +102,21 @@ def suspects(config: Any) -> Path:
 def _apply(value: Any) -> bool | int:
     if isinstance(value, bool) or (isinstance(value, int) and value >= 0):
         return value
-    raise ConfigError(f"apply={value!r} cannot be", "apply=true accepts what confident learning says, apply=50 the worst fifty")
+    raise ConfigError(
+        f"apply={value!r} cannot be", "apply=true accepts what confident learning says, apply=50 the worst fifty"
+    )
 
 
 def _check(config: Any) -> None:
     if config.overwrite or config.get("resume"):
-        raise ConfigError("suspects goes on by itself where it stopped", "leave overwrite= and resume= out, or choose another name=")
+        raise ConfigError(
+            "suspects goes on by itself where it stopped", "leave overwrite= and resume= out, or choose another name="
+        )
     if config.data.folds is not None or config.data.fold is not None:
-        raise ConfigError("suspects deals all folds itself", "leave data.folds and data.fold out, and say how many with suspects.folds")
+        raise ConfigError(
+            "suspects deals all folds itself",
+            "leave data.folds and data.fold out, and say how many with suspects.folds",
+        )
 
 
 def _check_start(config: Any, run: RunSettings, manifest: Manifest) -> None:
@@ -110,10 +134,14 @@ def _check_start(config: Any, run: RunSettings, manifest: Manifest) -> None:
         raise ConfigError(fact, "start from weights of other images (model.weights=), or from none")
 
 
-def _out_of_fold(config: Any, by: str, folds: Sequence[Manifest], data: DataSettings, directory: Path, found: Examination) -> Answers:
+def _out_of_fold(
+    config: Any, by: str, folds: Sequence[Manifest], data: DataSettings, directory: Path, found: Examination
+) -> Answers:
     """The answers of the models that did not see them for all images but those of the test part."""
     if by == "embeddings" or (by == "auto" and _is_pretrained(config)):
-        from image_classifier.training.fold_embeddings import answer_by_embeddings  # torch, which the processes of the other way load themselves
+        from image_classifier.training.fold_embeddings import (
+            answer_by_embeddings,
+        )  # torch, which the processes of the other way load themselves
 
         places = answer_by_embeddings(config, folds, data, directory)
     else:
@@ -123,7 +151,10 @@ def _out_of_fold(config: Any, by: str, folds: Sequence[Manifest], data: DataSett
     labels = {first.paths[row]: int(first.targets[row]) for row in rows.tolist()}
     splits = {image.path: image.split for image in found.tree.images}
     if len(rows) < len(first):
-        log.info("the test part (%d images) is left alone: labels mended by what a model says would flatter it", len(first) - len(rows))
+        log.info(
+            "the test part (%d images) is left alone: labels mended by what a model says would flatter it",
+            len(first) - len(rows),
+        )
     return out_of_fold(places, labels, splits, first.classes)
 
 
@@ -135,15 +166,23 @@ def _is_pretrained(config: Any) -> bool:
 def _words(config: Any, study: str) -> tuple[str, ...]:
     """The flags and overrides of this command that are every fold's too."""
     line = settings.running_line("suspects")
-    flags = [part for flag, value in line.flags if flag in ("--config-dir", "--config-path") for part in (flag, str(value))]
+    flags = [
+        part for flag, value in line.flags if flag in ("--config-dir", "--config-path") for part in (flag, str(value))
+    ]
     own = [text for text in line.overrides if re.split(r"[.=]", text.lstrip("+~"))[0].partition("@")[0] not in _OURS]
-    kept = [text for text in own if not text.lstrip("+~").startswith(("data.fold=", "data.folds=", "data.manifest_path="))]
+    kept = [
+        text for text in own if not text.lstrip("+~").startswith(("data.fold=", "data.folds=", "data.manifest_path="))
+    ]
     return (*flags, *kept, "plots.figures=false", *spared_words(kept), *tracking_words(config, study))
 
 
 def _conflicts(found: Examination) -> list[list[tuple[str, str]]]:
     """The audit's groups of one picture under several labels, paths and labels as fix.csv has left them."""
-    return [[(item.path, item.label) for item in finding.items] for finding in found.audit.findings if finding.kind == "label_conflict"]
+    return [
+        [(item.path, item.label) for item in finding.items]
+        for finding in found.audit.findings
+        if finding.kind == "label_conflict"
+    ]
 
 
 def _of_bundle(name: str, run: RunSettings, manifest: Manifest, share: float) -> list[Suspect]:
@@ -151,7 +190,9 @@ def _of_bundle(name: str, run: RunSettings, manifest: Manifest, share: float) ->
     bundle = read_bundle(find_checkpoint(name, Path(run.models_dir)))
     targets = dict(zip(manifest.paths, manifest.targets.tolist(), strict=True))
     if tuple(bundle.info.classes) != manifest.classes:
-        raise DataError(f"the bundle {name!r} has other classes than these images", "name a bundle that was trained on them")
+        raise DataError(
+            f"the bundle {name!r} has other classes than these images", "name a bundle that was trained on them"
+        )
     found: list[Suspect] = []
     for split in SPLITS[1:]:
         place = Path(run.plots_dir) / bundle.directory.name / split
@@ -160,7 +201,9 @@ def _of_bundle(name: str, run: RunSettings, manifest: Manifest, share: float) ->
             rows = [row for row, path in enumerate(table.paths) if path in targets]
             part = [table.paths[row] for row in rows]
             codes = np.array([targets[path] for path in part], dtype=np.int64)
-            found += worst_answers(Answers(part, codes, table.probabilities[rows], manifest.classes, [split] * len(rows)), share, name)
+            found += worst_answers(
+                Answers(part, codes, table.probabilities[rows], manifest.classes, [split] * len(rows)), share, name
+            )
     if not found and share:
         fact = f"there are no predictions of {name!r} for these images in {run.plots_dir}"
         raise DataError(fact, f"python commands.py test --checkpoint_name {name} --split val writes them")
@@ -168,7 +211,13 @@ def _of_bundle(name: str, run: RunSettings, manifest: Manifest, share: float) ->
 
 
 def _write(
-    suspected: Sequence[Suspect], fixes: Fixes, apply: bool | int, most: int, found: Examination, data: DataSettings, answers: Answers
+    suspected: Sequence[Suspect],
+    fixes: Fixes,
+    apply: bool | int,
+    most: int,
+    found: Examination,
+    data: DataSettings,
+    answers: Answers,
 ) -> Path:
     """Leave the table, the page and the proposals beside the audit, and say where."""
     decided, directory = len(fixes.decided), found.directory
@@ -183,10 +232,14 @@ def _write(
     write_csv(suspected, path)
     fixes.proposing(rows).write()
     kept = {row.path: Row(row.path, row.label, row.action, row.reason) for row in rows}
-    gallery = Gallery(found.tree.root, fixes.path, len(answers.paths), answers.classes, kept, fixes.proposing(()).to_csv(), decided)
+    gallery = Gallery(
+        found.tree.root, fixes.path, len(answers.paths), answers.classes, kept, fixes.proposing(()).to_csv(), decided
+    )
     write_text(page, render(suspected, gallery, most, data.limits, data.background))
     print("\n".join(lines(suspected, len(answers.paths))))
     counts = f"{decided} decided before, {len(done)} accepted now, {len(rows) - len(done)} proposed"
     print(f"table    {path}\npage     {page}\nfix      {fixes.path}: {counts}")
-    print("next     write relabel, exclude or keep into its column action; every run honours it, and removing a row undoes it")
+    print(
+        "next     write relabel, exclude or keep into its column action; every run honours it, and removing a row undoes it"
+    )
     return path

@@ -36,7 +36,10 @@ def tune(config: Any) -> float:
     asked = settings.typed(TuneSettings, config.tune, "tune")
     run = settings.typed(RunSettings, settings.only(config, *(item.name for item in fields(RunSettings))), "")
     if run.overwrite or config.get("resume"):
-        raise ConfigError("a study goes on by itself and is never replaced", "leave overwrite= and resume= out, or choose another name=")
+        raise ConfigError(
+            "a study goes on by itself and is never replaced",
+            "leave overwrite= and resume= out, or choose another name=",
+        )
     if asked.num_trials is None and asked.max_time is None:
         raise ConfigError("a study without a bound never ends", "set tune.num_trials or tune.max_time")
     space = parse_space(settings.to_plain(config.search))
@@ -63,12 +66,17 @@ def _trials_line(space: tuple[Entry, ...]) -> CommandLine:
         ConfigError: A key is given and searched.
     """
     line = settings.running_line("tune")
-    overrides = [text for text in line.overrides if re.split(r"[.=]", text.lstrip("+~"))[0].partition("@")[0] not in _OURS]
+    overrides = [
+        text for text in line.overrides if re.split(r"[.=]", text.lstrip("+~"))[0].partition("@")[0] not in _OURS
+    ]
     searched = {entry.key for entry in space}
     for text in overrides:
         if (key := text.lstrip("+~").partition("=")[0]) in searched:
             raise ConfigError(f"{key} is given and searched", f"leave {key}= out, or the entry: search.{key}=null")
-    return CommandLine(tuple((flag, value) for flag, value in line.flags if flag in ("--config-dir", "--config-path")), tuple(overrides))
+    return CommandLine(
+        tuple((flag, value) for flag, value in line.flags if flag in ("--config-dir", "--config-path")),
+        tuple(overrides),
+    )
 
 
 def _check_trials(line: CommandLine, space: tuple[Entry, ...]) -> None:
@@ -85,8 +93,15 @@ def _check_trials(line: CommandLine, space: tuple[Entry, ...]) -> None:
 def _facts(asked: TuneSettings, line: CommandLine, space: tuple[Entry, ...]) -> dict[str, Any]:
     """What must be the same for trials to be compared; folders and addresses may differ from machine to machine."""
     places = [f"{key}=" for key in TEXT_KEYS["train"]]
-    same = sorted(text for text in line.overrides if not text.startswith(("logger", "trainer.accelerator", "data.cache", *places)))
-    return {"search": as_facts(space), "metric": asked.metric, "mode": "max" if asked.maximise else "min", "command": same}
+    same = sorted(
+        text for text in line.overrides if not text.startswith(("logger", "trainer.accelerator", "data.cache", *places))
+    )
+    return {
+        "search": as_facts(space),
+        "metric": asked.metric,
+        "mode": "max" if asked.maximise else "min",
+        "command": same,
+    }
 
 
 def _for_trials(config: Any, asked: TuneSettings, study: str, line: CommandLine) -> tuple[str, ...]:
@@ -107,7 +122,10 @@ def _summarise(trials: Trials, asked: TuneSettings, plan: Plan) -> float:
     if not best:
         failed = [trial.user_attrs.get("reason", "") for trial in rows if trial.state is TrialState.FAIL]
         if failed:
-            raise TrainingError(f"no trial is complete, and {len(failed)} failed, the last with: {failed[-1]}", f"see {plan.places.folder}/")
+            raise TrainingError(
+                f"no trial is complete, and {len(failed)} failed, the last with: {failed[-1]}",
+                f"see {plan.places.folder}/",
+            )
         raise TrainingError("no trial is complete yet", "run the same command again to go on")
     study = plan.places.study
     plots = plan.places.plots_dir / study

@@ -40,7 +40,9 @@ def fine_clock(monkeypatch) -> None:
 
 
 def read(tree: Tree, store: Path, **changes) -> Facts:
-    return read_facts(tree, store, changes.get("limits", LIMITS), changes.get("background", WHITE), changes.get("workers", 2))
+    return read_facts(
+        tree, store, changes.get("limits", LIMITS), changes.get("background", WHITE), changes.get("workers", 2)
+    )
 
 
 def scanned(root: Path, store: Path) -> tuple[Tree, Facts]:

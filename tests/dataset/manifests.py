@@ -25,7 +25,9 @@ SIZES = st.dictionaries(LABELS, CLUSTERS, min_size=1)
 # Images as (label, cluster): clusters may show several classes.
 MIXED = st.lists(st.tuples(LABELS, st.integers(0, 30)), min_size=2, max_size=120)
 PARTS = st.sampled_from([("", "train"), ("train", "test"), ("train", "val"), ("", "test"), ("", *SPLITS)])
-GIVEN = PARTS.flatmap(lambda parts: st.lists(st.tuples(LABELS, st.integers(0, 12), st.sampled_from(parts)), min_size=1, max_size=60))
+GIVEN = PARTS.flatmap(
+    lambda parts: st.lists(st.tuples(LABELS, st.integers(0, 12), st.sampled_from(parts)), min_size=1, max_size=60)
+)
 
 # The first call imports SciPy; and tables that cannot be split are left out, sometimes many in a row.
 UNTIMED = hypothesis_settings(max_examples=50, deadline=None, suppress_health_check=[HealthCheck.filter_too_much])
@@ -44,7 +46,13 @@ def manifest_of(sizes: dict[str, list[int]], tag: str = "", split: str = "") -> 
     return Manifest.of(
         Path("root"),
         (
-            image(label, f"{label}{tag}{cluster}-{copy}", f"{label}{tag}{cluster}" if size > 1 else "", split, f"{split}/" if split else "")
+            image(
+                label,
+                f"{label}{tag}{cluster}-{copy}",
+                f"{label}{tag}{cluster}" if size > 1 else "",
+                split,
+                f"{split}/" if split else "",
+            )
             for label, clusters in sizes.items()
             for cluster, size in enumerate(clusters)
             for copy in range(size)
@@ -53,7 +61,9 @@ def manifest_of(sizes: dict[str, list[int]], tag: str = "", split: str = "") -> 
 
 
 def mixed(images: Iterable[tuple[str, int]]) -> Manifest:
-    return Manifest.of(Path("root"), (image(label, f"{label}{row}", f"group{cluster}") for row, (label, cluster) in enumerate(images)))
+    return Manifest.of(
+        Path("root"), (image(label, f"{label}{row}", f"group{cluster}") for row, (label, cluster) in enumerate(images))
+    )
 
 
 def joined(*manifests: Manifest) -> Manifest:

@@ -63,7 +63,9 @@ def test_only_new_images_are_decoded_and_copies_once(tree, settings, monkeypatch
     shutil.copy(tree / "cat" / "new.png", tree / "cat" / "copy.png")
     decoded: list[bytes] = []
     read = ImageReader.read
-    monkeypatch.setattr(ImageReader, "read", lambda self, path, digest: decoded.append(digest) or read(self, path, digest))
+    monkeypatch.setattr(
+        ImageReader, "read", lambda self, path, digest: decoded.append(digest) or read(self, path, digest)
+    )
     manifest = listed(tree)
     cache = open_cache(manifest, PREPROCESS, settings)
     assert len(decoded) == 1
@@ -96,7 +98,9 @@ def spoil_index(directory: Path) -> None:
     (directory / "index.u8").write_bytes(b"\xff garbage\n" * 30)
 
 
-@pytest.mark.parametrize("harm", [[cut_index], [lengthen_pixels], [cut_index, lengthen_pixels], [cut_pixels], [spoil_index]])
+@pytest.mark.parametrize(
+    "harm", [[cut_index], [lengthen_pixels], [cut_index, lengthen_pixels], [cut_pixels], [spoil_index]]
+)
 @pytest.mark.parametrize("added", [False, True])
 def test_a_crash_or_damage_heals(tree, settings, harm, added):
     open_cache(listed(tree), PREPROCESS, settings)
@@ -190,7 +194,9 @@ def test_a_constant_channel_has_a_std():
         cache.mean_std(np.array([], dtype=np.int64))
 
 
-@pytest.mark.parametrize(("values", "key"), [({"workers": 0}, "workers"), ({"max_gb": -1}, "max_gb"), ({"max_gb": float("nan")}, "max_gb")])
+@pytest.mark.parametrize(
+    ("values", "key"), [({"workers": 0}, "workers"), ({"max_gb": -1}, "max_gb"), ({"max_gb": float("nan")}, "max_gb")]
+)
 def test_settings_that_cannot_be(values, key):
     with pytest.raises(ConfigError, match=rf"data\.cache\.{key}"):
         CacheSettings(**values)
@@ -208,7 +214,9 @@ def test_a_full_cache_decodes_the_rest_each_time(tree, tmp_path, room):
     np.testing.assert_array_equal(cache.gather(some), expected(manifest)[some])
     again = open_cache(manifest, PREPROCESS, settings)
     assert len(again.pixels) == min(room, 20)
-    assert again.mean_std(np.arange(20)) == open_cache(manifest, PREPROCESS, CacheSettings(str(tmp_path / "whole"))).mean_std(np.arange(20))
+    assert again.mean_std(np.arange(20)) == open_cache(
+        manifest, PREPROCESS, CacheSettings(str(tmp_path / "whole"))
+    ).mean_std(np.arange(20))
 
 
 def test_the_bound_holds_for_all_image_sizes_together(tree, tmp_path):
@@ -217,7 +225,9 @@ def test_the_bound_holds_for_all_image_sizes_together(tree, tmp_path):
     assert open_cache(manifest, PREPROCESS, settings).is_whole
     other = open_cache(manifest, Preprocess(8, "pad"), settings)
     assert len(other.pixels) == 5
-    np.testing.assert_array_equal(everything(other), np.stack([Preprocess(8, "pad").read(manifest.file(record)) for record in manifest]))
+    np.testing.assert_array_equal(
+        everything(other), np.stack([Preprocess(8, "pad").read(manifest.file(record)) for record in manifest])
+    )
 
 
 def test_a_file_that_changes_under_a_full_cache_is_noticed(tree, tmp_path):
@@ -232,7 +242,9 @@ def test_mean_and_std_of_a_full_cache_are_of_a_sample(tree, tmp_path, monkeypatc
     cache = open_cache(listed(tree), PREPROCESS, CacheSettings(str(tmp_path / "cache"), max_gb=0))
     with caplog.at_level("INFO"):
         mean, _ = cache.mean_std(np.arange(20))
-    np.testing.assert_allclose(mean, cache.gather(np.array([0, 6, 12, 19])).reshape(-1, 3).mean(axis=0) / 255, rtol=1e-9)
+    np.testing.assert_allclose(
+        mean, cache.gather(np.array([0, 6, 12, 19])).reshape(-1, 3).mean(axis=0) / 255, rtol=1e-9
+    )
     assert "4 of the 20 training images" in caplog.text
 
 

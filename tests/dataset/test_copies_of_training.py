@@ -47,7 +47,9 @@ def test_only_the_train_part_counts(folders: tuple[Path, Path], tmp_path: Path) 
     assert not alike_in_training(tested, known, DEFAULT_LIMITS, tmp_path / "store").any()
 
 
-def test_training_images_that_are_gone_are_said(folders: tuple[Path, Path], tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_training_images_that_are_gone_are_said(
+    folders: tuple[Path, Path], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     known, tested = (listed(folder) for folder in folders)
     known = replace(known, splits=np.zeros(len(known), np.int8))
     shutil.rmtree(folders[0])

@@ -59,7 +59,9 @@ def brute_force(thumbnails: np.ndarray, threshold: float, mirrored: bool) -> Pai
     flat = detail(thumbnails).std((1, 2)) < 2
     found: Pairs = set()
     for others in (thumbnails, thumbnails[:, :, ::-1])[: 1 + mirrored]:
-        like = (correlations(thumbnails, others) >= threshold) & (correlations(detail(thumbnails), detail(others)) >= floor)
+        like = (correlations(thumbnails, others) >= threshold) & (
+            correlations(detail(thumbnails), detail(others)) >= floor
+        )
         like[flat] = like[:, flat] = False
         found |= {(int(one), int(other)) for one, other in np.argwhere(np.triu(like, 1))}
     return found
@@ -81,14 +83,23 @@ def case(seed: int, noise: float) -> np.ndarray:
 
 
 @settings(max_examples=25, deadline=None)
-@given(seed=st.integers(0, 1000), noise=st.floats(0, 12), threshold=st.sampled_from([0.9, 0.95, 0.98, 0.995]), mirrored=st.booleans())
+@given(
+    seed=st.integers(0, 1000),
+    noise=st.floats(0, 12),
+    threshold=st.sampled_from([0.9, 0.95, 0.98, 0.995]),
+    mirrored=st.booleans(),
+)
 def test_every_pair_listed_is_one_by_definition(seed: int, noise: float, threshold: float, mirrored: bool) -> None:
     thumbnails = case(seed, noise)
-    assert pairs(find_twins(thumbnails, DuplicateSettings(threshold, mirrored))) <= brute_force(thumbnails, threshold, mirrored)
+    assert pairs(find_twins(thumbnails, DuplicateSettings(threshold, mirrored))) <= brute_force(
+        thumbnails, threshold, mirrored
+    )
 
 
 @pytest.mark.parametrize("mirrored", [True, False])
-@pytest.mark.parametrize("threshold", [0.9, pytest.param(0.95, marks=pytest.mark.slow), pytest.param(0.98, marks=pytest.mark.slow), 0.995])
+@pytest.mark.parametrize(
+    "threshold", [0.9, pytest.param(0.95, marks=pytest.mark.slow), pytest.param(0.98, marks=pytest.mark.slow), 0.995]
+)
 def test_all_but_one_in_a_hundred_of_brute_forces_pairs_are_found(threshold: float, mirrored: bool) -> None:
     # The hash is a matter of chance: for single pairs nothing can be promised, so that many are counted, from seeds that stay.
     true = hit = 0
@@ -123,7 +134,9 @@ def test_pairs_come_sorted_and_once_with_their_correlation() -> None:
     assert (np.diff(codes) > 0).all()
     assert len(twins) >= 50 and twins.correlation.dtype == np.float32 and twins.mirrored.dtype == bool
     thumbnails = np.concatenate([copies(originals, 3), originals])
-    np.testing.assert_allclose(twins.correlation, correlations_of(thumbnails[twins.first], thumbnails[twins.second]), atol=1e-6)
+    np.testing.assert_allclose(
+        twins.correlation, correlations_of(thumbnails[twins.first], thumbnails[twins.second]), atol=1e-6
+    )
 
 
 def test_mirrored_copies_are_told_from_plain_ones() -> None:
@@ -175,7 +188,9 @@ def test_few_images_are_no_special_case(count: int) -> None:
 
 
 def test_equal_thumbnails_make_a_star_not_a_square() -> None:
-    thumbnails = np.concatenate([np.repeat(pictures(2), 3000, axis=0), np.zeros((3000, 16, 16, 3), np.uint8), pictures(30, 7)])
+    thumbnails = np.concatenate(
+        [np.repeat(pictures(2), 3000, axis=0), np.zeros((3000, 16, 16, 3), np.uint8), pictures(30, 7)]
+    )
     twins = find_twins(thumbnails, BOTH)
     assert len(twins) == 2 * 2999
     assert set(twins.first.tolist()) == {0, 3000} and (twins.correlation == 1).all()
@@ -206,7 +221,10 @@ def test_the_order_of_the_images_does_not_matter() -> None:
     thumbnails = np.concatenate([originals, copies(originals[:200], 4), copies(originals[:50], 4, 9)[:, :, ::-1]])
     order = np.random.default_rng(0).permutation(len(thumbnails))
     straight, shuffled = find_twins(thumbnails, BOTH), find_twins(thumbnails[order], BOTH)
-    back = {(min(one, other), max(one, other)) for one, other in zip(order[shuffled.first].tolist(), order[shuffled.second].tolist(), strict=True)}
+    back = {
+        (min(one, other), max(one, other))
+        for one, other in zip(order[shuffled.first].tolist(), order[shuffled.second].tolist(), strict=True)
+    }
     assert back == pairs(straight)
 
 
@@ -230,7 +248,11 @@ def test_a_threshold_that_cannot_be_is_refused(threshold: float) -> None:
         DuplicateSettings(threshold)
 
 
-@given(st.integers(1, 30).flatmap(lambda count: st.tuples(st.just(count), st.lists(st.tuples(*[st.integers(0, count - 1)] * 2), max_size=40))))
+@given(
+    st.integers(1, 30).flatmap(
+        lambda count: st.tuples(st.just(count), st.lists(st.tuples(*[st.integers(0, count - 1)] * 2), max_size=40))
+    )
+)
 def test_clusters_are_the_connected_components(case: tuple[int, list[tuple[int, int]]]) -> None:
     count, edges = case
     expected = list(range(count))
@@ -251,7 +273,10 @@ def test_sums_with_hyperplanes_are_exact_in_float32() -> None:
 
 def test_more_images_take_longer_keys() -> None:
     rng = np.random.default_rng(0)
-    plans = [best_plan(rng.integers(0, 2**63, count, dtype=np.uint64) * np.uint64(2), 0.98) for count in (1000, 30_000, 1_000_000)]
+    plans = [
+        best_plan(rng.integers(0, 2**63, count, dtype=np.uint64) * np.uint64(2), 0.98)
+        for count in (1000, 30_000, 1_000_000)
+    ]
     for smaller, larger in itertools.pairwise(plans):
         assert smaller.bits < larger.bits and smaller.tables < larger.tables
 
@@ -275,7 +300,11 @@ def test_the_simpsons_twins_known_are_found(shared_data: Path) -> None:
     names, thumbnails = real_thumbnails(shared_data / "simpsons-mnist.tar.gz")
     assert len(names) == 10_000
     in_test = np.array(["/test/" in f"/{name}" for name in names])
-    known = {0.99: (450, 196), 0.98: (None, 270), 0.95: (None, 384)}  # pairs inside train, test images with a twin in train
+    known = {
+        0.99: (450, 196),
+        0.98: (None, 270),
+        0.95: (None, 384),
+    }  # pairs inside train, test images with a twin in train
     for threshold, (inside, leaked) in known.items():
         twins = find_twins(thumbnails, DuplicateSettings(threshold))
         across = in_test[twins.first] != in_test[twins.second]
@@ -302,7 +331,11 @@ def test_cifar10_gives_what_brute_force_gives(shared_data: Path) -> None:
     flat -= flat.mean(1, keepdims=True)
     units = flat / np.linalg.norm(flat, axis=1, keepdims=True)
     turned = units.reshape(thumbnails.shape)[:, :, ::-1].reshape(units.shape)
-    parts = [np.argwhere(units[at : at + 1000] @ side.T > 0.9799) + np.array([at, 0]) for at in range(0, 50_000, 1000) for side in (units, turned)]
+    parts = [
+        np.argwhere(units[at : at + 1000] @ side.T > 0.9799) + np.array([at, 0])
+        for at in range(0, 50_000, 1000)
+        for side in (units, turned)
+    ]
     likely = np.concatenate(parts)
     rows = np.unique(likely[likely[:, 0] < likely[:, 1]])
     expected = brute_force(thumbnails[rows], 0.98, True)

@@ -37,13 +37,26 @@ def test_facts_are_what_one_look_at_each_file_tells(tree, facts_store):
         content = (tree / image.path).read_bytes()
         header, pixels = inspect(content, LIMITS, WHITE, at_least=(64, 64))
         assert facts.digests[row].tobytes() == hashlib.sha256(content).digest()
-        assert (facts.widths[row], facts.heights[row], facts.frames[row]) == (header.width, header.height, header.frames)
+        assert (facts.widths[row], facts.heights[row], facts.frames[row]) == (
+            header.width,
+            header.height,
+            header.frames,
+        )
         assert facts.format_names[facts.formats[row]] == header.format
         assert facts.mode_names[facts.modes[row]] == header.mode
-        assert (facts.orientation[row], facts.bits[row], facts.transparent[row]) == (header.orientation, header.bits, header.transparent)
+        assert (facts.orientation[row], facts.bits[row], facts.transparent[row]) == (
+            header.orientation,
+            header.bits,
+            header.transparent,
+        )
         small = np.asarray(Image.fromarray(pixels).resize((16, 16), Image.Resampling.BICUBIC))
         np.testing.assert_array_equal(facts.thumbnails[row], small)
-    assert [array.dtype for array in (facts.digests, facts.widths, facts.formats, facts.thumbnails)] == [np.uint8, np.int32, np.uint8, np.uint8]
+    assert [array.dtype for array in (facts.digests, facts.widths, facts.formats, facts.thumbnails)] == [
+        np.uint8,
+        np.int32,
+        np.uint8,
+        np.uint8,
+    ]
     assert facts.thumbnails.shape == (len(facts), 16, 16, 3)
     turned = [image.path for image in found.images].index("dog/turned.jpg")
     assert (facts.widths[turned], facts.heights[turned], facts.orientation[turned]) == (400, 900, 6)
@@ -123,7 +136,10 @@ def test_a_link_to_nowhere_is_tried_again(tree, facts_store, fine_clock):
 def coarse(tree: Tree) -> Tree:
     """The tree as a file system with ticks of two seconds shows it."""
     tick = 2 * 10**9
-    images = (replace(image, mtime_ns=image.mtime_ns // tick * tick, ctime_ns=image.ctime_ns // tick * tick) for image in tree.images)
+    images = (
+        replace(image, mtime_ns=image.mtime_ns // tick * tick, ctime_ns=image.ctime_ns // tick * tick)
+        for image in tree.images
+    )
     return replace(tree, images=tuple(images))
 
 
@@ -162,7 +178,9 @@ def test_times_in_the_future_do_not_hide_changes(tree, facts_store, tmp_path):
 
 NAMES = ["a.png", "b.png", "-c.png", "d e.png", "e\nf.png", os.fsdecode(b"g\xe9.png")]
 CHANGES = st.tuples(
-    st.sampled_from(["write", "edit", "edit and keep the time", "delete", "touch", "rename", "swap", "break", "copy with its time"]),
+    st.sampled_from(
+        ["write", "edit", "edit and keep the time", "delete", "touch", "rename", "swap", "break", "copy with its time"]
+    ),
     st.sampled_from(NAMES),
     st.sampled_from(NAMES),
     st.integers(0, 255),
@@ -262,6 +280,10 @@ def test_files_that_break_loaders(shared_data, facts_store, tmp_path):
 
 
 def test_a_worker_that_is_killed_is_one_line(tree, facts_store, monkeypatch):
-    monkeypatch.setattr(facts_module, "map_blocks", lambda *_: (_ for _ in ()).throw(DataError("a worker process ended with SIGKILL", "free memory")))
+    monkeypatch.setattr(
+        facts_module,
+        "map_blocks",
+        lambda *_: (_ for _ in ()).throw(DataError("a worker process ended with SIGKILL", "free memory")),
+    )
     with pytest.raises(DataError, match="SIGKILL"):
         read(find([tree]), facts_store)

@@ -115,7 +115,9 @@ def test_two_scans_at_once(make_tree, facts_store, tmp_path):
 
 
 @pytest.mark.parametrize("name", ["paths.bin", "table.npy", "thumbnails.npy", "errors.json"])
-@pytest.mark.parametrize("damage", [lambda path: path.unlink(), lambda path: path.write_bytes(b""), lambda path: os.truncate(path, 150)])
+@pytest.mark.parametrize(
+    "damage", [lambda path: path.unlink(), lambda path: path.write_bytes(b""), lambda path: os.truncate(path, 150)]
+)
 def test_a_damaged_store_is_built_anew(make_tree, facts_store, tmp_path, name, damage, fine_clock, caplog):
     root = make_tree(cat=30)
     (root / "cat" / "000.png").write_bytes(b"x")

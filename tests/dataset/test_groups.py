@@ -19,14 +19,19 @@ PAIRS = st.lists(st.tuples(st.integers(0, 11), st.integers(0, 11)).filter(lambda
 
 @UNTIMED
 @given(
-    st.lists(st.integers(0, 8), min_size=12, max_size=12), PAIRS, st.lists(st.sampled_from(["", "a", "b"]), min_size=12, max_size=12), st.randoms()
+    st.lists(st.integers(0, 8), min_size=12, max_size=12),
+    PAIRS,
+    st.lists(st.sampled_from(["", "a", "b"]), min_size=12, max_size=12),
+    st.randoms(),
 )
 def test_a_cluster_is_all_that_content_twins_and_keys_link(contents, pairs, keys, shuffler):
     records = [replace(image("ant", str(content)), path=str(row)) for row, content in enumerate(contents)]
     first, second = np.array(pairs, np.int64).reshape(-1, 2).T
     groups = join_groups(Manifest.of(Path(), records), first, second, keys).groups.tolist()
     linked = [{row} for row in range(12)]
-    edges = pairs + [(a, b) for a in range(12) for b in range(a) if contents[a] == contents[b] or (keys[a] and keys[a] == keys[b])]
+    edges = pairs + [
+        (a, b) for a in range(12) for b in range(a) if contents[a] == contents[b] or (keys[a] and keys[a] == keys[b])
+    ]
     for a, b in edges * 12:
         linked[a] |= linked[b]
         linked[b] |= linked[a]
@@ -56,7 +61,9 @@ def test_a_pattern_finds_the_key_in_the_path(caplog):
     assert caplog.text.count("1 of 4 images have no key") == 3
 
 
-@pytest.mark.parametrize(("pattern", "words"), [("(", "not a regular expression"), ("season", "finds no group in any of the 1 paths")])
+@pytest.mark.parametrize(
+    ("pattern", "words"), [("(", "not a regular expression"), ("season", "finds no group in any of the 1 paths")]
+)
 def test_a_pattern_that_finds_nothing_is_refused(pattern, words):
     with pytest.raises(ConfigError, match=rf"data\.split\.group='.*' .*{words}"):
         group_keys(["cat/1.png"], pattern)

@@ -62,13 +62,19 @@ def test_an_untouched_folder_keeps_its_manifest(tree):
 
 
 def test_each_split_setting_has_its_own_manifest(tree):
-    paths = {manifest_path(tree, [tree], DataSettings(split=SplitSettings(val, seed=seed))) for val in (0.1, 0.2) for seed in (0, 1)}
+    paths = {
+        manifest_path(tree, [tree], DataSettings(split=SplitSettings(val, seed=seed)))
+        for val in (0.1, 0.2)
+        for seed in (0, 1)
+    }
     assert len(paths) == 4
     assert manifest_path(tree, [tree], DataSettings(manifest_path="m.csv")) == Path("m.csv")
 
 
 def test_test_images_that_were_trained_on_are_said(tmp_path, caplog):
-    for seed, path in enumerate(("train/cat/a.png", "train/cat/b.png", "train/dog/a.png", "train/dog/b.png", "test/dog/a.png", "val/cat/c.png")):
+    for seed, path in enumerate(
+        ("train/cat/a.png", "train/cat/b.png", "train/dog/a.png", "train/dog/b.png", "test/dog/a.png", "val/cat/c.png")
+    ):
         write_image(tmp_path / "pets" / path, seed)
     shutil.copy("pets/train/cat/a.png", "pets/test/dog/b.png")
     prepare(Path("pets"), DataSettings())
@@ -104,7 +110,9 @@ def test_an_unreadable_image_that_is_to_be_kept_is_an_error(tree):
 def test_rows_written_by_hand_are_honoured_and_reversed_by_hand(tree):
     settings = DataSettings(exclude_path="exclude.csv")
     Path("exclude.csv").write_text("path,reason\ndog/00[0-6].png,blurred\ndog/005.png,keep\n")
-    assert [path for path in prepare(tree, settings).paths if path.startswith("dog")] == [f"dog/{number:03d}.png" for number in (5, 7, 8, 9)]
+    assert [path for path in prepare(tree, settings).paths if path.startswith("dog")] == [
+        f"dog/{number:03d}.png" for number in (5, 7, 8, 9)
+    ]
     Path("exclude.csv").unlink()
     assert len(prepare(tree, settings)) == 20
 

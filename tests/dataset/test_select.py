@@ -16,7 +16,9 @@ from image_classifier.records import SPLITS
 CLASSES = ("ant", "bee", "cat", "dog", "eel")
 Image = tuple[str, str, int]  # label, split, content
 IMAGES = st.lists(
-    st.tuples(st.sampled_from(CLASSES), st.sampled_from(["", "", "train", "val", "test"]), st.integers(0, 10**6)), min_size=1, max_size=80
+    st.tuples(st.sampled_from(CLASSES), st.sampled_from(["", "", "train", "val", "test"]), st.integers(0, 10**6)),
+    min_size=1,
+    max_size=80,
 )
 NAMES = st.lists(st.sampled_from(CLASSES), unique=True, max_size=3)
 LIMIT = st.none() | st.integers(1, 12)
@@ -35,7 +37,11 @@ def kept(images: list[Image], settings: ClassSettings, seed: int = 0) -> list[Im
 
 
 def images_of(split: str = "", **counts: int) -> list[Image]:
-    return [(label, split, 1000 * CLASSES.index(label) + number) for label, count in counts.items() for number in range(count)]
+    return [
+        (label, split, 1000 * CLASSES.index(label) + number)
+        for label, count in counts.items()
+        for number in range(count)
+    ]
 
 
 @UNTIMED
@@ -45,7 +51,9 @@ def test_what_stays_is_what_the_settings_say(images, include, exclude, top, max_
     assume({*include, *exclude} <= known and not set(include) & set(exclude))
     settings = ClassSettings(top, include or None, exclude, max_images, min_images)
     counts = Counter(label for label, split, _ in images if split != "test")
-    expected = [label for label in sorted(include or known) if label not in exclude and counts[label] >= (min_images or 0)]
+    expected = [
+        label for label in sorted(include or known) if label not in exclude and counts[label] >= (min_images or 0)
+    ]
     expected = sorted(expected, key=lambda label: -counts[label])[:top]
     if len(expected) < 2 and set(expected) != known:
         with pytest.raises(ConfigError, match="data.classes leaves"):
@@ -112,8 +120,14 @@ def test_the_test_part_has_no_say_and_is_never_cut():
 @pytest.mark.parametrize(
     ("values", "words"),
     [
-        ({"include": ["ant", "bea"]}, r"data\.classes\.include names 'bea', which is no class: did you mean bee\? the classes are ant, bee, cat$"),
-        ({"exclude": ["zebra"]}, r"data\.classes\.exclude names 'zebra', which is no class: the classes are ant, bee, cat$"),
+        (
+            {"include": ["ant", "bea"]},
+            r"data\.classes\.include names 'bea', which is no class: did you mean bee\? the classes are ant, bee, cat$",
+        ),
+        (
+            {"exclude": ["zebra"]},
+            r"data\.classes\.exclude names 'zebra', which is no class: the classes are ant, bee, cat$",
+        ),
         ({"exclude": ["ant", "bee"]}, "leaves one class only, 'cat'"),
         ({"min_images": 99}, "leaves no class"),
         ({"top": 1}, r"leaves one class only, 'ant' \(top=1 leaves out bee, cat\)"),

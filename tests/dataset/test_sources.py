@@ -121,7 +121,9 @@ def test_an_archive_on_the_web(here, tree, server: Server):  # noqa: F811
 
 def test_a_damaged_archive_from_the_web_says_what_to_delete(here, server: Server):  # noqa: F811
     server.content = b"no archive"
-    with pytest.raises(SourceError, match=r"damaged or encrypted: get it again; delete 'data/downloads/set-\w{8}\.zip'"):
+    with pytest.raises(
+        SourceError, match=r"damaged or encrypted: get it again; delete 'data/downloads/set-\w{8}\.zip'"
+    ):
         Folder(archive=server.url)()
 
 
@@ -135,7 +137,10 @@ def test_the_layout_of_a_competition_archive(here, make_tree):
     for path in ("train", "testset"):
         shutil.copytree(here / path, whole / path)
     archive = packed(whole, here / "journey-springfield.zip")
-    for source in (source_of("data=simpsons", f"data.archive={archive}"), source_of("data=simpsons", f"data.dir={whole}")):
+    for source in (
+        source_of("data=simpsons", f"data.archive={archive}"),
+        source_of("data=simpsons", f"data.dir={whole}"),
+    ):
         assert Counter(image.label for image in found(source()).images) == {"homer_simpson": 4, "lisa_simpson": 3}
 
 

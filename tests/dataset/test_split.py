@@ -51,7 +51,9 @@ def test_every_class_is_dealt_in_whole_clusters_to_within_one_cluster(sizes, set
             else:
                 shown = len({record.group for record in dealt if (record.label, record.split) == (label, name)})
                 assert held - asked <= max(clusters) / (1 if shown == 1 else 2) + 0.5  # one is shown whatever it holds
-                assert asked - held <= max(clusters) / 2 + 0.5 or trained[label] == 1  # the last cluster is kept back to train on
+                assert (
+                    asked - held <= max(clusters) / 2 + 0.5 or trained[label] == 1
+                )  # the last cluster is kept back to train on
                 assert held >= 1 or len(clusters) < 3
         if settings.val > 0:
             assert counts[label, "val"] >= 1
@@ -60,7 +62,9 @@ def test_every_class_is_dealt_in_whole_clusters_to_within_one_cluster(sizes, set
 @UNTIMED
 @given(SIZES, SETTINGS)
 def test_single_images_fill_each_class_to_the_count(sizes, settings):
-    dealt = assign_splits(manifest_of({label: clusters + [1] * 2 * sum(clusters) for label, clusters in sizes.items()}), settings)
+    dealt = assign_splits(
+        manifest_of({label: clusters + [1] * 2 * sum(clusters) for label, clusters in sizes.items()}), settings
+    )
     counts = Counter((record.label, record.split) for record in dealt)
     trained = trained_clusters(dealt)
     for label, clusters in sizes.items():
@@ -72,7 +76,9 @@ def test_single_images_fill_each_class_to_the_count(sizes, settings):
 @UNTIMED
 @given(st.integers(5, 30), st.integers(0, 20))
 def test_large_clusters_get_their_share_of_every_part(count, seed):
-    dealt = assign_splits(manifest_of({"ant": [4] * count + [1] * 4 * count}), SplitSettings(val=0.2, test=0.2, seed=seed))
+    dealt = assign_splits(
+        manifest_of({"ant": [4] * count + [1] * 4 * count}), SplitSettings(val=0.2, test=0.2, seed=seed)
+    )
     large = Counter(members[0].split for members in clusters_of(dealt).values() if len(members) > 1)
     assert abs(large["test"] - 0.2 * count) <= 0.5
     assert abs(large["val"] - 0.2 * count) <= 0.5
@@ -83,7 +89,12 @@ def test_large_clusters_get_their_share_of_every_part(count, seed):
 def test_clusters_of_several_classes_are_dealt_to_within_one_cluster_overall(contents, settings):
     labels = sorted({label for content in contents for label in content})
     contents = [*contents, dict.fromkeys(labels, 1)]  # overall is a matter of classes that share clusters
-    dealt = assign_splits(mixed([(label, row) for row, content in enumerate(contents) for label in content for _ in range(content[label])]), settings)
+    dealt = assign_splits(
+        mixed(
+            [(label, row) for row, content in enumerate(contents) for label in content for _ in range(content[label])]
+        ),
+        settings,
+    )
     assert_whole(dealt)
     trained, half = trained_clusters(dealt), max(sum(content.values()) for content in contents) / 2 + 0.5
     enough = all(sum(label in content for content in contents) > 5 for label in labels)
@@ -144,7 +155,12 @@ def test_clusters_that_a_new_image_links_go_whole_where_the_earliest_was(sizes, 
     linked = data.draw(st.lists(st.sampled_from(range(len(first))), min_size=1, max_size=4, unique=True))
     new = image(data.draw(st.sampled_from(first.classes)), "new")
     records = [*(replace(record, split="") for record in first), new]
-    manifest = join_groups(Manifest.of(Path(), records), np.array(linked), np.full(len(linked), len(first)), [r.group for r in first] + [""])
+    manifest = join_groups(
+        Manifest.of(Path(), records),
+        np.array(linked),
+        np.full(len(linked), len(first)),
+        [r.group for r in first] + [""],
+    )
     second = deal(manifest, settings, previous=first)
     assert_whole(second)
     assert second[len(first)].split == min((first[row].split for row in linked), key=SPLITS.index)
@@ -155,7 +171,9 @@ def test_clusters_that_a_new_image_links_go_whole_where_the_earliest_was(sizes, 
 def test_a_class_without_training_images_takes_one_back_from_val(caplog):
     first = assign_splits(manifest_of({"ant": [1] * 10, "bee": [1] * 10}), SplitSettings(val=0.2, test=0.2))
     rest = first.take(np.flatnonzero((first.targets == 0) | (first.splits > 0)))
-    again = assign_splits(replace(rest, splits=np.full(len(rest), -1, np.int8)), SplitSettings(val=0.2, test=0.2), previous=first)
+    again = assign_splits(
+        replace(rest, splits=np.full(len(rest), -1, np.int8)), SplitSettings(val=0.2, test=0.2), previous=first
+    )
     assert Counter(record.split for record in again if record.label == "bee") == {"train": 1, "val": 1, "test": 2}
     assert caplog.text.strip().endswith("which would have none of bee")
 
@@ -172,7 +190,9 @@ def test_joining_clusters_of_different_parts_is_told(caplog):
 @UNTIMED
 @given(GIVEN, SETTINGS)
 def test_given_parts_stay_and_nothing_more_is_torn(images, settings):
-    manifest = Manifest.of(Path(), (image(label, f"{row}", f"group{cluster}", part) for row, (label, cluster, part) in enumerate(images)))
+    manifest = Manifest.of(
+        Path(), (image(label, f"{row}", f"group{cluster}", part) for row, (label, cluster, part) in enumerate(images))
+    )
     dealt = deal(manifest, settings)
     assert -1 not in dealt.splits
     parts = {record.split for record in manifest}
@@ -188,7 +208,10 @@ def test_given_parts_stay_and_nothing_more_is_torn(images, settings):
 
 def test_val_is_carved_out_of_what_test_has_no_part_in():
     train = [image("ant", f"a{row}", f"group{row}", "train") for row in range(20)]
-    dealt = assign_splits(Manifest.of(Path(), train + [image("ant", f"b{row}", f"group{row}", "test") for row in range(12)]), SplitSettings(val=0.4))
+    dealt = assign_splits(
+        Manifest.of(Path(), train + [image("ant", f"b{row}", f"group{row}", "test") for row in range(12)]),
+        SplitSettings(val=0.4),
+    )
     assert dealt.indices("val").tolist() == list(range(12, 20))
 
 
@@ -203,7 +226,14 @@ def test_given_parts_are_completed():
 def test_one_image_a_cluster_is_exact():
     dealt = assign_splits(manifest_of({"ant": [1] * 50, "bee": [1] * 10}), SplitSettings(val=0.2, test=0.1))
     counts = Counter((record.label, record.split) for record in dealt)
-    expected = {("ant", "train"): 35, ("ant", "val"): 10, ("ant", "test"): 5, ("bee", "train"): 7, ("bee", "val"): 2, ("bee", "test"): 1}
+    expected = {
+        ("ant", "train"): 35,
+        ("ant", "val"): 10,
+        ("ant", "test"): 5,
+        ("bee", "train"): 7,
+        ("bee", "val"): 2,
+        ("bee", "test"): 1,
+    }
     assert counts == expected
 
 
@@ -219,7 +249,9 @@ def test_one_image_a_cluster_is_exact():
 def test_images_without_copies_are_dealt_as_ever(settings, fingerprint):
     """The fingerprints are those of version 0.1.0, which dealt image by image: old splits can be made again."""
     counts = {"ant": 120, "bee": 57, "cat": 9, "dog": 3}
-    manifest = Manifest.of(Path(), (image(label, f"{label}{number}") for label, count in counts.items() for number in range(count)))
+    manifest = Manifest.of(
+        Path(), (image(label, f"{label}{number}") for label, count in counts.items() for number in range(count))
+    )
     splits = ",".join(record.split for record in assign_splits(manifest, settings))
     assert hashlib.sha256(splits.encode()).hexdigest()[:16] == fingerprint
 
@@ -227,7 +259,10 @@ def test_images_without_copies_are_dealt_as_ever(settings, fingerprint):
 @pytest.mark.parametrize(
     ("settings", "sizes"),
     [
-        (SplitSettings(val=0.16, test=0.2, seed=83), {"train": 640, "val": 160, "test": 200}),  # 80/20, and of the 80 again 80/20
+        (
+            SplitSettings(val=0.16, test=0.2, seed=83),
+            {"train": 640, "val": 160, "test": 200},
+        ),  # 80/20, and of the 80 again 80/20
         (SplitSettings(val=0.05, test=0.05, seed=2024), {"train": 900, "val": 50, "test": 50}),
     ],
 )
@@ -254,12 +289,16 @@ def test_the_seed_matters():
 def test_the_sum_of_classes_that_share_clusters_is_held_to_the_ratio(seed):
     """Ants come only with two bees each: where bees are full and ants lack, a cluster more helps the sum, though no class."""
     shared = [(label, cluster) for cluster in range(20) for label in ("ant", "bee", "bee")]
-    dealt = assign_splits(mixed(shared + [("bee", cluster) for cluster in range(20, 60) for _ in range(2)]), SplitSettings(0.0, 0.3, seed))
+    dealt = assign_splits(
+        mixed(shared + [("bee", cluster) for cluster in range(20, 60) for _ in range(2)]), SplitSettings(0.0, 0.3, seed)
+    )
     assert abs(len(dealt.part("test")) - 0.3 * len(dealt)) <= 1.5 + 0.5
 
 
 def test_twins_under_two_classes_stay_together():
-    dealt = assign_splits(mixed([(label, cluster) for label in ("ant", "bee") for cluster in range(20)]), SplitSettings(val=0.3))
+    dealt = assign_splits(
+        mixed([(label, cluster) for label in ("ant", "bee") for cluster in range(20)]), SplitSettings(val=0.3)
+    )
     assert Counter((record.label, record.split) for record in dealt)["ant", "val"] == 6
     assert_whole(dealt)
 
@@ -268,7 +307,9 @@ def test_a_moved_file_is_still_the_same_picture_and_an_edited_one_still_in_its_p
     first = assign_splits(manifest_of({"ant": [1] * 20}), SplitSettings())
     moved = Manifest.of(Path(), (replace(record, path=f"z/{record.path}", split="") for record in first))
     assert assign_splits(moved, SplitSettings(seed=7), previous=first).splits.tolist() == first.splits.tolist()
-    edited = Manifest.of(Path(), (replace(image("ant", f"edited{row}"), path=record.path) for row, record in enumerate(first)))
+    edited = Manifest.of(
+        Path(), (replace(image("ant", f"edited{row}"), path=record.path) for row, record in enumerate(first))
+    )
     assert assign_splits(edited, SplitSettings(seed=7), previous=first).splits.tolist() == first.splits.tolist()
 
 
@@ -287,7 +328,8 @@ def test_a_class_that_cannot_be_tested_is_named(caplog):
 
 
 @pytest.mark.parametrize(
-    ("values", "key"), [({"val": -0.1}, "data.split.val"), ({"test": 1.0}, "data.split.test"), ({"val": 0.6, "test": 0.4}, "below 1")]
+    ("values", "key"),
+    [({"val": -0.1}, "data.split.val"), ({"test": 1.0}, "data.split.test"), ({"val": 0.6, "test": 0.4}, "below 1")],
 )
 def test_settings_that_cannot_be(values, key):
     with pytest.raises(ConfigError, match=key):
@@ -303,7 +345,11 @@ def unpacked(archive: Path) -> tuple[Manifest, np.ndarray]:
                 content = tar.extractfile(member).read()
                 digest = hashlib.sha256(content).hexdigest()
                 records.append(Record(member.name, Path(member.name).parent.name, "", digest[:16], digest, 1, 1))
-                thumbnails.append(np.asarray(Image.open(io.BytesIO(content)).convert("RGB").resize((16, 16), Image.Resampling.BICUBIC)))
+                thumbnails.append(
+                    np.asarray(
+                        Image.open(io.BytesIO(content)).convert("RGB").resize((16, 16), Image.Resampling.BICUBIC)
+                    )
+                )
     return Manifest.of(Path(), records), np.stack(thumbnails)
 
 
@@ -317,7 +363,9 @@ def simpsons(shared_data: Path) -> Manifest:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("settings", [SplitSettings(val=0.16, test=0.2, seed=83), SplitSettings(val=0.05, test=0.05, seed=2024)])
+@pytest.mark.parametrize(
+    "settings", [SplitSettings(val=0.16, test=0.2, seed=83), SplitSettings(val=0.05, test=0.05, seed=2024)]
+)
 def test_real_frames_of_one_shot_stay_in_one_part_and_recipes_hold(simpsons: Manifest, settings):
     dealt = assign_splits(simpsons, settings)
     assert len({record.group for record in simpsons}) < len(simpsons) - 500

@@ -30,7 +30,10 @@ def table(folder: Path, content: str | bytes, name: str = "t.csv") -> Path:
 
 
 def rows(path: Path, group_column: str | None = None) -> list[tuple[str, str, str, str]]:
-    return [(os.path.relpath(row.path, path.parent), row.label, row.split, row.key) for row in read_table(path, group_column)]
+    return [
+        (os.path.relpath(row.path, path.parent), row.label, row.split, row.key)
+        for row in read_table(path, group_column)
+    ]
 
 
 PLAIN = [("a.jpg", "cat", "", ""), ("b.jpg", "dog", "", "")]
@@ -74,7 +77,9 @@ def test_a_row_knows_its_file(folder):
     assert row.status.st_size == 5
 
 
-LABELS = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0"), min_size=1, max_size=12).filter(lambda text: text.strip() == text)
+LABELS = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0"), min_size=1, max_size=12).filter(
+    lambda text: text.strip() == text
+)
 
 
 @given(labels=st.lists(LABELS, min_size=1, max_size=5))
@@ -109,9 +114,15 @@ def test_names_that_are_not_utf8(folder):
         ("path,label\na.jpg,cat\nb.jpg,d,og\n", "line 3 of '.*t.csv' has 3 values"),
         ("path,label\na.jpg,cat\n,dog\n", "line 3 of '.*t.csv' has no path"),
         ("path,label\na.jpg, \n", "line 2 of '.*t.csv' has no label for 'a.jpg'"),
-        ("path,label\n\n\na.jpg,cat\nx.jpg,cat\n", "line 5 of '.*t.csv' names '.*x.jpg', which is not there: paths start from the table's folder"),
+        (
+            "path,label\n\n\na.jpg,cat\nx.jpg,cat\n",
+            "line 5 of '.*t.csv' names '.*x.jpg', which is not there: paths start from the table's folder",
+        ),
         ("path,label\nx.jpg,cat\na.jpg/y.jpg,cat\n\0,cat\n", "line 2 .*x.jpg', which is not there and 2 more rows"),
-        ("path,label\na.jpg,cat\nb.jpg,dog\n./a.jpg,dog\n", "line 4 of '.*t.csv' names './a.jpg' again, after line 2: keep one row an image"),
+        (
+            "path,label\na.jpg,cat\nb.jpg,dog\n./a.jpg,dog\n",
+            "line 4 of '.*t.csv' names './a.jpg' again, after line 2: keep one row an image",
+        ),
         ("path,label,split\na.jpg,cat,trains\n", "line 2 of '.*t.csv' has the split 'trains': use train, val or test"),
         ('path,label\na.jpg,cat\n"b.jpg"x,cat\n', "line 3 of '.*t.csv' is not CSV"),
         ('path,label\na.jpg,cat\n"b.jpg,cat\n', "line 3 of '.*t.csv' is not CSV"),
@@ -170,7 +181,14 @@ def parquet(file: Path, /, **columns) -> Path:
 def test_parquet_says_what_csv_says(folder):
     labels = pa.array(["cat", "dog"]).dictionary_encode()
     pictures = [{"bytes": b"x"}] * 2
-    path = parquet(folder / "t.parquet", image=pictures, label=labels, Path=["a.jpg", "b.jpg"], split=["train", None], age=[3, None])
+    path = parquet(
+        folder / "t.parquet",
+        image=pictures,
+        label=labels,
+        Path=["a.jpg", "b.jpg"],
+        split=["train", None],
+        age=[3, None],
+    )
     assert rows(path, "age") == [("a.jpg", "cat", "train", "3"), ("b.jpg", "dog", "", "")]
 
 
@@ -181,7 +199,10 @@ def test_labels_may_be_numbers(folder):
 @pytest.mark.parametrize(
     ("columns", "words"),
     [
-        ({"path": ["a.jpg", "x.jpg"], "label": ["cat", "cat"]}, "row 2 of '.*t.parquet' names '.*x.jpg', which is not there"),
+        (
+            {"path": ["a.jpg", "x.jpg"], "label": ["cat", "cat"]},
+            "row 2 of '.*t.parquet' names '.*x.jpg', which is not there",
+        ),
         ({"path": ["a.jpg", "b.jpg"], "label": ["cat", None]}, "row 2 of '.*t.parquet' has no label"),
         ({"path": ["a.jpg"], "class": ["cat"]}, "has no column label: its columns are path, class"),
         ({"path": [], "label": []}, "holds no rows"),

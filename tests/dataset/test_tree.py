@@ -85,7 +85,9 @@ NAMES = st.text(st.characters(exclude_characters="/\0", exclude_categories=["Cs"
 @settings(max_examples=60, deadline=None)
 def test_every_visible_file_is_an_image_of_its_folder_or_a_stray(tmp_path_factory, files):
     root = tmp_path_factory.mktemp("any")
-    names = {(f"c{folder}", f"{name}.png" if image else f"{name}.txt"): image for (folder, name), image in files.items()}
+    names = {
+        (f"c{folder}", f"{name}.png" if image else f"{name}.txt"): image for (folder, name), image in files.items()
+    }
     for folder, name in names:
         touch(root, f"{folder}/{name}")
     images = {f"{folder}/{name}": folder for (folder, name), image in names.items() if image}
@@ -101,7 +103,15 @@ def test_every_visible_file_is_an_image_of_its_folder_or_a_stray(tmp_path_factor
 
 def test_strays_are_named_and_litter_is_not(tree):
     expected = find([tree])
-    touch(tree, "__MACOSX/cat/a.png", ".hidden/a.png", "cat/._a.png", "cat/.DS_Store", "cat/Thumbs.db", "cat/sub/desktop.ini")
+    touch(
+        tree,
+        "__MACOSX/cat/a.png",
+        ".hidden/a.png",
+        "cat/._a.png",
+        "cat/.DS_Store",
+        "cat/Thumbs.db",
+        "cat/sub/desktop.ini",
+    )
     assert find([tree]) == expected
     touch(tree, "stray.png", "cat/notes.txt", "cat/noextension", "cat/sub/x.svg", "README.md")
     strays = ("README.md", "cat/noextension", "cat/notes.txt", "cat/sub/x.svg", "stray.png")
@@ -109,7 +119,16 @@ def test_strays_are_named_and_litter_is_not(tree):
 
 
 def test_strays_of_a_tree_in_parts(tmp_path):
-    touch(tmp_path, "train/cat/a.png", "test/cat/a.png", "train/b.png", "labels.csv", "c.png", "docs/d.png", "train/cat/e.xml")
+    touch(
+        tmp_path,
+        "train/cat/a.png",
+        "test/cat/a.png",
+        "train/b.png",
+        "labels.csv",
+        "c.png",
+        "docs/d.png",
+        "train/cat/e.xml",
+    )
     found = find([tmp_path])
     assert found.strays == ("c.png", "labels.csv", "train/b.png", "train/cat/e.xml")
     assert found.ignored == ("docs",)
@@ -122,7 +141,9 @@ def test_what_is_left_out_is_said(tmp_path, caplog):
     assert "not part of any split and left out: docs" in caplog.text
 
 
-@pytest.mark.parametrize("name", ["with space", "quote'\"", "-rf", "😀 名前", "percent%20", "a,b;c", "line\nbreak", "back\\slash"])
+@pytest.mark.parametrize(
+    "name", ["with space", "quote'\"", "-rf", "😀 名前", "percent%20", "a,b;c", "line\nbreak", "back\\slash"]
+)
 def test_odd_names_work(make_tree, name):
     root = make_tree(cat=2)
     try:
@@ -239,7 +260,15 @@ def test_progress_is_not_on_standard_output(tree, capfd):
 
 
 def test_roots_are_merged_by_class_name(tmp_path):
-    touch(tmp_path, "x/a/cat/1.png", "x/a/dog/1.png", "x/b/cat/1.png", "x/b/bird/1.png", "x/b/note.txt", "x/unasked/fish/1.png")
+    touch(
+        tmp_path,
+        "x/a/cat/1.png",
+        "x/a/dog/1.png",
+        "x/b/cat/1.png",
+        "x/b/bird/1.png",
+        "x/b/note.txt",
+        "x/unasked/fish/1.png",
+    )
     (tmp_path / "x/b/none").mkdir()
     found = find([tmp_path / "x/a", tmp_path / "x/b"])
     assert found.root == tmp_path / "x"
@@ -272,7 +301,9 @@ def test_relative_roots_stay_relative(tmp_path, monkeypatch):
     assert all((found.root / image.path).exists() for image in found.images)
 
 
-@pytest.mark.parametrize(("second", "words"), [("a", "named twice"), ("a/cat", "lies inside"), (".", "lies inside"), ("link", "named twice")])
+@pytest.mark.parametrize(
+    ("second", "words"), [("a", "named twice"), ("a/cat", "lies inside"), (".", "lies inside"), ("link", "named twice")]
+)
 def test_roots_that_overlap_are_refused(tmp_path, second, words):
     touch(tmp_path, "a/cat/1.png")
     (tmp_path / "link").symlink_to("a")
@@ -298,7 +329,11 @@ def test_names_may_be_swapped(tmp_path):
 
 @pytest.mark.parametrize(
     ("rename", "words"),
-    [({"Kat": "x"}, "'Kat', which is no class: did you mean 'Katze'"), ({"zzz": "x"}, "no class: classes: Katze, dog"), ({"dog": " "}, "no name")],
+    [
+        ({"Kat": "x"}, "'Kat', which is no class: did you mean 'Katze'"),
+        ({"zzz": "x"}, "no class: classes: Katze, dog"),
+        ({"dog": " "}, "no name"),
+    ],
 )
 def test_a_rename_that_cannot_be(tmp_path, rename, words):
     touch(tmp_path, "Katze/1.png", "dog/1.png")
@@ -327,8 +362,14 @@ def test_a_table_alone_starts_from_its_folder_or_from_what_its_files_have_in_com
     (tmp_path / "t/a.csv").write_text("path,label\nin/1.png,cat\n")
     (tmp_path / "t/b.csv").write_text(f"path,label\nin/1.png,cat\n{tmp_path}/out/2.png,dog\n")
     (tmp_path / "t/c.csv").write_text("path,label\n../out/2.png,dog\n")
-    assert (find([tmp_path / "t/a.csv"]).root, labels(find([tmp_path / "t/a.csv"]))) == (tmp_path / "t", {"in/1.png": "cat"})
-    assert (find([tmp_path / "t/b.csv"]).root, labels(find([tmp_path / "t/b.csv"]))) == (tmp_path, {"t/in/1.png": "cat", "out/2.png": "dog"})
+    assert (find([tmp_path / "t/a.csv"]).root, labels(find([tmp_path / "t/a.csv"]))) == (
+        tmp_path / "t",
+        {"in/1.png": "cat"},
+    )
+    assert (find([tmp_path / "t/b.csv"]).root, labels(find([tmp_path / "t/b.csv"]))) == (
+        tmp_path,
+        {"t/in/1.png": "cat", "out/2.png": "dog"},
+    )
     assert labels(find([tmp_path / "t/c.csv"])) == {"out/2.png": "dog"}
     monkeypatch.chdir(tmp_path / "t")
     assert find([Path("a.csv")]).root == Path(".")

@@ -75,7 +75,9 @@ def test_an_error_that_cannot_be_sent_is_told():
 
 
 def test_errors_keep_what_they_carry():
-    code = "(_ for _ in ()).throw(__import__('image_classifier.errors').errors.UnreadableImage('a.png', 'odd', 'mend it'))"
+    code = (
+        "(_ for _ in ()).throw(__import__('image_classifier.errors').errors.UnreadableImage('a.png', 'odd', 'mend it'))"
+    )
     with pytest.raises(DataError, match="cannot read the image 'a.png' \\(odd\\): mend it"):
         list(map_blocks(eval, [code] * 2, MANY, 2))
 

@@ -41,8 +41,18 @@ def the(name: str, stage: list[Step]) -> Step:
 
 def sent_to_the_builder(root: Path) -> list[str]:
     """The tracked files that .dockerignore lets through: the last line that fits decides."""
-    lines = [line for line in (root / ".dockerignore").read_text(encoding="utf-8").splitlines() if line and not line.startswith("#")]
-    tracked = subprocess.run(["git", "ls-files", "--cached", "--others", "--exclude-standard"], cwd=root, capture_output=True, text=True, check=True)
+    lines = [
+        line
+        for line in (root / ".dockerignore").read_text(encoding="utf-8").splitlines()
+        if line and not line.startswith("#")
+    ]
+    tracked = subprocess.run(
+        ["git", "ls-files", "--cached", "--others", "--exclude-standard"],
+        cwd=root,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
     return [name for name in tracked.stdout.splitlines() if not _ignored(name, lines) and (root / name).is_file()]
 
 
@@ -73,7 +83,14 @@ def build(root: Path, stage: list[Step], folder: Path, python: Path) -> None:
         elif step.name == "RUN":
             line = re.sub("|".join(paths), lambda found: paths[found[0]], step.text)
             line = re.sub(r"(^|&& )python ", lambda found: f"{found[1]}{python} ", line)
-            done = subprocess.run(["sh", "-c", line], cwd=source, env={**bare_environment(), **settings}, capture_output=True, text=True, timeout=600)
+            done = subprocess.run(
+                ["sh", "-c", line],
+                cwd=source,
+                env={**bare_environment(), **settings},
+                capture_output=True,
+                text=True,
+                timeout=600,
+            )
             assert done.returncode == 0, f"{line}\n{done.stdout[-2000:]}\n{done.stderr[-2000:]}"
 
 

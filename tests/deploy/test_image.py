@@ -57,9 +57,17 @@ def test_it_is_small_and_holds_no_torch_and_nothing_that_installs(image: Path) -
 
 
 def test_the_command_line_is_there(image: Path, tmp_path: Path) -> None:
-    for words, said in ((["--help"], "serve" if (CONF_DIR / "serve.yaml").is_file() else "infer"), (["--version"], __version__)):
+    for words, said in (
+        (["--help"], "serve" if (CONF_DIR / "serve.yaml").is_file() else "infer"),
+        (["--version"], __version__),
+    ):
         done = subprocess.run(
-            [image / "opt/venv/bin/image-classifier", *words], cwd=tmp_path, env=bare_environment(), capture_output=True, text=True, timeout=60
+            [image / "opt/venv/bin/image-classifier", *words],
+            cwd=tmp_path,
+            env=bare_environment(),
+            capture_output=True,
+            text=True,
+            timeout=60,
         )
         assert done.returncode == 0 and said in done.stdout, done.stderr
 
@@ -69,9 +77,14 @@ def test_drift_can_be_asked_there_and_an_alias_cannot(image: Path, digits_bundle
     log = tmp_path / f"runs/serve/{digits_bundle.name}.jsonl"
     log.parent.mkdir(parents=True)
     log.write_text(60 * f"{json.dumps(line)}\n", encoding="utf-8")
-    for name, code, said in ((digits_bundle.name, 0, "the last 60 answers"), ("models:/digits@champion", 2, "needs the package mlflow")):
+    for name, code, said in (
+        (digits_bundle.name, 0, "the last 60 answers"),
+        ("models:/digits@champion", 2, "needs the package mlflow"),
+    ):
         words = [image / "opt/venv/bin/image-classifier", "drift", name, "--models_dir", digits_bundle.parent]
-        done = subprocess.run(words, cwd=tmp_path, env={**bare_environment(), **ENVIRONMENT}, capture_output=True, text=True, timeout=60)
+        done = subprocess.run(
+            words, cwd=tmp_path, env={**bare_environment(), **ENVIRONMENT}, capture_output=True, text=True, timeout=60
+        )
         assert done.returncode == code and said in done.stdout + done.stderr, done.stderr
         assert done.stderr.count("\n") == (code != 0)
 
@@ -81,7 +94,9 @@ def started(image: Path, bundle: Path, home: Path, port: int) -> Iterator[subpro
     """The ENTRYPOINT in a folder that nobody may write to, with a home of its own."""
     root = home.parent / "root"
     root.mkdir(mode=0o555)
-    words = [{"8080": str(port), "/models": str(bundle.parent)}.get(word, word) for word in the("ENTRYPOINT", FINAL).words()]
+    words = [
+        {"8080": str(port), "/models": str(bundle.parent)}.get(word, word) for word in the("ENTRYPOINT", FINAL).words()
+    ]
     settings = {
         **bare_environment(),
         "PATH": f"{image}/opt/venv/bin{os.pathsep}{os.environ['PATH']}",

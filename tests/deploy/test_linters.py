@@ -60,13 +60,18 @@ def test_every_manifest_is_linted() -> None:
     assert sorted(left) == ["deploy/kubernetes/keys/kustomization.yaml", "deploy/kubernetes/kustomization.yaml"]
 
 
-@pytest.mark.skipif(not shutil.which("kubectl"), reason="kubectl, which puts a kustomization together, is not installed")
+@pytest.mark.skipif(
+    not shutil.which("kubectl"), reason="kubectl, which puts a kustomization together, is not installed"
+)
 @pytest.mark.parametrize("keys", [False, True])
 def test_the_whole_kustomization_is_valid(keys: bool, tmp_path: Path) -> None:
     folder = shutil.copytree(ROOT / "deploy/kubernetes", tmp_path / "kubernetes")
     if keys:
         path = folder / "kustomization.yaml"
-        path.write_text(path.read_text(encoding="utf-8").replace("# components:", "components:").replace("#   - keys", "  - keys"), encoding="utf-8")
+        path.write_text(
+            path.read_text(encoding="utf-8").replace("# components:", "components:").replace("#   - keys", "  - keys"),
+            encoding="utf-8",
+        )
     made = subprocess.run(["kubectl", "kustomize", folder], capture_output=True, text=True, timeout=60)
     assert made.returncode == 0, made.stderr
     whole = tmp_path / "whole.yaml"
@@ -87,7 +92,10 @@ def test_the_compose_file_of_a_triton_export_is_valid(device: str, tmp_path: Pat
 def test_an_alert_can_be_read_and_asks_for_figures_that_there_are(alert: str) -> None:
     rule = ALERTS[alert]
     promql_parser.parse(rule["expr"])
-    assert set(rule) <= {"alert", "expr", "for", "labels", "annotations"} and set(rule["annotations"]) == {"summary", "description"}
+    assert set(rule) <= {"alert", "expr", "for", "labels", "annotations"} and set(rule["annotations"]) == {
+        "summary",
+        "description",
+    }
     assert rule["labels"]["severity"] in ("page", "ticket")
     source = ROOT / "image_classifier/serving/observe.py"
     if not source.is_file():
@@ -111,15 +119,23 @@ def test_drift_wakes_somebody_only_where_the_program_would_speak_of_it() -> None
 
 @pytest.mark.skipif(not shutil.which("promtool"), reason="promtool, which counts as Prometheus does, is not installed")
 @pytest.mark.parametrize(
-    ("distance", "images", "minutes", "woken"), [(0.3, 50, 62, True), (0.3, 49, 62, False), (0.1, 50, 62, False), (0.3, 50, 30, False)]
+    ("distance", "images", "minutes", "woken"),
+    [(0.3, 50, 62, True), (0.3, 49, 62, False), (0.1, 50, 62, False), (0.3, 50, 30, False)],
 )
-def test_prometheus_itself_sees_the_drift(distance: float, images: int, minutes: int, woken: bool, tmp_path: Path) -> None:
+def test_prometheus_itself_sees_the_drift(
+    distance: float, images: int, minutes: int, woken: bool, tmp_path: Path
+) -> None:
     labels = {"model": "digits", "figure": "confidence", "instance": "serve:8080"}
     shown = ",".join(f'{name}="{value}"' for name, value in labels.items())
     values = {"drift_distance": distance, "drift_limit": 0.1, "drift_images": images}
-    series = [{"series": f"image_classifier_{name}{{{shown}}}", "values": f"{value}x90"} for name, value in values.items()]
+    series = [
+        {"series": f"image_classifier_{name}{{{shown}}}", "values": f"{value}x90"} for name, value in values.items()
+    ]
     rule = ALERTS["ImageClassifierDrifted"]
-    words = {"summary": "digits: the traffic's confidence lies 0.30 from val's", "description": rule["annotations"]["description"]}
+    words = {
+        "summary": "digits: the traffic's confidence lies 0.30 from val's",
+        "description": rule["annotations"]["description"],
+    }
     expected = [{"exp_labels": {**labels, **rule["labels"]}, "exp_annotations": words}] if woken else []
     asked = {"eval_time": f"{minutes}m", "alertname": rule["alert"], "exp_alerts": expected}
     case = {
@@ -127,5 +143,7 @@ def test_prometheus_itself_sees_the_drift(distance: float, images: int, minutes:
         "tests": [{"interval": "1m", "input_series": series, "alert_rule_test": [asked]}],
     }
     (tmp_path / "case.yml").write_text(yaml.safe_dump(case), encoding="utf-8")
-    done = subprocess.run(["promtool", "test", "rules", tmp_path / "case.yml"], capture_output=True, text=True, timeout=60)
+    done = subprocess.run(
+        ["promtool", "test", "rules", tmp_path / "case.yml"], capture_output=True, text=True, timeout=60
+    )
     assert done.returncode == 0, done.stdout + done.stderr

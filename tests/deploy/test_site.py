@@ -18,16 +18,27 @@ from tests.conftest import ROOT
 pytestmark = pytest.mark.slow  # `make docs` builds it too
 
 # What a browser loads by itself, unlike <a href>.
-LOADED = re.compile(r"""<(?:script|img|iframe|source|video|audio|embed|object|link)\b[^>]*?\b(?:src|srcset|href|data|poster)=["']([^"']*)""")
+LOADED = re.compile(
+    r"""<(?:script|img|iframe|source|video|audio|embed|object|link)\b[^>]*?\b(?:src|srcset|href|data|poster)=["']([^"']*)"""
+)
 IN_CSS = re.compile(r"""(?:url\(|@import)\s*["']?([^"')\s]+)""")
 
 
 def sphinx(folder: Path, site: Path) -> subprocess.CompletedProcess[str]:
     """`make docs`' own line, with other folders."""
-    (line,) = re.findall(r"-m (sphinx .*?) \. site", (ROOT / "Makefile").read_text(encoding="utf-8").replace("\\\n", " "))
+    (line,) = re.findall(
+        r"-m (sphinx .*?) \. site", (ROOT / "Makefile").read_text(encoding="utf-8").replace("\\\n", " ")
+    )
     words = line.replace(".cache/docs", str(site.parent / "trees")).split()
     settings = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))}
-    return subprocess.run([sys.executable, "-m", *words, ".", str(site)], cwd=folder, env=settings, capture_output=True, text=True, timeout=120)
+    return subprocess.run(
+        [sys.executable, "-m", *words, ".", str(site)],
+        cwd=folder,
+        env=settings,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
 
 
 @pytest.fixture(scope="module")
@@ -41,7 +52,9 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_every_page_is_there(site: Path) -> None:
     pages = [path.relative_to(ROOT).with_suffix(".html") for path in (ROOT / "docs").rglob("*.md")]
     assert [str(page) for page in pages if not (site / page).is_file()] == []
-    assert (site / "index.html").is_file() and (site / "CHANGELOG.html").is_file() and not (site / "README.html").exists()
+    assert (
+        (site / "index.html").is_file() and (site / "CHANGELOG.html").is_file() and not (site / "README.html").exists()
+    )
     assert "docs/delivery.html" in (site / "index.html").read_text(encoding="utf-8")
 
 

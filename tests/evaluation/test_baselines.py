@@ -30,7 +30,10 @@ def scored(accuracy: float, name: str = LOGISTIC, split: str = "val") -> Baselin
     return Baseline(name, "a guess", {split: {"accuracy": accuracy, "f1_macro": accuracy}})
 
 
-@given(train=st.lists(st.integers(0, 3), min_size=1, max_size=30), judged=st.lists(st.integers(0, 3), min_size=1, max_size=30))
+@given(
+    train=st.lists(st.integers(0, 3), min_size=1, max_size=30),
+    judged=st.lists(st.integers(0, 3), min_size=1, max_size=30),
+)
 def test_the_most_frequent_class_is_scikit_learns_prior(train: list[int], judged: list[int]) -> None:
     train = [*train, 0, 1, 2, 3]  # every class has training images
     found = most_frequent(np.array(train), "abcd", {"test": np.array(judged)}).scores["test"]
@@ -43,7 +46,9 @@ def test_the_most_frequent_class_is_scikit_learns_prior(train: list[int], judged
 
 
 def test_a_part_without_images_has_no_score() -> None:
-    baseline = most_frequent(np.array([0, 1, 1]), ("cat", "dog"), {"val": np.array([1]), "test": np.array([], dtype=np.int64)})
+    baseline = most_frequent(
+        np.array([0, 1, 1]), ("cat", "dog"), {"val": np.array([1]), "test": np.array([], dtype=np.int64)}
+    )
     assert set(baseline.scores) == {"val"} and "'dog'" in baseline.about
     assert list(lines([baseline], "test")) == [] and beside([baseline], "test") == {}
 
@@ -55,8 +60,12 @@ def test_a_table_ends_with_the_model() -> None:
     assert as_metrics([scored(0.5)]) == {"baseline/logistic/val/accuracy": 0.5, "baseline/logistic/val/f1_macro": 0.5}
 
 
-@pytest.mark.parametrize(("own", "words"), [(0.6, []), (0.5, ["accuracy", "f1_macro"]), (0.4, ["accuracy", "f1_macro"])])
-def test_a_model_that_does_not_beat_a_baseline_hears_of_it(own: float, words: list[str], caplog: pytest.LogCaptureFixture) -> None:
+@pytest.mark.parametrize(
+    ("own", "words"), [(0.6, []), (0.5, ["accuracy", "f1_macro"]), (0.4, ["accuracy", "f1_macro"])]
+)
+def test_a_model_that_does_not_beat_a_baseline_hears_of_it(
+    own: float, words: list[str], caplog: pytest.LogCaptureFixture
+) -> None:
     warn_if_not_better([scored(0.5), scored(0.9, split="test")], "val", {"accuracy": own, "f1_macro": own})
     assert [record.getMessage().partition("logistic: ")[2].split()[0] for record in caplog.records] == words
 
@@ -69,7 +78,9 @@ def test_the_best_scores_of_this_manifest_are_found(tmp_path: Path) -> None:
     assert known_baseline(tmp_path / "nowhere", "this", LOGISTIC) is None
 
 
-@pytest.mark.parametrize("content", ["", "[]", '{"manifest_sha256": "this"}', '{"manifest_sha256": "this", "baselines": {"logistic": 3}}'])
+@pytest.mark.parametrize(
+    "content", ["", "[]", '{"manifest_sha256": "this"}', '{"manifest_sha256": "this", "baselines": {"logistic": 3}}']
+)
 def test_a_damaged_file_costs_no_training(content: str, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     (tmp_path / "x").mkdir()
     (tmp_path / "x" / "baselines.json").write_text(content)
@@ -84,7 +95,13 @@ def test_baselines_survive_json() -> None:
 
 @pytest.mark.parametrize(
     "content",
-    [3, {"x": 3}, {"x": {"about": "a"}}, {"x": {"about": "a", "scores": {"test": 3}}}, {"x": {"about": "a", "scores": {"test": {"accuracy": 0.5}}}}],
+    [
+        3,
+        {"x": 3},
+        {"x": {"about": "a"}},
+        {"x": {"about": "a", "scores": {"test": 3}}},
+        {"x": {"about": "a", "scores": {"test": {"accuracy": 0.5}}}},
+    ],
     ids=str,
 )
 def test_what_describes_no_baseline_is_refused(content: object) -> None:

@@ -35,7 +35,9 @@ def test_a_resample_is_the_part_that_its_images_make(seed: int, num_classes: int
     assert weights.sum() == 40
     part = part_of(table)
     rows = np.repeat(np.arange(40), weights.astype(int))
-    again = compute_metrics(PredictionTable(("",) * 40, table.targets[rows], table.logits[rows], table.classes), resamples=0)
+    again = compute_metrics(
+        PredictionTable(("",) * 40, table.targets[rows], table.logits[rows], table.classes), resamples=0
+    )
     sums = part.sums(weights)
     for name, value in part.figures(sums).items():
         if name not in ("roc_auc", "average_precision"):  # these two by their derivative
@@ -72,7 +74,9 @@ def test_the_interval_of_f1_is_that_of_judging_resamples_by_scikit_learn() -> No
     table = made_table(300, 4, 6)
     predicted, rng = table.logits.argmax(axis=1), np.random.default_rng(1)
     drawn = (rng.integers(0, 300, 300) for _ in range(400))
-    expected = np.quantile([f1_score(table.targets[rows], predicted[rows], average="macro") for rows in drawn], [0.025, 0.975])
+    expected = np.quantile(
+        [f1_score(table.targets[rows], predicted[rows], average="macro") for rows in drawn], [0.025, 0.975]
+    )
     assert compute_metrics(table).intervals["f1_macro"] == pytest.approx(expected.tolist(), abs=0.012)
 
 
@@ -82,7 +86,9 @@ def test_intervals_cover_the_truth_about_as_often_as_they_say() -> None:
         rng = np.random.default_rng(seed)
         right = rng.random(120) < truth
         logits = np.where(right[:, None], [[1.0, 0.0]], [[0.0, 1.0]]).astype(np.float32)
-        bounds = compute_metrics(PredictionTable(("",) * 120, np.zeros(120, np.int64), logits, ("a", "b")), 100, 1).intervals["accuracy"]
+        bounds = compute_metrics(
+            PredictionTable(("",) * 120, np.zeros(120, np.int64), logits, ("a", "b")), 100, 1
+        ).intervals["accuracy"]
         covered += bounds is not None and bounds[0] <= truth <= bounds[1]
     assert 0.87 <= covered / 100 <= 0.99
 
@@ -120,7 +126,9 @@ def test_no_mistake_is_no_certainty() -> None:
 
 def all_right(count: int) -> Metrics:
     targets = np.arange(count) % 2
-    return compute_metrics(PredictionTable(("",) * count, targets, np.eye(2, dtype=np.float32)[targets], ("cat", "dog")))
+    return compute_metrics(
+        PredictionTable(("",) * count, targets, np.eye(2, dtype=np.float32)[targets], ("cat", "dog"))
+    )
 
 
 def test_what_resampling_adds_by_itself_is_taken_off() -> None:
@@ -135,7 +143,11 @@ def test_a_class_that_is_absent_or_never_predicted_is_said() -> None:
     lines = list(metrics_lines(metrics, "val"))
     assert "no image in this part: emu" in lines and "never predicted: dog" in lines
     cat, dog, emu = metrics.per_class
-    assert cat.intervals["precision"] is not None and dog.intervals["precision"] is None and dog.intervals["recall"] is not None
+    assert (
+        cat.intervals["precision"] is not None
+        and dog.intervals["precision"] is None
+        and dog.intervals["recall"] is not None
+    )
     assert set(emu.intervals.values()) == {None}
 
 

@@ -20,7 +20,9 @@ def table(logits: np.ndarray, targets: np.ndarray, temperature: float = 1.0) -> 
     return PredictionTable(("",) * len(targets), targets, logits.astype(np.float32), names, temperature)
 
 
-def honest(num_images: int, num_classes: int, temperature: float, seed: int = 0, spread: float = 2.0) -> PredictionTable:
+def honest(
+    num_images: int, num_classes: int, temperature: float, seed: int = 0, spread: float = 2.0
+) -> PredictionTable:
     """Truths drawn from the softmax of logits that are then multiplied by a temperature."""
     generator = np.random.default_rng(seed)
     logits = generator.normal(scale=spread, size=(num_images, num_classes))
@@ -51,7 +53,9 @@ def test_the_likelihood_never_falls_and_no_answer_changes(content: tuple[list[li
     assert 0.05 <= fit.temperature <= 20
     assert fit.nll_after <= fit.nll_before + 1e-9
     assert compute_metrics(after, resamples=0).log_loss == pytest.approx(fit.nll_after, abs=1e-6)
-    rows = np.arange(len(before.targets))  # the answer stays one of the greatest logits, though equal ones may become more
+    rows = np.arange(
+        len(before.targets)
+    )  # the answer stays one of the greatest logits, though equal ones may become more
     assert (after.probabilities[rows, before.logits.argmax(axis=1)] == after.probabilities.max(axis=1)).all()
 
 

@@ -17,13 +17,22 @@ from image_classifier.predictions import PredictionTable
 def made(targets: np.ndarray, accuracy: float, seed: int, num_classes: int = 4) -> PredictionTable:
     """Predictions of about that accuracy, wrong ones spread over the classes."""
     generator = np.random.default_rng(seed)
-    answers = np.where(generator.random(len(targets)) < accuracy, targets, generator.integers(0, num_classes, len(targets)))
+    answers = np.where(
+        generator.random(len(targets)) < accuracy, targets, generator.integers(0, num_classes, len(targets))
+    )
     logits = generator.normal(size=(len(targets), num_classes)) + 4 * np.eye(num_classes)[answers]
-    return PredictionTable(tuple(f"{row}.png" for row in range(len(targets))), targets, logits.astype(np.float32), tuple("abcdefgh"[:num_classes]))
+    return PredictionTable(
+        tuple(f"{row}.png" for row in range(len(targets))),
+        targets,
+        logits.astype(np.float32),
+        tuple("abcdefgh"[:num_classes]),
+    )
 
 
 def taken(table: PredictionTable, rows: np.ndarray) -> PredictionTable:
-    return PredictionTable(tuple(table.paths[row] for row in rows), table.targets[rows], table.logits[rows], table.classes)
+    return PredictionTable(
+        tuple(table.paths[row] for row in rows), table.targets[rows], table.logits[rows], table.classes
+    )
 
 
 TARGETS = np.random.default_rng(0).integers(0, 4, 400)
@@ -72,7 +81,12 @@ def test_the_order_of_rows_and_of_classes_does_not_matter() -> None:
     first, second = made(TARGETS, 0.7, 1), made(TARGETS, 0.8, 2)
     order = np.random.default_rng(3).permutation(len(TARGETS))
     codes = np.array([2, 0, 3, 1])
-    turned = PredictionTable(second.paths, np.argsort(codes)[second.targets], second.logits[:, codes], tuple(second.classes[code] for code in codes))
+    turned = PredictionTable(
+        second.paths,
+        np.argsort(codes)[second.targets],
+        second.logits[:, codes],
+        tuple(second.classes[code] for code in codes),
+    )
     expected, actual = compare(first, second, resamples=100), compare(first, taken(turned, order), resamples=100)
     assert actual.paired == expected.paired and actual.only_right == expected.only_right
 
@@ -92,7 +106,9 @@ def test_luck_is_called_better_about_as_seldom_as_promised() -> None:
     verdicts = []
     for seed in range(60):
         targets = generator.integers(0, 4, 300)
-        verdicts.append(compare(made(targets, 0.7, 2 * seed), made(targets, 0.7, 2 * seed + 1), resamples=100, seed=seed).better)
+        verdicts.append(
+            compare(made(targets, 0.7, 2 * seed), made(targets, 0.7, 2 * seed + 1), resamples=100, seed=seed).better
+        )
     assert np.count_nonzero(verdicts) <= 8  # 3 expected; P(more than 8) is below 0.5 %
 
 
@@ -114,7 +130,10 @@ def test_a_class_that_only_one_knows_costs_it_the_images_it_takes_for_it() -> No
 def test_what_cannot_be_compared_is_said() -> None:
     first = made(TARGETS, 0.7, 1)
     with pytest.raises(DataError, match="no image in common"):
-        compare(first, PredictionTable(tuple(f"x{path}" for path in first.paths), first.targets, first.logits, first.classes))
+        compare(
+            first,
+            PredictionTable(tuple(f"x{path}" for path in first.paths), first.targets, first.logits, first.classes),
+        )
     with pytest.raises(DataError, match=r"'0\.png' more than once"):
         compare(first, PredictionTable(("0.png",) * len(TARGETS), first.targets, first.logits, first.classes))
     with pytest.raises(DataError, match="400 of 400 images have other labels"):

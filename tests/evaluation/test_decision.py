@@ -13,11 +13,20 @@ from scipy.special import bdtr
 from image_classifier.errors import CheckpointError, ConfigError
 from image_classifier.evaluation.decision import DEFAULTS, Decision, DecisionSettings, Evidence
 from image_classifier.evaluation.decision_results import decision_score
-from image_classifier.evaluation.selective import RiskLevel, chance_of_fewer, choose_level, lowest_risk, risk_curve, risk_levels
+from image_classifier.evaluation.selective import (
+    RiskLevel,
+    chance_of_fewer,
+    choose_level,
+    lowest_risk,
+    risk_curve,
+    risk_levels,
+)
 from image_classifier.predictions import PredictionTable, softmax
 
 
-def honest(num_images: int, seed: int, num_classes: int = 4, spread: float = 3.0, scores: bool = False) -> PredictionTable:
+def honest(
+    num_images: int, seed: int, num_classes: int = 4, spread: float = 3.0, scores: bool = False
+) -> PredictionTable:
     """Truths drawn from the probabilities that are stated."""
     generator = np.random.default_rng(seed)
     logits = generator.normal(scale=spread, size=(num_images, num_classes)).astype(np.float32)
@@ -30,15 +39,21 @@ def honest(num_images: int, seed: int, num_classes: int = 4, spread: float = 3.0
 def levels_of(errors: list[bool]) -> tuple[RiskLevel, ...]:
     """Levels of images in falling order of confidence, wrong or not."""
     logits = np.stack([np.linspace(4, 0.1, len(errors)), np.zeros(len(errors))], axis=1).astype(np.float32)
-    return risk_levels(PredictionTable(("",) * len(errors), np.array(errors, dtype=np.int64), logits, ("right", "wrong")))
+    return risk_levels(
+        PredictionTable(("",) * len(errors), np.array(errors, dtype=np.int64), logits, ("right", "wrong"))
+    )
 
 
-@pytest.mark.parametrize(("wrong", "answered", "risk"), [(0, 1, 0.5), (3, 10, 0.3), (0, 59, 0.05), (200, 1000, 0.2), (10, 10, 0.5)])
+@pytest.mark.parametrize(
+    ("wrong", "answered", "risk"), [(0, 1, 0.5), (3, 10, 0.3), (0, 59, 0.05), (200, 1000, 0.2), (10, 10, 0.5)]
+)
 def test_the_binomial_tail_is_that_of_scipy(wrong: int, answered: int, risk: float) -> None:
     assert chance_of_fewer(wrong, answered, risk) == pytest.approx(bdtr(wrong, answered, risk), rel=1e-9)
 
 
-@given(errors=st.lists(st.booleans(), min_size=1, max_size=300), risks=st.tuples(st.floats(0.001, 1), st.floats(0.001, 1)))
+@given(
+    errors=st.lists(st.booleans(), min_size=1, max_size=300), risks=st.tuples(st.floats(0.001, 1), st.floats(0.001, 1))
+)
 def test_a_lower_risk_never_answers_more(errors: list[bool], risks: tuple[float, float]) -> None:
     levels = levels_of(errors)
     assert 1 <= len(levels) <= 64 and levels[-1].answered == len(errors) and levels[-1].wrong == sum(errors)
@@ -139,7 +154,8 @@ def test_what_is_measured_adds_up() -> None:
 
 
 @pytest.mark.parametrize(
-    "setting", [{"risk": 0.0}, {"risk": 1.5}, {"risk_confidence": 1.0}, {"coverage": 0.0}, {"coverage": 1.0}, {"ood_rate": -0.1}]
+    "setting",
+    [{"risk": 0.0}, {"risk": 1.5}, {"risk_confidence": 1.0}, {"coverage": 0.0}, {"coverage": 1.0}, {"ood_rate": -0.1}],
 )
 def test_a_share_that_is_none_is_refused(setting: dict[str, float]) -> None:
     with pytest.raises(ConfigError, match=rf"decision\.{next(iter(setting))}"):
@@ -149,7 +165,9 @@ def test_a_share_that_is_none_is_refused(setting: dict[str, float]) -> None:
 def test_the_area_under_the_curve_is_the_mean_risk_and_order_makes_it_best() -> None:
     table = honest(400, 3)
     curve = risk_curve(table, num_points=1000)
-    wrong = (table.probabilities.argmax(axis=1) != table.targets)[np.argsort(-table.probabilities.max(axis=1), kind="stable")]
+    wrong = (table.probabilities.argmax(axis=1) != table.targets)[
+        np.argsort(-table.probabilities.max(axis=1), kind="stable")
+    ]
     np.testing.assert_allclose(curve.risk, wrong.cumsum() / np.arange(1, 401), atol=1e-12)
     assert curve.best_area <= curve.area <= wrong.mean() + 0.05 and curve.risk[-1] == pytest.approx(wrong.mean())
     flat = PredictionTable(("",) * 4, np.array([0, 1, 1, 1]), np.zeros((4, 2), np.float32), ("a", "b"))

@@ -20,7 +20,9 @@ def table(num_images: int, spread: float) -> PredictionTable:
     generator = np.random.default_rng(0)
     logits = generator.normal(scale=spread, size=(num_images, 5)).astype(np.float32)
     truth = (softmax(logits).cumsum(axis=1) < generator.random((num_images, 1))).sum(axis=1).clip(max=4)
-    return PredictionTable(("",) * num_images, truth, logits, tuple("abcde"), 0.8, generator.normal(size=num_images).astype(np.float32))
+    return PredictionTable(
+        ("",) * num_images, truth, logits, tuple("abcde"), 0.8, generator.normal(size=num_images).astype(np.float32)
+    )
 
 
 @pytest.mark.parametrize(("num_images", "spread"), [(1, 1.0), (3, 50.0), (200, 2.0), (3000, 0.0), (2000, 100.0)])

@@ -45,7 +45,12 @@ def test_another_kind_of_images_has_drifted() -> None:
     assert reference is not None
     confidences, scores = part(500, 2, shift=1.0)
     confidence, score = reference.shifts({"confidence": confidences, "ood_score": scores})
-    assert confidence.drifted and score.drifted and score.median > score.val_median and confidence.median < confidence.val_median
+    assert (
+        confidence.drifted
+        and score.drifted
+        and score.median > score.val_median
+        and confidence.median < confidence.val_median
+    )
     assert score.distance == pytest.approx(0.38, abs=0.08)  # of two normal distributions a standard deviation apart
 
 
@@ -65,6 +70,8 @@ def test_what_val_did_not_tell_is_not_compared() -> None:
     confidences, _ = part(100, 1)
     reference = Reference.of(decision_of(confidences, None))
     assert reference is not None
-    assert [shift.figure for shift in reference.shifts({"confidence": confidences, "ood_score": [1.0]})] == ["confidence"]
+    assert [shift.figure for shift in reference.shifts({"confidence": confidences, "ood_score": [1.0]})] == [
+        "confidence"
+    ]
     assert reference.shifts({"confidence": []}) == []
     assert Reference.of({}) is None and Reference.of(None) is None

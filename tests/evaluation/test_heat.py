@@ -31,6 +31,13 @@ def test_a_figure_of_any_shape_is_drawn(tmp_path: Path, shape: tuple[int, int], 
     if cut:
         heat[: shape[0] // 3] = np.nan
     picture = np.full((*shape, 3), 90, np.uint8)
-    path = plot_explanation(picture, heat, "a class of a very long name, 日本語, $x_1$ 99.9%", "Grad-CAM", tmp_path / "heat.png", "title " * 30)
+    path = plot_explanation(
+        picture,
+        heat,
+        "a class of a very long name, 日本語, $x_1$ 99.9%",
+        "Grad-CAM",
+        tmp_path / "heat.png",
+        "title " * 30,
+    )
     with Image.open(path) as figure:
         assert 300 < figure.width < 1300 and 150 < figure.height < 700

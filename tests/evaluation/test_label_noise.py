@@ -13,7 +13,14 @@ from hypothesis import strategies as st
 
 from image_classifier.errors import DataError
 from image_classifier.evaluation.answers import Answers, out_of_fold
-from image_classifier.evaluation.label_noise import CONFIDENT, LOSS, TWINS, confident_errors, find_suspects, highest_losses
+from image_classifier.evaluation.label_noise import (
+    CONFIDENT,
+    LOSS,
+    TWINS,
+    confident_errors,
+    find_suspects,
+    highest_losses,
+)
 from image_classifier.evaluation.suspects import COLUMNS, accepted, decision, lines, merged, worst_answers, write_csv
 from image_classifier.predictions import PredictionTable
 
@@ -52,7 +59,9 @@ def test_the_ranking_is_that_of_brute_force(found: Answers, share: float) -> Non
     count = int(np.ceil(share * len(own)))
     lowest = sorted(own, key=lambda path: (own[path], path))[:count]
     assert {suspect.path for suspect in suspects if LOSS in suspect.reasons} == set(lowest)
-    assert [suspect.path for suspect in suspects] == sorted((suspect.path for suspect in suspects), key=lambda path: (own[path], path))
+    assert [suspect.path for suspect in suspects] == sorted(
+        (suspect.path for suspect in suspects), key=lambda path: (own[path], path)
+    )
     flagged = {found.paths[row] for row in np.flatnonzero(confident_errors(found)).tolist()}
     assert {suspect.path for suspect in suspects} == flagged | set(lowest)
     for suspect in suspects:
@@ -72,7 +81,9 @@ def test_confident_learning_names_nobody_whose_label_is_likelier_than_its_class_
     targets = np.searchsorted(present, found.targets)
     thresholds = np.array([shares[targets == code, code].mean() for code in range(len(present))])
     confident = [
-        max(above, key=lambda code: shares[row, code]) if (above := np.flatnonzero(shares[row] >= thresholds - 1e-6).tolist()) else None
+        max(above, key=lambda code: shares[row, code])
+        if (above := np.flatnonzero(shares[row] >= thresholds - 1e-6).tolist())
+        else None
         for row in range(len(targets))
     ]
     if all(code is None or code == targets[row] for row, code in enumerate(confident)):
@@ -91,7 +102,9 @@ def test_planted_errors_are_among_twice_as_many(seed: int) -> None:
 def test_the_order_of_images_does_not_matter() -> None:
     found, _ = planted(0)
     order = np.random.default_rng(1).permutation(len(found.paths))
-    mixed = Answers([found.paths[row] for row in order], found.targets[order], found.probabilities[order], CLASSES, found.splits)
+    mixed = Answers(
+        [found.paths[row] for row in order], found.targets[order], found.probabilities[order], CLASSES, found.splits
+    )
     twins = [[(f"000{row}.png", CLASSES[found.targets[row]]) for row in (1, 2, 3, 4)]]
     assert find_suspects(found, twins) == find_suspects(mixed, twins)
 
@@ -99,15 +112,27 @@ def test_the_order_of_images_does_not_matter() -> None:
 def test_twins_under_two_labels_lower_the_score_of_the_less_probable() -> None:
     probabilities = np.array([[0.8, 0.1, 0.05, 0.05], [0.6, 0.3, 0.05, 0.05], *np.eye(4), *np.eye(4)])
     found = answers(np.array([0, 1, 0, 1, 2, 3, 0, 1, 2, 3]), probabilities)
-    suspects = {suspect.path: suspect for suspect in find_suspects(found, [[("0000.png", "ant"), ("0001.png", "bee")]], share=0)}
+    suspects = {
+        suspect.path: suspect for suspect in find_suspects(found, [[("0000.png", "ant"), ("0001.png", "bee")]], share=0)
+    }
     right, wrong = suspects["0000.png"], suspects["0001.png"]
     assert TWINS in right.reasons and TWINS in wrong.reasons
     assert right.score == pytest.approx(0.7 / 0.9) and right.suggested == ""
     assert wrong.score == pytest.approx(0.2 / 0.9) and wrong.suggested == "ant"
-    assert wrong.note == "like 0000.png, labelled ant" and decision(wrong) == ("relabel", "ant") and decision(right) is None
+    assert (
+        wrong.note == "like 0000.png, labelled ant"
+        and decision(wrong) == ("relabel", "ant")
+        and decision(right) is None
+    )
     settled = replace(found, targets=np.zeros_like(found.targets))
-    assert not any(TWINS in suspect.reasons for suspect in find_suspects(settled, [[("0000.png", "ant"), ("0001.png", "ant")]], share=0))
-    alone = {suspect.path: suspect for suspect in find_suspects(found, [[("0001.png", "bee"), ("test/7.png", "ant")]], share=0)}
+    assert not any(
+        TWINS in suspect.reasons
+        for suspect in find_suspects(settled, [[("0000.png", "ant"), ("0001.png", "ant")]], share=0)
+    )
+    alone = {
+        suspect.path: suspect
+        for suspect in find_suspects(found, [[("0001.png", "bee"), ("test/7.png", "ant")]], share=0)
+    }
     assert alone["0001.png"].score == pytest.approx(0.3) and alone["0001.png"].note == "like test/7.png, labelled ant"
     assert "test/7.png" not in alone
 
@@ -128,7 +153,9 @@ def test_folds_answer_each_image_exactly_once(tmp_path: Path) -> None:
         PredictionTable(paths, np.zeros(2, np.int64), logits, ("ant", "bee")).write(tmp_path / f"fold-{number}")
     folds = [tmp_path / f"fold-{number}" for number in range(3)]
     found = out_of_fold(folds, labels, {"a.png": "train"}, ("ant", "bee"))
-    assert list(found.paths) == list(labels) and found.targets.tolist() == [0, 1] * 3 and found.splits[:2] == ["train", ""]
+    assert (
+        list(found.paths) == list(labels) and found.targets.tolist() == [0, 1] * 3 and found.splits[:2] == ["train", ""]
+    )
     assert found.probabilities.argmax(axis=1).tolist() == [1, 1, 1, 0, 0, 0]
     for places, words in (
         ([*folds, folds[0]], "'a.png' is in two folds"),
@@ -154,7 +181,9 @@ def test_accepting_takes_the_worst_and_never_a_test_image() -> None:
     for suspect in suspects:
         action = accepted(suspects, True).get(suspect.path)
         if action:
-            assert action == (("relabel", suspect.suggested) if suspect.suggested_probability >= 0.5 else ("exclude", ""))
+            assert action == (
+                ("relabel", suspect.suggested) if suspect.suggested_probability >= 0.5 else ("exclude", "")
+            )
     assert not accepted([replace(suspect, split="test") for suspect in suspects], True)
 
 

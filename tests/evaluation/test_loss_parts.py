@@ -14,9 +14,13 @@ from tests.evaluation.test_plots import assert_legible, assert_png, curve, drawn
 __all__ = ["drawn"]
 
 
-@pytest.mark.parametrize("num_epochs", [40, pytest.param(150, marks=pytest.mark.slow), pytest.param(2000, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "num_epochs", [40, pytest.param(150, marks=pytest.mark.slow), pytest.param(2000, marks=pytest.mark.slow)]
+)
 @pytest.mark.parametrize("each", [1, 5])
-def test_every_epoch_of_a_long_run_is_in_a_part(num_epochs: int, each: int, tmp_path: Path, drawn: list[Figure]) -> None:
+def test_every_epoch_of_a_long_run_is_in_a_part(
+    num_epochs: int, each: int, tmp_path: Path, drawn: list[Figure]
+) -> None:
     history = {"train/loss": curve(num_epochs, 2.3, 1e-5), "val/loss": curve(num_epochs, 2.3, 0.2)[each - 1 :: each]}
     history["train/loss"][7] = (7, float("nan"))
     (path,) = plots.plot_loss_in_parts(history, tmp_path)
@@ -34,10 +38,22 @@ def test_a_short_run_needs_none(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "parts", [1, 3, pytest.param(2, marks=pytest.mark.slow), pytest.param(5, marks=pytest.mark.slow), pytest.param(12, marks=pytest.mark.slow)]
+    "parts",
+    [
+        1,
+        3,
+        pytest.param(2, marks=pytest.mark.slow),
+        pytest.param(5, marks=pytest.mark.slow),
+        pytest.param(12, marks=pytest.mark.slow),
+    ],
 )
 def test_curves_are_split_into_as_many_parts_as_asked(parts: int, tmp_path: Path, drawn: list[Figure]) -> None:
-    history = {"train/loss": curve(30, 2, 0.5), "val/loss": curve(30, 2, 0.6), "val/accuracy": curve(30, 0.1, 0.9), "val/f1_macro": curve(1, 0, 0)}
+    history = {
+        "train/loss": curve(30, 2, 0.5),
+        "val/loss": curve(30, 2, 0.6),
+        "val/accuracy": curve(30, 0.1, 0.9),
+        "val/f1_macro": curve(1, 0, 0),
+    }
     written = plots.plot_curves_in_parts(history, tmp_path, parts)
     assert [path.name for path in written] == ["loss_parts.png", "accuracy_parts.png"]
     for figure in drawn:

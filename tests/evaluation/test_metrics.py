@@ -19,7 +19,9 @@ from image_classifier.predictions import PredictionTable
 
 def make_table(targets: list[int], logits: np.ndarray, num_classes: int) -> PredictionTable:
     names = tuple(f"class_{i:03d}" for i in range(num_classes))
-    return PredictionTable(tuple(f"{i}.png" for i in range(len(targets))), np.array(targets, dtype=np.int64), logits, names)
+    return PredictionTable(
+        tuple(f"{i}.png" for i in range(len(targets))), np.array(targets, dtype=np.int64), logits, names
+    )
 
 
 def reference_ece(table: PredictionTable) -> float:
@@ -46,7 +48,9 @@ def assert_ranked_as_scikit_learn(table: PredictionTable, metrics: Metrics) -> N
         if own.all() or not own.any():
             assert np.isnan(score.roc_auc) and np.isnan(score.average_precision)
             continue
-        expected.append((sk.roc_auc_score(own, scores[:, position]), sk.average_precision_score(own, scores[:, position])))
+        expected.append(
+            (sk.roc_auc_score(own, scores[:, position]), sk.average_precision_score(own, scores[:, position]))
+        )
         assert (score.roc_auc, score.average_precision) == pytest.approx(expected[-1])
     means = np.mean(expected, axis=0).tolist() if expected else [np.nan, np.nan]
     assert [metrics.roc_auc, metrics.average_precision] == pytest.approx(means, nan_ok=True)
@@ -56,7 +60,9 @@ def assert_as_scikit_learn(table: PredictionTable, metrics: Metrics) -> None:
     truth, labels = table.targets, np.arange(len(table.classes))
     predicted = table.probabilities.argmax(axis=1)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # scikit-learn warns of classes that are absent; the cases here are meant to have some
+        warnings.simplefilter(
+            "ignore"
+        )  # scikit-learn warns of classes that are absent; the cases here are meant to have some
         balanced = sk.balanced_accuracy_score(truth, predicted)
         macro = sk.precision_recall_fscore_support(truth, predicted, average="macro", zero_division=0)[:3]
         each = sk.precision_recall_fscore_support(truth, predicted, labels=labels, zero_division=0)
@@ -67,11 +73,15 @@ def assert_as_scikit_learn(table: PredictionTable, metrics: Metrics) -> None:
     assert metrics.accuracy == pytest.approx(sk.accuracy_score(truth, predicted))
     assert (metrics.precision_weighted, metrics.recall_weighted, metrics.f1_weighted) == pytest.approx(weighted)
     assert metrics.kappa == pytest.approx(kappa, nan_ok=True)
-    assert metrics.brier == pytest.approx(((table.probabilities - np.eye(len(labels))[truth]) ** 2).sum(axis=1).mean(), abs=1e-12)
+    assert metrics.brier == pytest.approx(
+        ((table.probabilities - np.eye(len(labels))[truth]) ** 2).sum(axis=1).mean(), abs=1e-12
+    )
     assert_ranked_as_scikit_learn(table, metrics)
     assert metrics.balanced_accuracy == pytest.approx(balanced)
     assert (metrics.precision_macro, metrics.recall_macro, metrics.f1_macro) == pytest.approx(macro)
-    assert [[s.precision, s.recall, s.f1, s.support] for s in metrics.per_class] == [pytest.approx(row) for row in np.array(each).T.tolist()]
+    assert [[s.precision, s.recall, s.f1, s.support] for s in metrics.per_class] == [
+        pytest.approx(row) for row in np.array(each).T.tolist()
+    ]
     assert metrics.confusion.dtype == np.int64
     np.testing.assert_array_equal(metrics.confusion, confusion)
     assert metrics.log_loss == pytest.approx(log_loss, rel=1e-6, abs=1e-9)
@@ -126,9 +136,13 @@ def test_top5_is_the_share_of_true_classes_among_the_five_most_probable(ties: bo
     logits = rng.normal(size=(300, 8)).astype(np.float32)
     table = make_table(rng.integers(0, 8, 300).tolist(), np.round(logits) if ties else logits, 8)
     ranked = np.argsort(-table.logits, axis=1, kind="stable")[:, :5]  # of equals the first
-    assert compute_metrics(table, resamples=0).top5_accuracy == pytest.approx((ranked == table.targets[:, None]).any(axis=1).mean())
+    assert compute_metrics(table, resamples=0).top5_accuracy == pytest.approx(
+        (ranked == table.targets[:, None]).any(axis=1).mean()
+    )
     if not ties:
-        assert sk.top_k_accuracy_score(table.targets, table.logits, k=5) == pytest.approx(compute_metrics(table, resamples=0).top5_accuracy)
+        assert sk.top_k_accuracy_score(table.targets, table.logits, k=5) == pytest.approx(
+            compute_metrics(table, resamples=0).top5_accuracy
+        )
 
 
 def test_equals_torchmetrics() -> None:
@@ -157,12 +171,16 @@ def test_equals_torchmetrics() -> None:
     probabilities, truth = torch.from_numpy(logits).softmax(dim=1), torch.from_numpy(targets)
     for name, other in others.items():
         assert getattr(metrics, name) == pytest.approx(float(other(probabilities, truth)), abs=2e-5), name
-    assert metrics.log_loss == pytest.approx(float(torch.nn.functional.cross_entropy(torch.from_numpy(logits), truth)), abs=1e-5)
+    assert metrics.log_loss == pytest.approx(
+        float(torch.nn.functional.cross_entropy(torch.from_numpy(logits), truth)), abs=1e-5
+    )
 
 
 def test_one_image_and_one_class_are_judged_without_what_they_cannot_say() -> None:
     one = compute_metrics(make_table([1], np.array([[0.0, 2.0]], dtype=np.float32), 2))
-    assert (one.accuracy, one.f1_macro) == (1.0, 1.0) and np.isnan([one.kappa, one.roc_auc, one.average_precision, one.top5_accuracy]).all()
+    assert (one.accuracy, one.f1_macro) == (1.0, 1.0) and np.isnan(
+        [one.kappa, one.roc_auc, one.average_precision, one.top5_accuracy]
+    ).all()
     assert {"kappa", "roc_auc", "average_precision", "top5_accuracy"}.isdisjoint(one.scalars())
     assert one.intervals["accuracy"] == pytest.approx((0.2065, 1.0), abs=1e-4)  # Wilson's of 1 of 1
     assert one.intervals["log_loss"] is None and one.intervals["kappa"] is None
@@ -199,7 +217,10 @@ def test_the_order_of_the_images_changes_no_value(seed: int, num_classes: int) -
     rng = np.random.default_rng(seed)
     targets, logits = rng.integers(0, num_classes, 60), rng.normal(size=(60, num_classes)).astype(np.float32)
     order = rng.permutation(60)
-    one, two = (compute_metrics(make_table(targets[rows].tolist(), logits[rows], num_classes), resamples=0) for rows in (slice(None), order))
+    one, two = (
+        compute_metrics(make_table(targets[rows].tolist(), logits[rows], num_classes), resamples=0)
+        for rows in (slice(None), order)
+    )
     assert one.scalars() == pytest.approx(two.scalars(), abs=1e-12)
     assert [score.f1 for score in one.per_class] == [score.f1 for score in two.per_class]
 

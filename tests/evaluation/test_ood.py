@@ -38,7 +38,11 @@ def test_noise_grey_pictures_and_strange_embeddings_score_high() -> None:
     noise = looks(RANDOM.integers(0, 256, (100, 3, 16, 16), dtype=np.uint8))
     grey = looks(np.repeat(pictures(100, 3)[:, :1], 3, axis=1))
     other = 5 * np.eye(12)[5 + np.arange(100) % 3]
-    for outside in (detector.scores(embeddings[:100], noise), detector.scores(embeddings[:100], grey), detector.scores(other, seen[:100])):
+    for outside in (
+        detector.scores(embeddings[:100], noise),
+        detector.scores(embeddings[:100], grey),
+        detector.scores(other, seen[:100]),
+    ):
         assert auroc(inside, outside) > 0.97
 
 
@@ -48,7 +52,9 @@ def test_the_distance_is_that_of_mahalanobis() -> None:
     covariance = np.cov(values.T, bias=True)
     covariance = 0.9 * covariance + 0.1 * np.trace(covariance) / 4 * np.eye(4)
     away = values - values.mean(axis=0)
-    np.testing.assert_allclose(shape.distances(values), np.einsum("ij,jk,ik->i", away, np.linalg.inv(covariance), away), rtol=1e-3, atol=1e-3)
+    np.testing.assert_allclose(
+        shape.distances(values), np.einsum("ij,jk,ik->i", away, np.linalg.inv(covariance), away), rtol=1e-3, atol=1e-3
+    )
 
 
 @pytest.mark.parametrize("count", [1, 2, 5])
@@ -60,7 +66,9 @@ def test_a_handful_of_images_is_enough_to_fit(count: int) -> None:
 def test_constant_embeddings_and_one_pixel_are_no_division_by_zero() -> None:
     flat = looks(np.zeros((4, 3, 1, 1), np.uint8))
     assert flat.shape == (4, 11) and np.isfinite(flat).all()
-    assert np.isfinite(Detector.fitted(np.zeros((4, 3), np.float32), flat, np.arange(4)).scores(np.ones((2, 3)), flat[:2])).all()
+    assert np.isfinite(
+        Detector.fitted(np.zeros((4, 3), np.float32), flat, np.arange(4)).scores(np.ones((2, 3)), flat[:2])
+    ).all()
 
 
 def test_scores_do_not_depend_on_the_batch() -> None:
@@ -74,7 +82,9 @@ def test_written_and_read_back(tmp_path: Path) -> None:
     embeddings, seen, targets = training()
     detector = Detector.fitted(embeddings, seen, targets)
     detector.write(tmp_path / "ood.npz")
-    np.testing.assert_array_equal(Detector.read(tmp_path / "ood.npz").scores(embeddings, seen), detector.scores(embeddings, seen))
+    np.testing.assert_array_equal(
+        Detector.read(tmp_path / "ood.npz").scores(embeddings, seen), detector.scores(embeddings, seen)
+    )
     for damage in (b"", b"other", (tmp_path / "ood.npz").read_bytes()[:500]):
         (tmp_path / "bad.npz").write_bytes(damage)
         with pytest.raises(CheckpointError, match=r"bad\.npz' is damaged"):

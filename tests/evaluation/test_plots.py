@@ -18,9 +18,34 @@ from image_classifier.errors import DataError, StorageError
 from image_classifier.evaluation import figure, plots
 from image_classifier.evaluation.metrics import ClassScore
 
-NUM_CLASSES = [2, 10, pytest.param(60, marks=pytest.mark.slow), pytest.param(200, marks=pytest.mark.slow), pytest.param(1000, marks=pytest.mark.slow)]
-ODD = ("$x_1$", "a$b", "dog 🐶", "Гомер_Симпсон", "猫", "\udcff", "line\nbreak", "", r"\frac{1}{0}", "W" * 300, "i" * 5000, "\u202eevil", "^_{}")
-NAMES = ("abraham_grampa_simpson", "n02085936-Maltese_dog_with_a_very_long_name", "cat", "Чёрный_терьер_длинное_имя_породы")
+NUM_CLASSES = [
+    2,
+    10,
+    pytest.param(60, marks=pytest.mark.slow),
+    pytest.param(200, marks=pytest.mark.slow),
+    pytest.param(1000, marks=pytest.mark.slow),
+]
+ODD = (
+    "$x_1$",
+    "a$b",
+    "dog 🐶",
+    "Гомер_Симпсон",
+    "猫",
+    "\udcff",
+    "line\nbreak",
+    "",
+    r"\frac{1}{0}",
+    "W" * 300,
+    "i" * 5000,
+    "\u202eevil",
+    "^_{}",
+)
+NAMES = (
+    "abraham_grampa_simpson",
+    "n02085936-Maltese_dog_with_a_very_long_name",
+    "cat",
+    "Чёрный_терьер_длинное_имя_породы",
+)
 
 
 def names(num_classes: int) -> list[str]:
@@ -50,8 +75,12 @@ def assert_legible(figure: Figure) -> None:
     outside = set()
     for axis in figure.findobj(Axis):
         low, high = sorted(axis.get_view_interval())
-        outside |= {id(tick.label1) for tick in axis.get_major_ticks() if not low - 1e-9 <= tick.get_loc() <= high + 1e-9}
-    texts = [t for t in figure.findobj(Text) if t.get_visible() and t.get_text().strip() and id(t) not in hidden | outside]
+        outside |= {
+            id(tick.label1) for tick in axis.get_major_ticks() if not low - 1e-9 <= tick.get_loc() <= high + 1e-9
+        }
+    texts = [
+        t for t in figure.findobj(Text) if t.get_visible() and t.get_text().strip() and id(t) not in hidden | outside
+    ]
     boxes = np.array([text.get_window_extent(renderer).extents for text in texts])  # [T, (x0, y0, x1, y1)]
     width, height = canvas.get_width_height()
     off = (boxes[:, :2] < 0).any(axis=1) | (boxes[:, 2] > width) | (boxes[:, 3] > height)
@@ -80,14 +109,20 @@ def make_confusion(num_classes: int, scale: int = 1) -> np.ndarray:
 
 @pytest.mark.parametrize("num_classes", NUM_CLASSES)
 def test_confusion_matrix_is_legible(num_classes: int, tmp_path: Path, drawn: list[Figure]) -> None:
-    path = plots.plot_confusion_matrix(make_confusion(num_classes), names(num_classes), tmp_path / "new" / "confusion.png", "run · test " * 30)
+    path = plots.plot_confusion_matrix(
+        make_confusion(num_classes), names(num_classes), tmp_path / "new" / "confusion.png", "run · test " * 30
+    )
     assert path == tmp_path / "new" / "confusion.png"
     assert_png(path, drawn[0])
     assert_legible(drawn[0])
 
 
-@pytest.mark.parametrize(("num_classes", "scale"), [(2, 10_000_000), pytest.param(10, 1_000_000, marks=pytest.mark.slow), (34, 1000)])
-def test_confusion_matrix_with_large_counts_is_legible(num_classes: int, scale: int, tmp_path: Path, drawn: list[Figure]) -> None:
+@pytest.mark.parametrize(
+    ("num_classes", "scale"), [(2, 10_000_000), pytest.param(10, 1_000_000, marks=pytest.mark.slow), (34, 1000)]
+)
+def test_confusion_matrix_with_large_counts_is_legible(
+    num_classes: int, scale: int, tmp_path: Path, drawn: list[Figure]
+) -> None:
     plots.plot_confusion_matrix(make_confusion(num_classes, scale), names(num_classes), tmp_path / "confusion.png")
     assert_legible(drawn[0])
 
@@ -128,7 +163,9 @@ def test_samples_are_legible(num_images: int, size: tuple[int, int], tmp_path: P
     images = [np.full((*size, 3), 5 * i, dtype=np.uint8) for i in range(num_images)]
     truths = (names(60) * 2)[:num_images]
     predictions = [truths[0], *truths[:-1]]
-    path = plots.plot_samples(images, truths, predictions, [1.0] * num_images, tmp_path / "samples.png", "resnet18 · test")
+    path = plots.plot_samples(
+        images, truths, predictions, [1.0] * num_images, tmp_path / "samples.png", "resnet18 · test"
+    )
     assert_png(path, drawn[0])
     assert_legible(drawn[0])
     assert len(drawn[0].axes[0].images) == min(num_images, 24)
@@ -173,8 +210,16 @@ def curve(num_epochs: int, start: float, end: float) -> list[tuple[float, float]
 
 @pytest.mark.parametrize("num_epochs", [1, 2, 30, 2000])
 def test_learning_curves_are_legible(num_epochs: int, tmp_path: Path, drawn: list[Figure]) -> None:
-    history = {"train/loss": curve(num_epochs, 2.3, 1e-5), "val/loss": curve(num_epochs, 2.3, 0.2), "learning_rate": curve(num_epochs, 1, 0)}
-    history |= {"train/accuracy": curve(num_epochs, 0.1, 1), "val/accuracy": curve(num_epochs, 0.1, 0.98), "val/f1_macro": curve(num_epochs, 0, 1)}
+    history = {
+        "train/loss": curve(num_epochs, 2.3, 1e-5),
+        "val/loss": curve(num_epochs, 2.3, 0.2),
+        "learning_rate": curve(num_epochs, 1, 0),
+    }
+    history |= {
+        "train/accuracy": curve(num_epochs, 0.1, 1),
+        "val/accuracy": curve(num_epochs, 0.1, 0.98),
+        "val/f1_macro": curve(num_epochs, 0, 1),
+    }
     history["val/loss"][num_epochs // 2] = (num_epochs // 2, 1e-4)
     history["train/loss"].append((num_epochs, float("nan")))
     written = plots.plot_learning_curves(history, tmp_path / "run")
@@ -189,7 +234,11 @@ def legend(figure: Figure) -> list[str]:
 
 
 def test_learning_curves_mark_the_best_epoch_of_val(tmp_path: Path, drawn: list[Figure]) -> None:
-    history = {"train/loss": [(0, 1.0), (1, 0.1)], "val/loss": [(2, 0.7), (0, 1.5), (1, 0.5)], "train/f1_macro": [(0, 0.5), (1, 0.75)]}
+    history = {
+        "train/loss": [(0, 1.0), (1, 0.1)],
+        "val/loss": [(2, 0.7), (0, 1.5), (1, 0.5)],
+        "train/f1_macro": [(0, 0.5), (1, 0.75)],
+    }
     assert [path.name for path in plots.plot_learning_curves(history, tmp_path)] == ["loss.png", "f1.png"]
     assert legend(drawn[0]) == ["train", "val", "best val 0.5000 (epoch 1)"]
     assert legend(drawn[1]) == ["train", "best train 0.7500 (epoch 1)"]
@@ -198,7 +247,11 @@ def test_learning_curves_mark_the_best_epoch_of_val(tmp_path: Path, drawn: list[
 
 def test_learning_curves_say_what_is_not_a_number(tmp_path: Path, drawn: list[Figure]) -> None:
     nan, inf = float("nan"), float("inf")
-    history = {"train/loss": [(0, nan), (1, inf), (2, 0.3), (3, nan)], "val/loss": [(0, nan), (1, nan)], "val/accuracy": [(0, nan)]}
+    history = {
+        "train/loss": [(0, nan), (1, inf), (2, 0.3), (3, nan)],
+        "val/loss": [(0, nan), (1, nan)],
+        "val/accuracy": [(0, nan)],
+    }
     assert [path.name for path in plots.plot_learning_curves(history, tmp_path)] == ["loss.png"]
     assert legend(drawn[0]) == ["train", "best train 0.3000 (epoch 2)", "3 not a number"]
     assert_legible(drawn[0])
@@ -230,7 +283,9 @@ def test_rates_on_the_axis_are_plain_numbers(tmp_path: Path, monkeypatch: pytest
 
 def test_the_svg_beside_it_is_the_same_each_time_and_holds_no_code_font_or_date(tmp_path: Path) -> None:
     for name in ("one", "two"):
-        plots.plot_confusion_matrix(make_confusion(3), ["<script>alert(1)</script>", "--><b>", "]]>&"], tmp_path / name / "x.png", "<title>")
+        plots.plot_confusion_matrix(
+            make_confusion(3), ["<script>alert(1)</script>", "--><b>", "]]>&"], tmp_path / name / "x.png", "<title>"
+        )
     svg, again = ((tmp_path / name / "x.svg").read_bytes() for name in ("one", "two"))
     assert svg == again
     tags = {element.tag.rpartition("}")[2] for element in ElementTree.fromstring(svg).iter()}

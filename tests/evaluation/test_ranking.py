@@ -22,7 +22,9 @@ from image_classifier.predictions import PredictionTable
 LOG_PROBABILITIES = st.floats(-(2.0**127), 0.0, width=32)
 
 
-def made_table(num_images: int, num_classes: int, seed: int, ties: bool = False, signal: float = 1.5) -> PredictionTable:
+def made_table(
+    num_images: int, num_classes: int, seed: int, ties: bool = False, signal: float = 1.5
+) -> PredictionTable:
     rng = np.random.default_rng(seed)
     targets = rng.integers(0, num_classes, num_images)
     logits = rng.normal(size=(num_images, num_classes)) + signal * np.eye(num_classes)[targets]
@@ -36,7 +38,8 @@ def weighted(table: PredictionTable, weights: np.ndarray) -> np.ndarray:
     scores = (table.logits.astype(np.float64) - images.top[:, None] - images.log_total[:, None]).astype(np.float32)
     present = [position for position in range(len(table.classes)) if weights[table.targets == position].sum() > 0]
     figures = [
-        [figure(table.targets == c, scores[:, c], sample_weight=weights) for c in present] for figure in (roc_auc_score, average_precision_score)
+        [figure(table.targets == c, scores[:, c], sample_weight=weights) for c in present]
+        for figure in (roc_auc_score, average_precision_score)
     ]
     return np.mean(figures, axis=1)
 
@@ -71,7 +74,10 @@ def test_intervals_of_the_derivative_are_those_of_ranking_every_resample_anew(si
     np.testing.assert_array_less(np.abs(linear - exact) / width, 0.15)
 
 
-@given(steps=st.lists(LOG_PROBABILITIES, min_size=1, max_size=30, unique=True), others=st.lists(LOG_PROBABILITIES, max_size=30))
+@given(
+    steps=st.lists(LOG_PROBABILITIES, min_size=1, max_size=30, unique=True),
+    others=st.lists(LOG_PROBABILITIES, max_size=30),
+)
 def test_the_grid_finds_the_cells_that_a_search_finds(steps: list[float], others: list[float]) -> None:
     edges = np.unique(np.array(steps, dtype=np.float32))
     near = [np.nextafter(edges, np.float32(sign)) for sign in (-np.inf, np.inf)]
@@ -102,7 +108,9 @@ def test_a_table_in_a_file_or_of_one_repeated_row_is_judged_like_any_other(tmp_p
     assert compute_metrics(mapped, 20).as_dict() == compute_metrics(table, 20).as_dict()
     constant = compute_metrics(replace(table, logits=np.broadcast_to(np.float32([0, 1, 0, 0]), (60, 4))), 20)
     assert {score.roc_auc for score in constant.per_class} == {0.5}
-    assert [score.average_precision for score in constant.per_class] == pytest.approx([score.support / 60 for score in constant.per_class])
+    assert [score.average_precision for score in constant.per_class] == pytest.approx(
+        [score.support / 60 for score in constant.per_class]
+    )
 
 
 @given(total=st.integers(0, 40), step=st.integers(0, 9), threads=st.integers(1, 4))

@@ -19,7 +19,11 @@ def test_pictures_are_read_within_the_limits_of_the_run(tree: Path, tmp_path: Pa
     part = listed(tree)
     table = PredictionTable(tuple(part.paths), part.targets, np.eye(2, dtype=np.float32)[part.targets], part.classes)
     largest = max(part.file(record).stat().st_size for record in part)
-    write_evaluation(table, compute_metrics(table, 0), part, tmp_path / "within", "run", DecodeLimits(max_bytes=largest))
+    write_evaluation(
+        table, compute_metrics(table, 0), part, tmp_path / "within", "run", DecodeLimits(max_bytes=largest)
+    )
     assert (tmp_path / "within/samples.png").is_file() and largest < DEFAULT_LIMITS.max_bytes
     with pytest.raises(UnreadableImage):
-        write_evaluation(table, compute_metrics(table, 0), part, tmp_path / "beyond", "run", DecodeLimits(max_bytes=largest - 1))
+        write_evaluation(
+            table, compute_metrics(table, 0), part, tmp_path / "beyond", "run", DecodeLimits(max_bytes=largest - 1)
+        )

@@ -31,7 +31,13 @@ def gallery(root: Path, *paths: str, decided: str = "path,label,action,new_label
 def test_names_are_shown_and_never_run(tmp_path: Path) -> None:
     Image.new("RGB", (300, 200), "red").save(tmp_path / "big.png")
     Image.new("RGB", (28, 28), "blue").save(tmp_path / "small.png")
-    listed = [suspect("big.png"), suspect("small.png", note=EVIL), suspect(EVIL), suspect("no\udcffutf8.png"), suspect("big.png", "test")]
+    listed = [
+        suspect("big.png"),
+        suspect("small.png", note=EVIL),
+        suspect(EVIL),
+        suspect("no\udcffutf8.png"),
+        suspect("big.png", "test"),
+    ]
     html = render(listed, gallery(tmp_path, "big.png", "small.png", EVIL, "no\udcffutf8.png"), 500)
     assert html.count("<script>") == 1 and "alert(1)</script>" not in html
     assert not re.findall(r'(?:src|href)="(?!data:)', html)
@@ -48,11 +54,16 @@ def test_a_test_image_has_no_buttons(tmp_path: Path) -> None:
 def test_what_was_decided_is_kept_for_the_saved_file(tmp_path: Path) -> None:
     decided = 'path;label;action;new_label;reason\n"a<b>.png";cat;keep;;mine\n'
     html = render([suspect("b.png")], gallery(tmp_path, "b.png", decided=decided), 500)
-    assert 'data-delimiter=";"' in html and b64decode(html.split('data-delimiter=";">')[1].split("</pre>")[0]).decode() == decided
+    assert (
+        'data-delimiter=";"' in html
+        and b64decode(html.split('data-delimiter=";">')[1].split("</pre>")[0]).decode() == decided
+    )
 
 
 def test_the_page_is_bounded_and_says_so(tmp_path: Path, monkeypatch) -> None:
-    monkeypatch.setattr("image_classifier.evaluation.suspects_page.thumbnail", lambda *_: pictures.Thumbnail(f"data:,{9000 * 'A'}"))
+    monkeypatch.setattr(
+        "image_classifier.evaluation.suspects_page.thumbnail", lambda *_: pictures.Thumbnail(f"data:,{9000 * 'A'}")
+    )
     paths = [f"{number}/{'long ' * 50}.png" for number in range(2000)]
     html = render([suspect(path) for path in paths], gallery(tmp_path, *paths), 5000)
     assert len(html.encode()) < 10_000_000 and "of 2 000 suspects shown; all are in suspects.csv" in html
@@ -66,7 +77,9 @@ def test_decisions_are_saved_as_a_fix_csv(browser: Browser, width: int, tmp_path
     Image.new("RGB", (60, 40), "red").save(tmp_path / "c.png")
     names = ('a "quoted", b.png', "#b.png", "c.png")
     decided = "path,label,action,new_label,reason\nz.png,cat,keep,,before\n"
-    (tmp_path / "suspects.html").write_text(render([suspect(name) for name in names], gallery(tmp_path, *names, decided=decided), 500))
+    (tmp_path / "suspects.html").write_text(
+        render([suspect(name) for name in names], gallery(tmp_path, *names, decided=decided), 500)
+    )
     browser.show(tmp_path / "suspects.html", width)
     assert browser.run("document.documentElement.scrollWidth") <= width
     browser.run("URL.createObjectURL = (blob) => { window.saved = blob.text(); return 'data:,'; }")
@@ -83,8 +96,12 @@ def test_decisions_are_saved_as_a_fix_csv(browser: Browser, width: int, tmp_path
         Fix("c.png", "cat", "", "dog", "because"),
     ]
     assert rows == [Fix("z.png", "cat", "keep", "", "before"), *expected]
-    browser.run("{ const i = document.querySelector('.choices input'); i.value = ''; i.dispatchEvent(new Event('input')); }")
+    browser.run(
+        "{ const i = document.querySelector('.choices input'); i.value = ''; i.dispatchEvent(new Event('input')); }"
+    )
     assert browser.run("document.getElementById('save').disabled")
-    browser.run("{ const s = document.getElementById('search'); s.value = 'quoted'; s.dispatchEvent(new Event('input')); }")
+    browser.run(
+        "{ const s = document.getElementById('search'); s.value = 'quoted'; s.dispatchEvent(new Event('input')); }"
+    )
     assert browser.run("document.querySelectorAll('[data-entry]:not([hidden])').length") == 1
     assert browser.complaints == []

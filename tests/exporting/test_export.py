@@ -53,7 +53,9 @@ def test_every_form_is_held_against_the_checkpoint_and_verified(bundle: Path, co
     assert verified.out.splitlines()[-1].startswith("sealed    100% of 8 golden images")
 
 
-def test_what_disagrees_leaves_nothing_but_the_reason(bundle: Path, command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_disagrees_leaves_nothing_but_the_reason(
+    bundle: Path, command: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def broken(reference: object, directory: Path) -> dict[str, object]:
         (directory / "half.onnx").write_bytes(b"half")
         raise ParityError("sealed gives another class on 3 of 40 images")
@@ -63,15 +65,23 @@ def test_what_disagrees_leaves_nothing_but_the_reason(bundle: Path, command: Com
     answer = command("export", str(bundle), "--to", "sealed")
     assert answer.code == 2 and "another class on 3 of 40" in answer.err and "Traceback" not in answer.err
     after = kept(bundle)
-    assert json.loads(after.pop("bundle.json"))["exports"] == {"sealed": {"refused": "sealed gives another class on 3 of 40 images", "files": []}}
+    assert json.loads(after.pop("bundle.json"))["exports"] == {
+        "sealed": {"refused": "sealed gives another class on 3 of 40 images", "files": []}
+    }
     assert after == {name: content for name, content in before.items() if name != "bundle.json"}
     assert [path.name for path in bundle.parent.iterdir() if not path.name.endswith(".lock")] == ["mine"]
 
 
-def test_a_graph_that_answers_otherwise_is_found_out(bundle: Path, command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_graph_that_answers_otherwise_is_found_out(
+    bundle: Path, command: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A real graph, a real gate: twice the temperature, so the same classes and other probabilities."""
     write = sealed_model.sealed
-    monkeypatch.setattr(sealed_model, "sealed", lambda model, preprocess, temperature, facts: write(model, preprocess, 2 * temperature, facts))
+    monkeypatch.setattr(
+        sealed_model,
+        "sealed",
+        lambda model, preprocess, temperature, facts: write(model, preprocess, 2 * temperature, facts),
+    )
     answer = command("export", str(bundle), "--to", "sealed", "--images", "20")
     assert answer.code == 2 and "sealed.onnx" in answer.err and not (bundle / "sealed.onnx").exists()
     assert "sealed.onnx" in read_bundle(bundle).info.exports["sealed"]["refused"]
@@ -79,11 +89,25 @@ def test_a_graph_that_answers_otherwise_is_found_out(bundle: Path, command: Comm
 
 @pytest.mark.slow
 def test_int8_and_openvino_are_made_of_real_images_and_keep_their_contract(bundle: Path) -> None:
-    done = run_apart("export", str(bundle), "--to", "openvino", "int8", "--int8.min_speedup", "0", "--int8.max_drop", "5", folder=Path.cwd())
+    done = run_apart(
+        "export",
+        str(bundle),
+        "--to",
+        "openvino",
+        "int8",
+        "--int8.min_speedup",
+        "0",
+        "--int8.max_drop",
+        "5",
+        folder=Path.cwd(),
+    )
     assert done.code == 0, done.err
     info = read_bundle(bundle).info
     assert info.exports["openvino"]["agreement"] == 1 and info.exports["openvino"]["largest_difference"] < 1e-3
-    assert info.exports["int8"]["drop"] <= 5 and (bundle / "model.int8.onnx").stat().st_size < (bundle / "model.onnx").stat().st_size
+    assert (
+        info.exports["int8"]["drop"] <= 5
+        and (bundle / "model.int8.onnx").stat().st_size < (bundle / "model.onnx").stat().st_size
+    )
     verified = run_apart("verify", str(bundle))
     assert verified.code == 0 and "\nint8" in verified.out and "\nsealed" not in verified.out, verified.err
     refused = run_apart("export", str(bundle), "--to", "int8", "--int8.min_speedup", "50", folder=Path.cwd())
@@ -121,7 +145,9 @@ def test_another_models_weights_do_not_pass_for_the_golden_answers(bundle: Path,
     """A file that was swapped together with its hash is found by what it answers."""
     content = json.loads((bundle / "bundle.json").read_text())
     with np.load(bundle / "golden.npz") as golden:
-        np.savez(bundle / "golden.npz", pixels=golden["pixels"], logits=-golden["logits"], embeddings=golden["embeddings"])
+        np.savez(
+            bundle / "golden.npz", pixels=golden["pixels"], logits=-golden["logits"], embeddings=golden["embeddings"]
+        )
     import hashlib
 
     content["files"]["golden.npz"] = hashlib.sha256((bundle / "golden.npz").read_bytes()).hexdigest()
@@ -143,11 +169,15 @@ def test_another_models_weights_do_not_pass_for_the_golden_answers(bundle: Path,
         ("sealed", 1e-3, "--to sealed"),
     ],
 )
-def test_each_backend_has_its_own_limit_and_its_own_way_out(bundle: Path, monkeypatch: pytest.MonkeyPatch, name: str, off: float, mend: str) -> None:
+def test_each_backend_has_its_own_limit_and_its_own_way_out(
+    bundle: Path, monkeypatch: pytest.MonkeyPatch, name: str, off: float, mend: str
+) -> None:
     known = read_bundle(bundle)
     golden = Golden.of(known)
     right = softmax(golden.logits, known.info.temperature)
-    answers = known.info.temperature * np.log(right * (1 - off) + off / right.shape[1])  # as sure as before but for about `off`
+    answers = known.info.temperature * np.log(
+        right * (1 - off) + off / right.shape[1]
+    )  # as sure as before but for about `off`
 
     class Fake:
         def logits(self, pixels: np.ndarray) -> np.ndarray:
@@ -170,7 +200,9 @@ def test_a_sealed_model_that_crops_is_not_asked_for_golden_squares(bundle: Path)
     assert "sealed" in asked[0] and "sealed" not in asked[1]
 
 
-def test_a_bundle_shares_its_files_with_the_one_it_replaces_and_old_readers_lose_nothing(bundle: Path, command: Command) -> None:
+def test_a_bundle_shares_its_files_with_the_one_it_replaces_and_old_readers_lose_nothing(
+    bundle: Path, command: Command
+) -> None:
     with (bundle / "model.onnx").open("rb") as reader:
         assert command("export", str(bundle), "--to", "sealed", "--images", "5").code == 0
         assert reader.read() == (bundle / "model.onnx").read_bytes()
@@ -205,7 +237,9 @@ def test_parity_names_the_image_that_is_worst(data: st.DataObject) -> None:
     actual = expected - shifts[:, None]
     found = Parity.of(expected, actual, [str(row) for row in range(count)], "x")
     assert found.agreement == 1 and found.largest_difference == pytest.approx(shifts.max())
-    assert shifts[int(found.worst_image)] == pytest.approx(shifts.max(), abs=1e-15)  # what is smaller is lost in the subtraction
+    assert shifts[int(found.worst_image)] == pytest.approx(
+        shifts.max(), abs=1e-15
+    )  # what is smaller is lost in the subtraction
     turned = actual.copy()
     turned[0] = turned[0][::-1] if expected[0].argmax() != 1 else turned[0][[1, 0, 2]]
     found = Parity.of(expected, turned, [str(row) for row in range(count)], "x")
@@ -220,6 +254,8 @@ def test_the_contract_of_int8_counts_images(count: int, lost: int, most: float) 
     actual[: min(lost, count)] = [0, 1]
     drop = Drop.of(targets, expected, actual, ("a", "b"), most)
     gone = min(lost, count)
-    assert drop.overall == pytest.approx(100 * gone / (2 * count)) and drop.accuracy == pytest.approx(1 - gone / (2 * count))
+    assert drop.overall == pytest.approx(100 * gone / (2 * count)) and drop.accuracy == pytest.approx(
+        1 - gone / (2 * count)
+    )
     kept = 100 * gone / (2 * count) <= most + 1e-9 and gone <= max(1, np.floor(most / 100 * count))
     assert (not drop.breach) == kept

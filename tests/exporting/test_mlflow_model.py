@@ -67,8 +67,12 @@ def test_every_way_to_give_a_picture_has_the_answer_of_infer(exported: Path) -> 
     ]
     for way in ways:
         (answer,) = model.predict(way)
-        assert answer["predicted_class"] == expected.label and answer["confidence"] == pytest.approx(expected.confidence, abs=1e-6)
-        assert answer["prediction_set"] == list(expected.prediction_set or ()) and set(answer["all_predictions"]) == set(predictor.classes)
+        assert answer["predicted_class"] == expected.label and answer["confidence"] == pytest.approx(
+            expected.confidence, abs=1e-6
+        )
+        assert answer["prediction_set"] == list(expected.prediction_set or ()) and set(
+            answer["all_predictions"]
+        ) == set(predictor.classes)
 
 
 @pytest.mark.parametrize(
@@ -103,12 +107,25 @@ from image_classifier.inference.load import load_predictor
 list(load_predictor(Path("models/digits")).predict([sorted(Path("data/digits/test/3").iterdir())[0]]))
 print(*{name.partition(".")[0] for name in sys.modules} - before - set(sys.stdlib_module_names))
 """
-    done = subprocess.run([sys.executable, "-c", code], cwd=exported, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(ROOT)})
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=exported,
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+    )
     assert done.returncode == 0, done.stderr
-    found = {name for name in done.stdout.split() if not name.startswith("_")} - {"image_classifier", "markdown_it", "mdurl", "pygments"}
+    found = {name for name in done.stdout.split() if not name.startswith("_")} - {
+        "image_classifier",
+        "markdown_it",
+        "mdurl",
+        "pygments",
+    }
     assert {name.lower().replace("pil", "pillow") for name in found} <= set(REQUIREMENTS)
     pinned = (exported / "models/digits/mlflow/requirements.txt").read_text().split()
-    assert {line.partition("==")[0] for line in pinned} == {"mlflow", *REQUIREMENTS} and not any("torch" in line for line in pinned)
+    assert {line.partition("==")[0] for line in pinned} == {"mlflow", *REQUIREMENTS} and not any(
+        "torch" in line for line in pinned
+    )
     assert str(exported) not in (exported / "models/digits/mlflow/MLmodel").read_text()
 
 
@@ -127,7 +144,9 @@ def test_promote_needs_a_whole_bundle_with_a_model(
     assert not Path("mlflow.db").exists()
 
 
-def test_nothing_is_registered_but_what_was_exported(exported: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: Command) -> None:
+def test_nothing_is_registered_but_what_was_exported(
+    exported: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: Command
+) -> None:
     monkeypatch.chdir(tmp_path)
     listed = read_bundle(exported / "models/digits").info.exports["mlflow"]["files"]
     assert not [file for file in listed if "__pycache__" in file]
@@ -136,7 +155,9 @@ def test_nothing_is_registered_but_what_was_exported(exported: Path, tmp_path: P
     answer = command("promote", "more")
     assert answer.code == 0 and "more version 1 is @champion" in answer.out, answer.err
     (place,) = (path.parent for path in tmp_path.glob("mlruns/**/MLmodel"))
-    assert {f"mlflow/{path.relative_to(place).as_posix()}" for path in place.rglob("*") if path.is_file()} == set(listed)
+    assert {f"mlflow/{path.relative_to(place).as_posix()}" for path in place.rglob("*") if path.is_file()} == set(
+        listed
+    )
 
 
 @pytest.fixture
@@ -150,7 +171,17 @@ def served(exported: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.Captur
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    line = [str(BIN / "mlflow"), "models", "serve", "-m", "models:/digits@champion", "--env-manager", "local", "--port", str(port)]
+    line = [
+        str(BIN / "mlflow"),
+        "models",
+        "serve",
+        "-m",
+        "models:/digits@champion",
+        "--env-manager",
+        "local",
+        "--port",
+        str(port),
+    ]
     places = {"MLFLOW_TRACKING_URI": "sqlite:///registry.db", "PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}"}
     with (exported / "serve.log").open("w") as log:
         process = subprocess.Popen(line, stdout=log, stderr=log, env={**os.environ, **places}, start_new_session=True)
@@ -171,7 +202,9 @@ def served(exported: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.Captur
 
 def test_the_champion_is_served_and_answers_pictures(served: str, exported: Path) -> None:
     def asked(content: object) -> tuple[int, Any]:
-        request = urllib.request.Request(f"{served}/invocations", json.dumps(content).encode(), {"Content-Type": "application/json"})
+        request = urllib.request.Request(
+            f"{served}/invocations", json.dumps(content).encode(), {"Content-Type": "application/json"}
+        )
         try:
             with urllib.request.urlopen(request, timeout=60) as answer:
                 return answer.status, json.load(answer)
@@ -180,7 +213,10 @@ def test_the_champion_is_served_and_answers_pictures(served: str, exported: Path
 
     predictor = load_predictor(exported / "models/digits")
     files = sorted((exported / "data/digits/test/7").iterdir())[:3]
-    texts, decoded = [base64.b64encode(file.read_bytes()).decode() for file in files], [decode(file).tolist() for file in files]
+    texts, decoded = (
+        [base64.b64encode(file.read_bytes()).decode() for file in files],
+        [decode(file).tolist() for file in files],
+    )
     for content in (
         {"inputs": [{"image": text} for text in texts]},
         {"inputs": texts},
@@ -191,7 +227,9 @@ def test_the_champion_is_served_and_answers_pictures(served: str, exported: Path
         status, answer = asked(content)
         assert status == 200, answer
         for found, expected in zip(answer["predictions"], predictor.predict(files), strict=True):
-            assert found["predicted_class"] == expected.label and found["confidence"] == pytest.approx(expected.confidence, abs=1e-6)
+            assert found["predicted_class"] == expected.label and found["confidence"] == pytest.approx(
+                expected.confidence, abs=1e-6
+            )
     for wrong in ({"inputs": [0.5]}, {"inputs": [{"path": "/etc/passwd"}]}, {"inputs": ["AAAA"]}):
         status, answer = asked(wrong)
         assert status == 400 and "input 0" in answer

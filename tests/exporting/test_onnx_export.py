@@ -40,7 +40,9 @@ def test_the_file_is_whole_and_says_what_it_is(exported: tuple[CheckpointBackend
     assert backend.metadata() == {"classes": ["a", "кот", "c", "d"], "preprocess": {"size": 16}}
 
 
-@pytest.mark.parametrize("tta", [pytest.param(name, marks=[] if name == "flip_shift" else pytest.mark.slow) for name in TTA])
+@pytest.mark.parametrize(
+    "tta", [pytest.param(name, marks=[] if name == "flip_shift" else pytest.mark.slow) for name in TTA]
+)
 def test_pixels_become_floats_before_all_else(tta: str, tmp_path: Path) -> None:
     """TensorRT takes integers of 8 bits as an input, to be cast and for nothing more; the answers are those of the classifier."""
     torch.manual_seed(0)
@@ -50,7 +52,9 @@ def test_pixels_become_floats_before_all_else(tta: str, tmp_path: Path) -> None:
     shapes = {"Shape"}  # of the input, which is no arithmetic
     assert {node.op_type for node in graph.node if "pixels" in node.input} - shapes == {"Cast"}
     pixels = np.random.default_rng(0).integers(0, 256, (5, 3, 16, 16), dtype=np.uint8)
-    np.testing.assert_allclose(OnnxBackend(tmp_path / "model.onnx").logits(pixels), CheckpointBackend(classifier).logits(pixels), atol=1e-5)
+    np.testing.assert_allclose(
+        OnnxBackend(tmp_path / "model.onnx").logits(pixels), CheckpointBackend(classifier).logits(pixels), atol=1e-5
+    )
 
 
 def test_the_gate_names_the_image_that_differs() -> None:

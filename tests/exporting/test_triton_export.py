@@ -22,7 +22,9 @@ SIZES = {"pixels": [3, 32, 32], "logits": [10], "embedding": [128]}
 
 
 def test_the_configuration_says_what_was_asked() -> None:
-    asked = TritonSettings(max_batch_size=20, max_queue_delay_us=700, max_queue_size=9, queue_timeout_ms=30, instances=2, device="gpu")
+    asked = TritonSettings(
+        max_batch_size=20, max_queue_delay_us=700, max_queue_size=9, queue_timeout_ms=30, instances=2, device="gpu"
+    )
     text = config_of("digits", SIZES, asked)
     for words in (
         'name: "digits"',
@@ -87,7 +89,10 @@ def test_the_container_is_pinned_private_and_reads_only(device: str) -> None:
     assert [port.rpartition("}")[2] for port in service["ports"]] == [":8000", ":8001", ":8002"]
     assert all(port.startswith("127.0.0.1:$") for port in service["ports"])
     assert service["volumes"] == ["./:/models:ro"]
-    assert service["command"][:2] == ["tritonserver", "--model-repository=/models"] and "--model-control-mode=none" in service["command"]
+    assert (
+        service["command"][:2] == ["tritonserver", "--model-repository=/models"]
+        and "--model-control-mode=none" in service["command"]
+    )
     assert service["healthcheck"]["test"][-1] == "http://127.0.0.1:8000/v2/health/ready"
     assert ("deploy" in service) == (device == "gpu")
 
@@ -112,7 +117,12 @@ def test_the_verb_adds_it_to_the_bundle(copy: Path, digits_bundle: Path, command
     assert done.code == 0, done.err
     assert done.out.startswith("triton    100.00% of 30 images get the checkpoint's class")
     bundle = read_bundle(copy)
-    files = ["triton/digits/1/model.onnx", "triton/digits/config.pbtxt", "triton/digits/labels.txt", "triton/docker-compose.yml"]
+    files = [
+        "triton/digits/1/model.onnx",
+        "triton/digits/config.pbtxt",
+        "triton/digits/labels.txt",
+        "triton/docker-compose.yml",
+    ]
     known = bundle.info.exports["triton"]
     assert (known["files"], known["model"], known["tolerance"]) == (files, "digits", 1e-4)
     bundle.verify()

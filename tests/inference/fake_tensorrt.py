@@ -212,11 +212,16 @@ class OnnxParser:
         except Exception as error:
             self.errors.append(f"In node 0:\n{error}")
             return False
-        if odd := {node.op_type for node in onnx.load_from_string(model).graph.node if "pixels" in node.input} - {"Cast", "Shape"}:
+        if odd := {node.op_type for node in onnx.load_from_string(model).graph.node if "pixels" in node.input} - {
+            "Cast",
+            "Shape",
+        }:
             self.errors.append(f"In node 0 ({odd}): UINT8 is for network inputs and casts")
             return False
         self.network.model = model
-        self.network.inputs, self.network.outputs = ([_tensor(self.network.trt, value) for value in values] for values in _values(session))
+        self.network.inputs, self.network.outputs = (
+            [_tensor(self.network.trt, value) for value in values] for values in _values(session)
+        )
         return True
 
 
@@ -274,7 +279,9 @@ class Context:
         trt.cuda.batches.append(shape[0])
 
         def run() -> None:
-            pixels = np.ctypeslib.as_array(trt.cuda.memory[self.addresses["pixels"]])[: int(np.prod(shape))].reshape(shape)
+            pixels = np.ctypeslib.as_array(trt.cuda.memory[self.addresses["pixels"]])[: int(np.prod(shape))].reshape(
+                shape
+            )
             names = [value.name for value in self.engine.session.get_outputs()]
             for name, answer in zip(names, self.engine.session.run(names, {"pixels": pixels}), strict=True):
                 wrong = np.asarray(answer) + np.float32(trt.off) * (np.arange(answer.shape[1]) == 0)

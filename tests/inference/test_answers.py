@@ -36,7 +36,18 @@ def test_json_jsonl_csv_and_table_say_the_same(command: Command) -> None:
 
 def test_checkpoint_and_onnx_give_equal_answers(command: Command) -> None:
     onnx, torch = (
-        json.loads(command("infer", "checkpoint_name=digits", "--images", "data/digits/test", "--backend", backend, "--format", "json").out)
+        json.loads(
+            command(
+                "infer",
+                "checkpoint_name=digits",
+                "--images",
+                "data/digits/test",
+                "--backend",
+                backend,
+                "--format",
+                "json",
+            ).out
+        )
         for backend in ("onnx", "checkpoint")
     )
     assert len(onnx) == 355
@@ -45,12 +56,18 @@ def test_checkpoint_and_onnx_give_equal_answers(command: Command) -> None:
         assert first["all_predictions"] == pytest.approx(second["all_predictions"], abs=1e-4)
 
 
-@pytest.mark.parametrize("source", ["runs/digits/checkpoints/best.ckpt", "models/digits/model.ckpt", "models/digits/model.onnx"])
+@pytest.mark.parametrize(
+    "source", ["runs/digits/checkpoints/best.ckpt", "models/digits/model.ckpt", "models/digits/model.onnx"]
+)
 def test_a_file_alone_is_enough(command: Command, trained: Path, source: str) -> None:
     target = trained / "models" / f"model_val_loss=1.12{Path(source).suffix}"
     shutil.copy(source, target)
     try:
-        for line in (("--checkpoint_name", target.name), (f"checkpoint_name={target.name}",), ("--checkpoint_name", str(target))):
+        for line in (
+            ("--checkpoint_name", target.name),
+            (f"checkpoint_name={target.name}",),
+            ("--checkpoint_name", str(target)),
+        ):
             answer = command("infer", *line, "--images", "data/digits/test/0", "--format", "jsonl", "--top_k", "2")
             assert answer.code == 0, answer.err
             assert len(json.loads(answer.out.splitlines()[0])["all_predictions"]) == 2
@@ -60,9 +77,23 @@ def test_a_file_alone_is_enough(command: Command, trained: Path, source: str) ->
 
 def test_a_broken_image_is_a_row_and_exit_code_2(command: Command, tmp_path: Path) -> None:
     bad = tmp_path / "half $HOME's = ${x}, [1].png"
-    bad.write_bytes(Path("data/digits/test/0/0010.png").read_bytes()[:60] if Path("data/digits/test/0/0010.png").exists() else b"\x89PNG")
+    bad.write_bytes(
+        Path("data/digits/test/0/0010.png").read_bytes()[:60]
+        if Path("data/digits/test/0/0010.png").exists()
+        else b"\x89PNG"
+    )
     good = next(Path("data/digits/test/0").iterdir())
-    answer = command("infer", "--checkpoint_name", "digits", "--format", "jsonl", "--images", str(bad), str(good), str(tmp_path / "none.png"))
+    answer = command(
+        "infer",
+        "--checkpoint_name",
+        "digits",
+        "--format",
+        "jsonl",
+        "--images",
+        str(bad),
+        str(good),
+        str(tmp_path / "none.png"),
+    )
     rows = [json.loads(line) for line in answer.out.splitlines()]
     assert answer.code == 2
     assert [set(row) for row in rows] == [{"path", "error"}, KEYS, {"path", "error"}]
@@ -72,7 +103,17 @@ def test_a_broken_image_is_a_row_and_exit_code_2(command: Command, tmp_path: Pat
 
 def test_answers_go_to_a_file_whole_or_not_at_all(command: Command, tmp_path: Path) -> None:
     output = tmp_path / "answers.csv"
-    line = ("infer", "--checkpoint_name", "digits", "--images", "data/digits/test/1", "--format", "csv", "--output", str(output))
+    line = (
+        "infer",
+        "--checkpoint_name",
+        "digits",
+        "--images",
+        "data/digits/test/1",
+        "--format",
+        "csv",
+        "--output",
+        str(output),
+    )
     assert command(*line).out == ""
     assert len(output.read_text().splitlines()) == 37
     assert sorted(path.name for path in tmp_path.iterdir()) == [".answers.csv.run", "answers.csv"]
@@ -92,7 +133,15 @@ def test_the_test_verb_repeats_the_figures_of_the_run(command: Command, trained:
 def test_a_labelled_folder_of_ones_own_can_be_tested(command: Command, tmp_path: Path) -> None:
     for label in ("3", "7"):
         shutil.copytree(f"data/digits/test/{label}", tmp_path / "mine" / label)
-    answer = command("test", "--checkpoint_name", "digits", "--test_dir", str(tmp_path / "mine"), "--output_dir", str(tmp_path / "out"))
+    answer = command(
+        "test",
+        "--checkpoint_name",
+        "digits",
+        "--test_dir",
+        str(tmp_path / "mine"),
+        "--output_dir",
+        str(tmp_path / "out"),
+    )
     assert answer.code == 0, answer.err
     assert "test images 71" in answer.out and "no image in this part: 0, 1" in answer.out
 
@@ -114,8 +163,14 @@ def test_images_that_changed_since_training_are_noticed(command: Command, traine
     [
         (("infer", "--checkpoint_name", "digit", "--images", "data"), "did you mean digits?"),
         (("infer", "--checkpoint_name", "digits", "--images", "nothing/*.png"), "holds no image"),
-        (("infer", "--checkpoint_name", "digits", "--images", "data/digits", "--format", "xml"), "use one of table, json"),
-        (("infer", "--checkpoint_name", "digits", "--images", "data/digits", "--backend", "tensorflow"), "use one of onnx, checkpoint"),
+        (
+            ("infer", "--checkpoint_name", "digits", "--images", "data/digits", "--format", "xml"),
+            "use one of table, json",
+        ),
+        (
+            ("infer", "--checkpoint_name", "digits", "--images", "data/digits", "--backend", "tensorflow"),
+            "use one of onnx, checkpoint",
+        ),
         (("infer", "--checkpoint_name", "digits"), "images"),
         (("test", "--checkpoint_name", "digits", "--test_dir", "data/digits/test/3"), "infer"),
         (("test", "--checkpoint_name", "digits", "--split", "dev"), "use one of train, val, test"),
@@ -156,7 +211,9 @@ def test_a_foreign_file_is_refused(command: Command, tmp_path: Path, suffix: str
     ],
     ids=lambda node: node["_target_"],
 )
-def test_a_checkpoint_cannot_make_us_run_or_load_anything_else(command: Command, tmp_path: Path, backbone: dict[str, object]) -> None:
+def test_a_checkpoint_cannot_make_us_run_or_load_anything_else(
+    command: Command, tmp_path: Path, backbone: dict[str, object]
+) -> None:
     import torch
 
     content = torch.load("models/digits/model.ckpt", weights_only=True)
@@ -167,16 +224,22 @@ def test_a_checkpoint_cannot_make_us_run_or_load_anything_else(command: Command,
     assert backbone["_target_"] in answer.err and "Traceback" not in answer.err
 
 
-def test_a_folder_of_the_bundles_name_does_not_hide_it(command: Command, trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_folder_of_the_bundles_name_does_not_hide_it(
+    command: Command, trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     (tmp_path / "digits").mkdir()
     monkeypatch.chdir(tmp_path)
     image = next((trained / "data/digits/test/0").iterdir())
-    answer = command("infer", "--checkpoint_name", "digits", "--models_dir", str(trained / "models"), "--images", str(image))
+    answer = command(
+        "infer", "--checkpoint_name", "digits", "--models_dir", str(trained / "models"), "--images", str(image)
+    )
     assert answer.code == 0, answer.err
 
 
 def test_results_go_under_the_whole_name_of_a_bundle(command: Command, trained: Path, tmp_path: Path) -> None:
     shutil.copytree(trained / "models/digits", tmp_path / "v1.5")
-    answer = command("test", "--checkpoint_name", str(tmp_path / "v1.5"), "--plots_dir", str(tmp_path / "plots"), "--split", "val")
+    answer = command(
+        "test", "--checkpoint_name", str(tmp_path / "v1.5"), "--plots_dir", str(tmp_path / "plots"), "--split", "val"
+    )
     assert answer.code == 0, answer.err
     assert [path.name for path in (tmp_path / "plots").iterdir()] == ["v1.5"]

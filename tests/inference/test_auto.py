@@ -25,7 +25,10 @@ class Fake:
     """Answers the golden images as they were answered, but for `off`, and takes its time."""
 
     def __init__(self, logits: np.ndarray, seconds: float, off: float = 0.0) -> None:
-        self.answer, self.seconds = logits + np.where(np.arange(logits.shape[1]) == 0, off, 0).astype(np.float32), seconds
+        self.answer, self.seconds = (
+            logits + np.where(np.arange(logits.shape[1]) == 0, off, 0).astype(np.float32),
+            seconds,
+        )
 
     def logits(self, pixels: np.ndarray) -> np.ndarray:
         time.sleep(self.seconds)
@@ -39,12 +42,19 @@ def choose(bundle: Bundle, monkeypatch: pytest.MonkeyPatch, **made: tuple[float,
     return fastest(bundle)
 
 
-def test_the_fastest_that_agrees_is_taken(digits_bundle: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+def test_the_fastest_that_agrees_is_taken(
+    digits_bundle: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     bundle = read_bundle(digits_bundle)
     with caplog.at_level("INFO"):
         assert choose(bundle, monkeypatch, onnx=(0.02, 0.0), int8=(0.001, 0.01), wrong=(0.0, 9.0))[0] == "int8"
     (line,) = [record.getMessage() for record in caplog.records if record.getMessage().startswith("backend ")]
-    assert line.startswith("backend int8: onnx ") and "int8 " in line and "ms an image" in line and "wrong differs by up to" in line
+    assert (
+        line.startswith("backend int8: onnx ")
+        and "int8 " in line
+        and "ms an image" in line
+        and "wrong differs by up to" in line
+    )
     assert choose(bundle, monkeypatch, onnx=(0.001, 0.0), int8=(0.02, 0.01))[0] == "onnx"
     with pytest.raises(CheckpointError, match="no backend answers"):
         choose(bundle, monkeypatch, onnx=(0.0, 9.0))
@@ -70,7 +80,10 @@ def test_torch_is_loaded_only_where_nothing_else_is_there(digits_bundle: Path) -
     bundle = read_bundle(digits_bundle)
     found = candidates(bundle)
     assert "onnx" in found and not {"checkpoint", "tensorrt", "int8"} & set(found)
-    only = Bundle(digits_bundle, type(bundle.info)(**{**vars(bundle.info), "files": {"model.ckpt": bundle.info.files["model.ckpt"]}}))
+    only = Bundle(
+        digits_bundle,
+        type(bundle.info)(**{**vars(bundle.info), "files": {"model.ckpt": bundle.info.files["model.ckpt"]}}),
+    )
     assert candidates(only) == ["checkpoint"]
 
 
@@ -79,10 +92,25 @@ def test_torch_is_loaded_only_where_nothing_else_is_there(digits_bundle: Path) -
     [
         ({}, "onnx openvino openvino-bf16"),
         ({"int8": {"refused": "too slow", "files": []}}, "onnx openvino openvino-bf16"),
-        ({"int8": {"files": ["model.int8.onnx"], "agreement": 1.0, "largest_difference": 0.1}}, "onnx openvino openvino-bf16"),
-        ({"int8": {"files": ["model.int8.onnx"], "agreement": 0.995, "largest_difference": 0.01}}, "onnx openvino openvino-bf16"),
+        (
+            {"int8": {"files": ["model.int8.onnx"], "agreement": 1.0, "largest_difference": 0.1}},
+            "onnx openvino openvino-bf16",
+        ),
+        (
+            {"int8": {"files": ["model.int8.onnx"], "agreement": 0.995, "largest_difference": 0.01}},
+            "onnx openvino openvino-bf16",
+        ),
         ({"int8": {"agreement": 1.0, "largest_difference": 0.02}}, "onnx openvino openvino-bf16 int8"),
-        ({"openvino": {"agreement": 1.0, "largest_difference": 1e-6, "bf16": {"agreement": 1.0, "largest_difference": 0.06}}}, "onnx openvino"),
+        (
+            {
+                "openvino": {
+                    "agreement": 1.0,
+                    "largest_difference": 1e-6,
+                    "bf16": {"agreement": 1.0, "largest_difference": 0.06},
+                }
+            },
+            "onnx openvino",
+        ),
         ({"openvino": {"bf16": {"agreement": 1.0, "largest_difference": 0.01}}}, "onnx openvino openvino-bf16"),
     ],
     ids=str,
@@ -95,11 +123,25 @@ def test_what_an_export_found_counts_more_than_eight_golden_images(
     assert set(candidates(Bundle(digits_bundle, replace(known.info, exports=exports)))) == set(expected.split())
 
 
-def test_auto_answers_as_the_backend_that_it_takes(digits_bundle: Path, command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_auto_answers_as_the_backend_that_it_takes(
+    digits_bundle: Path, command: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(digits_bundle.parents[1])
-    answer = run_apart("infer", "--checkpoint_name", "digits", "--backend", "auto", "--images", "data/digits/test/0", "--format", "json")
+    answer = run_apart(
+        "infer",
+        "--checkpoint_name",
+        "digits",
+        "--backend",
+        "auto",
+        "--images",
+        "data/digits/test/0",
+        "--format",
+        "json",
+    )
     assert answer.code == 0 and answer.err.splitlines()[0].startswith("backend ")
-    plain = json.loads(command("infer", "--checkpoint_name", "digits", "--images", "data/digits/test/0", "--format", "json").out)
+    plain = json.loads(
+        command("infer", "--checkpoint_name", "digits", "--images", "data/digits/test/0", "--format", "json").out
+    )
     for row, exact in zip(json.loads(answer.out), plain, strict=True):
         assert row["all_predictions"] == pytest.approx(exact["all_predictions"], abs=0.02)
 
@@ -114,26 +156,43 @@ def test_auto_answers_as_the_backend_that_it_takes(digits_bundle: Path, command:
         (["Tensorrt", "CPU"], True, ["Tensorrt", "CPU"]),
     ],
 )
-def test_a_model_runs_on_the_best_there_is(available: list[str], tensorrt: bool, expected: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: [f"{name}ExecutionProvider" for name in available])
+def test_a_model_runs_on_the_best_there_is(
+    available: list[str], tensorrt: bool, expected: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(
+        onnxruntime, "get_available_providers", lambda: [f"{name}ExecutionProvider" for name in available]
+    )
     assert providers(tensorrt) == [f"{name}ExecutionProvider" for name in expected]
 
 
 def test_tensorrt_that_is_not_there_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: ["CUDAExecutionProvider", "CPUExecutionProvider"])
+    monkeypatch.setattr(
+        onnxruntime, "get_available_providers", lambda: ["CUDAExecutionProvider", "CPUExecutionProvider"]
+    )
     with pytest.raises(ConfigError, match="no TensorRT"):
         providers(tensorrt=True)
 
 
 def test_a_gpu_that_does_not_load_is_said_and_never_replaced_where_it_was_asked_for(
-    digits_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+    digits_bundle: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     """As on a machine without a driver: CUDA raises or is left out, TensorRT too."""
     asked: list[tuple[list[str], list[dict[str, str]]]] = []
     raises = True
 
     class Session(onnxruntime.InferenceSession):
-        def __init__(self, path: str, options: object, providers: list[str], provider_options: list[dict[str, str]], enable_fallback: int) -> None:
+        def __init__(
+            self,
+            path: str,
+            options: object,
+            providers: list[str],
+            provider_options: list[dict[str, str]],
+            enable_fallback: int,
+        ) -> None:
             asked.append((providers, provider_options))
             assert enable_fallback == 0
             if raises and len(providers) > 1:
@@ -141,7 +200,11 @@ def test_a_gpu_that_does_not_load_is_said_and_never_replaced_where_it_was_asked_
             super().__init__(path, options, providers=["CPUExecutionProvider"])
 
     monkeypatch.setattr(onnxruntime, "InferenceSession", Session)
-    monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: [f"{name}ExecutionProvider" for name in ("Tensorrt", "CUDA", "CPU")])
+    monkeypatch.setattr(
+        onnxruntime,
+        "get_available_providers",
+        lambda: [f"{name}ExecutionProvider" for name in ("Tensorrt", "CUDA", "CPU")],
+    )
     golden, model = Golden.of(read_bundle(digits_bundle)), digits_bundle / "model.onnx"
     for raises in (True, False):
         caplog.clear()

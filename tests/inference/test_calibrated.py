@@ -30,7 +30,12 @@ def test_the_bundle_holds_the_temperature_fitted_on_val() -> None:
 def test_every_file_gives_the_confidence_of_the_predictions(command: Command) -> None:
     table = PredictionTable.read(Path("plots/digits/test"))
     told = dict(zip(table.paths, table.probabilities.max(axis=1).tolist(), strict=True))
-    for line in (("digits",), ("digits", "--backend", "checkpoint"), ("models/digits/model.ckpt",), ("models/digits/model.onnx",)):
+    for line in (
+        ("digits",),
+        ("digits", "--backend", "checkpoint"),
+        ("models/digits/model.ckpt",),
+        ("models/digits/model.onnx",),
+    ):
         answer = command("infer", "--checkpoint_name", *line, "--images", "data/digits/test/4", "--format", "json")
         assert answer.code == 0, answer.err
         for row in json.loads(answer.out):
@@ -41,7 +46,9 @@ def test_test_judges_with_the_temperature_of_the_bundle(command: Command, tmp_pa
     answer = command("test", "--checkpoint_name", "digits", "--output_dir", str(tmp_path))
     assert answer.code == 0, answer.err
     assert "test calibration: ece " in answer.out and "test calibration: ece " in Path("stdout.txt").read_text()
-    again, before = (json.loads((folder / "calibration.json").read_text()) for folder in (tmp_path, Path("plots/digits/test")))
+    again, before = (
+        json.loads((folder / "calibration.json").read_text()) for folder in (tmp_path, Path("plots/digits/test"))
+    )
     assert again["temperature"] == before["temperature"]
     assert again["ece_after"] == pytest.approx(before["ece_after"], abs=1e-4)
     assert again["ece_before"] > again["ece_after"]

@@ -46,7 +46,19 @@ def photos(tmp_path: Path) -> list[str]:
 
 
 def line(output: object, photos: list[str], *more: str) -> list[str]:
-    words = ["infer", "--checkpoint_name", "digits", "--format", "parquet", "--output", str(output), "--batch_size", "4", "--top_k", "3"]
+    words = [
+        "infer",
+        "--checkpoint_name",
+        "digits",
+        "--format",
+        "parquet",
+        "--output",
+        str(output),
+        "--batch_size",
+        "4",
+        "--top_k",
+        "3",
+    ]
     return [*words, *more, "--images", *photos]
 
 
@@ -72,9 +84,15 @@ def expected(command: Command, tmp_path: Path, photos: list[str]) -> pyarrow.Tab
     ("more", "told"),
     [
         (("--engine", "spark"), "there is no engine 'spark': use one of local, ray"),
-        (("--engine", "ray", "--format", "csv"), "engine=ray writes a folder of Parquet files: add --format parquet --output DIR"),
+        (
+            ("--engine", "ray", "--format", "csv"),
+            "engine=ray writes a folder of Parquet files: add --format parquet --output DIR",
+        ),
         (("--engine", "ray", "--explain"), "engine=ray cannot do --explain: leave it out"),
-        (("--engine", "ray", "--sort_into", "x", "--images", "-"), "engine=ray cannot do --sort_into and --images -: leave it out"),
+        (
+            ("--engine", "ray", "--sort_into", "x", "--images", "-"),
+            "engine=ray cannot do --sort_into and --images -: leave it out",
+        ),
         (("--engine", "ray", "--ray.cpus", "0"), "must be at least 1"),
         (("--engine", "ray", "--ray.workers", "-1"), "must be at least 1"),
         (("--engine", "ray", "--ray.retries", "many"), "ray.retries"),
@@ -85,13 +103,17 @@ def expected(command: Command, tmp_path: Path, photos: list[str]) -> pyarrow.Tab
         (("--output", "s3://b/x"), "is written by a cluster only: add --engine ray"),
     ],
 )
-def test_what_cannot_be_is_one_line_before_anything_starts(more: tuple[str, ...], told: str, command: Command, tmp_path: Path) -> None:
+def test_what_cannot_be_is_one_line_before_anything_starts(
+    more: tuple[str, ...], told: str, command: Command, tmp_path: Path
+) -> None:
     found = command(*line(tmp_path / "o", ["data/digits/test/3"]), *more)
     assert found.code == 2 and told in found.err and found.err.count("\n") == 1
     assert not list(tmp_path.iterdir())
 
 
-def test_without_ray_one_line_says_what_to_install(command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_ray_one_line_says_what_to_install(
+    command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("image_classifier.inference.cluster.find_spec", lambda name: None)
     found = command(*on_ray(tmp_path / "o", ["data/digits/test/3"]))
     assert found.code == 2 and "pip install 'image-classifier[ray]'" in found.err
@@ -130,7 +152,10 @@ def job(trained: Path, tmp_path: Path) -> Job:
 
 
 def do(job: Job, images: Dealt) -> list[object]:
-    return [pickle.loads(answer({"shard": [number], "items": [items]}, job)["told"][0]) for number, items in enumerate(images.shards)]
+    return [
+        pickle.loads(answer({"shard": [number], "items": [items]}, job)["told"][0])
+        for number, items in enumerate(images.shards)
+    ]
 
 
 def test_a_shard_done_twice_is_there_once_and_a_worker_leaves_whole_files_only(job: Job, tmp_path: Path) -> None:
@@ -207,7 +232,9 @@ def test_a_process_takes_the_threads_that_it_was_given(monkeypatch: pytest.Monke
 
 
 @pytest.mark.slow
-def test_workers_killed_in_the_middle_lose_and_repeat_nothing(expected: pyarrow.Table, photos: list[str], tmp_path: Path) -> None:
+def test_workers_killed_in_the_middle_lose_and_repeat_nothing(
+    expected: pyarrow.Table, photos: list[str], tmp_path: Path
+) -> None:
     run = started(*on_ray(tmp_path / "o", photos, "--ray.workers", "2"))
     for kill in range(3):
         wait_for(lambda kill=kill: len(written(tmp_path / "o")) > 4 * kill, run)
@@ -224,7 +251,11 @@ def test_a_machine_killed_in_the_middle_loses_and_repeats_nothing(
 ) -> None:
     monkeypatch.setenv("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")  # as tests/inference/two_nodes.py has it
     with subprocess.Popen(
-        [sys.executable, "tests/inference/two_nodes.py"], cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        [sys.executable, "tests/inference/two_nodes.py"],
+        cwd=ROOT,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
     ) as cluster:
         assert cluster.stdout is not None
         address, first, second = cluster.stdout.readline().split()
@@ -239,7 +270,9 @@ def test_a_machine_killed_in_the_middle_loses_and_repeats_nothing(
 
 
 @pytest.mark.slow
-def test_a_killed_driver_leaves_nothing_that_looks_whole_and_is_gone_on_with(expected: pyarrow.Table, photos: list[str], tmp_path: Path) -> None:
+def test_a_killed_driver_leaves_nothing_that_looks_whole_and_is_gone_on_with(
+    expected: pyarrow.Table, photos: list[str], tmp_path: Path
+) -> None:
     run = started(*on_ray(tmp_path / "o", photos))
     wait_for(lambda: len(written(tmp_path / "o")) > 10, run)
     below = descendants(run.pid)
@@ -251,7 +284,11 @@ def test_a_killed_driver_leaves_nothing_that_looks_whole_and_is_gone_on_with(exp
     assert "add --resume to go on with it" in ended(started(*on_ray(tmp_path / "o", photos))).err
     assert "the images are others" in ended(started(*on_ray(tmp_path / "o", photos[1:], "--resume"))).err
     found = ended(started(*on_ray(tmp_path / "o", photos, "--resume")))
-    assert found.code == 2 and f"resume: {len(left)} of 134 files" in found.err and "2 of 1067 images could not be read" in found.err, found.err
+    assert (
+        found.code == 2
+        and f"resume: {len(left)} of 134 files" in found.err
+        and "2 of 1067 images could not be read" in found.err
+    ), found.err
     assert rows(tmp_path / "o").equals(expected)
     assert {path: (tmp_path / "o" / path.name).stat().st_mtime_ns for path in left} == left
 
@@ -277,16 +314,24 @@ def test_workers_that_die_again_and_again_end_in_one_line(photos: list[str], tmp
             os.kill(pid, signal.SIGKILL)
         time.sleep(0.02)
     found = ended(run)
-    assert found.code == 2 and found.err.splitlines()[-1].startswith("error: the cluster gave up") and "Traceback" not in found.err, found.err
+    assert (
+        found.code == 2
+        and found.err.splitlines()[-1].startswith("error: the cluster gave up")
+        and "Traceback" not in found.err
+    ), found.err
     assert not (tmp_path / "o").exists()
 
 
 @pytest.mark.slow
-def test_no_cluster_at_the_address_is_one_line(photos: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_cluster_at_the_address_is_one_line(
+    photos: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("RAY_TMPDIR", str(tmp_path))  # where Ray would remember one that runs here
     for address in ("auto", "127.0.0.1:9"):
         found = ended(started(*on_ray(tmp_path / "o", photos, "--ray.address", address)))
-        assert found.code == 2 and found.err.splitlines()[-1].startswith(f"error: there is no Ray cluster at '{address}'"), found.err
+        assert found.code == 2 and found.err.splitlines()[-1].startswith(
+            f"error: there is no Ray cluster at '{address}'"
+        ), found.err
 
 
 # On S3-like storage
@@ -298,7 +343,9 @@ def s3() -> Iterator[str]:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    server = subprocess.Popen([sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)], stdout=-3, stderr=-3)
+    server = subprocess.Popen(
+        [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)], stdout=-3, stderr=-3
+    )
     wait_for(lambda: urllib.request.urlopen(f"http://127.0.0.1:{port}/moto-api/", timeout=5).close() or True)
     yield f"http://127.0.0.1:{port}"
     server.terminate()
@@ -312,7 +359,12 @@ def bucket(s3: str, monkeypatch: pytest.MonkeyPatch) -> Storage:
 
     for name in ("AWS_PROFILE", "AWS_ENDPOINT_URL_S3", "AWS_REGION"):
         monkeypatch.delenv(name, raising=False)
-    keys = {"AWS_ACCESS_KEY_ID": "k", "AWS_SECRET_ACCESS_KEY": "s", "AWS_ENDPOINT_URL": s3, "AWS_EC2_METADATA_DISABLED": "true"}
+    keys = {
+        "AWS_ACCESS_KEY_ID": "k",
+        "AWS_SECRET_ACCESS_KEY": "s",
+        "AWS_ENDPOINT_URL": s3,
+        "AWS_EC2_METADATA_DISABLED": "true",
+    }
     for name, value in keys.items():
         monkeypatch.setenv(name, value)
     client = boto3.client("s3", endpoint_url=s3, region_name="us-east-1")
@@ -326,12 +378,18 @@ def bucket(s3: str, monkeypatch: pytest.MonkeyPatch) -> Storage:
 
 @pytest.mark.slow
 def test_images_in_a_bucket_are_answered_as_on_a_disk(bucket: Storage, command: Command, tmp_path: Path) -> None:
-    (tmp_path / "list.csv").write_text("path\ns3://photos/new/3/none.png\ns3://none/1.png\ns3://photos/new/readme.txt\n")
-    found = command(*line(tmp_path / "s3.parquet", ["s3://photos/new/", "s3://photos/new/readme.txt", str(tmp_path / "list.csv")]))
+    (tmp_path / "list.csv").write_text(
+        "path\ns3://photos/new/3/none.png\ns3://none/1.png\ns3://photos/new/readme.txt\n"
+    )
+    found = command(
+        *line(tmp_path / "s3.parquet", ["s3://photos/new/", "s3://photos/new/readme.txt", str(tmp_path / "list.csv")])
+    )
     assert found.code == 2 and "5 of 360 images could not be read" in found.err, found.err
     assert command(*line(tmp_path / "local.parquet", ["data/digits/test"])).code == 0
     mine, theirs = rows(tmp_path / "s3.parquet").to_pylist(), rows(tmp_path / "local.parquet").to_pylist()
-    assert [row["path"] for row in mine[:355]] == [row["path"].replace("data/digits/test", "s3://photos/new") for row in theirs]
+    assert [row["path"] for row in mine[:355]] == [
+        row["path"].replace("data/digits/test", "s3://photos/new") for row in theirs
+    ]
     assert [row["predicted_class"] for row in mine[:355]] == [row["predicted_class"] for row in theirs]
     assert mine[357]["error"] == "there is no such file"
     for number, (place, told) in enumerate(
@@ -374,9 +432,13 @@ def written(output: Path) -> list[Path]:
 def descendants(pid: int) -> dict[int, str]:
     """All processes below one, with their command lines."""
     listed = subprocess.run(["ps", "-eo", "pid=,ppid=,args="], capture_output=True, text=True, check=True).stdout
-    processes = [(int(own), int(parent), args) for own, parent, args in (each.split(None, 2) for each in listed.splitlines())]
+    processes = [
+        (int(own), int(parent), args) for own, parent, args in (each.split(None, 2) for each in listed.splitlines())
+    ]
     found: dict[int, str] = {}
-    while more := {own: args for own, parent, args in processes if (parent == pid or parent in found) and own not in found}:
+    while more := {
+        own: args for own, parent, args in processes if (parent == pid or parent in found) and own not in found
+    }:
         found |= more
     return found
 
@@ -385,7 +447,9 @@ def workers_below(pid: int) -> list[int]:
     return [own for own, args in descendants(pid).items() if args.startswith("ray::MapBatches")]
 
 
-def wait_for(condition: Callable[[], object], run: subprocess.Popen[str] | None = None, seconds: float = 120.0) -> object:
+def wait_for(
+    condition: Callable[[], object], run: subprocess.Popen[str] | None = None, seconds: float = 120.0
+) -> object:
     """What the condition gives, once that is something; fails where the run ends before."""
     end = time.monotonic() + seconds
     while True:

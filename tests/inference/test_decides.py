@@ -47,26 +47,38 @@ def decisions(rows: list[dict[str, Any]]) -> list[tuple[object, ...]]:
 def noise(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("noise")
     for seed in range(20):
-        Image.fromarray(np.random.default_rng(seed).integers(0, 256, (16, 16, 3), dtype=np.uint8)).save(folder / f"{seed}.png")
+        Image.fromarray(np.random.default_rng(seed).integers(0, 256, (16, 16, 3), dtype=np.uint8)).save(
+            folder / f"{seed}.png"
+        )
     return folder
 
 
-def test_the_bundle_says_its_limits_and_noise_is_refused_where_test_images_are_not(command: Command, noise: Path) -> None:
+def test_the_bundle_says_its_limits_and_noise_is_refused_where_test_images_are_not(
+    command: Command, noise: Path
+) -> None:
     bundle = read_bundle(Path("models/digits"))
     decision = Decision.from_dict(bundle.info.decision)
-    assert DETECTOR in bundle.info.files and decision.ood_limit is not None and bundle.info.threshold == decision.threshold == 0
+    assert (
+        DETECTOR in bundle.info.files
+        and decision.ood_limit is not None
+        and bundle.info.threshold == decision.threshold == 0
+    )
     strange, own = (
         answers(command, "checkpoint_name=digits", f"images={noise}"),
         answers(command, "checkpoint_name=digits", "images=data/digits/test"),
     )
-    refused = [np.mean([row["reason"].startswith("unlike the training images") for row in rows]) for rows in (strange, own)]
+    refused = [
+        np.mean([row["reason"].startswith("unlike the training images") for row in rows]) for rows in (strange, own)
+    ]
     assert refused[0] == 1.0 and refused[1] < 0.1
     assert all(set(row["prediction_set"]) <= set("0123456789") for row in own)
 
 
 def test_backends_agree_and_files_alone_know_all_but_what_is_unlike(command: Command, noise: Path) -> None:
     line = ("decision.risk=0.3", "decision.coverage=0.8", f"images=[data/digits/test,{noise}]")
-    onnx, torch = (answers(command, "checkpoint_name=digits", f"backend={backend}", *line) for backend in ("onnx", "checkpoint"))
+    onnx, torch = (
+        answers(command, "checkpoint_name=digits", f"backend={backend}", *line) for backend in ("onnx", "checkpoint")
+    )
     assert decisions(onnx) == decisions(torch)
     assert {"label", "abstain"} == {row["decision"] for row in onnx}
     for file in ("model.onnx", "model.ckpt"):
@@ -78,7 +90,9 @@ def test_backends_agree_and_files_alone_know_all_but_what_is_unlike(command: Com
 def test_a_lower_risk_asked_for_when_answering_refuses_more(command: Command) -> None:
     counts, least = [], least_risk()
     for risk in (1, round((1 + least) / 2, 3), least):
-        rows = answers(command, "checkpoint_name=digits", "images=data/digits/test", f"decision.risk={risk}", "decision.ood_rate=0")
+        rows = answers(
+            command, "checkpoint_name=digits", "images=data/digits/test", f"decision.risk={risk}", "decision.ood_rate=0"
+        )
         counts.append(sum(row["decision"] == "abstain" for row in rows))
     assert counts[0] == 0 and counts == sorted(counts) and counts[-1] > 0
 
@@ -103,7 +117,10 @@ def test_a_bundle_of_an_older_version_still_answers(command: Command, tmp_path: 
     content["files"] = {"model.onnx": hashlib.sha256((tmp_path / "old/model.onnx").read_bytes()).hexdigest()}
     del content["decision"]
     (tmp_path / "old/bundle.json").write_text(json.dumps(content))
-    old, new = (answers(command, f"checkpoint_name={name}", "images=data/digits/test/1") for name in (tmp_path / "old", "digits"))
+    old, new = (
+        answers(command, f"checkpoint_name={name}", "images=data/digits/test/1")
+        for name in (tmp_path / "old", "digits")
+    )
     assert [row["confidence"] for row in old] == [row["confidence"] for row in new]
     assert all((row["decision"], row["reason"], row["prediction_set"]) == ("label", "", None) for row in old)
     refused = command("infer", f"checkpoint_name={tmp_path / 'old'}", "images=data/digits/test/1", "decision.risk=0.1")
@@ -111,7 +128,9 @@ def test_a_bundle_of_an_older_version_still_answers(command: Command, tmp_path: 
 
 
 def test_test_measures_what_is_asked_for(command: Command, tmp_path: Path) -> None:
-    answer = command("test", "--checkpoint_name", "digits", "--output_dir", str(tmp_path), f"decision.risk={least_risk()}")
+    answer = command(
+        "test", "--checkpoint_name", "digits", "--output_dir", str(tmp_path), f"decision.risk={least_risk()}"
+    )
     assert answer.code == 0, answer.err
     found = json.loads((tmp_path / "calibration.json").read_text())["decision"]
     assert found["risk"] == least_risk() and found["measured"]["answered"] < 1 and found["threshold"] > 0
@@ -134,7 +153,15 @@ def test_a_share_that_cannot_be_is_one_line(command: Command) -> None:
 
 
 def test_a_risk_that_val_cannot_promise_is_said_and_holds_no_label_back(command: Command) -> None:
-    line = ("infer", "--checkpoint_name", "digits", "decision.risk=0.001", "decision.ood_rate=0", "--images", "data/digits/test/0")
+    line = (
+        "infer",
+        "--checkpoint_name",
+        "digits",
+        "decision.risk=0.001",
+        "decision.ood_rate=0",
+        "--images",
+        "data/digits/test/0",
+    )
     answer = command(*line, "--format", "json")
     assert answer.code == 0 and "cannot promise a risk of 0.001" in answer.err
     assert all(row["decision"] == "label" for row in json.loads(answer.out))

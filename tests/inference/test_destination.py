@@ -24,7 +24,17 @@ def place(trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Pat
 
 def refused(command: Command, output: Path | str, *images: Path | str) -> str:
     """The one line that a run ends with before anything is loaded."""
-    answer = command("infer", "--checkpoint_name", "digits", "--format", "csv", "--output", str(output), "--images", *map(str, images))
+    answer = command(
+        "infer",
+        "--checkpoint_name",
+        "digits",
+        "--format",
+        "csv",
+        "--output",
+        str(output),
+        "--images",
+        *map(str, images),
+    )
     assert answer.code == 2 and answer.out == "" and len(answer.err.splitlines()) == 1, answer.err
     return answer.err
 
@@ -46,7 +56,9 @@ def test_a_photo_that_is_asked_about_is_not_replaced(place: Path, command: Comma
 def test_a_photo_that_only_a_table_names_is_not_replaced(place: Path, command: Command) -> None:
     content = (place / "pic.png").read_bytes()
     (place / "t.csv").write_text("path\npic.png\n")
-    answer = command("infer", "--checkpoint_name", "digits", "--output", str(place / "pic.png"), "--images", str(place / "t.csv"))
+    answer = command(
+        "infer", "--checkpoint_name", "digits", "--output", str(place / "pic.png"), "--images", str(place / "t.csv")
+    )
     assert answer.code == 2 and "is among the images" in answer.err
     assert (place / "pic.png").read_bytes() == content and not list(place.glob(".*.lock"))
 

@@ -28,7 +28,9 @@ MEAN, STD = [0.5] * 3, [0.25] * 3
 
 
 def transformer(pool: str) -> nn.Module:
-    return VisionTransformer(img_size=32, patch_size=4, embed_dim=32, depth=2, num_heads=4, num_classes=0, global_pool=pool)
+    return VisionTransformer(
+        img_size=32, patch_size=4, embed_dim=32, depth=2, num_heads=4, num_classes=0, global_pool=pool
+    )
 
 
 def torchvision_transformer() -> nn.Module:
@@ -50,12 +52,20 @@ def stem() -> nn.Module:
 
 
 def timm_swin() -> nn.Module:
-    return TimmSwin(img_size=32, patch_size=2, embed_dim=16, depths=(1, 1), num_heads=(2, 2), window_size=4, num_classes=0)
+    return TimmSwin(
+        img_size=32, patch_size=2, embed_dim=16, depths=(1, 1), num_heads=(2, 2), window_size=4, num_classes=0
+    )
 
 
 NETWORKS: dict[str, tuple[Callable[[], nn.Module], int, str]] = {
     "convnet": (lambda: ConvNet(32, [8, 16]), 32, "Grad-CAM"),
-    "flattened": (lambda: ConvNet(32, [8, 16], ["conv", "activation", "pool", "norm"], dropout=0.2, global_pool=False, hidden=[9]), 32, "Grad-CAM"),
+    "flattened": (
+        lambda: ConvNet(
+            32, [8, 16], ["conv", "activation", "pool", "norm"], dropout=0.2, global_pool=False, hidden=[9]
+        ),
+        32,
+        "Grad-CAM",
+    ),
     "whitened": (lambda: WhitenedNet([8, 16, 16]), 32, "Grad-CAM"),
     "torchvision resnet18": (lambda: torchvision_backbone("resnet18"), 64, "Grad-CAM"),
     "torchvision mobilenet": (lambda: torchvision_backbone("mobilenet_v3_small"), 64, "Grad-CAM"),
@@ -147,7 +157,9 @@ def red_detector() -> Classifier:
 @given(top=st.integers(0, 18), left=st.integers(0, 18), seed=st.integers(0, 99))
 @hypothesis_settings(max_examples=25)
 def test_grad_cam_is_the_patch_that_decides(top: int, left: int, seed: int) -> None:
-    pixels = np.repeat(np.random.default_rng(seed).integers(0, 256, (1, 24, 24), dtype=np.uint8), 3, axis=0)  # grey: speaks for no class
+    pixels = np.repeat(
+        np.random.default_rng(seed).integers(0, 256, (1, 24, 24), dtype=np.uint8), 3, axis=0
+    )  # grey: speaks for no class
     pixels[:, top : top + 6, left : left + 6] = np.array([250, 10, 10]).reshape(3, 1, 1)
     red, green = (explain(red_detector(), pixels, target).heat for target in (1, 0))
     inside = np.zeros((24, 24), dtype=bool)
@@ -214,7 +226,16 @@ def test_a_trained_transformer_points_at_what_it_learnt() -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "name", ["convnet", "flattened", "torchvision vit", "timm vit, class token", "timm vit, mean", "torchvision swin", "timm swin"]
+    "name",
+    [
+        "convnet",
+        "flattened",
+        "torchvision vit",
+        "timm vit, class token",
+        "timm vit, mean",
+        "torchvision swin",
+        "timm swin",
+    ],
 )
 def test_a_trained_network_points_at_what_it_learnt(name: str) -> None:
     assert share_of_hits(name, 150, 60) >= 0.8

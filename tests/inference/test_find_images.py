@@ -27,7 +27,17 @@ from image_classifier.inference.item import Item
 
 @pytest.fixture
 def tree(tmp_path: Path) -> Path:
-    for name in ("b.png", "a.JPG", "sub/c.webp", "sub/.hidden.png", "notes.txt", "-dash.png", "with space.png", "a[1].png", ".dot/d.png"):
+    for name in (
+        "b.png",
+        "a.JPG",
+        "sub/c.webp",
+        "sub/.hidden.png",
+        "notes.txt",
+        "-dash.png",
+        "with space.png",
+        "a[1].png",
+        ".dot/d.png",
+    ):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).touch()
     return tmp_path
@@ -61,7 +71,9 @@ def test_folders_are_searched_in_sorted_order_without_hidden_and_other_files(tre
 
 @settings(max_examples=30, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.sets(st.lists(st.sampled_from(["a", "a.b", "b", "ab", "é"]), min_size=1, max_size=3).map(tuple), max_size=8))
-def test_a_folder_comes_in_the_order_of_its_paths(tmp_path_factory: pytest.TempPathFactory, places: set[tuple[str, ...]]) -> None:
+def test_a_folder_comes_in_the_order_of_its_paths(
+    tmp_path_factory: pytest.TempPathFactory, places: set[tuple[str, ...]]
+) -> None:
     root = tmp_path_factory.mktemp("tree")
     for parts in places:
         folder = root.joinpath(*parts[:-1])
@@ -117,7 +129,9 @@ def as_zip(path: Path, files: list[tuple[str, bytes]]) -> None:
 def as_tar(path: Path, files: list[tuple[str, bytes]]) -> None:
     plain = io.BytesIO()
     kind = path.name.rpartition(".")[2]
-    with tarfile.open(fileobj=plain, mode="w" if kind in ("tar", "zst") else f"w:{'gz' if kind == 'tgz' else kind}") as tar:  # type: ignore[call-overload]
+    with tarfile.open(
+        fileobj=plain, mode="w" if kind in ("tar", "zst") else f"w:{'gz' if kind == 'tgz' else kind}"
+    ) as tar:  # type: ignore[call-overload]
         for name, content in files:
             entry = tarfile.TarInfo(name)
             entry.size = len(content)
@@ -129,7 +143,15 @@ def as_tar(path: Path, files: list[tuple[str, bytes]]) -> None:
         path.write_bytes(plain.getvalue())
 
 
-ARCHIVES = {"a.zip": as_zip, "a.tar": as_tar, "a.tar.gz": as_tar, "a.tgz": as_tar, "a.tar.zst": as_tar, "a.tar.bz2": as_tar, "a.tar.xz": as_tar}
+ARCHIVES = {
+    "a.zip": as_zip,
+    "a.tar": as_tar,
+    "a.tar.gz": as_tar,
+    "a.tgz": as_tar,
+    "a.tar.zst": as_tar,
+    "a.tar.bz2": as_tar,
+    "a.tar.xz": as_tar,
+}
 FILES = [
     ("b/2.png", picture(2)),
     ("a/1.png", picture(1)),
@@ -141,12 +163,18 @@ FILES = [
 
 
 @pytest.mark.parametrize("name", ARCHIVES)
-def test_the_images_of_an_archive_come_in_its_order_and_nothing_is_written(tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_images_of_an_archive_come_in_its_order_and_nothing_is_written(
+    tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(tmp_path)
     ARCHIVES[name](tmp_path / name, FILES)
     items = found([name])
-    assert [item.name for item in items] == [f"{name}/{member}" for member in ("b/2.png", "a/1.png", "../out.png", "x.png")]
-    assert [item.content() for item in items] == [content for member, content in FILES if member.endswith(".png") and "MACOSX" not in member]
+    assert [item.name for item in items] == [
+        f"{name}/{member}" for member in ("b/2.png", "a/1.png", "../out.png", "x.png")
+    ]
+    assert [item.content() for item in items] == [
+        content for member, content in FILES if member.endswith(".png") and "MACOSX" not in member
+    ]
     assert os.listdir(tmp_path) == [name]
 
 
@@ -204,7 +232,9 @@ def test_a_package_that_is_missing_is_told_before_work_begins(name: str, monkeyp
         outputs.check_format("parquet", to_a_file=True)
 
 
-def test_a_package_that_is_missing_for_an_archive_without_a_suffix_is_a_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_package_that_is_missing_for_an_archive_without_a_suffix_is_a_row(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     as_tar(tmp_path / "a.tar.zst", FILES)
     monkeypatch.setattr(archives, "find_spec", lambda package: None)
     (item,) = found(["-"], (tmp_path / "a.tar.zst").read_bytes())
@@ -263,7 +293,13 @@ def test_a_table_names_images_from_its_own_folder(tmp_path: Path, name: str, col
     write_table(tmp_path / "sub" / name, column, rows)
     items = found([str(tmp_path / "sub" / name)])
     own = str(tmp_path / "sub")
-    assert [item.name for item in items] == [f"{own}/a b, c.png", f"{own}/sub/é.png", "/root.png", "https://host/1.png", f"{own}/{name}"]
+    assert [item.name for item in items] == [
+        f"{own}/a b, c.png",
+        f"{own}/sub/é.png",
+        "/root.png",
+        "https://host/1.png",
+        f"{own}/{name}",
+    ]
     assert "no path" in reason(items[-1])
 
 

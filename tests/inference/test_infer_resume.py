@@ -32,18 +32,34 @@ def in_the_trained_folder(trained: Path, monkeypatch: pytest.MonkeyPatch) -> Non
 def line(output: Path, *more: str) -> list[str]:
     images = ["--images", "data/digits/test", str(output.parent / "none.png"), "data/digits/test/3"]
     form = output.suffix[1:] if output.suffix[1:] in FORMATS else "table"
-    return ["infer", "--checkpoint_name", "digits", "--format", form, "--output", str(output), "--batch_size", "16", *more, *images]
+    return [
+        "infer",
+        "--checkpoint_name",
+        "digits",
+        "--format",
+        form,
+        "--output",
+        str(output),
+        "--batch_size",
+        "16",
+        *more,
+        *images,
+    ]
 
 
 @pytest.mark.parametrize("form", ["jsonl", pytest.param("parquet", marks=pytest.mark.slow)])
-def test_killed_at_any_moment_and_resumed_the_answers_are_the_same_to_the_byte(form: str, tmp_path: Path, command: Command) -> None:
+def test_killed_at_any_moment_and_resumed_the_answers_are_the_same_to_the_byte(
+    form: str, tmp_path: Path, command: Command
+) -> None:
     whole, output = tmp_path / f"whole.{form}", tmp_path / f"answers.{form}"
     assert command(*line(whole)).code == 2  # one image is not there
     part, moments, kills = Part.of(output).path, random.Random(form), 0
     for _ in range(5):
         before = part.stat().st_size if part.exists() else 0
         run = subprocess.Popen(
-            [sys.executable, str(ROOT / "commands.py"), *line(output, "--resume")], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+            [sys.executable, str(ROOT / "commands.py"), *line(output, "--resume")],
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
         )
         while run.poll() is None and not (part.exists() and part.stat().st_size > before):
             time.sleep(0.002)
@@ -59,7 +75,9 @@ def test_killed_at_any_moment_and_resumed_the_answers_are_the_same_to_the_byte(f
     answer = command(*line(output, "--resume"))
     assert answer.code == 2 and "could not be read" in answer.err
     assert output.read_bytes() == whole.read_bytes()
-    assert sorted(os.listdir(tmp_path)) == sorted([output.name, whole.name, f".{output.name}.run", f".{whole.name}.run"])
+    assert sorted(os.listdir(tmp_path)) == sorted(
+        [output.name, whole.name, f".{output.name}.run", f".{whole.name}.run"]
+    )
 
 
 def broken_off(output: Path, command: Command, monkeypatch: pytest.MonkeyPatch, share: float = 0.5) -> None:
@@ -77,7 +95,9 @@ CUT_MORE = [pytest.param(*cut, marks=pytest.mark.slow) for cut in [("jsonl", 1.0
 
 
 @pytest.mark.parametrize(("form", "share"), [*CUT, *CUT_MORE])
-def test_whatever_was_written_is_gone_on_with(form: str, share: float, tmp_path: Path, command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_whatever_was_written_is_gone_on_with(
+    form: str, share: float, tmp_path: Path, command: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
     whole, output = tmp_path / f"whole.{form}", tmp_path / f"answers.{form}"
     command(*line(whole))
     broken_off(output, command, monkeypatch, share)
@@ -96,7 +116,9 @@ def test_whatever_was_written_is_gone_on_with(form: str, share: float, tmp_path:
         (("--limits.max_bytes", "1000"), "limits.max_bytes=1000 was"),
     ],
 )
-def test_another_run_is_refused(more: tuple[str, ...], says: str, tmp_path: Path, command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_another_run_is_refused(
+    more: tuple[str, ...], says: str, tmp_path: Path, command: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
     output = tmp_path / "answers.jsonl"
     broken_off(output, command, monkeypatch)
     before = Part.of(output).path.read_bytes()
@@ -105,7 +127,9 @@ def test_another_run_is_refused(more: tuple[str, ...], says: str, tmp_path: Path
     assert Part.of(output).path.read_bytes() == before
 
 
-def test_a_finished_run_is_not_answered_again(tmp_path: Path, command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_finished_run_is_not_answered_again(
+    tmp_path: Path, command: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
     output = tmp_path / "answers.csv"
     base = ("infer", "--checkpoint_name", "digits", "--format", "csv", "--output", str(output), "--resume")
     few = ("--images", str(tmp_path / "none.png"), "data/digits/test/3")
@@ -125,10 +149,22 @@ def test_a_finished_run_is_not_answered_again(tmp_path: Path, command: Command, 
     assert "no run was stopped here" in command(*base, *few).err and output.read_bytes() == content
 
 
-def test_another_model_and_other_images_are_refused(tmp_path: Path, command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_another_model_and_other_images_are_refused(
+    tmp_path: Path, command: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
     output = tmp_path / "answers.jsonl"
     broken_off(output, command, monkeypatch)
-    base = ["infer", "--format", "jsonl", "--output", str(output), "--batch_size", "16", "--resume", "--checkpoint_name"]
+    base = [
+        "infer",
+        "--format",
+        "jsonl",
+        "--output",
+        str(output),
+        "--batch_size",
+        "16",
+        "--resume",
+        "--checkpoint_name",
+    ]
     other = command(*base, "digits", "--images", "data/digits/train/3")
     assert other.code == 2 and "image 1 is 'data/digits/train/3" in other.err
     fewer = command(*base, "digits", "--images", "data/digits/test/0")
@@ -140,12 +176,16 @@ def test_another_model_and_other_images_are_refused(tmp_path: Path, command: Com
     assert model.code == 2 and "the model is another one" in model.err
 
 
-def test_without_resume_a_run_starts_over_and_says_so(tmp_path: Path, command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_resume_a_run_starts_over_and_says_so(
+    tmp_path: Path, command: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
     output = tmp_path / "answers.jsonl"
     broken_off(output, command, monkeypatch)
     answer = command(*line(output))
     command(*line(tmp_path / "other.jsonl"))
-    assert "--resume would have gone on" in answer.err and output.read_bytes() == (tmp_path / "other.jsonl").read_bytes()
+    assert (
+        "--resume would have gone on" in answer.err and output.read_bytes() == (tmp_path / "other.jsonl").read_bytes()
+    )
 
 
 def test_resuming_needs_a_file_and_a_second_writer_is_refused(tmp_path: Path, command: Command) -> None:
@@ -160,7 +200,9 @@ def test_resuming_needs_a_file_and_a_second_writer_is_refused(tmp_path: Path, co
 
 @settings(max_examples=80, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.integers(0, 12), st.integers(1, 5), st.data())
-def test_a_part_cut_anywhere_keeps_whole_batches(tmp_path: Path, count: int, batch_size: int, data: st.DataObject) -> None:
+def test_a_part_cut_anywhere_keeps_whole_batches(
+    tmp_path: Path, count: int, batch_size: int, data: st.DataObject
+) -> None:
     part = Part.of(tmp_path / "x.jsonl")
     part.begin({"model": "m"})
     part.append({"path": f"odd \udcff\n{number}.png", "error": "no"} for number in range(count))

@@ -27,7 +27,9 @@ def classes(out: str) -> list[str]:
     return [row["predicted_class"] for row in json.loads(out)]
 
 
-def test_folder_archives_table_and_list_give_the_same_answers(command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_folder_archives_table_and_list_give_the_same_answers(
+    command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     paths = sorted(Path("data/digits/test/3").iterdir())
     files = [(path.name, path.read_bytes()) for path in paths]
     as_zip(tmp_path / "a.zip", files)
@@ -52,8 +54,27 @@ def test_standard_input_is_an_image_or_a_list(image: bool, trained: Path) -> Non
 
 def test_parquet_sorting_and_a_threshold_at_once(command: Command, tmp_path: Path) -> None:
     output, sorted_to = tmp_path / "answers.parquet", tmp_path / "sorted"
-    line = ["infer", "--checkpoint_name", "digits", "--format", "parquet", "--output", str(output), "--sort_into", str(sorted_to)]
-    answer = command(*line, "--threshold", "0.3", "--decision.ood_rate", "0", "--images", "data/digits/test", str(tmp_path / "none.png"))
+    line = [
+        "infer",
+        "--checkpoint_name",
+        "digits",
+        "--format",
+        "parquet",
+        "--output",
+        str(output),
+        "--sort_into",
+        str(sorted_to),
+    ]
+    answer = command(
+        *line,
+        "--threshold",
+        "0.3",
+        "--decision.ood_rate",
+        "0",
+        "--images",
+        "data/digits/test",
+        str(tmp_path / "none.png"),
+    )
     assert answer.code == 2 and "1 of 356 images could not be read" in answer.err
     rows = pyarrow.parquet.read_table(output).to_pylist()
     assert len(rows) == 356 and sum(bool(row["error"]) for row in rows) == 1
@@ -83,7 +104,9 @@ def test_images_of_an_archive_can_be_explained(command: Command, tmp_path: Path)
 )
 def test_what_cannot_be_is_one_line_and_exit_code_2(command: Command, line: tuple[str, ...], says: str) -> None:
     answer = command("infer", "--checkpoint_name", "digits", *line, "--images", "data")
-    assert answer.code == 2 and answer.out == "" and says in answer.err.splitlines()[-1] and "Traceback" not in answer.err
+    assert (
+        answer.code == 2 and answer.out == "" and says in answer.err.splitlines()[-1] and "Traceback" not in answer.err
+    )
 
 
 def test_a_private_address_is_a_row_and_exit_code_2(command: Command) -> None:
@@ -92,14 +115,18 @@ def test_a_private_address_is_a_row_and_exit_code_2(command: Command) -> None:
     assert answer.code == 2 and "private network" in row["error"]
 
 
-def test_a_bar_is_shown_only_where_somebody_looks(command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_bar_is_shown_only_where_somebody_looks(
+    command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     class Terminal(io.StringIO):
         def isatty(self) -> bool:
             return True
 
     terminal = Terminal()
     monkeypatch.setattr(sys, "stderr", terminal)
-    command("infer", "--checkpoint_name", "digits", "--output", str(tmp_path / "a.txt"), "--images", "data/digits/test/3")
+    command(
+        "infer", "--checkpoint_name", "digits", "--output", str(tmp_path / "a.txt"), "--images", "data/digits/test/3"
+    )
     assert "36" in terminal.getvalue()
 
 
@@ -111,9 +138,26 @@ def test_memory_does_not_grow_with_the_images(trained: Path, tmp_path: Path) -> 
     code += "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss,file=sys.stderr)"
     peaks = []
     for count in (1000, 100_000):
-        line = [sys.executable, "-c", code, str(ROOT / "commands.py"), "infer", "--checkpoint_name", "digits", "--format", "csv", "--images", "-"]
+        line = [
+            sys.executable,
+            "-c",
+            code,
+            str(ROOT / "commands.py"),
+            "infer",
+            "--checkpoint_name",
+            "digits",
+            "--format",
+            "csv",
+            "--images",
+            "-",
+        ]
         done = subprocess.run(
-            [*line, "--output", str(tmp_path / "a.csv")], input=f"{path}\n" * count, capture_output=True, text=True, check=True, cwd=trained
+            [*line, "--output", str(tmp_path / "a.csv")],
+            input=f"{path}\n" * count,
+            capture_output=True,
+            text=True,
+            check=True,
+            cwd=trained,
         )
         peaks.append(int(done.stderr.splitlines()[-1]))
     assert peaks[1] < 1.1 * peaks[0]

@@ -41,7 +41,11 @@ def refused(answer: Answer, *says: str) -> str:
 @pytest.mark.parametrize("name", ["holiday", "Ferien über Bäume, 2024's [1]", "-dash", "deep/er/one/"])
 def test_unlabelled_images_are_for_infer_and_the_line_can_be_copied(command: Command, trained: Path, name: str) -> None:
     fill(Path(name), digits(trained, "3"))
-    line = refused(command("test", "--checkpoint_name", "digits", f"--test_dir={name}"), "have no labels", "python commands.py infer")
+    line = refused(
+        command("test", "--checkpoint_name", "digits", f"--test_dir={name}"),
+        "have no labels",
+        "python commands.py infer",
+    )
     words = shlex.split(line[line.index("python commands.py") :])[2:]
     answer = command(*words, "--format", "jsonl")
     assert answer.code == 0, answer.err
@@ -51,17 +55,30 @@ def test_unlabelled_images_are_for_infer_and_the_line_can_be_copied(command: Com
 def test_one_image_is_for_infer(command: Command, trained: Path) -> None:
     fill(Path("one"), digits(trained, "3", 1))
     image = next(Path("one").iterdir())
-    refused(command("test", "--checkpoint_name", "digits", "--test_dir", str(image)), "is one image", f"--images {image}")
+    refused(
+        command("test", "--checkpoint_name", "digits", "--test_dir", str(image)), "is one image", f"--images {image}"
+    )
     refused(command("test", "--checkpoint_name", "digits", "--test_dir", "one"), "have no labels", "--images one")
 
 
-@pytest.mark.parametrize("name", ["mine", pytest.param("./mine/", marks=pytest.mark.slow), pytest.param("../{}/mine", marks=pytest.mark.slow)])
-def test_a_folder_that_is_one_class_is_tested_by_the_folder_that_holds_it(command: Command, trained: Path, tmp_path: Path, name: str) -> None:
+@pytest.mark.parametrize(
+    "name",
+    ["mine", pytest.param("./mine/", marks=pytest.mark.slow), pytest.param("../{}/mine", marks=pytest.mark.slow)],
+)
+def test_a_folder_that_is_one_class_is_tested_by_the_folder_that_holds_it(
+    command: Command, trained: Path, tmp_path: Path, name: str
+) -> None:
     fill(Path("mine/7"), digits(trained, "7"))
-    line = refused(command("test", "--checkpoint_name", "digits", "--test_dir", "mine/7/"), "is the one class '7'", "--test_dir mine")
+    line = refused(
+        command("test", "--checkpoint_name", "digits", "--test_dir", "mine/7/"),
+        "is the one class '7'",
+        "--test_dir mine",
+    )
     assert "(or ask what they show: python commands.py infer --checkpoint_name digits --images mine/7)" in line
     assert command(*shlex.split(line[line.index("python commands.py") : line.index(" (or")])[2:]).code == 0
-    answer = command("test", "--checkpoint_name", "digits", "--test_dir", name.format(tmp_path.name), "--format", "json")
+    answer = command(
+        "test", "--checkpoint_name", "digits", "--test_dir", name.format(tmp_path.name), "--format", "json"
+    )
     assert answer.code == 0, answer.err
     assert json.loads(answer.out)["num_images"] == 3
     (place,) = Path("plots/digits").glob("test-mine-*")
@@ -72,24 +89,39 @@ def test_a_folder_that_is_one_class_is_tested_by_the_folder_that_holds_it(comman
 def test_folders_of_one_name_do_not_overwrite_one_another(command: Command, trained: Path) -> None:
     for place, label, count in (("first", "3", 2), ("second", "4", 3)):
         fill(Path(place, "mine", label), digits(trained, label, count))
-        for test_dir, more in ((f"{place}/mine", ()), (str(Path(place, "mine").resolve()), ("--robustness", "--robustness_images", "2"))):
+        for test_dir, more in (
+            (f"{place}/mine", ()),
+            (str(Path(place, "mine").resolve()), ("--robustness", "--robustness_images", "2")),
+        ):
             assert command("test", "--checkpoint_name", "digits", "--test_dir", test_dir, *more).code == 0
     places = sorted(Path("plots/digits").glob("test-mine-*"))
     assert sorted(json.loads((place / "metrics.json").read_text())["num_images"] for place in places) == [2, 3]
-    assert all((place / "robustness.json").is_file() for place in places) and not Path("plots/digits/robustness.json").exists()
+    assert (
+        all((place / "robustness.json").is_file() for place in places)
+        and not Path("plots/digits/robustness.json").exists()
+    )
 
 
 def test_a_class_that_the_model_does_not_know_is_named(command: Command, trained: Path) -> None:
     fill(Path("mine/3"), digits(trained, "3"))
     fill(Path("mine/three"), digits(trained, "3"))
     fill(Path("mine/07"), digits(trained, "7"))
-    refused(command("test", "--checkpoint_name", "digits", "--test_dir", "mine"), "does not know ('07', 'three')", "is '07' '7'?", "0, 1, 2")
+    refused(
+        command("test", "--checkpoint_name", "digits", "--test_dir", "mine"),
+        "does not know ('07', 'three')",
+        "is '07' '7'?",
+        "0, 1, 2",
+    )
 
 
 def test_folders_that_are_no_classes_are_taken_for_unlabelled_images(command: Command, trained: Path) -> None:
     fill(Path("camera/2024"), digits(trained, "3"))
     fill(Path("camera/2025"), digits(trained, "4"))
-    refused(command("test", "--checkpoint_name", "digits", "--test_dir", "camera"), "no folder in 'camera' is a class", "--images camera")
+    refused(
+        command("test", "--checkpoint_name", "digits", "--test_dir", "camera"),
+        "no folder in 'camera' is a class",
+        "--images camera",
+    )
 
 
 def test_what_is_missing_empty_or_no_folder_is_said(command: Command, trained: Path) -> None:

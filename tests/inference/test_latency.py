@@ -59,13 +59,20 @@ def test_the_lines_name_the_machine() -> None:
 
 
 @pytest.mark.slow
-def test_every_backend_of_a_bundle_is_measured(command: Command, trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_backend_of_a_bundle_is_measured(
+    command: Command, trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(trained)
-    answer = command("test", "--checkpoint_name", "digits", "--plots_dir", str(tmp_path), "--format", "json", "--latency")
+    answer = command(
+        "test", "--checkpoint_name", "digits", "--plots_dir", str(tmp_path), "--format", "json", "--latency"
+    )
     assert answer.code == 0, answer.err
     latency = json.loads((tmp_path / "digits/latency.json").read_text())
     installed = set(fitting(read_bundle(trained / "models/digits")))
-    assert json.loads(answer.out)["latency"] == latency and set(latency["backends"]) == installed >= {"onnx", "checkpoint"}
+    assert json.loads(answer.out)["latency"] == latency and set(latency["backends"]) == installed >= {
+        "onnx",
+        "checkpoint",
+    }
     for name, row in latency["backends"].items():
         assert 0 < row["p50_ms"] <= row["p95_ms"] and row["images_per_s"] > 0
         assert row["megabytes"] == (trained / "models/digits" / row["file"]).stat().st_size / 1e6, name

@@ -33,7 +33,9 @@ def test_a_name_that_no_system_takes_is_a_row(name: str) -> None:
     assert item.name == name and refusal(item)
 
 
-def test_such_a_name_is_one_row_and_exit_code_2(command: Command, trained: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_such_a_name_is_one_row_and_exit_code_2(
+    command: Command, trained: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(trained)
     answer = command("infer", "--checkpoint_name", "digits", "--format", "json", "--images", LONG)
     assert answer.code == 2 and json.loads(answer.out) == [{"path": LONG, "error": "File name too long"}]

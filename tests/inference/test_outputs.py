@@ -28,7 +28,10 @@ from tests.conftest import write_image
 from tests.inference.test_predictor import Brightness
 
 ODD = ["a.png", 'quote".png', "comma, line\nbreak\r.png", "odd \udcff.png", "кот.png"]
-ANSWERS = [Prediction(path, "b", 0.75, {"a": 0.25, "b": 0.75}, reason="why" * (number % 2)).answer() for number, path in enumerate(ODD)]
+ANSWERS = [
+    Prediction(path, "b", 0.75, {"a": 0.25, "b": 0.75}, reason="why" * (number % 2)).answer()
+    for number, path in enumerate(ODD)
+]
 ANSWERS.insert(2, Prediction("bad.png", error="not, an image").answer())
 
 
@@ -75,7 +78,9 @@ def test_every_format_is_written_as_it_comes() -> None:
 
 def test_a_table_is_as_wide_as_its_first_paths() -> None:
     lines = written("table", [ANSWERS[0], {**ANSWERS[0], "path": "x" * 40}]).decode().splitlines()
-    assert lines[0].startswith("image" + " " * 37 + "class") and written("table", []).decode().startswith("image  class")
+    assert lines[0].startswith("image" + " " * 37 + "class") and written("table", []).decode().startswith(
+        "image  class"
+    )
 
 
 def test_a_table_shows_no_control_characters() -> None:
@@ -105,14 +110,24 @@ def test_a_confidence_below_the_threshold_is_an_abstention_with_its_reason(tmp_p
     paths = [grey(tmp_path, f"{level}.png", level) for level in (10, 250)]
     predictor = Predictor(Brightness(), ("dark", "bright"), Preprocess(8), threshold=0.9)
     unsure, sure = predictor.predict(paths)
-    assert unsure.decision == "abstain" and unsure.reason.startswith("not sure enough: confidence 0.5") and "limit is 0.900" in unsure.reason
+    assert (
+        unsure.decision == "abstain"
+        and unsure.reason.startswith("not sure enough: confidence 0.5")
+        and "limit is 0.900" in unsure.reason
+    )
     assert sure.decision == "label" and unsure.label == "bright"
 
 
 def test_items_of_every_kind_are_answered_in_order_and_keep_their_content(tmp_path: Path) -> None:
     path = grey(tmp_path, "a.png", 250)
     content = path.read_bytes()
-    items = [Item.file(path), Item("b", content), Item("c", lambda: content), Item.missing("d", "gone"), Item("e", b"no")] * 9
+    items = [
+        Item.file(path),
+        Item("b", content),
+        Item("c", lambda: content),
+        Item.missing("d", "gone"),
+        Item("e", b"no"),
+    ] * 9
     predictor = Predictor(Brightness(), ("dark", "bright"), Preprocess(8), batch_size=4)
     kept = list(predictor.answers(iter(items), keep=True))
     assert [prediction.path for prediction, _ in kept] == [item.name for item in items]
@@ -144,7 +159,11 @@ def sort(directory: Path, *named: tuple[str, Path | bytes], label: str = "cat", 
 
 
 def tree(directory: Path) -> dict[str, bytes]:
-    return {path.relative_to(directory).as_posix(): path.read_bytes() for path in sorted(directory.rglob("*")) if path.is_file()}
+    return {
+        path.relative_to(directory).as_posix(): path.read_bytes()
+        for path in sorted(directory.rglob("*"))
+        if path.is_file()
+    }
 
 
 def test_images_are_copied_to_the_folder_of_their_class_and_none_is_overwritten(tmp_path: Path) -> None:
@@ -153,10 +172,16 @@ def test_images_are_copied_to_the_folder_of_their_class_and_none_is_overwritten(
         sort(tmp_path / "out", (str(one), one), (str(other), other), ("x.zip/a.png", other.read_bytes()))
         sort(tmp_path / "out", ("https://host/dir/b.jpg?key=1", b"b"), ("-", b"c"), reason="not sure enough")
     found = tree(tmp_path / "out")
-    assert list(found) == ["_abstain/b.jpg", "_abstain/stdin", *sorted(name for name in found if name.startswith("cat/"))]
+    assert list(found) == [
+        "_abstain/b.jpg",
+        "_abstain/stdin",
+        *sorted(name for name in found if name.startswith("cat/")),
+    ]
     assert len(found) == 4 and found["cat/a.png"] == one.read_bytes()
     (second,) = set(found) - {"_abstain/b.jpg", "_abstain/stdin", "cat/a.png"}
-    assert second.startswith("cat/a-") and len(second) == len("cat/a-12345678.png") and found[second] == other.read_bytes()
+    assert (
+        second.startswith("cat/a-") and len(second) == len("cat/a-12345678.png") and found[second] == other.read_bytes()
+    )
 
 
 def test_errors_are_sorted_nowhere_and_a_file_that_is_gone_is_one(tmp_path: Path) -> None:
@@ -172,7 +197,13 @@ def test_no_class_leads_out_and_no_two_share_a_folder(labels: list[str]) -> None
     names = [folder_name(label) for label in labels]
     assert len(set(names)) == len(labels)
     for name in names:
-        assert name and os.path.basename(name) == name and not name.startswith(".") and name != "_abstain" and len(os.fsencode(name)) <= 255
+        assert (
+            name
+            and os.path.basename(name) == name
+            and not name.startswith(".")
+            and name != "_abstain"
+            and len(os.fsencode(name)) <= 255
+        )
 
 
 def test_an_ordinary_class_keeps_its_name() -> None:

@@ -43,7 +43,10 @@ def test_answers_keep_the_order_and_do_not_depend_on_the_batch(greys: list[Path]
     brightness = [answer.probabilities["bright"] for answer in answers]
     assert brightness == sorted(brightness)
     assert all(sum(answer.probabilities.values()) == pytest.approx(1) for answer in answers)
-    assert all(answer.confidence == max(answer.probabilities.values()) == answer.probabilities[answer.label] for answer in answers)
+    assert all(
+        answer.confidence == max(answer.probabilities.values()) == answer.probabilities[answer.label]
+        for answer in answers
+    )
 
 
 def test_an_unreadable_image_is_a_row_with_its_reason(greys: list[Path], tmp_path: Path) -> None:
@@ -60,7 +63,9 @@ def test_a_labelled_table_refuses_what_it_cannot_read(greys: list[Path], tmp_pat
     table = predictor(temperature=2.0).table(greys, [path.name for path in greys], np.zeros(len(greys), np.int64))
     assert table.logits.shape == (len(greys), 2)
     direct = predictor(temperature=2.0).predict(greys)
-    np.testing.assert_allclose(table.probabilities[:, 1], [answer.probabilities["bright"] for answer in direct], rtol=1e-6)
+    np.testing.assert_allclose(
+        table.probabilities[:, 1], [answer.probabilities["bright"] for answer in direct], rtol=1e-6
+    )
     (tmp_path / "bad.png").write_bytes(b"")
     with pytest.raises(UnreadableImage, match=r"bad\.png"):
         predictor().table([*greys, tmp_path / "bad.png"], [""] * 11, np.zeros(11, np.int64))

@@ -24,7 +24,9 @@ SIZE = 32
 def picture(seed: int) -> np.ndarray:
     """A smooth picture with edges, uint8 [32, 32, 3]."""
     rng = np.random.default_rng(seed)
-    coarse = Image.fromarray(rng.integers(40, 216, (5, 5, 3), dtype=np.uint8)).resize((SIZE, SIZE), Image.Resampling.BICUBIC)
+    coarse = Image.fromarray(rng.integers(40, 216, (5, 5, 3), dtype=np.uint8)).resize(
+        (SIZE, SIZE), Image.Resampling.BICUBIC
+    )
     pixels = np.array(coarse)
     pixels[8:14, 10:24] = rng.integers(0, 256, 3)
     return pixels
@@ -69,12 +71,18 @@ def pictures(tmp_path: Path) -> tuple[list[Path], np.ndarray]:
 
 @pytest.mark.parametrize("batch_size", [1, 7, 64])
 def test_a_model_of_colours_stands_what_keeps_them(pictures: tuple[list[Path], np.ndarray], batch_size: int) -> None:
-    found = measure_robustness(Predictor(Redness(), ("blue", "red"), Preprocess(16), batch_size=batch_size), *pictures, most=500)
+    found = measure_robustness(
+        Predictor(Redness(), ("blue", "red"), Preprocess(16), batch_size=batch_size), *pictures, most=500
+    )
     assert (found.images, found.of) == (30, 30) and found.clean == 1.0
-    assert {name: list(row) for name, row in found.accuracy.items()} == {name: ["0", "1", "2", "3"] for name in CORRUPTIONS}
+    assert {name: list(row) for name, row in found.accuracy.items()} == {
+        name: ["0", "1", "2", "3"] for name in CORRUPTIONS
+    }
     for name in ("blur", "contrast", "rotation"):
         assert set(found.accuracy[name].values()) == {1.0}, name
-    assert found == measure_robustness(Predictor(Redness(), ("blue", "red"), Preprocess(16), batch_size=4), *pictures, most=500)
+    assert found == measure_robustness(
+        Predictor(Redness(), ("blue", "red"), Preprocess(16), batch_size=4), *pictures, most=500
+    )
 
 
 def test_the_files_say_what_they_rest_on(pictures: tuple[list[Path], np.ndarray], tmp_path: Path) -> None:
@@ -111,7 +119,9 @@ def report_of(command: Command, plots: Path, *line: str, page: str) -> str:
 
 
 @pytest.mark.slow
-def test_the_verb_writes_it_beside_the_figures(command: Command, trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_verb_writes_it_beside_the_figures(
+    command: Command, trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(trained)
     line = ("test", "--checkpoint_name", "digits", "--plots_dir", str(tmp_path), "--format", "json")
     answer = command(*line, "--robustness", "--robustness_images", "60")
@@ -122,7 +132,9 @@ def test_the_verb_writes_it_beside_the_figures(command: Command, trained: Path, 
     assert written["about"]["part"] == "test"
     assert command(*line, "--split", "val", "--robustness", "--robustness_images", "20").code == 0
     assert json.loads((tmp_path / "digits/robustness.json").read_text())["about"]["part"] == "val"
-    assert "of val after each was blurred" in report_of(command, tmp_path, "--split", "val", page="digits/val/report.html")
+    assert "of val after each was blurred" in report_of(
+        command, tmp_path, "--split", "val", page="digits/val/report.html"
+    )
     plain = command(*line)
     assert plain.code == 0 and not {"robustness", "latency"} & set(json.loads(plain.out))
     assert command(*line, "--robustness_images", "0").code == 2

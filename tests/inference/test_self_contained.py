@@ -41,7 +41,9 @@ def model(place: str, elsewhere: bool) -> onnx.ModelProto:
         node = helper.make_node("Constant", [], ["y"], value=found)
     if place == "attributes":
         node.attribute.append(helper.make_attribute("many", [found]))
-    graph = helper.make_graph([] if place == "function" else [node], "outer", [], [], [found] if place == "initializer" else [])
+    graph = helper.make_graph(
+        [] if place == "function" else [node], "outer", [], [], [found] if place == "initializer" else []
+    )
     if place == "sparse":
         graph.sparse_initializer.add().values.CopyFrom(found)
     made = helper.make_model(graph)
@@ -52,7 +54,9 @@ def model(place: str, elsewhere: bool) -> onnx.ModelProto:
     return made
 
 
-@pytest.mark.parametrize("place", ["initializer", "subgraph", "attribute", "attributes", "sparse", "function", "training"])
+@pytest.mark.parametrize(
+    "place", ["initializer", "subgraph", "attribute", "attributes", "sparse", "function", "training"]
+)
 def test_weights_elsewhere_are_found_wherever_they_are_named(place: str) -> None:
     assert is_self_contained(model(place, elsewhere=False).SerializeToString())
     assert not is_self_contained(model(place, elsewhere=True).SerializeToString())
@@ -87,7 +91,9 @@ def weights_moved(path: Path, location: str) -> bytes:
     return content
 
 
-def test_a_file_beside_the_model_is_not_read(digits_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_file_beside_the_model_is_not_read(
+    digits_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     path = tmp_path / "model.onnx"
     path.write_bytes((digits_bundle / "model.onnx").read_bytes())
     (tmp_path / "secret").write_bytes(weights_moved(path, "secret"))
@@ -160,8 +166,14 @@ def test_openvino_refuses_what_is_not_the_bundles(digits_bundle: Path, tmp_path:
     (tmp_path / "model.onnx").write_bytes((digits_bundle / "model.onnx").read_bytes())
     size = str(read_bundle(digits_bundle).info.preprocess["size"])
     line = [sys.executable, "-c", SCRIPT, size]
-    done = subprocess.run(line, cwd=tmp_path, capture_output=True, text=True, check=False, env={"PYTHONPATH": str(ROOT)})
+    done = subprocess.run(
+        line, cwd=tmp_path, capture_output=True, text=True, check=False, env={"PYTHONPATH": str(ROOT)}
+    )
     said = done.stdout.splitlines()
     assert done.returncode == 0 and len(said) == 10, done.stderr
-    assert "pixels of" in said[0] and "logits of" in said[1] and all("OpenVINO cannot run 'model." in line for line in said[2:])
+    assert (
+        "pixels of" in said[0]
+        and "logits of" in said[1]
+        and all("OpenVINO cannot run 'model." in line for line in said[2:])
+    )
     assert "lie in another file" in said[8] and "not OpenVINO's XML" in said[5] and "not OpenVINO's XML" in said[9]

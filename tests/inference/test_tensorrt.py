@@ -58,35 +58,64 @@ def engine_of(bundle: Bundle, **asked: object) -> TensorRtBackend:
     return opened(bundle, bundle.path("model.onnx"), EngineSettings(**asked))[0]  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize(("precision", "tf32", "files"), [("fp32", False, []), ("tf32", True, []), ("fp16", False, ["model.fp16.onnx"])])
+@pytest.mark.parametrize(
+    ("precision", "tf32", "files"), [("fp32", False, []), ("tf32", True, []), ("fp16", False, ["model.fp16.onnx"])]
+)
 def test_an_export_is_held_against_the_checkpoint_and_infer_runs_its_engine(
     bundle: Bundle, trt: TensorRt, command: Command, precision: str, tf32: bool, files: list[str]
 ) -> None:
     place, line = str(bundle.directory), ("--images", "data/digits/test/3", "--format", "json", "--backend")
-    answer = command("export", place, "--to", "tensorrt", "--images", "40", "--tensorrt.precision", precision, "--tensorrt.max_batch_size", "24")
+    answer = command(
+        "export",
+        place,
+        "--to",
+        "tensorrt",
+        "--images",
+        "40",
+        "--tensorrt.precision",
+        precision,
+        "--tensorrt.max_batch_size",
+        "24",
+    )
     assert answer.code == 0 and answer.out.split()[:2] == ["tensorrt", "100.00%"], answer.err
     assert trt.built == [{"bounds": [[1, 3, 32, 32], [24, 3, 32, 32], [24, 3, 32, 32]], "tf32": tf32}]
     found = read_bundle(bundle.directory)
     facts = found.info.exports["tensorrt"]
     assert facts["files"] == files and set(found.info.files) - set(bundle.info.files) == set(files)
-    assert (facts["precision"], facts["max_batch_size"], facts["gpu"], facts["tensorrt"]) == (precision, 24, "NVIDIA Fake", "11.4.0.106")
+    assert (facts["precision"], facts["max_batch_size"], facts["gpu"], facts["tensorrt"]) == (
+        precision,
+        24,
+        "NVIDIA Fake",
+        "11.4.0.106",
+    )
     assert facts["largest_difference"] <= facts["tolerance"] and engines() == [".engine", ".json"]
     assert not any(path.suffix == ".engine" for path in bundle.directory.rglob("*"))
     trt.cuda.batches.clear()
-    rows, plain = (json.loads(command("infer", "--checkpoint_name", place, *line, name).out) for name in ("tensorrt", "onnx"))
+    rows, plain = (
+        json.loads(command("infer", "--checkpoint_name", place, *line, name).out) for name in ("tensorrt", "onnx")
+    )
     assert [row["predicted_class"] for row in rows] == [row["predicted_class"] for row in plain]
     for row, exact in zip(rows, plain, strict=True):
         assert row["all_predictions"] == pytest.approx(exact["all_predictions"], abs=facts["tolerance"])
     assert max(trt.cuda.batches) <= 24 < sum(trt.cuda.batches) and len(trt.built) == 1
-    assert "tensorrt" in candidates(found) and [check.backend for check in verified(found, ["tensorrt"])] == ["tensorrt"]
+    assert "tensorrt" in candidates(found) and [check.backend for check in verified(found, ["tensorrt"])] == [
+        "tensorrt"
+    ]
 
 
 def test_a_form_replaces_the_one_before(bundle: Bundle, trt: TensorRt, command: Command) -> None:
     for precision, there in (("fp16", True), ("fp32", False)):
-        answer = command("export", str(bundle.directory), "--to", "tensorrt", "--images", "20", "--tensorrt.precision", precision)
+        answer = command(
+            "export", str(bundle.directory), "--to", "tensorrt", "--images", "20", "--tensorrt.precision", precision
+        )
         info = read_bundle(bundle.directory).info
-        assert answer.code == 0 and ("model.fp16.onnx" in info.files) == (bundle.directory / "model.fp16.onnx").exists() == there
-        assert {path.relative_to(bundle.directory).as_posix() for path in bundle.directory.rglob("*") if path.is_file()} == {
+        assert (
+            answer.code == 0
+            and ("model.fp16.onnx" in info.files) == (bundle.directory / "model.fp16.onnx").exists() == there
+        )
+        assert {
+            path.relative_to(bundle.directory).as_posix() for path in bundle.directory.rglob("*") if path.is_file()
+        } == {
             *info.files,
             "bundle.json",
         }
@@ -98,12 +127,19 @@ def test_infer_builds_an_engine_once_and_auto_takes_none_that_must_be_built(bund
     expected = OnnxBackend(bundle.path("model.onnx")).logits(pixels)
     for _ in range(2):
         np.testing.assert_allclose(open_backend(bundle, "tensorrt").logits(pixels), expected, atol=1e-5)
-    assert len(trt.built) == 1 and trt.built[0]["tf32"] is False and not takes_minutes(bundle, "tensorrt") and "tensorrt" in candidates(bundle)
+    assert (
+        len(trt.built) == 1
+        and trt.built[0]["tf32"] is False
+        and not takes_minutes(bundle, "tensorrt")
+        and "tensorrt" in candidates(bundle)
+    )
 
 
 @given(count=st.integers(0, 40), most=st.integers(1, 17))
 @HALF_A_MINUTE
-def test_any_number_of_images_goes_through_in_batches_that_fit(bundle: Bundle, trt: TensorRt, count: int, most: int) -> None:
+def test_any_number_of_images_goes_through_in_batches_that_fit(
+    bundle: Bundle, trt: TensorRt, count: int, most: int
+) -> None:
     backend = engine_of(bundle, max_batch_size=most)
     trt.cuda.batches.clear()
     pixels = np.random.default_rng(count).integers(0, 256, (count, 32, 32, 3), dtype=np.uint8).transpose(0, 3, 1, 2)
@@ -138,7 +174,10 @@ def test_memory_of_the_gpu_is_given_back(bundle: Bundle, trt: TensorRt) -> None:
 def test_an_engine_is_of_one_gpu_version_precision_batch_and_model(bundle: Bundle, trt: TensorRt) -> None:
     model = bundle.path("model.onnx")
     places = {Kept.of(model, EngineSettings())._path("engine")}
-    places |= {Kept.of(model, asked)._path("engine") for asked in (EngineSettings("tf32"), EngineSettings("fp16"), EngineSettings("fp32", 63))}
+    places |= {
+        Kept.of(model, asked)._path("engine")
+        for asked in (EngineSettings("tf32"), EngineSettings("fp16"), EngineSettings("fp32", 63))
+    }
     trt.__version__ = "10.16.1.11"
     places.add(Kept.of(model, EngineSettings())._path("engine"))
     trt.cuda.driver = 13010
@@ -187,17 +226,26 @@ def test_two_at_once_build_one_engine(bundle: Bundle, trt: TensorRt) -> None:
     assert len(trt.built) == 1 and len(backends) == 3
 
 
-def test_an_engine_that_answers_otherwise_is_not_kept(bundle: Bundle, trt: TensorRt, command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_engine_that_answers_otherwise_is_not_kept(
+    bundle: Bundle, trt: TensorRt, command: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
     trt.off = 9.0
     before = {path: path.read_bytes() for path in bundle.directory.rglob("*") if path.is_file()}
     with pytest.raises(ParityError, match=r"fp32\) agrees on .* golden images"):
         engine_of(bundle)
-    answer = command("infer", "--checkpoint_name", str(bundle.directory), "--backend", "tensorrt", "--images", "data/digits/test/3")
+    answer = command(
+        "infer", "--checkpoint_name", str(bundle.directory), "--backend", "tensorrt", "--images", "data/digits/test/3"
+    )
     assert answer.code == 2 and "golden images" in answer.err and answer.out == "" and engines() == []
     trt.off = 0.03  # less than the golden images, more than the gate allows
     monkeypatch.setattr("image_classifier.inference.golden.Check.fails", lambda *_: False)
     answer = command("export", str(bundle.directory), "--to", "tensorrt", "--images", "40")
-    assert answer.code == 2 and "TensorRT differs by" in answer.err and len(answer.err.strip().splitlines()) <= 2 and engines() == []
+    assert (
+        answer.code == 2
+        and "TensorRT differs by" in answer.err
+        and len(answer.err.strip().splitlines()) <= 2
+        and engines() == []
+    )
     info = read_bundle(bundle.directory).info
     assert "TensorRT differs by" in info.exports["tensorrt"]["refused"] and info.files == bundle.info.files
     assert {path: path.read_bytes() for path in before if path.name != "bundle.json"} == {
@@ -215,7 +263,9 @@ def test_what_tensorrt_refuses_is_one_line(bundle: Bundle, trt: TensorRt, tmp_pa
             build(path, EngineSettings())
         assert "\n" not in str(caught.value)
     trt.refuses_to_build = True
-    answer = command("infer", "--checkpoint_name", str(bundle.directory), "--backend", "tensorrt", "--images", "data/digits/test/3")
+    answer = command(
+        "infer", "--checkpoint_name", str(bundle.directory), "--backend", "tensorrt", "--images", "data/digits/test/3"
+    )
     assert answer.code == 2 and answer.out == "" and "no implementation for node cat" in answer.err.splitlines()[-1]
     assert "Traceback" not in answer.err and "a warning" not in answer.err and engines() == []
     trt.refuses_to_build, trt.refuses_to_load = False, True
@@ -232,12 +282,20 @@ def test_a_model_that_is_none_of_ours_is_refused(bundle: Bundle, trt: TensorRt, 
     onnx.save(model, tmp_path / "other.onnx")
     with pytest.raises(CheckpointError, match="does not take pixels uint8"):
         build(tmp_path / "other.onnx", EngineSettings())
-    onnx.save(onnx.load(bundle.path("model.onnx")), tmp_path / "m.onnx", save_as_external_data=True, location="weights", size_threshold=0)
+    onnx.save(
+        onnx.load(bundle.path("model.onnx")),
+        tmp_path / "m.onnx",
+        save_as_external_data=True,
+        location="weights",
+        size_threshold=0,
+    )
     with pytest.raises(CheckpointError, match="weights lie in another file"):
         build(tmp_path / "m.onnx", EngineSettings())
 
 
-@pytest.mark.parametrize("facts", [{"precision": "int8"}, {"max_batch_size": 0}, {"max_batch_size": "64"}, {"precision": []}])
+@pytest.mark.parametrize(
+    "facts", [{"precision": "int8"}, {"max_batch_size": 0}, {"max_batch_size": "64"}, {"precision": []}]
+)
 def test_a_bundle_that_describes_no_engine_is_refused(bundle: Bundle, trt: TensorRt, facts: dict[str, object]) -> None:
     content = json.loads((bundle.directory / "bundle.json").read_text())
     (bundle.directory / "bundle.json").write_text(json.dumps({**content, "exports": {"tensorrt": facts}}))
@@ -246,7 +304,11 @@ def test_a_bundle_that_describes_no_engine_is_refused(bundle: Bundle, trt: Tenso
 
 
 @pytest.mark.parametrize(
-    ("line", "says"), [(("--tensorrt.precision", "int8"), "tensorrt.precision='int8'"), (("--tensorrt.max_batch_size", "0"), "at least 1")]
+    ("line", "says"),
+    [
+        (("--tensorrt.precision", "int8"), "tensorrt.precision='int8'"),
+        (("--tensorrt.max_batch_size", "0"), "at least 1"),
+    ],
 )
 def test_bad_keys_are_one_line(bundle: Bundle, command: Command, line: tuple[str, ...], says: str) -> None:
     answer = command("export", str(bundle.directory), "--to", "tensorrt", *line)
@@ -305,7 +367,9 @@ def test_the_builder_itself_may_refuse_to_be(trt: TensorRt, bundle: Bundle) -> N
         build(bundle.path("model.onnx"), EngineSettings())
 
 
-def test_without_a_driver_no_engine_is_handed_to_tensorrt_which_would_crash(trt: TensorRt, bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_a_driver_no_engine_is_handed_to_tensorrt_which_would_crash(
+    trt: TensorRt, bundle: Bundle, monkeypatch: pytest.MonkeyPatch
+) -> None:
     trt.cuda.error = trt.cuda.cudaError_t.cudaErrorInsufficientDriver
     monkeypatch.setattr(trt, "Runtime", lambda logger: pytest.fail("it was"))
     for failing in (lambda: TensorRtBackend(b"plan", 1), lambda: build(bundle.path("model.onnx"), EngineSettings())):
@@ -326,7 +390,9 @@ def test_where_onnx_runtime_alone_has_tensorrt_it_is_used_and_said(
     bundle: Bundle, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr("image_classifier.inference.tensorrt.engine.is_installed", lambda: False)
-    monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: ["TensorrtExecutionProvider", "CPUExecutionProvider"])
+    monkeypatch.setattr(
+        onnxruntime, "get_available_providers", lambda: ["TensorrtExecutionProvider", "CPUExecutionProvider"]
+    )
     asked: list[object] = []
 
     class Session(onnxruntime.InferenceSession):

@@ -39,7 +39,9 @@ JSON = st.recursive(
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=8), inner, max_size=3),
     max_leaves=6,
 )
-QUICK = hypothesis_settings(max_examples=40, phases=(Phase.generate,), suppress_health_check=[HealthCheck.function_scoped_fixture])
+QUICK = hypothesis_settings(
+    max_examples=40, phases=(Phase.generate,), suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
 
 
 @pytest.fixture
@@ -101,21 +103,42 @@ TIMM, TORCHVISION = "timm.create_model", "image_classifier.modeling.backbones.to
     ],
     ids=str,
 )
-def test_a_checkpoint_asks_for_no_other_file_nor_the_network(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, backbone: Any) -> None:
+def test_a_checkpoint_asks_for_no_other_file_nor_the_network(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, backbone: Any
+) -> None:
     def reached(*_: object, **__: object) -> None:
         pytest.fail("reached")  # which nothing takes for a network that cannot be built
 
-    for name in ("socket.create_connection", "socket.getaddrinfo", "timm.models._builder.load_pretrained", "timm.models._factory.load_checkpoint"):
+    for name in (
+        "socket.create_connection",
+        "socket.getaddrinfo",
+        "timm.models._builder.load_pretrained",
+        "timm.models._factory.load_checkpoint",
+    ):
         monkeypatch.setattr(name, reached)
-    blueprint = {"backbone": backbone, "classes": ["a", "b"], "preprocess": {"size": 32}, "normalise": {"mean": [0.5] * 3, "std": [0.5] * 3}}
-    torch.save({"state_dict": {}, "hyper_parameters": {"blueprint": {**blueprint, "head_dropout": 0.0}}}, tmp_path / "evil.ckpt")
+    blueprint = {
+        "backbone": backbone,
+        "classes": ["a", "b"],
+        "preprocess": {"size": 32},
+        "normalise": {"mean": [0.5] * 3, "std": [0.5] * 3},
+    }
+    torch.save(
+        {"state_dict": {}, "hyper_parameters": {"blueprint": {**blueprint, "head_dropout": 0.0}}},
+        tmp_path / "evil.ckpt",
+    )
     with pytest.raises(ClassifierError) as caught:
         load_classifier(tmp_path / "evil.ckpt")
     assert "\n" not in str(caught.value)
 
 
 def test_what_fetches_is_turned_off_rather_than_left_to_chance() -> None:
-    asked = {"pretrained": True, "weights": "DEFAULT", "checkpoint_path": "a.pth", "pretrained_cfg": {"file": "a.pth"}, "drop_rate": 0.1}
+    asked = {
+        "pretrained": True,
+        "weights": "DEFAULT",
+        "checkpoint_path": "a.pth",
+        "pretrained_cfg": {"file": "a.pth"},
+        "drop_rate": 0.1,
+    }
     node = network_of({"backbone": {"_target_": TIMM, "model_name": "vit_tiny", "inner": [asked]}})
     assert node == {
         "_target_": TIMM,
@@ -134,7 +157,10 @@ def test_a_bundle_names_no_file_outside_its_folder(bundle: Path, command: Comman
     assert answer.code == 2 and "is no file of a bundle" in answer.err and len(answer.err.strip().splitlines()) == 1
 
 
-EXPORTS = {"int8": {"files": [], "tolerance": 1.0, "agreement": 1.0, "largest_difference": 0.1}, "openvino": {"bf16": {"agreement": 1.0}}}
+EXPORTS = {
+    "int8": {"files": [], "tolerance": 1.0, "agreement": 1.0, "largest_difference": 0.1},
+    "openvino": {"bf16": {"agreement": 1.0}},
+}
 
 
 def changed(data: st.DataObject, value: Any, depth: int = 3) -> Any:
@@ -165,7 +191,9 @@ def test_any_bundle_json_gives_a_predictor_or_a_clear_error(
     with suppress(ClassifierError):
         bundle = read_bundle(folder)
         bundle.verify()
-        assert [check.agreement for check in verified(bundle, [name for name in checkable(bundle) if name == "onnx"])] in ([], [1.0])
+        assert [
+            check.agreement for check in verified(bundle, [name for name in checkable(bundle) if name == "onnx"])
+        ] in ([], [1.0])
 
 
 @pytest.mark.parametrize(
@@ -193,11 +221,15 @@ def test_figures_that_cannot_be_are_refused(bundle: Path, command: Command, chan
 
 @given(data=st.data())
 @QUICK
-def test_a_mutated_onnx_file_gives_answers_or_a_clear_error(digits_bundle: Path, tmp_path: Path, data: st.DataObject) -> None:
+def test_a_mutated_onnx_file_gives_answers_or_a_clear_error(
+    digits_bundle: Path, tmp_path: Path, data: st.DataObject
+) -> None:
     content = bytearray((digits_bundle / "model.onnx").read_bytes())
     for _ in range(data.draw(st.integers(1, 4))):
         content[data.draw(st.integers(0, len(content) - 1))] = data.draw(st.integers(0, 255))
-    (tmp_path / "evil.onnx").write_bytes(content[: data.draw(st.integers(1, len(content)))] if data.draw(st.booleans()) else content)
+    (tmp_path / "evil.onnx").write_bytes(
+        content[: data.draw(st.integers(1, len(content)))] if data.draw(st.booleans()) else content
+    )
     with suppress(ClassifierError):
         (answer,) = load_predictor(tmp_path / "evil.onnx").predict([image(digits_bundle)])
         assert answer.error or answer.label
@@ -220,7 +252,10 @@ def test_an_onnx_file_reads_no_other_file(bundle: Path, command: Command, digits
 
 def test_a_model_for_other_squares_or_classes_is_refused(bundle: Path, command: Command, digits_bundle: Path) -> None:
     info = json.loads((bundle / "bundle.json").read_text())
-    for change, says in (({"classes": ["a", "b"]}, "logits of"), ({"preprocess": {**info["preprocess"], "size": 9}}, "pixels of")):
+    for change, says in (
+        ({"classes": ["a", "b"]}, "logits of"),
+        ({"preprocess": {**info["preprocess"], "size": 9}}, "pixels of"),
+    ):
         (bundle / "bundle.json").write_text(json.dumps({**info, **change}))
         answer = command("infer", "--checkpoint_name", str(bundle), "--images", str(image(digits_bundle)))
         assert answer.code == 2 and says in answer.err and "Traceback" not in answer.err
@@ -235,7 +270,9 @@ def npz(folder: Path, **arrays: np.ndarray) -> bytes:
 
 
 @pytest.mark.parametrize("name", ["golden.npz", "ood.npz"])
-def test_arrays_that_would_fill_the_memory_are_not_unpacked(bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+def test_arrays_that_would_fill_the_memory_are_not_unpacked(
+    bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
     resealed(bundle, name, npz(tmp_path, **dict(np.load(bundle / name)), more=np.zeros(9 * 2**20, np.uint8)))
 
     def read() -> object:
@@ -254,10 +291,20 @@ def test_arrays_of_other_shapes_or_types_are_refused(bundle: Path, tmp_path: Pat
     lying = io.BytesIO()
     with zipfile.ZipFile(lying, "w") as archive:  # a header may claim any size
         for key in known:
-            np.lib.format.write_array_header_1_0(header := io.BytesIO(), {"descr": "|u1", "fortran_order": False, "shape": (2**20, 2**20, 2**10)})
+            np.lib.format.write_array_header_1_0(
+                header := io.BytesIO(), {"descr": "|u1", "fortran_order": False, "shape": (2**20, 2**20, 2**10)}
+            )
             archive.writestr(f"{key}.npy", header.getvalue())
-    changed = [npz(tmp_path, **{**known, key: odd}) for key, value in known.items() for odd in (value[:0], value[None], value.astype(complex))]
-    changed += [npz(tmp_path, **{**known, key: np.repeat(value, 99, 0)}) for key, value in known.items() if key not in ("means", "looks_mean")]
+    changed = [
+        npz(tmp_path, **{**known, key: odd})
+        for key, value in known.items()
+        for odd in (value[:0], value[None], value.astype(complex))
+    ]
+    changed += [
+        npz(tmp_path, **{**known, key: np.repeat(value, 99, 0)})
+        for key, value in known.items()
+        if key not in ("means", "looks_mean")
+    ]
     objects = npz(tmp_path, **{key: np.array([Bomb(tmp_path / "run")], dtype=object) for key in known})
     for content in (b"", b"other", lying.getvalue(), objects, *changed):
         resealed(bundle, name, content)
@@ -268,6 +315,10 @@ def test_arrays_of_other_shapes_or_types_are_refused(bundle: Path, tmp_path: Pat
 
 def test_a_detector_of_another_network_is_refused(bundle: Path, tmp_path: Path, digits_bundle: Path) -> None:
     known = dict(np.load(bundle / "ood.npz"))
-    resealed(bundle, "ood.npz", npz(tmp_path, **{**known, "means": known["means"][:, :5], "whitening": known["whitening"][:5, :5]}))
+    resealed(
+        bundle,
+        "ood.npz",
+        npz(tmp_path, **{**known, "means": known["means"][:, :5], "whitening": known["whitening"][:5, :5]}),
+    )
     with pytest.raises(ClassifierError, match="takes 5 features, the model gives"):
         list(load_predictor(bundle).predict([image(digits_bundle)]))

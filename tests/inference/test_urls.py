@@ -63,7 +63,13 @@ def server(tmp_path: Path) -> Iterator[str]:
     as_zip(tmp_path / "a.zip", [("1.png", picture(1)), ("2.png", picture(2))])
     as_tar(tmp_path / "a.tar.gz", [("1.png", picture(1))])
     archives = {f"/{name}": (tmp_path / name).read_bytes() for name in ("a.zip", "a.tar.gz")}
-    Handler.files = archives | {"/1.png": picture(1), "/download": picture(2), "/any": archives["/a.zip"], "/cut.png": b"x", "/endless.png": b""}
+    Handler.files = archives | {
+        "/1.png": picture(1),
+        "/download": picture(2),
+        "/any": archives["/a.zip"],
+        "/cut.png": b"x",
+        "/endless.png": b"",
+    }
     web = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     own = f"http://127.0.0.1:{web.server_port}"
     Handler.asked = []
@@ -91,11 +97,24 @@ ALLOWED = Web(UrlLimits(timeout_s=5), allow_private=True)
 
 
 def test_images_and_archives_are_fetched(server: str) -> None:
-    items = found([f"{server}/1.png?key=secret", f"{server}/download", f"{server}/a.zip", f"{server}/a.tar.gz", f"{server}/any"], ALLOWED)
+    items = found(
+        [f"{server}/1.png?key=secret", f"{server}/download", f"{server}/a.zip", f"{server}/a.tar.gz", f"{server}/any"],
+        ALLOWED,
+    )
     own = [item.name.removeprefix(server) for item in items]
-    assert own == ["/1.png?key=secret", "/download", "/a.zip/1.png", "/a.zip/2.png", "/a.tar.gz/1.png", "/any/1.png", "/any/2.png"]
+    assert own == [
+        "/1.png?key=secret",
+        "/download",
+        "/a.zip/1.png",
+        "/a.zip/2.png",
+        "/a.tar.gz/1.png",
+        "/any/1.png",
+        "/any/2.png",
+    ]
     assert [item.content() for item in items] == [picture(number) for number in (1, 2, 1, 2, 1, 1, 2)]
-    assert [item.content() for item in found(["-"], ALLOWED, f"{server}/1.png\n{server}/moved.png".encode())] == [picture(1)] * 2
+    assert [item.content() for item in found(["-"], ALLOWED, f"{server}/1.png\n{server}/moved.png".encode())] == [
+        picture(1)
+    ] * 2
 
 
 @pytest.mark.parametrize(
@@ -146,7 +165,13 @@ def test_a_server_that_falls_silent_is_left() -> None:
 
 def test_addresses_of_this_machine_are_refused_by_default(server: str) -> None:
     port = server.rpartition(":")[2]
-    for place in (server, f"http://localhost:{port}", f"http://[::ffff:127.0.0.1]:{port}", f"http://2130706433:{port}", f"http://0x7f.1:{port}"):
+    for place in (
+        server,
+        f"http://localhost:{port}",
+        f"http://[::ffff:127.0.0.1]:{port}",
+        f"http://2130706433:{port}",
+        f"http://0x7f.1:{port}",
+    ):
         for name in ("1.png", "a.zip", "download"):
             (item,) = found([f"{place}/{name}"], Web(UrlLimits(timeout_s=5)))
             assert "private network" in reason(item)
@@ -172,9 +197,7 @@ def test_a_name_with_one_private_address_is_refused(monkeypatch: pytest.MonkeyPa
         list(Web(UrlLimits()).blocks("http://example.org/1.png", 10))
 
 
-PRIVATE_4 = (
-    "127.0.0.1 10.1.2.3 172.16.0.1 192.168.1.1 169.254.169.254 0.0.0.0 100.64.0.1 224.0.0.1 255.255.255.255 240.0.0.1 168.63.129.16 192.0.0.192"
-)
+PRIVATE_4 = "127.0.0.1 10.1.2.3 172.16.0.1 192.168.1.1 169.254.169.254 0.0.0.0 100.64.0.1 224.0.0.1 255.255.255.255 240.0.0.1 168.63.129.16 192.0.0.192"
 PRIVATE_6 = "::1 :: fe80::1%eth0 fc00::1 ff02::1 ::ffff:10.0.0.1 64:ff9b::7f00:1 2002:7f00:1:: ::ffff:169.254.169.254 fec0::1 64:ff9b::a83f:8110"
 
 

@@ -93,7 +93,10 @@ def test_nobody_waits_for_what_is_being_read_when_the_answers_are_left() -> None
         goes_on.wait(5)
         return b""
 
-    answers, start = predictor(batch_size=1).answers([Item.missing("1", "no"), *[Item("2", slow)] * 9]), time.monotonic()
+    answers, start = (
+        predictor(batch_size=1).answers([Item.missing("1", "no"), *[Item("2", slow)] * 9]),
+        time.monotonic(),
+    )
     next(answers)
     answers.close()  # type: ignore[attr-defined]
     took = time.monotonic() - start
@@ -111,10 +114,20 @@ def test_no_answer_of_a_model_server_takes_longer_than_it_may(drip: Drip, kind: 
 
 @pytest.mark.slow
 def test_ctrl_c_ends_a_run_at_once(trained: Path) -> None:
-    line = [sys.executable, str(ROOT / "commands.py"), "infer", "--checkpoint_name", "digits", "allow_private_urls=true", "--images"]
+    line = [
+        sys.executable,
+        str(ROOT / "commands.py"),
+        "infer",
+        "--checkpoint_name",
+        "digits",
+        "allow_private_urls=true",
+        "--images",
+    ]
     with socket.create_server(("127.0.0.1", 0)) as silent:
         silent.settimeout(60)
-        run = subprocess.Popen([*line, f"http://127.0.0.1:{silent.getsockname()[1]}/1.png"], cwd=trained, stderr=subprocess.PIPE)
+        run = subprocess.Popen(
+            [*line, f"http://127.0.0.1:{silent.getsockname()[1]}/1.png"], cwd=trained, stderr=subprocess.PIPE
+        )
         with silent.accept()[0]:
             time.sleep(0.5)
             start = time.monotonic()

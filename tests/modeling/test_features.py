@@ -22,7 +22,9 @@ DIGESTS = np.random.default_rng(1).integers(0, 256, (40, 32), dtype=np.uint8)
 
 def network(seed: int = 0) -> Classifier:
     torch.manual_seed(seed)
-    backbone = nn.Sequential(nn.Conv2d(3, 5, 3), nn.BatchNorm2d(5), nn.Dropout(0.5), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    backbone = nn.Sequential(
+        nn.Conv2d(3, 5, 3), nn.BatchNorm2d(5), nn.Dropout(0.5), nn.AdaptiveAvgPool2d(1), nn.Flatten()
+    )
     return Classifier(backbone, nn.Linear(5, 2), [0.5] * 3, [0.25] * 3)
 
 
@@ -40,7 +42,9 @@ def whole(store: EmbeddingStore, digests: np.ndarray = DIGESTS) -> np.ndarray:
 
 @pytest.mark.parametrize("batch", [1, 7, 40, 256])
 @pytest.mark.parametrize("channels_last", [False, True])
-def test_embeddings_are_those_of_the_network_in_use(batch: int, channels_last: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_embeddings_are_those_of_the_network_in_use(
+    batch: int, channels_last: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(features, "_BATCH", batch)
     model = network().train()
     rows = np.arange(39, -1, -1)
@@ -52,7 +56,10 @@ def test_embeddings_are_those_of_the_network_in_use(batch: int, channels_last: b
 
 
 def test_bfloat16_is_near_float32() -> None:
-    exact, rounded = (np.concatenate(list(embed(network(), np.arange(40), gather, precision))) for precision in ("32-true", "bf16-mixed"))
+    exact, rounded = (
+        np.concatenate(list(embed(network(), np.arange(40), gather, precision)))
+        for precision in ("32-true", "bf16-mixed")
+    )
     assert rounded.dtype == np.float32
     assert 0 < np.abs(exact - rounded).max() < 0.05
 
@@ -66,9 +73,13 @@ def test_numbers_that_are_not_finite_are_refused() -> None:
 
 @settings(max_examples=12, deadline=None)
 @given(
-    known=st.lists(st.integers(0, 39), max_size=30), asked=st.lists(st.integers(0, 39), min_size=1, max_size=30), part=st.sampled_from([1, 3, 100])
+    known=st.lists(st.integers(0, 39), max_size=30),
+    asked=st.lists(st.integers(0, 39), min_size=1, max_size=30),
+    part=st.sampled_from([1, 3, 100]),
 )
-def test_only_what_is_missing_is_computed(known: list[int], asked: list[int], part: int, tmp_path_factory: pytest.TempPathFactory) -> None:
+def test_only_what_is_missing_is_computed(
+    known: list[int], asked: list[int], part: int, tmp_path_factory: pytest.TempPathFactory
+) -> None:
     model, folder = network(), tmp_path_factory.mktemp("store")
     computed: list[int] = []
 
@@ -78,17 +89,25 @@ def test_only_what_is_missing_is_computed(known: list[int], asked: list[int], pa
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(features, "_PART", part)
         add = EmbeddingStore.add
-        patch.setattr(EmbeddingStore, "add", lambda self, digests, rows: (computed.append(len(digests)), add(self, digests, rows))[1])
+        patch.setattr(
+            EmbeddingStore,
+            "add",
+            lambda self, digests, rows: (computed.append(len(digests)), add(self, digests, rows))[1],
+        )
         for rows in filter(None, (known, asked)):  # a content may come twice
             positions = np.array(rows)
-            store = known_embeddings(model, DIGESTS[positions], lambda chosen, of=positions: counted(of[chosen]), folder)
+            store = known_embeddings(
+                model, DIGESTS[positions], lambda chosen, of=positions: counted(of[chosen]), folder
+            )
             expected = np.concatenate(list(embed(model, positions, gather)))
             np.testing.assert_allclose(whole(store, DIGESTS[positions]), expected, rtol=1e-4, atol=1e-5)
     assert sum(computed) == len({*known, *asked})
     assert max(computed) <= part
 
 
-def test_a_second_call_computes_nothing(tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_second_call_computes_nothing(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
     first = whole(known_embeddings(network(), DIGESTS, gather, tmp_path))
     monkeypatch.setattr(features, "embed", lambda *_: pytest.fail("computed again"))
     with caplog.at_level("INFO"):

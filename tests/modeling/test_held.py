@@ -19,10 +19,18 @@ from image_classifier.modeling.held import Held
 SIZES = st.lists(st.integers(1, 6), min_size=2, max_size=4)
 
 
-@given(sizes=SIZES, num_axes=st.integers(1, 2), scale=st.sampled_from([1e-3, 1.0, 1e3]), affine=st.booleans(), seed=st.integers(0, 99))
+@given(
+    sizes=SIZES,
+    num_axes=st.integers(1, 2),
+    scale=st.sampled_from([1e-3, 1.0, 1e3]),
+    affine=st.booleans(),
+    seed=st.integers(0, 99),
+)
 @hypothesis_settings(max_examples=60)
 @pytest.mark.parametrize("norm", [functional.layer_norm, functional.rms_norm])
-def test_a_held_norm_says_the_same_and_is_linear(norm: Callable, sizes: list[int], num_axes: int, scale: float, affine: bool, seed: int) -> None:
+def test_a_held_norm_says_the_same_and_is_linear(
+    norm: Callable, sizes: list[int], num_axes: int, scale: float, affine: bool, seed: int
+) -> None:
     """Of a linear function the gradient times the input is the output."""
     generator = torch.Generator().manual_seed(seed)
     tensor = (scale * torch.randn(sizes, generator=generator, dtype=torch.float64)).requires_grad_()
@@ -51,7 +59,10 @@ def test_gradients_flow_through_what_is_attended_to_alone(tokens: int, seed: int
     with Held():
         fused = functional.scaled_dot_product_attention(query, key=key, value=value)
         scores = query @ key.transpose(2, 3) / 2
-        explicit = [weights @ value for weights in (scores.softmax(-1), torch.softmax(scores, -1), functional.softmax(scores, dim=-1))]
+        explicit = [
+            weights @ value
+            for weights in (scores.softmax(-1), torch.softmax(scores, -1), functional.softmax(scores, dim=-1))
+        ]
     for answer in (fused, *explicit):
         assert torch.allclose(answer, fused, atol=1e-5)
         gradients = torch.autograd.grad(answer.sum(), [query, key, value], allow_unused=True)

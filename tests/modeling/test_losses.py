@@ -10,7 +10,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from image_classifier.errors import ConfigError
-from image_classifier.modeling.losses import BinaryCrossEntropy, CrossEntropy, FocalLoss, SupervisedContrastive, supervised_contrastive
+from image_classifier.modeling.losses import (
+    BinaryCrossEntropy,
+    CrossEntropy,
+    FocalLoss,
+    SupervisedContrastive,
+    supervised_contrastive,
+)
 
 SIZES = {"count": st.integers(1, 9), "num_classes": st.integers(2, 7), "seed": st.integers(0, 10_000)}
 SMOOTHING = st.sampled_from([0.0, 0.1, 0.5])
@@ -18,7 +24,9 @@ WEIGHTED, SOFT = st.booleans(), st.booleans()
 FEW = settings(max_examples=40, deadline=None)
 
 
-def drawn(count: int, num_classes: int, seed: int, soft: bool, weighted: bool) -> tuple[np.ndarray, np.ndarray, np.ndarray, list[float] | None]:
+def drawn(
+    count: int, num_classes: int, seed: int, soft: bool, weighted: bool
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, list[float] | None]:
     """Logits [N, C], targets as given to a loss, the shares [N, C] they mean, and class weights."""
     random = np.random.default_rng(seed)
     logits = random.normal(0, 3, (count, num_classes))
@@ -40,18 +48,24 @@ def value_of(criterion: torch.nn.Module, logits: np.ndarray, targets: np.ndarray
 
 @FEW
 @given(**SIZES, soft=SOFT, weighted=WEIGHTED, smoothing=SMOOTHING)
-def test_cross_entropy_is_its_formula(count: int, num_classes: int, seed: int, soft: bool, weighted: bool, smoothing: float) -> None:
+def test_cross_entropy_is_its_formula(
+    count: int, num_classes: int, seed: int, soft: bool, weighted: bool, smoothing: float
+) -> None:
     logits, targets, shares, weights = drawn(count, num_classes, seed, soft, weighted)
     factors = np.array(weights or [1.0] * num_classes)
     smooth = shares * (1 - smoothing) + smoothing / num_classes
     losses = -(smooth * factors * log_softmax(logits)).sum(1)
     divisor = count if soft else (shares * factors).sum()  # torch's rule
-    assert value_of(_double(CrossEntropy(weights, smoothing)), logits, targets) == pytest.approx(losses.sum() / divisor, rel=1e-6)
+    assert value_of(_double(CrossEntropy(weights, smoothing)), logits, targets) == pytest.approx(
+        losses.sum() / divisor, rel=1e-6
+    )
 
 
 @FEW
 @given(**SIZES, soft=SOFT, weighted=WEIGHTED, gamma=st.sampled_from([0.0, 0.5, 1.0, 2.0, 5.0]))
-def test_focal_loss_is_its_formula(count: int, num_classes: int, seed: int, soft: bool, weighted: bool, gamma: float) -> None:
+def test_focal_loss_is_its_formula(
+    count: int, num_classes: int, seed: int, soft: bool, weighted: bool, gamma: float
+) -> None:
     logits, targets, shares, weights = drawn(count, num_classes, seed, soft, weighted)
     factors = np.array(weights or [1.0] * num_classes)
     log_p = log_softmax(logits)
@@ -61,12 +75,16 @@ def test_focal_loss_is_its_formula(count: int, num_classes: int, seed: int, soft
 
 @FEW
 @given(**SIZES, soft=SOFT, weighted=WEIGHTED, smoothing=SMOOTHING)
-def test_binary_cross_entropy_is_its_formula(count: int, num_classes: int, seed: int, soft: bool, weighted: bool, smoothing: float) -> None:
+def test_binary_cross_entropy_is_its_formula(
+    count: int, num_classes: int, seed: int, soft: bool, weighted: bool, smoothing: float
+) -> None:
     logits, targets, shares, weights = drawn(count, num_classes, seed, soft, weighted)
     smooth = shares * (1 - smoothing) + smoothing / num_classes
     losses = (smooth * np.log1p(np.exp(-logits)) + (1 - smooth) * np.log1p(np.exp(logits))).sum(1)
     own = (shares * np.array(weights or [1.0] * num_classes)).sum(1)
-    assert value_of(_double(BinaryCrossEntropy(weights, smoothing)), logits, targets) == pytest.approx((losses * own).sum() / own.sum(), rel=1e-6)
+    assert value_of(_double(BinaryCrossEntropy(weights, smoothing)), logits, targets) == pytest.approx(
+        (losses * own).sum() / own.sum(), rel=1e-6
+    )
 
 
 def contrast_by_hand(projections: np.ndarray, targets: np.ndarray, temperature: float) -> float:
@@ -84,7 +102,9 @@ def contrast_by_hand(projections: np.ndarray, targets: np.ndarray, temperature: 
 
 @FEW
 @given(**SIZES, length=st.integers(1, 6), temperature=st.sampled_from([0.05, 0.1, 0.5, 1.0]))
-def test_supervised_contrast_is_equation_2(count: int, num_classes: int, seed: int, length: int, temperature: float) -> None:
+def test_supervised_contrast_is_equation_2(
+    count: int, num_classes: int, seed: int, length: int, temperature: float
+) -> None:
     random = np.random.default_rng(seed)
     projections, targets = random.normal(0, 2, (count, length)), random.integers(0, num_classes, count)
     found = supervised_contrastive(torch.from_numpy(projections), torch.from_numpy(targets), temperature)
@@ -94,27 +114,41 @@ def test_supervised_contrast_is_equation_2(count: int, num_classes: int, seed: i
 @pytest.mark.parametrize("seed", range(3))
 @pytest.mark.parametrize("soft", [False, True])
 @pytest.mark.parametrize(
-    "criterion", [CrossEntropy([1.0, 2.0, 0.5], 0.1), FocalLoss(2.0, [1.0, 2.0, 0.5]), FocalLoss(0.5), BinaryCrossEntropy(None, 0.1)]
+    "criterion",
+    [
+        CrossEntropy([1.0, 2.0, 0.5], 0.1),
+        FocalLoss(2.0, [1.0, 2.0, 0.5]),
+        FocalLoss(0.5),
+        BinaryCrossEntropy(None, 0.1),
+    ],
 )
 def test_gradients_are_those_of_the_formulas(criterion: torch.nn.Module, soft: bool, seed: int) -> None:
     logits, targets, _, _ = drawn(4, 3, seed, soft, weighted=False)
     criterion = _double(criterion)
-    assert torch.autograd.gradcheck(lambda x: criterion(x, torch.from_numpy(targets)), torch.from_numpy(logits).requires_grad_())
+    assert torch.autograd.gradcheck(
+        lambda x: criterion(x, torch.from_numpy(targets)), torch.from_numpy(logits).requires_grad_()
+    )
 
 
 @pytest.mark.parametrize("targets", [[0, 0, 1, 1, 2], [0, 0, 0], [0, 1, 2, 0]])
 def test_the_gradient_of_the_contrast(targets: list[int]) -> None:
-    projections = torch.randn(len(targets), 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0), requires_grad=True)
+    projections = torch.randn(
+        len(targets), 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0), requires_grad=True
+    )
     assert torch.autograd.gradcheck(lambda x: supervised_contrastive(x, torch.tensor(targets), 0.2), projections)
 
 
 @FEW
 @given(**SIZES, weighted=WEIGHTED)
-def test_classes_and_their_one_hot_shares_mean_the_same(count: int, num_classes: int, seed: int, weighted: bool) -> None:
+def test_classes_and_their_one_hot_shares_mean_the_same(
+    count: int, num_classes: int, seed: int, weighted: bool
+) -> None:
     logits, targets, shares, weights = drawn(count, num_classes, seed, False, weighted)
     for criterion in (FocalLoss(2.0, weights), BinaryCrossEntropy(weights, 0.1)):
         assert value_of(criterion, logits, targets) == pytest.approx(value_of(criterion, logits, shares), rel=1e-5)
-    assert value_of(FocalLoss(0.0, weights), logits, targets) == pytest.approx(value_of(_double(CrossEntropy(weights)), logits, targets), rel=1e-5)
+    assert value_of(FocalLoss(0.0, weights), logits, targets) == pytest.approx(
+        value_of(_double(CrossEntropy(weights)), logits, targets), rel=1e-5
+    )
 
 
 @FEW
@@ -138,7 +172,12 @@ def test_a_batch_without_partners_costs_nothing_and_moves_nothing(count: int) ->
 
 @pytest.mark.parametrize("gamma", [0.0, 0.3, 1.0, 2.0])
 def test_extreme_logits_give_finite_losses_and_gradients(gamma: float) -> None:
-    for criterion in (FocalLoss(gamma), FocalLoss(gamma, [0.0, 1.0]), BinaryCrossEntropy(), BinaryCrossEntropy([0.0, 1.0])):
+    for criterion in (
+        FocalLoss(gamma),
+        FocalLoss(gamma, [0.0, 1.0]),
+        BinaryCrossEntropy(),
+        BinaryCrossEntropy([0.0, 1.0]),
+    ):
         logits = torch.tensor([[1e4, -1e4], [-1e4, 1e4], [0.0, 0.0]], requires_grad=True)
         for targets in (torch.tensor([0, 0, 0]), torch.tensor([1, 1, 0]), torch.full((3, 2), 0.5)):
             loss = criterion(logits, targets)
@@ -153,17 +192,24 @@ def test_equal_and_zero_projections_give_finite_gradients() -> None:
         assert projections.grad is not None and torch.isfinite(projections.grad).all()
 
 
-@pytest.mark.parametrize("criterion", [CrossEntropy(), FocalLoss(), BinaryCrossEntropy(), SupervisedContrastive(joint=True)])
+@pytest.mark.parametrize(
+    "criterion", [CrossEntropy(), FocalLoss(), BinaryCrossEntropy(), SupervisedContrastive(joint=True)]
+)
 def test_bfloat16_networks_are_judged_in_float32(criterion: Any) -> None:
     generator = torch.Generator().manual_seed(0)
-    logits, targets = torch.randn(64, 10, generator=generator).bfloat16(), torch.randint(0, 10, (64,), generator=generator)
+    logits, targets = (
+        torch.randn(64, 10, generator=generator).bfloat16(),
+        torch.randint(0, 10, (64,), generator=generator),
+    )
     with torch.autocast("cpu", torch.bfloat16):
         loss = criterion(logits, targets)
         assert loss.dtype == torch.float32
         torch.testing.assert_close(loss, criterion(logits.float(), targets), rtol=1e-6, atol=0)
         projections = torch.randn(64, 16, generator=generator)
         found = supervised_contrastive(projections, targets, 0.05)
-    torch.testing.assert_close(found, supervised_contrastive(projections.double(), targets, 0.05).float(), rtol=1e-5, atol=0)
+    torch.testing.assert_close(
+        found, supervised_contrastive(projections.double(), targets, 0.05).float(), rtol=1e-5, atol=0
+    )
 
 
 def test_alone_the_contrast_teaches_the_network_and_cross_entropy_only_the_head() -> None:
@@ -191,7 +237,8 @@ def test_joined_the_loss_is_the_sum(contrast: float, smoothing: float, weighted:
     plain = CrossEntropy(weights, smoothing)(logits, targets)
     torch.testing.assert_close(criterion(logits, targets), plain)
     torch.testing.assert_close(
-        criterion(logits, targets, embeddings), plain + contrast * supervised_contrastive(criterion.neck(embeddings), targets, 0.2)
+        criterion(logits, targets, embeddings),
+        plain + contrast * supervised_contrastive(criterion.neck(embeddings), targets, 0.2),
     )
     assert not criterion.head_apart
 

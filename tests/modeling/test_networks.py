@@ -18,9 +18,16 @@ MEAN, STD = [0.4, 0.5, 0.6], [0.2, 0.25, 0.3]
 NETWORKS: dict[str, Callable[[], nn.Module]] = {
     "convnet": lambda: ConvNet(SIZE),
     "simpsons_cnn": lambda: ConvNet(
-        SIZE, [8, 16, 32, 64, 96, 128], ["conv", "activation", "pool", "norm"], dropout=[0.2] * 4 + [0.0] * 2, global_pool=False, hidden=[64, 64]
+        SIZE,
+        [8, 16, 32, 64, 96, 128],
+        ["conv", "activation", "pool", "norm"],
+        dropout=[0.2] * 4 + [0.0] * 2,
+        global_pool=False,
+        hidden=[64, 64],
     ),
-    "simpsons_focal": lambda: ConvNet(SIZE, [16, 32, 64, 128], ["conv", "activation", "pool", "norm"], hidden=[120, 84], hidden_dropout=[0, 0.1]),
+    "simpsons_focal": lambda: ConvNet(
+        SIZE, [16, 32, 64, 128], ["conv", "activation", "pool", "norm"], hidden=[120, 84], hidden_dropout=[0, 0.1]
+    ),
     "mlp": lambda: MLP(SIZE, [32]),
     "resnet18": lambda: torchvision_backbone("resnet18"),
     "mobilenet_v3_small": lambda: torchvision_backbone("mobilenet_v3_small"),
@@ -40,7 +47,11 @@ def test_logits_are_finite_and_every_parameter_gets_a_gradient(name: str) -> Non
     loss = nn.functional.cross_entropy(logits, torch.tensor([0, 1, 2, 3]))
     loss.backward()
     assert torch.isfinite(loss)
-    without = [key for key, parameter in classifier.named_parameters() if parameter.grad is None or not torch.isfinite(parameter.grad).all()]
+    without = [
+        key
+        for key, parameter in classifier.named_parameters()
+        if parameter.grad is None or not torch.isfinite(parameter.grad).all()
+    ]
     assert without == []
 
 
@@ -70,7 +81,9 @@ def test_pixels_are_normalised_inside() -> None:
     hidden=st.lists(st.integers(1, 16), max_size=2),
     global_pool=st.booleans(),
 )
-def test_any_order_and_width_makes_a_network(channels: list[int], order: list[str], hidden: list[int], global_pool: bool) -> None:
+def test_any_order_and_width_makes_a_network(
+    channels: list[int], order: list[str], hidden: list[int], global_pool: bool
+) -> None:
     network = ConvNet(16, channels, order, hidden=hidden, global_pool=global_pool, dropout=0.1).eval()
     assert network(torch.zeros(2, 3, 16, 16)).shape[0] == 2
 

@@ -77,9 +77,21 @@ def test_training_sees_each_image_once() -> None:
 def test_torch_onnx_and_a_reloaded_checkpoint_agree(tta: str, tmp_path: Path) -> None:
     classifier = classifier_with(tta)
     export_onnx(classifier, SIZE, {}, tmp_path / "model.onnx")
-    backbone = {"_target_": "image_classifier.modeling.convnet.ConvNet", "image_size": SIZE, "channels": [8, 16], "global_pool": False}
+    backbone = {
+        "_target_": "image_classifier.modeling.convnet.ConvNet",
+        "image_size": SIZE,
+        "channels": [8, 16],
+        "global_pool": False,
+    }
     normalise = {"mean": [0.5] * 3, "std": [0.2] * 3}
-    blueprint = {"classes": list("abcd"), "preprocess": {"size": SIZE}, "normalise": normalise, "backbone": backbone, "head_dropout": 0.0, "tta": tta}
+    blueprint = {
+        "classes": list("abcd"),
+        "preprocess": {"size": SIZE},
+        "normalise": normalise,
+        "backbone": backbone,
+        "head_dropout": 0.0,
+        "tta": tta,
+    }
     state = {f"classifier.{key}": value for key, value in classifier.state_dict().items()}
     torch.save({"state_dict": state, "hyper_parameters": {"blueprint": blueprint}}, tmp_path / "model.ckpt")
     reloaded, _ = load_classifier(tmp_path / "model.ckpt")

@@ -46,18 +46,34 @@ WRAPPERS: list[Callable[[dict[str, Any]], Any]] = [
     lambda state: state,
     lambda state: {"state_dict": state, "epoch": 3, "optimizer": {"state": {0: {"step": torch.tensor(1.0)}}}},
     lambda state: {"model": state, "args": {"lr": 0.1}},
-    lambda state: {"state_dict": {name: torch.zeros_like(value) for name, value in state.items()}, "state_dict_ema": state},
+    lambda state: {
+        "state_dict": {name: torch.zeros_like(value) for name, value in state.items()},
+        "state_dict_ema": state,
+    },
     lambda state: {"ema": {"module": state, "decay": 0.99}},
     lambda state: {"epoch": torch.tensor(3), "model_state_dict": state},
 ]
-PREFIXES = ["", "module.", "backbone.", "model.backbone.", "classifier.backbone.", "_orig_mod.", "module._orig_mod.", "net.encoder."]
+PREFIXES = [
+    "",
+    "module.",
+    "backbone.",
+    "model.backbone.",
+    "classifier.backbone.",
+    "_orig_mod.",
+    "module._orig_mod.",
+    "net.encoder.",
+]
 
 
 @settings(deadline=None, max_examples=20, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(wrapper=st.sampled_from(WRAPPERS), prefix=st.sampled_from(PREFIXES))
-def test_any_wrapper_and_prefix_is_seen_through(tmp_path: Path, wrapper: Callable[[dict[str, Any]], Any], prefix: str) -> None:
+def test_any_wrapper_and_prefix_is_seen_through(
+    tmp_path: Path, wrapper: Callable[[dict[str, Any]], Any], prefix: str
+) -> None:
     source, target = network(0), network(1)
-    torch.save(wrapper({prefix + name: value for name, value in source.backbone.state_dict().items()}), tmp_path / "w.pth")
+    torch.save(
+        wrapper({prefix + name: value for name, value in source.backbone.state_dict().items()}), tmp_path / "w.pth"
+    )
     assert not same(source.backbone, target.backbone)
     load_weights(target, read_weights(tmp_path / "w.pth"), "w.pth")
     assert same(source.backbone, target.backbone)
@@ -99,7 +115,11 @@ def test_a_head_and_a_stem_that_do_not_fit_start_anew_and_are_named(said: Callab
 def test_a_file_of_another_network_is_refused_with_names_of_both_sides() -> None:
     with pytest.raises(CheckpointError) as refusal:
         load_weights(network(0), network(0, channels=(8, 12)).state_dict(), "other.pth")
-    assert "'other.pth'" in str(refusal.value) and "0.0.weight" in str(refusal.value) and "backbone.0.0.weight" in str(refusal.value)
+    assert (
+        "'other.pth'" in str(refusal.value)
+        and "0.0.weight" in str(refusal.value)
+        and "backbone.0.0.weight" in str(refusal.value)
+    )
     assert "\n" not in str(refusal.value)
     with pytest.raises(CheckpointError, match="another network"):
         load_weights(network(0), {"step": torch.tensor(3)}, "x.pth")
@@ -116,7 +136,18 @@ class Runs:
 
 
 @pytest.mark.parametrize(
-    "kind", ["missing", "folder", "empty", "text", "cut", "cut.safetensors", "text.safetensors", "no weights", "header.safetensors"]
+    "kind",
+    [
+        "missing",
+        "folder",
+        "empty",
+        "text",
+        "cut",
+        "cut.safetensors",
+        "text.safetensors",
+        "no weights",
+        "header.safetensors",
+    ],
 )
 def test_what_cannot_be_read_is_one_line(tmp_path: Path, kind: str) -> None:
     path = tmp_path / (kind if kind.endswith("safetensors") else f"{kind}.pth")
@@ -128,7 +159,11 @@ def test_what_cannot_be_read_is_one_line(tmp_path: Path, kind: str) -> None:
     elif kind == "no weights":
         torch.save({"epoch": 3}, path)
     elif kind != "missing":
-        path.write_bytes({"empty": b"", "text": b"hello", "text.safetensors": b"hello there", "header.safetensors": b"\xff" * 16}[kind])
+        path.write_bytes(
+            {"empty": b"", "text": b"hello", "text.safetensors": b"hello there", "header.safetensors": b"\xff" * 16}[
+                kind
+            ]
+        )
     with pytest.raises(CheckpointError) as refusal:
         read_weights(path)
     assert str(path) in str(refusal.value) and "\n" not in str(refusal.value)
@@ -189,7 +224,9 @@ def test_unknown_pretrained_weights_name_the_known_ones() -> None:
         torchvision_backbone("mobilenet_v3_small", weights="NONSENSE")
 
 
-def test_pretrained_weights_that_cannot_be_downloaded_are_one_line(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_pretrained_weights_that_cannot_be_downloaded_are_one_line(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     def offline(*arguments: Any, **options: Any) -> None:
         raise OSError("no network")
 
@@ -229,7 +266,9 @@ def test_imagenet_weights_tell_flowers_apart(imagenet: Path, shared_data: Path, 
     assert "weights: 312 of the backbone's 312 tensors" in said()
     assert "the head starts anew: its shape is [5, 1280], in the file [1000, 1280] (classifier.1.weight)" in said()
     with torch.inference_mode():
-        embeddings = nn.functional.normalize(classifier.embed(pixels.flatten(0, 1)), dim=1).unflatten(0, pixels.shape[:2])
+        embeddings = nn.functional.normalize(classifier.embed(pixels.flatten(0, 1)), dim=1).unflatten(
+            0, pixels.shape[:2]
+        )
     means, judged = nn.functional.normalize(embeddings[:, :10].mean(dim=1), dim=1), embeddings[:, 10:]
     right = (judged @ means.T).argmax(dim=2) == torch.arange(len(pixels)).unsqueeze(1)
     assert right.float().mean() > 0.65

@@ -17,7 +17,9 @@ from image_classifier.modeling.whitened import WhitenedNet
 def smooth_images(number: int = 64, size: int = 12) -> torch.Tensor:
     """Images whose neighbouring pixels and channels are alike, as in photographs."""
     noise = torch.randn(number, 1, size, size, generator=torch.Generator().manual_seed(0)).repeat(1, 3, 1, 1)
-    return functional.avg_pool2d(noise, 3, 1, 1) + 0.1 * torch.randn(number, 3, size, size, generator=torch.Generator().manual_seed(1))
+    return functional.avg_pool2d(noise, 3, 1, 1) + 0.1 * torch.randn(
+        number, 3, size, size, generator=torch.Generator().manual_seed(1)
+    )
 
 
 @pytest.mark.parametrize("size", [1, 2, 3])
@@ -44,7 +46,11 @@ def test_whitening_filters_and_the_scale_of_norms_are_not_trained() -> None:
     network = WhitenedNet()
     network(torch.randn(2, 3, 32, 32)).sum().backward()
     still = {name for name, parameter in network.named_parameters() if parameter.grad is None}
-    assert still == {name for name, _ in network.named_parameters() if name == "whiten.weight" or (".norms." in name and name.endswith("weight"))}
+    assert still == {
+        name
+        for name, _ in network.named_parameters()
+        if name == "whiten.weight" or (".norms." in name and name.endswith("weight"))
+    }
 
 
 @settings(deadline=None, max_examples=10)
@@ -55,12 +61,17 @@ def test_whitening_filters_and_the_scale_of_norms_are_not_trained() -> None:
     size=st.integers(16, 40),
     number=st.integers(2, 3),
 )
-def test_any_image_size_gives_one_embedding_of_the_last_width(widths: list[int], convolutions: int, residual: bool, size: int, number: int) -> None:
+def test_any_image_size_gives_one_embedding_of_the_last_width(
+    widths: list[int], convolutions: int, residual: bool, size: int, number: int
+) -> None:
     network = WhitenedNet(widths, max(convolutions, 3) if residual else convolutions, residual)
     assert network(torch.randn(number, 3, size, size)).shape == (number, widths[-1])
 
 
-@pytest.mark.parametrize("impossible", [{"widths": ()}, {"convolutions": 0}, {"residual": True}, {"norm_momentum": 1.0}, {"whitening_size": 0}])
+@pytest.mark.parametrize(
+    "impossible",
+    [{"widths": ()}, {"convolutions": 0}, {"residual": True}, {"norm_momentum": 1.0}, {"whitening_size": 0}],
+)
 def test_impossible_settings_are_one_line(impossible: dict[str, object]) -> None:
     with pytest.raises(ConfigError, match="impossible"):
         WhitenedNet(**impossible)  # type: ignore[arg-type]

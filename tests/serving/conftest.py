@@ -42,7 +42,14 @@ class Server:
     port: int
     log: Path
 
-    def ask(self, method: str, path: str, body: bytes | None = None, headers: Mapping[str, str] | None = None, timeout_s: float = 60) -> Reply:
+    def ask(
+        self,
+        method: str,
+        path: str,
+        body: bytes | None = None,
+        headers: Mapping[str, str] | None = None,
+        timeout_s: float = 60,
+    ) -> Reply:
         connection = HTTPConnection(self.host, self.port, timeout=timeout_s)
         try:
             connection.request(method, path, body, dict(headers or {}))
@@ -51,7 +58,13 @@ class Server:
         finally:
             connection.close()
 
-    def send(self, path: str, *files: tuple[str, bytes], headers: Mapping[str, str] | None = None, texts: Mapping[str, str] | None = None) -> Reply:
+    def send(
+        self,
+        path: str,
+        *files: tuple[str, bytes],
+        headers: Mapping[str, str] | None = None,
+        texts: Mapping[str, str] | None = None,
+    ) -> Reply:
         """Files, and texts before them, as a browser's form sends them."""
         body, kind = form(*files, texts=texts)
         return self.ask("POST", path, body, {"Content-Type": kind, **(headers or {})})
@@ -73,7 +86,10 @@ class Server:
 
 def form(*files: tuple[str, bytes], field: str = "images", texts: Mapping[str, str] | None = None) -> tuple[bytes, str]:
     """The body of a form with these texts and files, and its content type."""
-    parts = [f'--frontier\r\nContent-Disposition: form-data; name="{name}"\r\n\r\n{text}\r\n'.encode() for name, text in (texts or {}).items()]
+    parts = [
+        f'--frontier\r\nContent-Disposition: form-data; name="{name}"\r\n\r\n{text}\r\n'.encode()
+        for name, text in (texts or {}).items()
+    ]
     parts += [
         b'--frontier\r\nContent-Disposition: form-data; name="%s"; filename="%s"\r\nContent-Type: application/octet-stream\r\n\r\n%s\r\n'
         % (field.encode(), name.encode(), content)
@@ -82,7 +98,9 @@ def form(*files: tuple[str, bytes], field: str = "images", texts: Mapping[str, s
     return b"".join(parts) + b"--frontier--\r\n", "multipart/form-data; boundary=frontier"
 
 
-def start_server(folder: Path, checkpoint: Path, *line: str, host: str = "127.0.0.1", env: Mapping[str, str] | None = None) -> Server:
+def start_server(
+    folder: Path, checkpoint: Path, *line: str, host: str = "127.0.0.1", env: Mapping[str, str] | None = None
+) -> Server:
     """Start one and wait until it says where it listens, which is when all models answered."""
     log = folder / f"serve-{os.urandom(4).hex()}.log"
     words = [sys.executable, str(ROOT / "commands.py"), "serve", str(checkpoint), "--port", "0", "--host", host, *line]
@@ -115,7 +133,9 @@ def strict(digits_bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Ite
     access = ["--access.keys_file", "keys.txt", "access.cors_origins=[https://example.org]"]
     request = [f"request.{name}=1" for name in ("body_s", "headers_s", "keep_alive_s")]
     request += ["request.max_bytes=20000", "request.max_images=3", "request.max_memory=50000"]
-    found = start_server(folder, digits_bundle, *access, *request, "queue=3", "limits.max_pixels=10000", "limits.formats=[PNG,JPEG]")
+    found = start_server(
+        folder, digits_bundle, *access, *request, "queue=3", "limits.max_pixels=10000", "limits.formats=[PNG,JPEG]"
+    )
     yield found
     assert found.end(signal.SIGINT) == 0, found.log.read_text()
     assert "Traceback" not in found.log.read_text()

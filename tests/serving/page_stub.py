@@ -41,7 +41,9 @@ class Stub:
     key: str | None = None
     urls: bool = False
     names: tuple[str, ...] = ("flowers",)
-    refusals: list[tuple[int, str, str]] = field(default_factory=list)  # status, code, Retry-After: of the next requests to /predict
+    refusals: list[tuple[int, str, str]] = field(
+        default_factory=list
+    )  # status, code, Retry-After: of the next requests to /predict
     delay_s: float = 0.0
     max_bytes: int = 2**20
     max_pixels: int = 50_000_000
@@ -64,7 +66,12 @@ class Stub:
             "metrics": {"test": {"accuracy": 0.9714}, "val": {"accuracy": 0.96}},
             "intervals": {"test": {"accuracy": [0.951, 0.983]}},
             "provenance": {"created": "2026-11-22T03:22:47+00:00"},
-            "limits": {"max_bytes": self.max_bytes, "max_pixels": self.max_pixels, "max_images": 64, "formats": list(self.formats)},
+            "limits": {
+                "max_bytes": self.max_bytes,
+                "max_pixels": self.max_pixels,
+                "max_images": 64,
+                "formats": list(self.formats),
+            },
             "explain": True,
             "urls": self.urls,
         }
@@ -78,9 +85,19 @@ def prediction(name: str, content: bytes) -> dict[str, Any]:
     best = next((place for place, each in enumerate(CLASSES) if each in name), zlib.crc32(content) % 5)
     weights = [1 + zlib.crc32(content + bytes([place])) % 8 for place in range(len(CLASSES))]
     weights[best] = 20 if unsure else 900
-    shares = sorted(((each, weight / sum(weights)) for each, weight in zip(CLASSES, weights, strict=True)), key=lambda share: -share[1])
+    shares = sorted(
+        ((each, weight / sum(weights)) for each, weight in zip(CLASSES, weights, strict=True)),
+        key=lambda share: -share[1],
+    )
     label, confidence = shares[0]
-    answer = {"path": name, "predicted_class": label, "confidence": confidence, "all_predictions": dict(shares), "decision": "label", "reason": ""}
+    answer = {
+        "path": name,
+        "predicted_class": label,
+        "confidence": confidence,
+        "all_predictions": dict(shares),
+        "decision": "label",
+        "reason": "",
+    }
     if unsure:
         reason = f"not sure enough: confidence {confidence:.3f}, the limit is 0.620"
         return {**answer, "decision": "abstain", "reason": reason, "prediction_set": [each for each, _ in shares[:2]]}
@@ -115,7 +132,10 @@ class Handler(BaseHTTPRequestHandler):
         elif not self.allowed(stub):
             pass
         elif url.path == "/models":
-            models = [{"name": name, "version": "3fa9c1d2", "ready": True, "default": place == 0} for place, name in enumerate(stub.names)]
+            models = [
+                {"name": name, "version": "3fa9c1d2", "ready": True, "default": place == 0}
+                for place, name in enumerate(stub.names)
+            ]
             self.json(200, {"models": models})
         elif url.path == "/model":
             self.json(200, stub.model(parse_qs(url.query).get("model", [""])[0]))
@@ -173,7 +193,12 @@ class Handler(BaseHTTPRequestHandler):
 
     def send(self, status: int, content: bytes, kind: str, headers: dict[str, str] | None = None) -> None:
         self.send_response(status)
-        for name, value in {**HEADERS, "Content-Type": kind, "Content-Length": str(len(content)), **(headers or {})}.items():
+        for name, value in {
+            **HEADERS,
+            "Content-Type": kind,
+            "Content-Length": str(len(content)),
+            **(headers or {}),
+        }.items():
             self.send_header(name, value)
         self.end_headers()
         self.wfile.write(content)

@@ -7,7 +7,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-_REFUSED = re.compile(r"Failed to load resource: the server responded with a status of (401|422|503)")  # the browser's own line for each
+_REFUSED = re.compile(
+    r"Failed to load resource: the server responded with a status of (401|422|503)"
+)  # the browser's own line for each
 
 FOCUSED = """((e) => e === document.body ? "BODY" : e.dataset.key ?? e.dataset.language ?? e.dataset.filter ?? (e.id || e.className || e.tagName))(
     document.activeElement)"""

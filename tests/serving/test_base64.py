@@ -32,7 +32,9 @@ def wrapped(text: str, places: list[tuple[int, str]]) -> str:
 
 
 @given(st.binary(max_size=100), st.booleans(), INSIDE)
-def test_either_alphabet_is_read_wherever_it_is_wrapped(content: bytes, url_safe: bool, places: list[tuple[int, str]]) -> None:
+def test_either_alphabet_is_read_wherever_it_is_wrapped(
+    content: bytes, url_safe: bool, places: list[tuple[int, str]]
+) -> None:
     text = (base64.urlsafe_b64encode if url_safe else base64.b64encode)(content).decode()
     assert _decoded(wrapped(text, places)) == content
 
@@ -41,7 +43,12 @@ def test_either_alphabet_is_read_wherever_it_is_wrapped(content: bytes, url_safe
 def test_groups_of_four_of_one_alphabet_are_read_and_nothing_else(text: str) -> None:
     plain = text.replace("\n", "")
     alphabet = next(
-        (some for some in (r"\w-", "A-Za-z0-9+/") if re.fullmatch(rf"(?a:[{some}]{{4}})*(?a:[{some}]{{2}}==|[{some}]{{3}}=)?", plain)), None
+        (
+            some
+            for some in (r"\w-", "A-Za-z0-9+/")
+            if re.fullmatch(rf"(?a:[{some}]{{4}})*(?a:[{some}]{{2}}==|[{some}]{{3}}=)?", plain)
+        ),
+        None,
     )
     if alphabet is None:
         with pytest.raises(ValueError, match="."):

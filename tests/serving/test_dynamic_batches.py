@@ -78,7 +78,9 @@ def test_each_gets_its_own_rows(counts: list[int], most: int, runners: int) -> N
     batches = Batches(model.run, BatchSettings(max_images=most), runners=runners)
     try:
         for value, count in enumerate(counts):
-            batches.put(Work(rows(value, count), lambda found, value=value: answers.append((value, found)), value % 2 == 0))
+            batches.put(
+                Work(rows(value, count), lambda found, value=value: answers.append((value, found)), value % 2 == 0)
+            )
         for value, found in answers.of(len(counts)):
             np.testing.assert_array_equal(found.logits, np.full((counts[value], 1), value))
             assert value % 2 or (found.embeddings == 2 * value).all()
@@ -181,7 +183,9 @@ def test_what_has_waited_long_waits_for_no_runner_that_hangs(model: Model, make:
     assert int(others.of(1)[0].logits[0, 0]) == 2
 
 
-def test_urgent_work_waits_for_no_batch_where_another_runner_is_free(model: Model, make: Callable[..., Batches]) -> None:
+def test_urgent_work_waits_for_no_batch_where_another_runner_is_free(
+    model: Model, make: Callable[..., Batches]
+) -> None:
     batches, answers, urgent = make(runners=2), Answers(), Answers()
     held(model, batches, answers)
     batches.put(Work(rows(7), urgent.append), "urgent")
@@ -206,7 +210,15 @@ def test_it_waits_a_little_for_images_that_are_being_decoded(model: Model, make:
 
 
 @pytest.mark.parametrize(
-    "wrong", [{"max_images": 0}, {"max_ms": 0}, {"at_once": 0}, {"wait_ms": -1}, {"max_images": 10**6}, {"wait_ms": float("nan")}]
+    "wrong",
+    [
+        {"max_images": 0},
+        {"max_ms": 0},
+        {"at_once": 0},
+        {"wait_ms": -1},
+        {"max_images": 10**6},
+        {"wait_ms": float("nan")},
+    ],
 )
 def test_settings_that_cannot_be(wrong: dict[str, float]) -> None:
     with pytest.raises(ConfigError):

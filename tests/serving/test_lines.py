@@ -28,7 +28,9 @@ def test_all_is_written_in_its_order(texts: list[str]) -> None:
     assert written == texts
 
 
-def test_what_nobody_takes_is_left_out_and_told(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+def test_what_nobody_takes_is_left_out_and_told(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     monkeypatch.setattr(lines, "_MOST", 5)
     taken, written = threading.Event(), []
 
@@ -69,7 +71,9 @@ def test_a_pipe_that_nobody_reads_holds_nobody_up(monkeypatch: pytest.MonkeyPatc
     found = b""
     while b"2999 " not in found:
         found += os.read(reading, 2**16)
-    assert [int(line.split()[0]) for line in found.decode().splitlines() if line.endswith("xx")][:2999] == list(range(2999))
+    assert [int(line.split()[0]) for line in found.decode().splitlines() if line.endswith("xx")][:2999] == list(
+        range(2999)
+    )
     os.close(reading)
 
 
@@ -78,5 +82,7 @@ def test_a_models_process_that_fails_says_why_before_it_ends() -> None:
     with ours, theirs:
         ours.sendall(wire.packed({"what": "is no order"}))
         line = [sys.executable, "-m", "image_classifier.serving.model_process", str(theirs.fileno())]
-        done = subprocess.run(line, cwd=ROOT, pass_fds=[theirs.fileno()], capture_output=True, text=True, timeout=60, check=False)
+        done = subprocess.run(
+            line, cwd=ROOT, pass_fds=[theirs.fileno()], capture_output=True, text=True, timeout=60, check=False
+        )
     assert done.returncode == 1 and "TypeError" in done.stderr

@@ -23,7 +23,9 @@ def picture(tmp_path: Path) -> Callable[..., Path]:
     return lambda name, size=40: write_image(tmp_path / name, sum(map(ord, name)), size)
 
 
-def test_a_chosen_image_is_answered_with_bars_and_honest_percentages(opened: Open, picture: Any, stub: StubServer) -> None:
+def test_a_chosen_image_is_answered_with_bars_and_honest_percentages(
+    opened: Open, picture: Any, stub: StubServer
+) -> None:
     tab = opened()
     assert tab.wait("#classes li", len(CLASSES)) and tab.page.locator("#history").is_hidden()
     tab.send(picture("roses.png"))
@@ -33,17 +35,31 @@ def test_a_chosen_image_is_answered_with_bars_and_honest_percentages(opened: Ope
     assert tab.page.locator(".picture img").get_attribute("alt") == "roses.png"
     tab.page.click("[data-key=expand]")
     tab.wait(".bar", len(CLASSES))
-    assert stub.stub.asked[0]["top_k"] == str(len(CLASSES)) and "roses.png: roses, 9" in tab.page.locator("#live").text_content()
+    assert (
+        stub.stub.asked[0]["top_k"] == str(len(CLASSES))
+        and "roses.png: roses, 9" in tab.page.locator("#live").text_content()
+    )
 
 
 def test_no_share_is_rounded_to_what_it_is_not(opened: Open) -> None:
     shares = [1, 0.99999, 0.9994, 0.999, 0.5, 0.0006, 0.00001, 0]
     script = 'async (shares) => (({ percent }) => shares.map((share) => percent(share).replace(/\\s/g, " ")))(await import("/page/words.js"))'
-    assert opened().page.evaluate(script, shares) == ["100%", "> 99.9%", "99.9%", "99.9%", "50.0%", "0.1%", "< 0.1%", "0%"]
+    assert opened().page.evaluate(script, shares) == [
+        "100%",
+        "> 99.9%",
+        "99.9%",
+        "99.9%",
+        "50.0%",
+        "0.1%",
+        "< 0.1%",
+        "0%",
+    ]
     assert opened(locale="ru-RU").page.evaluate(script, shares)[:3] == ["100 %", "> 99,9 %", "99,9 %"]
 
 
-def test_an_image_is_pasted_anywhere_and_an_address_only_where_the_server_fetches(opened: Open, stub: StubServer) -> None:
+def test_an_image_is_pasted_anywhere_and_an_address_only_where_the_server_fetches(
+    opened: Open, stub: StubServer
+) -> None:
     tab = opened()
     tab.context.grant_permissions(["clipboard-read", "clipboard-write"])
     tab.page.evaluate("""async () => {
@@ -82,8 +98,15 @@ def test_a_folder_is_dropped_and_what_is_no_image_stays_out(opened: Open, pictur
     assert tab.texts(".path") == ["tree/a/roses.png", "tree/daisy.png"] and tab.page.locator("#veil").is_hidden()
 
 
-def test_files_that_cannot_be_answered_say_why_in_words(opened: Open, picture: Any, stub: StubServer, tmp_path: Path) -> None:
-    contents = {"photo.heic": b"\0\0\0\x20ftypheic", "empty.png": b"", "large.jpg": b"\xff\xd8\xff" + bytes(2**20), "bad.jpg": b"\xff\xd8\xff"}
+def test_files_that_cannot_be_answered_say_why_in_words(
+    opened: Open, picture: Any, stub: StubServer, tmp_path: Path
+) -> None:
+    contents = {
+        "photo.heic": b"\0\0\0\x20ftypheic",
+        "empty.png": b"",
+        "large.jpg": b"\xff\xd8\xff" + bytes(2**20),
+        "bad.jpg": b"\xff\xd8\xff",
+    }
     for name, content in contents.items():
         (tmp_path / name).write_bytes(content)
     tab = opened()
@@ -91,7 +114,11 @@ def test_files_that_cannot_be_answered_say_why_in_words(opened: Open, picture: A
     tab.wait(".entry.error", 4)
     tab.wait(".entry.done", 1)
     words = " ".join(tab.texts(".entry.error .words"))
-    assert "HEIC cannot be read here. These work: JPEG, PNG" in words and "The file is empty." in words and "cut off after 12 bytes" in words
+    assert (
+        "HEIC cannot be read here. These work: JPEG, PNG" in words
+        and "The file is empty." in words
+        and "cut off after 12 bytes" in words
+    )
     assert re.search(r"The file has [\d.]+.MB, the server takes up to 1.MB", words)
     assert sorted(name for asked in stub.stub.asked for name in asked["names"]) == ["bad.jpg", "tulips.png"]
     tab.page.click("[data-filter=error]")
@@ -108,7 +135,10 @@ def test_many_files_fly_a_few_at_a_time(opened: Open, picture: Any, stub: StubSe
     assert "of 70 answered" in tab.wait("#progress-text", 1).text_content()
     tab.wait("#progress:visible", 0)
     assert tab.texts("[data-filter]")[0] == "All 70" and stub.stub.most_together == 2
-    assert max(len(asked["names"]) for asked in stub.stub.asked) <= 8 and sum(len(asked["names"]) for asked in stub.stub.asked) == 70
+    assert (
+        max(len(asked["names"]) for asked in stub.stub.asked) <= 8
+        and sum(len(asked["names"]) for asked in stub.stub.asked) == 70
+    )
     assert tab.page.locator(".entry").count() == 60 and tab.texts(".path")[0] == "000-daisy.png"
     assert tab.page.locator(".picture img").count() < 60  # previews only near the window
     tab.page.click("#more")
@@ -116,7 +146,9 @@ def test_many_files_fly_a_few_at_a_time(opened: Open, picture: Any, stub: StubSe
     assert "70 images answered" in tab.page.locator("#live").text_content()
 
 
-def test_cancel_leaves_what_is_answered_and_the_rest_may_be_tried_again(opened: Open, picture: Any, stub: StubServer) -> None:
+def test_cancel_leaves_what_is_answered_and_the_rest_may_be_tried_again(
+    opened: Open, picture: Any, stub: StubServer
+) -> None:
     stub.stub.delay_s = 0.4
     tab = opened()
     tab.send(*(picture(f"{number:03d}.png") for number in range(30)))
@@ -185,7 +217,11 @@ def test_not_sure_is_no_verdict(opened: Open, picture: Any) -> None:
     tab.send(picture("unsure roses.png"), picture("daisy.png"))
     card = tab.wait(".entry.unsure", 1)
     words = card.locator(".words").text_content()
-    assert card.locator(".verdict").text_content() == "Not sure" and "answers only from 62.0%" in words and "which is no answer" in words
+    assert (
+        card.locator(".verdict").text_content() == "Not sure"
+        and "answers only from 62.0%" in words
+        and "which is no answer" in words
+    )
     assert card.locator(".chips li").first.text_content() == "roses" and card.locator(".chips li").count() == 2
     tab.page.click("[data-filter=unsure]")
     tab.wait(".entry", 1)
@@ -204,7 +240,12 @@ def test_a_heat_map_lies_over_the_picture_for_any_class(opened: Open, picture: A
     )
     places = (int(0.4 * height) * width + int(0.62 * width), int(0.5 * height) * width)
     warm, unseen = (pixels[4 * place : 4 * place + 4] for place in places)
-    assert warm[0] > 220 and warm[3] > 200 and unseen[:3] == [255, 255, 255] and "cut off before the model looks" in tab.texts(".explanation")[0]
+    assert (
+        warm[0] > 220
+        and warm[3] > 200
+        and unseen[:3] == [255, 255, 255]
+        and "cut off before the model looks" in tab.texts(".explanation")[0]
+    )
     tab.page.get_by_role("button", name=f"{HOSTILE}, ").click()
     tab.wait(f".explanation:has-text('{HOSTILE}')", 1)
     assert [asked.get("class") for asked in stub.stub.asked] == [None, "roses", HOSTILE]
@@ -224,11 +265,24 @@ def test_the_answers_are_a_table_that_runs_nothing(opened: Open, picture: Any, t
     content = Path(download.value.path()).read_bytes()
     assert content.startswith(b"\xef\xbb\xbf")
     heading, *rows = csv.reader(io.StringIO(content.decode("utf-8-sig"), newline=""))
-    assert heading[:8] == ["path", "predicted_class", "confidence", "decision", "reason", "model", "model_version", "sent_as"]
+    assert heading[:8] == [
+        "path",
+        "predicted_class",
+        "confidence",
+        "decision",
+        "reason",
+        "model",
+        "model_version",
+        "sent_as",
+    ]
     assert sorted(heading[8:]) == sorted({*CLASSES, "'=1+1"} - {"=1+1"})
     by_path = {row[0]: row for row in rows}
     assert set(by_path) == {"roses, red.png", "'=1+1.png", "unsure.png", "bad.png"}
-    assert by_path["'=1+1.png"][1] == "'=1+1" and by_path["unsure.png"][3] == "abstain" and by_path["unsure.png"][4].startswith("not sure enough")
+    assert (
+        by_path["'=1+1.png"][1] == "'=1+1"
+        and by_path["unsure.png"][3] == "abstain"
+        and by_path["unsure.png"][4].startswith("not sure enough")
+    )
     assert by_path["bad.png"][1:4] == ["", "", "error"] and "cut off" in by_path["bad.png"][4]
     assert sum(map(float, by_path["roses, red.png"][8:])) == pytest.approx(1)
 
@@ -243,7 +297,9 @@ def test_the_answers_survive_a_reload_until_they_are_cleared(opened: Open, pictu
     tab.page.reload()
     tab.wait(".picture img", 3)
     assert tab.texts(".path") == names and tab.texts("[data-filter]") == ["All 3", "Not sure 1", "Errors 1"]
-    assert tab.page.locator("[data-key=explain], [data-key=again]").count() == 0 and tab.texts(".verdict bdi") == ["roses"]
+    assert tab.page.locator("[data-key=explain], [data-key=again]").count() == 0 and tab.texts(".verdict bdi") == [
+        "roses"
+    ]
     tab.page.click("#clear")
     tab.page.wait_for_timeout(1500)
     tab.page.reload()
@@ -286,8 +342,24 @@ def test_the_keyboard_reaches_everything(opened: Open, picture: Any) -> None:
     for _ in range(30):
         tab.page.keyboard.press("Tab")
         seen.append(tab.page.evaluate(FOCUSED))
-        assert tab.page.evaluate("getComputedStyle(document.activeElement).outlineStyle") != "none" or seen[-1] == "BODY"
-    for name in ("about", "ru", "choose", "photo", "folder", "all", "save", "clear", "remove", "bar roses", "explain", "expand", "A"):
+        assert (
+            tab.page.evaluate("getComputedStyle(document.activeElement).outlineStyle") != "none" or seen[-1] == "BODY"
+        )
+    for name in (
+        "about",
+        "ru",
+        "choose",
+        "photo",
+        "folder",
+        "all",
+        "save",
+        "clear",
+        "remove",
+        "bar roses",
+        "explain",
+        "expand",
+        "A",
+    ):
         assert name in seen, (name, seen)
     tab.page.locator("#about").press("Enter")
     assert tab.wait("#card[open]", 1).locator("dd", has_text="97.1%, with 95 % confidence 95.1% to 98.3%").count() == 1
@@ -297,7 +369,9 @@ def test_the_keyboard_reaches_everything(opened: Open, picture: Any) -> None:
 
 
 def test_dark_is_dark_and_every_text_can_be_read(opened: Open, picture: Any) -> None:
-    background = "getComputedStyle(document.body).backgroundColor.match(/\\d+/g).slice(0, 3).map(Number).reduce((a, b) => a + b)"
+    background = (
+        "getComputedStyle(document.body).backgroundColor.match(/\\d+/g).slice(0, 3).map(Number).reduce((a, b) => a + b)"
+    )
     for scheme in ("light", "dark"):
         tab = opened(color_scheme=scheme)
         tab.wait("#classes li", len(CLASSES))
@@ -312,10 +386,17 @@ def test_dark_is_dark_and_every_text_can_be_read(opened: Open, picture: Any) -> 
 def test_russian_is_whole_and_remembered(opened: Open, picture: Any) -> None:
     tab = opened(locale="ru-RU")
     tab.wait("#classes li", len(CLASSES))
-    assert tab.page.locator("html").get_attribute("lang") == "ru" and tab.texts("h1") == ["Что на картинке?"] and "8 классов" in tab.texts("#lead")[0]
+    assert (
+        tab.page.locator("html").get_attribute("lang") == "ru"
+        and tab.texts("h1") == ["Что на картинке?"]
+        and "8 классов" in tab.texts("#lead")[0]
+    )
     tab.send(picture("roses.png"), picture("unsure.png"))
     tab.wait(".entry.done", 2)
-    assert re.fullmatch(r"9\d,\d\s%", tab.texts(".verdict b")[0]) and "отвечает она только от 62,0" in tab.texts(".unsure .words")[0]
+    assert (
+        re.fullmatch(r"9\d,\d\s%", tab.texts(".verdict b")[0])
+        and "отвечает она только от 62,0" in tab.texts(".unsure .words")[0]
+    )
     tab.page.click("[data-language=en]")
     assert tab.page.locator("html").get_attribute("lang") == "en" and tab.texts(".unsure .verdict") == ["Not sure"]
     assert not re.search("[а-яё]", " ".join(tab.texts("header, main, footer")), re.IGNORECASE)
@@ -334,7 +415,11 @@ def test_one_of_several_models_answers(opened: Open, picture: Any, stub: StubSer
     tab.wait(".entry.done", 2)
     tab.page.locator("[data-key=explain]").first.click()
     tab.wait("canvas", 1)
-    assert [(asked["path"], asked["model"]) for asked in stub.stub.asked] == [("/predict", "flowers"), ("/predict", "cats"), ("/explain", "cats")]
+    assert [(asked["path"], asked["model"]) for asked in stub.stub.asked] == [
+        ("/predict", "flowers"),
+        ("/predict", "cats"),
+        ("/explain", "cats"),
+    ]
     assert "cats, version 3fa9c1d2" in tab.texts(".entry .words")[0]
 
 
@@ -347,4 +432,6 @@ def test_a_photo_is_taken_or_its_refusal_told(opened: Open) -> None:
     tab.page.click("#photo")
     tab.page.click("#shoot")
     tab.wait(".entry.done", 1)
-    assert re.fullmatch(r"photo \d\d\.\d\d\.\d\d\.jpg", tab.texts(".path")[0]) and tab.page.locator("#camera").is_hidden()
+    assert (
+        re.fullmatch(r"photo \d\d\.\d\d\.\d\d\.jpg", tab.texts(".path")[0]) and tab.page.locator("#camera").is_hidden()
+    )

@@ -31,9 +31,16 @@ def test_a_file_of_too_many_bytes_is_sent_as_a_smaller_jpeg(opened: Open, stub: 
     sent = stub.stub.contents["roses.png"]
     picture = Image.open(io.BytesIO(sent))
     assert len(sent) <= 2**20 < (tmp_path / "roses.png").stat().st_size and picture.format == "JPEG"
-    assert picture.width / picture.height == pytest.approx(1.5, abs=0.01) and len(sent) > 2**19  # no smaller than it must be
+    assert (
+        picture.width / picture.height == pytest.approx(1.5, abs=0.01) and len(sent) > 2**19
+    )  # no smaller than it must be
     found = WORDS.fullmatch(tab.texts(".shrunk")[0])
-    assert found and [int(text.replace(",", "")) for text in found.group(1, 2, 4, 5)] == [picture.width, picture.height, 1500, 1000]
+    assert found and [int(text.replace(",", "")) for text in found.group(1, 2, 4, 5)] == [
+        picture.width,
+        picture.height,
+        1500,
+        1000,
+    ]
     assert tab.texts(".path") == ["roses.png"] and tab.page.evaluate(UNREADABLE) == []
     tab.page.click("[data-key=explain]")
     tab.wait(".picture canvas", 1)
@@ -43,7 +50,9 @@ def test_a_file_of_too_many_bytes_is_sent_as_a_smaller_jpeg(opened: Open, stub: 
     assert WORDS.fullmatch(tab.wait(".shrunk", 1).text_content())
 
 
-def test_too_many_pixels_become_fewer_and_stay_upright_and_white_behind(opened: Open, stub: StubServer, tmp_path: Path) -> None:
+def test_too_many_pixels_become_fewer_and_stay_upright_and_white_behind(
+    opened: Open, stub: StubServer, tmp_path: Path
+) -> None:
     stub.stub.max_pixels = 20_000
     turned = Image.new("RGB", (300, 150), "blue")
     turned.paste("red", (0, 0, 150, 150))
@@ -55,7 +64,9 @@ def test_too_many_pixels_become_fewer_and_stay_upright_and_white_behind(opened: 
     tab.send(tmp_path / "turned.jpg", tmp_path / "clear.png")
     tab.wait(".entry.done", 2)
     upright, white = (Image.open(io.BytesIO(stub.stub.contents[name])) for name in ("turned.jpg", "clear.png"))
-    assert 19_000 < upright.width * upright.height <= 20_000 and upright.height / upright.width == pytest.approx(2, abs=0.02)
+    assert 19_000 < upright.width * upright.height <= 20_000 and upright.height / upright.width == pytest.approx(
+        2, abs=0.02
+    )
     assert upright.getexif().get(0x0112, 1) == 1
     above, below = (upright.getpixel((upright.width // 2, upright.height * part // 4)) for part in (1, 3))
     assert above[0] > 200 > 60 > above[2] and below[2] > 200 > 60 > below[0]

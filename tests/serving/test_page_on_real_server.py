@@ -13,7 +13,9 @@ from tests.serving.page_tab import Tab
 pytestmark = pytest.mark.browser
 
 
-def test_real_digits_get_the_servers_answers_and_heat_maps(chromium: Any, server: Server, digits_bundle: Path, tmp_path: Path) -> None:
+def test_real_digits_get_the_servers_answers_and_heat_maps(
+    chromium: Any, server: Server, digits_bundle: Path, tmp_path: Path
+) -> None:
     digits = sorted((digits_bundle.parents[1] / "data/digits/test").rglob("*.png"))[:30]
     (bad := tmp_path / "note.png").write_text("no picture")
     tab = Tab(chromium, f"http://127.0.0.1:{server.port}")

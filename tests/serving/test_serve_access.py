@@ -64,7 +64,9 @@ def test_whoever_tries_keys_is_stopped_and_nobody_else(keys: Path) -> None:
     assert asked(access, "guess", client="192.0.2.2") == 401
 
 
-@pytest.mark.parametrize("wrong", [{"proxies": ["proxy.example"]}, {"proxies": ["10.0.0.1/8"]}, {"keys_file": "/nowhere/keys"}])
+@pytest.mark.parametrize(
+    "wrong", [{"proxies": ["proxy.example"]}, {"proxies": ["10.0.0.1/8"]}, {"keys_file": "/nowhere/keys"}]
+)
 def test_settings_that_cannot_be(wrong: dict[str, object]) -> None:
     with pytest.raises(ConfigError):
         Access(AccessSettings(**wrong), "127.0.0.1")  # type: ignore[arg-type]
@@ -72,7 +74,9 @@ def test_settings_that_cannot_be(wrong: dict[str, object]) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("proxies", "status"), [("[]", 429), ("[127.0.0.0/8]", 200)])
-def test_only_proxies_of_ours_say_who_asks(digits_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, proxies: str, status: int) -> None:
+def test_only_proxies_of_ours_say_who_asks(
+    digits_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, proxies: str, status: int
+) -> None:
     monkeypatch.setitem(os.environ, "FORWARDED_ALLOW_IPS", "*")
     server = start_server(tmp_path, digits_bundle, "access.per_minute=1", "access.burst=1", f"access.proxies={proxies}")
     try:

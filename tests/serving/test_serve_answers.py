@@ -22,13 +22,24 @@ from tests.serving.conftest import Server
 @pytest.fixture(scope="module")
 def images(digits_bundle: Path) -> list[tuple[str, bytes]]:
     """Pictures of several kinds: digits as they lie, and larger ones turned by EXIF, transparent, grey, of 16 bits."""
-    found = [(path.name, path.read_bytes()) for path in sorted((digits_bundle.parents[1] / "data/digits/test").rglob("*.png"))[:40]]
+    found = [
+        (path.name, path.read_bytes())
+        for path in sorted((digits_bundle.parents[1] / "data/digits/test").rglob("*.png"))[:40]
+    ]
     rng = np.random.default_rng(0)
-    for name, kind, options in (("a.jpg", "JPEG", {}), ("b.webp", "WEBP", {}), ("c.gif", "GIF", {}), ("d.bmp", "BMP", {}), ("e.tiff", "TIFF", {})):
+    for name, kind, options in (
+        ("a.jpg", "JPEG", {}),
+        ("b.webp", "WEBP", {}),
+        ("c.gif", "GIF", {}),
+        ("d.bmp", "BMP", {}),
+        ("e.tiff", "TIFF", {}),
+    ):
         buffer = io.BytesIO()
         exif = Image.Exif()
         exif[0x0112] = 6
-        Image.fromarray(rng.integers(0, 256, (37, 53, 3), dtype=np.uint8)).save(buffer, kind, **({"exif": exif} if kind == "JPEG" else options))
+        Image.fromarray(rng.integers(0, 256, (37, 53, 3), dtype=np.uint8)).save(
+            buffer, kind, **({"exif": exif} if kind == "JPEG" else options)
+        )
         found.append((name, buffer.getvalue()))
     return found
 
@@ -70,16 +81,30 @@ def test_json_answers_as_a_form_does(server: Server, images, expected) -> None:
     listed[2]["base64"] = base64.encodebytes(images[2][1]).decode()
     listed[-1]["base64"] = base64.urlsafe_b64encode(images[-1][1]).decode()
     body = json.dumps({"images": listed}).encode()
-    assert_equal(server.ask("POST", "/predict", body, {"Content-Type": "application/json; charset=utf-8"}).json["predictions"], expected)
+    assert_equal(
+        server.ask("POST", "/predict", body, {"Content-Type": "application/json; charset=utf-8"}).json["predictions"],
+        expected,
+    )
 
 
 def test_so_many_classes_are_listed_as_are_asked_for(server: Server, digit: bytes) -> None:
     whole = server.send("/predict", ("7.png", digit)).json["predictions"][0]["all_predictions"]
     assert len(whole) == 10 and sum(whole.values()) == pytest.approx(1)
     assert list(whole.values()) == sorted(whole.values(), reverse=True)
-    assert server.send("/predict?top_k=2", ("7.png", digit)).json["predictions"][0]["all_predictions"] == dict(list(whole.items())[:2])
-    assert server.send("/predict", ("7.png", digit), texts={"top_k": "2"}).json["predictions"][0]["all_predictions"] == dict(list(whole.items())[:2])
-    assert len(server.send("/predict?top_k=3", ("7.png", digit), texts={"top_k": "2"}).json["predictions"][0]["all_predictions"]) == 3
+    assert server.send("/predict?top_k=2", ("7.png", digit)).json["predictions"][0]["all_predictions"] == dict(
+        list(whole.items())[:2]
+    )
+    assert server.send("/predict", ("7.png", digit), texts={"top_k": "2"}).json["predictions"][0][
+        "all_predictions"
+    ] == dict(list(whole.items())[:2])
+    assert (
+        len(
+            server.send("/predict?top_k=3", ("7.png", digit), texts={"top_k": "2"}).json["predictions"][0][
+                "all_predictions"
+            ]
+        )
+        == 3
+    )
     body = json.dumps({"images": [{"base64": base64.b64encode(digit).decode()}], "top_k": 1}).encode()
     (own,) = server.ask("POST", "/predict", body, {"Content-Type": "application/json"}).json["predictions"]
     assert own["path"] == "image-1" and own["all_predictions"] == dict(list(whole.items())[:1])
@@ -97,11 +122,16 @@ def test_so_many_classes_are_listed_as_are_asked_for(server: Server, digit: byte
 )
 def test_a_clients_name_is_a_name_only(server: Server, digit: bytes, given: str, shown: str) -> None:
     body = json.dumps({"images": [{"name": given, "base64": base64.b64encode(digit).decode()}]}).encode()
-    assert server.ask("POST", "/predict", body, {"Content-Type": "application/json"}).json["predictions"][0]["path"] == shown
+    assert (
+        server.ask("POST", "/predict", body, {"Content-Type": "application/json"}).json["predictions"][0]["path"]
+        == shown
+    )
 
 
 def test_what_cannot_be_read_has_its_reason_beside_the_others_answers(server: Server, digit: bytes) -> None:
-    reply = server.send("/predict", ("good.png", digit), ("bad.png", digit[:-30]), ("note.txt", b"no picture"), ("empty.png", b""))
+    reply = server.send(
+        "/predict", ("good.png", digit), ("bad.png", digit[:-30]), ("note.txt", b"no picture"), ("empty.png", b"")
+    )
     assert reply.status == 200
     good, *bad = reply.json["predictions"]
     assert good["path"] == "good.png" and good["confidence"] > 0
@@ -128,7 +158,10 @@ def test_a_heat_map_covers_the_whole_picture(server: Server) -> None:
     assert reply.status == 200 and (reply.json["path"], reply.json["class"]) == ("wide.png", "3")
     heat = np.array(reply.json["heat"], dtype=float)
     assert heat.shape[1] == 28 and heat.shape[0] == round(28 * 40 / 120)
-    assert np.nanmin(heat) >= 0 and np.nanmax(heat) in (0, pytest.approx(1, abs=0.35))  # stretched: the greatest may lie between two places
+    assert np.nanmin(heat) >= 0 and np.nanmax(heat) in (
+        0,
+        pytest.approx(1, abs=0.35),
+    )  # stretched: the greatest may lie between two places
     assert server.send("/explain?class=none", ("wide.png", buffer.getvalue())).status == 404
     assert server.send("/explain", ("a.png", buffer.getvalue()), ("b.png", buffer.getvalue())).status == 400
     assert server.send("/explain", ("a.png", b"nothing")).status == 422
@@ -147,8 +180,20 @@ def test_probes_and_figures(server: Server, digit: bytes) -> None:
 
 def test_the_api_describes_itself(server: Server) -> None:
     found = server.ask("GET", "/openapi.json").json
-    assert {"/predict", "/explain", "/model", "/models", "/healthz", "/readyz", "/metrics", "/v2/models/{name}/infer"} <= set(found["paths"])
-    assert set(found["paths"]["/predict"]["post"]["requestBody"]["content"]) == {"multipart/form-data", "application/json"}
+    assert {
+        "/predict",
+        "/explain",
+        "/model",
+        "/models",
+        "/healthz",
+        "/readyz",
+        "/metrics",
+        "/v2/models/{name}/infer",
+    } <= set(found["paths"])
+    assert set(found["paths"]["/predict"]["post"]["requestBody"]["content"]) == {
+        "multipart/form-data",
+        "application/json",
+    }
     assert "securitySchemes" not in found["components"] and "X-API-Key" not in json.dumps(found["paths"])
 
 
@@ -156,12 +201,21 @@ def test_the_examples_of_the_api_work(server: Server) -> None:
     paths = server.ask("GET", "/openapi.json").json["paths"]
     for path in ("/predict", "/explain"):
         content = paths[path]["post"]["requestBody"]["content"]
-        reply = server.ask("POST", path, json.dumps(content["application/json"]["example"]).encode(), {"Content-Type": "application/json"})
+        reply = server.ask(
+            "POST",
+            path,
+            json.dumps(content["application/json"]["example"]).encode(),
+            {"Content-Type": "application/json"},
+        )
         assert reply.status == 200, reply.content
         shown = paths[path]["post"]["responses"]["200"]["content"]["application/json"]["example"]
         assert list(shown) == list(reply.json)
         form = content["multipart/form-data"]
-        assert set(form["example"]) == set(form["schema"]["properties"]) == {"images", "top_k"} - ({"top_k"} if path == "/explain" else set())
+        assert (
+            set(form["example"])
+            == set(form["schema"]["properties"])
+            == {"images", "top_k"} - ({"top_k"} if path == "/explain" else set())
+        )
     infer = paths["/v2/models/{name}/infer"]["post"]
     asked = infer["requestBody"]["content"]["application/json"]["example"]
     (tensor,) = asked["inputs"]
@@ -176,7 +230,11 @@ def test_the_examples_of_the_api_work(server: Server) -> None:
 
 
 def test_each_request_is_a_line_of_json_without_its_content(server: Server, digit: bytes) -> None:
-    server.send("/predict?top_k=1", ("secret-name.png", digit), headers={"X-Request-Id": "my-own-id", "X-API-Key": "secret-key-secret"})
+    server.send(
+        "/predict?top_k=1",
+        ("secret-name.png", digit),
+        headers={"X-Request-Id": "my-own-id", "X-API-Key": "secret-key-secret"},
+    )
     while '"my-own-id"' not in (text := server.log.read_text()):  # it is written when the answer is out
         time.sleep(0.05)
     (line,) = [json.loads(line) for line in text.splitlines() if '"my-own-id"' in line]

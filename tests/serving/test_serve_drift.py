@@ -21,10 +21,16 @@ ANSWER = {"path": "secret.png", "predicted_class": "7", "confidence": 0.75, "dec
 
 
 def facts(digits_bundle: Path) -> dict[str, object]:
-    return {"name": "digits", "version": version_of(digits_bundle), "reference": read_bundle(digits_bundle).info.decision}
+    return {
+        "name": "digits",
+        "version": version_of(digits_bundle),
+        "reference": read_bundle(digits_bundle).info.decision,
+    }
 
 
-def test_what_is_kept_is_figures_only_and_the_verb_reads_it(digits_bundle: Path, tmp_path: Path, command: Command) -> None:
+def test_what_is_kept_is_figures_only_and_the_verb_reads_it(
+    digits_bundle: Path, tmp_path: Path, command: Command
+) -> None:
     traffic, known = Traffic(DriftSettings(enabled=True, log_dir=str(tmp_path))), facts(digits_bundle)
     for score in np.linspace(50, 60, 80):
         traffic.seen(known, ANSWER, float(score))
@@ -41,7 +47,10 @@ def test_what_is_kept_is_figures_only_and_the_verb_reads_it(digits_bundle: Path,
     assert answer.code == 0 and "DRIFTED" in answer.out and "the last 80 answers" in answer.out, answer.err
     assert command(*line, "--fail").code == 1
     found = json.loads(command(*line, "--format", "json", "--last", "49").out)
-    assert found["images"] == 49 and {row["figure"]: row["drifted"] for row in found["figures"]} == {"confidence": False, "ood_score": False}
+    assert found["images"] == 49 and {row["figure"]: row["drifted"] for row in found["figures"]} == {
+        "confidence": False,
+        "ood_score": False,
+    }
 
 
 def test_a_log_is_found_by_the_name_under_which_the_model_was_served(
@@ -55,13 +64,24 @@ def test_a_log_is_found_by_the_name_under_which_the_model_was_served(
     assert "the last 60 answers" in command(*line, "--name", "cats").out
     assert "the last 60 answers" in command(*line, "--name", "cats", "--log", "runs/serve").out
     lost = command(*line)
-    assert lost.code == 2 and "digits.jsonl' holds no answer" in lost.err and "logs of cats\n" in lost.err and lost.err.count("\n") == 1, lost.err
+    assert (
+        lost.code == 2
+        and "digits.jsonl' holds no answer" in lost.err
+        and "logs of cats\n" in lost.err
+        and lost.err.count("\n") == 1
+    ), lost.err
     for number in range(30):
         (tmp_path / f"runs/serve/{number:02d}.jsonl.1").write_text("")
-    assert "--name NAME" in (many := command(*line, "--name", "dogs").err) and "09 and 21 more" in many and many.count("\n") == 1
+    assert (
+        "--name NAME" in (many := command(*line, "--name", "dogs").err)
+        and "09 and 21 more" in many
+        and many.count("\n") == 1
+    )
 
 
-def test_an_alias_is_compared_too(digits_bundle: Path, tmp_path: Path, command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_alias_is_compared_too(
+    digits_bundle: Path, tmp_path: Path, command: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(tmp_path)
     asked = []
     registered = tmp_path / "registered"  # `promote` leaves out what only training needs
@@ -93,17 +113,25 @@ def test_another_version_begins_anew_and_the_window_is_bounded(digits_bundle: Pa
 
 
 def test_a_long_log_is_put_aside_once(digits_bundle: Path, tmp_path: Path, command: Command) -> None:
-    traffic, known = Traffic(DriftSettings(enabled=True, log_dir=str(tmp_path), max_log_bytes=2000)), facts(digits_bundle)
+    traffic, known = (
+        Traffic(DriftSettings(enabled=True, log_dir=str(tmp_path), max_log_bytes=2000)),
+        facts(digits_bundle),
+    )
     for _ in range(100):
         traffic.seen(known, ANSWER, 0.5)
     traffic.close()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["digits.jsonl", "digits.jsonl.1"]
     assert all(path.stat().st_size < 2500 for path in tmp_path.iterdir())
     images = sum(len(path.read_text().splitlines()) for path in tmp_path.iterdir())
-    assert f"the last {images} answers" in command("drift", str(digits_bundle), "--log", str(tmp_path / "digits.jsonl")).out
+    assert (
+        f"the last {images} answers"
+        in command("drift", str(digits_bundle), "--log", str(tmp_path / "digits.jsonl")).out
+    )
 
 
-def test_a_log_that_cannot_be_written_costs_no_request(digits_bundle: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_log_that_cannot_be_written_costs_no_request(
+    digits_bundle: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     (tmp_path / "file").write_text("")
     traffic = Traffic(DriftSettings(enabled=True, log_dir=str(tmp_path / "file")))
     for _ in range(3):
@@ -117,7 +145,9 @@ def test_scores_are_compared_only_where_all_have_one() -> None:
     assert columns(deque([(0.5, 1.0)])) == {"confidence": [0.5], "ood_score": [1.0]}
 
 
-def test_what_cannot_be_is_one_line(digits_bundle: Path, tmp_path: Path, command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_cannot_be_is_one_line(
+    digits_bundle: Path, tmp_path: Path, command: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(tmp_path)
     for line, words in (
         (("drift", str(digits_bundle)), "drift.enabled=true"),

@@ -59,7 +59,9 @@ def _nobody_asked_yet(site: Site) -> None:
 def fetching(digits_bundle: Path, tmp_path_factory: pytest.TempPathFactory, site: Site) -> Iterator[Server]:
     """A server that fetches, in two seconds or not at all."""
     folder = tmp_path_factory.mktemp("fetching")
-    found = start_server(folder, digits_bundle, *_SMALL, "fetch.total_s=2", "fetch.timeout_s=1", env=environment(folder, site))
+    found = start_server(
+        folder, digits_bundle, *_SMALL, "fetch.total_s=2", "fetch.timeout_s=1", env=environment(folder, site)
+    )
     yield found
     assert found.end() == 0, found.log.read_text()
     assert "Traceback" not in found.log.read_text()
@@ -88,7 +90,10 @@ def test_a_fetched_image_is_answered_as_a_sent_one(fetching: Server, site: Site,
     one, missing, led = reply.json["predictions"]
     (sent,) = fetching.send("/predict", ("7.png", digit)).json["predictions"]
     assert one["path"] == "7.png" and one["all_predictions"] == pytest.approx(sent["all_predictions"], abs=1e-5)
-    assert missing == {"path": "none.png", "error": "the server answers 404 \\x1b[2J gone"} and led["predicted_class"] == one["predicted_class"]
+    assert (
+        missing == {"path": "none.png", "error": "the server answers 404 \\x1b[2J gone"}
+        and led["predicted_class"] == one["predicted_class"]
+    )
     assert {host for host, _ in site.asked} == {"public.example"}
     assert ask(fetching, site.url("/7.png"), path="/explain").status == 200
     assert "secret" not in fetching.log.read_text()
@@ -109,7 +114,9 @@ def test_no_private_address_is_asked(fetching: Server, site: Site, host: str) ->
     assert not site.asked
 
 
-@pytest.mark.parametrize("host", ["127.0.0.1", "2130706433", "localhost", "private.example", "[::ffff:127.0.0.1]", "both.example"])
+@pytest.mark.parametrize(
+    "host", ["127.0.0.1", "2130706433", "localhost", "private.example", "[::ffff:127.0.0.1]", "both.example"]
+)
 def test_nor_is_one_that_a_public_address_leads_to(fetching: Server, site: Site, host: str) -> None:
     assert "private network" in words_of(ask(fetching, site.url(f"/to?{site.url('/secret', host)}")))
     assert [name for name, _ in site.asked] == ["public.example"]
@@ -124,16 +131,21 @@ def test_the_address_that_was_looked_at_is_the_one_that_is_asked(fetching: Serve
 
 
 @pytest.mark.parametrize(
-    "where", ["public.example@127.0.0.1", "public.example:80@127.0.0.1", "@127.0.0.1", ":@127.0.0.1", "127.0.0.1\\@public.example"]
+    "where",
+    [
+        "public.example@127.0.0.1",
+        "public.example:80@127.0.0.1",
+        "@127.0.0.1",
+        ":@127.0.0.1",
+        "127.0.0.1\\@public.example",
+    ],
 )
 def test_no_name_stands_before_an_address(fetching: Server, site: Site, where: str) -> None:
     assert words_of(ask(fetching, site.url("/secret", where)))
     assert not site.asked
 
 
-OTHERS = (
-    "file:///etc/passwd ftp://public.example/7.png gopher://127.0.0.1:1/ data:image/png;base64,AAAA //127.0.0.1/ /etc/passwd http:/127.0.0.1/ a.png"
-)
+OTHERS = "file:///etc/passwd ftp://public.example/7.png gopher://127.0.0.1:1/ data:image/png;base64,AAAA //127.0.0.1/ /etc/passwd http:/127.0.0.1/ a.png"
 
 
 @pytest.mark.parametrize("url", ["", *OTHERS.split()])
@@ -142,13 +154,26 @@ def test_nothing_but_http_is_fetched(fetching: Server, site: Site, url: str) -> 
     assert not site.asked
 
 
-@pytest.mark.parametrize("url", ["file:///etc/passwd", "ftp://public.example/7.png", "data:image/png;base64,AAAA", "gopher://127.0.0.1:1/"])
+@pytest.mark.parametrize(
+    "url", ["file:///etc/passwd", "ftp://public.example/7.png", "data:image/png;base64,AAAA", "gopher://127.0.0.1:1/"]
+)
 def test_nor_does_a_redirect_lead_to_anything_else(fetching: Server, site: Site, url: str) -> None:
     assert words_of(ask(fetching, site.url(f"/to?{url}")))
     assert len(site.asked) == 1
 
 
-@pytest.mark.parametrize("url", ["http://", "http://:80/", "https://[", "http://[::1", "http://a:b/", "http://public.example:99999/", "http://é%00/"])
+@pytest.mark.parametrize(
+    "url",
+    [
+        "http://",
+        "http://:80/",
+        "https://[",
+        "http://[::1",
+        "http://a:b/",
+        "http://public.example:99999/",
+        "http://é%00/",
+    ],
+)
 def test_what_is_no_address_is_one_images_error(fetching: Server, url: str) -> None:
     assert words_of(ask(fetching, url))
     assert words_of(ask(fetching, f"http://{'ü' * 99}.example/"))
@@ -191,7 +216,9 @@ def assert_full(reply: Reply) -> None:
 def test_what_is_fetched_counts_as_what_is_sent_until_the_request_is_over(fetching: Server, site: Site) -> None:
     for _ in range(3):
         assert_full(ask(fetching, *[site.url("/large")] * 6))
-        assert ask(fetching, *[site.url("/large")] * 4).status == 422  # they are no pictures, but there is room for them
+        assert (
+            ask(fetching, *[site.url("/large")] * 4).status == 422
+        )  # they are no pictures, but there is room for them
         assert ask(fetching, *[site.url("/huge")] * 8).status == 422
 
 
@@ -200,7 +227,9 @@ def begin_to_hold(server: Server, site: Site) -> socket:
     connection = create_connection((server.host, server.port), timeout=60)
     body = body_of(*[site.url("/held")] * 4)
     connection.sendall(
-        b"POST /predict HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n" % len(body) + body
+        b"POST /predict HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n"
+        % len(body)
+        + body
     )
     until(lambda: site.holding == 4)
     return connection

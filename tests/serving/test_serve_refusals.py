@@ -33,7 +33,14 @@ def raw(server: Server, content: bytes, timeout_s: float = 20) -> bytes:
         ("POST", "/predict?model=other", b"", {}, 404, "not_found"),
         ("POST", "/predict", b"", {}, 415, "unsupported_media_type"),
         ("POST", "/predict", b"x", {"Content-Type": "image/png"}, 415, "unsupported_media_type"),
-        ("POST", "/predict", b"x", {"Content-Type": "application/json", "Content-Encoding": "gzip"}, 415, "unsupported_media_type"),
+        (
+            "POST",
+            "/predict",
+            b"x",
+            {"Content-Type": "application/json", "Content-Encoding": "gzip"},
+            415,
+            "unsupported_media_type",
+        ),
         ("POST", "/predict", b"x", {"Content-Type": "multipart/form-data"}, 400, "bad_request"),
         ("POST", "/predict", b"x", {"Content-Type": "multipart/form-data; boundary=frontier"}, 400, "bad_request"),
         ("POST", "/predict", b"--f\r\n\r\n", {"Content-Type": "multipart/form-data; boundary=f"}, 400, "bad_request"),
@@ -41,8 +48,22 @@ def raw(server: Server, content: bytes, timeout_s: float = 20) -> bytes:
         ("POST", "/predict", b"[" * 100_000, {"Content-Type": "application/json"}, 422, "invalid"),
         ("POST", "/predict", b'{"images": []}', {"Content-Type": "application/json"}, 422, "invalid"),
         ("POST", "/predict", b'{"images": [{}]}', {"Content-Type": "application/json"}, 422, "invalid"),
-        ("POST", "/predict", b'{"images": [{"path": "/etc/passwd"}]}', {"Content-Type": "application/json"}, 422, "invalid"),
-        ("POST", "/predict", b'{"images": [{"url": "http://127.0.0.1/"}]}', {"Content-Type": "application/json"}, 403, "forbidden"),
+        (
+            "POST",
+            "/predict",
+            b'{"images": [{"path": "/etc/passwd"}]}',
+            {"Content-Type": "application/json"},
+            422,
+            "invalid",
+        ),
+        (
+            "POST",
+            "/predict",
+            b'{"images": [{"url": "http://127.0.0.1/"}]}',
+            {"Content-Type": "application/json"},
+            403,
+            "forbidden",
+        ),
         ("POST", "/predict?top_k=0", b"", {}, 422, "invalid"),
         ("POST", "/predict?topk=3", b"", {}, 422, "invalid"),
         ("POST", "/explain?top_k=3", b"", {}, 422, "invalid"),
@@ -55,7 +76,10 @@ def test_a_refusal_has_one_shape(server: Server, method, path, body, headers, st
     reply = server.ask(method, path, body, headers)
     assert (reply.status, reply.json["error"]["code"]) == (status, code), reply.content
     assert reply.json["error"]["message"] and reply.json["request_id"] == reply.headers["x-request-id"]
-    assert reply.headers["content-security-policy"].startswith("default-src 'none'") and reply.headers["x-content-type-options"] == "nosniff"
+    assert (
+        reply.headers["content-security-policy"].startswith("default-src 'none'")
+        and reply.headers["x-content-type-options"] == "nosniff"
+    )
 
 
 @pytest.mark.parametrize(
@@ -69,36 +93,73 @@ def test_a_refusal_has_one_shape(server: Server, method, path, body, headers, st
         ("top_k", "", "top_k must be"),
     ],
 )
-def test_a_text_in_a_form_that_means_nothing_is_refused(server: Server, digit: bytes, name: str, text: str, words: str) -> None:
+def test_a_text_in_a_form_that_means_nothing_is_refused(
+    server: Server, digit: bytes, name: str, text: str, words: str
+) -> None:
     reply = server.send("/predict", ("7.png", digit), texts={name: text})
-    assert (reply.status, reply.json["error"]["code"]) == (422, "invalid") and words in reply.json["error"]["message"], reply.content
+    assert (reply.status, reply.json["error"]["code"]) == (422, "invalid") and words in reply.json["error"][
+        "message"
+    ], reply.content
 
 
 def test_a_key_of_a_query_that_is_not_known_is_named_with_those_that_are(server: Server, digit: bytes) -> None:
-    said = [server.send(path, ("7.png", digit)).json["error"]["message"] for path in ("/predict?top_k=3&topk=3", "/explain?Class=7")]
-    assert said == ["the query has 'topk': here it can have model and top_k", "the query has 'Class': here it can have model and class"]
+    said = [
+        server.send(path, ("7.png", digit)).json["error"]["message"]
+        for path in ("/predict?top_k=3&topk=3", "/explain?Class=7")
+    ]
+    assert said == [
+        "the query has 'topk': here it can have model and top_k",
+        "the query has 'Class': here it can have model and class",
+    ]
     assert server.ask("GET", "/healthz?now=1").status == server.ask("GET", "/?from=mail").status == 200
 
 
 @pytest.mark.parametrize("path", ["/", "/healthz", "/models", "/predict", "/nothing", "/openapi.json"])
 def test_no_answer_lacks_what_browsers_must_be_told(server: Server, path: str) -> None:
     headers = server.ask("GET", path).headers
-    assert {"content-security-policy", "x-content-type-options", "referrer-policy", "x-request-id", "cache-control"} <= set(headers)
+    assert {
+        "content-security-policy",
+        "x-content-type-options",
+        "referrer-policy",
+        "x-request-id",
+        "cache-control",
+    } <= set(headers)
     assert "server" not in headers and "access-control-allow-origin" not in headers
 
 
 def test_no_path_leads_out_of_the_pages_folder(server: Server) -> None:
-    for path in ("/page/../app.py", "/page/..%2fapp.py", "/page/%2e%2e/app.py", "/page//etc/passwd", "/page/..\\app.py"):
+    for path in (
+        "/page/../app.py",
+        "/page/..%2fapp.py",
+        "/page/%2e%2e/app.py",
+        "/page//etc/passwd",
+        "/page/..\\app.py",
+    ):
         assert server.ask("GET", path).status in (403, 404), path
 
 
 def test_a_key_is_needed_where_there_are_keys(strict: Server, digit: bytes) -> None:
-    for headers in ({}, {"X-API-Key": "wrong"}, {"X-API-Key": KEY[:-1]}, {"Authorization": f"Basic {KEY}"}, {"X-API-Key": ""}):
+    for headers in (
+        {},
+        {"X-API-Key": "wrong"},
+        {"X-API-Key": KEY[:-1]},
+        {"Authorization": f"Basic {KEY}"},
+        {"X-API-Key": ""},
+    ):
         reply = strict.send("/predict", ("7.png", digit), headers=headers)
-        assert reply.status == 401 and reply.json["error"]["code"] == "unauthorized" and "www-authenticate" in reply.headers
+        assert (
+            reply.status == 401
+            and reply.json["error"]["code"] == "unauthorized"
+            and "www-authenticate" in reply.headers
+        )
     for headers in (WITH_KEY, {"Authorization": f"Bearer {KEY}"}, {"X-API-Key": "another-key-0123456789"}):
         assert strict.send("/predict", ("7.png", digit), headers=headers).status == 200
-    assert strict.ask("GET", "/metrics").status == strict.ask("GET", "/model").status == strict.ask("GET", "/v2").status == 401
+    assert (
+        strict.ask("GET", "/metrics").status
+        == strict.ask("GET", "/model").status
+        == strict.ask("GET", "/v2").status
+        == 401
+    )
     assert strict.ask("GET", "/healthz").status == strict.ask("GET", "/readyz").status == 200
     assert KEY not in strict.log.read_text()
 
@@ -107,7 +168,10 @@ def test_an_allowed_site_may_ask_and_no_other(strict: Server, digit: bytes) -> N
     asked = {"Access-Control-Request-Method": "POST", "Access-Control-Request-Headers": "x-api-key"}
     allowed = strict.ask("OPTIONS", "/predict", None, {"Origin": "https://example.org", **asked})
     assert allowed.status == 204 and allowed.headers["access-control-allow-origin"] == "https://example.org"
-    assert "access-control-allow-origin" not in strict.ask("OPTIONS", "/predict", None, {"Origin": "https://evil.example", **asked}).headers
+    assert (
+        "access-control-allow-origin"
+        not in strict.ask("OPTIONS", "/predict", None, {"Origin": "https://evil.example", **asked}).headers
+    )
     site = {"Sec-Fetch-Site": "cross-site", **WITH_KEY}
     assert strict.send("/predict", ("7.png", digit), headers={"Origin": "https://example.org", **site}).status == 200
     assert strict.send("/predict", ("7.png", digit), headers={"Origin": "https://evil.example", **site}).status == 403
@@ -127,7 +191,9 @@ def test_too_much_is_refused_before_it_is_taken(strict: Server, digit: bytes) ->
 
 def test_what_the_card_says_an_image_may_have_fits_into_a_request(strict: Server) -> None:
     most = strict.ask("GET", "/model", headers=WITH_KEY).json["limits"]["max_bytes"]
-    assert strict.send("/predict", (f"{'long' * 50}.png", bytes(most)), headers=WITH_KEY).status == 422  # no picture, but it was taken
+    assert (
+        strict.send("/predict", (f"{'long' * 50}.png", bytes(most)), headers=WITH_KEY).status == 422
+    )  # no picture, but it was taken
     assert strict.send("/predict", ("7.png", bytes(most + 1024)), headers=WITH_KEY).status == 413
 
 
@@ -136,7 +202,10 @@ def test_too_many_pixels_and_other_formats_are_unreadable(strict: Server) -> Non
 
     from PIL import Image
 
-    for size, kind, words in (((200, 200), "PNG", "more than the 10,000 allowed"), ((10, 10), "GIF", "not a JPEG or PNG image")):
+    for size, kind, words in (
+        ((200, 200), "PNG", "more than the 10,000 allowed"),
+        ((10, 10), "GIF", "not a JPEG or PNG image"),
+    ):
         buffer = io.BytesIO()
         Image.new("RGB", size).save(buffer, kind)
         reply = strict.send("/predict", ("image.png", buffer.getvalue()), headers=WITH_KEY)
@@ -182,7 +251,12 @@ def test_what_is_no_http_gets_a_400_or_nothing(strict: Server, nonsense: bytes) 
     except ConnectionError:
         found = b""
     assert not found or found.split(b" ", 2)[1] in (b"200", b"400", b"401", b"403", b"431"), found[:200]
-    assert not found or found.split(b" ", 2)[1] != b"400" or nonsense.startswith(b"HEAD") or b'{"error": {"code": "bad_request"' in found
+    assert (
+        not found
+        or found.split(b" ", 2)[1] != b"400"
+        or nonsense.startswith(b"HEAD")
+        or b'{"error": {"code": "bad_request"' in found
+    )
     assert not found or (b"content-security-policy" in found and b"x-request-id" in found)
     assert strict.ask("GET", "/healthz").json == {"status": "alive"}
 
@@ -195,7 +269,9 @@ def test_a_client_that_asks_too_often_is_told_when_to_come_back(digits_bundle, t
         statuses = [server.ask("GET", "/models").status for _ in range(3)]
         assert statuses == [200, 200, 429]
         late = server.ask("GET", "/models")
-        assert 1 <= int(late.headers["retry-after"]) <= 10 and json.loads(late.content)["error"]["code"] == "rate_limited"
+        assert (
+            1 <= int(late.headers["retry-after"]) <= 10 and json.loads(late.content)["error"]["code"] == "rate_limited"
+        )
         assert server.ask("GET", "/healthz").status == 200
     finally:
         assert server.end() == 0

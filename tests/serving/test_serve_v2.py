@@ -54,18 +54,31 @@ def test_numbers_written_out_answer_as_bytes_do(server: Server) -> None:
     reply = server.ask("POST", "/v2/models/digits/versions/1/infer", json.dumps(asked).encode())
     assert reply.status == 200 and reply.json["id"] == "mine" and reply.json["model_name"] == "digits"
     embedding, logits = reply.json["outputs"]
-    assert (embedding["name"], logits["name"], logits["shape"], len(logits["data"])) == ("embedding", "logits", [1, 10], 10)
-    head = json.dumps({"inputs": [{**body()["inputs"][0], "data": None, "parameters": {"binary_data_size": SIZE}}]}).encode()  # type: ignore[index]
-    same = server.ask("POST", "/v2/models/digits/infer", head + bytes(values), {"Inference-Header-Content-Length": str(len(head))})
+    assert (embedding["name"], logits["name"], logits["shape"], len(logits["data"])) == (
+        "embedding",
+        "logits",
+        [1, 10],
+        10,
+    )
+    head = json.dumps(
+        {"inputs": [{**body()["inputs"][0], "data": None, "parameters": {"binary_data_size": SIZE}}]}
+    ).encode()  # type: ignore[index]
+    same = server.ask(
+        "POST", "/v2/models/digits/infer", head + bytes(values), {"Inference-Header-Content-Length": str(len(head))}
+    )
     assert same.json["outputs"][0]["data"] == pytest.approx(logits["data"], abs=1e-4)
 
 
 def test_metadata(server: Server) -> None:
     assert server.ask("GET", "/v2").json["name"] == "image_classifier"
-    assert server.ask("GET", "/v2/health/live").json == {"live": True} and server.ask("GET", "/v2/health/ready").json == {"ready": True}
+    assert server.ask("GET", "/v2/health/live").json == {"live": True} and server.ask(
+        "GET", "/v2/health/ready"
+    ).json == {"ready": True}
     assert server.ask("GET", "/v2/models/digits/ready").json == {"name": "digits", "ready": True}
     found = server.ask("GET", "/v2/models/digits").json
-    assert found["inputs"] == [{"name": "pixels", "datatype": "UINT8", "shape": [-1, 3, SIDE, SIDE]}] and found["outputs"][0]["shape"] == [-1, 10]
+    assert found["inputs"] == [{"name": "pixels", "datatype": "UINT8", "shape": [-1, 3, SIDE, SIDE]}] and found[
+        "outputs"
+    ][0]["shape"] == [-1, 10]
     assert server.ask("GET", "/v2/models/digits/config").json["max_batch_size"] == 32
     for path in ("/v2/models/other", "/v2/models/other/ready", "/v2/models/digits/versions/2"):
         reply = server.ask("GET", path)
@@ -107,25 +120,40 @@ def test_what_is_not_right_is_refused_and_never_cast(server: Server, changed: di
 
 
 def test_more_than_a_batch_and_other_outputs_are_refused(server: Server) -> None:
-    head = json.dumps({"inputs": [{**body()["inputs"][0], "shape": [33, 3, SIDE, SIDE], "data": [1] * 33 * SIZE}]}).encode()  # type: ignore[index]
+    head = json.dumps(
+        {"inputs": [{**body()["inputs"][0], "shape": [33, 3, SIDE, SIDE], "data": [1] * 33 * SIZE}]}
+    ).encode()  # type: ignore[index]
     assert "more than the 32" in server.ask("POST", "/v2/models/digits/infer", head).json["error"]
     for output in ({"name": "probabilities"}, {"name": "logits", "parameters": {"classification": 3}}):
-        assert server.ask("POST", "/v2/models/digits/infer", json.dumps({**body(), "outputs": [output]}).encode()).status == 400
+        assert (
+            server.ask("POST", "/v2/models/digits/infer", json.dumps({**body(), "outputs": [output]}).encode()).status
+            == 400
+        )
 
 
 json_values = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),
     lambda inner: (
-        st.lists(inner, max_size=4) | st.dictionaries(st.sampled_from(["name", "shape", "data", "inputs", "parameters", "id"]), inner, max_size=4)
+        st.lists(inner, max_size=4)
+        | st.dictionaries(st.sampled_from(["name", "shape", "data", "inputs", "parameters", "id"]), inner, max_size=4)
     ),
     max_leaves=12,
 )
 
 
-@given(st.one_of(json_values, st.builds(lambda value: {"inputs": [{**body()["inputs"][0], "data": value}]}, json_values)), st.binary(max_size=10))  # type: ignore[index]
+@given(
+    st.one_of(json_values, st.builds(lambda value: {"inputs": [{**body()["inputs"][0], "data": value}]}, json_values)),
+    st.binary(max_size=10),
+)  # type: ignore[index]
 def test_nothing_but_a_refusal_comes_of_nonsense(value: object, tail: bytes) -> None:
     words = json.dumps(value).encode()
-    for content, length in ((words + tail, str(len(words))), (words, None), (tail, "99999999999999999999"), (tail, "-1"), (tail, "x")):
+    for content, length in (
+        (words + tail, str(len(words))),
+        (words, None),
+        (tail, "99999999999999999999"),
+        (tail, "-1"),
+        (tail, "x"),
+    ):
         with suppress(Refusal):
             asked = v2._understood(content, length, FACTS)
             assert len(asked.content) == np.prod(asked.shape)

@@ -20,7 +20,11 @@ from tests.serving.conftest import Server, start_server
 
 def test_models_answer_by_their_names(digits_bundle: Path, tmp_path: Path, digit: bytes) -> None:
     shutil.copytree(digits_bundle, tmp_path / "models" / "second")
-    line = ("models={other: second, file: models/second/model.onnx}", "drift.enabled=true", "access.allowed_hosts=[127.0.0.1]")
+    line = (
+        "models={other: second, file: models/second/model.onnx}",
+        "drift.enabled=true",
+        "access.allowed_hosts=[127.0.0.1]",
+    )
     server = start_server(tmp_path, digits_bundle, *line)
     try:
         found = server.ask("GET", "/models").json["models"]
@@ -58,9 +62,15 @@ def test_models_answer_by_their_names(digits_bundle: Path, tmp_path: Path, digit
         (("models:/digits",), "models:/NAME@ALIAS"),
     ],
 )
-def test_what_cannot_be_is_one_line(digits_bundle: Path, line, words, command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_cannot_be_is_one_line(
+    digits_bundle: Path, line, words, command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(tmp_path)
-    answer = command("serve", *(part.replace("{bundle}", str(digits_bundle)) for part in line), *([] if "--port" in line else ["port=0"]))
+    answer = command(
+        "serve",
+        *(part.replace("{bundle}", str(digits_bundle)) for part in line),
+        *([] if "--port" in line else ["port=0"]),
+    )
     assert answer.code == 2 and words in answer.err and answer.err.count("\n") == 1, answer.err
     assert answer.out == ""
 
@@ -84,7 +94,9 @@ sys.addaudithook(lambda event, details: event == "import" and told.write(f"{deta
 """
 
 
-def test_nothing_of_training_is_loaded_from_the_command_to_the_answers(digits_bundle: Path, tmp_path: Path, digit: bytes) -> None:
+def test_nothing_of_training_is_loaded_from_the_command_to_the_answers(
+    digits_bundle: Path, tmp_path: Path, digit: bytes
+) -> None:
     """Each process writes down what it imports."""
     (tmp_path / "sitecustomize.py").write_text(_TELL_IMPORTS)
     server = start_server(tmp_path, digits_bundle, "reload_s=0.2", env={**os.environ, "PYTHONPATH": str(tmp_path)})
@@ -93,10 +105,14 @@ def test_nothing_of_training_is_loaded_from_the_command_to_the_answers(digits_bu
             assert server.ask("GET", path).status == 200
         body = json.dumps({"images": [{"url": "http://127.0.0.1/"}]}).encode()
         assert server.ask("POST", "/predict", body, {"Content-Type": "application/json"}).status == 403
-        assert server.send("/predict", ("7.png", digit)).status == server.send("/explain", ("7.png", digit)).status == 200
+        assert (
+            server.send("/predict", ("7.png", digit)).status == server.send("/explain", ("7.png", digit)).status == 200
+        )
     finally:
         assert server.end() == 0, server.log.read_text()
-    told = {path.name: {line.partition(".")[0] for line in path.read_text().split()} for path in tmp_path.glob("imports-*")}
+    told = {
+        path.name: {line.partition(".")[0] for line in path.read_text().split()} for path in tmp_path.glob("imports-*")
+    }
     own = told.pop(f"imports-{server.process.pid}")
     (models,) = told.values()
     assert "fastapi" in own and "onnxruntime" in models  # it was written down
@@ -108,20 +124,34 @@ def test_documentation_is_a_page_without_scripts(server: Server, strict: Server)
     page = server.ask("GET", "/docs")
     text = page.content.decode()
     assert page.status == 200 and "<script" not in text and "style=" not in text
-    assert f"curl -F images=@photo.jpg -F images=@other.jpg &#39;http://127.0.0.1:{server.port}/predict?top_k=3&#39;" in text
+    assert (
+        f"curl -F images=@photo.jpg -F images=@other.jpg &#39;http://127.0.0.1:{server.port}/predict?top_k=3&#39;"
+        in text
+    )
     assert "X-API-Key: $KEY" not in text and "X-API-Key: $KEY" in strict.ask("GET", "/docs").content.decode()
     assert "curl &#39;http" in strict.ask("GET", "/docs").content.decode()  # a probe needs none
-    assert strict.ask("GET", "/openapi.json").status == strict.ask("GET", "/").status == strict.ask("GET", "/favicon.ico").status == 200
+    assert (
+        strict.ask("GET", "/openapi.json").status
+        == strict.ask("GET", "/").status
+        == strict.ask("GET", "/favicon.ico").status
+        == 200
+    )
 
 
-def test_documentation_names_the_readers_own_address_and_runs_nothing_of_it(digits_bundle: Path, tmp_path: Path) -> None:
+def test_documentation_names_the_readers_own_address_and_runs_nothing_of_it(
+    digits_bundle: Path, tmp_path: Path
+) -> None:
     server = start_server(tmp_path, digits_bundle, "access.allowed_hosts=['*']")
     try:
         for number in range(3):
             text = server.ask("GET", "/docs", headers={"Host": f"<b>'\"{number}.example"}).content.decode()
-            assert "<b>" not in text and (f"{number}.example/predict" in text or f"http://127.0.0.1:{server.port}/predict" in text)
+            assert "<b>" not in text and (
+                f"{number}.example/predict" in text or f"http://127.0.0.1:{server.port}/predict" in text
+            )
             assert "{origin}" not in text
-        assert text.index("&#34;tulip&#34;: 0.973") < text.index("&#34;daisy&#34;: 0.006") < text.index("&#34;heat&#34;")
+        assert (
+            text.index("&#34;tulip&#34;: 0.973") < text.index("&#34;daisy&#34;: 0.006") < text.index("&#34;heat&#34;")
+        )
     finally:
         assert server.end() == 0
 
@@ -129,7 +159,11 @@ def test_documentation_names_the_readers_own_address_and_runs_nothing_of_it(digi
 def test_the_description_says_which_routes_want_a_key(strict: Server) -> None:
     found = strict.ask("GET", "/openapi.json").json
     schemes = found["components"]["securitySchemes"]
-    assert (schemes["key"]["in"], schemes["key"]["name"], schemes["bearer"]["scheme"]) == ("header", "X-API-Key", "bearer")
+    assert (schemes["key"]["in"], schemes["key"]["name"], schemes["bearer"]["scheme"]) == (
+        "header",
+        "X-API-Key",
+        "bearer",
+    )
     for path, operations in found["paths"].items():
         for method, operation in operations.items():
             needed = strict.ask(method.upper(), path).status == 401
@@ -154,7 +188,9 @@ class Registry:
         return directory / "model"
 
 
-def test_an_alias_is_downloaded_once_a_version(digits_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_alias_is_downloaded_once_a_version(
+    digits_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     shutil.copytree(digits_bundle, tmp_path / "registered/artifacts/bundle")
     registry = Registry(tmp_path / "registered")
     monkeypatch.setattr("image_classifier.tracking.registered_version", registry.version)
@@ -166,14 +202,18 @@ def test_an_alias_is_downloaded_once_a_version(digits_bundle: Path, tmp_path: Pa
     assert (first / "bundle.json").is_file() and place.find() == first and registry.downloads == 1
     registry.source = "runs:/2/model"
     assert place.find() != first and registry.downloads == 2
-    assert [path for path in (tmp_path / "cache/image_classifier/registry").iterdir() if path.name.startswith("tmp")] == []
+    assert [
+        path for path in (tmp_path / "cache/image_classifier/registry").iterdir() if path.name.startswith("tmp")
+    ] == []
     registry.source = "runs:/3/model"
     (tmp_path / "registered/artifacts/bundle/bundle.json").unlink()
     with pytest.raises(CheckpointError, match="holds no bundle"):
         place.find()
 
 
-def test_an_alias_where_mlflow_is_not_installed_says_what_to_do(command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_alias_where_mlflow_is_not_installed_says_what_to_do(
+    command: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setitem(sys.modules, "mlflow", None)
     for verb in ("serve", "drift"):
         answer = command(verb, "models:/digits@champion")

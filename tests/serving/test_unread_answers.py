@@ -28,7 +28,9 @@ def test_it_is_gone_in_time(monkeypatch: pytest.MonkeyPatch, size: int, more: by
     monkeypatch.setattr(protocol, "_UNREAD_S", 0.1)
 
     async def scenario() -> int:
-        config = uvicorn.Config(app_of(size), lifespan="off", log_config=None, **protocol.arguments(RequestLimits(keep_alive_s=1)))
+        config = uvicorn.Config(
+            app_of(size), lifespan="off", log_config=None, **protocol.arguments(RequestLimits(keep_alive_s=1))
+        )
         config.load()
         state = ServerState()
         ours, theirs = socket.socketpair()
@@ -63,7 +65,9 @@ def test_a_client_that_goes_on_reading_gets_all(monkeypatch: pytest.MonkeyPatch)
         config.load()
         make: Any = config.http_protocol_class
         loop = asyncio.get_running_loop()
-        server = await loop.create_server(lambda: make(config=config, server_state=ServerState(), app_state={}), "127.0.0.1", 0)
+        server = await loop.create_server(
+            lambda: make(config=config, server_state=ServerState(), app_state={}), "127.0.0.1", 0
+        )
         reader, writer = await asyncio.open_connection(*server.sockets[0].getsockname(), limit=2**14)
         writer.write(b"GET / HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n")
         count = 0

@@ -54,7 +54,10 @@ class Options:
 def data() -> tuple[Manifest, PixelCache]:
     """Noise with a hint of its class."""
     splits = ["train"] * NUM_TRAIN + ["val"] * NUM_VAL
-    records = [Record(f"{row:02d}.png", "abc"[row % CLASSES], split, f"{row:016x}", f"{row:064x}", SIZE, SIZE) for row, split in enumerate(splits)]
+    records = [
+        Record(f"{row:02d}.png", "abc"[row % CLASSES], split, f"{row:016x}", f"{row:064x}", SIZE, SIZE)
+        for row, split in enumerate(splits)
+    ]
     pixels = np.random.default_rng(0).integers(0, 256, (len(splits), SIZE, SIZE, 3), dtype=np.uint8)
     for row in range(len(splits)):
         pixels[row, :, :, row % CLASSES] |= 0x80
@@ -97,7 +100,14 @@ def same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
 
 def network() -> nn.Module:
     """Everything that has a state of its own: batch norm, dropout."""
-    return nn.Sequential(nn.Conv2d(3, 6, 3, padding=1), nn.BatchNorm2d(6), nn.ReLU(), nn.Dropout(0.3), nn.AdaptiveAvgPool2d(2), nn.Flatten())
+    return nn.Sequential(
+        nn.Conv2d(3, 6, 3, padding=1),
+        nn.BatchNorm2d(6),
+        nn.ReLU(),
+        nn.Dropout(0.3),
+        nn.AdaptiveAvgPool2d(2),
+        nn.Flatten(),
+    )
 
 
 def schedule(name: str) -> SchedulerSettings:
@@ -109,13 +119,24 @@ def schedule(name: str) -> SchedulerSettings:
     return SchedulerSettings(partial(torch.optim.lr_scheduler.OneCycleLR, max_lr=0.02), "step", "total_steps")
 
 
-def train(folder: Path, options: Options, cut: tuple[str, int] | None = None, killed: bool = False, *more: Callback, longer: bool = False) -> Result:
+def train(
+    folder: Path,
+    options: Options,
+    cut: tuple[str, int] | None = None,
+    killed: bool = False,
+    *more: Callback,
+    longer: bool = False,
+) -> Result:
     """Train from the newest checkpoint in `folder`, or from the beginning, to the end or to where the run is cut."""
     pl.seed_everything(7, verbose=False)
     manifest, cache = data()
     classifier = build_classifier(network(), CLASSES, SIZE, [0.5] * 3, [0.25] * 3, 0.2)
-    module = ClassifierModule(classifier, nn.CrossEntropyLoss(), options.optimizer, schedule(options.scheduler), manifest.classes, {})
-    datamodule = ImageDataModule(cache, manifest, BATCH, BatchAugment(mix=Mix()), 3, channels_last=False, balanced=False)
+    module = ClassifierModule(
+        classifier, nn.CrossEntropyLoss(), options.optimizer, schedule(options.scheduler), manifest.classes, {}
+    )
+    datamodule = ImageDataModule(
+        cache, manifest, BATCH, BatchAugment(mix=Mix()), 3, channels_last=False, balanced=False
+    )
     signals, throughput = Signals(), Throughput()
     history = RunHistory(folder / "metrics.csv", throughput)
     best = BestCheckpoint(str(folder), "val/loss", "min")
@@ -146,12 +167,17 @@ def weights(path: Path) -> dict[str, torch.Tensor]:
     content = torch.load(path, weights_only=True)
     current = {f"current.{name}": value for name, value in content.get("current_model_state", {}).items()}
     states = content["optimizer_states"][0]["state"]
-    remembered = {f"{number}.{name}": torch.as_tensor(value) for number, state in states.items() for name, value in state.items()}
+    remembered = {
+        f"{number}.{name}": torch.as_tensor(value) for number, state in states.items() for name, value in state.items()
+    }
     return content["state_dict"] | current | remembered
 
 
 def small_trainer(options: Options, folder: Path, callbacks: list[Callback]) -> pl.Trainer:
-    quiet = dict.fromkeys(("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary", "use_distributed_sampler"), False)
+    quiet = dict.fromkeys(
+        ("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary", "use_distributed_sampler"),
+        False,
+    )
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         return pl.Trainer(

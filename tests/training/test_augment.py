@@ -109,10 +109,14 @@ def test_all_geometry_of_a_batch_is_one_resampling(name: str, monkeypatch: pytes
 
 
 @pytest.mark.parametrize("name", [name for name in RECIPES if name != "small"])
-def test_where_a_mirrored_image_is_another_class_nothing_is_mirrored(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_where_a_mirrored_image_is_another_class_nothing_is_mirrored(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     maps: list[torch.Tensor] = []
     resample = geometry.resample
-    monkeypatch.setattr(geometry, "resample", lambda pixels, map_, border: (maps.append(map_), resample(pixels, map_, border))[1])
+    monkeypatch.setattr(
+        geometry, "resample", lambda pixels, map_, border: (maps.append(map_), resample(pixels, map_, border))[1]
+    )
     augment = recipe(name, "data.flip=false")
     changed(augment, noise(500, 8))
     assert augment.border == "background"  # a reflection would show mirrored parts
@@ -132,7 +136,9 @@ def test_the_picture_never_folds_in_any_perspective() -> None:
 def test_a_perspective_takes_the_corners_inward_as_asked() -> None:
     inward = torch.rand(5, 4, 2, generator=generator()) * 0.6
     corners = torch.tensor([[-1.0, -1.0], [1.0, -1.0], [1.0, 1.0], [-1.0, 1.0]])
-    seen = torch.cat([corners * (1 - inward), torch.ones(5, 4, 1)], dim=2) @ geometry.perspective(inward).transpose(1, 2)
+    seen = torch.cat([corners * (1 - inward), torch.ones(5, 4, 1)], dim=2) @ geometry.perspective(inward).transpose(
+        1, 2
+    )
     assert torch.allclose(seen[..., :2] / seen[..., 2:], corners.expand(5, 4, 2), atol=1e-4)
 
 

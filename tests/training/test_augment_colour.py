@@ -28,7 +28,9 @@ def picture(seed: int, size: int, kind: str) -> np.ndarray:
     return pixels.astype(np.uint8)
 
 
-def assert_as_pillow(ours: Operation, pillow: Reference, images: list[np.ndarray], amounts: list[float], tolerance: int) -> None:
+def assert_as_pillow(
+    ours: Operation, pillow: Reference, images: list[np.ndarray], amounts: list[float], tolerance: int
+) -> None:
     batch = torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2)
     result = ours(batch, torch.tensor(amounts)).permute(0, 2, 3, 1).numpy()
     for image, amount, got in zip(images, amounts, result, strict=True):
@@ -36,7 +38,9 @@ def assert_as_pillow(ours: Operation, pillow: Reference, images: list[np.ndarray
         assert np.abs(got.astype(int) - wanted.astype(int)).max() <= tolerance
 
 
-KINDS = st.lists(st.tuples(st.integers(0, 999), st.sampled_from(["noise", "few", "flat", "dark"])), min_size=1, max_size=4)
+KINDS = st.lists(
+    st.tuples(st.integers(0, 999), st.sampled_from(["noise", "few", "flat", "dark"])), min_size=1, max_size=4
+)
 
 
 @pytest.mark.parametrize(
@@ -51,7 +55,9 @@ KINDS = st.lists(st.tuples(st.integers(0, 999), st.sampled_from(["noise", "few",
 )
 @settings(deadline=None, max_examples=25)
 @given(kinds=KINDS, size=st.integers(1, 24), factors=st.lists(st.floats(0, 2), min_size=4, max_size=4))
-def test_enhancements(ours: Operation, pillow: Reference, kinds: list[tuple[int, str]], size: int, factors: list[float]) -> None:
+def test_enhancements(
+    ours: Operation, pillow: Reference, kinds: list[tuple[int, str]], size: int, factors: list[float]
+) -> None:
     images = [picture(seed, size, kind) for seed, kind in kinds]
     if ours is colour.sharpness and size < 3:
         return  # Pillow has no inner pixels either
@@ -62,8 +68,16 @@ def test_enhancements(ours: Operation, pillow: Reference, kinds: list[tuple[int,
 @given(kinds=KINDS, size=st.integers(1, 24), bits=st.integers(1, 8), threshold=st.integers(0, 256))
 def test_operations_on_levels_are_exact(kinds: list[tuple[int, str]], size: int, bits: int, threshold: int) -> None:
     images = [picture(seed, size, kind) for seed, kind in kinds]
-    assert_as_pillow(colour.posterize, lambda image, amount: ImageOps.posterize(image, int(amount)), images, [bits] * len(images), 0)
-    assert_as_pillow(colour.solarize, lambda image, amount: ImageOps.solarize(image, int(amount)), images, [threshold] * len(images), 0)
+    assert_as_pillow(
+        colour.posterize, lambda image, amount: ImageOps.posterize(image, int(amount)), images, [bits] * len(images), 0
+    )
+    assert_as_pillow(
+        colour.solarize,
+        lambda image, amount: ImageOps.solarize(image, int(amount)),
+        images,
+        [threshold] * len(images),
+        0,
+    )
     assert_as_pillow(colour.equalize, lambda image, _: ImageOps.equalize(image), images, [0.0] * len(images), 0)
     assert_as_pillow(colour.autocontrast, lambda image, _: ImageOps.autocontrast(image), images, [0.0] * len(images), 1)
 

@@ -27,7 +27,13 @@ def noise(count: int, side: tuple[int, int], seed: int) -> torch.Tensor:
 
 
 @settings(deadline=None, max_examples=40)
-@given(count=st.integers(1, 5), height=st.integers(3, 9), width=st.integers(3, 9), last=st.booleans(), seed=st.integers(0, 999))
+@given(
+    count=st.integers(1, 5),
+    height=st.integers(3, 9),
+    width=st.integers(3, 9),
+    last=st.booleans(),
+    seed=st.integers(0, 999),
+)
 def test_a_copy_is_the_crop_of_a_padded_image(count: int, height: int, width: int, last: bool, seed: int) -> None:
     layout = torch.channels_last if last else torch.contiguous_format
     pixels, rng = noise(count, (height, width), seed).contiguous(memory_format=layout), np.random.default_rng(seed)
@@ -35,7 +41,9 @@ def test_a_copy_is_the_crop_of_a_padded_image(count: int, height: int, width: in
     mirrored = torch.from_numpy(rng.random(count) < 0.5)
     border, padding = ("reflect", "reflect") if seed % 2 else ("background", "replicate")
     copies = geometry.copied(pixels, down, across, mirrored, border)
-    padded = functional.pad(torch.where(mirrored.view(-1, 1, 1, 1), pixels.flip(3), pixels).float(), (2, 2, 2, 2), padding).to(torch.uint8)
+    padded = functional.pad(
+        torch.where(mirrored.view(-1, 1, 1, 1), pixels.flip(3), pixels).float(), (2, 2, 2, 2), padding
+    ).to(torch.uint8)
     for copy, image, y, x in zip(copies, padded, down.tolist(), across.tolist(), strict=True):
         assert torch.equal(copy, image[:, 2 - y : 2 - y + height, 2 - x : 2 - x + width])
     assert copies.is_contiguous(memory_format=layout)
@@ -72,7 +80,10 @@ def module_over(augment: BatchAugment, views: int = 1, **more: Any) -> ImageData
     """Images dark at the left and bright at the right, each of its own brightness."""
     pixels = np.zeros((COUNT, SIZE, SIZE, 3), np.uint8)
     pixels[:, :, SIZE // 2 :] = (np.arange(COUNT, dtype=np.uint8) + 1).reshape(-1, 1, 1, 1)
-    records = [Record(f"{row:02d}.png", "ab"[row % 2], "train" if row < 10 else "val", f"{row:016x}", f"{row:064x}", 6, 6) for row in range(COUNT)]
+    records = [
+        Record(f"{row:02d}.png", "ab"[row % 2], "train" if row < 10 else "val", f"{row:016x}", f"{row:064x}", 6, 6)
+        for row in range(COUNT)
+    ]
     cache = PixelCache(pixels, np.arange(COUNT))
     return ImageDataModule(cache, Manifest.of(Path("images"), records), 5, augment, 3, False, False, views, **more)
 
@@ -96,7 +107,13 @@ class Watching(pl.LightningModule):
 
 def watched(datamodule: ImageDataModule, **limits: Any) -> Watching:
     module = Watching()
-    quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "enable_model_summary": False, "log_every_n_steps": 1}
+    quiet = {
+        "logger": False,
+        "enable_checkpointing": False,
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+        "log_every_n_steps": 1,
+    }
     trainer = pl.Trainer(accelerator="cpu", limit_val_batches=0, use_distributed_sampler=False, **quiet, **limits)
     trainer.fit(module, datamodule=datamodule)
     return module

@@ -19,7 +19,9 @@ def flat(count: int, size: int) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 @settings(deadline=None, max_examples=40)
-@given(count=st.integers(1, 12), size=st.sampled_from([4, 9, 32]), probability=st.floats(0, 1), seed=st.integers(0, 999))
+@given(
+    count=st.integers(1, 12), size=st.sampled_from([4, 9, 32]), probability=st.floats(0, 1), seed=st.integers(0, 999)
+)
 def test_the_label_shares_are_the_pixel_shares_of_a_cut(count: int, size: int, probability: float, seed: int) -> None:
     pixels, targets = flat(count, size)
     mixed, shares = Mix(mixup=None, cutmix=1.0, probability=probability)(pixels, targets, count, generator(seed))
@@ -34,7 +36,9 @@ def test_a_blend_is_of_two_images_by_their_shares(count: int, alpha: float, seed
     pixels, targets = flat(count, 5)
     mixed, shares = Mix(mixup=alpha, cutmix=None)(pixels, targets, count, generator(seed))
     assert torch.allclose(mixed.float().mean(dim=(1, 2, 3)), shares @ (20.0 * targets), atol=0.51)
-    assert (shares.amax(dim=1) >= 0.5).all() and torch.equal(shares.argmax(dim=1)[shares.amax(dim=1) > 0.5], targets[shares.amax(dim=1) > 0.5])
+    assert (shares.amax(dim=1) >= 0.5).all() and torch.equal(
+        shares.argmax(dim=1)[shares.amax(dim=1) > 0.5], targets[shares.amax(dim=1) > 0.5]
+    )
     assert ((shares > 0).sum(dim=1) <= 2).all()
 
 

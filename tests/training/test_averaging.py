@@ -35,7 +35,9 @@ def weighted(states: list[dict[str, torch.Tensor]], shares: list[float]) -> dict
     average = {name: value.double() if value.is_floating_point() else value for name, value in states[0].items()}
     for state, share in zip(states[1:], shares, strict=True):
         for name, value in state.items():
-            average[name] = average[name] + share * (value.double() - average[name]) if value.is_floating_point() else value
+            average[name] = (
+                average[name] + share * (value.double() - average[name]) if value.is_floating_point() else value
+            )
     return average
 
 
@@ -81,7 +83,9 @@ def test_swa_takes_norm_statistics_anew_from_the_training_images(tmp_path: Path)
     names = {name for name, _ in module.named_parameters()}
     assert_same(watch.judged[3], {name: value for name, value in weights.items() if name in names})
     found = []
-    module.eval().classifier.backbone[0][0].register_forward_hook(lambda layer, inputs, output: found.append(output.detach()))
+    module.eval().classifier.backbone[0][0].register_forward_hook(
+        lambda layer, inputs, output: found.append(output.detach())
+    )
     module.classifier(images(48).tensors[0])
     norm = module.classifier.backbone[0][1]
     torch.testing.assert_close(norm.running_mean, found[0].mean(dim=(0, 2, 3)), rtol=1e-3, atol=1e-4)
@@ -100,7 +104,11 @@ def test_norm_statistics_are_of_the_images_whatever_an_answer_is_averaged_over(t
 
 
 def test_norms_that_are_frozen_keep_their_statistics(tmp_path: Path) -> None:
-    module = small_module(frozen=frozenset(name for name, _ in small_module().classifier.named_parameters() if name.startswith("backbone")))
+    module = small_module(
+        frozen=frozenset(
+            name for name, _ in small_module().classifier.named_parameters() if name.startswith("backbone")
+        )
+    )
     module.classifier.backbone.requires_grad_(False)
     before = copy.deepcopy(module.classifier.backbone.state_dict())
     fit(module, tmp_path, [SWA(start=0.5)], max_epochs=4)
@@ -119,7 +127,11 @@ def test_learning_itself_is_not_touched(tmp_path: Path) -> None:
     alone, beside = Watch(), Watch()
     fit(small_module(), tmp_path, [alone])
     fit(small_module(), tmp_path, [beside, EMA()])
-    assert all(torch.equal(value, other[name]) for one, other in zip(alone.learning, beside.learning, strict=True) for name, value in one.items())
+    assert all(
+        torch.equal(value, other[name])
+        for one, other in zip(alone.learning, beside.learning, strict=True)
+        for name, value in one.items()
+    )
 
 
 @pytest.mark.parametrize("make", BOTH)
@@ -135,7 +147,9 @@ def test_a_run_that_was_stopped_goes_on_to_the_last_bit(make: Any, epoch: int, t
 
 
 @pytest.mark.parametrize("make", BOTH)
-def test_a_checkpoint_holds_the_average_to_use_and_the_learning_weights_to_go_on_from(make: Any, tmp_path: Path) -> None:
+def test_a_checkpoint_holds_the_average_to_use_and_the_learning_weights_to_go_on_from(
+    make: Any, tmp_path: Path
+) -> None:
     class SaveAfterValidation(pl.Callback):
         def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
             trainer.save_checkpoint(tmp_path / "best.ckpt")
@@ -201,7 +215,14 @@ def test_swa_of_a_run_without_an_end_is_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "make", [lambda: EMA(decay=1.0), lambda: EMA(decay=0.0), lambda: EMA(every_n_steps=0), lambda: SWA(start=1.0), lambda: SWA(start=-0.1)]
+    "make",
+    [
+        lambda: EMA(decay=1.0),
+        lambda: EMA(decay=0.0),
+        lambda: EMA(every_n_steps=0),
+        lambda: SWA(start=1.0),
+        lambda: SWA(start=-0.1),
+    ],
 )
 def test_impossible_settings_are_refused(make: Any) -> None:
     with pytest.raises(ConfigError, match=r"callbacks\.averaging"):

@@ -29,7 +29,9 @@ class Spoil(Callback):
         self.steps, self.gradients = steps, gradients
         self.seen: list[dict[str, torch.Tensor]] = []
 
-    def on_train_batch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int) -> None:
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
         self.seen.append({name: value.clone() for name, value in pl_module.state_dict().items()})
         if not self.gradients and len(self.seen) in self.steps:
             with torch.no_grad():
@@ -85,7 +87,9 @@ def test_a_bad_loss_stops_the_run_and_names_step_rate_images_and_checkpoint(tmp_
 
 
 def test_bad_gradients_stop_the_run_one_step_later_and_name_their_own_batch(tmp_path: Path) -> None:
-    with pytest.raises(TrainingError, match=r"the loss became nan from the gradients of the step before at epoch 2, step 9") as caught:
+    with pytest.raises(
+        TrainingError, match=r"the loss became nan from the gradients of the step before at epoch 2, step 9"
+    ) as caught:
         train(tmp_path / "gradients", STEADY, None, False, Spoil(8, gradients=True))
     with pytest.raises(TrainingError):
         train(tmp_path / "loss", STEADY, None, False, Spoil(8))
@@ -95,7 +99,9 @@ def test_bad_gradients_stop_the_run_one_step_later_and_name_their_own_batch(tmp_
 
 
 def test_bad_gradients_in_the_last_step_of_an_epoch_reach_no_checkpoint(tmp_path: Path) -> None:
-    with pytest.raises(TrainingError, match="the weights of the network became infinite or not a number at epoch 2, step 12"):
+    with pytest.raises(
+        TrainingError, match="the weights of the network became infinite or not a number at epoch 2, step 12"
+    ):
         train(tmp_path, STEADY, None, False, Spoil(12, gradients=True))
     for path in tmp_path.glob("*.ckpt"):
         assert all(torch.isfinite(value).all() for value in weights(path).values())
@@ -111,7 +117,15 @@ def test_on_the_command_line_it_is_one_line_and_the_list_of_images_stays(
 ) -> None:
     make_tree(cat=10, dog=10)
     monkeypatch.chdir(tmp_path)
-    line = ("train", "data=folder", "data.dir=tree", "data.image_size=16", "data.batch_size=4", *QUICK, "model.backbone.channels=[4,8]")
+    line = (
+        "train",
+        "data=folder",
+        "data.dir=tree",
+        "data.image_size=16",
+        "data.batch_size=4",
+        *QUICK,
+        "model.backbone.channels=[4,8]",
+    )
     answer = command(*line, "trainer.on_nan=never")
     assert answer.code == 2 and "trainer.on_nan=never" in answer.err.splitlines()[-1] and not Path("data").exists()
     answer = command(*line, "optimizer=sgd", "optimizer.lr=1e38", "scheduler=constant", "name=hot")

@@ -29,7 +29,11 @@ def assert_refused(command: Command, folder: Path, line: tuple[str, ...], says: 
     errors = [text for text in answer.err.splitlines() if text.startswith("error: ")]
     assert errors == answer.err.splitlines()[-1:] and says in errors[0], answer.err
     assert "Traceback" not in answer.err
-    left = [path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.suffix == ".part" or path.parent.name in ("models", "runs")]
+    left = [
+        path.relative_to(folder).as_posix()
+        for path in folder.rglob("*")
+        if path.suffix == ".part" or path.parent.name in ("models", "runs")
+    ]
     assert left == []
 
 
@@ -73,7 +77,9 @@ def no_class_folders(root: Path) -> None:
     ],
     ids=lambda value: getattr(value, "__name__", ""),
 )
-def test_a_folder_that_cannot_be_trained_on(command: Command, tree: Path, tmp_path: Path, damage: Callable[[Path], None], says: str) -> None:
+def test_a_folder_that_cannot_be_trained_on(
+    command: Command, tree: Path, tmp_path: Path, damage: Callable[[Path], None], says: str
+) -> None:
     damage(tmp_path)
     assert_refused(command, tmp_path, (), says)
 
@@ -105,7 +111,9 @@ def test_a_broken_image_is_left_out_unless_it_is_to_be_an_error(
     ],
     ids=lambda value: value[-1] if isinstance(value, tuple) else "",
 )
-def test_a_setting_that_cannot_be(command: Command, tree: Path, tmp_path: Path, line: tuple[str, ...], says: str) -> None:
+def test_a_setting_that_cannot_be(
+    command: Command, tree: Path, tmp_path: Path, line: tuple[str, ...], says: str
+) -> None:
     assert_refused(command, tmp_path, line, says)
 
 

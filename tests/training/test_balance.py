@@ -70,17 +70,24 @@ def test_weights_are_inverse_to_the_counts_and_one_on_average(counts: list[int])
 
 def test_the_log_names_the_choice_and_both_extremes() -> None:
     _, targets = sized([3, 9, 5])
-    assert describe("sampler", targets, ("ant", "bee", "cow")) == "balance: sampler (training images a class: 3 of 'ant' to 9 of 'bee')"
+    assert (
+        describe("sampler", targets, ("ant", "bee", "cow"))
+        == "balance: sampler (training images a class: 3 of 'ant' to 9 of 'bee')"
+    )
 
 
 def criteria(loss: dict[str, Any], balance: str = "none", mix: bool = False) -> tuple[torch.nn.Module, torch.nn.Module]:
-    config = OmegaConf.create({"loss": loss, "augment": {"mix": {"probability": 1.0} if mix else None}, "trusted_packages": []})
+    config = OmegaConf.create(
+        {"loss": loss, "augment": {"mix": {"probability": 1.0} if mix else None}, "trusted_packages": []}
+    )
     return build_criteria(config, sized([3, 9, 6])[1], 3, DataSettings(balance=balance))
 
 
 def test_only_the_training_loss_is_weighted() -> None:
     criterion, val_criterion = criteria(CROSS_ENTROPY, "weights")
-    assert isinstance(criterion.weight, torch.Tensor) and torch.allclose(criterion.weight, torch.tensor([2.0, 2 / 3, 1.0]))
+    assert isinstance(criterion.weight, torch.Tensor) and torch.allclose(
+        criterion.weight, torch.tensor([2.0, 2 / 3, 1.0])
+    )
     assert "weight" in dict(criterion.named_buffers())  # so that it follows the module to its device
     assert val_criterion.weight is None
     assert criteria(CROSS_ENTROPY, "sampler")[0].weight is None
@@ -96,7 +103,10 @@ def test_a_rare_class_costs_more(loss: str) -> None:
 @pytest.mark.parametrize(
     ("loss", "message"),
     [
-        ({"_target_": "timm.loss.LabelSmoothingCrossEntropy"}, "takes no class weights, which data.balance=weights needs"),
+        (
+            {"_target_": "timm.loss.LabelSmoothingCrossEntropy"},
+            "takes no class weights, which data.balance=weights needs",
+        ),
         ({"_target_": "torch.nn.KLDivLoss"}, "takes no class weights"),
         (CROSS_ENTROPY | {"weight": {"_target_": "torch.nn.Parameter", "data": None}}, "loss.weight is given"),
     ],
@@ -110,7 +120,9 @@ def test_a_loss_without_room_for_weights_is_refused_in_one_line(loss: dict[str, 
 def test_a_loss_that_takes_no_shares_is_refused_where_images_are_mixed() -> None:
     margin = {"_target_": "torch.nn.MultiMarginLoss"}
     criteria(margin)
-    with pytest.raises(ConfigError, match=r"takes one class an image, and augment.mix gives shares of several: use loss=cross_entropy") as refusal:
+    with pytest.raises(
+        ConfigError, match=r"takes one class an image, and augment.mix gives shares of several: use loss=cross_entropy"
+    ) as refusal:
         criteria(margin, mix=True)
     assert "\n" not in str(refusal.value)
     for balance in ("none", "weights"):

@@ -38,9 +38,19 @@ def stored(folder: Path, num_classes: int, count: int, width: int = 6) -> tuple[
     """Random embeddings around a centre for each class, and the manifest of the images they are of: all in train."""
     rng = np.random.default_rng(count)
     targets = np.arange(count) % num_classes
-    embeddings = (rng.normal(size=(num_classes, width))[targets] + rng.normal(size=(count, width))) * [1, 10, 100, 0.1, 1, 0][:width]
+    embeddings = (rng.normal(size=(num_classes, width))[targets] + rng.normal(size=(count, width))) * [
+        1,
+        10,
+        100,
+        0.1,
+        1,
+        0,
+    ][:width]
     names = [f"{row:064x}" for row in range(1, count + 1)]
-    records = [Record(f"{row}.png", str(code), "train", name[-16:], name, 8, 8) for row, (code, name) in enumerate(zip(targets, names, strict=True))]
+    records = [
+        Record(f"{row}.png", str(code), "train", name[-16:], name, 8, 8)
+        for row, (code, name) in enumerate(zip(targets, names, strict=True))
+    ]
     manifest = Manifest.of(Path("x"), records)
     store = EmbeddingStore(folder)
     store.add(manifest.digests[::-1], embeddings[::-1])
@@ -52,11 +62,15 @@ def test_each_regression_is_scikit_learns_on_standardised_features(num_classes: 
     store, manifest, embeddings = stored(tmp_path, num_classes, 200)
     scaled = (embeddings - embeddings.mean(axis=0)) / np.maximum(embeddings.std(axis=0), 1e-9)
     for strength, model in fit_logistic(store, manifest, 0).items():
-        expected = LogisticRegression(C=strength, max_iter=1000, tol=1e-6).fit(scaled.astype(np.float64), manifest.targets)
+        expected = LogisticRegression(C=strength, max_iter=1000, tol=1e-6).fit(
+            scaled.astype(np.float64), manifest.targets
+        )
         logits = model.logits(embeddings)
         assert logits.shape == (200, num_classes)
         probabilities = np.exp(logits - logits.max(axis=1, keepdims=True))
-        np.testing.assert_allclose(probabilities / probabilities.sum(axis=1, keepdims=True), expected.predict_proba(scaled), atol=0.01)
+        np.testing.assert_allclose(
+            probabilities / probabilities.sum(axis=1, keepdims=True), expected.predict_proba(scaled), atol=0.01
+        )
 
 
 def test_more_features_than_memory_is_meant_to_hold_are_sampled_with_every_class(
@@ -78,10 +92,17 @@ def test_the_verb_computes_once_and_keeps_its_scores(command: Command) -> None:
     assert "embeddings: 36 of 36 images are in" in second.err and "computed" not in second.err
     assert second.out == first.out
     assert re.search(r"^most_frequent +0\.\d{4} +0\.\d{4}  always 'cat'", first.out, re.MULTILINE)
-    assert re.search(r"^logistic .* on 8 features of convnet \(random weights, seed 0\) at 16 px$", first.out, re.MULTILINE)
+    assert re.search(
+        r"^logistic .* on 8 features of convnet \(random weights, seed 0\) at 16 px$", first.out, re.MULTILINE
+    )
     kept = json.loads(Path("plots/b/baselines.json").read_text())["baselines"]
-    assert {name: set(value["scores"]) for name, value in kept.items()} == {"most_frequent": {"val", "test"}, "logistic": {"val", "test"}}
-    assert "embeddings: 0 of 36" in command("baseline", *LINE, "name=b", "seed=1", "data.split.seed=0").err  # other weights
+    assert {name: set(value["scores"]) for name, value in kept.items()} == {
+        "most_frequent": {"val", "test"},
+        "logistic": {"val", "test"},
+    }
+    assert (
+        "embeddings: 0 of 36" in command("baseline", *LINE, "name=b", "seed=1", "data.split.seed=0").err
+    )  # other weights
     assert command("clean").code == 0
     assert not Path("data/cache").exists()
 
@@ -91,7 +112,11 @@ def test_a_report_shows_the_baselines_beside_the_model(command: Command) -> None
     assert command("baseline", *LINE).code == 0
     answer = command("train", *LINE, *TRAIN, "name=x")
     assert answer.code == 0, answer.err
-    rows = [line.split()[0] for line in answer.out.splitlines() if line.startswith(("baseline ", "most_frequent", "logistic", "this model"))]
+    rows = [
+        line.split()[0]
+        for line in answer.out.splitlines()
+        if line.startswith(("baseline ", "most_frequent", "logistic", "this model"))
+    ]
     assert rows == ["baseline", "most_frequent", "logistic", "this"]
     for split in ("val", "test"):
         beside = json.loads(Path(f"plots/x/{split}/metrics.json").read_text())["baselines"]
@@ -100,7 +125,11 @@ def test_a_report_shows_the_baselines_beside_the_model(command: Command) -> None
     assert set(bundle.info.provenance["baselines"]) == {"most_frequent", "logistic"}
     assert "| test | logistic: logistic regression" in bundle.path("MODEL_CARD.md").read_text()
     own = bundle.info.metrics["test"]["accuracy"]
-    worse = [name for name, value in bundle.info.provenance["baselines"].items() if value["scores"]["test"]["accuracy"] >= own]
+    worse = [
+        name
+        for name, value in bundle.info.provenance["baselines"].items()
+        if value["scores"]["test"]["accuracy"] >= own
+    ]
     for name in ("most_frequent", "logistic"):
         assert (f"does not beat the baseline {name}: accuracy" in answer.err) == (name in worse)
     tested = command("test", "--checkpoint_name", "x")
@@ -118,20 +147,29 @@ def test_a_run_that_asks_for_the_regression_learns_the_same(tmp_path: Path) -> N
     pixels = np.random.default_rng(0).integers(0, 256, (30, 16, 16, 3), dtype=np.uint8)
     data = DataSettings(image_size=16, cache=CacheSettings(str(tmp_path / "cache")))
     model = {"name": "net", "backbone": {"pretrained": True}}
-    config = SimpleNamespace(baselines=True, seed=0, plots_dir=str(tmp_path), trainer=SimpleNamespace(accelerator="cpu"), model=model)
+    config = SimpleNamespace(
+        baselines=True, seed=0, plots_dir=str(tmp_path), trainer=SimpleNamespace(accelerator="cpu"), model=model
+    )
     torch.manual_seed(0)
     classifier = Classifier(
-        nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Dropout(0.5), nn.Flatten()), nn.Linear(784, 3), [0.5] * 3, [0.2] * 3
+        nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Dropout(0.5), nn.Flatten()),
+        nn.Linear(784, 3),
+        [0.5] * 3,
+        [0.2] * 3,
     )
     weights, numbers = {key: value.clone() for key, value in classifier.state_dict().items()}, torch.get_rng_state()
     cache = PixelCache(pixels, np.arange(30))
-    found = baselines_of_run(config, classifier, manifest, data, cache, Hardware("32-true", False), tmp_path / "run", False)
+    found = baselines_of_run(
+        config, classifier, manifest, data, cache, Hardware("32-true", False), tmp_path / "run", False
+    )
     assert [baseline.name for baseline in found] == ["most_frequent", "logistic"]
     assert "784 features of net (pretrained) at 16 px" in found[1].about
     assert torch.equal(torch.get_rng_state(), numbers) and all(module.training for module in classifier.modules())
     assert all(torch.equal(value, weights[key]) for key, value in classifier.state_dict().items())
     config.baselines = False
-    later = baselines_of_run(config, classifier, manifest, data, cache, Hardware("32-true", False), tmp_path / "later", False)
+    later = baselines_of_run(
+        config, classifier, manifest, data, cache, Hardware("32-true", False), tmp_path / "later", False
+    )
     assert later == found  # by the manifest
 
 

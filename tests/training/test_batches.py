@@ -19,7 +19,13 @@ from image_classifier.training.datamodule import BalancedBatches, Batch, ImageDa
 from tests.conftest import listed, write_image
 
 
-@given(count=st.integers(1, 70), batch_size=st.integers(1, 80), seed=st.integers(0, 5), epoch=st.integers(0, 3), balanced=st.booleans())
+@given(
+    count=st.integers(1, 70),
+    batch_size=st.integers(1, 80),
+    seed=st.integers(0, 5),
+    epoch=st.integers(0, 3),
+    balanced=st.booleans(),
+)
 def test_an_epoch_is_a_shuffle(count: int, batch_size: int, seed: int, epoch: int, balanced: bool) -> None:
     rows = np.arange(100, 100 + count)
     targets = np.arange(count) % 3
@@ -49,7 +55,10 @@ SPLITS = ("train",) * 12 + ("val",) * 5 + ("test",) * 3
 
 def table() -> tuple[Manifest, PixelCache]:
     """20 images of 6 x 6, each of one level: ten times its row."""
-    records = [Record(f"{row:02d}.png", "ab"[row % 2], split, f"{row:016x}", f"{row:064x}", 6, 6) for row, split in enumerate(SPLITS)]
+    records = [
+        Record(f"{row:02d}.png", "ab"[row % 2], split, f"{row:016x}", f"{row:064x}", 6, 6)
+        for row, split in enumerate(SPLITS)
+    ]
     pixels = np.repeat(np.arange(20, dtype=np.uint8) * 10, 6 * 6 * 3).reshape(20, 6, 6, 3)
     return Manifest.of(Path("images"), records), PixelCache(pixels, np.arange(20))
 
@@ -61,7 +70,9 @@ class Watched(BatchAugment):
         super().__init__()
         self.rows: list[int] = []
 
-    def __call__(self, pixels: torch.Tensor, targets: torch.Tensor, num_classes: int, generator: torch.Generator) -> Batch:
+    def __call__(
+        self, pixels: torch.Tensor, targets: torch.Tensor, num_classes: int, generator: torch.Generator
+    ) -> Batch:
         assert num_classes == 2
         self.rows += (pixels[:, 0, 0, 0] // 10).tolist()
         return torch.full_like(pixels, 255), targets
@@ -86,7 +97,9 @@ class Looker(pl.LightningModule):
 
 
 @pytest.mark.parametrize("balanced", [False, True])
-@pytest.mark.filterwarnings("ignore:.*does not have many workers.*", "ignore:.*logging interval.*", "ignore:.*GPU available.*")
+@pytest.mark.filterwarnings(
+    "ignore:.*does not have many workers.*", "ignore:.*logging interval.*", "ignore:.*GPU available.*"
+)
 def test_no_row_of_val_or_test_is_ever_augmented(balanced: bool, tmp_path: Path) -> None:
     manifest, cache = table()
     augment, module = Watched(), Looker()
@@ -116,12 +129,18 @@ def test_a_step_decides_its_augmentation() -> None:
 def test_images_decoded_on_the_fly_come_in_the_same_batches(tree: Path, tmp_path: Path, split: str) -> None:
     records = [replace(record, split="val" if row % 4 == 0 else "train") for row, record in enumerate(listed(tree))]
     manifest = Manifest.of(tree, records)
-    caches = [open_cache(manifest, Preprocess(8), CacheSettings(str(tmp_path / str(room)), max_gb=room)) for room in (1, 1e-6)]
+    caches = [
+        open_cache(manifest, Preprocess(8), CacheSettings(str(tmp_path / str(room)), max_gb=room)) for room in (1, 1e-6)
+    ]
     assert [cache.is_whole for cache in caches] == [True, False]
     modules = [ImageDataModule(cache, manifest, 4, None, 0, channels_last=False, balanced=False) for cache in caches]
-    whole, live = (list(module.train_dataloader() if split == "train" else module.in_order(split)) for module in modules)
+    whole, live = (
+        list(module.train_dataloader() if split == "train" else module.in_order(split)) for module in modules
+    )
     assert len(whole) == len(live) > 0
-    assert all(torch.equal(one, other) for pair in zip(whole, live, strict=True) for one, other in zip(*pair, strict=True))
+    assert all(
+        torch.equal(one, other) for pair in zip(whole, live, strict=True) for one, other in zip(*pair, strict=True)
+    )
 
 
 def test_an_image_that_changes_while_training_stops_it_with_one_line(tree: Path, tmp_path: Path) -> None:

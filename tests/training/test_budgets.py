@@ -7,7 +7,15 @@ import pytest
 
 from tests.conftest import QUICK, Command, MakeTree
 
-SMALL = ("data=folder", "data.dir=tree", "data.image_size=16", "data.batch_size=4", *QUICK, "model.backbone.channels=[4,8]", "name=run")
+SMALL = (
+    "data=folder",
+    "data.dir=tree",
+    "data.image_size=16",
+    "data.batch_size=4",
+    *QUICK,
+    "model.backbone.channels=[4,8]",
+    "name=run",
+)
 
 
 @pytest.fixture(autouse=True)
@@ -30,7 +38,12 @@ def test_steps_that_end_within_an_epoch_end_with_a_validation(command: Command) 
 
 @pytest.mark.slow
 def test_time_that_ends_within_an_epoch_ends_with_a_validation(command: Command) -> None:
-    limits = ("trainer.max_time=00:00:00:01", "trainer.max_epochs=1000000", "trainer.check_val_every_n_epoch=1000", "scheduler=constant")
+    limits = (
+        "trainer.max_time=00:00:00:01",
+        "trainer.max_epochs=1000000",
+        "trainer.check_val_every_n_epoch=1000",
+        "scheduler=constant",
+    )
     answer = command("train", *SMALL, *limits)
     assert answer.code == 0, answer.err
     assert rows()[-1]["val/loss"] and Path("models/run/bundle.json").is_file()
@@ -38,7 +51,13 @@ def test_time_that_ends_within_an_epoch_ends_with_a_validation(command: Command)
 
 @pytest.mark.slow
 def test_patience_counts_validations(command: Command) -> None:
-    still = ("optimizer=sgd", "optimizer.lr=1e-12", "scheduler=constant", "trainer.check_val_every_n_epoch=2", "callbacks.early_stopping.patience=1")
+    still = (
+        "optimizer=sgd",
+        "optimizer.lr=1e-12",
+        "scheduler=constant",
+        "trainer.check_val_every_n_epoch=2",
+        "callbacks.early_stopping.patience=1",
+    )
     answer = command("train", *SMALL, *still, "trainer.max_epochs=9")
     assert answer.code == 0, answer.err
     assert [bool(row["val/loss"]) for row in rows()] == [False, True, False, True]

@@ -79,7 +79,9 @@ def save(directory: Path, *numbers: int, keep: int = 9) -> None:
 def test_the_newest_few_are_kept_and_last_is_one_of_them(tmp_path: Path) -> None:
     save(tmp_path, 5, 10, 100_000, keep=2)
     assert [step for step, _ in steps(tmp_path)] == [100_000, 10]
-    assert (tmp_path / "last.ckpt").samefile(step_path(tmp_path, 100_000)) and newest_readable(tmp_path) == step_path(tmp_path, 100_000)
+    assert (tmp_path / "last.ckpt").samefile(step_path(tmp_path, 100_000)) and newest_readable(tmp_path) == step_path(
+        tmp_path, 100_000
+    )
     save(tmp_path, 100_000, keep=2)
     assert (tmp_path / "last.ckpt").samefile(step_path(tmp_path, 100_000)) and not list(tmp_path.glob(".*"))
 
@@ -94,7 +96,9 @@ def test_a_file_system_without_hard_links_gets_a_copy(tmp_path: Path, monkeypatc
 
 
 @pytest.mark.parametrize("harm", ["cut", "one bit", "empty", "text"])
-def test_every_damage_is_found_and_the_one_before_is_taken(harm: str, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_every_damage_is_found_and_the_one_before_is_taken(
+    harm: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     save(tmp_path, 5, 10)
     path = step_path(tmp_path, 10)
     content = bytearray(path.read_bytes())

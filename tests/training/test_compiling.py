@@ -47,7 +47,9 @@ class SimpleTimer(Timer):
         return self.allowed_s
 
 
-def run(clock: Clock, step_s: float, compiled_step_s: float, steps: int, watched: int = 60, allowed_s: float | None = None) -> list[bool]:
+def run(
+    clock: Clock, step_s: float, compiled_step_s: float, steps: int, watched: int = 60, allowed_s: float | None = None
+) -> list[bool]:
     """Whether each step of a run of `steps` was compiled."""
     backbone = nn.Linear(1, 1)
     module: Any = SimpleNamespace(device=torch.device("cpu"), classifier=SimpleNamespace(backbone=backbone))
@@ -113,7 +115,9 @@ class Small(nn.Module):
 
 
 @pytest.mark.parametrize("gradient", [float("nan"), float("inf"), 1.0])
-def test_a_compiled_network_whose_gradients_are_no_numbers_is_given_up(gradient: float, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_compiled_network_whose_gradients_are_no_numbers_is_given_up(
+    gradient: float, caplog: pytest.LogCaptureFixture
+) -> None:
     callback, module = Compiling(at_once=True), Small()
     trainer: Any = SimpleNamespace(precision_plugin=SimpleNamespace())
     callback.on_train_start(trainer, module)  # type: ignore[arg-type]
@@ -122,13 +126,26 @@ def test_a_compiled_network_whose_gradients_are_no_numbers_is_given_up(gradient:
     backbone.weight.grad = torch.tensor([[gradient]])
     callback.on_after_backward(trainer, module)  # type: ignore[arg-type]
     good = gradient == 1.0
-    assert (backbone._compiled_call_impl is not None, backbone.weight.grad is not None, "left out" not in caplog.text) == (good, good, good)
+    assert (
+        backbone._compiled_call_impl is not None,
+        backbone.weight.grad is not None,
+        "left out" not in caplog.text,
+    ) == (good, good, good)
 
 
 @pytest.mark.slow
-def test_a_compiled_run_leaves_a_bundle_that_answers_without_compiling(command: Command, tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_compiled_run_leaves_a_bundle_that_answers_without_compiling(
+    command: Command, tmp_path: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(tmp_path)
-    line = ["train", "name=fast", "trainer.compile=true", "trainer.max_epochs=2", *QUICK, "+trainer.limit_train_batches=8"]
+    line = [
+        "train",
+        "name=fast",
+        "trainer.compile=true",
+        "trainer.max_epochs=2",
+        *QUICK,
+        "+trainer.limit_train_batches=8",
+    ]
     done = command(*line)
     assert done.code == 0, done.err
     assert "torch.compile: on (asked for)" in done.err

@@ -32,7 +32,10 @@ def test_the_longer_a_training_the_more_images_tell_its_robustness(seen: int) ->
     assert DiagnosticsSettings(robustness_images=7).most_images(seen) == 7
 
 
-@pytest.mark.parametrize("wrong", [{"explanations": -1}, {"robustness_images": -1}, {"robustness_images": True}, {"robustness_images": "all"}])
+@pytest.mark.parametrize(
+    "wrong",
+    [{"explanations": -1}, {"robustness_images": -1}, {"robustness_images": True}, {"robustness_images": "all"}],
+)
 def test_wrong_numbers_are_refused(wrong: dict[str, object]) -> None:
     with pytest.raises(ConfigError, match=next(iter(wrong))):
         DiagnosticsSettings(**wrong)  # type: ignore[arg-type]
@@ -45,10 +48,14 @@ class Overwriting(nn.Module):
         return images.sigmoid().mul_(2).mean(dim=(2, 3))
 
 
-def test_a_network_without_gradients_is_delivered_all_the_same(tree: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_network_without_gradients_is_delivered_all_the_same(
+    tree: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     part: Manifest = listed(tree)
     classifier = build_classifier(Overwriting(), 2, 12, [0.5] * 3, [0.25] * 3).eval()
-    table = PredictionTable(part.paths, np.zeros(len(part), np.int64), np.tile(np.float32([[0, 1]]), (len(part), 1)), part.classes)
+    table = PredictionTable(
+        part.paths, np.zeros(len(part), np.int64), np.tile(np.float32([[0, 1]]), (len(part), 1)), part.classes
+    )
     run, data = SimpleNamespace(plots=tmp_path / "plots", name="run"), DataSettings(image_size=12)
     with caplog.at_level(logging.WARNING):
         examine(classifier, table, part, run, data, DiagnosticsSettings(explanations=2, robustness_images=4), 0)  # type: ignore[arg-type]
@@ -59,16 +66,23 @@ def test_a_network_without_gradients_is_delivered_all_the_same(tree: Path, tmp_p
 def test_an_image_that_is_gone_ends_no_training(tree: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     part: Manifest = listed(tree)
     classifier = build_classifier(Overwriting(), 2, 12, [0.5] * 3, [0.25] * 3).eval()
-    table = PredictionTable(part.paths, np.zeros(len(part), np.int64), np.tile(np.float32([[0, 1]]), (len(part), 1)), part.classes)
+    table = PredictionTable(
+        part.paths, np.zeros(len(part), np.int64), np.tile(np.float32([[0, 1]]), (len(part), 1)), part.classes
+    )
     for record in part:
         part.file(record).unlink()
     run, data = SimpleNamespace(plots=tmp_path / "plots", name="run"), DataSettings(image_size=12)
     examine(classifier, table, part, run, data, DiagnosticsSettings(), 0)  # type: ignore[arg-type]
-    assert "no explanations: cannot read the image" in caplog.text and "no robustness: cannot read the image" in caplog.text
+    assert (
+        "no explanations: cannot read the image" in caplog.text
+        and "no robustness: cannot read the image" in caplog.text
+    )
 
 
 @pytest.mark.slow
-def test_the_report_of_a_training_holds_them_or_not(command: Command, make_tree: MakeTree, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_report_of_a_training_holds_them_or_not(
+    command: Command, make_tree: MakeTree, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(tmp_path)
     make_tree(cat=12, dog=12)
     line = (
@@ -89,7 +103,10 @@ def test_the_report_of_a_training_holds_them_or_not(command: Command, make_tree:
     bare = {path.relative_to("plots/bare").as_posix() for path in Path("plots/bare").rglob("*") if path.is_file()}
     assert bare == {
         "metrics.json",
-        *(f"val/{name}" for name in ("predictions.csv", "predictions.json", "logits.npy", "metrics.json", "calibration.json")),
+        *(
+            f"val/{name}"
+            for name in ("predictions.csv", "predictions.json", "logits.npy", "metrics.json", "calibration.json")
+        ),
     }
     page = Path("models/bare/report.html").read_text()
     assert all(word in page for word in ("no robustness.json", "no latency.json", "--explain"))
@@ -102,8 +119,13 @@ def test_the_report_of_a_training_holds_them_or_not(command: Command, make_tree:
 
     answer = command(*line, "name=whole", *QUICK[:2], "diagnostics.explanations=2", "diagnostics.robustness_images=5")
     assert answer.code == 0, answer.err
-    robustness, latency = (json.loads(Path(f"plots/whole/{name}.json").read_text()) for name in ("robustness", "latency"))
-    assert robustness["about"]["images"] == min(5, robustness["about"]["of"]) and set(latency["backends"]) == {"onnx", "checkpoint"}
+    robustness, latency = (
+        json.loads(Path(f"plots/whole/{name}.json").read_text()) for name in ("robustness", "latency")
+    )
+    assert robustness["about"]["images"] == min(5, robustness["about"]["of"]) and set(latency["backends"]) == {
+        "onnx",
+        "checkpoint",
+    }
     page = Path("models/whole/report.html").read_text()
     assert not any(word in page for word in ("no robustness.json", "no latency.json", "--explain"))
     wrong = command(*line, "name=wrong", "diagnostics.robustness_images=some")

@@ -30,7 +30,12 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 def rank_environment(rank: int, world_size: int) -> dict[str, str]:
-    return {"RANK": str(rank), "WORLD_SIZE": str(world_size), "LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": str(world_size)}
+    return {
+        "RANK": str(rank),
+        "WORLD_SIZE": str(world_size),
+        "LOCAL_RANK": str(rank),
+        "LOCAL_WORLD_SIZE": str(world_size),
+    }
 
 
 @contextmanager
@@ -58,10 +63,15 @@ SLURM = {
         (SLURM, (5, 6, 1, 2)),
         (SLURM | rank_environment(0, 2), (0, 2, 0, 2)),  # torchrun inside of a SLURM job
         ({"SLURM_NTASKS": "6", "SLURM_PROCID": "0", "SLURM_JOB_ID": "1"}, (0, 1, 0, 1)),  # a batch script without srun
-        (SLURM | {"SLURM_STEP_NUM_TASKS": "1", "SLURM_PROCID": "0"}, (0, 1, 0, 1)),  # a shell from srun --pty, or one job of a sweep
+        (
+            SLURM | {"SLURM_STEP_NUM_TASKS": "1", "SLURM_PROCID": "0"},
+            (0, 1, 0, 1),
+        ),  # a shell from srun --pty, or one job of a sweep
     ],
 )
-def test_a_process_finds_its_place_in_what_its_launcher_says(environment: dict[str, str], place: tuple[int, ...]) -> None:
+def test_a_process_finds_its_place_in_what_its_launcher_says(
+    environment: dict[str, str], place: tuple[int, ...]
+) -> None:
     assert distributed.place(environment) == distributed.Place(*place)
 
 
@@ -71,7 +81,9 @@ def test_nodes_with_different_numbers_of_processes_are_refused() -> None:
 
 
 @given(st.integers(1, 60), st.integers(1, 8), st.integers(1, 5), st.integers(0, 3), st.booleans())
-def test_the_ranks_parts_put_together_are_one_processes_epoch(num_rows: int, per_rank: int, world_size: int, epoch: int, balanced: bool) -> None:
+def test_the_ranks_parts_put_together_are_one_processes_epoch(
+    num_rows: int, per_rank: int, world_size: int, epoch: int, balanced: bool
+) -> None:
     rows, targets = np.arange(100, 100 + num_rows), np.arange(num_rows) % 3
 
     def batches() -> list[np.ndarray]:
@@ -84,7 +96,9 @@ def test_the_ranks_parts_put_together_are_one_processes_epoch(num_rows: int, per
     for rank in range(world_size):
         with as_rank(rank, world_size):
             parts.append(batches())
-    assert [np.concatenate(shares).tolist() for shares in zip(*parts, strict=True)] == [batch.tolist() for batch in alone]
+    assert [np.concatenate(shares).tolist() for shares in zip(*parts, strict=True)] == [
+        batch.tolist() for batch in alone
+    ]
     if num_rows >= per_rank * world_size:
         assert {len(batch) for part in parts for batch in part} == {per_rank}
 
@@ -130,8 +144,12 @@ def test_only_train_starts_processes_and_only_on_this_machine(monkeypatch: pytes
         assert not launch.run_ranks("cpu", 2, 1)  # a rank starts no others
 
 
-@pytest.mark.parametrize(("devices", "seen", "chosen"), [([1, 3], "", "1,3"), ("0,2", "4,5,6", "4,6"), (2, "4,5,6", None)])
-def test_a_list_of_gpus_is_what_the_ranks_see(devices: object, seen: str, chosen: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("devices", "seen", "chosen"), [([1, 3], "", "1,3"), ("0,2", "4,5,6", "4,6"), (2, "4,5,6", None)]
+)
+def test_a_list_of_gpus_is_what_the_ranks_see(
+    devices: object, seen: str, chosen: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(launch, "uses_gpu", lambda accelerator: True)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", seen)
     assert launch._visible("gpu", devices).get("CUDA_VISIBLE_DEVICES") == chosen
@@ -139,17 +157,39 @@ def test_a_list_of_gpus_is_what_the_ranks_see(devices: object, seen: str, chosen
 
 def test_alone_every_rank_function_gives_back_what_it_was_given() -> None:
     with distributed.joined(on_gpu=False):
-        assert distributed.broadcast(3) == distributed.from_main(lambda: 3) == distributed.first_on_each_node(lambda: 3) == 3
+        assert (
+            distributed.broadcast(3)
+            == distributed.from_main(lambda: 3)
+            == distributed.first_on_each_node(lambda: 3)
+            == 3
+        )
         assert distributed.gather("x") == ["x"]
         assert distributed.gather_rows([torch.ones(2, 3), torch.zeros(1, 3)]).shape == (3, 3)
 
 
-LINE = ("data=folder", "data.dir=tree", "data.image_size=16", "data.split.test=0.2", "model=mlp", "model.backbone.hidden=[16]", "augment=none")
-LINE += (*QUICK, "scheduler=constant", "trainer.max_epochs=2", "trainer.speed=safe", "data.batch_size=8", "trainer.accelerator=cpu")
+LINE = (
+    "data=folder",
+    "data.dir=tree",
+    "data.image_size=16",
+    "data.split.test=0.2",
+    "model=mlp",
+    "model.backbone.hidden=[16]",
+    "augment=none",
+)
+LINE += (
+    *QUICK,
+    "scheduler=constant",
+    "trainer.max_epochs=2",
+    "trainer.speed=safe",
+    "data.batch_size=8",
+    "trainer.accelerator=cpu",
+)
 TWO = ("trainer=ddp", "trainer.devices=2")
 
 
-def start(folder: Path, *line: str, launcher: tuple[str, ...] = (), environment: dict[str, str] | None = None) -> subprocess.Popen[str]:
+def start(
+    folder: Path, *line: str, launcher: tuple[str, ...] = (), environment: dict[str, str] | None = None
+) -> subprocess.Popen[str]:
     command = [sys.executable, *launcher, str(ROOT / "commands.py"), "train", *line]
     env = os.environ | {"PYTHONPATH": str(folder), "OMP_NUM_THREADS": "1"} | (environment or {})
     return subprocess.Popen(command, cwd=folder, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
@@ -217,9 +257,17 @@ def test_torchrun_starts_the_same_run(single: Path) -> None:
 @pytest.mark.slow
 def test_srun_starts_the_same_run_on_two_nodes(single: Path) -> None:
     """One process a node, as SLURM sets their environment; both nodes are this machine."""
-    job = {"SLURM_JOB_ID": str(os.getpid()), "SLURM_STEP_ID": "0", "SLURM_STEP_NUM_TASKS": "2", "SLURM_STEP_NUM_NODES": "2"}
+    job = {
+        "SLURM_JOB_ID": str(os.getpid()),
+        "SLURM_STEP_ID": "0",
+        "SLURM_STEP_NUM_TASKS": "2",
+        "SLURM_STEP_NUM_NODES": "2",
+    }
     job |= {"SLURM_STEP_NODELIST": "127.0.0.1", "SLURM_NTASKS": "2", "SLURM_LOCALID": "0"}
-    tasks = [start(single, *LINE, "trainer=ddp", "name=srun", environment=job | {"SLURM_PROCID": str(rank)}) for rank in range(2)]
+    tasks = [
+        start(single, *LINE, "trainer=ddp", "name=srun", environment=job | {"SLURM_PROCID": str(rank)})
+        for rank in range(2)
+    ]
     ends = [task.communicate(timeout=300) for task in tasks]
     assert [task.returncode for task in tasks] == [0, 0], ends
     assert ends[0][0].count("test accuracy") == 1 and not ends[1][0] and not ends[1][1]
@@ -258,7 +306,11 @@ def test_an_error_on_one_rank_is_one_line_and_ends_all(single: Path, line: tuple
 
 
 def children(process: int) -> list[int]:
-    found = [re.match(r"(\d+) \(.*\) \S (\d+)", path.read_text(errors="replace")) for path in Path("/proc").glob("[0-9]*/stat") if path.exists()]
+    found = [
+        re.match(r"(\d+) \(.*\) \S (\d+)", path.read_text(errors="replace"))
+        for path in Path("/proc").glob("[0-9]*/stat")
+        if path.exists()
+    ]
     return [int(match[1]) for match in found if match and int(match[2]) == process]
 
 
@@ -276,7 +328,11 @@ def test_a_stopped_launcher_leaves_a_checkpoint_and_no_orphans(single: Path, num
     name = number.name.lower()
     process = start(single, *LINE, *TWO, f"name={name}", "trainer.max_epochs=10000", "callbacks.early_stopping=null")
     deadline = time.monotonic() + 200
-    while not (single / f"runs/{name}/checkpoints/last.ckpt").exists() and time.monotonic() < deadline and process.poll() is None:
+    while (
+        not (single / f"runs/{name}/checkpoints/last.ckpt").exists()
+        and time.monotonic() < deadline
+        and process.poll() is None
+    ):
         time.sleep(0.2)
     ranks = children(process.pid)
     process.send_signal(number)
@@ -294,7 +350,14 @@ def test_a_stopped_launcher_leaves_a_checkpoint_and_no_orphans(single: Path, num
 @pytest.mark.slow
 @pytest.mark.parametrize("trainer", ["ddp", "fsdp"])
 def test_two_processes_go_on_bit_for_bit(single: Path, trainer: str) -> None:
-    several = (*LINE, f"trainer={trainer}", "trainer.devices=2", "model.backbone.dropout=0.2", "augment=light", "trainer.deterministic=true")
+    several = (
+        *LINE,
+        f"trainer={trainer}",
+        "trainer.devices=2",
+        "model.backbone.dropout=0.2",
+        "augment=light",
+        "trainer.deterministic=true",
+    )
     for name, epochs in ((f"{trainer}-whole", 4), (f"{trainer}-cut", 2)):
         code, _, err = run(single, *several, f"name={name}", f"trainer.max_epochs={epochs}")
         assert code == 0, err
@@ -307,8 +370,12 @@ def test_two_processes_go_on_bit_for_bit(single: Path, trainer: str) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("before", "after"), [(TWO, ("trainer=default",)), (("trainer=default",), TWO)], ids=("fewer", "more"))
-def test_a_run_goes_on_with_other_processes_and_says_so(single: Path, before: tuple[str, ...], after: tuple[str, ...], tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("before", "after"), [(TWO, ("trainer=default",)), (("trainer=default",), TWO)], ids=("fewer", "more")
+)
+def test_a_run_goes_on_with_other_processes_and_says_so(
+    single: Path, before: tuple[str, ...], after: tuple[str, ...], tmp_path: Path
+) -> None:
     place = [f"{key}_dir={tmp_path / key}" for key in ("runs", "models", "plots")]
     code, _, err = run(single, *LINE, *place, *before, "name=moved", "trainer.max_epochs=1")
     assert code == 0, err

@@ -57,8 +57,15 @@ def test_a_run_goes_on_from_a_bundle_with_other_classes(command: Command, digits
         "head: classes that keep their row: 3, 7; start anew: owl; left out: 0, 1, 2, 4, 5 and 3 more",
     ):
         assert text in answer.err
-    (parent, old), (child, new) = load_classifier(digits_bundle / "model.ckpt"), load_classifier(tmp_path / "models/child/model.ckpt")
-    assert new["backbone"] == old["backbone"] and new["normalise"] == old["normalise"] and new["classes"] == ["3", "7", "owl"]
+    (parent, old), (child, new) = (
+        load_classifier(digits_bundle / "model.ckpt"),
+        load_classifier(tmp_path / "models/child/model.ckpt"),
+    )
+    assert (
+        new["backbone"] == old["backbone"]
+        and new["normalise"] == old["normalise"]
+        and new["classes"] == ["3", "7", "owl"]
+    )
     torch.testing.assert_close(child.backbone[0][0].weight, parent.backbone[0][0].weight)
     torch.testing.assert_close(last_linear(child.head).weight[:2], last_linear(parent.head).weight[[3, 7]])
     assert not torch.allclose(last_linear(child.head).weight[2], last_linear(parent.head).weight[5], atol=1e-3)
@@ -68,7 +75,9 @@ def test_a_run_goes_on_from_a_bundle_with_other_classes(command: Command, digits
 @pytest.mark.slow
 def test_a_run_goes_on_from_a_run_checkpoint_at_another_size(command: Command, trained: Path, tmp_path: Path) -> None:
     path = trained / "runs/digits/checkpoints/best.ckpt"
-    answer = command("train", *SMALL, "data.image_size=24", f"model.from={path}", "model.normalise=dataset", "model.head_dropout=0.5")
+    answer = command(
+        "train", *SMALL, "data.image_size=24", f"model.from={path}", "model.normalise=dataset", "model.head_dropout=0.5"
+    )
     assert answer.code == 0, answer.err
     assert "was trained at 32 px and this run is at 24" in answer.err
     _, blueprint = load_classifier(tmp_path / "models/child/model.ckpt")
@@ -101,7 +110,9 @@ def no_blueprint(content: dict[str, Any]) -> None:
         (no_blueprint, "no checkpoint of this package"),
     ],
 )
-def test_a_checkpoint_that_cannot_be_gone_on_from_is_refused(command: Command, digits_bundle: Path, tmp_path: Path, change: Any, says: str) -> None:
+def test_a_checkpoint_that_cannot_be_gone_on_from_is_refused(
+    command: Command, digits_bundle: Path, tmp_path: Path, change: Any, says: str
+) -> None:
     assert_refused(command, tmp_path, (f"model.from={rewrite(digits_bundle, tmp_path, change)}",), says)
 
 
@@ -141,7 +152,9 @@ def assert_refused(command: Command, folder: Path, line: tuple[str, ...], says: 
     return answer
 
 
-def test_pretrained_weights_without_a_network_name_the_way_out(command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_pretrained_weights_without_a_network_name_the_way_out(
+    command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("HF_HOME", str(tmp_path / "hub"))
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
@@ -151,28 +164,41 @@ def test_pretrained_weights_without_a_network_name_the_way_out(command: Command,
 
 
 @pytest.mark.slow
-def test_weights_of_a_file_leave_nothing_to_download(command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_weights_of_a_file_leave_nothing_to_download(
+    command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     torch.save(timm.create_model("test_resnet").state_dict(), "weights.pth")
     answer = command(
-        "train", *SMALL, "model=timm", "model.backbone.model_name=test_resnet", "model.backbone.pretrained=true", "model.weights=weights.pth"
+        "train",
+        *SMALL,
+        "model=timm",
+        "model.backbone.model_name=test_resnet",
+        "model.backbone.pretrained=true",
+        "model.weights=weights.pth",
     )
     assert answer.code == 0, answer.err
     assert "weights.pth" in answer.err
-    assert read_bundle(Path("models/child")).info.normalise["mean"] == list(timm.get_pretrained_cfg("test_resnet").mean)  # which the weights know
+    assert read_bundle(Path("models/child")).info.normalise["mean"] == list(
+        timm.get_pretrained_cfg("test_resnet").mean
+    )  # which the weights know
 
 
 @pytest.mark.slow
 def test_from_weights_of_a_file_a_neck_learns_that_checkpoints_keep_and_the_bundle_leaves(
     command: Command, digits_bundle: Path, tmp_path: Path
 ) -> None:
-    answer = command("train", *SMALL, "loss=supcon", "data.balance=weights", f"model.weights={digits_bundle / 'model.ckpt'}")
+    answer = command(
+        "train", *SMALL, "loss=supcon", "data.balance=weights", f"model.weights={digits_bundle / 'model.ckpt'}"
+    )
     assert answer.code == 0, answer.err
     assert "weights: 18 of the backbone's 18 tensors" in answer.err
     assert "the head starts anew: its shape is [3, 128], in the file [10, 128] (classifier.head.weight)" in answer.err
     kept = torch.load(tmp_path / "runs/child/checkpoints/best.ckpt", weights_only=True)
     necks = [value for name, value in kept["state_dict"].items() if name.startswith("criterion.neck.")]
-    assert len(necks) == 4 and sum(len(group["params"]) for group in kept["optimizer_states"][0]["param_groups"]) >= 4 + 8
+    assert (
+        len(necks) == 4 and sum(len(group["params"]) for group in kept["optimizer_states"][0]["param_groups"]) >= 4 + 8
+    )
     from_run, _ = load_classifier(tmp_path / "runs/child/checkpoints/best.ckpt")
     from_bundle, _ = load_classifier(tmp_path / "models/child/model.ckpt")
     pixels = torch.randint(0, 256, (2, 3, 32, 32), dtype=torch.uint8)
@@ -196,12 +222,18 @@ def test_a_loss_that_cannot_be_is_refused(command: Command, line: tuple[str, ...
     assert answer.code == 2 and says in answer.err.splitlines()[-1], answer.err
 
 
-@pytest.mark.parametrize(("loss", "criterion"), [("focal", FocalLoss), ("bce", BinaryCrossEntropy), ("cross_entropy", CrossEntropy)])
+@pytest.mark.parametrize(
+    ("loss", "criterion"), [("focal", FocalLoss), ("bce", BinaryCrossEntropy), ("cross_entropy", CrossEntropy)]
+)
 def test_these_losses_take_mixed_images_and_class_weights(loss: str, criterion: type[torch.nn.Module]) -> None:
     with hydra.initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
         config = hydra.compose("train", [f"loss={loss}", "augment=mix"])
     built, validation = build_criteria(config, np.array([0, 0, 1]), 2, DataSettings(balance="weights"))
-    assert isinstance(built, criterion) and torch.allclose(built.weight, torch.tensor([0.75, 1.5])) and validation.weight is None
+    assert (
+        isinstance(built, criterion)
+        and torch.allclose(built.weight, torch.tensor([0.75, 1.5]))
+        and validation.weight is None
+    )
     assert torch.isfinite(built(torch.zeros(2, 2), torch.full((2, 2), 0.5)))
     config.loss.weight = [1.0, 3.0]
     built, validation = build_criteria(config, np.array([0, 0, 1]), 2, DataSettings())

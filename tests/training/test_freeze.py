@@ -54,7 +54,9 @@ def test_prefixes_freeze_what_is_below_them_and_the_rest_goes_on_learning(tmp_pa
 
 
 def test_a_prefix_is_whole_between_dots() -> None:
-    classifier = nn.ModuleDict({"backbone": nn.Sequential(*(nn.Linear(2, 2) for _ in range(12))), "head": nn.Linear(2, 2)})
+    classifier = nn.ModuleDict(
+        {"backbone": nn.Sequential(*(nn.Linear(2, 2) for _ in range(12))), "head": nn.Linear(2, 2)}
+    )
     assert freeze(classifier, ["1"]) == {"backbone.1.weight", "backbone.1.bias"}
 
 
@@ -80,7 +82,9 @@ class Watch(pl.Callback):
         self.norms: list[list[bool]] = []
         self._before: dict[str, torch.Tensor] = {}
 
-    def on_train_batch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int) -> None:
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
         if batch_idx == 0:
             self._before = copy.deepcopy(dict(pl_module.get_submodule("classifier").named_parameters()))
             self.norms.append([one.training for one in pl_module.modules() if isinstance(one, nn.BatchNorm2d)])
@@ -88,7 +92,11 @@ class Watch(pl.Callback):
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         now = dict(pl_module.get_submodule("classifier").named_parameters())
         self.moved.append(
-            {name.rpartition(".")[0].rpartition(".")[0] or "head" for name, value in now.items() if not torch.equal(value, self._before[name])}
+            {
+                name.rpartition(".")[0].rpartition(".")[0] or "head"
+                for name, value in now.items()
+                if not torch.equal(value, self._before[name])
+            }
         )
 
 
@@ -103,7 +111,12 @@ def test_layers_join_from_the_head_down_with_their_norms(tmp_path: Path) -> None
 def test_what_model_freeze_names_never_joins(tmp_path: Path) -> None:
     watch = Watch()
     fit(frozen_module(["1"]), tmp_path, [Unfreeze(every_n_epochs=1), watch], max_epochs=4)
-    assert watch.moved == [{"head"}, {"head", "backbone.2"}, {"head", "backbone.2", "backbone.0"}, {"head", "backbone.2", "backbone.0"}]
+    assert watch.moved == [
+        {"head"},
+        {"head", "backbone.2"},
+        {"head", "backbone.2", "backbone.0"},
+        {"head", "backbone.2", "backbone.0"},
+    ]
 
 
 def test_without_a_number_of_epochs_nothing_is_frozen(tmp_path: Path) -> None:
@@ -134,14 +147,18 @@ LINE = ("train", "trainer.max_epochs=1", "+trainer.limit_train_batches=2", *QUIC
 
 
 @pytest.mark.slow
-def test_a_linear_probe_from_the_command_line(command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_linear_probe_from_the_command_line(
+    command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(tmp_path)
     done = command(*LINE, "model.freeze=backbone")
     assert done.code == 0, done.err
     assert "frozen by model.freeze" in done.err
 
 
-def test_a_prefix_that_no_parameter_has_is_one_line(command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_prefix_that_no_parameter_has_is_one_line(
+    command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(tmp_path)
     refused = command(*LINE, "model.freeze=[blocks]")
     assert refused.code == 2

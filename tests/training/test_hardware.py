@@ -27,10 +27,14 @@ def with_flags(monkeypatch: pytest.MonkeyPatch, *flags: str) -> None:
 
 
 @pytest.mark.parametrize("flag", ["amx_bf16", "avx512_bf16"])
-def test_bfloat16_where_the_processor_multiplies_it(monkeypatch: pytest.MonkeyPatch, flag: str, caplog: pytest.LogCaptureFixture) -> None:
+def test_bfloat16_where_the_processor_multiplies_it(
+    monkeypatch: pytest.MonkeyPatch, flag: str, caplog: pytest.LogCaptureFixture
+) -> None:
     with_flags(monkeypatch, "avx512f", flag)
     with caplog.at_level(logging.INFO):
-        assert choose_hardware(SpeedSettings()) == Hardware("bf16-mixed", channels_last=True, fused=True, compile="auto")
+        assert choose_hardware(SpeedSettings()) == Hardware(
+            "bf16-mixed", channels_last=True, fused=True, compile="auto"
+        )
     assert f"precision: bf16-mixed (the processor has {flag})" in caplog.text
 
 
@@ -42,7 +46,9 @@ def test_float32_where_bfloat16_would_be_slower(monkeypatch: pytest.MonkeyPatch)
 def test_safe_turns_all_off_and_says_so(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
     with_flags(monkeypatch, "avx512f", "avx512_bf16")
     with caplog.at_level(logging.INFO):
-        assert choose_hardware(SpeedSettings(speed="safe", compile=True, channels_last=True)) == Hardware("32-true", channels_last=False)
+        assert choose_hardware(SpeedSettings(speed="safe", compile=True, channels_last=True)) == Hardware(
+            "32-true", channels_last=False
+        )
     assert caplog.text.count("trainer.speed=safe") == 4
 
 
@@ -58,7 +64,9 @@ def test_clipping_in_mixed_precision_takes_no_fused_optimizer(monkeypatch: pytes
 
 
 def test_half_precision_takes_no_fused_optimizer() -> None:
-    assert not choose_hardware(SpeedSettings(precision="16-mixed")).fused  # which would hide its gradients from trainer.on_nan
+    assert not choose_hardware(
+        SpeedSettings(precision="16-mixed")
+    ).fused  # which would hide its gradients from trainer.on_nan
 
 
 def test_a_deterministic_run_does_not_choose_by_the_clock() -> None:
@@ -74,5 +82,7 @@ def test_unknown_values_are_one_line(wrong: dict[str, str]) -> None:
 
 @pytest.mark.parametrize(("precision", "exact"), [("32-true", True), ("bf16-mixed", False)])
 def test_a_float32_run_lets_muon_compute_nothing_in_bfloat16(precision: str, exact: bool) -> None:
-    optimizer = as_fast_as(Hardware(precision, channels_last=False, fused=True), partial(Muon, lr=0.1))([nn.Parameter(torch.ones(2, 2))])
+    optimizer = as_fast_as(Hardware(precision, channels_last=False, fused=True), partial(Muon, lr=0.1))(
+        [nn.Parameter(torch.ones(2, 2))]
+    )
     assert optimizer._exact == exact

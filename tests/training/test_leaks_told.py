@@ -9,7 +9,15 @@ import pytest
 from image_classifier.bundle import read_bundle
 from tests.conftest import QUICK, Command, MakeTree
 
-SMALL = ("data=folder", "data.dir=tree", "data.image_size=16", "data.batch_size=4", *QUICK, "model.backbone.channels=[4,8]", "name=run")
+SMALL = (
+    "data=folder",
+    "data.dir=tree",
+    "data.image_size=16",
+    "data.batch_size=4",
+    *QUICK,
+    "model.backbone.channels=[4,8]",
+    "name=run",
+)
 
 
 @pytest.fixture(autouse=True)

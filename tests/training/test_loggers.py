@@ -19,7 +19,14 @@ from image_classifier.tracking import Tracker
 from image_classifier.training.loggers import MLflowLogger, RunLoggers
 from tests.conftest import ROOT, MakeTree
 
-SMALL = ("data=folder", "data.dir=tree", "data.image_size=16", "data.batch_size=4", "model.backbone.channels=[4,8]", "audit.fail_on=null")
+SMALL = (
+    "data=folder",
+    "data.dir=tree",
+    "data.image_size=16",
+    "data.batch_size=4",
+    "model.backbone.channels=[4,8]",
+    "audit.fail_on=null",
+)
 
 
 @pytest.fixture(autouse=True)
@@ -44,7 +51,9 @@ def rows_of(path: Path) -> list[dict[str, str]]:
 def run_of(key: str, value: str) -> Any:
     from mlflow.tracking import MlflowClient
 
-    client = MlflowClient(tracking_uri=f"sqlite:///{Path.cwd()}/mlflow.db")  # MLflow keeps a store a process by its address
+    client = MlflowClient(
+        tracking_uri=f"sqlite:///{Path.cwd()}/mlflow.db"
+    )  # MLflow keeps a store a process by its address
     experiment = client.search_experiments(filter_string="name != 'Default'")[0]
     return client.search_runs([experiment.experiment_id], f"{key} = '{value}'")[0]
 
@@ -65,7 +74,11 @@ def test_several_loggers_are_told_the_same() -> None:
     rows = rows_of(Path("run/csv/version_0/metrics.csv"))
     assert [(row["epoch"], row["val/f1_macro"]) for row in rows if row["val/f1_macro"]] == [("0", "0.5"), ("1", "0.75")]
     assert [row["test/accuracy"] for row in rows if row["test/accuracy"]] == ["0.75"]
-    assert yaml.safe_load(Path("run/csv/version_0/hparams.yaml").read_text()) == {"optimizer.lr": 0.1, "model.name": "mlp", "status": "KILLED"}
+    assert yaml.safe_load(Path("run/csv/version_0/hparams.yaml").read_text()) == {
+        "optimizer.lr": 0.1,
+        "model.name": "mlp",
+        "status": "KILLED",
+    }
     scalars = scalars_of(Path("run/tensorboard"))
     assert (scalars["val/f1_macro"], scalars["test/accuracy"]) == ([0.5, 0.75], [0.75])
     logged = run_of("tags.study", "s")
@@ -98,7 +111,10 @@ def test_no_logger_is_fine() -> None:
         ("WandbLogger", ["pytorch_lightning.loggers.wandb._WANDB_AVAILABLE"], "pip install -U 'wandb"),
         (
             "TensorBoardLogger",
-            ["lightning_fabric.loggers.tensorboard._TENSORBOARD_AVAILABLE", "lightning_fabric.loggers.tensorboard._TENSORBOARDX_AVAILABLE"],
+            [
+                "lightning_fabric.loggers.tensorboard._TENSORBOARD_AVAILABLE",
+                "lightning_fabric.loggers.tensorboard._TENSORBOARDX_AVAILABLE",
+            ],
             "pip install",
         ),
     ],
@@ -129,7 +145,9 @@ def train(*line: str, **environment: str) -> subprocess.CompletedProcess[str]:
 @pytest.mark.slow
 def test_a_real_run_with_all_loggers_at_once(make_tree: MakeTree) -> None:
     make_tree(cat=20, dog=20)
-    done = train("logger=several", "+logger@logger.wandb=wandb", "logger.wandb.offline=true", "name=all", "data.split.test=0.2")
+    done = train(
+        "logger=several", "+logger@logger.wandb=wandb", "logger.wandb.offline=true", "name=all", "data.split.test=0.2"
+    )
     assert done.returncode == 0, done.stderr
     rows = rows_of(Path("runs/all/csv/version_0/metrics.csv"))
     f1 = [float(row["val/f1_macro"]) for row in rows if row["val/f1_macro"]]
@@ -142,7 +160,9 @@ def test_a_real_run_with_all_loggers_at_once(make_tree: MakeTree) -> None:
     assert scalars["test/accuracy"] == [pytest.approx(logged.data.metrics["test/accuracy"])]
     (offline,) = Path("runs/all/wandb").glob("offline-run-*/run-*.wandb")
     content = offline.read_bytes()
-    assert all(word in content for word in (b"val/f1_macro", b"train/loss", b"test/accuracy", b"model.name", b"FINISHED"))
+    assert all(
+        word in content for word in (b"val/f1_macro", b"train/loss", b"test/accuracy", b"model.name", b"FINISHED")
+    )
     assert "wandb sync runs/all/wandb/offline-run-" in done.stdout
 
 

@@ -32,7 +32,9 @@ def matrix(rows: int, columns: int, seed: int, conditioned: float = 0.0) -> torc
 
 @given(rows=SIDES, columns=SIDES, seed=st.integers(0, 1000), steps=st.integers(1, 6))
 @settings(max_examples=60, deadline=None)
-def test_the_iteration_keeps_the_singular_vectors_and_maps_the_values_as_its_polynomial_does(rows: int, columns: int, seed: int, steps: int) -> None:
+def test_the_iteration_keeps_the_singular_vectors_and_maps_the_values_as_its_polynomial_does(
+    rows: int, columns: int, seed: int, steps: int
+) -> None:
     given_matrix = matrix(rows, columns, seed)
     left, values, right = torch.linalg.svd(given_matrix / given_matrix.norm(), full_matrices=False)
     expected = left @ torch.diag(quintic(values, steps)) @ right
@@ -54,7 +56,12 @@ def test_an_update_is_nearly_orthogonal(dtype: torch.dtype, slack: float, rows: 
 @settings(max_examples=30, deadline=None)
 def test_transposing_before_and_after_are_the_same(rows: int, columns: int, seed: int) -> None:
     given_matrix = matrix(rows, columns, seed)[None]
-    torch.testing.assert_close(newton_schulz(given_matrix.mT, 5, torch.float64), newton_schulz(given_matrix, 5, torch.float64).mT, rtol=0, atol=1e-10)
+    torch.testing.assert_close(
+        newton_schulz(given_matrix.mT, 5, torch.float64),
+        newton_schulz(given_matrix, 5, torch.float64).mT,
+        rtol=0,
+        atol=1e-10,
+    )
 
 
 def test_a_gradient_of_zeros_moves_nothing() -> None:
@@ -77,7 +84,9 @@ def test_a_kernel_is_stepped_as_the_matrix_of_its_rows_whatever_its_layout(layou
     assert kernel.is_contiguous(memory_format=layout)
 
 
-@pytest.mark.parametrize(("scale", "length"), [("match_rms_adamw", 0.2 * math.sqrt(12)), ("original", math.sqrt(2)), ("none", 1.0)])
+@pytest.mark.parametrize(
+    ("scale", "length"), [("match_rms_adamw", 0.2 * math.sqrt(12)), ("original", math.sqrt(2)), ("none", 1.0)]
+)
 def test_the_length_of_a_step_is_what_the_scale_says(scale: str, length: float) -> None:
     weight = nn.Parameter(torch.zeros(12, 6))
     weight.grad = matrix(12, 6, 0, conditioned=0.5).float()
@@ -111,7 +120,11 @@ def test_what_is_no_hidden_matrix_is_stepped_as_torch_would(auxiliary: str) -> N
         auxiliary_weight_decay=0.1,
         head_lr_scale=4.0,
     )
-    groups = [{"params": [theirs[0]], "lr": 0.04}, {"params": [theirs[1]], "weight_decay": 0.0}, {"params": [theirs[2]]}]
+    groups = [
+        {"params": [theirs[0]], "lr": 0.04},
+        {"params": [theirs[1]], "weight_decay": 0.0},
+        {"params": [theirs[2]]},
+    ]
     if auxiliary == "sgd":
         reference: torch.optim.Optimizer = torch.optim.SGD(groups, 0.01, 0.9, nesterov=True, weight_decay=0.1)
     else:
@@ -211,5 +224,7 @@ def test_an_exact_run_orthogonalises_in_float32(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr("image_classifier.training.optimizers.muon.number_format", lambda device: torch.bfloat16)
     directions = [matrix(24, 12, seed).float() for seed in range(3)]
     expected = newton_schulz(torch.stack(directions), 5, torch.float32)
-    assert all(torch.equal(found, one) for found, one in zip(orthogonalised(directions, 5, exact=True), expected, strict=True))
+    assert all(
+        torch.equal(found, one) for found, one in zip(orthogonalised(directions, 5, exact=True), expected, strict=True)
+    )
     assert not torch.equal(orthogonalised(directions, 5)[0], expected[0])

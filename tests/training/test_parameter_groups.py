@@ -27,7 +27,14 @@ NETWORKS = {
     "whitened": partial(WhitenedNet, (8, 16, 16)),
     "resnet18": partial(torchvision_backbone, "resnet18"),
     "mobilenet": partial(torchvision_backbone, "mobilenet_v3_small"),
-    "swin": partial(timm.create_model, "swin_tiny_patch4_window7_224", num_classes=0, embed_dim=24, depths=(1, 1, 2, 1), num_heads=(1, 2, 4, 8)),
+    "swin": partial(
+        timm.create_model,
+        "swin_tiny_patch4_window7_224",
+        num_classes=0,
+        embed_dim=24,
+        depths=(1, 1, 2, 1),
+        num_heads=(1, 2, 4, 8),
+    ),
     "vit": partial(timm.create_model, "vit_tiny_patch16_224", num_classes=0, depth=3),
     "convnext": partial(timm.create_model, "convnext_atto", num_classes=0, dims=(8, 16, 24, 32)),
 }
@@ -72,7 +79,9 @@ def test_kinds_say_what_a_parameter_does() -> None:
     assert found["backbone.blocks.0.attn.qkv.weight"] == found["backbone.blocks.2.mlp.fc2.weight"] == "matrix"
     assert found["head.weight"] == found["head.bias"] == "head"  # a head that learns slower does so as a whole
     assert found["backbone.blocks.0.norm1.bias"] == found["backbone.blocks.0.attn.qkv.bias"] == "vector"
-    assert kinds(network("convnext"))["backbone.stages.0.blocks.0.conv_dw.weight"] == "other"  # one small kernel a channel: no matrix
+    assert (
+        kinds(network("convnext"))["backbone.stages.0.blocks.0.conv_dw.weight"] == "other"
+    )  # one small kernel a channel: no matrix
 
 
 def test_a_frozen_first_layer_makes_no_other_the_stem() -> None:
@@ -89,7 +98,9 @@ def test_layers_name_every_parameter_once_and_a_network_has_several(name: str) -
 
 def test_torchvision_layers_are_its_blocks_and_norms_go_with_what_they_follow() -> None:
     found = layers(network("resnet18").backbone)
-    assert [names[0].rpartition(".conv1")[0] for names in found[1:]] == [f"layer{stage}.{block}" for stage in (1, 2, 3, 4) for block in (0, 1)]
+    assert [names[0].rpartition(".conv1")[0] for names in found[1:]] == [
+        f"layer{stage}.{block}" for stage in (1, 2, 3, 4) for block in (0, 1)
+    ]
     assert found[0] == ["conv1.weight", "bn1.weight", "bn1.bias"]
 
 
@@ -125,7 +136,10 @@ def test_a_neck_of_the_loss_learns_as_the_head_does() -> None:
 def test_frozen_parameters_are_left_out_and_with_all_of_them_frozen_there_is_nothing_to_train() -> None:
     classifier = Classifier(ConvNet(8, (4, 8)), nn.Linear(8, 3), (0.5,) * 3, (0.25,) * 3)
     classifier.backbone.requires_grad_(False)
-    assert [group["kind"] for group in parameter_groups(classifier)] == ["head", "head"]  # the second one, its bias, without decay
+    assert [group["kind"] for group in parameter_groups(classifier)] == [
+        "head",
+        "head",
+    ]  # the second one, its bias, without decay
     with pytest.raises(ConfigError, match="no parameter"):
         parameter_groups(classifier.requires_grad_(False))
 
@@ -137,12 +151,18 @@ def test_an_impossible_factor_is_refused(factor: float) -> None:
 
 
 SCHEDULERS: dict[str, SchedulerSettings] = {
-    "one_cycle": SchedulerSettings(partial(torch.optim.lr_scheduler.OneCycleLR, max_lr=0.1, pct_start=0.25), "step", "total_steps"),
+    "one_cycle": SchedulerSettings(
+        partial(torch.optim.lr_scheduler.OneCycleLR, max_lr=0.1, pct_start=0.25), "step", "total_steps"
+    ),
     "cosine": SchedulerSettings(partial(torch.optim.lr_scheduler.CosineAnnealingLR), "step", "T_max"),
-    "linear": SchedulerSettings(partial(torch.optim.lr_scheduler.LinearLR, start_factor=1.0, end_factor=0.0), "step", "total_iters"),
+    "linear": SchedulerSettings(
+        partial(torch.optim.lr_scheduler.LinearLR, start_factor=1.0, end_factor=0.0), "step", "total_iters"
+    ),
     "exponential": SchedulerSettings(partial(torch.optim.lr_scheduler.ExponentialLR, gamma=0.5)),
     "step": SchedulerSettings(partial(torch.optim.lr_scheduler.StepLR, step_size=1, gamma=0.1)),
-    "plateau": SchedulerSettings(partial(torch.optim.lr_scheduler.ReduceLROnPlateau, patience=0, factor=0.5), monitor="val/loss"),
+    "plateau": SchedulerSettings(
+        partial(torch.optim.lr_scheduler.ReduceLROnPlateau, patience=0, factor=0.5), monitor="val/loss"
+    ),
     "constant": SchedulerSettings(),
 }
 
@@ -150,7 +170,11 @@ SCHEDULERS: dict[str, SchedulerSettings] = {
 @pytest.mark.parametrize("name", sorted(SCHEDULERS))
 def test_every_scheduler_keeps_the_layers_in_proportion(name: str, tmp_path: Path) -> None:
     rates = Rates()
-    fit(small_module(partial(torch.optim.SGD, lr=0.1, momentum=0.9), SCHEDULERS[name], layer_decay=0.5), tmp_path, [rates])
+    fit(
+        small_module(partial(torch.optim.SGD, lr=0.1, momentum=0.9), SCHEDULERS[name], layer_decay=0.5),
+        tmp_path,
+        [rates],
+    )
     assert len(rates.used) == 12
     for used in rates.used:
         assert max(used) == used[0]
@@ -158,7 +182,10 @@ def test_every_scheduler_keeps_the_layers_in_proportion(name: str, tmp_path: Pat
 
 
 def test_one_cycle_peaks_where_each_groups_own_rate_is() -> None:
-    groups: list[dict[str, Any]] = [{"params": [nn.Parameter(torch.zeros(1))]}, {"params": [nn.Parameter(torch.zeros(1))], "lr_scale": 0.25}]
+    groups: list[dict[str, Any]] = [
+        {"params": [nn.Parameter(torch.zeros(1))]},
+        {"params": [nn.Parameter(torch.zeros(1))], "lr_scale": 0.25},
+    ]
     moves = build_moves(partial(torch.optim.SGD, lr=0.1, momentum=0.9), groups, SCHEDULERS["one_cycle"], num_steps=40)
     assert [group["max_lr"] for group in moves.optimizer.param_groups] == [0.1, 0.025]
     assert "lr_scale" not in moves.optimizer.param_groups[1]

@@ -43,11 +43,17 @@ def test_a_network_that_flattens_is_refused(node: dict[str, Any]) -> None:
 
 
 @pytest.mark.slow
-def test_a_run_goes_through_its_sizes_and_answers_at_the_last(command: Command, make_tree: MakeTree, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_run_goes_through_its_sizes_and_answers_at_the_last(
+    command: Command, make_tree: MakeTree, monkeypatch: pytest.MonkeyPatch
+) -> None:
     root = make_tree(cat=10, dog=10)
     monkeypatch.chdir(root.parent)
     small = ("data=folder", f"data.dir={root}", "data.image_size=16", "data.batch_size=4", *QUICK, "name=run")
-    answer = command("train", *small, "data.progressive_sizes=[8,16]", "model.backbone.channels=[4,8]", "trainer.max_epochs=2")
+    answer = command(
+        "train", *small, "data.progressive_sizes=[8,16]", "model.backbone.channels=[4,8]", "trainer.max_epochs=2"
+    )
     assert answer.code == 0, answer.err
-    refused = command("train", *small, "data.progressive_sizes=[8,16]", "model=mlp", "model.backbone.hidden=[8]", "overwrite=true")
+    refused = command(
+        "train", *small, "data.progressive_sizes=[8,16]", "model=mlp", "model.backbone.hidden=[8]", "overwrite=true"
+    )
     assert refused.code == 2 and refused.err.splitlines()[-1].startswith("error: data.progressive_sizes"), refused.err

@@ -21,7 +21,14 @@ from image_classifier.training.rehearsal import find_batch_size, seconds_of, smo
 from tests.conftest import QUICK, Command, MakeTree
 from tests.training.small_fits import fit, small_module
 
-SMALL = ("data=folder", "data.dir=tree", "data.image_size=16", *QUICK, "model.backbone.channels=[4,8]", "trainer.accelerator=cpu")
+SMALL = (
+    "data=folder",
+    "data.dir=tree",
+    "data.image_size=16",
+    *QUICK,
+    "model.backbone.channels=[4,8]",
+    "trainer.accelerator=cpu",
+)
 RATES = np.geomspace(1e-6, 10, 100)
 
 
@@ -40,7 +47,9 @@ def weights(name: str) -> dict[str, torch.Tensor]:
 @given(steepest=st.floats(-4.5, -1.0), noise=st.floats(0, 0.03), seed=st.integers(0, 99))
 def test_the_steepest_descent_is_found_through_noise(steepest: float, noise: float, seed: int) -> None:
     place = np.log10(RATES)
-    losses = 2.3 - 2 / (1 + np.exp(-4 * (place - steepest))) + 10 ** (2 * (place - steepest - 1.5))  # falls about there, diverges later
+    losses = (
+        2.3 - 2 / (1 + np.exp(-4 * (place - steepest))) + 10 ** (2 * (place - steepest - 1.5))
+    )  # falls about there, diverges later
     losses += noise * np.random.default_rng(seed).standard_normal(len(losses))
     kept = losses < 8  # the sweep stops where the loss diverges
     found = suggest(RATES[kept], smoothed(losses[kept]))
@@ -57,7 +66,9 @@ def test_smoothing_keeps_a_straight_line_and_does_not_lag() -> None:
 
 
 @pytest.mark.slow
-def test_a_run_that_found_its_rate_is_the_run_that_was_given_it(in_a_folder_with_a_tree: None, command: Command) -> None:
+def test_a_run_that_found_its_rate_is_the_run_that_was_given_it(
+    in_a_folder_with_a_tree: None, command: Command
+) -> None:
     base = ("train", *SMALL, "data.batch_size=4", "trainer.max_epochs=2", "trainer.deterministic=true")
     answer = command(*base, "name=found", "optimizer.lr=auto")
     assert answer.code == 0, answer.err
@@ -94,7 +105,9 @@ class FakeTrials:
         self.manifest = type("Images", (), {"indices": lambda self, split: np.arange(images)})()
 
 
-def found_with(monkeypatch: pytest.MonkeyPatch, images: int, speeds: dict[int, float | None], peaks: dict[int, float] | None = None) -> int:
+def found_with(
+    monkeypatch: pytest.MonkeyPatch, images: int, speeds: dict[int, float | None], peaks: dict[int, float] | None = None
+) -> int:
     trials = FakeTrials(images, speeds)
 
     def speed(trials: Any, data: Any) -> tuple[float, float] | None:
@@ -120,7 +133,9 @@ def test_the_batch_stays_below_a_tenth_of_the_training_part(monkeypatch: pytest.
 
 def test_the_batch_stays_within_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     assert found_with(monkeypatch, 10_000, {16: 100, 32: 150, 64: None}) == 32
-    assert found_with(monkeypatch, 10_000, {16: 100, 32: 150}, {16: 1e8, 32: 9e8}) == 32  # 64 would add 1.6 GB where 1 GB is left
+    assert (
+        found_with(monkeypatch, 10_000, {16: 100, 32: 150}, {16: 1e8, 32: 9e8}) == 32
+    )  # 64 would add 1.6 GB where 1 GB is left
     with pytest.raises(ConfigError, match="not even"):
         found_with(monkeypatch, 10_000, {16: None})
 
@@ -137,11 +152,24 @@ def test_running_out_of_gpu_memory_ends_a_trial_and_nothing_else(monkeypatch: py
 
 
 @pytest.mark.slow
-def test_a_run_finds_its_batch_and_ends_within_its_time(in_a_folder_with_a_tree: None, command: Command, caplog: pytest.LogCaptureFixture) -> None:
-    line = ("train", *SMALL, "name=timed", "data.batch_size=auto", "trainer.max_epochs=null", "trainer.max_time=00:00:00:05")
+def test_a_run_finds_its_batch_and_ends_within_its_time(
+    in_a_folder_with_a_tree: None, command: Command, caplog: pytest.LogCaptureFixture
+) -> None:
+    line = (
+        "train",
+        *SMALL,
+        "name=timed",
+        "data.batch_size=auto",
+        "trainer.max_epochs=null",
+        "trainer.max_time=00:00:00:05",
+    )
     answer = command(*line)
     assert answer.code == 0, answer.err
-    assert "images/s, peak memory" in answer.err and "data.batch_size: " in answer.err and "trainer.max_steps: " in answer.err
+    assert (
+        "images/s, peak memory" in answer.err
+        and "data.batch_size: " in answer.err
+        and "trainer.max_steps: " in answer.err
+    )
     saved = yaml.safe_load(Path("runs/timed/config.yaml").read_text())
     assert saved["data"]["batch_size"] in (1, 2, 3) and saved["trainer"]["max_steps"] > 0
     with Path("runs/timed/metrics.csv").open() as file:
@@ -151,7 +179,15 @@ def test_a_run_finds_its_batch_and_ends_within_its_time(in_a_folder_with_a_tree:
 
 @pytest.mark.slow
 def test_more_time_given_on_resume_is_planned_anew(in_a_folder_with_a_tree: None, command: Command) -> None:
-    line = ("train", *SMALL, "name=timed", "scheduler=constant", "data.batch_size=4", "trainer.max_epochs=null", "~callbacks.early_stopping")
+    line = (
+        "train",
+        *SMALL,
+        "name=timed",
+        "scheduler=constant",
+        "data.batch_size=4",
+        "trainer.max_epochs=null",
+        "~callbacks.early_stopping",
+    )
     assert command(*line, "trainer.max_time=00:00:00:03").code == 0
     short = yaml.safe_load(Path("runs/timed/config.yaml").read_text())["trainer"]["max_steps"]
     answer = command("train", "resume=runs/timed", "trainer.max_time=00:00:00:09")
@@ -208,7 +244,11 @@ def test_a_busy_moment_does_not_make_steps_look_slow() -> None:
 def test_a_containers_limit_counts(tmp_path: Path) -> None:
     assert 0 < free_memory(False) < 2**50 and memory_used(False) > 2**20
     assert _container_free(tmp_path) == float("inf")
-    for name, text in {"memory.max": "1000\n", "memory.current": "700\n", "memory.stat": "anon 400\nfile 300\n"}.items():
+    for name, text in {
+        "memory.max": "1000\n",
+        "memory.current": "700\n",
+        "memory.stat": "anon 400\nfile 300\n",
+    }.items():
         (tmp_path / name).write_text(text)
     assert _container_free(tmp_path) == 600
     (tmp_path / "memory.max").write_text("max\n")

@@ -62,7 +62,9 @@ HARD = Options(accumulate=2, average="ema", scheduler="plateau", every_n_steps=2
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
-def test_a_run_that_was_cut_ends_as_one_that_was_not(options: Options, hook: str, number: int, killed: bool, tmp_path: Path) -> None:
+def test_a_run_that_was_cut_ends_as_one_that_was_not(
+    options: Options, hook: str, number: int, killed: bool, tmp_path: Path
+) -> None:
     assert not train(tmp_path, options, (hook, number), killed).ended
     assert_same(train(tmp_path, options), options)
 
@@ -84,7 +86,15 @@ def test_any_run_cut_anywhere_three_times(seed: int, tmp_path: Path) -> None:
         scheduler=draw.choice(["one_cycle", "plateau", "exponential"]),
         every_n_steps=draw.choice([None, 2]),
         patience=draw.choice([0, 1]),
-        trainer=draw.choice([{}, {"val_check_interval": 3}, {"check_val_every_n_epoch": 2}, {"max_steps": 11}, {"limit_train_batches": 5}]),
+        trainer=draw.choice(
+            [
+                {},
+                {"val_check_interval": 3},
+                {"check_val_every_n_epoch": 2},
+                {"max_steps": 11},
+                {"limit_train_batches": 5},
+            ]
+        ),
     )
     for _ in range(3):
         hook = draw.choice(list(HOOKS))
@@ -108,12 +118,18 @@ def test_a_longer_run_goes_on_as_if_it_had_been_so_long_from_the_start(tmp_path:
 
 def test_the_newest_checkpoints_are_kept_by_step_and_last_is_the_newest(tmp_path: Path) -> None:
     train(tmp_path, Options(keep=3, every_n_steps=4, every_n_epochs=None, optimizer=partial(SGD, lr=0.1)))
-    assert sorted(path.name for path in tmp_path.glob("*.ckpt")) == ["best.ckpt", "last.ckpt", *(f"step-{step:09d}.ckpt" for step in (12, 16, 18))]
+    assert sorted(path.name for path in tmp_path.glob("*.ckpt")) == [
+        "best.ckpt",
+        "last.ckpt",
+        *(f"step-{step:09d}.ckpt" for step in (12, 16, 18)),
+    ]
     assert (tmp_path / "last.ckpt").samefile(tmp_path / f"step-{18:09d}.ckpt")
     assert not list(tmp_path.glob(".*"))
 
 
-def test_a_damaged_newest_checkpoint_costs_no_more_than_its_steps(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_damaged_newest_checkpoint_costs_no_more_than_its_steps(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     assert not train(tmp_path, HARD, ("on_train_batch_start", 11)).ended
     with (tmp_path / "last.ckpt").open("r+b") as file:
         file.truncate(1000)

@@ -25,7 +25,14 @@ from image_classifier.training.report import Results
 from image_classifier.training.run_folder import RunFolder
 from tests.conftest import QUICK, Answer, Command, MakeTree, write_image
 
-SMALL = ("data=folder", "data.dir=tree", "data.image_size=16", "data.batch_size=4", "model.backbone.channels=[4,8]", "model.backbone.dropout=0.2")
+SMALL = (
+    "data=folder",
+    "data.dir=tree",
+    "data.image_size=16",
+    "data.batch_size=4",
+    "model.backbone.channels=[4,8]",
+    "model.backbone.dropout=0.2",
+)
 SHORT = (*SMALL, *QUICK, "trainer.max_epochs=3", "trainer.deterministic=true", "scheduler=exponential")
 
 
@@ -33,7 +40,9 @@ SHORT = (*SMALL, *QUICK, "trainer.max_epochs=3", "trainer.deterministic=true", "
 def in_a_folder_with_a_tree(tmp_path: Path, make_tree: MakeTree, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     make_tree(cat=10, dog=10)
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("image_classifier.training.run.deliver", weights_only)  # ONNX and figures take most of so short a run
+    monkeypatch.setattr(
+        "image_classifier.training.run.deliver", weights_only
+    )  # ONNX and figures take most of so short a run
     monkeypatch.setattr("image_classifier.training.run.write_results", answers_only)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
@@ -116,7 +125,9 @@ def test_another_run_is_never_taken_for_the_same(command: Command, stopped: Any,
     for change in ("optimizer.lr=0.5", "model=mlp", "data.image_size=8", "seed=3", "augment=none"):
         key = change.partition("=")[0]
         answer = command("train", "resume=last", "name=cut", change)
-        assert refused(answer, key.replace("model", "model.").replace("augment", "augment."), "model.from=NAME"), answer.err
+        assert refused(answer, key.replace("model", "model.").replace("augment", "augment."), "model.from=NAME"), (
+            answer.err
+        )
     write_image(tmp_path / "tree" / "cat" / "new.png", 123)
     assert refused(command("train", "resume=last", "name=cut"), "images")
     for number in range(9):
@@ -180,7 +191,9 @@ def test_the_mlflow_run_goes_on_and_ends_once(command: Command, stopped: Any, tm
 
 
 @pytest.mark.slow
-def test_a_requeued_slurm_job_goes_on_by_itself(command: Command, stopped: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_requeued_slurm_job_goes_on_by_itself(
+    command: Command, stopped: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("SLURM_JOB_ID", "77")
     assert stopped(*SHORT).code == 143
     monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
@@ -195,7 +208,9 @@ def test_a_requeued_slurm_job_goes_on_by_itself(command: Command, stopped: Any, 
 
 
 @pytest.mark.slow
-def test_a_full_disk_is_one_line_and_costs_no_checkpoint(command: Command, stopped: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_disk_is_one_line_and_costs_no_checkpoint(
+    command: Command, stopped: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     assert stopped(*SHORT, "name=cut").code == 143
     before = Path("runs/cut/checkpoints/last.ckpt").read_bytes()
 

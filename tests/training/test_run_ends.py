@@ -14,7 +14,15 @@ import torch
 from tests.conftest import QUICK, Command, MakeTree
 
 ROOT = Path(__file__).resolve().parents[2]
-SMALL = ("data=folder", "data.dir=tree", "data.image_size=16", "data.batch_size=4", *QUICK, "model.backbone.channels=[4,8]", "name=run")
+SMALL = (
+    "data=folder",
+    "data.dir=tree",
+    "data.image_size=16",
+    "data.batch_size=4",
+    *QUICK,
+    "model.backbone.channels=[4,8]",
+    "name=run",
+)
 
 
 @pytest.fixture(autouse=True)
@@ -50,10 +58,22 @@ def test_a_run_cut_in_the_middle_of_an_epoch_says_that_epochs_loss(command: Comm
 
 
 def test_a_broken_network_never_replaces_a_good_checkpoint(command: Command) -> None:
-    answer = command("train", *SMALL, "optimizer=sgd", "optimizer.lr=1e38", "scheduler=constant", "trainer.max_epochs=3", "data.batch_size=32")
+    answer = command(
+        "train",
+        *SMALL,
+        "optimizer=sgd",
+        "optimizer.lr=1e38",
+        "scheduler=constant",
+        "trainer.max_epochs=3",
+        "data.batch_size=32",
+    )
     assert answer.code == 2 and answer.err.splitlines()[-1].startswith("error: ")
     for path in Path("runs").rglob("*.ckpt"):
-        assert all(torch.isfinite(value).all() for value in torch.load(path, weights_only=True)["state_dict"].values() if value.is_floating_point())
+        assert all(
+            torch.isfinite(value).all()
+            for value in torch.load(path, weights_only=True)["state_dict"].values()
+            if value.is_floating_point()
+        )
 
 
 @pytest.mark.parametrize(
@@ -75,7 +95,10 @@ def test_what_shows_only_while_running_is_one_line_too(command: Command, line: t
 
 @pytest.mark.slow
 def test_a_trial_run_of_one_batch_works(command: Command) -> None:
-    assert command("train", *SMALL[:-3], "name=run", "model.backbone.channels=[4,8]", "+trainer.fast_dev_run=true").code == 0
+    assert (
+        command("train", *SMALL[:-3], "name=run", "model.backbone.channels=[4,8]", "+trainer.fast_dev_run=true").code
+        == 0
+    )
 
 
 def test_kept_splits_are_said(command: Command) -> None:
@@ -86,8 +109,17 @@ def test_kept_splits_are_said(command: Command) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
-def test_a_signal_keeps_the_newest_step_and_says_so_by_its_exit_code(number: signal.Signals, code: int, tmp_path: Path) -> None:
-    line = [sys.executable, str(ROOT / "commands.py"), "train", *SMALL, "trainer.max_epochs=100000", "~callbacks.early_stopping"]
+def test_a_signal_keeps_the_newest_step_and_says_so_by_its_exit_code(
+    number: signal.Signals, code: int, tmp_path: Path
+) -> None:
+    line = [
+        sys.executable,
+        str(ROOT / "commands.py"),
+        "train",
+        *SMALL,
+        "trainer.max_epochs=100000",
+        "~callbacks.early_stopping",
+    ]
     process = subprocess.Popen(line, stderr=subprocess.PIPE, text=True, cwd=tmp_path)
     assert process.stderr is not None
     for text in process.stderr:

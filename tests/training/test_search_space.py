@@ -68,7 +68,10 @@ def test_a_choice_comes_out_of_the_command_line_as_it_went_in(value: Any) -> Non
         ({"optimizer": {"lr": 0.1}}, "search.optimizer.lr does not say what to try"),
         ({"optimizer": {"lr": {"low": 1, "high": 2}}}, "search.optimizer.lr.kind is missing: one of float"),
         ({"optimizer": {"lr": {"kind": "floats", "low": 1, "high": 2}}}, "did you mean float"),
-        ({"optimizer": {"lr": {**RANGE, "hihg": 3}}}, "search.optimizer.lr.hihg is not a key of kind float: did you mean high"),
+        (
+            {"optimizer": {"lr": {**RANGE, "hihg": 3}}},
+            "search.optimizer.lr.hihg is not a key of kind float: did you mean high",
+        ),
         ({"optimizer": {"lr": {**RANGE, "choices": [1]}}}, "choices is not a key of kind float"),
         ({"optimizer": {"lr": {**RANGE, "log": True}}}, "above 0 where log"),
         ({"optimizer": {"lr": {**RANGE, "log": 1}}}, "log must be true or false"),
@@ -91,7 +94,11 @@ def test_a_space_that_cannot_be_is_one_line(node: dict[str, Any], says: str) -> 
 
 
 def test_entries_may_stand_below_a_group_and_be_left_out() -> None:
-    model = {"kind": "categorical", "choices": ["mlp", [1, 2]], "head_dropout": {"kind": "float", "low": 0.0, "high": 0.5, "step": 0.1}}
+    model = {
+        "kind": "categorical",
+        "choices": ["mlp", [1, 2]],
+        "head_dropout": {"kind": "float", "low": 0.0, "high": 0.5, "step": 0.1},
+    }
     space = parse_space({"model": model, "optimizer": {"lr": None}})
     assert [entry.key for entry in space] == ["model", "model.head_dropout"]
     assert space[0].extremes == ("model=mlp", "model=[1,2]")
@@ -115,7 +122,9 @@ def test_entries_may_stand_below_a_group_and_be_left_out() -> None:
     ],
     ids=lambda value: value[-1] if isinstance(value, tuple) else "",
 )
-def test_a_study_that_cannot_be_is_refused_before_its_first_trial(command: Command, line: tuple[str, ...], says: str, make_tree: MakeTree) -> None:
+def test_a_study_that_cannot_be_is_refused_before_its_first_trial(
+    command: Command, line: tuple[str, ...], says: str, make_tree: MakeTree
+) -> None:
     make_tree(cat=10, dog=10)
     answer = command("tune", "data=folder", "data.dir=tree", *line)
     assert answer.code == 2, answer.err

@@ -26,11 +26,16 @@ def manifest(counts: list[int]) -> Manifest:
     labelled = [chr(97 + code) for code, count in enumerate(counts) for _ in range(count)]
     splits = ["val" if row % 4 == 3 else "train" for row in range(len(labelled))]
     rows = enumerate(zip(labelled, splits, strict=True))
-    return Manifest.of(Path("x"), [Record(f"{row}.png", label, split, f"{row:016x}", f"{row:064x}", 8, 8) for row, (label, split) in rows])
+    return Manifest.of(
+        Path("x"),
+        [Record(f"{row}.png", label, split, f"{row:016x}", f"{row:064x}", 8, 8) for row, (label, split) in rows],
+    )
 
 
 @given(counts=st.lists(st.integers(1, 9), min_size=1, max_size=6), count=st.integers(1, 20), seed=st.integers(0, 9))
-def test_the_chosen_rows_are_training_rows_of_as_many_classes_as_there_are(counts: list[int], count: int, seed: int) -> None:
+def test_the_chosen_rows_are_training_rows_of_as_many_classes_as_there_are(
+    counts: list[int], count: int, seed: int
+) -> None:
     table = manifest(counts)
     train = table.indices("train")
     rows = choose_rows(table, count, seed)
@@ -72,25 +77,40 @@ def test_the_verb_writes_a_sheet_and_says_where(command: Command, tree: Path, mo
     assert answer.out == "sheet    plots/show/tree-strong.png\n"
     first = Path("plots/show/tree-strong.png").read_bytes()
     assert Image.open(io.BytesIO(first)).size == (3 * (128 + 12) + 24, 12 + 3 * (128 + 3 * 15 + 12))
-    assert command("show", *DATA, "augment=strong", "versions=2", "count=3", "--output", "my sheet.png").out == "sheet    my sheet.png\n"
+    assert (
+        command("show", *DATA, "augment=strong", "versions=2", "count=3", "--output", "my sheet.png").out
+        == "sheet    my sheet.png\n"
+    )
     assert Path("my sheet.png").read_bytes() == first  # the seed decides it
     assert command("show", *DATA, "augment=none", "versions=1").code == 0
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("recipe", [pytest.param(name, marks=[] if name == "strong" else pytest.mark.slow) for name in RECIPES])
+@pytest.mark.parametrize(
+    "recipe", [pytest.param(name, marks=[] if name == "strong" else pytest.mark.slow) for name in RECIPES]
+)
 def test_each_recipe_trains(recipe: str, command: Command, tree: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tree.parent)
     balance = {"strong": "weights", "simpsons": "sampler"}.get(recipe, "none")
-    line = (f"augment={recipe}", f"data.balance={balance}", "data.batch_size=4", "trainer.max_epochs=2", "model.backbone.channels=[4,8]")
+    line = (
+        f"augment={recipe}",
+        f"data.balance={balance}",
+        "data.batch_size=4",
+        "trainer.max_epochs=2",
+        "model.backbone.channels=[4,8]",
+    )
     answer = command("train", *DATA, *line, *QUICK, "name=x")
     assert answer.code == 0, answer.err
     assert f"balance: {balance} (every class has 8 training images)" in answer.err
     assert re.search(r"epoch 2/2  train/loss \d.*train/accuracy [01]\.\d+", answer.err)
 
 
-def test_a_loss_that_takes_no_mixed_labels_is_one_line(command: Command, tree: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_loss_that_takes_no_mixed_labels_is_one_line(
+    command: Command, tree: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(tree.parent)
     loss = ("loss._target_=torch.nn.MultiMarginLoss", "~loss.label_smoothing")
     answer = command("train", *DATA, *loss, "augment=mix", *QUICK, "name=x")
-    assert answer.code == 2 and answer.err.splitlines()[-1].startswith("error: loss: torch.nn.MultiMarginLoss takes one class an image")
+    assert answer.code == 2 and answer.err.splitlines()[-1].startswith(
+        "error: loss: torch.nn.MultiMarginLoss takes one class an image"
+    )

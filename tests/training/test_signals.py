@@ -56,7 +56,9 @@ def test_the_first_signal_waits_for_the_step_and_the_second_does_not(
         steps = 1
     assert steps == 1 and caught.value.code == 128 + number
     said = capfd.readouterr().err
-    assert "finishing the step under way" in said and said.splitlines()[-1].startswith(f"stopped by {number.name} after the last step")
+    assert "finishing the step under way" in said and said.splitlines()[-1].startswith(
+        f"stopped by {number.name} after the last step"
+    )
     monkeypatch.setattr(signals_file, "_ECHO_S", 0.0)
     with pytest.raises((SystemExit, KeyboardInterrupt)), signals.caught(), signals.deferred():
         os.kill(os.getpid(), number)
@@ -73,8 +75,12 @@ def test_a_sigterm_that_several_senders_pass_on_lets_the_step_end() -> None:
     assert steps == 1 and caught.value.code == 143
 
 
-@pytest.mark.parametrize(("preempts", "numbers"), [(None, {signal.SIGUSR1, signal.SIGUSR2}), ("USR1", {signal.SIGUSR1})])
-def test_slurm_warns_by_its_own_signal_and_by_submitits(preempts: str | None, numbers: set[signal.Signals], monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("preempts", "numbers"), [(None, {signal.SIGUSR1, signal.SIGUSR2}), ("USR1", {signal.SIGUSR1})]
+)
+def test_slurm_warns_by_its_own_signal_and_by_submitits(
+    preempts: str | None, numbers: set[signal.Signals], monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.delenv("SUBMITIT_PREEMPT_SIGNAL", raising=False)
     assert not slurm_warnings()
     monkeypatch.setenv("SLURM_JOB_ID", "7")
@@ -119,7 +125,9 @@ class Training:
 
     def __init__(self, *line: str, **environment: str) -> None:
         command = [sys.executable, str(ROOT / "commands.py"), *LINE, *line]
-        self.process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"} | environment)
+        self.process = subprocess.Popen(
+            command, stderr=subprocess.PIPE, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"} | environment
+        )
         self.log: list[str] = []
 
     def until(self, pattern: str) -> Training:
@@ -156,7 +164,9 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def assert_same(folder: Path, name: str) -> None:
     assert (folder / "runs" / name / "metrics.csv").read_bytes() == (folder / "runs/whole/metrics.csv").read_bytes()
-    one, other = (torch.load(folder / f"models/{run}/model.ckpt", weights_only=True)["state_dict"] for run in (name, "whole"))
+    one, other = (
+        torch.load(folder / f"models/{run}/model.ckpt", weights_only=True)["state_dict"] for run in (name, "whole")
+    )
     assert all(torch.equal(one[key], other[key]) for key in other)
     for path in ("val/predictions.csv", "val/logits.npy", "val/metrics.json"):
         assert (folder / "plots" / name / path).read_bytes() == (folder / "plots/whole" / path).read_bytes()
@@ -174,7 +184,9 @@ def assert_same(folder: Path, name: str) -> None:
         (signal.SIGINT, "ONNX agrees"),
     ],
 )
-def test_a_signal_saves_and_the_run_goes_on(number: signal.Signals, pattern: str, whole: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_signal_saves_and_the_run_goes_on(
+    number: signal.Signals, pattern: str, whole: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(whole)
     name = f"signal-{number:d}-{re.sub(r'[^a-zA-Z0-9]+', '-', pattern)}"
     training = Training(f"name={name}").until(pattern)
@@ -188,7 +200,9 @@ def test_a_signal_saves_and_the_run_goes_on(number: signal.Signals, pattern: str
 
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", range(3))
-def test_killed_at_random_moments_again_and_again_it_ends_as_if_never_killed(seed: int, whole: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_killed_at_random_moments_again_and_again_it_ends_as_if_never_killed(
+    seed: int, whole: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(whole)
     name, draw = f"killed-{seed}", random.Random(seed)
     again: tuple[str, ...] = ()
@@ -205,7 +219,9 @@ def test_killed_at_random_moments_again_and_again_it_ends_as_if_never_killed(see
 
 
 @pytest.mark.slow
-def test_slurm_requeues_a_job_that_then_goes_on_by_itself(whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_slurm_requeues_a_job_that_then_goes_on_by_itself(
+    whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(whole)
     bin_dir = fake_scontrol(tmp_path / "bin")
     environment = {"SLURM_JOB_ID": "4711", "PATH": f"{bin_dir}{os.pathsep}{os.environ['PATH']}"}

@@ -59,7 +59,9 @@ def folds(seed: int = 0, count: int = 3) -> list[Manifest]:
     with Path("folds.csv").open("w", newline="") as file:
         writer = csv.writer(file)
         writer.writerow(("fold", "path"))
-        writer.writerows((number, fold.paths[row]) for number, fold in enumerate(dealt) for row in fold.indices("val").tolist())
+        writer.writerows(
+            (number, fold.paths[row]) for number, fold in enumerate(dealt) for row in fold.indices("val").tolist()
+        )
     return dealt
 
 
@@ -107,8 +109,12 @@ def test_a_failed_fold_says_why_and_goes_on_from_its_checkpoint() -> None:
 
 def test_a_signal_stops_the_fold_under_way_and_nothing_is_left_running() -> None:
     folds()
-    code = "from tests.training.test_suspects import *; answer_by_training(runs(folds(), 'import time; time.sleep(60)'))"
-    process = subprocess.Popen([sys.executable, "-c", code], env={**os.environ, "PYTHONPATH": str(ROOT)}, stderr=subprocess.DEVNULL)
+    code = (
+        "from tests.training.test_suspects import *; answer_by_training(runs(folds(), 'import time; time.sleep(60)'))"
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-c", code], env={**os.environ, "PYTHONPATH": str(ROOT)}, stderr=subprocess.DEVNULL
+    )
     deadline = time.monotonic() + 60
     while not Path("calls.txt").exists() and time.monotonic() < deadline:
         time.sleep(0.05)
@@ -186,6 +192,14 @@ def test_folds_are_trained_for_real_without_torch_in_this_process(tmp_path: Path
     from tests.test_architecture import assert_torch_free
 
     digits(command, 12)
-    line = ("suspects", "data=folder", "data.dir=images", "data.image_size=16", "logger=none", "suspects.folds=2", "trainer.max_epochs=1")
+    line = (
+        "suspects",
+        "data=folder",
+        "data.dir=images",
+        "data.image_size=16",
+        "logger=none",
+        "suspects.folds=2",
+        "trainer.max_epochs=1",
+    )
     printed = assert_torch_free(tmp_path, *line, timeout_s=1200)
     assert "of 120 images" in printed and len(list(Path("runs/images-suspects/bundles").iterdir())) == 2

@@ -64,7 +64,9 @@ def opened(**asked: Any) -> Trials:
 
 def plan(body: str = "", program: str | None = None) -> Plan:
     places = Places("study", Path("runs"), Path("models"), Path("plots"))
-    return Plan(SPACE, (), (), places, program=(sys.executable, "-c", program or TRAIN.replace("{body}", body or "pass")))
+    return Plan(
+        SPACE, (), (), places, program=(sys.executable, "-c", program or TRAIN.replace("{body}", body or "pass"))
+    )
 
 
 def run(body: str = "", program: str | None = None, **asked: Any) -> Trials:
@@ -226,7 +228,9 @@ def test_a_run_that_was_done_when_its_worker_died_is_not_run_again() -> None:
 @pytest.mark.slow
 def test_budgets_hold_when_many_claim_at_once() -> None:
     trials, claims = opened(), []
-    workers = [threading.Thread(target=lambda: [claims.append(claimed_or_none(opened())) for _ in range(3)]) for _ in range(4)]
+    workers = [
+        threading.Thread(target=lambda: [claims.append(claimed_or_none(opened())) for _ in range(3)]) for _ in range(4)
+    ]
     for worker in workers:
         worker.start()
     for worker in workers:
@@ -245,7 +249,10 @@ def test_four_processes_make_one_database_at_once_and_load_no_torch(tmp_path: Pa
     code = "import sys; from image_classifier.training.tune import TuneSettings, open_study\n"
     code += "trials = open_study(TuneSettings(), 'study', 0, {}); trials.study.ask(); sys.exit('torch' in sys.modules)"
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    started = [subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.PIPE, text=True, env=environment) for _ in range(4)]
+    started = [
+        subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.PIPE, text=True, env=environment)
+        for _ in range(4)
+    ]
     errors = [process.communicate(timeout=60)[1] for process in started]
     assert [process.returncode for process in started] == [0] * 4, errors
     assert [trial.number for trial in optuna.load_study(study_name="study", storage=STORAGE).trials] == [0, 1, 2, 3]
@@ -263,7 +270,11 @@ def test_table_csv_and_figures_show_every_trial_best_first(caplog: pytest.LogCap
     write_csv(trials.trials(), TuneSettings(), Path("plots/trials.csv"))
     with Path("plots/trials.csv").open() as file:
         lines = list(csv.DictReader(file))
-    assert len(lines) == 5 and lines[-1]["state"] == "failed" and float(lines[0]["optimizer.lr"]) == pytest.approx(values[0], abs=1e-4)
+    assert (
+        len(lines) == 5
+        and lines[-1]["state"] == "failed"
+        and float(lines[0]["optimizer.lr"]) == pytest.approx(values[0], abs=1e-4)
+    )
     said = plot_study(trials.study, "val/f1_macro", Path("plots"))
     assert Path("plots/history.png").read_bytes().startswith(b"\x89PNG")
     assert "no importance.png" in said[-1]  # of a single key

@@ -51,7 +51,13 @@ def when_trained(number: int, process: subprocess.Popen[str]) -> None:
 @pytest.mark.slow
 def test_a_study_killed_in_mid_training_goes_on_and_loses_no_trial(make_tree: MakeTree) -> None:
     make_tree(cat=20, dog=20)
-    line = ("tune.num_trials=4", "tune.workers=2", "trainer.max_epochs=60", "callbacks.early_stopping=null", "tune.keep=null")
+    line = (
+        "tune.num_trials=4",
+        "tune.workers=2",
+        "trainer.max_epochs=60",
+        "callbacks.early_stopping=null",
+        "tune.keep=null",
+    )
     process = started(*line)
     when_trained(0, process)
     process.kill()
@@ -62,7 +68,9 @@ def test_a_study_killed_in_mid_training_goes_on_and_loses_no_trial(make_tree: Ma
     trials = optuna.load_study(study_name="s", storage=STORAGE).trials
     assert [trial.state for trial in trials] == [TrialState.COMPLETE] * 4
     assert all(list(trial.intermediate_values) == list(range(1, 61)) for trial in trials)
-    assert Path("plots/s-0/val").is_dir() and not Path("plots/s-0/test").exists()  # the test part is not for choosing by
+    assert (
+        Path("plots/s-0/val").is_dir() and not Path("plots/s-0/test").exists()
+    )  # the test part is not for choosing by
     said = Path("runs/s/s-0.log").read_text()
     assert "resume: from" in said  # and not from the start
     assert Path("plots/s/history.png").exists() and "next     python commands.py train" in done.stdout

@@ -35,7 +35,9 @@ def test_digits_and_noise_are_refused_far_more_often_than_true_test_images(
     assert answer.code == 0, answer.err
     strange = {
         "digits": write_pictures(tmp_path / "digits", (load_digits().images[:200] * 255 / 16).astype(np.uint8)),
-        "noise": write_pictures(tmp_path / "noise", np.random.default_rng(0).integers(0, 256, (200, 28, 28, 3), dtype=np.uint8)),
+        "noise": write_pictures(
+            tmp_path / "noise", np.random.default_rng(0).integers(0, 256, (200, 28, 28, 3), dtype=np.uint8)
+        ),
     }
     own = PredictionTable.read(Path("plots/simpsons/test"))
     assert own.ood_scores is not None

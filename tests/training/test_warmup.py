@@ -32,12 +32,17 @@ def test_the_factor_rises_by_equal_parts_to_one_and_stays(steps: int) -> None:
     assert rises == pytest.approx([1 / steps] * (steps - 1))
 
 
-@pytest.mark.parametrize(("warmup", "num_steps", "expected"), [(0, 50, 0), (0.1, 50, 5), (0.5, 3, 2), (1, 50, 1), (7.0, 50, 7), (0, float("inf"), 0)])
+@pytest.mark.parametrize(
+    ("warmup", "num_steps", "expected"),
+    [(0, 50, 0), (0.1, 50, 5), (0.5, 3, 2), (1, 50, 1), (7.0, 50, 7), (0, float("inf"), 0)],
+)
 def test_below_one_warmup_is_a_share_of_the_run(warmup: float, num_steps: float, expected: int) -> None:
     assert warmup_steps(warmup, num_steps) == expected
 
 
-@pytest.mark.parametrize(("warmup", "num_steps"), [(-0.1, 50), (float("nan"), 50), (float("inf"), 50), (0.1, float("inf"))])
+@pytest.mark.parametrize(
+    ("warmup", "num_steps"), [(-0.1, 50), (float("nan"), 50), (float("inf"), 50), (0.1, float("inf"))]
+)
 def test_an_impossible_warmup_is_refused(warmup: float, num_steps: float) -> None:
     with pytest.raises(ConfigError, match=r"scheduler\.warmup"):
         warmup_steps(warmup, num_steps)
@@ -52,11 +57,18 @@ def test_rates_are_put_back_to_the_last_bit_also_after_an_error(rates: list[floa
     assert [group["lr"] for group in optimizer.param_groups] == rates
 
 
-@pytest.mark.parametrize("name", sorted(SCHEDULERS.keys() - {"plateau"}))  # plateau answers to losses, which warm-up changes
+@pytest.mark.parametrize(
+    "name", sorted(SCHEDULERS.keys() - {"plateau"})
+)  # plateau answers to losses, which warm-up changes
 def test_warmup_multiplies_what_any_scheduler_says_and_leaves_it_alone(name: str, tmp_path: Path) -> None:
     plain, warm = Rates(), Rates()
     for rates, settings in ((plain, SCHEDULERS[name]), (warm, replace(SCHEDULERS[name], warmup=0.5))):
-        fit(small_module(partial(torch.optim.SGD, lr=0.1, momentum=0.9), settings), tmp_path, [rates], limit_val_batches=0)
+        fit(
+            small_module(partial(torch.optim.SGD, lr=0.1, momentum=0.9), settings),
+            tmp_path,
+            [rates],
+            limit_val_batches=0,
+        )
     factors = [min(1.0, (step + 1) / 6) for step in range(12)]
     for used, without, factor in zip(warm.used, plain.used, factors, strict=True):
         assert used == pytest.approx([factor * rate for rate in without])
@@ -71,13 +83,23 @@ def test_the_rate_that_is_told_is_the_one_that_steps(tmp_path: Path) -> None:
             self.rates.append(pl_module.learning_rate)
 
     used, told = Rates(), Told()
-    fit(small_module(partial(torch.optim.SGD, lr=0.1), replace(SCHEDULERS["linear"], warmup=4)), tmp_path, [used, told], max_epochs=2)
+    fit(
+        small_module(partial(torch.optim.SGD, lr=0.1), replace(SCHEDULERS["linear"], warmup=4)),
+        tmp_path,
+        [used, told],
+        max_epochs=2,
+    )
     assert told.rates == pytest.approx([one[0] for one in used.used])
 
 
 def test_linear_with_warmup_is_a_triangle_down_to_zero(tmp_path: Path) -> None:
     rates = Rates()
-    fit(small_module(partial(torch.optim.SGD, lr=0.1), replace(SCHEDULERS["linear"], warmup=4)), tmp_path, [rates], max_epochs=5)
+    fit(
+        small_module(partial(torch.optim.SGD, lr=0.1), replace(SCHEDULERS["linear"], warmup=4)),
+        tmp_path,
+        [rates],
+        max_epochs=5,
+    )
     used = [one[0] for one in rates.used]
     assert used.index(max(used)) == 3
     assert used[3:] == pytest.approx([0.1 * (1 - step / 20) for step in range(3, 20)])
@@ -87,12 +109,16 @@ def test_linear_with_warmup_is_a_triangle_down_to_zero(tmp_path: Path) -> None:
 def test_muons_groups_move_in_proportion_with_warmup(name: str, tmp_path: Path) -> None:
     rates = Rates()
     fit(small_module(partial(MUON, lr=0.1, auxiliary_lr=0.25), replace(SCHEDULERS[name], warmup=3)), tmp_path, [rates])
-    assert all([one / used[0] for one in used] == pytest.approx([1, 5, 5, 2.5, 2.5]) for used in rates.used)  # its bias is the second head
+    assert all(
+        [one / used[0] for one in used] == pytest.approx([1, 5, 5, 2.5, 2.5]) for used in rates.used
+    )  # its bias is the second head
 
 
 @pytest.mark.parametrize("name", ["cosine", "plateau"])
 @pytest.mark.parametrize("make_optimizer", [partial(torch.optim.SGD, lr=0.1, momentum=0.9), MUON], ids=["sgd", "muon"])
-def test_a_run_stopped_within_its_warmup_goes_on_to_the_last_bit(make_optimizer: Any, name: str, tmp_path: Path) -> None:
+def test_a_run_stopped_within_its_warmup_goes_on_to_the_last_bit(
+    make_optimizer: Any, name: str, tmp_path: Path
+) -> None:
     modules = [small_module(make_optimizer, replace(SCHEDULERS[name], warmup=0.7), layer_decay=0.8) for _ in range(2)]
     fit(modules[0], tmp_path, [SaveAt(tmp_path / "stopped.ckpt", 1)])
     fit(modules[1], tmp_path, ckpt_path=tmp_path / "stopped.ckpt")
@@ -103,7 +129,9 @@ def test_a_run_stopped_within_its_warmup_goes_on_to_the_last_bit(make_optimizer:
 def test_accumulated_gradients_are_those_of_the_larger_batch_in_the_schedule_too(
     make_optimizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("image_classifier.training.optimizers.muon.number_format", lambda device: torch.float64)  # else rounding is all one sees
+    monkeypatch.setattr(
+        "image_classifier.training.optimizers.muon.number_format", lambda device: torch.float64
+    )  # else rounding is all one sees
     settings = replace(SCHEDULERS["linear"], warmup=0.3)
     whole, parts = (small_module(make_optimizer, settings, norm=False).double() for _ in range(2))
     seen = [Rates(), Rates()]
@@ -121,7 +149,9 @@ def test_gradients_are_clipped_to_their_norm_over_all_groups(make_optimizer: Any
         def __init__(self) -> None:
             self.found: list[float] = []
 
-        def on_before_zero_grad(self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: torch.optim.Optimizer) -> None:
+        def on_before_zero_grad(
+            self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: torch.optim.Optimizer
+        ) -> None:
             gradients = [one.grad for one in pl_module.parameters() if one.grad is not None]
             if gradients:
                 self.found.append(float(torch.linalg.vector_norm(torch.stack([one.norm() for one in gradients]))))

@@ -82,12 +82,19 @@ class Copies:
         chosen = chosen[np.argsort(self.correlation[chosen], kind="stable")]
         best: _Best = {}
         for pair in chosen.tolist():
-            best[int(self.first[pair])] = best[int(self.second[pair])] = (float(self.correlation[pair]), bool(self.mirrored[pair]))
+            best[int(self.first[pair])] = best[int(self.second[pair])] = (
+                float(self.correlation[pair]),
+                bool(self.mirrored[pair]),
+            )
         return best
 
     def items(self, rows: Iterable[int], best: _Best) -> tuple[Item, ...]:
         """The rows as items, each with its strongest correlation."""
-        return tuple(Item(image.path, image.label, image.split, _note(best.get(row))) for row in rows for image in [self.images[row]])
+        return tuple(
+            Item(image.path, image.label, image.split, _note(best.get(row)))
+            for row in rows
+            for image in [self.images[row]]
+        )
 
     def likeness(self, rows: Sequence[int], best: _Best) -> tuple[str, dict[str, float]]:
         """How alike some rows are, in words and as numbers."""
@@ -97,10 +104,14 @@ class Copies:
         if not values:  # alike through others only
             return "near-identical", {}
         ends = dict.fromkeys((_shown(values[0][0]), _shown(values[-1][0])))
-        return f"correlation {' to '.join(ends)}{', mirrored' if any(mirrored for _, mirrored in values) else ''}", {"correlation": values[0][0]}
+        return f"correlation {' to '.join(ends)}{', mirrored' if any(mirrored for _, mirrored in values) else ''}", {
+            "correlation": values[0][0]
+        }
 
 
-def _bridges(digests: np.ndarray, thumbnails: np.ndarray, twins: Twins, kept: np.ndarray, ends: tuple[np.ndarray, np.ndarray]) -> Twins:
+def _bridges(
+    digests: np.ndarray, thumbnails: np.ndarray, twins: Twins, kept: np.ndarray, ends: tuple[np.ndarray, np.ndarray]
+) -> Twins:
     """Pairs of kept rows that only an image which is left out linked: not every pair of a cluster is listed, so what stays is compared anew."""
     equal = _equal(digests, np.ones(len(kept), dtype=bool))
     whole = clusters(len(kept), np.concatenate([equal[0], twins.first]), np.concatenate([equal[1], twins.second]))
@@ -183,7 +194,11 @@ def leaked_counts(leaks: Iterable[Finding], sizes: Counter[str]) -> dict[str, di
     for leak in leaks:
         if "train" in leak.numbers:
             leaked.update({split: int(leak.numbers.get(split, 0)) for split in ("test", "val")})
-    return {split: {"leaked": count, "images": sizes[split], "share": count / sizes[split]} for split, count in leaked.items() if count}
+    return {
+        split: {"leaked": count, "images": sizes[split], "share": count / sizes[split]}
+        for split, count in leaked.items()
+        if count
+    }
 
 
 def find_conflicts(copies: Copies) -> Iterator[Finding]:

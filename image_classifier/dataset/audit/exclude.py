@@ -72,7 +72,9 @@ class Exclusions:
 
     @cached_property
     def _by_hand(self) -> _Names:
-        return _Names((line.path, line.reason) for line in self.lines if line.path and not line.keeps and not line.by_audit)
+        return _Names(
+            (line.path, line.reason) for line in self.lines if line.path and not line.keeps and not line.by_audit
+        )
 
     @cached_property
     def _by_audit(self) -> dict[str, str]:
@@ -102,12 +104,16 @@ class Exclusions:
     def unmatched(self, paths: Sequence[str]) -> list[str]:
         """What rows written by hand name and none of these paths is: a slip of the pen, or a file that is gone."""
         known = set(paths)
-        named = dict.fromkeys(line.path for line in self.lines if line.path and not line.by_audit and line.path not in known)
+        named = dict.fromkeys(
+            line.path for line in self.lines if line.path and not line.by_audit and line.path not in known
+        )
         return [name for name in named if not _matches_any(name, paths)]
 
     def also(self, left_out: Mapping[str, str]) -> Exclusions:
         """These exclusions and, as if by hand, the images of `left_out` (path to reason): to look with, not to write."""
-        return replace(self, lines=(*self.lines, *(Line("", glob.escape(path), reason) for path, reason in left_out.items())))
+        return replace(
+            self, lines=(*self.lines, *(Line("", glob.escape(path), reason) for path, reason in left_out.items()))
+        )
 
     def updated(self, audit: Audit) -> Exclusions:
         """These exclusions with the audit's rows brought up to date."""
@@ -154,7 +160,10 @@ def _plain(name: str) -> str:
 
 def _matches_any(name: str, paths: Sequence[str]) -> bool:
     match = re.compile(fnmatch.translate(_plain(name))).match
-    return any(path == _plain(name) or path.startswith(f"{_plain(name)}/") or (_is_pattern(name) and match(path)) for path in paths)
+    return any(
+        path == _plain(name) or path.startswith(f"{_plain(name)}/") or (_is_pattern(name) and match(path))
+        for path in paths
+    )
 
 
 def merge(existing: Exclusions, proposed: Mapping[str, str]) -> Exclusions:
@@ -164,7 +173,9 @@ def merge(existing: Exclusions, proposed: Mapping[str, str]) -> Exclusions:
     lasts, and goes with it; new ones follow at the end, by path. A path that a person named, to leave it out or to keep it,
     gets no row from the audit.
     """
-    new = {path: reason for path, reason in proposed.items() if not existing.keeps(path) and path not in existing._by_hand}
+    new = {
+        path: reason for path, reason in proposed.items() if not existing.keeps(path) and path not in existing._by_hand
+    }
     lines: list[Line] = []
     for line in existing.lines:
         if not line.by_audit:
@@ -188,4 +199,8 @@ def read_exclusions(path: Path) -> Exclusions:
         DataError: The file cannot be read, its header is not `path,reason`, or a line is no such row (named by its number).
     """
     rows = read_rows(path, _COLUMNS)
-    return Exclusions(path, tuple(Line(text, *cells) for text, cells in rows.lines), rows.header) if rows else Exclusions(path)
+    return (
+        Exclusions(path, tuple(Line(text, *cells) for text, cells in rows.lines), rows.header)
+        if rows
+        else Exclusions(path)
+    )

@@ -92,8 +92,17 @@ class Finding:
 
     def as_dict(self) -> dict[str, Any]:
         """Plain values, as in audit.json."""
-        items = [{name: value for name, value in zip(Item.__slots__, _values(item), strict=True) if value} for item in self.items]
-        return {"kind": self.kind, "severity": self.severity, "detail": self.detail, "numbers": dict(self.numbers), "files": items}
+        items = [
+            {name: value for name, value in zip(Item.__slots__, _values(item), strict=True) if value}
+            for item in self.items
+        ]
+        return {
+            "kind": self.kind,
+            "severity": self.severity,
+            "detail": self.detail,
+            "numbers": dict(self.numbers),
+            "files": items,
+        }
 
 
 def _values(item: Item) -> tuple[str, str, str, str]:
@@ -144,7 +153,10 @@ class Audit:
     @property
     def counts(self) -> dict[str, int]:
         """Kind -> how many files it concerns, or how many findings where it concerns classes."""
-        return {kind: len({path for found in group for path in found.paths}) or len(group) for kind, group in self.by_kind.items()}
+        return {
+            kind: len({path for found in group for path in found.paths}) or len(group)
+            for kind, group in self.by_kind.items()
+        }
 
     @property
     def severities(self) -> dict[str, int]:
@@ -154,7 +166,9 @@ class Audit:
 
     def exceeds(self, fail_on: str | None) -> bool:
         """Whether there is a finding of this severity or above; never where `fail_on` is None."""
-        return fail_on is not None and any(SEVERITIES.index(finding.severity) <= SEVERITIES.index(fail_on) for finding in self.findings)
+        return fail_on is not None and any(
+            SEVERITIES.index(finding.severity) <= SEVERITIES.index(fail_on) for finding in self.findings
+        )
 
     def headline(self, kind: str) -> str:
         """One line for all findings of a kind."""
@@ -174,7 +188,9 @@ class Audit:
         if not self.findings:
             return [f"{size}: nothing found", *self._left_out_lines()]
         rows = [("severity", "finding", "how many", "")]
-        rows += [(KINDS[kind].severity, kind, self.amount(kind), printable(self.headline(kind))) for kind in self.by_kind]
+        rows += [
+            (KINDS[kind].severity, kind, self.amount(kind), printable(self.headline(kind))) for kind in self.by_kind
+        ]
         widths = [max(len(row[column]) for row in rows) for column in range(3)]
         room = max(30, (width or shutil.get_terminal_size((160, 24)).columns) - sum(widths) - 6)
         columns = ([cell.ljust(size) for cell, size in zip(row, widths, strict=False)] for row in rows)
@@ -204,7 +220,10 @@ class Audit:
     def as_dict(self) -> dict[str, Any]:
         """All of it as plain values: audit.json."""
         groups = self.by_kind
-        counts = {kind: {"severity": KINDS[kind].severity, "findings": len(groups[kind]), "files": count} for kind, count in self.counts.items()}
+        counts = {
+            kind: {"severity": KINDS[kind].severity, "findings": len(groups[kind]), "files": count}
+            for kind, count in self.counts.items()
+        }
         return {
             "schema_version": SCHEMA_VERSION,
             "data": dict(self.data),
@@ -212,7 +231,11 @@ class Audit:
             "counts": counts,
             "headlines": dict(self.headlines),
             "findings": [finding.as_dict() for finding in self.findings],
-            "exclude": {"left_out": dict(self.left_out), "proposed": dict(self.proposed), "unmatched": list(self.unmatched)},
+            "exclude": {
+                "left_out": dict(self.left_out),
+                "proposed": dict(self.proposed),
+                "unmatched": list(self.unmatched),
+            },
         }
 
 

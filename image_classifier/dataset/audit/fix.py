@@ -87,7 +87,11 @@ class Fixes:
         stale = [path for path, label in labels.items() if self.decided[path].label not in ("", label)]
         self._warn("has another label by now than the row says", stale)
         valid = {path: row for path, row in self.decided.items() if path in labels and path not in set(stale)}
-        new = {path: row.new_label for path, row in valid.items() if row.action == RELABEL and row.new_label != labels[path]}
+        new = {
+            path: row.new_label
+            for path, row in valid.items()
+            if row.action == RELABEL and row.new_label != labels[path]
+        }
         images = tuple(replace(image, label=new[image.path]) if image.path in new else image for image in tree.images)
         excluded = {path: row.reason for path, row in valid.items() if row.action == EXCLUDE}
         return Correction(replace(tree, images=images), len(new), excluded)
@@ -118,7 +122,9 @@ def _check_labels(fixes: Fixes, classes: Iterable[str]) -> None:
     for row in fixes.decided.values():
         if row.action == RELABEL and row.new_label not in known:
             fact = f"{str(fixes.path)!r} relabels {row.path!r} to {row.new_label!r}, which is no class"
-            raise DataError(fact, f"{did_you_mean(row.new_label, known)}a new class begins with a folder and images of its own")
+            raise DataError(
+                fact, f"{did_you_mean(row.new_label, known)}a new class begins with a folder and images of its own"
+            )
 
 
 def read_fixes(path: Path) -> Fixes:
@@ -144,7 +150,12 @@ def read_fixes(path: Path) -> Fixes:
 def _row(cells: Sequence[str], path: Path) -> Fix:
     row = Fix(cells[0].removeprefix("./"), cells[1], cells[2].strip().lower(), cells[3].strip(), cells[4])
     if row.action and row.action not in ACTIONS:
-        raise DataError(f"{str(path)!r} has the action {cells[2]!r} for {row.path!r}", f"use one of {', '.join(ACTIONS)}, or leave it empty")
+        raise DataError(
+            f"{str(path)!r} has the action {cells[2]!r} for {row.path!r}",
+            f"use one of {', '.join(ACTIONS)}, or leave it empty",
+        )
     if row.action == RELABEL and not row.new_label:
-        raise DataError(f"{str(path)!r} relabels {row.path!r} and does not say to what", "write the class into the column new_label")
+        raise DataError(
+            f"{str(path)!r} relabels {row.path!r} and does not say to what", "write the class into the column new_label"
+        )
     return row

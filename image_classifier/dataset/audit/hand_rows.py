@@ -40,12 +40,17 @@ def read_rows(path: Path, columns: Sequence[str]) -> HandRows | None:
     physical[-1] = physical[-1].removesuffix("\n")
     header = physical[0]
     if [name.strip().lower() for name in header.removeprefix("\ufeff").replace(";", ",").split(",")] != list(columns):
-        raise DataError(f"line 1 of {str(path)!r} is not the header {','.join(columns)}", "write it there; a comma separates the columns")
+        raise DataError(
+            f"line 1 of {str(path)!r} is not the header {','.join(columns)}",
+            "write it there; a comma separates the columns",
+        )
     delimiter = ";" if ";" in header else ","  # that of spreadsheets whose decimal point is the comma
     return HandRows(header, delimiter, tuple(_parsed(physical[1:], path, columns, delimiter)))
 
 
-def _parsed(physical: Sequence[str], path: Path, columns: Sequence[str], delimiter: str) -> Iterator[tuple[str, tuple[str, ...]]]:
+def _parsed(
+    physical: Sequence[str], path: Path, columns: Sequence[str], delimiter: str
+) -> Iterator[tuple[str, tuple[str, ...]]]:
     position, shape = 0, ",".join(columns)
     while position < len(physical):
         first = physical[position]
@@ -75,7 +80,9 @@ def row_text(cells: Sequence[str], delimiter: str) -> str:
     text = io.StringIO()
     # A path that begins with # would be a comment, and the writer lets a bare carriage return pass.
     special = cells[0].startswith("#") or any("\r" in cell for cell in cells)
-    csv.writer(text, delimiter=delimiter, lineterminator="\n", quoting=csv.QUOTE_ALL if special else csv.QUOTE_MINIMAL).writerow(cells)
+    csv.writer(
+        text, delimiter=delimiter, lineterminator="\n", quoting=csv.QUOTE_ALL if special else csv.QUOTE_MINIMAL
+    ).writerow(cells)
     return text.getvalue()
 
 

@@ -19,18 +19,28 @@ class Kind:
 
 KINDS: Mapping[str, Kind] = {
     "empty_file": Kind("error", "Empty files", "Files of no bytes: a download or a copy broke off. Get them again."),
-    "truncated": Kind("error", "Files cut short", "The picture ends before its end; decoded all the same, the rest would be grey. Get them again."),
+    "truncated": Kind(
+        "error",
+        "Files cut short",
+        "The picture ends before its end; decoded all the same, the rest would be grey. Get them again.",
+    ),
     "too_large": Kind(
         "error",
         "Files above the limits",
         "A few bytes can claim gigapixels, so sizes are checked before decoding. Raise data.limits.max_pixels or .max_bytes if these are honest.",
     ),
-    "not_an_image": Kind("error", "Not images", "The name promises an image, the content is none of the allowed formats (data.limits.formats)."),
+    "not_an_image": Kind(
+        "error",
+        "Not images",
+        "The name promises an image, the content is none of the allowed formats (data.limits.formats).",
+    ),
     "corrupt": Kind("error", "Damaged files", "The file opens as an image and cannot be decoded. Get it again."),
     "no_permission": Kind("error", "Files that may not be read", "The operating system refuses to open them."),
     "empty_class": Kind("error", "Empty classes", "Folders that are named like a class and hold no image."),
     "missing_in_train": Kind(
-        "error", "Classes without training images", "A held-out part shows them and the train part does not: they cannot be learned."
+        "error",
+        "Classes without training images",
+        "A held-out part shows them and the train part does not: they cannot be learned.",
     ),
     "leak": Kind(
         "error",
@@ -39,7 +49,9 @@ KINDS: Mapping[str, Kind] = {
     ),
     "label_conflict": Kind("error", "The same picture under two labels", "At most one of the labels is right."),
     "wrong_extension": Kind(
-        "warning", "Misleading names", "The name promises another format than the content; they decode by content. Other programs may refuse them."
+        "warning",
+        "Misleading names",
+        "The name promises another format than the content; they decode by content. Other programs may refuse them.",
     ),
     "exact_duplicates": Kind(
         "warning",
@@ -51,28 +63,53 @@ KINDS: Mapping[str, Kind] = {
         "Near-identical pictures",
         "Alike but for size, compression or small changes (by correlation), in one class and part. They stay together when parts are dealt.",
     ),
-    "tiny": Kind("warning", "Tiny images", "Much smaller than the rest: thumbnails, icons or tracking pixels rather than pictures."),
-    "extreme_aspect": Kind("warning", "Extreme shapes", "Banners and stripes: cropping loses most of them, squashing distorts them."),
-    "imbalance": Kind("warning", "Class imbalance", "The rare classes will be predicted too seldom. See data.balance, or gather more of them."),
+    "tiny": Kind(
+        "warning",
+        "Tiny images",
+        "Much smaller than the rest: thumbnails, icons or tracking pixels rather than pictures.",
+    ),
+    "extreme_aspect": Kind(
+        "warning", "Extreme shapes", "Banners and stripes: cropping loses most of them, squashing distorts them."
+    ),
+    "imbalance": Kind(
+        "warning",
+        "Class imbalance",
+        "The rare classes will be predicted too seldom. See data.balance, or gather more of them.",
+    ),
     "few_images": Kind("warning", "Classes with few images", "Too few to learn from, and too few to measure on."),
     "missing_in_test": Kind("warning", "Classes without held-out images", "They are trained on and never measured."),
-    "class_name_variants": Kind("warning", "Class names that differ by spelling only", "Probably one class: merge them with data.rename."),
+    "class_name_variants": Kind(
+        "warning", "Class names that differ by spelling only", "Probably one class: merge them with data.rename."
+    ),
     "stray_images": Kind("warning", "Images outside the classes", "They lie in no class folder and are left out."),
-    "ignored_folders": Kind("warning", "Folders that belong to no part", "They lie beside train and test and are left out."),
+    "ignored_folders": Kind(
+        "warning", "Folders that belong to no part", "They lie beside train and test and are left out."
+    ),
     "stray_files": Kind("info", "Other files", "They are no images by name and are left out."),
     "cmyk": Kind("info", "CMYK images", "Colours for print; converted to RGB."),
     "deep_samples": Kind("info", "Deep images", "More than 8 bits a sample; scaled to 0..255, not clipped."),
     "palette": Kind("info", "Palette images", "Pixels that point into a table of colours; converted to RGB."),
     "transparency": Kind("info", "Transparent images", "Laid on the colour data.background."),
     "greyscale": Kind(
-        "info", "Greyscale images among colour", "Converted to RGB. If one class is grey more often than another, a model can learn that instead."
+        "info",
+        "Greyscale images among colour",
+        "Converted to RGB. If one class is grey more often than another, a model can learn that instead.",
     ),
     "animation": Kind("info", "Animations", "The first frame is used."),
     "exif_rotation": Kind("info", "Images turned by EXIF", "Shown and trained on upright, as a viewer shows them."),
 }
 
 UNREADABLE = ("empty_file", "truncated", "too_large", "not_an_image", "corrupt", "no_permission")
-EXCLUDABLE = ("unreadable", *UNREADABLE, "exact_duplicates", "near_duplicates", "label_conflict", "leak", "tiny", "extreme_aspect")
+EXCLUDABLE = (
+    "unreadable",
+    *UNREADABLE,
+    "exact_duplicates",
+    "near_duplicates",
+    "label_conflict",
+    "leak",
+    "tiny",
+    "extreme_aspect",
+)
 
 
 ALIKE = ("leak", "label_conflict", "exact_duplicates", "near_duplicates")  # the images of a finding show the same

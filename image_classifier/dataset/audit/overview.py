@@ -44,7 +44,9 @@ def _parts(counts: Counter[str]) -> dict[str, int]:
 def _common(codes: np.ndarray, names: tuple[str, ...]) -> dict[str, int]:
     """Name -> images, the commonest first."""
     counts = np.bincount(codes, minlength=len(names)).tolist()
-    return {names[code]: counts[code] for code in sorted(range(len(names)), key=lambda code: -counts[code]) if counts[code]}
+    return {
+        names[code]: counts[code] for code in sorted(range(len(names)), key=lambda code: -counts[code]) if counts[code]
+    }
 
 
 def _sizes(widths: np.ndarray, heights: np.ndarray) -> dict[str, Any]:
@@ -63,8 +65,13 @@ def _sizes(widths: np.ndarray, heights: np.ndarray) -> dict[str, Any]:
     return {
         **sides,
         "distinct": len(both),
-        "common": [{"width": int(both[row, 0]), "height": int(both[row, 1]), "images": int(counts[row])} for row in common],
-        "shorter_side": [{"from": 2**power, "below": 2 ** (power + 1), "images": count} for power, count in enumerate(spread, start=least)],
+        "common": [
+            {"width": int(both[row, 0]), "height": int(both[row, 1]), "images": int(counts[row])} for row in common
+        ],
+        "shorter_side": [
+            {"from": 2**power, "below": 2 ** (power + 1), "images": count}
+            for power, count in enumerate(spread, start=least)
+        ],
     }
 
 

@@ -29,7 +29,11 @@ _HERE = Path(__file__).parent
 
 
 def write_audit(
-    audit: Audit, directory: Path, page: bool = True, limits: DecodeLimits = DEFAULT_LIMITS, background: tuple[int, int, int] = WHITE
+    audit: Audit,
+    directory: Path,
+    page: bool = True,
+    limits: DecodeLimits = DEFAULT_LIMITS,
+    background: tuple[int, int, int] = WHITE,
 ) -> Path:
     """Write audit.json and, with `page`, audit.html; each whole or not at all. Returns the path of audit.json.
 
@@ -38,7 +42,9 @@ def write_audit(
     """
     path = directory / "audit.json"
     html = render(audit, limits, background) if page else None
-    write_text(path, json.dumps(audit.as_dict(), indent=1, allow_nan=False) + "\n")  # ASCII: names that are no UTF-8 come back as they were
+    write_text(
+        path, json.dumps(audit.as_dict(), indent=1, allow_nan=False) + "\n"
+    )  # ASCII: names that are no UTF-8 come back as they were
     if html is not None:
         write_text(directory / "audit.html", html)
     return path
@@ -110,11 +116,20 @@ def _sections(audit: Audit, limits: DecodeLimits, background: tuple[int, int, in
     room, kinds = BUDGET, audit.by_kind
     with ThreadPoolExecutor(_WORKERS) as pool:
         for place, (kind, findings) in enumerate(kinds.items()):
-            draw = _Picture if kind in (*UNREADABLE, *_NAMES_ONLY) else partial(_picture, audit.root, limits, background)
+            draw = (
+                _Picture if kind in (*UNREADABLE, *_NAMES_ONLY) else partial(_picture, audit.root, limits, background)
+            )
             share = room // (len(kinds) - place)
             groups, spent = _drawn(_chosen(findings, audit.settings.max_listed), partial(pool.map, draw), share)
             room -= spent
-            yield _Section(kind, KINDS[kind], unbroken(audit.headlines.get(kind, "")), unbroken(audit.amount(kind)), _cut(findings, groups), groups)
+            yield _Section(
+                kind,
+                KINDS[kind],
+                unbroken(audit.headlines.get(kind, "")),
+                unbroken(audit.amount(kind)),
+                _cut(findings, groups),
+                groups,
+            )
 
 
 def _chosen(findings: Iterable[Finding], limit: int) -> Iterator[tuple[Finding, Sequence[Item]]]:
@@ -168,4 +183,6 @@ def _classes(classes: Mapping[str, Mapping[str, int]], splits: Sequence[str]) ->
     shown = ordered if len(ordered) <= _CLASSES else ordered[: _CLASSES // 2] + ordered[-_CLASSES // 2 :]
     largest = max((classes[label]["images"] for label in ordered), default=0) or 1
     parts = {label: [(split, classes[label].get(split, 0)) for split in splits] for label in shown}
-    return [{"label": plain(label), "counts": classes[label], "parts": parts[label], "largest": largest} for label in shown]
+    return [
+        {"label": plain(label), "counts": classes[label], "parts": parts[label], "largest": largest} for label in shown
+    ]

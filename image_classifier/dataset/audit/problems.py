@@ -40,7 +40,12 @@ _TRAINED = ("train", "")  # what is not given to a part is dealt, most of it to 
 
 
 def find_problems(
-    tree: Tree, facts: Facts, twins: Twins, settings: AuditSettings, exclusions: Exclusions | None = None, corrected: Mapping[str, int] | None = None
+    tree: Tree,
+    facts: Facts,
+    twins: Twins,
+    settings: AuditSettings,
+    exclusions: Exclusions | None = None,
+    corrected: Mapping[str, int] | None = None,
 ) -> Audit:
     """Everything that is wrong with a data set, or worth knowing.
 
@@ -58,13 +63,18 @@ def find_problems(
     covered = exclusions.covers(paths)
     seen = _Seen(tree, facts, settings, ~exclusions.by_hand(paths))
     findings = _findings(seen, twins)
-    leaks = leaked_counts((finding for finding in findings if finding.kind == "leak"), Counter(tree.images[row].split for row in seen.rows.tolist()))
+    leaks = leaked_counts(
+        (finding for finding in findings if finding.kind == "leak"),
+        Counter(tree.images[row].split for row in seen.rows.tolist()),
+    )
     data = describe(tree, facts, seen.kept) | {"leaked": leaks, "corrected": dict(corrected or {})}
     return Audit(
         findings,
         data,
         settings,
-        headlines={"leak": "; ".join(_leak_sentence(split, numbers) for split, numbers in leaks.items())} if leaks else {},
+        headlines={"leak": "; ".join(_leak_sentence(split, numbers) for split, numbers in leaks.items())}
+        if leaks
+        else {},
         proposed=_proposed(findings, settings),
         left_out={paths[row]: exclusions.reason(paths[row]) for row in np.flatnonzero(covered).tolist()},
         unmatched=tuple(exclusions.unmatched(paths)),
@@ -99,7 +109,9 @@ class _Seen:
     @cached_property
     def counts(self) -> Mapping[str, Counter[str]]:
         """Label -> split -> how many images can be read."""
-        counts: dict[str, Counter[str]] = {label: Counter() for label in sorted({image.label for image in self.tree.images})}
+        counts: dict[str, Counter[str]] = {
+            label: Counter() for label in sorted({image.label for image in self.tree.images})
+        }
         for row in self.rows.tolist():
             counts[self.tree.images[row].label][self.tree.images[row].split] += 1
         return counts
@@ -171,11 +183,22 @@ def _misnamed(seen: _Seen) -> list[Finding]:
 
 def _odd_modes(seen: _Seen) -> Iterator[Finding]:
     facts = seen.facts
-    yield from by_detail("cmyk", [("mode CMYK", seen.item(row)) for row in seen.chosen(seen.of_mode(lambda mode: mode == "CMYK"))])
-    yield from by_detail("deep_samples", [(f"{facts.bits[row]} bits a sample", seen.item(row)) for row in seen.chosen(facts.bits > 8)])
-    yield from by_detail("palette", [("mode P", seen.item(row)) for row in seen.chosen(seen.of_mode(lambda mode: mode in ("P", "PA")))])
-    yield from by_detail("transparency", [("transparent pixels", seen.item(row)) for row in seen.chosen(facts.transparent)])
-    yield from by_detail("animation", [("several frames", seen.item(row, f"{facts.frames[row]} frames")) for row in seen.chosen(facts.frames > 1)])
+    yield from by_detail(
+        "cmyk", [("mode CMYK", seen.item(row)) for row in seen.chosen(seen.of_mode(lambda mode: mode == "CMYK"))]
+    )
+    yield from by_detail(
+        "deep_samples", [(f"{facts.bits[row]} bits a sample", seen.item(row)) for row in seen.chosen(facts.bits > 8)]
+    )
+    yield from by_detail(
+        "palette", [("mode P", seen.item(row)) for row in seen.chosen(seen.of_mode(lambda mode: mode in ("P", "PA")))]
+    )
+    yield from by_detail(
+        "transparency", [("transparent pixels", seen.item(row)) for row in seen.chosen(facts.transparent)]
+    )
+    yield from by_detail(
+        "animation",
+        [("several frames", seen.item(row, f"{facts.frames[row]} frames")) for row in seen.chosen(facts.frames > 1)],
+    )
     turned = [(f"orientation {facts.orientation[row]}", seen.item(row)) for row in seen.chosen(facts.orientation > 1)]
     yield from by_detail("exif_rotation", turned)
 
@@ -195,8 +218,14 @@ def _shapes(seen: _Seen) -> Iterator[Finding]:
     shorter, longer = np.minimum(widths, heights), np.maximum(widths, heights)
     bound = min(seen.settings.tiny, float(np.median(shorter[seen.rows])) / 2) if len(seen.rows) else 0
     for kind, mask in (("tiny", shorter < bound), ("extreme_aspect", longer > seen.settings.aspect * shorter)):
-        detail = f"shorter side below {bound:g} pixels" if kind == "tiny" else f"one side above {seen.settings.aspect:g} times the other"
-        yield from by_detail(kind, [(detail, seen.item(row, f"{widths[row]} × {heights[row]}")) for row in seen.chosen(mask)])
+        detail = (
+            f"shorter side below {bound:g} pixels"
+            if kind == "tiny"
+            else f"one side above {seen.settings.aspect:g} times the other"
+        )
+        yield from by_detail(
+            kind, [(detail, seen.item(row, f"{widths[row]} × {heights[row]}")) for row in seen.chosen(mask)]
+        )
 
 
 def _empty(seen: _Seen) -> list[Finding]:
@@ -210,15 +239,23 @@ def _uneven(seen: _Seen) -> Iterator[Finding]:
     large, small = max(sizes, key=lambda label: sizes[label]), min(sizes, key=lambda label: sizes[label])
     ratio = sizes[large] / sizes[small]
     if ratio > seen.settings.imbalance:
-        detail = f"{large!r} has {counted(sizes[large], 'training image')}, {small!r} has {sizes[small]}: {ratio:.1f} to 1"
+        detail = (
+            f"{large!r} has {counted(sizes[large], 'training image')}, {small!r} has {sizes[small]}: {ratio:.1f} to 1"
+        )
         yield Finding("imbalance", detail, numbers={"largest": sizes[large], "smallest": sizes[small], "ratio": ratio})
 
 
 def _few(seen: _Seen) -> Iterator[Finding]:
-    few = {label: count for label, count in seen.trained.items() if count < seen.settings.few_images and (count or not seen.counts[label])}
+    few = {
+        label: count
+        for label, count in seen.trained.items()
+        if count < seen.settings.few_images and (count or not seen.counts[label])
+    }
     for label, count in few.items():
         items = tuple(seen.item(row) for row in seen.of(label, _TRAINED))
-        yield Finding("few_images", f"{label!r} has {counted(count, 'training image')} that can be read", items, {"images": count})
+        yield Finding(
+            "few_images", f"{label!r} has {counted(count, 'training image')} that can be read", items, {"images": count}
+        )
 
 
 def _missing(seen: _Seen) -> Iterator[Finding]:
@@ -228,9 +265,15 @@ def _missing(seen: _Seen) -> Iterator[Finding]:
         for label, splits in seen.counts.items():
             if splits[split] and not seen.trained[label]:
                 items = tuple(seen.item(row) for row in seen.of(label, (split,)))
-                yield Finding("missing_in_train", f"{label!r} is in {split} and not in train", items, {"images": splits[split]})
+                yield Finding(
+                    "missing_in_train", f"{label!r} is in {split} and not in train", items, {"images": splits[split]}
+                )
             elif seen.trained[label] and not splits[split]:
-                yield Finding("missing_in_test", f"{label!r} is in train and not in {split}", numbers={"images": seen.trained[label]})
+                yield Finding(
+                    "missing_in_test",
+                    f"{label!r} is in train and not in {split}",
+                    numbers={"images": seen.trained[label]},
+                )
 
 
 def _variants(seen: _Seen) -> Iterator[Finding]:
@@ -240,7 +283,10 @@ def _variants(seen: _Seen) -> Iterator[Finding]:
         groups.setdefault(re.sub(r"[\s_-]+", " ", plain).strip(), []).append(label)
     for names in groups.values():
         if len(names) > 1:
-            yield Finding("class_name_variants", ", ".join(f"{name!r} ({counted(sum(seen.counts[name].values()), 'image')})" for name in names))
+            yield Finding(
+                "class_name_variants",
+                ", ".join(f"{name!r} ({counted(sum(seen.counts[name].values()), 'image')})" for name in names),
+            )
 
 
 def _strays(seen: _Seen) -> Iterator[Finding]:

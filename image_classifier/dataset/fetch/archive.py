@@ -22,7 +22,16 @@ from image_classifier.files import sibling_directory
 log = logging.getLogger(__name__)
 
 SUFFIXES = (".tar.bz2", ".tar.gz", ".tar.xz", ".tar", ".tbz2", ".tgz", ".txz", ".zip")
-_DAMAGED = (tarfile.ReadError, tarfile.HeaderError, zipfile.BadZipFile, zlib.error, LZMAError, EOFError, NotImplementedError, RuntimeError)
+_DAMAGED = (
+    tarfile.ReadError,
+    tarfile.HeaderError,
+    zipfile.BadZipFile,
+    zlib.error,
+    LZMAError,
+    EOFError,
+    NotImplementedError,
+    RuntimeError,
+)
 _PROBE_BYTES = 2**20
 
 
@@ -73,7 +82,9 @@ def _identity(archive: Path) -> str:
             file.seek(max(0, size - _PROBE_BYTES))
             digest.update(file.read(_PROBE_BYTES))
     except OSError as error:
-        raise SourceError(f"cannot read the archive {str(archive)!r} ({error.strerror})", "check its permissions") from error
+        raise SourceError(
+            f"cannot read the archive {str(archive)!r} ({error.strerror})", "check its permissions"
+        ) from error
     return digest.hexdigest()[:8]
 
 
@@ -106,7 +117,9 @@ def _check_space(archive: Path, folder: Path, needed: int) -> None:
 
 def _damaged(archive: Path, error: Exception) -> SourceError:
     reason = " ".join(str(error).split())[:120] or type(error).__name__
-    return SourceError(f"cannot unpack {str(archive)!r} ({reason})", "the archive is damaged or encrypted: get it again")
+    return SourceError(
+        f"cannot unpack {str(archive)!r} ({reason})", "the archive is damaged or encrypted: get it again"
+    )
 
 
 def _unsafe(archive: Path, reason: str) -> SourceError:

@@ -82,19 +82,28 @@ class Download:
         self._keep(part)
 
     def _receive(self, part: _Part) -> None:
-        request = urllib.request.Request(self.url, headers={"Accept-Encoding": "identity", "User-Agent": "image_classifier", **part.headers()})
+        request = urllib.request.Request(
+            self.url, headers={"Accept-Encoding": "identity", "User-Agent": "image_classifier", **part.headers()}
+        )
         try:
             answer = _OPENER.open(request, timeout=self.timeout_s)
         except urllib.error.HTTPError as error:
             error.close()
-            if error.code == 416 and part.size and (error.headers.get("Content-Range") or "").endswith(f"*/{part.size}"):
+            if (
+                error.code == 416
+                and part.size
+                and (error.headers.get("Content-Range") or "").endswith(f"*/{part.size}")
+            ):
                 return  # it was all there: a kill came just before the renaming
             if error.code == 416:
                 part.forget()
             raise
         with answer:
             if answer.headers.get_content_type() == "text/html":
-                raise SourceError(f"{shown(self.url)} answers with a web page, not a file", f"fetch it by hand and put it at {str(self.path)!r}")
+                raise SourceError(
+                    f"{shown(self.url)} answers with a web page, not a file",
+                    f"fetch it by hand and put it at {str(self.path)!r}",
+                )
             total = part.begin(answer)
             _check_space(self.path, total - part.size)
             with part.path.open("ab") as file, _progress(self.path.name, part.size, total) as bar:
@@ -110,7 +119,9 @@ class Download:
         if isinstance(error, urllib.error.HTTPError):
             if error.code in _AGAIN | {416} and failures < self.attempts:
                 return
-            raise SourceError(f"{shown(self.url)} answers {error.code} {error.reason}", f"find the file elsewhere and {place}") from error
+            raise SourceError(
+                f"{shown(self.url)} answers {error.code} {error.reason}", f"find the file elsewhere and {place}"
+            ) from error
         if is_of_the_disk(error):
             raise error
         if _is_hopeless(error) or failures >= self.attempts:
@@ -121,7 +132,11 @@ class Download:
         with part.path.open("rb+") as file:
             os.fsync(file.fileno())
         try:
-            check(part.path, self.checksum, f"it was removed; the file at {shown(self.url)} has changed, or its checksum is misspelt")
+            check(
+                part.path,
+                self.checksum,
+                f"it was removed; the file at {shown(self.url)} has changed, or its checksum is misspelt",
+            )
         except SourceError:
             part.forget()
             raise
@@ -206,19 +221,29 @@ def check_url(url: str) -> None:
     except ValueError:
         usable = False
     if not usable:
-        raise SourceError(f"{shown(url)!r} is not fetched", "a download begins with https:// or http:// and holds no password")
+        raise SourceError(
+            f"{shown(url)!r} is not fetched", "a download begins with https:// or http:// and holds no password"
+        )
 
 
 def is_of_the_disk(error: Exception) -> bool:
     """Whether the operating system refused to read or write a file, and no network is to blame."""
     network = (ConnectionError, TimeoutError, ssl.SSLError, socket.gaierror)
-    return isinstance(error, OSError) and error.errno is not None and not isinstance(error, network) and error.errno not in _NO_WAY
+    return (
+        isinstance(error, OSError)
+        and error.errno is not None
+        and not isinstance(error, network)
+        and error.errno not in _NO_WAY
+    )
 
 
 def _is_hopeless(error: Exception) -> bool:
     """Whether trying again would only make the user wait: no such host, no way to it, nobody who answers, no valid certificate."""
     reason = getattr(error, "reason", error)
-    if isinstance(reason, (socket.gaierror, ssl.SSLCertVerificationError, http.client.InvalidURL)) or getattr(reason, "errno", None) in _NO_WAY:
+    if (
+        isinstance(reason, (socket.gaierror, ssl.SSLCertVerificationError, http.client.InvalidURL))
+        or getattr(reason, "errno", None) in _NO_WAY
+    ):
         return True
     return isinstance(error, urllib.error.URLError) and isinstance(reason, (TimeoutError, str))
 
@@ -237,7 +262,13 @@ def _check_space(path: Path, needed: int) -> None:
 
 
 def _progress(name: str, done: int, total: int) -> Progress:
-    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        DownloadColumn(),
+        TransferSpeedColumn(),
+        TimeRemainingColumn(),
+    )
     bar = Progress(*columns, console=Console(stderr=True), transient=True, disable=not sys.stderr.isatty())
     bar.add_task(name, completed=done, total=total or None)
     return bar
@@ -254,11 +285,19 @@ class SafeRedirects(urllib.request.HTTPRedirectHandler):
     """Follows what leads to https, and to http from http: never from an encrypted connection to an open one."""
 
     def redirect_request(
-        self, req: urllib.request.Request, fp: IO[bytes], code: int, msg: str, headers: http.client.HTTPMessage, newurl: str
+        self,
+        req: urllib.request.Request,
+        fp: IO[bytes],
+        code: int,
+        msg: str,
+        headers: http.client.HTTPMessage,
+        newurl: str,
     ) -> urllib.request.Request | None:
         allowed = ("https",) if req.type == "https" else ("https", "http")
         if urlsplit(newurl).scheme not in allowed:
-            raise SourceError(f"{shown(req.full_url)} leads to {shown(newurl)}", "that is not followed: fetch it by hand")
+            raise SourceError(
+                f"{shown(req.full_url)} leads to {shown(newurl)}", "that is not followed: fetch it by hand"
+            )
         fp.close()  # what comes with it has no end, maybe, and would be read to it
         return super().redirect_request(req, fp, code, msg, headers, newurl)
 

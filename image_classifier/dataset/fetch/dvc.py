@@ -21,8 +21,24 @@ log = logging.getLogger(__name__)
 _LOGGERS = ("dvc", "dvc_data", "dvc_objects")
 _CONNECT_TIMEOUT_S = 10  # and botocore tries five times; its own 60 would keep the user waiting for five minutes
 _REFUSALS = {"NoCredentialsError", "PartialCredentialsError", "PermissionError"}
-_UNREACHABLE = {"HTTPClientError", "EndpointConnectionError", "ConnectionError", "ClientError", "TimeoutError", "gaierror", "ClientConnectorError"}
-_REFUSED = ("AccessDenied", "InvalidAccessKeyId", "SignatureDoesNotMatch", "ExpiredToken", "Forbidden", "AuthFailure", "InvalidClientTokenId")
+_UNREACHABLE = {
+    "HTTPClientError",
+    "EndpointConnectionError",
+    "ConnectionError",
+    "ClientError",
+    "TimeoutError",
+    "gaierror",
+    "ClientConnectorError",
+}
+_REFUSED = (
+    "AccessDenied",
+    "InvalidAccessKeyId",
+    "SignatureDoesNotMatch",
+    "ExpiredToken",
+    "Forbidden",
+    "AuthFailure",
+    "InvalidClientTokenId",
+)
 
 
 @dataclass(frozen=True)
@@ -36,7 +52,12 @@ class Tracked:
     @property
     def marker(self) -> Path:
         """Stands while the path is being pulled: a kill leaves it, and what lies at the path is then not all of it."""
-        return self.root / ".dvc" / "tmp" / f"{hashlib.sha256(str(self.path).encode('utf-8', 'surrogateescape')).hexdigest()[:16]}.pulling"
+        return (
+            self.root
+            / ".dvc"
+            / "tmp"
+            / f"{hashlib.sha256(str(self.path).encode('utf-8', 'surrogateescape')).hexdigest()[:16]}.pulling"
+        )
 
 
 class _WrongBytes(Exception):
@@ -66,20 +87,31 @@ def pull_missing(path: Path, enabled: bool | None = None) -> bool:
     file = _tracking(absolute, root)
     if file is None:
         if enabled and not os.path.exists(path):
-            raise SourceError(f"{str(path)!r} does not exist and DVC does not track it", "check the path, or pass data.dvc=false")
+            raise SourceError(
+                f"{str(path)!r} does not exist and DVC does not track it", "check the path, or pass data.dvc=false"
+            )
         return False
     if root is None:
-        raise SourceError(f"{str(path)!r} is tracked by {str(file)!r}, which lies in no DVC repository", "clone it whole, with its .dvc folder")
+        raise SourceError(
+            f"{str(path)!r} is tracked by {str(file)!r}, which lies in no DVC repository",
+            "clone it whole, with its .dvc folder",
+        )
     tracked = Tracked(absolute, file, root)
     return not (path.exists() and not tracked.marker.exists()) and _pull_once(tracked, path, enabled)
 
 
 def _tracking(absolute: Path, root: Path | None) -> Path | None:
     """The .dvc file beside the path or beside a folder above it, else the dvc.lock that lists one of them."""
-    places = [place for place in (absolute, *absolute.parents) if place.name and (root is None or place.is_relative_to(root)) and place != root]
+    places = [
+        place
+        for place in (absolute, *absolute.parents)
+        if place.name and (root is None or place.is_relative_to(root)) and place != root
+    ]
     for place in places:
         beside = place.with_name(f"{place.name}.dvc")
-        if os.path.isfile(beside):  # which does not mind a folder that may not be looked into, nor a name that is too long
+        if os.path.isfile(
+            beside
+        ):  # which does not mind a folder that may not be looked into, nor a name that is too long
             return beside
     for place in places:
         lock = place.parent / "dvc.lock"
@@ -131,7 +163,9 @@ def _pull_whole(tracked: Tracked, urls: dict[str, str], default: str) -> None:
         try:
             _pull(tracked, urls, default)
         except _WrongBytes as again:
-            raise SourceError(_corrupt(tracked, again.names, "in DVC's cache"), "remove .dvc/cache and try again") from again
+            raise SourceError(
+                _corrupt(tracked, again.names, "in DVC's cache"), "remove .dvc/cache and try again"
+            ) from again
 
 
 def _remotes(tracked: Tracked) -> tuple[dict[str, str], str]:
@@ -142,7 +176,9 @@ def _remotes(tracked: Tracked) -> tuple[dict[str, str], str]:
     try:
         config = Config(str(tracked.root / ".dvc"))
     except DvcException as error:
-        raise SourceError(f"the DVC configuration of {str(tracked.root)!r} cannot be read ({_line(error)})", "see .dvc/config") from error
+        raise SourceError(
+            f"the DVC configuration of {str(tracked.root)!r} cannot be read ({_line(error)})", "see .dvc/config"
+        ) from error
     urls = {name: str(remote.get("url", "")) for name, remote in config["remote"].items()}
     return urls, str(config["core"].get("remote") or (next(iter(urls)) if len(urls) == 1 else ""))
 
@@ -179,7 +215,9 @@ def _entries(repo: Any, tracked: Tracked, store: Any = None) -> list[tuple[Path,
 
     entries = []
     for output in repo.find_outs_by_path(str(tracked.path), strict=False):
-        listing = output.get_obj() or (find_tree_by_obj_id([store], output.hash_info) if output.is_dir_checksum else None)
+        listing = output.get_obj() or (
+            find_tree_by_obj_id([store], output.hash_info) if output.is_dir_checksum else None
+        )
         if listing is None or not hasattr(listing, "__iter__"):
             entries.append((Path(output.fs_path), output.hash_info, output.cache))
             continue
@@ -201,12 +239,19 @@ def _compare(repo: Any, tracked: Tracked) -> None:
         wrong = [entry for entry, differs in zip(entries, pool.map(is_wrong, entries), strict=True) if differs]
     if wrong:
         names = [_relative(tracked, path) for path, _, _ in wrong]
-        raise _WrongBytes(names, [Path(place) for path, known, cache in wrong for place in (path, cache.oid_to_path(known.value))])
+        raise _WrongBytes(
+            names, [Path(place) for path, known, cache in wrong for place in (path, cache.oid_to_path(known.value))]
+        )
     if not tracked.path.exists():
-        raise SourceError(f"{_relative(tracked, tracked.path)!r} is not part of what {_relative(tracked, tracked.file)!r} tracks", "check the path")
+        raise SourceError(
+            f"{_relative(tracked, tracked.path)!r} is not part of what {_relative(tracked, tracked.file)!r} tracks",
+            "check the path",
+        )
 
 
-def _explained(error: Exception, records: list[logging.LogRecord], repo: Any, tracked: Tracked, remote: tuple[str, str]) -> Exception:
+def _explained(
+    error: Exception, records: list[logging.LogRecord], repo: Any, tracked: Tracked, remote: tuple[str, str]
+) -> Exception:
     """What went wrong, as one line; DVC logs the cause and raises only how many files failed."""
     if isinstance(error, (SourceError, StorageError)):
         return error
@@ -248,7 +293,9 @@ def _lacking(tracked: Tracked, repo: Any, remote: tuple[str, str]) -> tuple[str,
     place = repo.cloud.get_remote(remote[0])
     if not place.fs.exists(place.path):
         return f"{_named(remote)} is empty or does not exist", "check its URL: dvc remote list"
-    absent = [(path, known) for path, known, cache in _entries(repo, tracked, place.odb) if not cache.exists(known.value)]
+    absent = [
+        (path, known) for path, known, cache in _entries(repo, tracked, place.odb) if not cache.exists(known.value)
+    ]
     missing = [_relative(tracked, path) for path, known in absent if not place.odb.exists(known.value)]
     if missing:
         return f"{_named(remote)} does not have {_few(missing)}", "run `dvc push` where they are"
@@ -261,7 +308,9 @@ def _named(remote: tuple[str, str]) -> str:
 
 
 def _corrupt(tracked: Tracked, names: list[str], where: str) -> str:
-    return f"{_few(names)} came corrupt, the bytes {where} are not those that {_relative(tracked, tracked.file)!r} knows"
+    return (
+        f"{_few(names)} came corrupt, the bytes {where} are not those that {_relative(tracked, tracked.file)!r} knows"
+    )
 
 
 def _few(names: list[str]) -> str:

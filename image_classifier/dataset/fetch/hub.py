@@ -29,7 +29,13 @@ def is_hub_name(name: str) -> bool:
     return name.startswith(("hf:", "kaggle:"))
 
 
-def fetch_from_hub(name: str, folder: Path, revision: str | None = None, image_column: str | None = None, label_column: str | None = None) -> Path:
+def fetch_from_hub(
+    name: str,
+    folder: Path,
+    revision: str | None = None,
+    image_column: str | None = None,
+    label_column: str | None = None,
+) -> Path:
     """The folder of `hf:[OWNER/]NAME[:CONFIG]`, `kaggle:OWNER/NAME[/versions/N]` or `kaggle:COMPETITION`, under `folder` once fetched.
 
     Args:
@@ -70,7 +76,9 @@ def _write_hugging_face(name: str, target: Path, revision: str | None, columns: 
         raise SourceError(f"'hf:{name}' cannot be fetched ({_reason(error)})", hint) from error
     with new_tree(target) as part:
         for split, rows in splits.items():
-            _write_split(client, rows, part / split if len(splits) > 1 else part, columns, _own_folders(client, repository))
+            _write_split(
+                client, rows, part / split if len(splits) > 1 else part, columns, _own_folders(client, repository)
+            )
 
 
 def _own_folders(client: Any, repository: str) -> tuple[Path, ...]:
@@ -80,7 +88,9 @@ def _own_folders(client: Any, repository: str) -> tuple[Path, ...]:
     return tuple(Path(place).resolve() for place in (repository, *caches) if place)
 
 
-def _write_split(client: Any, rows: Any, folder: Path, columns: tuple[str | None, str | None], own: Sequence[Path]) -> None:
+def _write_split(
+    client: Any, rows: Any, folder: Path, columns: tuple[str | None, str | None], own: Sequence[Path]
+) -> None:
     """Each row's file as it came, not decoded and encoded again."""
     image_column, label_column = _columns(client, rows.features, *columns)
     rows = rows.select_columns([image_column, label_column]).cast_column(image_column, client.Image(decode=False))
@@ -96,7 +106,10 @@ def _write_split(client: Any, rows: Any, folder: Path, columns: tuple[str | None
         label = str(named(label))
         place = folder / folder_name(label)
         if labels.setdefault(place.name, label) != label:
-            raise SourceError(f"the classes {label!r} and {labels[place.name]!r} would share a folder", "write the images into folders of your own")
+            raise SourceError(
+                f"the classes {label!r} and {labels[place.name]!r} would share a folder",
+                "write the images into folders of your own",
+            )
         place.mkdir(exist_ok=True)
         _write_image(row[image_column], place, number, own)
     if unlabelled:
@@ -108,7 +121,8 @@ def folder_name(label: str) -> str:
     name = label.replace("/", "_").replace("\\", "_")
     if not name or name.startswith(".") or "\0" in name:
         raise SourceError(
-            f"the class {label!r} cannot be the name of a folder", "write the images into folders of your own, and pass data.dir=FOLDER"
+            f"the class {label!r} cannot be the name of a folder",
+            "write the images into folders of your own, and pass data.dir=FOLDER",
         )
     return name
 
@@ -140,7 +154,10 @@ def _columns(client: Any, features: Mapping[str, Any], image: str | None, label:
     label = label or (labels[0] if len(labels) == 1 else next(iter(likely), None))
     for key, name in (("image_column", image), ("label_column", label)):
         if name not in features:
-            raise ConfigError(f"which column is data.source.{key}? there are {', '.join(features)}", f"pass data=hf data.source.{key}=NAME")
+            raise ConfigError(
+                f"which column is data.source.{key}? there are {', '.join(features)}",
+                f"pass data=hf data.source.{key}=NAME",
+            )
     return str(image), str(label)
 
 
@@ -176,7 +193,9 @@ def _client(package: str) -> Any:
     except ModuleNotFoundError as error:
         if error.name != package:
             raise
-        hint = f"pip install {package}, or fetch the data set in a browser and pass data.dir=FOLDER or data.archive=FILE"
+        hint = (
+            f"pip install {package}, or fetch the data set in a browser and pass data.dir=FOLDER or data.archive=FILE"
+        )
         raise SourceError(f"the client {package} is not installed", hint) from error
 
 

@@ -34,7 +34,9 @@ class Scale:
         pad = 0.06 * (high - low) or (0.5 if whole else 0.05 * abs(high) or 0.5)
         if whole:
             return cls(name, low - (0.5 if low == high else 0), high + (0.5 if low == high else 0), percent, whole)
-        return cls(name, min(low, max(0.0, low - pad)), max(high, min(1.0, high + pad)) if percent else high + pad, percent)
+        return cls(
+            name, min(low, max(0.0, low - pad)), max(high, min(1.0, high + pad)) if percent else high + pad, percent
+        )
 
     def place(self, value: float, start: float, end: float) -> float:
         """Where a value comes to lie between `start` and `end`."""
@@ -42,7 +44,9 @@ class Scale:
 
     def ticks(self) -> list[float]:
         """Round values within the axis."""
-        values = MaxNLocator(nbins=5, integer=self.whole, min_n_ticks=1 if self.whole else 2).tick_values(self.low, self.high)
+        values = MaxNLocator(nbins=5, integer=self.whole, min_n_ticks=1 if self.whole else 2).tick_values(
+            self.low, self.high
+        )
         return [float(value) for value in values if self.low - 1e-9 <= value <= self.high + 1e-9]
 
     def words(self, value: float) -> str:
@@ -63,7 +67,9 @@ def line_chart(lines: Mapping[str, Points], across: Scale, up: Scale, about: str
         number, kept = _STYLES.get(name, number), _thinned(points)
         parts.append(f'<polyline class="line line{number}" points="{_path(kept, across, up)}"/>')
         if len(kept) <= 30:
-            parts += [f'<circle class="dot line{number}" cx="{x}" cy="{y}" r="2.6"/>' for x, y in _places(kept, across, up)]
+            parts += [
+                f'<circle class="dot line{number}" cx="{x}" cy="{y}" r="2.6"/>' for x, y in _places(kept, across, up)
+            ]
     return "".join([*parts, "</svg>", _legend(list(lines))])
 
 
@@ -78,7 +84,9 @@ def _grid(across: Scale, up: Scale) -> str:
         x = round(across.place(value, _LEFT, right), 1)
         parts.append(f'<text x="{x}" y="{bottom + 17}" text-anchor="middle">{escape(across.words(value))}</text>')
     parts.append(f'<line class="base" x1="{_LEFT}" x2="{right}" y1="{bottom}" y2="{bottom}"/>')
-    parts.append(f'<text class="name" x="{(_LEFT + right) / 2}" y="{_HEIGHT - 5}" text-anchor="middle">{escape(across.name)}</text>')
+    parts.append(
+        f'<text class="name" x="{(_LEFT + right) / 2}" y="{_HEIGHT - 5}" text-anchor="middle">{escape(across.name)}</text>'
+    )
     return "".join(parts)
 
 

@@ -60,10 +60,15 @@ def frequent(confusion: np.ndarray, limit: int = _PAIRS) -> list[Pair]:
     wrong, totals = confusion - np.diag(np.diag(confusion)), confusion.sum(axis=1)
     order = np.argsort(-wrong, axis=None, kind="stable")[:limit]
     places = (divmod(int(place), len(confusion)) for place in order if wrong.flat[place])
-    return [Pair(truth, predicted, int(wrong[truth, predicted]), int(wrong[truth, predicted]) / int(totals[truth])) for truth, predicted in places]
+    return [
+        Pair(truth, predicted, int(wrong[truth, predicted]), int(wrong[truth, predicted]) / int(totals[truth]))
+        for truth, predicted in places
+    ]
 
 
-def images_of_cells(table: PredictionTable, confidence: np.ndarray, limit: int, each: int) -> dict[tuple[int, int], list[int]]:
+def images_of_cells(
+    table: PredictionTable, confidence: np.ndarray, limit: int, each: int
+) -> dict[tuple[int, int], list[int]]:
     """Rows of the table behind each cell, at most `limit` in all and `each` of one cell: mistakes before right answers, every cell in turn.
 
     Of mistakes the surest come first, of right answers the least sure; `confidence` [N] is of the answers.

@@ -142,7 +142,12 @@ def _test_command(name: str, part: str) -> str:
 
 
 def gather(
-    name: str, table: PredictionTable, places: Places, info: BundleInfo | None, sizes: Mapping[str, tuple[int, str]], lenient: bool = False
+    name: str,
+    table: PredictionTable,
+    places: Places,
+    info: BundleInfo | None,
+    sizes: Mapping[str, tuple[int, str]],
+    lenient: bool = False,
 ) -> RunFacts:
     """Read what there is; of a damaged file DataError, or, where that is `lenient`, a warning."""
     again = _test_command(name, places.part.name)
@@ -163,10 +168,13 @@ def gather(
     return RunFacts(
         name,
         table,
-        sidecar(places.part / "metrics.json", of_metrics(table)) or json.loads(json.dumps(metrics_dict(compute_metrics(table), None))),
+        sidecar(places.part / "metrics.json", of_metrics(table))
+        or json.loads(json.dumps(metrics_dict(compute_metrics(table), None))),
         places,
         info,
-        read(lambda: read_curves(run / "metrics.csv", "remove it to have a report without learning curves")) if run else {},
+        read(lambda: read_curves(run / "metrics.csv", "remove it to have a report without learning curves"))
+        if run
+        else {},
         parts,
         labels,
         _audit(places, info),
@@ -180,7 +188,11 @@ def gather(
 def sizes_of(bundle: Path | None) -> dict[str, tuple[int, str]]:
     """Bytes and sha256 of each file of a bundle; {} where there is none."""
     files = sorted(path for path in bundle.rglob("*") if path.is_file() and path.name != INFO_NAME) if bundle else []
-    return {path.relative_to(bundle).as_posix(): (path.stat().st_size, sha256_of(path)) for path in files} if bundle else {}
+    return (
+        {path.relative_to(bundle).as_posix(): (path.stat().st_size, sha256_of(path)) for path in files}
+        if bundle
+        else {}
+    )
 
 
 def _counts_of_parts(places: Places) -> tuple[tuple[str, ...], dict[str, list[int]]]:
@@ -189,7 +201,10 @@ def _counts_of_parts(places: Places) -> tuple[tuple[str, ...], dict[str, list[in
     if path is None or not path.is_file():
         return (), {}
     manifest = Manifest.read(path, Path())
-    counts = {split: np.bincount(manifest.targets[manifest.indices(split)], minlength=len(manifest.classes)).tolist() for split in SPLITS}
+    counts = {
+        split: np.bincount(manifest.targets[manifest.indices(split)], minlength=len(manifest.classes)).tolist()
+        for split in SPLITS
+    }
     return manifest.classes, {split: row for split, row in counts.items() if any(row)}
 
 
@@ -199,7 +214,11 @@ def _audit(places: Places, info: BundleInfo | None) -> dict[str, Any]:
     if not root or places.audits is None:
         return {}
     settings = (info.provenance.get("config") or {}).get("audit") or {} if info else {}
-    paths = [Path(settings["output_dir"]) / "audit.json"] if settings.get("output_dir") else list(places.audits.glob("*/audit.json"))
+    paths = (
+        [Path(settings["output_dir"]) / "audit.json"]
+        if settings.get("output_dir")
+        else list(places.audits.glob("*/audit.json"))
+    )
     for _, path in sorted(((path.stat().st_mtime, path) for path in paths if path.is_file()), reverse=True):
         try:
             content = read_sidecar(path, is_audit, "audit its images again, or remove it")

@@ -45,7 +45,9 @@ class Judged:
         return self.directory.name
 
 
-def find_judged(name: str, split: str | None, models_dir: Path, plots_dir: Path, data_dir: Path | None = None) -> Judged:
+def find_judged(
+    name: str, split: str | None, models_dir: Path, plots_dir: Path, data_dir: Path | None = None
+) -> Judged:
     """The predictions that a name means: a folder that holds them, a bundle, or a folder under plots/; `data_dir` overrules where the images lie.
 
     Without a split it is that of `judged_part`.
@@ -73,7 +75,8 @@ def _not_judged(run: str, asked: str | None, parts: Sequence[str]) -> DataError:
     part = asked or next(split for split in reversed(SPLITS) if split in parts)
     command = f"run `python commands.py test --checkpoint_name {shlex.quote(run)} --split {part}`"
     return DataError(
-        f"{run!r} has no predictions of its {part} part", command if part in parts else f"its data has no such part, only {', '.join(parts)}"
+        f"{run!r} has no predictions of its {part} part",
+        command if part in parts else f"its data has no such part, only {', '.join(parts)}",
     )
 
 
@@ -93,7 +96,10 @@ def _bundle(name: str, models_dir: Path, plots_dir: Path) -> tuple[Path | None, 
         if judged_part(plots_dir / name):
             return None, name
         if Path(name).is_dir():
-            raise DataError(f"{name!r} holds no {PREDICTIONS}", "give a bundle, or a folder that `test` or `train` wrote predictions to") from None
+            raise DataError(
+                f"{name!r} holds no {PREDICTIONS}",
+                "give a bundle, or a folder that `test` or `train` wrote predictions to",
+            ) from None
         raise
     return (path, path.name) if path.is_dir() else (None, path.stem)
 
@@ -108,7 +114,9 @@ def _in_folder(folder: Path, models_dir: Path, data_dir: Path | None) -> Judged:
 def _judged(name: str, directory: Path, bundle: Path | None, data_dir: Path | None) -> Judged:
     info = read_bundle(bundle).info if bundle else None
     known = str(info.provenance.get("data_root", "")) if info else ""
-    return Judged(name, directory, PredictionTable.read(directory), data_dir or (Path(known) if known else None), bundle, info)
+    return Judged(
+        name, directory, PredictionTable.read(directory), data_dir or (Path(known) if known else None), bundle, info
+    )
 
 
 def limits_of(info: BundleInfo | None) -> DecodeLimits:

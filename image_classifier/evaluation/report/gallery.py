@@ -38,31 +38,46 @@ class Mistake:
     explanation: Thumbnail
 
 
-def cell_images(table: PredictionTable, confidence: np.ndarray, root: Path | None, limits: DecodeLimits) -> dict[str, Any]:
+def cell_images(
+    table: PredictionTable, confidence: np.ndarray, root: Path | None, limits: DecodeLimits
+) -> dict[str, Any]:
     """What the page's script shows behind a cell, ready for JSON: `cells` "truth,predicted" -> numbers of `images`; `confidence` is [N]."""
     chosen = images_of_cells(table, confidence, _CELL_IMAGES if root else _CELL_IMAGES // 4, _EACH)
     rows = [row for found in chosen.values() for row in found]
     places = {row: place for place, row in enumerate(rows)}
     pictures = _drawn([table.paths[row] for row in rows], root, limits, _CELL_SIDE, _CELL_QUALITY, BUDGET * 5 // 7)
     images = [
-        {"path": plain(table.paths[row]), "sure": round(float(confidence[row]), 3), "picture": picture.address, "small": picture.small}
+        {
+            "path": plain(table.paths[row]),
+            "sure": round(float(confidence[row]), 3),
+            "picture": picture.address,
+            "small": picture.small,
+        }
         for row, picture in zip(rows, pictures, strict=True)
     ]
     cells = {f"{truth},{predicted}": [places[row] for row in found] for (truth, predicted), found in chosen.items()}
     return {"classes": [plain(label) for label in table.classes], "cells": cells, "images": images}
 
 
-def _drawn(paths: Sequence[str], root: Path | None, limits: DecodeLimits, side: int, quality: int, room: int) -> list[Thumbnail]:
+def _drawn(
+    paths: Sequence[str], root: Path | None, limits: DecodeLimits, side: int, quality: int, room: int
+) -> list[Thumbnail]:
     """The pictures of these files, as many as there is room for (characters)."""
     if root is None:
         return [NO_PICTURE] * len(paths)
     with ThreadPoolExecutor(_WORKERS) as pool:
-        pictures = list(pool.map(partial(thumbnail, limits=limits, side=side, quality=quality), [root / path for path in paths]))
-    spent = np.cumsum([len(picture.address) + len(path) + _MARKUP for path, picture in zip(paths, pictures, strict=True)])
+        pictures = list(
+            pool.map(partial(thumbnail, limits=limits, side=side, quality=quality), [root / path for path in paths])
+        )
+    spent = np.cumsum(
+        [len(picture.address) + len(path) + _MARKUP for path, picture in zip(paths, pictures, strict=True)]
+    )
     return [picture if total <= room else NO_PICTURE for picture, total in zip(pictures, spent.tolist(), strict=True)]
 
 
-def worst(table: PredictionTable, root: Path | None, limits: DecodeLimits, explanations: Path, roots: Sequence[Path]) -> list[Mistake]:
+def worst(
+    table: PredictionTable, root: Path | None, limits: DecodeLimits, explanations: Path, roots: Sequence[Path]
+) -> list[Mistake]:
     """The surest wrong answers; the folder `explanations` has figures of what lies, or lay when it was explained, in one of the `roots`."""
     predicted, confidence = table.answers()
     rows = table.surest_mistakes(_WORST).tolist()

@@ -23,7 +23,11 @@ def data_rows(facts: RunFacts) -> dict[str, Any]:
     order = sorted(range(len(totals)), key=lambda code: (-totals[code], facts.labels[code]))
     shown = order if len(order) <= _CLASSES else order[: _CLASSES // 2] + order[-_CLASSES // 2 :]
     rows = [
-        {"label": plain(facts.labels[code]), "parts": [(split, counts[code]) for split, counts in facts.parts.items()], "images": totals[code]}
+        {
+            "label": plain(facts.labels[code]),
+            "parts": [(split, counts[code]) for split, counts in facts.parts.items()],
+            "images": totals[code],
+        }
         for code in shown
     ]
     return {
@@ -49,7 +53,9 @@ def exports(sizes: Mapping[str, tuple[int, str]], latency: Mapping[str, Any]) ->
     measured = {_FILES.get(name, name): flat(values) for name, values in (latency.get("backends") or {}).items()}
     columns = list(dict.fromkeys(column for values in measured.values() for column in values))
     names = [*(name for name in sizes if name.endswith(_EXPORTS)), *(name for name in measured if name not in sizes)]
-    rows = [{"name": plain(name), "size": sizes.get(name, (0, ""))[0], "values": measured.get(name, {})} for name in names]
+    rows = [
+        {"name": plain(name), "size": sizes.get(name, (0, ""))[0], "values": measured.get(name, {})} for name in names
+    ]
     return {"rows": rows, "columns": columns, "notes": flat(latency.get("hardware") or {})} if rows else {}
 
 

@@ -86,7 +86,12 @@ def run_page(facts: RunFacts) -> str:
 
 def _tiles(facts: RunFacts) -> Iterator[tuple[str, str, str]]:
     """Value, what it is, and its interval."""
-    for metric, title in (("accuracy", "accuracy"), ("f1_macro", "F1, macro"), ("log_loss", "log loss"), ("ece", "calibration error")):
+    for metric, title in (
+        ("accuracy", "accuracy"),
+        ("f1_macro", "F1, macro"),
+        ("log_loss", "log loss"),
+        ("ece", "calibration error"),
+    ):
         value, interval = facts.metrics.get(metric), facts.interval(metric)
         if value is not None:
             share = metric in ("accuracy", "ece")
@@ -103,7 +108,13 @@ def _scores(facts: RunFacts) -> Iterator[dict[str, Any]]:
 def _baselines(facts: RunFacts) -> list[dict[str, Any]]:
     """What simple classifiers reach, and the model last."""
     rows = [{"name": name, **values, "own": False} for name, values in (facts.metrics.get("baselines") or {}).items()]
-    own = {"name": "this model", "about": "", "accuracy": facts.metrics["accuracy"], "f1_macro": facts.metrics["f1_macro"], "own": True}
+    own = {
+        "name": "this model",
+        "about": "",
+        "accuracy": facts.metrics["accuracy"],
+        "f1_macro": facts.metrics["f1_macro"],
+        "own": True,
+    }
     return [*rows, own] if rows else []
 
 
@@ -114,7 +125,9 @@ def _curves(curves: Mapping[str, Sequence[tuple[float, float]]]) -> Iterator[tup
         if lines:
             epochs, values = zip(*(point for points in lines.values() for point in points), strict=True)
             up = Scale.over(title, values, percent=metric != "loss")
-            about = "; ".join(f"{title} of {split} from {points[0][1]:.3g} to {points[-1][1]:.3g}" for split, points in lines.items())
+            about = "; ".join(
+                f"{title} of {split} from {points[0][1]:.3g} to {points[-1][1]:.3g}" for split, points in lines.items()
+            )
             yield title, line_chart(lines, Scale.over("epoch", epochs, whole=True), up, about)
 
 
@@ -145,13 +158,29 @@ def _trust(table: PredictionTable) -> dict[str, Any]:
     if table.temperature != 1:
         found = {"before": Reliability.of(replace(table, temperature=1.0)), "after": found["confidence"]}
     across, up = Scale("confidence", 0, 1, percent=True), Scale("accuracy", 0, 1, percent=True)
-    diagram = line_chart({name: _line(item) for name, item in found.items()}, across, up, _said(found), guide=[(0, 0), (1, 1)])
+    diagram = line_chart(
+        {name: _line(item) for name, item in found.items()}, across, up, _said(found), guide=[(0, 0), (1, 1)]
+    )
     curve = risk_curve(table)
-    kept = (curve.coverage >= 0.02) | (curve.coverage == curve.coverage[-1])  # the first few answers are a matter of luck
+    kept = (curve.coverage >= 0.02) | (
+        curve.coverage == curve.coverage[-1]
+    )  # the first few answers are a matter of luck
     top = max(0.01, float(curve.risk[kept].max()) * 1.1)
     points = [point for point in zip(curve.coverage.tolist(), curve.risk.tolist(), strict=True) if point[1] <= top]
-    risk = line_chart({"risk": points}, Scale("answered", 0, 1, percent=True), Scale("wrong", 0, min(1, top), percent=True), _risk_said(curve))
-    return {"reliability": found, "temperature": table.temperature, "goal": GOAL, "diagram": diagram, "risk": risk, "risks": risks(curve)}
+    risk = line_chart(
+        {"risk": points},
+        Scale("answered", 0, 1, percent=True),
+        Scale("wrong", 0, min(1, top), percent=True),
+        _risk_said(curve),
+    )
+    return {
+        "reliability": found,
+        "temperature": table.temperature,
+        "goal": GOAL,
+        "diagram": diagram,
+        "risk": risk,
+        "risks": risks(curve),
+    }
 
 
 def risks(curve: RiskCurve) -> list[tuple[float, float]]:
@@ -171,7 +200,9 @@ def _said(found: Mapping[str, Reliability]) -> str:
 
 
 def _risk_said(curve: RiskCurve) -> str:
-    return "Share of wrong answers by share answered: " + ", ".join(f"{per_cent(risk)} at {per_cent(coverage)}" for coverage, risk in risks(curve))
+    return "Share of wrong answers by share answered: " + ", ".join(
+        f"{per_cent(risk)} at {per_cent(coverage)}" for coverage, risk in risks(curve)
+    )
 
 
 def _robustness(found: Mapping[str, Any]) -> dict[str, Any]:
@@ -184,7 +215,12 @@ def _robustness(found: Mapping[str, Any]) -> dict[str, Any]:
     about = "; ".join(f"{name} {per_cent(points[0][1])} to {per_cent(points[-1][1])}" for name, points in rows.items())
     up = Scale.over("accuracy", values, percent=True)
     drawing = line_chart(rows, Scale.over("severity", levels, whole=True), up, f"Accuracy by severity: {about}")
-    return {"levels": levels, "rows": {name: dict(points) for name, points in rows.items()}, "drawing": drawing, "about": found.get("about") or {}}
+    return {
+        "levels": levels,
+        "rows": {name: dict(points) for name, points in rows.items()},
+        "drawing": drawing,
+        "about": found.get("about") or {},
+    }
 
 
 def _levels(levels: Mapping[str, float]) -> list[tuple[float, float]]:

@@ -41,9 +41,14 @@ class ReportSettings:
         if not 100 <= self.resamples <= 100_000:
             raise ConfigError(f"resamples must be from 100 to 100000, not {self.resamples}")
         if self.output is not None and not self.output.lower().endswith(".html"):
-            raise ConfigError(f"the report is an HTML page, and output={self.output} does not end so", "write output=NAME.html")
+            raise ConfigError(
+                f"the report is an HTML page, and output={self.output} does not end so", "write output=NAME.html"
+            )
         if self.data_dir is not None and not Path(self.data_dir).is_dir():
-            raise ConfigError(f"data_dir {self.data_dir!r} is not a folder", "give the folder that the paths of the predictions start from")
+            raise ConfigError(
+                f"data_dir {self.data_dir!r} is not a folder",
+                "give the folder that the paths of the predictions start from",
+            )
 
 
 def report(config: Any) -> Path:
@@ -56,7 +61,9 @@ def _report(asked: ReportSettings) -> Path:
     """Write the page of one run."""
     judged = _find(asked, asked.name)
     run = judged.bundle.name if judged.bundle else judged.directory.parent.name
-    places = Places(judged.directory, judged.bundle, Path(asked.runs_dir) / run, Path(asked.audit_dir), _there(judged.root))
+    places = Places(
+        judged.directory, judged.bundle, Path(asked.runs_dir) / run, Path(asked.audit_dir), _there(judged.root)
+    )
     facts = gather(run, judged.table, places, judged.info, sizes_of(judged.bundle))
     part = "" if facts.split == judged_part(judged.directory.parent) else facts.split  # each part has a page of its own
     path = Path(asked.output) if asked.output else Path(asked.plots_dir) / run / part / "report.html"
@@ -76,7 +83,13 @@ def _answer(facts: RunFacts) -> Iterator[str]:
 
 
 def _find(asked: ReportSettings, name: str) -> Judged:
-    return find_judged(name, asked.split, Path(asked.models_dir), Path(asked.plots_dir), Path(asked.data_dir) if asked.data_dir else None)
+    return find_judged(
+        name,
+        asked.split,
+        Path(asked.models_dir),
+        Path(asked.plots_dir),
+        Path(asked.data_dir) if asked.data_dir else None,
+    )
 
 
 def _compare(asked: ReportSettings, other: str) -> Path:
@@ -86,7 +99,12 @@ def _compare(asked: ReportSettings, other: str) -> Path:
         raise ConfigError(f"{asked.name!r} and {other!r} are the same predictions", "name two different ones")
     comparison, names = compare(first.table, second.table, asked.resamples, asked.seed), (first.name, second.name)
     html = versus.page(
-        comparison, names, _part(first, second), first.root or second.root, limits_of(first.info or second.info), list(_origin(asked, first, second))
+        comparison,
+        names,
+        _part(first, second),
+        first.root or second.root,
+        limits_of(first.info or second.info),
+        list(_origin(asked, first, second)),
     )
     folder = f"compare-{first.name}-{second.name}".replace("/", "_")
     path = Path(asked.output) if asked.output else Path(asked.plots_dir) / folder / "report.html"

@@ -42,7 +42,10 @@ def read_curves(path: Path, hint: str) -> dict[str, list[tuple[float, float]]]:
     try:
         with path.open(encoding=ENCODING[0], newline="") as file:
             for row in csv.DictReader(file):
-                epoch, values = float(row.pop("epoch")), {name: float(value) for name, value in row.items() if value and name != "step"}
+                epoch, values = (
+                    float(row.pop("epoch")),
+                    {name: float(value) for name, value in row.items() if value and name != "step"},
+                )
                 if not 0 <= epoch <= 1e9:
                     raise ValueError(f"the epoch {epoch}")
                 for name, value in values.items():
@@ -103,7 +106,16 @@ def _nested(value: Any, deep: int = _DEEP) -> bool:
 
 _FIGURE, _SHARE = number(-_LARGEST, _LARGEST), number(0, 1)
 _INTERVALS = or_none(each(or_none(_pair)))
-_FIGURES = ("top5_accuracy", "balanced_accuracy", "precision_macro", "recall_macro", "f1_weighted", "roc_auc", "average_precision", "log_loss")
+_FIGURES = (
+    "top5_accuracy",
+    "balanced_accuracy",
+    "precision_macro",
+    "recall_macro",
+    "f1_weighted",
+    "roc_auc",
+    "average_precision",
+    "log_loss",
+)
 
 
 def of_metrics(table: PredictionTable) -> Check:
@@ -135,19 +147,30 @@ def _is_confusion(value: Any, support: np.ndarray) -> bool:
         found = np.array(value)
     except (ValueError, OverflowError):
         return False
-    right = found.dtype == np.int64 and found.shape == (len(support), len(support)) and found.min() >= 0 and found.max() <= support.sum()
+    right = (
+        found.dtype == np.int64
+        and found.shape == (len(support), len(support))
+        and found.min() >= 0
+        and found.max() <= support.sum()
+    )
     return bool(right and (found.sum(axis=1) == support).all())
 
 
 def is_robustness(value: Any) -> bool:
     """{corruption: {severity: accuracy}, about: {images, part}}."""
     about, levels = having(images=or_none(_count), part=or_none(_text)), each(_SHARE, _severity)
-    return isinstance(value, dict) and all(about(item) if name == "about" else bool(item) and levels(item) for name, item in value.items())
+    return isinstance(value, dict) and all(
+        about(item) if name == "about" else bool(item) and levels(item) for name, item in value.items()
+    )
 
 
 is_latency = having(backends=each(each(_nested)), hardware=or_none(each(_nested)))
-is_audit = having(data=having(root=_text), counts=or_none(each(having(severity=_text, files=_count))), headlines=or_none(each(_text)))
+is_audit = having(
+    data=having(root=_text), counts=or_none(each(having(severity=_text, files=_count))), headlines=or_none(each(_text))
+)
 _MEASURED = having(
-    **dict.fromkeys(("answered", "unknown", "unsure", "set_coverage", "empty_sets"), _SHARE), risk=or_none(_SHARE), set_size=number(0, _LARGEST)
+    **dict.fromkeys(("answered", "unknown", "unsure", "set_coverage", "empty_sets"), _SHARE),
+    risk=or_none(_SHARE),
+    set_size=number(0, _LARGEST),
 )
 is_calibration = having(decision=or_none(having(measured=_MEASURED, ood=having(threshold=or_none(_FIGURE)))))

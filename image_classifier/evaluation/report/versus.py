@@ -54,14 +54,20 @@ def verdict(comparison: Comparison, names: tuple[str, str]) -> str:
         return f"{opening}: {better} is better than {worse} by {abs(points):.2f} points of accuracy ({bounds}).{_against(comparison, better)}"
     if not sum(comparison.only_right):
         return f"No difference: {first} and {second} are right on the very same images."
-    return f"Not shown: {second} differs from {first} by {points:+.2f} points of accuracy, which may be chance ({bounds})."
+    return (
+        f"Not shown: {second} differs from {first} by {points:+.2f} points of accuracy, which may be chance ({bounds})."
+    )
 
 
 def _against(comparison: Comparison, better: str) -> str:
     """A sentence where the probabilities of the better one are worse."""
     loss = comparison.paired["log_loss"]
     worse = loss.interval[0] > 0 if comparison.better > 0 else loss.interval[1] < 0
-    return f" But the probabilities of {better} are worse: log loss {max(loss.values):.3f} against {min(loss.values):.3f}." if worse else ""
+    return (
+        f" But the probabilities of {better} are worse: log loss {max(loss.values):.3f} against {min(loss.values):.3f}."
+        if worse
+        else ""
+    )
 
 
 def lines(comparison: Comparison, names: tuple[str, str]) -> Iterator[str]:
@@ -73,7 +79,9 @@ def lines(comparison: Comparison, names: tuple[str, str]) -> Iterator[str]:
     yield "metric             A         B     B - A  95 % interval of B - A"
     for paired in comparison.paired.values():
         low, high = paired.interval
-        values = f"{paired.values[0]:8.4f}  {paired.values[1]:8.4f}  {paired.difference:+8.4f}  {low:+.4f} to {high:+.4f}"
+        values = (
+            f"{paired.values[0]:8.4f}  {paired.values[1]:8.4f}  {paired.difference:+8.4f}  {low:+.4f} to {high:+.4f}"
+        )
         yield f"{paired.metric:<10}  {values}{'  (lower is better)' if paired.metric in LOWER_IS_BETTER else ''}"
     only = comparison.only_right
     yield f"McNemar    only A right {only[0]}, only B right {only[1]}, p = {probability(comparison.p_value)}"
@@ -90,7 +98,12 @@ def probability(value: float) -> str:
 
 
 def page(
-    comparison: Comparison, names: tuple[str, str], split: str, root: Path | None, limits: DecodeLimits, facts: Sequence[tuple[str, str]]
+    comparison: Comparison,
+    names: tuple[str, str],
+    split: str,
+    root: Path | None,
+    limits: DecodeLimits,
+    facts: Sequence[tuple[str, str]],
 ) -> str:
     """The page as one HTML text below 10 MB; `facts` are the lines of its footer, `root` is where the images' paths start,
     `limits` what these may ask for.
@@ -115,7 +128,11 @@ def page(
 
 def _row(paired: Paired, comparison: Comparison) -> dict[str, object]:
     """A metric's row of the table, with its interval on a scale that all of its kind share, zero in the middle."""
-    alike = [other for other in comparison.paired.values() if (other.metric in LOWER_IS_BETTER) == (paired.metric in LOWER_IS_BETTER)]
+    alike = [
+        other
+        for other in comparison.paired.values()
+        if (other.metric in LOWER_IS_BETTER) == (paired.metric in LOWER_IS_BETTER)
+    ]
     reach = max(abs(bound) for other in alike for bound in (*other.interval, other.difference)) * 1.1 or 1.0
     places = [_WIDTH / 2 * (1 + value / reach) for value in (*paired.interval, paired.difference)]
     side = "" if paired.interval[0] <= 0 <= paired.interval[1] else "better" if paired.gain > 0 else "worse"
@@ -131,7 +148,9 @@ def _row(paired: Paired, comparison: Comparison) -> dict[str, object]:
     }
 
 
-def _directions(comparison: Comparison, names: tuple[str, str], root: Path | None, limits: DecodeLimits) -> Iterator[Direction]:
+def _directions(
+    comparison: Comparison, names: tuple[str, str], root: Path | None, limits: DecodeLimits
+) -> Iterator[Direction]:
     right, titles = comparison.shared.right, [plain(name) for name in names]
     room = pictures.BUDGET // 2
     for kind, won, lost in (("gained", 1, 0), ("lost", 0, 1)):
@@ -141,7 +160,9 @@ def _directions(comparison: Comparison, names: tuple[str, str], root: Path | Non
         yield Direction(kind, title, len(rows), _changes(comparison, order[:_SHOWN].tolist(), root, limits, room))
 
 
-def _changes(comparison: Comparison, rows: Sequence[int], root: Path | None, limits: DecodeLimits, room: int) -> list[Change]:
+def _changes(
+    comparison: Comparison, rows: Sequence[int], root: Path | None, limits: DecodeLimits, room: int
+) -> list[Change]:
     """The changed images with their thumbnails, as many of these as there is room for (characters)."""
     shared, found = comparison.shared, []
     with ThreadPoolExecutor(4) as pool:
@@ -151,5 +172,7 @@ def _changes(comparison: Comparison, rows: Sequence[int], root: Path | None, lim
         first, second = (plain(shared.classes[code]) for code in shared.predicted[:, row])
         confidences = float(shared.confidences[0, row]), float(shared.confidences[1, row])
         truth = plain(shared.classes[shared.targets[row]])
-        found.append(Change(plain(shared.paths[row]), truth, (first, second), confidences, picture if room > 0 else NO_PICTURE))
+        found.append(
+            Change(plain(shared.paths[row]), truth, (first, second), confidences, picture if room > 0 else NO_PICTURE)
+        )
     return found

@@ -14,7 +14,10 @@ from image_classifier.evaluation.report.facts import RunFacts
 from image_classifier.page.words import counted, plain
 from image_classifier.records import SPLITS
 
-_NAMES = {"most_frequent": "always the most frequent class", "logistic": "logistic regression on the backbone's embeddings"}
+_NAMES = {
+    "most_frequent": "always the most frequent class",
+    "logistic": "logistic regression on the backbone's embeddings",
+}
 _NAMED = 3  # mistakes in the command that explains them
 _HONEST = 0.02  # mean confidence and accuracy this near are called honest
 
@@ -87,7 +90,10 @@ def limits_in_words(decision: Mapping[str, Any] | None) -> dict[str, str]:
     unsure, unlike = "no limit is set", "is not looked for"
     if asked.risk is not None and asked.risk < 1:
         kept = f"{per_cent(limits.answered)} of val get a label, at most {per_cent(asked.risk)} of them wrong"
-        unsure = limits.note or f"a confidence below {limits.threshold:.3f}: {kept}, with {per_cent(asked.risk_confidence or 0)} confidence"
+        unsure = (
+            limits.note
+            or f"a confidence below {limits.threshold:.3f}: {kept}, with {per_cent(asked.risk_confidence or 0)} confidence"
+        )
     if limits.ood_limit is not None:
         unlike = f"a score above {limits.ood_limit:.3f}; {per_cent(asked.ood_rate or 0)} of val is refused so"
     sets = f"classes from a probability of {limits.set_level:.3f} up hold the true one of {per_cent(asked.coverage or 0)} of the images"
@@ -100,37 +106,61 @@ def measured_in_words(facts: RunFacts) -> dict[str, str]:
         return {}
     found = facts.measured["measured"]
     wrong = "" if found["risk"] is None else f", {per_cent(found['risk'])} of these wrong"
-    words = {"not sure enough": f"{per_cent(found['answered'])} get a label{wrong}; {per_cent(found['unsure'])} are too unsure"}
+    words = {
+        "not sure enough": f"{per_cent(found['answered'])} get a label{wrong}; {per_cent(found['unsure'])} are too unsure"
+    }
     if facts.measured["ood"].get("threshold") is not None:
         words["unlike the training images"] = f"{per_cent(found['unknown'])} are refused as unlike"
     empty = f", {per_cent(found['empty_sets'])} of the sets are empty" if found["empty_sets"] else ""
-    words["prediction sets"] = f"{per_cent(found['set_coverage'])} hold the true class; {found['set_size']:.2f} classes on average{empty}"
+    words["prediction sets"] = (
+        f"{per_cent(found['set_coverage'])} hold the true class; {found['set_size']:.2f} classes on average{empty}"
+    )
     return words
 
 
 def absent(facts: RunFacts, explained: bool) -> list[tuple[str, str]]:
     """What the report could hold and does not: title, and how to get it."""
     name, own, test = facts.name, facts.split in SPLITS, facts.test_command
-    part = shlex.quote(name) + ("" if facts.split == "test" else f" --split {facts.split}") if own else shlex.quote(str(facts.places.part))
+    part = (
+        shlex.quote(name) + ("" if facts.split == "test" else f" --split {facts.split}")
+        if own
+        else shlex.quote(str(facts.places.part))
+    )
     again = f"then write the report anew: python commands.py report {part}"
     plots = facts.places.part.parent if own else facts.places.part
     worst = [str((facts.places.root or Path()) / facts.table.paths[row]) for row in facts.table.surest_mistakes(_NAMED)]
     infer = f"python commands.py infer --checkpoint_name {shlex.quote(name)} --images {shlex.join(worst)} --explain"
     rows = [
-        (not facts.curves, "Learning curves", f"no metrics.csv in {facts.places.run}: give the folder of the runs with runs_dir=PATH"),
+        (
+            not facts.curves,
+            "Learning curves",
+            f"no metrics.csv in {facts.places.run}: give the folder of the runs with runs_dir=PATH",
+        ),
         (
             own and not facts.audit,
             "Data audit",
             f"no audit.json of these images in {facts.places.audits}: python commands.py audit with the same data.*, {again}",
         ),
-        (own and not facts.parts, "Split", "no manifest.csv: it lies in the bundle, and there is no bundle of this name"),
-        (own and facts.info is None, "Origin", f"no bundle {name!r}: command, versions and hashes stand in its bundle.json"),
+        (
+            own and not facts.parts,
+            "Split",
+            "no manifest.csv: it lies in the bundle, and there is no bundle of this name",
+        ),
+        (
+            own and facts.info is None,
+            "Origin",
+            f"no bundle {name!r}: command, versions and hashes stand in its bundle.json",
+        ),
         (
             not facts.metrics.get("intervals"),
             "Intervals of every metric",
             f"metrics.json holds none: {test}",
         ),
-        (not explained, "Explanations", f"no figures of these mistakes in {facts.places.explanations}: {infer}, {again}"),
+        (
+            not explained,
+            "Explanations",
+            f"no figures of these mistakes in {facts.places.explanations}: {infer}, {again}",
+        ),
         (
             bool(facts.info and facts.info.decision) and not facts.measured,
             f"What the limits do on {facts.split}",

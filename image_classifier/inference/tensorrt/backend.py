@@ -18,7 +18,10 @@ class TensorRtBackend:
     """Runs an engine on the GPU: pixels uint8 [N, 3, H, W] -> logits float32 [N, C], and embeddings [N, D], in batches that it takes."""
 
     def __init__(self, plan: bytes, most: int) -> None:
-        trt, self._stream = package(), Stream()  # the stream first: without a driver TensorRT ends the process when it loads an engine
+        trt, self._stream = (
+            package(),
+            Stream(),
+        )  # the stream first: without a driver TensorRT ends the process when it loads an engine
         self._logger = logger_of(trt)
         self._runtime = trt.Runtime(self._logger)  # outlives its engine
         self._engine = self._runtime.deserialize_cuda_engine(plan)
@@ -29,7 +32,9 @@ class TensorRtBackend:
         names = [self._engine.get_tensor_name(row) for row in range(self._engine.num_io_tensors)]
         self._shapes = {name: tuple(self._engine.get_tensor_shape(name))[1:] for name in names}
         self._types = {name: np.dtype(trt.nptype(self._engine.get_tensor_dtype(name))) for name in names}
-        self._memory = {name: Memory(most * int(np.prod(self._shapes[name])) * self._types[name].itemsize) for name in names}
+        self._memory = {
+            name: Memory(most * int(np.prod(self._shapes[name])) * self._types[name].itemsize) for name in names
+        }
         for name, memory in self._memory.items():
             self._context.set_tensor_address(name, memory.address)
 
@@ -50,14 +55,21 @@ class TensorRtBackend:
     def _answers(self, pixels: np.ndarray, *outputs: str) -> list[np.ndarray]:
         found = [np.empty((len(pixels), *self._shapes[name]), self._types[name]) for name in outputs]
         for start in range(0, len(pixels), self.most):
-            self._run(np.ascontiguousarray(pixels[start : start + self.most]), dict(zip(outputs, (part[start:] for part in found), strict=True)))
+            self._run(
+                np.ascontiguousarray(pixels[start : start + self.most]),
+                dict(zip(outputs, (part[start:] for part in found), strict=True)),
+            )
         return found
 
     def _run(self, pixels: np.ndarray, targets: dict[str, np.ndarray]) -> None:
         if pixels.dtype != self._types["pixels"] or pixels.shape[1:] != self._shapes["pixels"]:
-            raise CheckpointError(f"the engine takes pixels uint8 {list(self._shapes['pixels'])}, not {pixels.dtype} {list(pixels.shape[1:])}")
+            raise CheckpointError(
+                f"the engine takes pixels uint8 {list(self._shapes['pixels'])}, not {pixels.dtype} {list(pixels.shape[1:])}"
+            )
         self._stream.upload(pixels, self._memory["pixels"])
-        if not self._context.set_input_shape("pixels", pixels.shape) or not self._context.execute_async_v3(self._stream.handle):
+        if not self._context.set_input_shape("pixels", pixels.shape) or not self._context.execute_async_v3(
+            self._stream.handle
+        ):
             raise self._failed("cannot run its engine on these images")
         for name, target in targets.items():
             self._stream.download(self._memory[name], target[: len(pixels)])
@@ -87,6 +99,9 @@ def opened(bundle: Bundle, model: Path, asked: EngineSettings, anew: bool = Fals
         check = checked(NAME, backend, Golden.of(bundle), bundle.info.temperature)
         if check.fails(asked.tolerance):
             fact = f"the engine of TensorRT ({asked.precision}) agrees on {check.agreement:.0%} of {check.images} golden images"
-            raise ParityError(f"{fact} and differs by up to {check.largest_difference:.2g} (allowed {asked.tolerance:g})", "use --backend onnx")
+            raise ParityError(
+                f"{fact} and differs by up to {check.largest_difference:.2g} (allowed {asked.tolerance:g})",
+                "use --backend onnx",
+            )
         kept.write(plan)
         return backend, kept

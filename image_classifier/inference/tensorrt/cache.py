@@ -38,7 +38,9 @@ class Kept:
             ConfigError: TensorRT or a GPU is missing.
         """
         version, gpu = package().__version__, this_gpu()
-        return cls(Path.home() / PLACE, {"model_sha256": sha256_of(model), **asdict(asked), **asdict(gpu), "tensorrt": version})
+        return cls(
+            Path.home() / PLACE, {"model_sha256": sha256_of(model), **asdict(asked), **asdict(gpu), "tensorrt": version}
+        )
 
     def read(self) -> bytes | None:
         """The engine, under the lock; None where it is not there, or is not what was written."""
@@ -89,4 +91,7 @@ def _make_private(folder: Path) -> None:
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         state = folder.stat()
     if hasattr(os, "getuid") and (state.st_uid != os.getuid() or state.st_mode & 0o022):
-        raise StorageError(f"others may write into {str(folder)!r}, and an engine is code", "make it yours alone: chmod 700, or remove it")
+        raise StorageError(
+            f"others may write into {str(folder)!r}, and an engine is code",
+            "make it yours alone: chmod 700, or remove it",
+        )

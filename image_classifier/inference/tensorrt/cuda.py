@@ -65,7 +65,10 @@ def _asked(function: str, *arguments: object) -> Any:
     """What a function of the CUDA runtime gives; ConfigError with its own word where it refuses."""
     code, *values = getattr(_runtime(), function)(*arguments)
     if int(code):
-        raise ConfigError(f"TensorRT needs an NVIDIA GPU, and here is none that can be used ({code.name})", f"look at nvidia-smi, {INSTEAD}")
+        raise ConfigError(
+            f"TensorRT needs an NVIDIA GPU, and here is none that can be used ({code.name})",
+            f"look at nvidia-smi, {INSTEAD}",
+        )
     return values[0] if values else None
 
 
@@ -73,5 +76,7 @@ def _runtime() -> Any:
     try:
         from cuda.bindings import runtime
     except ImportError as error:
-        raise ConfigError("TensorRT needs the package cuda-bindings, which is not installed", f"pip install cuda-bindings, {INSTEAD}") from error
+        raise ConfigError(
+            "TensorRT needs the package cuda-bindings, which is not installed", f"pip install cuda-bindings, {INSTEAD}"
+        ) from error
     return runtime

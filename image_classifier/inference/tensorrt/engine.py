@@ -46,7 +46,9 @@ class EngineSettings:
         try:
             return cls(**{key: facts[key] for key in ("precision", "max_batch_size") if key in facts})
         except (ConfigError, TypeError) as error:
-            raise CheckpointError(f"bundle.json describes no engine that can be ({error})", f"export it again: --to {NAME}") from error
+            raise CheckpointError(
+                f"bundle.json describes no engine that can be ({error})", f"export it again: --to {NAME}"
+            ) from error
 
     @property
     def file(self) -> str:
@@ -73,9 +75,14 @@ def package() -> Any:
         import tensorrt
     except (ImportError, OSError) as error:
         reason = " ".join(str(error).split())[:200]
-        raise ConfigError(f"the package tensorrt cannot be loaded ({reason})", f"pip install tensorrt-cu13 anew, {INSTEAD}") from error
+        raise ConfigError(
+            f"the package tensorrt cannot be loaded ({reason})", f"pip install tensorrt-cu13 anew, {INSTEAD}"
+        ) from error
     if tensorrt.__version__.partition(".")[0] not in _MAJORS:
-        raise ConfigError(f"the package tensorrt is {tensorrt.__version__}", f"install 10 or 11: pip install 'tensorrt-cu13>=10.13,<12', {INSTEAD}")
+        raise ConfigError(
+            f"the package tensorrt is {tensorrt.__version__}",
+            f"install 10 or 11: pip install 'tensorrt-cu13>=10.13,<12', {INSTEAD}",
+        )
     return tensorrt
 
 
@@ -128,7 +135,9 @@ def build(model: Path, asked: EngineSettings) -> bytes:
     profile = builder.create_optimization_profile()
     profile.set_shape("pixels", (1, *shape), (asked.max_batch_size, *shape), (asked.max_batch_size, *shape))
     config.add_optimization_profile(profile)
-    log.info("TensorRT %s builds an engine of %s (%s), which takes minutes", trt.__version__, model.name, asked.precision)
+    log.info(
+        "TensorRT %s builds an engine of %s (%s), which takes minutes", trt.__version__, model.name, asked.precision
+    )
     plan = builder.build_serialized_network(network, config)
     if plan is None:
         raise _refused(model, logger.errors)
@@ -158,11 +167,19 @@ def _parsed(trt: Any, network: Any, logger: Any, model: Path) -> tuple[int, ...]
         raise _refused(model, [" ".join(parser.get_error(0).desc().split())] if parser.num_errors else logger.errors)
     outputs = [network.get_output(row).name for row in range(network.num_outputs)]
     inputs = [network.get_input(row) for row in range(network.num_inputs)]
-    if [value.name for value in inputs] != ["pixels"] or inputs[0].dtype != trt.DataType.UINT8 or "logits" not in outputs:
-        raise CheckpointError(f"{str(model)!r} does not take pixels uint8 and answer with logits", "use a model exported by this package")
+    if (
+        [value.name for value in inputs] != ["pixels"]
+        or inputs[0].dtype != trt.DataType.UINT8
+        or "logits" not in outputs
+    ):
+        raise CheckpointError(
+            f"{str(model)!r} does not take pixels uint8 and answer with logits", "use a model exported by this package"
+        )
     return tuple(inputs[0].shape)[1:]
 
 
 def _refused(model: Path, reasons: list[str]) -> CheckpointError:
     reason = (reasons or ["no reason given"])[0][:200]
-    return CheckpointError(f"TensorRT cannot build an engine of {str(model)!r} ({reason})", f"export it again: --to onnx, {INSTEAD}")
+    return CheckpointError(
+        f"TensorRT cannot build an engine of {str(model)!r} ({reason})", f"export it again: --to onnx, {INSTEAD}"
+    )

@@ -56,7 +56,11 @@ class TritonBackend:
             ServerError: It is not there, not ready, or another model.
         """
         backend = cls(url, model_name(bundle.info), len(bundle.info.classes), timeout_s)
-        backend.check_golden(Golden.of(bundle), bundle.info.temperature, float(bundle.info.exports.get(NAME, {}).get("tolerance", TOLERANCE)))
+        backend.check_golden(
+            Golden.of(bundle),
+            bundle.info.temperature,
+            float(bundle.info.exports.get(NAME, {}).get("tolerance", TOLERANCE)),
+        )
         return backend
 
     def check_golden(self, golden: Golden, temperature: float, tolerance: float) -> None:
@@ -65,7 +69,12 @@ class TritonBackend:
         difference = float(np.abs(np.subtract(*probabilities)).max())
         if not difference <= tolerance:
             fact = f"it answers a golden image otherwise than the bundle (difference {difference:.2g}, allowed {tolerance:g})"
-            raise unusable(self.address, self.model, fact, "serve this bundle's own export: export NAME --to triton, triton start NAME")
+            raise unusable(
+                self.address,
+                self.model,
+                fact,
+                "serve this bundle's own export: export NAME --to triton, triton start NAME",
+            )
 
     def logits(self, pixels: np.ndarray) -> np.ndarray:
         return self._inferred(pixels, "logits")["logits"]
@@ -85,8 +94,15 @@ class TritonBackend:
             if name not in found:
                 raise Refused(f"its answer has no {name}, only {', '.join(found) or 'nothing'}")
             shape = found[name].shape
-            if len(shape) != 2 or shape[0] != len(pixels) or shape[1] < 1 or (name == "logits" and shape[1] != self.num_classes):
-                raise Refused(f"its {name} have the shape {list(shape)} instead of [{len(pixels)}, {self.num_classes if name == 'logits' else 'D'}]")
+            if (
+                len(shape) != 2
+                or shape[0] != len(pixels)
+                or shape[1] < 1
+                or (name == "logits" and shape[1] != self.num_classes)
+            ):
+                raise Refused(
+                    f"its {name} have the shape {list(shape)} instead of [{len(pixels)}, {self.num_classes if name == 'logits' else 'D'}]"
+                )
         return found
 
     def _asked(self, ask: Callable[[], T]) -> T:
@@ -111,4 +127,8 @@ def _hint(error: Refused) -> str:
         return "raise server_timeout_s, or look at the server's log"
     if "unknown model" in reason:
         return "start the server with this bundle: python commands.py triton start NAME"
-    return "is it running there? python commands.py triton start NAME" if error.again or "the connection failed" in reason else ""
+    return (
+        "is it running there? python commands.py triton start NAME"
+        if error.again or "the connection failed" in reason
+        else ""
+    )

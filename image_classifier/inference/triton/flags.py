@@ -3,7 +3,13 @@
 from __future__ import annotations
 
 # What a model repository holds can be run as code: it is read once, and nothing is loaded or changed over the network.
-FLAGS = ("--model-control-mode=none", "--strict-readiness=true", "--exit-on-error=true", "--disable-auto-complete-config", "--exit-timeout-secs=10")
+FLAGS = (
+    "--model-control-mode=none",
+    "--strict-readiness=true",
+    "--exit-on-error=true",
+    "--disable-auto-complete-config",
+    "--exit-timeout-secs=10",
+)
 
 COMPOSE = """# NVIDIA's Triton Inference Server over the models in this folder, for this machine alone:
 #   docker compose up --detach --wait        starts it

@@ -30,7 +30,11 @@ _MESSAGES = {
     ),
     "ModelInferResponse": (("outputs", 5, "Tensor*"), ("raw_output_contents", 6, "bytes*")),
 }
-_UNLIMITED = [("grpc.max_send_message_length", -1), ("grpc.max_receive_message_length", MOST_BYTES), ("grpc.enable_http_proxy", 0)]
+_UNLIMITED = [
+    ("grpc.max_send_message_length", -1),
+    ("grpc.max_receive_message_length", MOST_BYTES),
+    ("grpc.enable_http_proxy", 0),
+]
 
 
 class GrpcChannel:
@@ -40,7 +44,9 @@ class GrpcChannel:
         try:
             import grpc
         except ImportError as error:
-            raise ConfigError(f"{address} needs a package that is not installed", "pip install grpcio, or use http://") from error
+            raise ConfigError(
+                f"{address} needs a package that is not installed", "pip install grpcio, or use http://"
+            ) from error
         self.grpc, self.messages = grpc, _messages()
         secure = address.scheme == "grpcs"
         self.channel = (
@@ -65,12 +71,17 @@ class GrpcChannel:
             raw_input_contents=[pixels.tobytes()],
         )
         if len(answer.outputs) != len(answer.raw_output_contents):
-            raise Refused(f"it answers with {len(answer.outputs)} outputs and the bytes of {len(answer.raw_output_contents)}")
+            raise Refused(
+                f"it answers with {len(answer.outputs)} outputs and the bytes of {len(answer.raw_output_contents)}"
+            )
         pairs = zip(answer.outputs, answer.raw_output_contents, strict=True)
         return {item.name: tensor(item.name, item.datatype, list(item.shape), content) for item, content in pairs}
 
     def _ask(self, method: str, timeout_s: float, **values: Any) -> Any:
-        serialise, parse = self.messages[f"{method}Request"].SerializeToString, self.messages[f"{method}Response"].FromString
+        serialise, parse = (
+            self.messages[f"{method}Request"].SerializeToString,
+            self.messages[f"{method}Response"].FromString,
+        )
         call = self.channel.unary_unary(f"/inference.GRPCInferenceService/{method}", serialise, parse)
         try:
             return call(self.messages[f"{method}Request"](**values), timeout=timeout_s)
@@ -86,17 +97,24 @@ def _messages() -> dict[str, Any]:
     """The classes of the messages, in a pool of their own: another client of the protocol in this process describes them too."""
     from google.protobuf import descriptor_pb2, descriptor_pool, message_factory
 
-    file = descriptor_pb2.FileDescriptorProto(name="image_classifier_triton.proto", package="image_classifier_triton", syntax="proto3")
+    file = descriptor_pb2.FileDescriptorProto(
+        name="image_classifier_triton.proto", package="image_classifier_triton", syntax="proto3"
+    )
     kinds = descriptor_pb2.FieldDescriptorProto
     for message, rows in _MESSAGES.items():
         described = file.message_type.add(name=message)
         for name, number, kind in rows:
             plain = kind.rstrip("*")
-            field = described.field.add(name=name, number=number, label=kinds.LABEL_REPEATED if kind.endswith("*") else kinds.LABEL_OPTIONAL)
+            field = described.field.add(
+                name=name, number=number, label=kinds.LABEL_REPEATED if kind.endswith("*") else kinds.LABEL_OPTIONAL
+            )
             if plain in _MESSAGES:
                 field.type, field.type_name = kinds.TYPE_MESSAGE, f".{file.package}.{plain}"
             else:
                 field.type = kinds.Type.Value(f"TYPE_{plain.upper()}")
     pool = descriptor_pool.DescriptorPool()
     pool.AddSerializedFile(file.SerializeToString())
-    return {name: message_factory.GetMessageClass(pool.FindMessageTypeByName(f"{file.package}.{name}")) for name in _MESSAGES}
+    return {
+        name: message_factory.GetMessageClass(pool.FindMessageTypeByName(f"{file.package}.{name}"))
+        for name in _MESSAGES
+    }

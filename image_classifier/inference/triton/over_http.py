@@ -36,7 +36,14 @@ class HttpChannel:
 
     def infer(self, model: str, pixels: np.ndarray, outputs: Sequence[str], timeout_s: float) -> Outputs:
         head = {
-            "inputs": [{"name": "pixels", "shape": pixels.shape, "datatype": "UINT8", "parameters": {"binary_data_size": pixels.nbytes}}],
+            "inputs": [
+                {
+                    "name": "pixels",
+                    "shape": pixels.shape,
+                    "datatype": "UINT8",
+                    "parameters": {"binary_data_size": pixels.nbytes},
+                }
+            ],
             "outputs": [{"name": name, "parameters": {"binary_data": True}} for name in outputs],
         }
         words = json.dumps(head).encode()
@@ -46,7 +53,12 @@ class HttpChannel:
         return _outputs(told.get(_HEADER.lower()), body)
 
     def _answer(
-        self, method: str, place: str, timeout_s: float, body: bytes | None = None, headers: Mapping[str, str] | None = None
+        self,
+        method: str,
+        place: str,
+        timeout_s: float,
+        body: bytes | None = None,
+        headers: Mapping[str, str] | None = None,
     ) -> tuple[Mapping[str, str], bytes]:
         """The headers and the body of an answer that is not an error."""
         status, told, content = self._ask(method, place, timeout_s, body, headers)
@@ -55,7 +67,12 @@ class HttpChannel:
         return told, content
 
     def _ask(
-        self, method: str, place: str, timeout_s: float, body: bytes | None = None, headers: Mapping[str, str] | None = None
+        self,
+        method: str,
+        place: str,
+        timeout_s: float,
+        body: bytes | None = None,
+        headers: Mapping[str, str] | None = None,
     ) -> tuple[int, Mapping[str, str], bytes]:
         kind = HTTPSConnection if self.address.scheme == "https" else HTTPConnection
         watchdog = Watchdog(timeout_s)
@@ -65,7 +82,11 @@ class HttpChannel:
                 watchdog.hold(connection.sock)
                 connection.request(method, self.address.path + place, body, {"Connection": "close", **(headers or {})})
                 with connection.getresponse() as response:
-                    return response.status, {key.lower(): value for key, value in response.getheaders()}, _body(response, watchdog)
+                    return (
+                        response.status,
+                        {key.lower(): value for key, value in response.getheaders()},
+                        _body(response, watchdog),
+                    )
         except (OSError, HTTPException) as error:
             if watchdog.bit or isinstance(error, TimeoutError):
                 raise Refused(f"no answer within {timeout_s:g} s") from error
@@ -125,4 +146,6 @@ def _outputs(length: str | None, body: bytes) -> Outputs:
             found[str(item["name"])] = tensor(str(item["name"]), item["datatype"], shape, content)
         return found
     except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
-        raise Refused(f"it answers with something that is not the V2 protocol ({type(error).__name__}: {error})") from error
+        raise Refused(
+            f"it answers with something that is not the V2 protocol ({type(error).__name__}: {error})"
+        ) from error

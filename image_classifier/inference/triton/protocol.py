@@ -58,7 +58,9 @@ class Address:
             parts = urlsplit(url)
             scheme, host, port = parts.scheme, parts.hostname, parts.port
         except ValueError as error:
-            raise ConfigError(f"url={url!r} is no address ({error})", "write http://HOST:8000 or grpc://HOST:8001") from error
+            raise ConfigError(
+                f"url={url!r} is no address ({error})", "write http://HOST:8000 or grpc://HOST:8001"
+            ) from error
         if (
             scheme not in PORTS
             or not host
@@ -67,7 +69,9 @@ class Address:
             or "@" in parts.netloc
             or (scheme.startswith("grpc") and parts.path.strip("/"))
         ):
-            raise ConfigError(f"url={url!r} is no address of a Triton server", "write http://HOST:8000 or grpc://HOST:8001")
+            raise ConfigError(
+                f"url={url!r} is no address of a Triton server", "write http://HOST:8000 or grpc://HOST:8001"
+            )
         return cls(scheme, host, PORTS[scheme] if port is None else port, parts.path.rstrip("/"))
 
     @property

@@ -49,7 +49,9 @@ class ServerSettings:
             raise ConfigError(f"{self.action!r} is no action", f"write triton {' or triton '.join(ACTIONS)}")
         ports = (self.http_port, self.grpc_port, self.metrics_port)
         if len(set(ports)) < 3 or not all(0 < port < 65536 for port in ports):
-            raise ConfigError(f"{', '.join(map(str, ports))} are not three ports", "use three different ones from 1 to 65535")
+            raise ConfigError(
+                f"{', '.join(map(str, ports))} are not three ports", "use three different ones from 1 to 65535"
+            )
         if self.wait_s <= 0:
             raise ConfigError("wait_s must be more than 0")
 
@@ -96,7 +98,9 @@ def triton(config: Any) -> None:
         ServerError: It ended, did not get ready in time, or answers otherwise than the bundle; then it is stopped again.
     """
     asked = settings.typed(ServerSettings, config, "")
-    ACTIONS[asked.action](asked, Path(asked.runs_dir) / "triton" / Path(asked.checkpoint_name).expanduser().absolute().name)
+    ACTIONS[asked.action](
+        asked, Path(asked.runs_dir) / "triton" / Path(asked.checkpoint_name).expanduser().absolute().name
+    )
 
 
 def _start(asked: ServerSettings, folder: Path) -> None:
@@ -106,7 +110,9 @@ def _start(asked: ServerSettings, folder: Path) -> None:
     bundle = read_bundle(path)
     files = bundle.info.exports.get("triton", {}).get("files", [])
     if not files:
-        raise CheckpointError(f"the bundle {path.name!r} holds no model repository", f"python commands.py export {path.name} --to triton")
+        raise CheckpointError(
+            f"the bundle {path.name!r} holds no model repository", f"python commands.py export {path.name} --to triton"
+        )
     bundle.verify(files)
     bundle.refuse_unlisted("triton")
     try:
@@ -119,7 +125,9 @@ def _start(asked: ServerSettings, folder: Path) -> None:
 def _start_one(asked: ServerSettings, path: Path, bundle: Bundle, folder: Path) -> None:
     server = _read(folder)
     if server and server.alive():
-        raise ConfigError(f"the server of {path.name!r} was started at {server.url}", f"python commands.py triton stop {path.name}")
+        raise ConfigError(
+            f"the server of {path.name!r} was started at {server.url}", f"python commands.py triton stop {path.name}"
+        )
     _refuse_used(asked)
     start = time.monotonic()
     server = _launched(asked, bundle, folder)
@@ -139,7 +147,10 @@ def _start_one(asked: ServerSettings, path: Path, bundle: Bundle, folder: Path) 
 def _stop(asked: ServerSettings, folder: Path) -> None:
     server = _read(folder)
     if server is None:
-        raise ConfigError(f"no server of {folder.name!r} was started here", f"{str(folder / _STATE)!r} would say so: use the same runs_dir")
+        raise ConfigError(
+            f"no server of {folder.name!r} was started here",
+            f"{str(folder / _STATE)!r} would say so: use the same runs_dir",
+        )
     was = server.alive()
     server.stop()
     (folder / _STATE).unlink()
@@ -155,14 +166,21 @@ def _refuse_used(asked: ServerSettings) -> None:
         with socket.socket() as probe:
             probe.settimeout(1)
             if probe.connect_ex(("127.0.0.1", getattr(asked, key))) == 0:
-                raise ConfigError(f"something listens on port {getattr(asked, key)}", f"end it, or choose another: --{key} PORT")
+                raise ConfigError(
+                    f"something listens on port {getattr(asked, key)}", f"end it, or choose another: --{key} PORT"
+                )
 
 
 def _launched(asked: ServerSettings, bundle: Bundle, folder: Path) -> Server:
     repository = bundle.directory / "triton"
     if asked.tritonserver is None:
-        project, file = f"triton-{model_name(bundle.info).lower().replace('.', '-')}", (repository / "docker-compose.yml").absolute()
-        ports = {f"TRITON_{name.upper()}_PORT": str(getattr(asked, f"{name}_port")) for name in ("http", "grpc", "metrics")}
+        project, file = (
+            f"triton-{model_name(bundle.info).lower().replace('.', '-')}",
+            (repository / "docker-compose.yml").absolute(),
+        )
+        ports = {
+            f"TRITON_{name.upper()}_PORT": str(getattr(asked, f"{name}_port")) for name in ("http", "grpc", "metrics")
+        }
         server = Server(asked.url, project=project, compose=str(file))
         try:
             _compose(project, file, "up", "--detach", ports=ports)
@@ -174,17 +192,24 @@ def _launched(asked: ServerSettings, bundle: Bundle, folder: Path) -> Server:
     program = shutil.which(os.path.expanduser(asked.tritonserver))
     if program is None:
         raise ConfigError(
-            f"tritonserver={asked.tritonserver!r} is no program", "give the path of Triton's own tritonserver, or leave it out to use Docker"
+            f"tritonserver={asked.tritonserver!r} is no program",
+            "give the path of Triton's own tritonserver, or leave it out to use Docker",
         )
     places = [f"--{name}-{key}={value}" for name in ("http", "grpc", "metrics") for key, value in _place(asked, name)]
     line = [program, f"--model-repository={repository.absolute()}", *FLAGS, *places, *asked.arguments]
     folder.mkdir(parents=True, exist_ok=True)
     log = os.open(folder / _LOG, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666)
     try:
-        streams = [(os.POSIX_SPAWN_DUP2, log, 1), (os.POSIX_SPAWN_DUP2, log, 2), (os.POSIX_SPAWN_OPEN, 0, os.devnull, os.O_RDONLY, 0)]
+        streams = [
+            (os.POSIX_SPAWN_DUP2, log, 1),
+            (os.POSIX_SPAWN_DUP2, log, 2),
+            (os.POSIX_SPAWN_OPEN, 0, os.devnull, os.O_RDONLY, 0),
+        ]
         pid = os.posix_spawn(program, line, os.environ, file_actions=streams, setsid=True)  # it outlives this process
     except OSError as error:
-        raise ConfigError(f"{program!r} cannot be started ({error.strerror})", "give the path of Triton's own tritonserver") from error
+        raise ConfigError(
+            f"{program!r} cannot be started ({error.strerror})", "give the path of Triton's own tritonserver"
+        ) from error
     finally:
         os.close(log)
     return Server(asked.url, pid, _began(pid))
@@ -196,11 +221,18 @@ def _place(asked: ServerSettings, name: str) -> Sequence[tuple[str, object]]:
 
 def _wait(asked: ServerSettings, bundle: Bundle, server: Server, folder: Path) -> None:
     """Return when server and model are ready and one golden image was answered right."""
-    channel, model, deadline = channel_of(Address.of(server.url)), model_name(bundle.info), time.monotonic() + asked.wait_s
+    channel, model, deadline = (
+        channel_of(Address.of(server.url)),
+        model_name(bundle.info),
+        time.monotonic() + asked.wait_s,
+    )
     said = "it is not ready"
     while time.monotonic() < deadline:
         if not server.alive():
-            raise ServerError(f"the server ended before it was ready: {_last_words(folder / _LOG)}", f"all it said is in {str(folder / _LOG)!r}")
+            raise ServerError(
+                f"the server ended before it was ready: {_last_words(folder / _LOG)}",
+                f"all it said is in {str(folder / _LOG)!r}",
+            )
         try:
             if channel.ready(model, timeout_s=5):
                 TritonBackend.of(bundle, server.url, timeout_s=max(1.0, deadline - time.monotonic()))
@@ -208,8 +240,15 @@ def _wait(asked: ServerSettings, bundle: Bundle, server: Server, folder: Path) -
         except Refused as error:
             said = str(error)
         time.sleep(_POLL_S)
-    where = f"all it said is in {str(folder / _LOG)!r}" if server.pid else f"look at `docker compose --project-name {server.project} logs`"
-    raise ServerError(f"the server at {server.url} was not ready within {asked.wait_s:g} s ({said})", f"{where}; wait_s gives it longer")
+    where = (
+        f"all it said is in {str(folder / _LOG)!r}"
+        if server.pid
+        else f"look at `docker compose --project-name {server.project} logs`"
+    )
+    raise ServerError(
+        f"the server at {server.url} was not ready within {asked.wait_s:g} s ({said})",
+        f"{where}; wait_s gives it longer",
+    )
 
 
 def _compose(project: str, file: Path, *words: str, ports: Mapping[str, str] | None = None) -> None:
@@ -224,7 +263,10 @@ def _compose(project: str, file: Path, *words: str, ports: Mapping[str, str] | N
     done = subprocess.run(line, capture_output=True, text=True, check=False, env={**os.environ, **(ports or {})})
     if done.returncode:
         words_of_it = (done.stderr.strip().splitlines() or ["no reason given"])[-1]
-        raise ServerError(f"`docker compose {words[0]}` failed: {words_of_it[:300]}", "is the Docker service running, and may you use it?")
+        raise ServerError(
+            f"`docker compose {words[0]}` failed: {words_of_it[:300]}",
+            "is the Docker service running, and may you use it?",
+        )
 
 
 def _read(folder: Path) -> Server | None:
@@ -234,7 +276,9 @@ def _read(folder: Path) -> Server | None:
     except FileNotFoundError:
         return None
     except (ValueError, TypeError) as error:
-        raise StorageError(f"{str(folder / _STATE)!r} is damaged", "end the server by hand and remove this file") from error
+        raise StorageError(
+            f"{str(folder / _STATE)!r} is damaged", "end the server by hand and remove this file"
+        ) from error
 
 
 def _began(pid: int) -> str | None:

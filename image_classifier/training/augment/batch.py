@@ -77,7 +77,9 @@ class BatchAugment:
         self.operations, self.mix = operations, mix
         self.border = border or ("reflect" if flip else "background")
         if self.border not in geometry.BORDERS:
-            raise ConfigError(f"augment.border={border!r} is unknown", f"use one of {', '.join(geometry.BORDERS)}, or null")
+            raise ConfigError(
+                f"augment.border={border!r} is unknown", f"use one of {', '.join(geometry.BORDERS)}, or null"
+            )
 
     def __call__(
         self,
@@ -92,7 +94,9 @@ class BatchAugment:
         `generator` (on the CPU) decides everything, so equal seeds give equal batches, on another device but for roundings by a grey level;
         with `alternate_flip` the caller, who knows images and epoch, says which are `mirrored`, bool [N].
         """
-        layout = torch.channels_last if pixels.is_contiguous(memory_format=torch.channels_last) else torch.contiguous_format
+        layout = (
+            torch.channels_last if pixels.is_contiguous(memory_format=torch.channels_last) else torch.contiguous_format
+        )
         flip = self.flip
         if mirrored is not None or self.shift:
             pixels, flip = self._copied(pixels, mirrored, generator), False

@@ -24,7 +24,13 @@ def whole_number(value: Any, key: str) -> int:
 
 def range_of(values: Any, key: str, upper: float) -> tuple[float, float]:
     """Two numbers above 0, the least and the greatest; ConfigError for anything else."""
-    numbers = [value for value in values if isinstance(value, int | float)] if isinstance(values, Sequence) and not isinstance(values, str) else []
+    numbers = (
+        [value for value in values if isinstance(value, int | float)]
+        if isinstance(values, Sequence) and not isinstance(values, str)
+        else []
+    )
     if len(numbers) != 2 or len(values) != 2 or not 0 < numbers[0] <= numbers[1] <= upper:
-        raise ConfigError(f"{key}={values!r} is not a range", "give the least and the greatest value, such as [0.5,1.0]")
+        raise ConfigError(
+            f"{key}={values!r} is not a range", "give the least and the greatest value, such as [0.5,1.0]"
+        )
     return float(numbers[0]), float(numbers[1])

@@ -14,7 +14,9 @@ _HORIZON = 1e-3  # what lies behind the horizon of a perspective view is taken f
 _FARTHEST = 0.65  # above 2/3 a corner can pass the line between its neighbours, and the picture folds
 
 
-def crop(width: torch.Tensor, height: torch.Tensor, across: torch.Tensor, down: torch.Tensor, angle: torch.Tensor) -> torch.Tensor:
+def crop(
+    width: torch.Tensor, height: torch.Tensor, across: torch.Tensor, down: torch.Tensor, angle: torch.Tensor
+) -> torch.Tensor:
     """The rectangle of this size (shares of the image, [N]) about the point (across, down), turned by `angle` (radians), as the whole picture."""
     cosine, sine = angle.cos(), angle.sin()
     return _matrices(a=width * cosine, b=-height * sine, c=across, d=width * sine, e=height * cosine, f=down)
@@ -47,7 +49,10 @@ def perspective(inward: torch.Tensor) -> torch.Tensor:
     u, v = corners.expand(len(inward), -1, -1).unbind(dim=2)
     one, zero = torch.ones_like(x), torch.zeros_like(x)
     # Two equations a corner say that the map takes (x, y) to (u, v); its ninth entry is 1.
-    rows = [torch.stack([x, y, one, zero, zero, zero, -u * x, -u * y], dim=2), torch.stack([zero, zero, zero, x, y, one, -v * x, -v * y], dim=2)]
+    rows = [
+        torch.stack([x, y, one, zero, zero, zero, -u * x, -u * y], dim=2),
+        torch.stack([zero, zero, zero, x, y, one, -v * x, -v * y], dim=2),
+    ]
     entries = torch.linalg.solve(torch.cat(rows, dim=1).double(), torch.cat([u, v], dim=1).double())
     return torch.cat([entries, torch.ones(len(inward), 1)], dim=1).float().view(-1, 3, 3)
 
@@ -71,7 +76,9 @@ def resample(pixels: torch.Tensor, maps: torch.Tensor, border: str) -> torch.Ten
     return result
 
 
-def copied(pixels: torch.Tensor, down: torch.Tensor, across: torch.Tensor, mirrored: torch.Tensor, border: str = "reflect") -> torch.Tensor:
+def copied(
+    pixels: torch.Tensor, down: torch.Tensor, across: torch.Tensor, mirrored: torch.Tensor, border: str = "reflect"
+) -> torch.Tensor:
     """Mirror and move a batch, uint8 [N, 3, H, W], by whole pixels: exact, and some ten times cheaper than a resampling.
 
     Args:
@@ -88,7 +95,9 @@ def copied(pixels: torch.Tensor, down: torch.Tensor, across: torch.Tensor, mirro
     else:
         rows, columns = rows.clamp(0, height - 1), columns.clamp(0, width - 1)
     columns = torch.where(mirrored.view(-1, 1), width - 1 - columns, columns)
-    if pixels.is_contiguous(memory_format=torch.channels_last):  # the colours of a pixel move together, along rows of W x 3 numbers
+    if pixels.is_contiguous(
+        memory_format=torch.channels_last
+    ):  # the colours of a pixel move together, along rows of W x 3 numbers
         columns = (channels * columns.unsqueeze(2) + torch.arange(channels)).flatten(1)
         lines = pixels.permute(0, 2, 3, 1).reshape(count, 1, height, width * channels)
     else:
@@ -114,7 +123,9 @@ def _reflected(places: torch.Tensor, side: int) -> torch.Tensor:
 
 def _sample(pixels: torch.Tensor, maps: torch.Tensor, border: str) -> torch.Tensor:
     grid = _grid(maps, pixels.shape[2], pixels.shape[3], pixels.device)
-    images = functional.grid_sample(pixels.float(), grid, mode="bilinear", padding_mode=BORDERS[border], align_corners=False)
+    images = functional.grid_sample(
+        pixels.float(), grid, mode="bilinear", padding_mode=BORDERS[border], align_corners=False
+    )
     images = images.round_().to(torch.uint8)  # between pixels, so within 0..255
     if border == "background":
         outside = (grid.abs() > 1).any(dim=3).unsqueeze(1)

@@ -42,23 +42,34 @@ class Mix:
         if len(blended):
             rows = blended.to(pixels.device)
             share = own[blended].to(pixels.device).view(-1, 1, 1, 1)
-            mixed[rows] = (pixels[rows] * share + pixels[(rows - distance) % len(pixels)] * (1 - share)).round_().to(torch.uint8)
+            mixed[rows] = (
+                (pixels[rows] * share + pixels[(rows - distance) % len(pixels)] * (1 - share)).round_().to(torch.uint8)
+            )
         share = own.to(pixels.device).unsqueeze(1)
         return mixed, share * certain + (1 - share) * certain.roll(distance, 0)
 
-    def _draw(self, count: int, side: tuple[int, int], generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    def _draw(
+        self, count: int, side: tuple[int, int], generator: torch.Generator
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """The share of itself that each image keeps, float [N]; whether it is cut, bool [N]; and its rectangle, empty where it is not."""
         chance, kind = torch.rand(2, count, generator=generator)
         cut = kind < (0.5 if self.mixup and self.cutmix else 1.0 if self.cutmix else 0.0)
         seed = int(torch.randint(2**62, (1,), generator=generator))
         draws = np.random.default_rng(seed)  # torch draws Beta from the global state only
-        blend, area = (torch.from_numpy(draws.beta(alpha or 1.0, alpha or 1.0, count)).float() for alpha in (self.mixup, self.cutmix))
-        blend = torch.maximum(blend, 1 - blend)  # Beta(a, a) has no sides: so each image stays the greater part of its own place in the batch
+        blend, area = (
+            torch.from_numpy(draws.beta(alpha or 1.0, alpha or 1.0, count)).float()
+            for alpha in (self.mixup, self.cutmix)
+        )
+        blend = torch.maximum(
+            blend, 1 - blend
+        )  # Beta(a, a) has no sides: so each image stays the greater part of its own place in the batch
         length = (1 - area).sqrt()
         boxes = draw_boxes(length * side[0], length * side[1], side, generator)
         chosen = chance < self.probability
         boxes = boxes * (chosen & cut).unsqueeze(1)
-        kept = 1 - box_areas(boxes) / (side[0] * side[1])  # of the pixels really pasted: the edge may have cut the rectangle
+        kept = 1 - box_areas(boxes) / (
+            side[0] * side[1]
+        )  # of the pixels really pasted: the edge may have cut the rectangle
         return torch.where(chosen & ~cut, blend, kept), cut, boxes
 
 

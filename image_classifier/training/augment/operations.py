@@ -64,12 +64,21 @@ class RandomOperations:
         if count < 1:
             raise ConfigError(f"augment.operations.count must be at least 1, not {count}")
         if len(strength) != 2 or not 0 <= strength[0] <= strength[1] <= 1:
-            raise ConfigError(f"augment.operations.strength={list(strength)} is not a range", "give the least and the greatest value within 0..1")
+            raise ConfigError(
+                f"augment.operations.strength={list(strength)} is not a range",
+                "give the least and the greatest value within 0..1",
+            )
         if not 1 <= posterize <= 8:
             raise ConfigError(f"augment.operations.posterize must be 1 to 8 bits, not {posterize}")
         self.count, self.strength = count, (float(strength[0]), float(strength[1]))
-        self.shear, self.translate = number(shear, "augment.operations.shear"), number(translate, "augment.operations.translate")
-        self.rotation, self.tone = math.radians(number(rotation, "augment.operations.rotation", 180)), number(tone, "augment.operations.tone")
+        self.shear, self.translate = (
+            number(shear, "augment.operations.shear"),
+            number(translate, "augment.operations.translate"),
+        )
+        self.rotation, self.tone = (
+            math.radians(number(rotation, "augment.operations.rotation", 180)),
+            number(tone, "augment.operations.tone"),
+        )
         self.posterize = posterize
 
     def draw(self, count: int, generator: torch.Generator) -> Draw:
@@ -83,9 +92,17 @@ class RandomOperations:
         """All moves of each image as one map [N, 3, 3]."""
         joined = torch.eye(3).repeat(draw.kinds.shape[1], 1, 1)
         for kinds, amounts in zip(draw.kinds, draw.amounts, strict=True):
-            across, down, right, below, angle = (torch.where(kinds == OPERATIONS.index(move), amounts, 0.0) for move in _MOVES)
-            joined = joined @ geometry.shear(self.shear * across, self.shear * down)  # at most one of the three is more than the identity
-            joined = joined @ geometry.translate(self.translate * right, self.translate * below) @ geometry.turn(self.rotation * angle)
+            across, down, right, below, angle = (
+                torch.where(kinds == OPERATIONS.index(move), amounts, 0.0) for move in _MOVES
+            )
+            joined = joined @ geometry.shear(
+                self.shear * across, self.shear * down
+            )  # at most one of the three is more than the identity
+            joined = (
+                joined
+                @ geometry.translate(self.translate * right, self.translate * below)
+                @ geometry.turn(self.rotation * angle)
+            )
         return joined
 
     def recolour(self, pixels: torch.Tensor, draw: Draw) -> torch.Tensor:

@@ -10,7 +10,9 @@ _ERASED = (0.02, 0.2)  # share of the image, and
 _ASPECT = 3.3  # greatest length over width: Zhong et al. (2020), with smaller areas than their 0.4
 
 
-def draw_boxes(height: torch.Tensor, width: torch.Tensor, side: tuple[int, int], generator: torch.Generator) -> torch.Tensor:
+def draw_boxes(
+    height: torch.Tensor, width: torch.Tensor, side: tuple[int, int], generator: torch.Generator
+) -> torch.Tensor:
     """Rectangles of these sizes (pixels, [N]) about uniform centres, cut at the edge: top, bottom, left, right, int64 [N, 4]."""
     down, across = torch.rand(2, len(height), generator=generator)
     edges = []
@@ -29,7 +31,10 @@ def box_areas(boxes: torch.Tensor) -> torch.Tensor:
 def box_masks(boxes: torch.Tensor, side: tuple[int, int], device: torch.device) -> torch.Tensor:
     """True within each box, bool [N, 1, H, W]."""
     top, bottom, left, right = boxes.to(device).view(-1, 4, 1, 1, 1).unbind(dim=1)
-    y, x = torch.arange(side[0], device=device).view(1, 1, -1, 1), torch.arange(side[1], device=device).view(1, 1, 1, -1)
+    y, x = (
+        torch.arange(side[0], device=device).view(1, 1, -1, 1),
+        torch.arange(side[1], device=device).view(1, 1, 1, -1),
+    )
     return (y >= top) & (y < bottom) & (x >= left) & (x < right)
 
 

@@ -38,19 +38,29 @@ class Averaging(WeightAveraging):
         raise NotImplementedError
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        with warnings.catch_warnings():  # our module's configure_model matters to sharded networks alone, which are refused before
-            warnings.filterwarnings("ignore", message=".*WeightAveraging callback with a model that overrides the configure_model.*")
+        with (
+            warnings.catch_warnings()
+        ):  # our module's configure_model matters to sharded networks alone, which are refused before
+            warnings.filterwarnings(
+                "ignore", message=".*WeightAveraging callback with a model that overrides the configure_model.*"
+            )
             super().setup(trainer, pl_module, stage)
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._average_model.module.to(pl_module.device)  # Lightning copies the network while it is still on the processor
-        self._average_model.n_averaged = self._average_model.n_averaged.cpu()  # looked at in every step, which must not wait for the device
+        self._average_model.module.to(
+            pl_module.device
+        )  # Lightning copies the network while it is still on the processor
+        self._average_model.n_averaged = (
+            self._average_model.n_averaged.cpu()
+        )  # looked at in every step, which must not wait for the device
 
     def on_validation_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._follow(pl_module)
         super().on_validation_epoch_start(trainer, pl_module)
 
-    def on_save_checkpoint(self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]) -> None:
+    def on_save_checkpoint(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
         self._follow(pl_module)
         super().on_save_checkpoint(trainer, pl_module, checkpoint)
 
@@ -89,7 +99,10 @@ class EMA(Averaging):
         The decay of update n is at most (1 + n) / (10 + n), so that the average covers the last tenth of a run that is short for it.
         """
         if not 0 < decay < 1 or every_n_steps < 1:
-            raise ConfigError(f"callbacks.averaging cannot average with decay={decay}, every_n_steps={every_n_steps}", "use 0.999 and 1")
+            raise ConfigError(
+                f"callbacks.averaging cannot average with decay={decay}, every_n_steps={every_n_steps}",
+                "use 0.999 and 1",
+            )
         super().__init__()
         self.decay, self.every_n_steps = decay, every_n_steps
 
@@ -110,7 +123,10 @@ class SWA(Averaging):
     def __init__(self, start: float = 0.75) -> None:
         """Averages over the epochs that end in the last 1 - `start` of the run's steps."""
         if not 0 <= start < 1:
-            raise ConfigError(f"callbacks.averaging.start={start} is impossible", "give a share of the run from 0 to below 1, such as 0.75")
+            raise ConfigError(
+                f"callbacks.averaging.start={start} is impossible",
+                "give a share of the run from 0 to below 1, such as 0.75",
+            )
         super().__init__()
         self.start = start
         self._epoch_is_over = False
@@ -118,9 +134,13 @@ class SWA(Averaging):
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         run_length(trainer, "callbacks=swa")
 
-    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int) -> None:
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
         # At its last step, not at the end of the epoch: that comes after the validation, which would judge the average of the epoch before.
-        self._epoch_is_over = trainer.is_last_batch and trainer.global_step >= self.start * run_length(trainer, "callbacks=swa")
+        self._epoch_is_over = trainer.is_last_batch and trainer.global_step >= self.start * run_length(
+            trainer, "callbacks=swa"
+        )
         super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
 
     def on_validation_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -144,7 +164,11 @@ def _rests(norm: nn.Module) -> bool:
 @torch.no_grad()
 def _renew_norms(trainer: pl.Trainer, classifier: Classifier) -> None:
     """Take the statistics of all batch norms from training images, those of the first epoch's batches as they lie in the cache."""
-    norms = [module for module in classifier.modules() if isinstance(module, _BatchNorm) and module.track_running_stats and not _rests(module)]
+    norms = [
+        module
+        for module in classifier.modules()
+        if isinstance(module, _BatchNorm) and module.track_running_stats and not _rests(module)
+    ]
     momenta = [norm.momentum for norm in norms]
     if not norms:
         return

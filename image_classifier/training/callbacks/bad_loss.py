@@ -41,8 +41,12 @@ class BadLoss(Callback):
         self.skips, self.directory, self.every_n_steps = on_nan == "skip", directory, every_n_steps
         self.skipped, self._in_a_row = 0, 0
         self._before: tuple[list[torch.Tensor], dict[str, dict[str, Any]]] = [], {}
-        self._worst: torch.Tensor | None = None  # skip: a loss of the batches since the last update, the bad one where there is one
-        self._first: torch.Tensor | None = None  # stop, on the device: [batches that were seen before the first bad one, its loss]
+        self._worst: torch.Tensor | None = (
+            None  # skip: a loss of the batches since the last update, the bad one where there is one
+        )
+        self._first: torch.Tensor | None = (
+            None  # stop, on the device: [batches that were seen before the first bad one, its loss]
+        )
 
     def state_dict(self) -> dict[str, Any]:
         return {"skipped": self.skipped, "in_a_row": self._in_a_row}
@@ -50,7 +54,9 @@ class BadLoss(Callback):
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.skipped, self._in_a_row = state["skipped"], state["in_a_row"]
 
-    def on_train_batch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int) -> None:
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
         if self.skips and done_in_epoch(trainer) % trainer.accumulate_grad_batches == 0:
             self._worst = None
             self._before = [buffer.clone() for buffer in pl_module.buffers()], copied_metrics(pl_module)
@@ -64,9 +70,13 @@ class BadLoss(Callback):
                 self._stop(trainer, pl_module, float(loss), trainer.fit_loop.total_batch_idx)
         else:
             here = torch.stack([torch.full_like(loss, trainer.fit_loop.total_batch_idx), loss])
-            self._first = here if self._first is None else torch.where(torch.isfinite(self._first[1]), here, self._first)
+            self._first = (
+                here if self._first is None else torch.where(torch.isfinite(self._first[1]), here, self._first)
+            )
 
-    def on_before_optimizer_step(self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: torch.optim.Optimizer) -> None:
+    def on_before_optimizer_step(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: torch.optim.Optimizer
+    ) -> None:
         if not self.skips:
             return
         gradients = (parameter.grad for group in optimizer.param_groups for parameter in group["params"])
@@ -76,19 +86,27 @@ class BadLoss(Callback):
         else:
             self._skip(trainer, pl_module, optimizer, loss)
 
-    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int) -> None:
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
         if batch_idx % self.every_n_steps == 0:
             self._look(trainer, pl_module)
 
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._look(trainer, pl_module, weights=True)
 
-    def on_save_checkpoint(self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]) -> None:
+    def on_save_checkpoint(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
         self._look(trainer, pl_module, weights=True)  # a broken network must not replace a good one
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if self.skipped:
-            log.warning("%d of %d steps were skipped, as their loss or gradients were not finite", self.skipped, trainer.global_step)
+            log.warning(
+                "%d of %d steps were skipped, as their loss or gradients were not finite",
+                self.skipped,
+                trainer.global_step,
+            )
 
     def _look(self, trainer: pl.Trainer, pl_module: pl.LightningModule, weights: bool = False) -> None:
         if self._first is not None and not torch.isfinite(self._first[1]):
@@ -96,7 +114,9 @@ class BadLoss(Callback):
         if weights and not all(gather(are_finite(pl_module.parameters()))):
             self._stop(trainer, pl_module, None, trainer.fit_loop.total_batch_idx)
 
-    def _skip(self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: torch.optim.Optimizer, loss: float) -> None:
+    def _skip(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: torch.optim.Optimizer, loss: float
+    ) -> None:
         """Leave this step out: an optimizer passes over parameters without a gradient."""
         optimizer.zero_grad(set_to_none=True)
         buffers, metrics = self._before
@@ -109,18 +129,35 @@ class BadLoss(Callback):
                 callback._latest_update_step = trainer.global_step + 1
         self.skipped, self._in_a_row = self.skipped + 1, self._in_a_row + 1
         where = f"step {trainer.global_step + 1} (epoch {trainer.current_epoch + 1})"
-        log.warning("%s is skipped: the loss is %g, or a gradient is not finite; batch: %s", where, loss, self._shown(trainer, self._paths(trainer)))
+        log.warning(
+            "%s is skipped: the loss is %g, or a gradient is not finite; batch: %s",
+            where,
+            loss,
+            self._shown(trainer, self._paths(trainer)),
+        )
         if self._in_a_row >= _MOST_IN_A_ROW:
-            self._stop(trainer, pl_module, loss, trainer.fit_loop.total_batch_idx, f"{self._in_a_row} steps in a row were skipped, and ")
+            self._stop(
+                trainer,
+                pl_module,
+                loss,
+                trainer.fit_loop.total_batch_idx,
+                f"{self._in_a_row} steps in a row were skipped, and ",
+            )
 
-    def _stop(self, trainer: pl.Trainer, pl_module: pl.LightningModule, loss: float | None, batch: int, before: str = "") -> None:
+    def _stop(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, loss: float | None, batch: int, before: str = ""
+    ) -> None:
         """Raise TrainingError about the training batch of that number, over all epochs, from 0; without a loss its gradients were bad."""
         back = trainer.fit_loop.total_batch_idx - batch
         step = trainer.global_step + 1 - back // trainer.accumulate_grad_batches - (loss is None)
         broken = loss is not None and back == 0 and not are_finite(pl_module.parameters())
         paths = self._paths(trainer, back + broken)
         rate = cast(ClassifierModule, pl_module).learning_rate
-        what = "the weights of the network became infinite or not a number" if loss is None else f"the loss became {loss:g}"
+        what = (
+            "the weights of the network became infinite or not a number"
+            if loss is None
+            else f"the loss became {loss:g}"
+        )
         why = " from the gradients of the step before" if broken else ""
         last = last_checkpoint(trainer)
         good = (

@@ -18,7 +18,9 @@ from image_classifier.training.distributed import broadcast, world_size
 
 log = logging.getLogger(__name__)
 
-STEPS_BETWEEN_LOOKS = 8  # several processes agree about what only one of them knows once in so many steps: each time costs a round trip
+STEPS_BETWEEN_LOOKS = (
+    8  # several processes agree about what only one of them knows once in so many steps: each time costs a round trip
+)
 
 
 class BetweenSteps(Callback):
@@ -33,7 +35,9 @@ class BetweenSteps(Callback):
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._validated_at = trainer.fit_loop.epoch_loop.batch_progress.total.completed
 
-    def on_train_batch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int) -> None:
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
         # Right after a validation in the middle of an epoch Lightning's restart would validate again: then one step later.
         validated = self._validated_at == trainer.fit_loop.epoch_loop.batch_progress.total.completed
         if done_in_epoch(trainer) and not validated and not gradients_wait(trainer):
@@ -48,7 +52,12 @@ class LastCheckpoint(BetweenSteps):
     """`step-NNNNNNNNN.ckpt`, the newest `keep` of them, and `last.ckpt`, the newest under a name that stays."""
 
     def __init__(
-        self, dirpath: str, keep: int = 2, every_n_epochs: int | None = 1, every_n_steps: int | None = None, every_n_minutes: float | None = None
+        self,
+        dirpath: str,
+        keep: int = 2,
+        every_n_epochs: int | None = 1,
+        every_n_steps: int | None = None,
+        every_n_minutes: float | None = None,
     ) -> None:
         """Where and how often.
 
@@ -62,7 +71,12 @@ class LastCheckpoint(BetweenSteps):
         Raises:
             ConfigError: A number that cannot be.
         """
-        numbers = {"keep": keep, "every_n_epochs": every_n_epochs, "every_n_steps": every_n_steps, "every_n_minutes": every_n_minutes}
+        numbers = {
+            "keep": keep,
+            "every_n_epochs": every_n_epochs,
+            "every_n_steps": every_n_steps,
+            "every_n_minutes": every_n_minutes,
+        }
         for name, value in numbers.items():
             if value is not None and value <= 0:
                 raise ConfigError(f"callbacks.last_checkpoint.{name}={value} cannot be", "use a number above 0")
@@ -75,12 +89,19 @@ class LastCheckpoint(BetweenSteps):
         self.newest = next((str(path) for _, path in steps(self.directory)), "")  # where the run goes on
 
     def between_steps(self, trainer: pl.Trainer, at_epoch_end: bool) -> None:
-        if trainer.global_step > self._step and (self._is_late(trainer, at_epoch_end) or (at_epoch_end and self._is_epoch(trainer))):
+        if trainer.global_step > self._step and (
+            self._is_late(trainer, at_epoch_end) or (at_epoch_end and self._is_epoch(trainer))
+        ):
             self.save(trainer)
 
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         in_the_middle = done_in_epoch(trainer) != trainer.num_training_batches
-        if in_the_middle and trainer.global_step > self._step and not gradients_wait(trainer) and self._is_late(trainer, True):
+        if (
+            in_the_middle
+            and trainer.global_step > self._step
+            and not gradients_wait(trainer)
+            and self._is_late(trainer, True)
+        ):
             self.save(trainer)
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -137,7 +158,10 @@ class BestCheckpoint(Callback):
             return
         seen = {name: float(value) for name, value in trainer.callback_metrics.items() if name.startswith("val/")}
         if self.monitor not in seen:
-            raise ConfigError(f"callbacks.best_checkpoint.monitor={self.monitor} is no metric of a validation", f"use one of {', '.join(seen)}")
+            raise ConfigError(
+                f"callbacks.best_checkpoint.monitor={self.monitor} is no metric of a validation",
+                f"use one of {', '.join(seen)}",
+            )
         value = seen[self.monitor]
         if value > self.score if self.mode == "max" else value < self.score:
             self.score = value
@@ -151,7 +175,11 @@ class BestCheckpoint(Callback):
             return
         reason = damage(self.path) if self.path.exists() else "it is missing"
         if reason and math.isfinite(state["score"]):
-            log.warning("the best checkpoint %s cannot be read (%s): the best of the epochs still to come takes its place", self.path, reason)
+            log.warning(
+                "the best checkpoint %s cannot be read (%s): the best of the epochs still to come takes its place",
+                self.path,
+                reason,
+            )
             self.path.unlink(missing_ok=True)
         else:
             self.score = state["score"]

@@ -49,11 +49,15 @@ class Compiling(Callback):
             _compile(pl_module)
             self._state, self._unproven = "done", True
 
-    def on_train_batch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int) -> None:
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
         if self._state != "done":
             self._last = now_on(pl_module)
 
-    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int) -> None:
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
         if self._state == "done":
             return
         self._times.append(now_on(pl_module) - self._last)
@@ -68,7 +72,9 @@ class Compiling(Callback):
     def _try(self, trainer: pl.Trainer, pl_module: pl.LightningModule, step_s: float) -> None:
         left_s, worth_s = _seconds_left(trainer, step_s), repays_s(pl_module.device.type)
         if left_s < worth_s:
-            log.info("torch.compile: off (%.0f s of training do not repay it; from %.0f s on it is tried)", left_s, worth_s)
+            log.info(
+                "torch.compile: off (%.0f s of training do not repay it; from %.0f s on it is tried)", left_s, worth_s
+            )
             self._state = "done"
             return
         log.info("torch.compile: tried, as the rest would take %.0f s without", left_s)
@@ -82,12 +88,16 @@ class Compiling(Callback):
             self._state = "done"
 
     def on_after_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        if not self._unproven or getattr(trainer.precision_plugin, "scaler", None):  # float16's scaled gradients may overflow in any network
+        if not self._unproven or getattr(
+            trainer.precision_plugin, "scaler", None
+        ):  # float16's scaled gradients may overflow in any network
             return
         self._unproven = False
         gradients = [parameter.grad for parameter in pl_module.parameters() if parameter.grad is not None]
         if not all(bool(torch.isfinite(gradient).all()) for gradient in gradients):
-            log.warning("torch.compile: off (the gradients of the compiled network are not finite; its step is left out)")
+            log.warning(
+                "torch.compile: off (the gradients of the compiled network are not finite; its step is left out)"
+            )
             _uncompile(pl_module)
             pl_module.zero_grad(set_to_none=True)
             self._state = "done"

@@ -41,13 +41,28 @@ class RunHistory(Callback):
         module = cast(ClassifierModule, pl_module)
         metrics = module.train_metrics()
         if self._validated:  # else Lightning still holds the values of an earlier epoch
-            metrics |= {name: float(value) for name, value in trainer.callback_metrics.items() if not name.startswith("train/")}
+            metrics |= {
+                name: float(value) for name, value in trainer.callback_metrics.items() if not name.startswith("train/")
+            }
         self._validated = False
-        self.rows.append({"epoch": trainer.current_epoch + 1, "step": trainer.global_step, "learning_rate": module.learning_rate, **metrics})
+        self.rows.append(
+            {
+                "epoch": trainer.current_epoch + 1,
+                "step": trainer.global_step,
+                "learning_rate": module.learning_rate,
+                **metrics,
+            }
+        )
         if is_main():
             write_text(self.path, self._csv())
         text = "  ".join(f"{name} {value:.4f}" for name, value in metrics.items())
-        log.info("epoch %d/%s  %s  images/s %.0f", trainer.current_epoch + 1, planned_epochs(trainer), text, self.throughput.images_per_second)
+        log.info(
+            "epoch %d/%s  %s  images/s %.0f",
+            trainer.current_epoch + 1,
+            planned_epochs(trainer),
+            text,
+            self.throughput.images_per_second,
+        )
 
     def _csv(self) -> str:
         text = io.StringIO()
@@ -66,4 +81,8 @@ class RunHistory(Callback):
 def planned_epochs(trainer: pl.Trainer) -> str:
     """How many epochs the run is to have, the last of which may be cut by its steps; `?` where neither bounds it."""
     steps = float(trainer.estimated_stepping_batches)
-    return "?" if steps == inf else str(ceil(steps * trainer.accumulate_grad_batches / max(1, trainer.num_training_batches)))
+    return (
+        "?"
+        if steps == inf
+        else str(ceil(steps * trainer.accumulate_grad_batches / max(1, trainer.num_training_batches)))
+    )

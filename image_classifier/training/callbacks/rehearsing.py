@@ -25,14 +25,18 @@ class Sweep(Callback):
         self._rate, self._running, self._best = lowest, 0.0, math.inf
         self._step, self._of_step = 0, list[float]()
 
-    def on_train_batch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int) -> None:
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
         groups = trainer.optimizers[0].param_groups
         self._first = self._first or [float(group["lr"]) for group in groups]
         for group, first in zip(groups, self._first, strict=True):
             group["lr"] = first * self.factor**trainer.global_step
         self._rate, self._step = self.lowest * self.factor**trainer.global_step, trainer.global_step
 
-    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int) -> None:
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
         loss = float(trainer.strategy.reduce(outputs["loss"].detach(), reduce_op="mean"))
         if not math.isfinite(loss):
             trainer.should_stop = True
@@ -72,10 +76,14 @@ class Stopwatch(Callback):
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._start = 0.0  # a validation may have come between
 
-    def on_train_batch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int) -> None:
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
         self._start = self._start or now_on(pl_module)
 
-    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int) -> None:
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
         now = now_on(pl_module)
         self.steps.append(now - self._start)  # from the end of one to the end of the next: making the batch counts
         self._start = now
@@ -89,7 +97,13 @@ class Stopwatch(Callback):
         self._begun = now_on(pl_module)
 
     def on_validation_batch_end(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
+        self,
+        trainer: pl.Trainer,
+        pl_module: pl.LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
     ) -> None:
         self.validations.append(now_on(pl_module) - self._begun)
 

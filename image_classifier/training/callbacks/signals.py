@@ -62,7 +62,10 @@ class Signals:
         finally:
             self._deferred = False
         if self.received:  # after the last step was looked at
-            os.write(2, f"stopped by {signal.Signals(self.received).name} after the last step; the same command with resume=last goes on\n".encode())
+            os.write(
+                2,
+                f"stopped by {signal.Signals(self.received).name} after the last step; the same command with resume=last goes on\n".encode(),
+            )
             raise SystemExit(128 + self.received)
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
@@ -77,7 +80,9 @@ class Signals:
         if first and self._deferred and not is_main():
             return
         if first and self._deferred:
-            os.write(2, f"{signal.Signals(number).name}: finishing the step under way; once more to stop at once\n".encode())
+            os.write(
+                2, f"{signal.Signals(number).name}: finishing the step under way; once more to stop at once\n".encode()
+            )
         elif number == signal.SIGINT:
             raise KeyboardInterrupt
         else:
@@ -107,7 +112,9 @@ def _requeue() -> None:
     except (OSError, subprocess.TimeoutExpired) as error:
         said = str(error)
     if said:
-        log.error("SLURM job %s was not put back into the queue (%s); go on by hand with resume=last", slurm_job(), said)
+        log.error(
+            "SLURM job %s was not put back into the queue (%s); go on by hand with resume=last", slurm_job(), said
+        )
     else:
         log.warning("SLURM job %s is back in the queue and will go on by itself", slurm_job())
 
@@ -151,7 +158,11 @@ class StopOnSignal(BetweenSteps):
         last = last_checkpoint(trainer)
         if last and trainer.global_step:
             last.save(trainer)
-            log.warning("stopped by %s after step %d, which is saved; the same command with resume=last goes on", name, trainer.global_step)
+            log.warning(
+                "stopped by %s after step %d, which is saved; the same command with resume=last goes on",
+                name,
+                trainer.global_step,
+            )
         else:
             log.warning("stopped by %s before a step was made", name)
         raise SystemExit(128 + number)

@@ -37,7 +37,9 @@ class ExactState(Callback):
         self._loaded: dict[str, Any] = {}
         self._before_validation: dict[str, Any] = {}
 
-    def on_save_checkpoint(self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]) -> None:
+    def on_save_checkpoint(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
         _place_between_steps(checkpoint["loops"]["fit_loop"], pending=trainer.validating)
         checkpoint[KEY] = {
             "facts": self.facts,
@@ -47,21 +49,34 @@ class ExactState(Callback):
             "validates": trainer.check_val_every_n_epoch,
             "gradients": _gradients(pl_module) if gradients_wait(trainer) else {},
             "seen": {name: torch.as_tensor(value).clone() for name, value in trainer.callback_metrics.items()},
-            "ranks": gather({"random": self._before_validation if trainer.validating else random_state(), "metrics": copied_metrics(pl_module)}),
+            "ranks": gather(
+                {
+                    "random": self._before_validation if trainer.validating else random_state(),
+                    "metrics": copied_metrics(pl_module),
+                }
+            ),
         }
 
-    def on_load_checkpoint(self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]) -> None:
+    def on_load_checkpoint(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
         self._loaded = checkpoint[KEY]
         ranks = self._loaded["ranks"]
         if len(ranks) == world_size():
             self._loaded["own"] = ranks[rank()]
             set_metrics(pl_module, self._loaded["own"]["metrics"])
         else:
-            log.warning("resume: %d processes instead of %d: the batches stay the same, the results not to the bit", world_size(), len(ranks))
+            log.warning(
+                "resume: %d processes instead of %d: the batches stay the same, the results not to the bit",
+                world_size(),
+                len(ranks),
+            )
 
         if self._loaded["finished"] and not self.extended:
             trainer.should_stop = True  # early stopping is not asked again
-        if self._loaded["pending"]:  # else Lightning ends a run whose steps or time are used up before its last validation
+        if self._loaded[
+            "pending"
+        ]:  # else Lightning ends a run whose steps or time are used up before its last validation
             self._loaded["max_steps"], trainer.fit_loop.epoch_loop.max_steps = trainer.max_steps, -1
             timers = [callback for callback in trainer.callbacks if isinstance(callback, Timer)]  # type: ignore[attr-defined]
             self._loaded["durations"] = [(timer, timer._duration) for timer in timers]
@@ -77,17 +92,24 @@ class ExactState(Callback):
                 parameter.grad = self._loaded["gradients"][name].to(parameter.device)
         if self._loaded["pending"]:
             self._loaded["val_check_batch"] = trainer.val_check_batch
-            trainer.val_check_batch, trainer.check_val_every_n_epoch = done_in_epoch(trainer), 1  # now, whatever led to it
+            trainer.val_check_batch, trainer.check_val_every_n_epoch = (
+                done_in_epoch(trainer),
+                1,
+            )  # now, whatever led to it
         if _epoch_under_way(trainer):
             _skip_to(trainer, done_in_epoch(trainer))
         else:
             for loop in (trainer.fit_loop, trainer.fit_loop.epoch_loop, trainer.fit_loop.epoch_loop.val_loop):
-                loop._restarting = False  # a new epoch begins; with max_steps Lightning would take it for one that is over
+                loop._restarting = (
+                    False  # a new epoch begins; with max_steps Lightning would take it for one that is over
+                )
 
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._go_on(trainer)
 
-    def on_train_batch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int) -> None:
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
         self._go_on(trainer)
 
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -102,7 +124,10 @@ class ExactState(Callback):
             trainer.should_stop = self._loaded["stops"] and not (self._loaded["finished"] or self.extended)
             if self._loaded["pending"]:
                 trainer.check_val_every_n_epoch = self._loaded["validates"]
-                trainer.val_check_batch, trainer.fit_loop.epoch_loop.max_steps = self._loaded["val_check_batch"], self._loaded["max_steps"]
+                trainer.val_check_batch, trainer.fit_loop.epoch_loop.max_steps = (
+                    self._loaded["val_check_batch"],
+                    self._loaded["max_steps"],
+                )
                 for timer, duration in self._loaded["durations"]:
                     timer._duration = duration
             trainer.fit_loop._restarting = False  # or the plateau scheduler misses the end of this epoch
@@ -111,7 +136,9 @@ class ExactState(Callback):
 
 def _skip_to(trainer: pl.Trainer, batch: int) -> None:
     """Let the loader begin there; Lightning forgets its place where a scheduler has asked how long the run is."""
-    if batch < trainer.num_training_batches:  # else only the validation is left, and the next epoch begins at its beginning
+    if (
+        batch < trainer.num_training_batches
+    ):  # else only the validation is left, and the next epoch begins at its beginning
         cast(BatchLoader, trainer.train_dataloader).load_state_dict({"first": batch})
 
 
@@ -127,7 +154,11 @@ def gradients_wait(trainer: pl.Trainer) -> bool:
 
 
 def _gradients(module: pl.LightningModule) -> dict[str, torch.Tensor]:
-    return {name: parameter.grad.detach().clone() for name, parameter in module.named_parameters() if parameter.grad is not None}
+    return {
+        name: parameter.grad.detach().clone()
+        for name, parameter in module.named_parameters()
+        if parameter.grad is not None
+    }
 
 
 def _epoch_under_way(trainer: pl.Trainer) -> bool:
@@ -148,8 +179,14 @@ def _place_between_steps(loop: dict[str, Any], pending: bool) -> None:
             epochs[scope]["ready"] = epochs[scope]["started"]
         batches[scope] = dict.fromkeys(batches[scope], batches[scope]["completed"])
     batches["is_last_batch"] = batches["is_last_batch"] and pending
-    begun = {"ready": 1, "started": 1, "processed": 0, "completed": 0} if pending else dict.fromkeys(batches["total"], 0)
-    loop["epoch_loop.val_loop.batch_progress"] = {"total": begun, "current": dict.fromkeys(begun, 0), "is_last_batch": False}
+    begun = (
+        {"ready": 1, "started": 1, "processed": 0, "completed": 0} if pending else dict.fromkeys(batches["total"], 0)
+    )
+    loop["epoch_loop.val_loop.batch_progress"] = {
+        "total": begun,
+        "current": dict.fromkeys(begun, 0),
+        "is_last_batch": False,
+    }
     loop["state_dict"].pop("combined_loader", None)
 
 
@@ -181,11 +218,16 @@ def set_random_state(state: dict[str, Any]) -> None:
 def copied_metrics(module: pl.LightningModule) -> dict[str, dict[str, Any]]:
     """The unfinished sums of the module's metrics, by name."""
     found = {name: metric for name, metric in module.named_modules() if isinstance(metric, Metric)}
-    return {name: {**_copied(metric.metric_state), "_update_count": metric._update_count} for name, metric in found.items()}
+    return {
+        name: {**_copied(metric.metric_state), "_update_count": metric._update_count} for name, metric in found.items()
+    }
 
 
 def _copied(state: dict[str, Any]) -> dict[str, Any]:
-    return {key: [item.clone() for item in value] if isinstance(value, list) else value.clone() for key, value in state.items()}
+    return {
+        key: [item.clone() for item in value] if isinstance(value, list) else value.clone()
+        for key, value in state.items()
+    }
 
 
 def set_metrics(module: pl.LightningModule, states: dict[str, dict[str, Any]]) -> None:

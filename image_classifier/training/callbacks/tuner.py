@@ -45,7 +45,10 @@ class ReportToTuner(Callback):
             return
         if self.metric not in trainer.callback_metrics:
             names = [name for name in trainer.callback_metrics if name.startswith("val/")]
-            raise ConfigError(f"there is no {self.metric} to tune by", f"{did_you_mean(self.metric, names)}There are {', '.join(names)}")
+            raise ConfigError(
+                f"there is no {self.metric} to tune by",
+                f"{did_you_mean(self.metric, names)}There are {', '.join(names)}",
+            )
         self.validations += 1
         answer = self._ask(float(trainer.callback_metrics[self.metric])) if trainer.is_global_zero else ""
         if trainer.strategy.broadcast(answer) == STOP:

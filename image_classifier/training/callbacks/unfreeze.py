@@ -37,7 +37,10 @@ class Unfreeze(Callback):
             return
         kwargs: dict[str, Any] = getattr(trainer.strategy, "_ddp_kwargs", {})
         if trainer.world_size > 1 and not kwargs.get("find_unused_parameters"):
-            raise ConfigError("callbacks.unfreeze leaves parameters without gradients", "use trainer.strategy=ddp_find_unused_parameters_true")
+            raise ConfigError(
+                "callbacks.unfreeze leaves parameters without gradients",
+                "use trainer.strategy=ddp_find_unused_parameters_true",
+            )
         module = cast(ClassifierModule, pl_module)
         backbone = module.classifier.backbone
         learning = {name for name, parameter in backbone.named_parameters() if parameter.requires_grad}
@@ -45,13 +48,20 @@ class Unfreeze(Callback):
         self._layers, self._never = [names for names in found if names], module.frozen
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._apply(trainer.current_epoch, cast(ClassifierModule, pl_module))  # a run resumed within an epoch does not start one
+        self._apply(
+            trainer.current_epoch, cast(ClassifierModule, pl_module)
+        )  # a run resumed within an epoch does not start one
 
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._apply(trainer.current_epoch, cast(ClassifierModule, pl_module))
         opened, before = self._num_open(trainer.current_epoch), self._num_open(trainer.current_epoch - 1)
         if self._layers and (opened != before or trainer.current_epoch == 0):
-            log.info("unfreeze: from epoch %d on the head and %d of %d layers learn", trainer.current_epoch + 1, opened, len(self._layers))
+            log.info(
+                "unfreeze: from epoch %d on the head and %d of %d layers learn",
+                trainer.current_epoch + 1,
+                opened,
+                len(self._layers),
+            )
 
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if self._layers:

@@ -62,5 +62,6 @@ def _named(classifier: nn.Module, prefix: str) -> set[str]:
     known |= {name.removeprefix("backbone.") for name in known}
     raise ConfigError(
         f"model.freeze: no parameter of the network begins with {prefix!r}",
-        did_you_mean(prefix, sorted(known)).strip() or f"give backbone, or prefixes such as {sorted(known - {'backbone', 'head'})[0]}",
+        did_you_mean(prefix, sorted(known)).strip()
+        or f"give backbone, or prefixes such as {sorted(known - {'backbone', 'head'})[0]}",
     )

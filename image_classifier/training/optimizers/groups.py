@@ -15,10 +15,18 @@ from image_classifier.errors import ConfigError
 #   matrix  hidden linear layers and convolutions     stem    the first of them, which sees pixels
 #   head    the last ones with their biases, necks    vector  norms, other biases, embeddings of positions and tokens
 #   other   what is decayed and is no matrix: kernels of grouped convolutions, weights of unknown layers
-KINDS = ("matrix", "head", "stem", "other", "vector")  # the order of the groups: the first one's learning rate is the one that is logged
+KINDS = (
+    "matrix",
+    "head",
+    "stem",
+    "other",
+    "vector",
+)  # the order of the groups: the first one's learning rate is the one that is logged
 
 _LAYERS = (nn.Linear, nn.modules.conv._ConvNd, nn.MultiheadAttention)
-_EMBEDDING = re.compile(r"(^|_)(pos|position|token|embed|embedding|bias|gamma|scale|temperature)($|_)|_token$|pos_embed")
+_EMBEDDING = re.compile(
+    r"(^|_)(pos|position|token|embed|embedding|bias|gamma|scale|temperature)($|_)|_token$|pos_embed"
+)
 _CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 
 
@@ -33,7 +41,9 @@ class _Described:
         return self.kind != "vector" and not (self.kind == "head" and self.parameter.ndim <= 1)
 
 
-def parameter_groups(classifier: nn.Module, criterion: nn.Module | None = None, layer_decay: float = 1.0) -> list[dict[str, Any]]:
+def parameter_groups(
+    classifier: nn.Module, criterion: nn.Module | None = None, layer_decay: float = 1.0
+) -> list[dict[str, Any]]:
     """The trainable parameters by kind and depth, as torch's optimizers take them.
 
     Weight decay is kept off "vector" and the head's biases (He et al., 2019, section 3.1). With `layer_decay` below 1 each layer below the head
@@ -49,7 +59,10 @@ def parameter_groups(classifier: nn.Module, criterion: nn.Module | None = None, 
         ConfigError: An impossible `layer_decay`, or nothing to train.
     """
     if not 0 < layer_decay <= 1:
-        raise ConfigError(f"optimizer.layer_decay={layer_decay} is impossible", "use a factor above 0 to 1, such as 0.75; 1 turns it off")
+        raise ConfigError(
+            f"optimizer.layer_decay={layer_decay} is impossible",
+            "use a factor above 0 to 1, such as 0.75; 1 turns it off",
+        )
     found = list(_described(classifier, criterion))
     if not found:
         raise ConfigError("no parameter of the network is trained", "freeze less with model.freeze=")

@@ -72,7 +72,9 @@ class Muon(torch.optim.Optimizer):
         self._auxiliary = _auxiliary(auxiliary, rate, decay, auxiliary_momentum, nesterov, tuple(auxiliary_betas))
         self._head_lr_scale, self._exact = head_lr_scale, exact
         defaults = {"lr": lr, "momentum": momentum, "nesterov": nesterov, "weight_decay": weight_decay, "scale": scale}
-        super().__init__(params, defaults | {"newton_schulz_steps": newton_schulz_steps, "normalise_weights": normalise_weights})
+        super().__init__(
+            params, defaults | {"newton_schulz_steps": newton_schulz_steps, "normalise_weights": normalise_weights}
+        )
 
     def __getstate__(self) -> dict[str, Any]:
         state: dict[str, Any] = super().__getstate__()
@@ -89,7 +91,8 @@ class Muon(torch.optim.Optimizer):
                 group.setdefault(name, value * self._head_lr_scale if (name, kind) == ("lr", "head") else value)
         elif any(parameter.ndim < 2 or hasattr(parameter, "full_tensor") for parameter in params):
             raise ConfigError(
-                "optimizer=muon needs whole matrices, and trainer=fsdp spreads them over processes", "use trainer=ddp, or optimizer=adamw"
+                "optimizer=muon needs whole matrices, and trainer=fsdp spreads them over processes",
+                "use trainer=ddp, or optimizer=adamw",
             )
         super().add_param_group(group)
 
@@ -177,7 +180,9 @@ def _normalise(params: list[Tensor]) -> None:
     torch._foreach_mul_(params, factors)
 
 
-def _auxiliary(name: str, lr: float, weight_decay: float, momentum: float, nesterov: bool, betas: tuple[Any, ...]) -> torch.optim.Optimizer:
+def _auxiliary(
+    name: str, lr: float, weight_decay: float, momentum: float, nesterov: bool, betas: tuple[Any, ...]
+) -> torch.optim.Optimizer:
     """The optimizer of the other kinds, around a stand-in: its groups are set before each step."""
     stand_in = [torch.zeros(1, requires_grad=True)]
     if name == "sgd":
@@ -191,4 +196,7 @@ def _check(lr: float, momentum: float, scale: str, steps: int, auxiliary: str) -
     if auxiliary not in ("sgd", "adamw"):
         raise ConfigError(f"optimizer.auxiliary={auxiliary!r} is unknown", "use sgd or adamw")
     if not (lr >= 0 and 0 <= momentum < 1 and steps >= 1):
-        raise ConfigError(f"Muon cannot step with lr={lr}, momentum={momentum}, newton_schulz_steps={steps}", "see conf/optimizer/muon.yaml")
+        raise ConfigError(
+            f"Muon cannot step with lr={lr}, momentum={momentum}, newton_schulz_steps={steps}",
+            "see conf/optimizer/muon.yaml",
+        )

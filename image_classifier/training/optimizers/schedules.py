@@ -40,14 +40,18 @@ class Moves:
     warmup_steps: int
 
 
-def build_moves(make_optimizer: OptimizerFactory, groups: list[dict[str, Any]], scheduler: SchedulerSettings, num_steps: float) -> Moves:
+def build_moves(
+    make_optimizer: OptimizerFactory, groups: list[dict[str, Any]], scheduler: SchedulerSettings, num_steps: float
+) -> Moves:
     """Optimizer and scheduler of a run of `num_steps` optimizer steps, which may be infinite; ConfigError where they cannot be built."""
     try:
         optimizer = build_optimizer(make_optimizer, groups)
         length = _length(scheduler.length, num_steps)
         schedule = None if scheduler.build is None else build_scheduler(scheduler.build, optimizer, **length)
     except (ValueError, TypeError) as error:
-        raise ConfigError(f"the optimizer or the scheduler cannot be built ({error})", "see conf/optimizer and conf/scheduler") from error
+        raise ConfigError(
+            f"the optimizer or the scheduler cannot be built ({error})", "see conf/optimizer and conf/scheduler"
+        ) from error
     return Moves(optimizer, schedule, warmup_steps(scheduler.warmup, num_steps))
 
 
@@ -63,7 +67,11 @@ def build_scheduler(build: Callable[..., Any], optimizer: torch.optim.Optimizer,
     """A scheduler that keeps the groups' rates in proportion, also where it is given one peak for all (OneCycleLR, CyclicLR)."""
     given = getattr(build, "keywords", {})
     base = optimizer.defaults.get("lr")
-    peaks = {key: [given[key] * (group["lr"] / base) for group in optimizer.param_groups] for key in _RATES if base and _is_number(given.get(key))}
+    peaks = {
+        key: [given[key] * (group["lr"] / base) for group in optimizer.param_groups]
+        for key in _RATES
+        if base and _is_number(given.get(key))
+    }
     return build(optimizer, **length, **peaks)
 
 
@@ -71,18 +79,25 @@ def _length(name: str | None, num_steps: float) -> dict[str, int]:
     if not name:
         return {}
     if num_steps == float("inf"):
-        raise ConfigError("this scheduler needs to know how long the run is", "set trainer.max_epochs, or use scheduler=constant")
+        raise ConfigError(
+            "this scheduler needs to know how long the run is", "set trainer.max_epochs, or use scheduler=constant"
+        )
     return {name: max(_SHORTEST, int(num_steps))}
 
 
 def warmup_steps(warmup: float, num_steps: float) -> int:
     """`scheduler.warmup` in optimizer steps: a share of all `num_steps` where it is below 1; ConfigError where it is impossible."""
     if not 0 <= warmup < float("inf"):
-        raise ConfigError(f"scheduler.warmup={warmup} is impossible", "give a share of the run below 1, or a number of steps")
+        raise ConfigError(
+            f"scheduler.warmup={warmup} is impossible", "give a share of the run below 1, or a number of steps"
+        )
     if warmup == 0 or warmup >= 1:
         return round(warmup)
     if num_steps == float("inf"):
-        raise ConfigError("scheduler.warmup is a share of a run whose length is not known", "set trainer.max_epochs, or give warmup in steps")
+        raise ConfigError(
+            "scheduler.warmup is a share of a run whose length is not known",
+            "set trainer.max_epochs, or give warmup in steps",
+        )
     return round(warmup * num_steps)
 
 

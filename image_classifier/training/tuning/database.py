@@ -28,7 +28,9 @@ def open_storage(address: str) -> RDBStorage:
     """The database at an address of SQLAlchemy's, with Optuna's tables; StorageError where it cannot be opened."""
     try:
         with _alone(address):
-            tries = 0 if address.startswith("sqlite") else 3  # workers that make a server's tables at once disturb each other
+            tries = (
+                0 if address.startswith("sqlite") else 3
+            )  # workers that make a server's tables at once disturb each other
             return patiently(lambda: RDBStorage(address, engine_kwargs=_engine(address)), tries)
     except (*TROUBLE, ImportError, ValueError) as error:
         raise StorageError(f"cannot open tune.storage={_hidden(address)} ({one_line(error)})", _hint(error)) from error

@@ -16,7 +16,12 @@ from image_classifier.files import write_text
 from image_classifier.training.tuning.study import TuneSettings
 
 _MAX_ROWS = 30
-_STATES = {TrialState.COMPLETE: "complete", TrialState.PRUNED: "pruned", TrialState.FAIL: "failed", TrialState.RUNNING: "running"}
+_STATES = {
+    TrialState.COMPLETE: "complete",
+    TrialState.PRUNED: "pruned",
+    TrialState.FAIL: "failed",
+    TrialState.RUNNING: "running",
+}
 
 
 @dataclass(frozen=True)
@@ -89,12 +94,20 @@ def table(trials: Sequence[FrozenTrial], asked: TuneSettings) -> list[str]:
     cells = [["trial", asked.metric, "at", "seconds", "state", *keys]]
     for trial in rows[:_MAX_ROWS]:
         value = "-" if trial.value is None else f"{trial.value:.4f}"
-        facts = [str(trial.user_attrs.get("validation", "-")), f"{trial.user_attrs.get('seconds', 0):.0f}", _STATES[trial.state]]
+        facts = [
+            str(trial.user_attrs.get("validation", "-")),
+            f"{trial.user_attrs.get('seconds', 0):.0f}",
+            _STATES[trial.state],
+        ]
         cells.append([str(trial.number), value, *facts, *(_shown(trial.params.get(key)) for key in keys)])
     widths = [max(len(row[column]) for row in cells) for column in range(len(cells[0]))]
     lines = ["  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in cells]
     more = [f"… and {len(rows) - _MAX_ROWS} more in trials.csv"] if len(rows) > _MAX_ROWS else []
-    failed = [f"trial {trial.number} failed: {trial.user_attrs.get('reason', '')}" for trial in rows if trial.state is TrialState.FAIL]
+    failed = [
+        f"trial {trial.number} failed: {trial.user_attrs.get('reason', '')}"
+        for trial in rows
+        if trial.state is TrialState.FAIL
+    ]
     return [*lines, *more, *failed[:_MAX_ROWS]]
 
 
@@ -106,10 +119,23 @@ def write_csv(trials: Sequence[FrozenTrial], asked: TuneSettings, path: Path) ->
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(["trial", "state", asked.metric, "validation", "validations", "seconds", "reason", *keys])
     for trial in rows:
-        facts = [trial.user_attrs.get("validation", ""), len(trial.intermediate_values), trial.user_attrs.get("seconds", "")]
+        facts = [
+            trial.user_attrs.get("validation", ""),
+            len(trial.intermediate_values),
+            trial.user_attrs.get("seconds", ""),
+        ]
         reason = trial.user_attrs.get("reason", "")
         value = "" if trial.value is None else trial.value
-        writer.writerow([trial.number, _STATES[trial.state], value, *facts, reason, *(_shown(trial.params.get(key, ""), ".12g") for key in keys)])
+        writer.writerow(
+            [
+                trial.number,
+                _STATES[trial.state],
+                value,
+                *facts,
+                reason,
+                *(_shown(trial.params.get(key, ""), ".12g") for key in keys),
+            ]
+        )
     write_text(path, text.getvalue())
 
 

@@ -10,7 +10,17 @@ import optuna
 from matplotlib.ticker import MaxNLocator
 from optuna.trial import FrozenTrial, TrialState
 
-from image_classifier.evaluation.figure import BLUE, GREY, INK, ORANGE, axes_at, fit_text, new_figure, save_figure, text_width
+from image_classifier.evaluation.figure import (
+    BLUE,
+    GREY,
+    INK,
+    ORANGE,
+    axes_at,
+    fit_text,
+    new_figure,
+    save_figure,
+    text_width,
+)
 
 _LEAST_TRIALS = 6  # below that a forest finds whatever it likes
 _GRID = "#e3e3e3"
@@ -23,21 +33,34 @@ def plot_study(study: optuna.Study, metric: str, directory: Path) -> list[str]:
     """
     trials = study.get_trials(deepcopy=False)
     complete = [trial for trial in trials if trial.state is TrialState.COMPLETE]
-    lines = [f"plots    {plot_history(trials, metric, study.study_name, study.direction.name == 'MAXIMIZE', directory / 'history.png')}"]
+    lines = [
+        f"plots    {plot_history(trials, metric, study.study_name, study.direction.name == 'MAXIMIZE', directory / 'history.png')}"
+    ]
     keys = {key for trial in complete for key in trial.params}
     if len(complete) < _LEAST_TRIALS or len(keys) < 2 or len({trial.value for trial in complete}) < 2:
-        need = f"needs {_LEAST_TRIALS} complete trials of two keys or more, and there are {len(complete)} of {len(keys)}"
+        need = (
+            f"needs {_LEAST_TRIALS} complete trials of two keys or more, and there are {len(complete)} of {len(keys)}"
+        )
         return [*lines, f"         no importance.png: it {need}"]
     from optuna import importance  # and with it scikit-learn, which nothing before the end needs
 
     shares = importance.get_param_importances(study, evaluator=importance.FanovaImportanceEvaluator(seed=0))
-    return [*lines, f"         {plot_importance(shares, len(complete), metric, study.study_name, directory / 'importance.png')}"]
+    return [
+        *lines,
+        f"         {plot_importance(shares, len(complete), metric, study.study_name, directory / 'importance.png')}",
+    ]
 
 
 def plot_history(trials: Sequence[FrozenTrial], metric: str, name: str, maximise: bool, path: Path) -> Path:
     """Write the value of each trial by number, and the best so far."""
-    complete = sorted((trial.number, trial.value) for trial in trials if trial.state is TrialState.COMPLETE and trial.value is not None)
-    pruned = [(trial.number, trial.value) for trial in trials if trial.state is TrialState.PRUNED and trial.value is not None]
+    complete = sorted(
+        (trial.number, trial.value)
+        for trial in trials
+        if trial.state is TrialState.COMPLETE and trial.value is not None
+    )
+    pruned = [
+        (trial.number, trial.value) for trial in trials if trial.state is TrialState.PRUNED and trial.value is not None
+    ]
     failed = [trial.number for trial in trials if trial.state is TrialState.FAIL]
     figure = new_figure(7.2, 4.4, f"{name}: {len(complete)} complete, {len(pruned)} pruned, {len(failed)} failed")
     axes = axes_at(figure, 0.85, 0.65, 6.05, 3.05)
@@ -49,20 +72,42 @@ def plot_history(trials: Sequence[FrozenTrial], metric: str, name: str, maximise
         axes.plot(numbers, values, linestyle="none", marker="o", markersize=5, color=BLUE, label="complete")
         winner = numbers[values.index(best[-1])]
         axes.plot(
-            [winner], [best[-1]], linestyle="none", marker="o", markersize=11, markerfacecolor="none", markeredgecolor=INK, label=f"trial {winner}"
+            [winner],
+            [best[-1]],
+            linestyle="none",
+            marker="o",
+            markersize=11,
+            markerfacecolor="none",
+            markeredgecolor=INK,
+            label=f"trial {winner}",
         )
     if pruned:
         axes.plot(*zip(*pruned, strict=True), linestyle="none", marker="x", markersize=5, color=GREY, label="pruned")
     if failed:
         axes.plot(
-            failed, [0.02] * len(failed), linestyle="none", marker="v", markersize=5, color=INK, label="failed", transform=axes.get_xaxis_transform()
+            failed,
+            [0.02] * len(failed),
+            linestyle="none",
+            marker="v",
+            markersize=5,
+            color=INK,
+            label="failed",
+            transform=axes.get_xaxis_transform(),
         )
     axes.xaxis.set_major_locator(MaxNLocator(nbins=10, integer=True, min_n_ticks=1))
     axes.ticklabel_format(axis="y", useOffset=False)
     axes.set(xlabel="trial", ylabel=metric)
     axes.margins(y=0.1)
     axes.grid(color=_GRID, linewidth=0.8)
-    axes.legend(loc="lower right", bbox_to_anchor=(1.0, 1.01), ncols=5, fontsize=9, frameon=False, columnspacing=1.2, borderaxespad=0.0)
+    axes.legend(
+        loc="lower right",
+        bbox_to_anchor=(1.0, 1.01),
+        ncols=5,
+        fontsize=9,
+        frameon=False,
+        columnspacing=1.2,
+        borderaxespad=0.0,
+    )
     return save_figure(figure, path)
 
 
@@ -82,5 +127,13 @@ def plot_importance(shares: dict[str, float], num_trials: int, metric: str, name
     axes.tick_params(axis="y", length=0)
     axes.grid(axis="x", color=_GRID, linewidth=0.8)
     for line, value in enumerate(values):
-        axes.text(1.04, line, f"{value:.2f}", transform=axes.get_yaxis_transform(), fontsize=9, va="center_baseline", color=INK)
+        axes.text(
+            1.04,
+            line,
+            f"{value:.2f}",
+            transform=axes.get_yaxis_transform(),
+            fontsize=9,
+            va="center_baseline",
+            color=INK,
+        )
     return save_figure(figure, path)

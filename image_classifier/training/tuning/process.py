@@ -22,7 +22,18 @@ MARK = "\x1etrial "  # starts a line of the child's standard output that is a re
 GO_ON, STOP = "go", "stop"
 _MLFLOW = "image_classifier.training.loggers.MLflowLogger"
 # Of a job with many ranks: the tuner may be one of its tasks, a trial is none.
-_RANKS = ("SLURM_", "TORCHELASTIC_", "RANK", "LOCAL_RANK", "GROUP_RANK", "NODE_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+_RANKS = (
+    "SLURM_",
+    "TORCHELASTIC_",
+    "RANK",
+    "LOCAL_RANK",
+    "GROUP_RANK",
+    "NODE_RANK",
+    "WORLD_SIZE",
+    "LOCAL_WORLD_SIZE",
+    "MASTER_ADDR",
+    "MASTER_PORT",
+)
 _INTERRUPTED = (130, 143, -signal.SIGINT, -signal.SIGTERM)
 
 
@@ -46,7 +57,9 @@ class TrialProcess:
 
     def __init__(self, command: Sequence[str], log: Path, environment: Mapping[str, str]) -> None:
         self.command, self.log = list(command), log
-        self.environment = {key: value for key, value in os.environ.items() if not key.startswith(_RANKS)} | {**environment}
+        self.environment = {key: value for key, value in os.environ.items() if not key.startswith(_RANKS)} | {
+            **environment
+        }
         self._process: subprocess.Popen[bytes] | None = None
         self._stopped = False
         self._lock = threading.Lock()
@@ -61,7 +74,12 @@ class TrialProcess:
                     return Ending(interrupted=True)
                 # In a session of its own: Ctrl-C reaches the tuner only, which asks its trials to stop.
                 self._process = subprocess.Popen(
-                    self.command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, env=self.environment, start_new_session=True
+                    self.command,
+                    stdin=subprocess.PIPE,
+                    stdout=subprocess.PIPE,
+                    stderr=log,
+                    env=self.environment,
+                    start_new_session=True,
                 )
             with self._process as process:
                 pruned = self._listen(process, log, report)
@@ -147,7 +165,13 @@ def gpus() -> list[str]:
         return [name.strip() for name in given.split(",") if name.strip()]
     if shutil.which("nvidia-smi") is None:
         return []
-    done = subprocess.run(["nvidia-smi", "--query-gpu=index", "--format=csv,noheader"], capture_output=True, text=True, timeout=30, check=False)
+    done = subprocess.run(
+        ["nvidia-smi", "--query-gpu=index", "--format=csv,noheader"],
+        capture_output=True,
+        text=True,
+        timeout=30,
+        check=False,
+    )
     return done.stdout.split() if done.returncode == 0 else []
 
 

@@ -56,8 +56,16 @@ class Entry:
             if value is None and name == "step":
                 continue
             whole = self.kind == "int" and value != int(value or 0)
-            if isinstance(value, bool) or not isinstance(value, int | float) or abs(value) == float("inf") or value != value or whole:
-                raise ConfigError(f"search.{self.key}.{name} must be {'a whole number' if self.kind == 'int' else 'a number'}, not {value!r}")
+            if (
+                isinstance(value, bool)
+                or not isinstance(value, int | float)
+                or abs(value) == float("inf")
+                or value != value
+                or whole
+            ):
+                raise ConfigError(
+                    f"search.{self.key}.{name} must be {'a whole number' if self.kind == 'int' else 'a number'}, not {value!r}"
+                )
         if not (self.low or 0) < (self.high or 0):
             raise ConfigError(f"search.{self.key}.low must be below high, and {self.low} is not below {self.high}")
         if self.log and (self.low or 0) <= 0:
@@ -78,7 +86,11 @@ class Entry:
     @property
     def extremes(self) -> tuple[str, ...]:
         """The overrides that show whether all values of this entry can be: both ends, or each choice."""
-        ends = self.choices if self.kind == "categorical" else [override_value(_number(value, self.kind)) for value in (self.low, self.high)]
+        ends = (
+            self.choices
+            if self.kind == "categorical"
+            else [override_value(_number(value, self.kind)) for value in (self.low, self.high)]
+        )
         return tuple(f"{self.key}={end}" for end in ends)
 
     def override(self, value: Any) -> str:
@@ -112,8 +124,12 @@ def _entries(node: Mapping[str, Any], prefix: str) -> Iterator[Entry]:
             raise ConfigError(f"search.{key} does not say what to try", _EXAMPLE)
         if "kind" in value:
             yield _entry(key, value)
-            yield from _entries({name: item for name, item in value.items() if isinstance(item, Mapping)}, f"{key}.")  # model and model.head_dropout
-        elif set(value) & {*_NUMBER_FIELDS, *_CHOICE_FIELDS} and not any(isinstance(item, Mapping) for item in value.values()):
+            yield from _entries(
+                {name: item for name, item in value.items() if isinstance(item, Mapping)}, f"{key}."
+            )  # model and model.head_dropout
+        elif set(value) & {*_NUMBER_FIELDS, *_CHOICE_FIELDS} and not any(
+            isinstance(item, Mapping) for item in value.values()
+        ):
             raise ConfigError(f"search.{key}.kind is missing", f"one of {', '.join(KINDS)}")
         else:
             yield from _entries(value, f"{key}.")
@@ -122,7 +138,10 @@ def _entries(node: Mapping[str, Any], prefix: str) -> Iterator[Entry]:
 def _entry(key: str, value: Mapping[str, Any]) -> Entry:
     kind = value["kind"]
     if kind not in KINDS:
-        raise ConfigError(f"search.{key}.kind={kind} is not a kind", f"{did_you_mean(str(kind), KINDS)}It is one of {', '.join(KINDS)}")
+        raise ConfigError(
+            f"search.{key}.kind={kind} is not a kind",
+            f"{did_you_mean(str(kind), KINDS)}It is one of {', '.join(KINDS)}",
+        )
     known = _CHOICE_FIELDS if kind == "categorical" else _NUMBER_FIELDS
     given = {name: item for name, item in value.items() if name != "kind" and not isinstance(item, Mapping)}
     for name in given:
@@ -132,7 +151,9 @@ def _entry(key: str, value: Mapping[str, Any]) -> Entry:
     if not isinstance(given.get("log", False), bool):
         raise ConfigError(f"search.{key}.log must be true or false, not {given['log']!r}")
     if "choices" in given:
-        given["choices"] = tuple(override_value(item) for item in given["choices"]) if isinstance(given["choices"], list) else ()
+        given["choices"] = (
+            tuple(override_value(item) for item in given["choices"]) if isinstance(given["choices"], list) else ()
+        )
     return Entry(key, kind, **given)
 
 
@@ -149,6 +170,12 @@ def override_value(value: Any) -> str:
     if isinstance(value, Mapping):
         return "{" + ",".join(f"{key}:{override_value(item)}" for key, item in value.items()) + "}"
     if isinstance(value, str):
-        plain = re.fullmatch(r"[A-Za-z_][\w./-]*", value) and value.lower() not in ("true", "false", "null", "nan", "inf")
+        plain = re.fullmatch(r"[A-Za-z_][\w./-]*", value) and value.lower() not in (
+            "true",
+            "false",
+            "null",
+            "nan",
+            "inf",
+        )
         return value if plain else quoted(value)
     return repr(value)

@@ -45,10 +45,13 @@ class TuneSettings:
         for name, known in (("sampler", SAMPLERS), ("pruner", PRUNERS), ("mode", MODES)):
             value = getattr(self, name)
             if isinstance(value, str) and value != "???" and value not in known:
-                raise ConfigError(f"tune.{name}={value} is not known", f"{did_you_mean(value, known)}It is one of {', '.join(known)}")
+                raise ConfigError(
+                    f"tune.{name}={value} is not known", f"{did_you_mean(value, known)}It is one of {', '.join(known)}"
+                )
         if isinstance(self.metric, str) and not self.metric.startswith("val/"):
             raise ConfigError(
-                f"tune.metric={self.metric} is not a metric of the val part", "trials are never compared by another, such as val/f1_macro"
+                f"tune.metric={self.metric} is not a metric of the val part",
+                "trials are never compared by another, such as val/f1_macro",
             )
         _ = self.max_seconds
 
@@ -66,7 +69,10 @@ class TuneSettings:
         if re.fullmatch(r"\d+(\.\d+)?", text):
             return float(text) * 60
         if not re.fullmatch(r"\d+(:\d+){3}", text):
-            raise ConfigError(f"tune.max_time={text} is not a time", "write days:hours:minutes:seconds, such as 00:02:00:00, or minutes, such as 120")
+            raise ConfigError(
+                f"tune.max_time={text} is not a time",
+                "write days:hours:minutes:seconds, such as 00:02:00:00, or minutes, such as 120",
+            )
         days, hours, minutes, seconds = map(int, text.split(":"))
         return ((days * 24 + hours) * 60 + minutes) * 60.0 + seconds
 
@@ -81,7 +87,9 @@ def open_study(asked: TuneSettings, name: str, seed: int, facts: Mapping[str, An
     _quiet()
     storage = open_storage(asked.storage)
     direction = "maximize" if asked.maximise else "minimize"
-    study = patiently(lambda: optuna.create_study(storage=storage, study_name=name, direction=direction, load_if_exists=True))
+    study = patiently(
+        lambda: optuna.create_study(storage=storage, study_name=name, direction=direction, load_if_exists=True)
+    )
     known = study.user_attrs.get("facts")
     if known is None:
         patiently(lambda: study.set_user_attr("facts", dict(facts)))
@@ -93,8 +101,12 @@ def open_study(asked: TuneSettings, name: str, seed: int, facts: Mapping[str, An
 def _check_same(name: str, known: Mapping[str, Any], facts: Mapping[str, Any]) -> None:
     for key, value in known.items():
         if facts.get(key) != value:
-            shown = "" if key == "search" else f": {' '.join(value) or 'none'}" if isinstance(value, list) else f": {value}"
-            raise ConfigError(f"the study {name!r} was begun with another {key}{shown}", "give the same, or another name=")
+            shown = (
+                "" if key == "search" else f": {' '.join(value) or 'none'}" if isinstance(value, list) else f": {value}"
+            )
+            raise ConfigError(
+                f"the study {name!r} was begun with another {key}{shown}", "give the same, or another name="
+            )
 
 
 def _quiet() -> None:
@@ -119,13 +131,21 @@ class SamplerByNumber(BaseSampler):
     def before_trial(self, study: optuna.Study, trial: FrozenTrial) -> None:
         seed = int(np.random.SeedSequence([self.seed, trial.number]).generate_state(1)[0])
         # constant_liar: what others are trying now is not tried again.
-        self._mine.sampler = RandomSampler(seed) if self.name == "random" else TPESampler(seed=seed, multivariate=True, constant_liar=True)
+        self._mine.sampler = (
+            RandomSampler(seed)
+            if self.name == "random"
+            else TPESampler(seed=seed, multivariate=True, constant_liar=True)
+        )
 
     def infer_relative_search_space(self, study: optuna.Study, trial: FrozenTrial) -> dict[str, BaseDistribution]:
         return self._mine.sampler.infer_relative_search_space(study, trial)
 
-    def sample_relative(self, study: optuna.Study, trial: FrozenTrial, search_space: dict[str, BaseDistribution]) -> dict[str, Any]:
+    def sample_relative(
+        self, study: optuna.Study, trial: FrozenTrial, search_space: dict[str, BaseDistribution]
+    ) -> dict[str, Any]:
         return self._mine.sampler.sample_relative(study, trial, search_space)
 
-    def sample_independent(self, study: optuna.Study, trial: FrozenTrial, param_name: str, param_distribution: BaseDistribution) -> Any:
+    def sample_independent(
+        self, study: optuna.Study, trial: FrozenTrial, param_name: str, param_distribution: BaseDistribution
+    ) -> Any:
         return self._mine.sampler.sample_independent(study, trial, param_name, param_distribution)

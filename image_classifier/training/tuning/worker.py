@@ -107,18 +107,26 @@ class Workers:
         try:
             self._claim_and_run(worker)
         except TROUBLE as error:
-            raise StorageError(f"tune.storage does not answer ({one_line(error)})", "nothing is lost: run the same command when it does") from error
+            raise StorageError(
+                f"tune.storage does not answer ({one_line(error)})",
+                "nothing is lost: run the same command when it does",
+            ) from error
 
     def _claim_and_run(self, worker: int) -> None:
         waited = False
         while not self._ending.is_set():
             alive = self.trials.take_up_dead(self.owner)
-            trial = self.trials.claim({entry.key: entry.distribution for entry in self.plan.space}, self.asked.num_trials, self.owner)
+            trial = self.trials.claim(
+                {entry.key: entry.distribution for entry in self.plan.space}, self.asked.num_trials, self.owner
+            )
             if trial is not None:
                 self._run_trial(trial, worker)
             elif alive:
                 if not waited:
-                    log.info("waiting for what other workers are running: %s", ", ".join(f"trial {number}" for number in alive))
+                    log.info(
+                        "waiting for what other workers are running: %s",
+                        ", ".join(f"trial {number}" for number in alive),
+                    )
                 waited = True
                 self._ending.wait(_LOOK_EVERY_S)
             else:
@@ -128,7 +136,9 @@ class Workers:
         number, places = trial.number, self.plan.places
         start = time.monotonic()
         with beating(trial):
-            with locked(places.lock(number)):  # an earlier attempt whose worker was killed may still be writing its checkpoint
+            with locked(
+                places.lock(number)
+            ):  # an earlier attempt whose worker was killed may still be writing its checkpoint
                 earlier = self.trials.one(number).intermediate_values
             if places.bundle(number).exists() and earlier:  # and all that was missing is that the study knows
                 ending, values = Ending(), dict(earlier)
@@ -140,11 +150,17 @@ class Workers:
         tidy(self.trials.trials(), self.asked, places)
 
     def _train(self, trial: optuna.Trial, worker: int, values: dict[int, float], known: set[int]) -> Ending:
-        process = TrialProcess(self.plan.command(trial), self.plan.places.log(trial.number), share(worker, self.asked.workers))
+        process = TrialProcess(
+            self.plan.command(trial), self.plan.places.log(trial.number), share(worker, self.asked.workers)
+        )
         self._running[trial.number] = process
         if self._ending.is_set():
             process.stop()
-        log.info("trial %d: %s", trial.number, "  ".join(entry.override(trial.params[entry.key]) for entry in self.plan.space))
+        log.info(
+            "trial %d: %s",
+            trial.number,
+            "  ".join(entry.override(trial.params[entry.key]) for entry in self.plan.space),
+        )
         try:
             return process.run(lambda step, value: self._report(trial, step, value, values, known))
         finally:
@@ -158,7 +174,9 @@ class Workers:
                 trial.report(value, step)
             return trial.should_prune()
         except TROUBLE as error:
-            log.warning("trial %d goes on, though the study's database does not answer (%s)", trial.number, one_line(error))
+            log.warning(
+                "trial %d goes on, though the study's database does not answer (%s)", trial.number, one_line(error)
+            )
             return False
 
     def _tell(self, trial: optuna.Trial, ending: Ending, values: dict[int, float]) -> None:
@@ -183,11 +201,18 @@ class Workers:
         step = (max if self.asked.maximise else min)(finite, key=lambda step: finite[step])
         trial.set_user_attr("validation", step)
         self.trials.complete(trial.number, finite[step])
-        log.info("trial %d: %s %.4f (validation %d of %d)", trial.number, self.asked.metric, finite[step], step, max(values))
+        log.info(
+            "trial %d: %s %.4f (validation %d of %d)", trial.number, self.asked.metric, finite[step], step, max(values)
+        )
 
     def _fail(self, number: int, reason: str) -> None:
         self.trials.fail(number, reason)
         log.warning("trial %d failed: %s", number, reason)
         self._num_failures += 1
-        if self._num_failures >= _NUM_TELLING_FAILURES and not self.trials.trials(TrialState.COMPLETE, TrialState.PRUNED):
-            raise TrainingError(f"the first {self._num_failures} trials all failed, the last with: {reason}", f"see {self.plan.places.folder}/")
+        if self._num_failures >= _NUM_TELLING_FAILURES and not self.trials.trials(
+            TrialState.COMPLETE, TrialState.PRUNED
+        ):
+            raise TrainingError(
+                f"the first {self._num_failures} trials all failed, the last with: {reason}",
+                f"see {self.plan.places.folder}/",
+            )

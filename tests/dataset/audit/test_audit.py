@@ -42,7 +42,10 @@ def kinds_of(audit: Audit) -> dict[str, set[str]]:
 
 def a_tree(images: list[tuple[str, str, int, str]], pairs: list[tuple[int, int]]) -> tuple[Tree, Facts, Twins]:
     """A data set by hand: (label, split, content, error) of each image, and the rows of near-identical ones."""
-    files = [ImageFile(f"{split or 'all'}/{label}/{row:02d}.jpg", label, split, 1, 1) for row, (label, split, _, _) in enumerate(images)]
+    files = [
+        ImageFile(f"{split or 'all'}/{label}/{row:02d}.jpg", label, split, 1, 1)
+        for row, (label, split, _, _) in enumerate(images)
+    ]
     order = sorted(range(len(files)), key=lambda row: files[row].path)
     count = len(files)
     digests = np.array([[images[row][2]] * 32 for row in order], dtype=np.uint8).reshape(count, 32)
@@ -89,7 +92,9 @@ def test_findings_are_facts(data: tuple[list[tuple[str, str, int, str]], list[tu
     images = {image.path: image for image in tree.images}
     for finding in audit.findings:
         assert set(finding.paths) <= images.keys() and len(set(finding.paths)) == len(finding.paths)
-        assert all((item.label, item.split) == (images[item.path].label, images[item.path].split) for item in finding.items)
+        assert all(
+            (item.label, item.split) == (images[item.path].label, images[item.path].split) for item in finding.items
+        )
     ranks = [(SEVERITIES.index(finding.severity), list(KINDS).index(finding.kind)) for finding in audit.findings]
     assert ranks == sorted(ranks)
     assert json.loads(json.dumps(audit.as_dict())) == audit.as_dict()
@@ -101,7 +106,9 @@ def test_findings_are_facts(data: tuple[list[tuple[str, str, int, str]], list[tu
 
 @settings(deadline=None)  # the first call imports
 @given(data=DATA)
-def test_duplicates_leaks_and_conflicts_are_all_there(data: tuple[list[tuple[str, str, int, str]], list[tuple[int, int]]]) -> None:
+def test_duplicates_leaks_and_conflicts_are_all_there(
+    data: tuple[list[tuple[str, str, int, str]], list[tuple[int, int]]],
+) -> None:
     tree, facts, twins = a_tree(*data)
     named = kinds_of(find_problems(tree, facts, twins, ALL))
     rows = [row for row in range(len(tree.images)) if row not in facts.errors]
@@ -112,10 +119,17 @@ def test_duplicates_leaks_and_conflicts_are_all_there(data: tuple[list[tuple[str
     leaked = {
         tree.images[row].path
         for row in rows
-        if tree.images[row].split and {tree.images[other].split for other in rows if cluster[other] == cluster[row]} - {"", tree.images[row].split}
+        if tree.images[row].split
+        and {tree.images[other].split for other in rows if cluster[other] == cluster[row]}
+        - {"", tree.images[row].split}
     }
     assert named.get("leak", set()) == leaked
-    conflicts = {tree.images[row].path for pair in pairs | near if len({tree.images[side].label for side in pair}) == 2 for row in pair}
+    conflicts = {
+        tree.images[row].path
+        for pair in pairs | near
+        if len({tree.images[side].label for side in pair}) == 2
+        for row in pair
+    }
     assert conflicts <= named.get("label_conflict", set())
     assert bool(conflicts) == ("label_conflict" in named)
     place = [(image.label, image.split) for image in tree.images]
@@ -137,7 +151,10 @@ def test_an_audit_repeats_itself_and_only_the_hand_silences_a_finding(
     assert again.proposed == first.proposed == again.left_out
     assert exclusions.updated(again) == exclusions
     by_hand = merge(Exclusions(), dict.fromkeys(first.proposed, "no good"))
-    assert not any(set(finding.paths) & first.proposed.keys() for finding in find_problems(tree, facts, twins, asked, by_hand).findings)
+    assert not any(
+        set(finding.paths) & first.proposed.keys()
+        for finding in find_problems(tree, facts, twins, asked, by_hand).findings
+    )
     assert not find_problems(tree, facts, twins, asked, by_hand).proposed.keys() & first.proposed.keys()
 
 
@@ -152,14 +169,18 @@ def test_one_of_each_group_of_duplicates_stays_and_the_test_part_stays_whole(
     for kind in kinds:
         for finding in audit.by_kind.get(kind, ()):
             assert set(finding.paths[1:]) <= audit.proposed.keys()
-            reason = audit.proposed.get(finding.paths[0], "")  # the first of some copies may itself be like a picture that stays
+            reason = audit.proposed.get(
+                finding.paths[0], ""
+            )  # the first of some copies may itself be like a picture that stays
             assert kind == "exact_duplicates" and "near_duplicates" in reason if reason else True
             assert len({(item.label, item.split) for item in finding.items}) == 1
     leaks = find_problems(tree, facts, twins, AuditSettings(exclude=["leak"]))
     splits = {image.path: image.split for image in tree.images}
     assert "test" not in {splits[path] for path in leaks.proposed}
     by_hand = merge(Exclusions(), dict.fromkeys(leaks.proposed, "seen"))
-    assert not any(finding.kind == "leak" for finding in find_problems(tree, facts, twins, AuditSettings(), by_hand).findings)
+    assert not any(
+        finding.kind == "leak" for finding in find_problems(tree, facts, twins, AuditSettings(), by_hand).findings
+    )
 
 
 def test_a_clean_folder_is_said_to_be_clean(make_tree: MakeTree, tmp_path: Path) -> None:
@@ -205,13 +226,24 @@ def test_an_extreme_shape_and_a_mirrored_copy_are_found(make_tree: MakeTree, tmp
     with Image.open(root / "cat/003.png") as image:
         image.transpose(Image.Transpose.FLIP_LEFT_RIGHT).save(root / "cat/mirrored.png")
     audit = audited(root, tmp_path / "store")
-    assert kinds_of(audit) == {"extreme_aspect": {"cat/banner.png"}, "near_duplicates": {"cat/003.png", "cat/mirrored.png"}}
+    assert kinds_of(audit) == {
+        "extreme_aspect": {"cat/banner.png"},
+        "near_duplicates": {"cat/003.png", "cat/mirrored.png"},
+    }
     assert all("mirrored" in finding.detail for finding in audit.by_kind["near_duplicates"])
 
 
 @pytest.mark.parametrize(
     ("key", "value"),
-    [("fail_on", "fatal"), ("exclude", ["leaks"]), ("tiny", -1), ("aspect", 0.5), ("imbalance", 0.0), ("few_images", -1), ("max_listed", -1)],
+    [
+        ("fail_on", "fatal"),
+        ("exclude", ["leaks"]),
+        ("tiny", -1),
+        ("aspect", 0.5),
+        ("imbalance", 0.0),
+        ("few_images", -1),
+        ("max_listed", -1),
+    ],
 )
 def test_a_wrong_setting_is_named(key: str, value: object) -> None:
     with pytest.raises(ConfigError, match=rf"audit\.{key}"):
@@ -300,7 +332,13 @@ def test_the_simpsons_leak(shared_data: Path, tmp_path: Path) -> None:
     audit = audited(root, tmp_path / "store")
     leak = audit.data["leaked"]["test"]
     assert leak["images"] == 2000 and 260 <= leak["leaked"] <= 290
-    test = {item.path for finding in audit.by_kind["leak"] if "train" in finding.numbers for item in finding.items if item.split == "test"}
+    test = {
+        item.path
+        for finding in audit.by_kind["leak"]
+        if "train" in finding.numbers
+        for item in finding.items
+        if item.split == "test"
+    }
     assert len(test) == leak["leaked"]
     equal = Counter(finding.kind for finding in audit.findings if finding.detail.startswith("the same bytes"))
     assert equal == {"exact_duplicates": 4, "leak": 2}

@@ -129,10 +129,18 @@ def test_a_picture_that_went_away_becomes_a_placeholder(messy: Audit) -> None:
 
 
 @pytest.mark.parametrize("per_kind", [40, pytest.param(2000, marks=pytest.mark.slow)])
-def test_the_page_is_bounded_whatever_the_data_set(per_kind: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(audit_page, "_picture", lambda *given: audit_page._Picture(given[-1], pictures.Thumbnail(f"data:,{9000 * 'A'}")))
+def test_the_page_is_bounded_whatever_the_data_set(
+    per_kind: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(
+        audit_page, "_picture", lambda *given: audit_page._Picture(given[-1], pictures.Thumbnail(f"data:,{9000 * 'A'}"))
+    )
     paths = [f"{number}/{'long ' * 50}.png" for number in range(per_kind)]
-    findings = [Finding(kind, f"reason {path}", (Item(path, "cat"), Item(path + "2", "cat"))) for kind in KINDS for path in paths]
+    findings = [
+        Finding(kind, f"reason {path}", (Item(path, "cat"), Item(path + "2", "cat")))
+        for kind in KINDS
+        for path in paths
+    ]
     classes = {f"class {number}": {"images": 1} for number in range(per_kind)}
     audit = Audit(
         tuple(findings),
@@ -164,7 +172,10 @@ def test_every_text_has_contrast(theme: int) -> None:
     css = (Path(document.__file__).parent / "base.css").read_text(encoding="utf-8")
     colours = dict(re.findall(r"--([\w-]+): (#[0-9a-f]{3,6})", re.findall(r":root \{(.*?)\}", css, re.DOTALL)[theme]))
     pairs = [(ink, paper) for ink in ("ink", "soft", "error", "warning", "info") for paper in ("paper", "card")]
-    pairs += [(name, f"{name}-paper") for name in ("error", "warning", "info")] + [("ink", "mat"), ("ink", "info-paper")]
+    pairs += [(name, f"{name}-paper") for name in ("error", "warning", "info")] + [
+        ("ink", "mat"),
+        ("ink", "info-paper"),
+    ]
     for ink, paper in pairs:
         light, dark = sorted((_luminance(colours[ink]), _luminance(colours[paper])), reverse=True)
         assert (light + 0.05) / (dark + 0.05) >= 4.5, (ink, paper)
@@ -178,7 +189,10 @@ class Browser:
         theirs_out, ours_in = self._pipe()
         line = f'exec "$0" --headless --no-sandbox --disable-gpu --user-data-dir="$1" --remote-debugging-pipe 3<&{ours_out} 4>&{ours_in}'
         self.process = subprocess.Popen(
-            ["bash", "-c", line, binary, str(profile)], pass_fds=(ours_out, ours_in), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+            ["bash", "-c", line, binary, str(profile)],
+            pass_fds=(ours_out, ours_in),
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
         )
         os.close(ours_out)
         os.close(ours_in)
@@ -208,7 +222,9 @@ class Browser:
 
     def call(self, method: str, **parameters: Any) -> dict[str, Any]:
         self.number += 1
-        message = {"id": self.number, "method": method, "params": parameters} | ({"sessionId": self.session} if self.session else {})
+        message = {"id": self.number, "method": method, "params": parameters} | (
+            {"sessionId": self.session} if self.session else {}
+        )
         self.writer.write(json.dumps(message).encode() + b"\0")
         while (answer := self._receive()).get("id") != self.number:
             self.events.append(answer)
@@ -222,8 +238,13 @@ class Browser:
 
     def show(self, page: Path, width: int, dark: bool = False) -> None:
         self.events.clear()
-        self.call("Emulation.setDeviceMetricsOverride", width=width, height=900, deviceScaleFactor=1, mobile=width < 600)
-        self.call("Emulation.setEmulatedMedia", features=[{"name": "prefers-color-scheme", "value": "dark" if dark else "light"}])
+        self.call(
+            "Emulation.setDeviceMetricsOverride", width=width, height=900, deviceScaleFactor=1, mobile=width < 600
+        )
+        self.call(
+            "Emulation.setEmulatedMedia",
+            features=[{"name": "prefers-color-scheme", "value": "dark" if dark else "light"}],
+        )
         self.call("Page.navigate", url=page.as_uri())
         for _ in range(200):
             if self.run("document.readyState") == "complete" and self.run("location.protocol") == "file:":
@@ -233,11 +254,17 @@ class Browser:
 
     @property
     def complaints(self) -> list[dict[str, Any]]:
-        return [event for event in self.events if event["method"] in ("Runtime.exceptionThrown", "Runtime.consoleAPICalled", "Log.entryAdded")]
+        return [
+            event
+            for event in self.events
+            if event["method"] in ("Runtime.exceptionThrown", "Runtime.consoleAPICalled", "Log.entryAdded")
+        ]
 
     @property
     def requests(self) -> list[str]:
-        return [event["params"]["request"]["url"] for event in self.events if event["method"] == "Network.requestWillBeSent"]
+        return [
+            event["params"]["request"]["url"] for event in self.events if event["method"] == "Network.requestWillBeSent"
+        ]
 
     def close(self) -> None:
         self.process.kill()
@@ -284,7 +311,9 @@ def test_the_page_works_in_a_browser(messy: Audit, browser: Browser, tmp_path: P
 
 @pytest.mark.browser
 @pytest.mark.parametrize("width", [320, 390, 768, 1280])
-def test_nothing_reaches_over_the_edge_and_dark_is_dark(width: int, messy: Audit, browser: Browser, tmp_path: Path) -> None:
+def test_nothing_reaches_over_the_edge_and_dark_is_dark(
+    width: int, messy: Audit, browser: Browser, tmp_path: Path
+) -> None:
     page = write_audit(messy, tmp_path / "out").with_name("audit.html")
     background = "getComputedStyle(document.body).backgroundColor"
     browser.show(page, width)

@@ -13,7 +13,9 @@ from image_classifier.errors import DataError
 
 # Any name that a POSIX file system may hold; a surrogate stands for a byte that is no UTF-8.
 NAMES = st.text(
-    st.characters(exclude_characters="\0", exclude_categories=["Cs"]) | st.sampled_from("\udc80\udcff,\"';#*?[\r\n "), min_size=1, max_size=8
+    st.characters(exclude_characters="\0", exclude_categories=["Cs"]) | st.sampled_from("\udc80\udcff,\"';#*?[\r\n "),
+    min_size=1,
+    max_size=8,
 )
 REASONS = st.text(st.characters(exclude_characters="\0", exclude_categories=["Cs"]), max_size=8)
 PROPOSED = st.dictionaries(NAMES, REASONS.map(AUDIT.__add__), max_size=5)
@@ -40,9 +42,17 @@ def test_any_file_name_comes_back(proposed: dict[str, str], tmp_path_factory: py
     assert not back.write()
 
 
-@given(first=PROPOSED, second=PROPOSED, by_hand=st.dictionaries(NAMES, REASONS.filter(lambda reason: not reason.startswith(AUDIT)), max_size=4))
-def test_merging_is_idempotent_and_follows_the_findings(first: dict[str, str], second: dict[str, str], by_hand: dict[str, str]) -> None:
-    hand = merge(Exclusions(), {}).lines + tuple(line for name, reason in by_hand.items() for line in merge(Exclusions(), {name: reason}).lines)
+@given(
+    first=PROPOSED,
+    second=PROPOSED,
+    by_hand=st.dictionaries(NAMES, REASONS.filter(lambda reason: not reason.startswith(AUDIT)), max_size=4),
+)
+def test_merging_is_idempotent_and_follows_the_findings(
+    first: dict[str, str], second: dict[str, str], by_hand: dict[str, str]
+) -> None:
+    hand = merge(Exclusions(), {}).lines + tuple(
+        line for name, reason in by_hand.items() for line in merge(Exclusions(), {name: reason}).lines
+    )
     start = Exclusions(lines=hand)
     once = merge(merge(start, first), second)
     assert merge(once, second) == once
@@ -53,8 +63,12 @@ def test_merging_is_idempotent_and_follows_the_findings(first: dict[str, str], s
 
 
 def test_what_a_person_wrote_stays_letter_by_letter(path: Path) -> None:
-    text = '\ufeffPath,Reason\r\n# by Anna\r\n\r\n"a, b.jpg",  too dark \r\nold.jpg,audit: truncated: gone\r\nc.jpg,keep'
-    exclusions = merge(written(path, text), {"c.jpg": "audit: tiny: 1 × 1", "a, b.jpg": "audit: tiny", "new.jpg": "audit: empty_file"})
+    text = (
+        '\ufeffPath,Reason\r\n# by Anna\r\n\r\n"a, b.jpg",  too dark \r\nold.jpg,audit: truncated: gone\r\nc.jpg,keep'
+    )
+    exclusions = merge(
+        written(path, text), {"c.jpg": "audit: tiny: 1 × 1", "a, b.jpg": "audit: tiny", "new.jpg": "audit: empty_file"}
+    )
     exclusions.write()
     expected = '\ufeffPath,Reason\r\n# by Anna\r\n\r\n"a, b.jpg",  too dark \r\nc.jpg,keep\nnew.jpg,audit: empty_file\n'
     assert path.read_bytes().decode() == expected
@@ -62,7 +76,10 @@ def test_what_a_person_wrote_stays_letter_by_letter(path: Path) -> None:
 
 def test_a_row_of_the_audit_keeps_its_place_and_takes_the_reason_of_now(path: Path) -> None:
     exclusions = written(path, "path,reason\na,audit: tiny: 1 × 1\nb,mine\n")
-    assert [(line.path, line.reason) for line in merge(exclusions, {"a": "audit: leak: x"}).lines] == [("a", "audit: leak: x"), ("b", "mine")]
+    assert [(line.path, line.reason) for line in merge(exclusions, {"a": "audit: leak: x"}).lines] == [
+        ("a", "audit: leak: x"),
+        ("b", "mine"),
+    ]
 
 
 def test_keep_overrules_every_other_row(path: Path) -> None:

@@ -27,7 +27,9 @@ from tests.dataset.manifests import SETTINGS, SIZES, UNTIMED, deal, joined, mani
 
 HEADER = "path,label,action,new_label,reason\n"
 NAMES = st.text(
-    st.characters(exclude_characters="\0", exclude_categories=["Cs"]) | st.sampled_from("\udc80\udcff,\"';#*?[\r\n "), min_size=1, max_size=8
+    st.characters(exclude_characters="\0", exclude_categories=["Cs"]) | st.sampled_from("\udc80\udcff,\"';#*?[\r\n "),
+    min_size=1,
+    max_size=8,
 ).filter(lambda name: not name.startswith("./"))
 TEXTS = st.text(st.characters(exclude_characters="\0", exclude_categories=["Cs"]), max_size=8)
 PROPOSALS = st.dictionaries(NAMES, st.tuples(TEXTS, TEXTS.map(str.strip), TEXTS), max_size=5)
@@ -40,7 +42,9 @@ def in_a_folder_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capl
 
 
 def tree_of(**labels: str) -> Tree:
-    return Tree(Path("root"), tuple(ImageFile(f"{name}.png", label, "", 1, 0) for name, label in sorted(labels.items())))
+    return Tree(
+        Path("root"), tuple(ImageFile(f"{name}.png", label, "", 1, 0) for name, label in sorted(labels.items()))
+    )
 
 
 def fixes(*rows: str) -> Fixes:
@@ -49,12 +53,16 @@ def fixes(*rows: str) -> Fixes:
 
 
 def prepared(root: Path, **changes: object) -> tuple[Manifest, Examination]:
-    return prepare_and_examine([root], DataSettings(fix_path="fix.csv", exclude_path="exclude.csv", **changes), AuditSettings())  # type: ignore[arg-type]
+    return prepare_and_examine(
+        [root], DataSettings(fix_path="fix.csv", exclude_path="exclude.csv", **changes), AuditSettings()
+    )  # type: ignore[arg-type]
 
 
 @hypothesis_settings(max_examples=40, deadline=None)  # each writes a file
 @given(proposals=PROPOSALS)
-def test_any_file_name_comes_back(proposals: dict[str, tuple[str, str, str]], tmp_path_factory: pytest.TempPathFactory) -> None:
+def test_any_file_name_comes_back(
+    proposals: dict[str, tuple[str, str, str]], tmp_path_factory: pytest.TempPathFactory
+) -> None:
     rows = [Fix(name, label, "", new, reason) for name, (label, new, reason) in proposals.items()]
     path = tmp_path_factory.mktemp("fix") / "fix.csv"
     written = Fixes(path).proposing(rows)
@@ -65,10 +73,16 @@ def test_any_file_name_comes_back(proposals: dict[str, tuple[str, str, str]], tm
 
 
 def test_decisions_stay_letter_by_letter_and_proposals_are_renewed() -> None:
-    text = "\ufeff" + HEADER + '# by Anna\n"a,1.jpg",cat, Relabel ,dog,  a dog! \nb.jpg,cat,,dog,old\nc.jpg,dog,keep,,\n'
+    text = (
+        "\ufeff" + HEADER + '# by Anna\n"a,1.jpg",cat, Relabel ,dog,  a dog! \nb.jpg,cat,,dog,old\nc.jpg,dog,keep,,\n'
+    )
     Path("fix.csv").write_text(text, encoding="utf-8")
-    read_fixes(Path("fix.csv")).proposing([Fix("a,1.jpg", "cat", "", "cow", "new"), Fix("d.jpg", "dog", "", "cat", "new")]).write()
-    expected = "\ufeff" + HEADER + '# by Anna\n"a,1.jpg",cat, Relabel ,dog,  a dog! \nc.jpg,dog,keep,,\nd.jpg,dog,,cat,new\n'
+    read_fixes(Path("fix.csv")).proposing(
+        [Fix("a,1.jpg", "cat", "", "cow", "new"), Fix("d.jpg", "dog", "", "cat", "new")]
+    ).write()
+    expected = (
+        "\ufeff" + HEADER + '# by Anna\n"a,1.jpg",cat, Relabel ,dog,  a dog! \nc.jpg,dog,keep,,\nd.jpg,dog,,cat,new\n'
+    )
     assert Path("fix.csv").read_text(encoding="utf-8") == expected
     assert set(read_fixes(Path("fix.csv")).decided) == {"a,1.jpg", "c.jpg"}
 
@@ -89,7 +103,13 @@ def test_a_wrong_row_is_one_line_that_names_it(row: str, words: str) -> None:
 
 def test_labels_change_and_what_does_not_fit_is_said_once(caplog: pytest.LogCaptureFixture) -> None:
     tree = tree_of(a="cat", b="cat", c="dog", d="dog", e="dog")
-    found = fixes("a.png,cat,relabel,dog,x", "c.png,dog,exclude,,blurred", "d.png,cat,relabel,cat,stale", "gone.png,cat,exclude,,", "e.png,,keep,,")
+    found = fixes(
+        "a.png,cat,relabel,dog,x",
+        "c.png,dog,exclude,,blurred",
+        "d.png,cat,relabel,cat,stale",
+        "gone.png,cat,exclude,,",
+        "e.png,,keep,,",
+    )
     correction = found.applied(tree)
     assert [image.label for image in correction.tree.images] == ["dog", "cat", "dog", "dog", "dog"]
     assert correction.excluded == {"c.png": "blurred"} and correction.counts == {"relabelled": 1, "excluded": 1}
@@ -116,7 +136,9 @@ def test_what_was_left_out_and_relabelled_comes_back_to_its_part(
     undealt = replace(before, splits=np.full(len(before), -1, np.int8))
     random = np.random.default_rng(draw)
     gone = {path: "" for path in before.paths if random.random() < 0.2}
-    targets = np.where(random.random(len(before)) < 0.1, random.integers(0, len(before.classes), len(before)), before.targets)
+    targets = np.where(
+        random.random(len(before)) < 0.1, random.integers(0, len(before.classes), len(before)), before.targets
+    )
     corrected = deal(replace(undealt, targets=targets), settings, previous=before)
     if any((targets[before.splits == 0] == code).sum() == 0 for code in np.unique(targets).tolist()):
         return  # a class without a training image takes one back, which is said in the log

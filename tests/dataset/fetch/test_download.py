@@ -63,7 +63,11 @@ class Handler(BaseHTTPRequestHandler):
             self.end_headers()
             return
         version = server.etag or server.modified
-        start = int((self.headers.get("Range") or "bytes=0-")[6:-1]) if server.ranges and self.headers.get("If-Range") == version else 0
+        start = (
+            int((self.headers.get("Range") or "bytes=0-")[6:-1])
+            if server.ranges and self.headers.get("If-Range") == version
+            else 0
+        )
         if start and start >= len(server.content):
             self.send_response(416)
             self.send_header("Content-Range", f"bytes */{len(server.content)}")
@@ -138,13 +142,22 @@ def test_what_broke_off_is_gone_on_from(server, target, validator):
     server.cuts = [300_000, 200_000, 1]
     fetch(server, target)
     assert target.read_bytes() == CONTENT
-    assert [request.get("range") for request in server.seen] == [None, "bytes=300000-", "bytes=500000-", "bytes=500001-"]
+    assert [request.get("range") for request in server.seen] == [
+        None,
+        "bytes=300000-",
+        "bytes=500000-",
+        "bytes=500001-",
+    ]
     assert server.sent == len(CONTENT)
     assert_alone(target)
 
 
 @settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(cuts=st.lists(st.integers(0, len(CONTENT)), max_size=6), ranges=st.booleans(), etag=st.sampled_from(['"one"', 'W/"weak"', ""]))
+@given(
+    cuts=st.lists(st.integers(0, len(CONTENT)), max_size=6),
+    ranges=st.booleans(),
+    etag=st.sampled_from(['"one"', 'W/"weak"', ""]),
+)
 def test_wherever_it_breaks_off_the_file_is_whole(server, target, cuts, ranges, etag):
     shutil.rmtree(target.parent, ignore_errors=True)
     server.cuts, server.ranges, server.etag = list(cuts), ranges, etag
@@ -205,7 +218,10 @@ def test_a_wrong_checksum_removes_what_was_fetched_but_not_what_was_there(server
 
 def test_what_the_server_refuses(server, target):
     server.status = 404
-    with pytest.raises(SourceError, match=r"set\.zip answers 404 Not Found: find the file elsewhere and put it at '.*downloads/set\.zip'"):
+    with pytest.raises(
+        SourceError,
+        match=r"set\.zip answers 404 Not Found: find the file elsewhere and put it at '.*downloads/set\.zip'",
+    ):
         fetch(server, target)
     assert len(server.seen) == 1
     server.status = 503
@@ -223,7 +239,13 @@ def test_redirects_stay_on_the_web(server, target, tmp_path):
         server.location = location
         with pytest.raises(SourceError, match="that is not followed|is not allowed"):
             fetch(server, target)
-    for url in ("ftp://host/set.zip", "file:///etc/passwd", "https://", "https://user:secret@host/set.zip", "http://[::1/set.zip"):
+    for url in (
+        "ftp://host/set.zip",
+        "file:///etc/passwd",
+        "https://",
+        "https://user:secret@host/set.zip",
+        "http://[::1/set.zip",
+    ):
         with pytest.raises(SourceError, match="is not fetched") as error:
             Download(url, target)()
         assert "secret" not in str(error.value)
@@ -249,7 +271,8 @@ def test_no_network_says_so_at_once(target, monkeypatch):
     monkeypatch.setattr(socket, "getaddrinfo", unknown)
     monkeypatch.setattr(module.time, "sleep", lambda _: pytest.fail("waited"))
     with pytest.raises(
-        SourceError, match=r"^https://\S+ cannot be downloaded \(Name or service not known\): no network\? .* put it at '.*set\.zip'$"
+        SourceError,
+        match=r"^https://\S+ cannot be downloaded \(Name or service not known\): no network\? .* put it at '.*set\.zip'$",
     ):
         Download("https://images.example/set.zip", target)()
 
@@ -289,9 +312,7 @@ def test_two_runs_fetch_it_once(server, target):
 
 def test_a_killed_download_is_taken_up_again(server, target):
     server.pause_s = 0.1
-    code = (
-        f"from image_classifier.dataset.fetch.download import Download; from pathlib import Path; Download({server.url!r}, Path({str(target)!r}))()"
-    )
+    code = f"from image_classifier.dataset.fetch.download import Download; from pathlib import Path; Download({server.url!r}, Path({str(target)!r}))()"
     process = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT)
     part = target.parent / "set.zip.part"
     end = time.monotonic() + 30

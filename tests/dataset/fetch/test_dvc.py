@@ -22,7 +22,9 @@ from image_classifier.dataset.fetch.dvc import pull_missing
 from image_classifier.dataset.sources import Folder
 from image_classifier.errors import SourceError
 
-pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::ResourceWarning")  # DVC's and its clients' own
+pytestmark = pytest.mark.filterwarnings(
+    "ignore::DeprecationWarning", "ignore::ResourceWarning"
+)  # DVC's and its clients' own
 
 
 def dvc(root: Path, verb: str, *arguments: str) -> None:
@@ -53,7 +55,11 @@ class Repository:
         return sorted(path for path in self.store.rglob("*") if path.is_file() and path.suffix != ".dir")
 
     def content(self) -> dict[str, bytes]:
-        return {path.relative_to(self.root).as_posix(): path.read_bytes() for path in sorted(self.data.rglob("*")) if path.is_file()}
+        return {
+            path.relative_to(self.root).as_posix(): path.read_bytes()
+            for path in sorted(self.data.rglob("*"))
+            if path.is_file()
+        }
 
 
 @pytest.fixture(scope="module")
@@ -67,7 +73,9 @@ def pushed(tmp_path_factory: pytest.TempPathFactory) -> Repository:
     from dvc.repo import Repo
 
     Repo.init(str(repository.root), no_scm=True).close()
-    (repository.root / ".dvc/config").write_text("[core]\nno_scm = true\nremote = store\n['remote \"store\"']\nurl = ../../store\n")
+    (repository.root / ".dvc/config").write_text(
+        "[core]\nno_scm = true\nremote = store\n['remote \"store\"']\nurl = ../../store\n"
+    )
     dvc(repository.root, "add", str(repository.data))
     dvc(repository.root, "push")
     return repository
@@ -128,7 +136,9 @@ def test_corrupt_objects_are_never_handed_out(repository):
     spoilt = repository.objects()[0]
     good = spoilt.read_bytes()
     spoilt.write_bytes(b"x" * len(good))
-    with pytest.raises(SourceError, match=r"'data/\w+/\d\.png' came corrupt, the bytes on the DVC remote 'store'.*push them again"):
+    with pytest.raises(
+        SourceError, match=r"'data/\w+/\d\.png' came corrupt, the bytes on the DVC remote 'store'.*push them again"
+    ):
         pull_missing(repository.data)
     assert not repository.data.exists()
     spoilt.write_bytes(good)
@@ -157,14 +167,18 @@ def test_a_cache_that_an_unverified_pull_spoilt_is_fetched_again(repository):
 def test_an_object_that_was_never_pushed(repository):
     repository.forget()
     repository.objects()[0].unlink()
-    with pytest.raises(SourceError, match=r"the DVC remote 'store' .* does not have 'data/\w+/\d\.png': run `dvc push` where they are"):
+    with pytest.raises(
+        SourceError, match=r"the DVC remote 'store' .* does not have 'data/\w+/\d\.png': run `dvc push` where they are"
+    ):
         pull_missing(repository.data)
 
 
 def test_a_remote_that_is_gone(repository):
     repository.forget()
     shutil.rmtree(repository.store)
-    with pytest.raises(SourceError, match=r"the DVC remote 'store' \(.*store\) is empty or does not exist: check its URL"):
+    with pytest.raises(
+        SourceError, match=r"the DVC remote 'store' \(.*store\) is empty or does not exist: check its URL"
+    ):
         pull_missing(repository.data)
 
 
@@ -175,7 +189,9 @@ def test_no_remote(repository):
     assert pull_missing(repository.data)  # DVC's own cache has it
     assert repository.content() == content
     repository.forget()
-    with pytest.raises(SourceError, match=r"'data' cannot be pulled: no DVC remote is chosen: dvc remote add --default"):
+    with pytest.raises(
+        SourceError, match=r"'data' cannot be pulled: no DVC remote is chosen: dvc remote add --default"
+    ):
         pull_missing(repository.data)
 
 
@@ -188,7 +204,9 @@ def test_no_repository(repository):
 
 def test_a_missing_package_for_the_remote_is_named(repository):
     repository.forget()
-    (repository.root / ".dvc/config").write_text("[core]\nno_scm = true\nremote = far\n['remote \"far\"']\n url = gs://bucket/path\n")
+    (repository.root / ".dvc/config").write_text(
+        "[core]\nno_scm = true\nremote = far\n['remote \"far\"']\n url = gs://bucket/path\n"
+    )
     with pytest.raises(SourceError, match="pip install dvc-gs"):
         pull_missing(repository.data)
 
@@ -219,7 +237,9 @@ def test_an_output_of_a_pipeline(repository):
     (repository.root / "data.dvc").unlink()
     (repository.root / "dvc.yaml").write_text("stages:\n  prepare:\n    cmd: 'true'\n    outs: [data]\n")
     output = {"path": "data", "hash": "md5", "md5": md5, "size": 1, "nfiles": 4}
-    (repository.root / "dvc.lock").write_text(json.dumps({"schema": "2.0", "stages": {"prepare": {"cmd": "true", "outs": [output]}}}))
+    (repository.root / "dvc.lock").write_text(
+        json.dumps({"schema": "2.0", "stages": {"prepare": {"cmd": "true", "outs": [output]}}})
+    )
     repository.forget()
     assert pull_missing(repository.data / "cat")
     assert pull_missing(repository.data / "dog")
@@ -249,7 +269,9 @@ class Bucket:
         self.post("reset-auth", str(requests))
 
     def post(self, name: str, text: str = "") -> None:
-        request = urllib.request.Request(f"{self.url}/moto-api/{name}", text.encode(), {"Content-Type": "text/plain"}, method="POST")
+        request = urllib.request.Request(
+            f"{self.url}/moto-api/{name}", text.encode(), {"Content-Type": "text/plain"}, method="POST"
+        )
         urllib.request.urlopen(request, timeout=10).close()
 
 
@@ -259,7 +281,9 @@ def s3() -> Iterator[Bucket]:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     server = subprocess.Popen(
-        [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
     )
     try:
         bucket = Bucket(f"http://127.0.0.1:{port}")
@@ -299,7 +323,9 @@ def on_s3(repository: Repository, s3: Bucket, monkeypatch) -> Repository:
 def configure(repository: Repository, endpoint: str, bucket: str = "images", key: str = "key") -> None:
     remote = f"url = s3://{bucket}/dvc\nendpointurl = {endpoint}\nregion = us-east-1\n"
     keys = f"access_key_id = {key}\nsecret_access_key = secret\n" if key else ""
-    (repository.root / ".dvc/config").write_text(f"[core]\nno_scm = true\nremote = far\n['remote \"far\"']\n{remote}{keys}")
+    (repository.root / ".dvc/config").write_text(
+        f"[core]\nno_scm = true\nremote = far\n['remote \"far\"']\n{remote}{keys}"
+    )
 
 
 @pytest.mark.slow
@@ -313,11 +339,17 @@ def test_s3_round_trip(on_s3):
 @pytest.mark.slow
 def test_s3_corrupt_and_missing_objects(on_s3, s3):
     client = s3.client()
-    keys = sorted(entry["Key"] for entry in client.list_objects_v2(Bucket="images")["Contents"] if not entry["Key"].endswith(".dir"))
+    keys = sorted(
+        entry["Key"]
+        for entry in client.list_objects_v2(Bucket="images")["Contents"]
+        if not entry["Key"].endswith(".dir")
+    )
     good = client.get_object(Bucket="images", Key=keys[0])["Body"].read()
     client.put_object(Bucket="images", Key=keys[0], Body=b"x" * len(good))
     on_s3.forget()
-    with pytest.raises(SourceError, match=r"'data/\w+/\d\.png' came corrupt, the bytes on the DVC remote 'far' \(s3://images/dvc\)"):
+    with pytest.raises(
+        SourceError, match=r"'data/\w+/\d\.png' came corrupt, the bytes on the DVC remote 'far' \(s3://images/dvc\)"
+    ):
         pull_missing(on_s3.data)
     assert not on_s3.data.exists()
     client.delete_object(Bucket="images", Key=keys[0])
@@ -330,7 +362,9 @@ def test_s3_corrupt_and_missing_objects(on_s3, s3):
 def test_s3_without_a_bucket(on_s3, s3):
     configure(on_s3, s3.url, bucket="absent")
     on_s3.forget()
-    with pytest.raises(SourceError, match=r"the DVC remote 'far' \(s3://absent/dvc\) is empty or does not exist: check its URL"):
+    with pytest.raises(
+        SourceError, match=r"the DVC remote 'far' \(s3://absent/dvc\) is empty or does not exist: check its URL"
+    ):
         pull_missing(on_s3.data)
 
 
@@ -342,7 +376,8 @@ def test_s3_with_wrong_credentials(on_s3, s3, key):
     on_s3.forget()
     try:
         with pytest.raises(
-            SourceError, match=r"the DVC remote 'far' \(s3://images/dvc\) refuses access .*: check its key: dvc remote modify --local far"
+            SourceError,
+            match=r"the DVC remote 'far' \(s3://images/dvc\) refuses access .*: check its key: dvc remote modify --local far",
         ):
             pull_missing(on_s3.data)
     finally:

@@ -43,7 +43,9 @@ class Rows:
         self.features, self.rows = features, rows
 
     def select_columns(self, names: list[str]) -> Rows:
-        return Rows({name: self.features[name] for name in names}, [{name: row[name] for name in names} for row in self.rows])
+        return Rows(
+            {name: self.features[name] for name in names}, [{name: row[name] for name in names} for row in self.rows]
+        )
 
     def cast_column(self, name: str, feature: Any) -> Rows:
         return Rows({**self.features, name: feature}, self.rows)
@@ -88,7 +90,9 @@ def hugging_face(monkeypatch) -> Install:
             return splits
 
         client = ModuleType("datasets")
-        vars(client).update(Image=ImageFeature, ClassLabel=ClassLabel, load_dataset=load_dataset, disable_progress_bars=lambda: None)
+        vars(client).update(
+            Image=ImageFeature, ClassLabel=ClassLabel, load_dataset=load_dataset, disable_progress_bars=lambda: None
+        )
         monkeypatch.setitem(sys.modules, "datasets", client)
         return calls
 
@@ -120,7 +124,12 @@ def test_the_files_come_as_they_are_in_folders_of_their_class(here, hugging_face
 
 def test_one_split_is_no_split(here, hugging_face):
     hugging_face({"train": rows(4, ["cat", "dog"])})
-    assert files(Folder(dir="hf:owner/pets")()) == ["cat/000000.png", "cat/000002.png", "dog/000001.jpg", "dog/000003.jpg"]
+    assert files(Folder(dir="hf:owner/pets")()) == [
+        "cat/000000.png",
+        "cat/000002.png",
+        "dog/000001.jpg",
+        "dog/000003.jpg",
+    ]
 
 
 def test_a_file_that_lies_elsewhere_is_copied(here, hugging_face, make_tree):
@@ -144,7 +153,10 @@ def test_labels_may_be_texts_and_rows_unlabelled(here, hugging_face, caplog):
 
 def test_columns_that_cannot_be_told_are_asked_for(here, hugging_face):
     hugging_face({"train": rows(4, ["cat", "dog"], mask=ImageFeature(), breed=ClassLabel(["a", "b"]))})
-    with pytest.raises(ConfigError, match=r"image_column\? there are image, label, mask, breed: pass data=hf data\.source\.image_column=NAME"):
+    with pytest.raises(
+        ConfigError,
+        match=r"image_column\? there are image, label, mask, breed: pass data=hf data\.source\.image_column=NAME",
+    ):
         fetch_from_hub("hf:owner/pets", here)
     assert not (here / "hf/owner--pets").exists()
     assert files(fetch_from_hub("hf:owner/pets", here, image_column="image", label_column="label")) != []
@@ -155,7 +167,9 @@ def test_columns_that_cannot_be_told_are_asked_for(here, hugging_face):
 def test_what_the_client_says_is_one_line(here, hugging_face):
     hugging_face(ConnectionError("Couldn't reach 'owner/pets'\non the Hub"))
     hint = r"no network\? get https://huggingface\.co/datasets/owner/pets elsewhere and pass data\.dir=FOLDER"
-    with pytest.raises(SourceError, match=rf"^'hf:owner/pets' cannot be fetched \(Couldn't reach 'owner/pets' on the Hub\): {hint}.*$"):
+    with pytest.raises(
+        SourceError, match=rf"^'hf:owner/pets' cannot be fetched \(Couldn't reach 'owner/pets' on the Hub\): {hint}.*$"
+    ):
         fetch_from_hub("hf:owner/pets", here)
     assert not (here / "hf").exists()
 
@@ -210,7 +224,9 @@ def test_kaggle_is_asked_once(here, kaggle, make_tree):
 
 def test_kaggle_without_a_network(here, kaggle):
     page = r"https://www\.kaggle\.com/competitions/journey-springfield in a browser and pass data\.archive=FILE\.zip"
-    with pytest.raises(SourceError, match=rf"'kaggle:journey-springfield' cannot be fetched \(.*Max retries.*get {page}"):
+    with pytest.raises(
+        SourceError, match=rf"'kaggle:journey-springfield' cannot be fetched \(.*Max retries.*get {page}"
+    ):
         fetch_from_hub("kaggle:journey-springfield", here)
 
 

@@ -22,7 +22,9 @@ from tests.conftest import write_image
 HOSTILE = "<img src=x onerror=window.hacked=1>"
 
 
-def make_run(home: Path, num_classes: int = 5, each: int = 12, accuracy: float = 0.7, pictures: bool = True) -> PredictionTable:
+def make_run(
+    home: Path, num_classes: int = 5, each: int = 12, accuracy: float = 0.7, pictures: bool = True
+) -> PredictionTable:
     """models/run, plots/run/test, runs/run and data/audit under `home`; the images of its test part lie in `home`/images."""
     classes = tuple(sorted([f"class_{code:03d}" for code in range(num_classes - 1)] + [HOSTILE]))
     manifest = Manifest.of(home / "images", list(_records(classes, each)))
@@ -36,7 +38,11 @@ def make_run(home: Path, num_classes: int = 5, each: int = 12, accuracy: float =
         home / "runs/run/metrics.csv",
         "epoch,step,train/loss,train/accuracy,val/loss,val/accuracy,val/f1_macro\n1,5,2,0.3,2.1,,\n2,10,1,0.6,1.2,0.5,0.4\n",
     )
-    audit = {"data": {"root": str(manifest.root)}, "counts": {"near_duplicates": {"severity": "warning", "findings": 2, "files": 5}}, "headlines": {}}
+    audit = {
+        "data": {"root": str(manifest.root)},
+        "counts": {"near_duplicates": {"severity": "warning", "findings": 2, "files": 5}},
+        "headlines": {},
+    }
     _write(home / "data/audit/images-1/audit.json", json.dumps(audit))
     return table
 
@@ -59,16 +65,25 @@ def _answers(manifest: Manifest, accuracy: float) -> PredictionTable:
 
 def _write_part(plots: Path, table: PredictionTable, manifest: Manifest, accuracy: float) -> None:
     replace(table, temperature=1.5).write(plots / "test")
-    found = json.loads(json.dumps(metrics_dict(compute_metrics(table), None, baselines.beside([baselines.most_frequent_of(manifest)], "test"))))
+    found = json.loads(
+        json.dumps(
+            metrics_dict(compute_metrics(table), None, baselines.beside([baselines.most_frequent_of(manifest)], "test"))
+        )
+    )
     found["intervals"] = {"accuracy": [accuracy - 0.1, accuracy + 0.1], "f1_macro": [0.5, 0.9], "ece": None}
     for row in found["per_class"]:
         row["intervals"] = {"precision": [0.4, 0.9], "recall": None, "f1": [0.5, 0.8]}
     _write(plots / "test/metrics.json", json.dumps(found))
     _write(
         plots / "robustness.json",
-        json.dumps({"blur": {"1": 0.6, "3": 0.4, "5": 0.2}, "jpeg": {"1": 0.7, "3": 0.65, "5": 0.6}, "about": {"images": 60}}),
+        json.dumps(
+            {"blur": {"1": 0.6, "3": 0.4, "5": 0.2}, "jpeg": {"1": 0.7, "3": 0.65, "5": 0.6}, "about": {"images": 60}}
+        ),
     )
-    _write(plots / "latency.json", json.dumps({"backends": {"onnx": {"p50_ms": 3.25}, "checkpoint": {"p50_ms": 7.5}}, "hardware": {"cores": 2}}))
+    _write(
+        plots / "latency.json",
+        json.dumps({"backends": {"onnx": {"p50_ms": 3.25}, "checkpoint": {"p50_ms": 7.5}}, "hardware": {"cores": 2}}),
+    )
     predicted = table.logits.argmax(axis=1)
     probabilities = table.probabilities.max(axis=1)
     worst = max(np.flatnonzero(predicted != table.targets), key=lambda row: probabilities[row])
@@ -80,7 +95,12 @@ def _write_part(plots: Path, table: PredictionTable, manifest: Manifest, accurac
 def _write_bundle(bundle: Path, manifest: Manifest) -> None:
     _write(bundle / "model.onnx", "x" * 250_000)
     manifest.write(bundle / "manifest.csv")
-    provenance = {"data_root": str(manifest.root), "command": ["python", "commands.py", "train", "name=a b"], "git": "abc123", "seed": 7}
+    provenance = {
+        "data_root": str(manifest.root),
+        "command": ["python", "commands.py", "train", "name=a b"],
+        "git": "abc123",
+        "seed": 7,
+    }
     seal(bundle, BundleInfo("run", manifest.classes, {"size": 24}, {}, {}, provenance, temperature=1.5, threshold=0.25))
 
 

@@ -22,7 +22,9 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     make_run(place, accuracy=0.6)
     shutil.copytree(place / "plots/run", place / "plots/other")
     table = PredictionTable.read(place / "plots/run/test")
-    type(table)(table.paths, table.targets, table.logits[:, ::-1].copy(), table.classes).write(place / "plots/other/test")
+    type(table)(table.paths, table.targets, table.logits[:, ::-1].copy(), table.classes).write(
+        place / "plots/other/test"
+    )
     assert_torch_free(place, "report", "run")
     assert_torch_free(place, "report", "run", "other", "resamples=100", f"data_dir={place / 'images'}")
     return place
@@ -59,7 +61,9 @@ def test_a_cell_shows_its_images_and_the_keyboard_is_enough(report: Path, chromi
     expected = [cells["images"][place]["path"] for place in cells["cells"][cell]]
     assert page.locator("#drill img").count() == len(expected) == int(wrong.text_content())
     assert [image.get_attribute("alt") for image in page.locator("#drill img").all()] == expected
-    assert page.evaluate("[...document.querySelectorAll('#drill img')].every(image => image.complete && image.naturalWidth > 0)")
+    assert page.evaluate(
+        "[...document.querySelectorAll('#drill img')].every(image => image.complete && image.naturalWidth > 0)"
+    )
     page.keyboard.press("Escape")
     assert page.locator("#drill").is_hidden() and page.evaluate("document.activeElement.dataset.cell") == cell
     first = page.locator("#matrix [data-place]").first
@@ -112,7 +116,9 @@ def test_nothing_reaches_over_the_edge(name: str, width: int, home: Path, chromi
 
 
 def test_dark_is_dark_and_print_hides_what_cannot_be_pressed(report: Path, chromium: Any) -> None:
-    background = "getComputedStyle(document.body).backgroundColor.match(/\\d+/g).slice(0, 3).map(Number).reduce((a, b) => a + b)"
+    background = (
+        "getComputedStyle(document.body).backgroundColor.match(/\\d+/g).slice(0, 3).map(Number).reduce((a, b) => a + b)"
+    )
     light = Opened(chromium, report).page
     assert light.evaluate(background) > 600 and light.locator(".on-paper").is_hidden()
     opened = Opened(chromium, report, dark=True)
@@ -120,7 +126,10 @@ def test_dark_is_dark_and_print_hides_what_cannot_be_pressed(report: Path, chrom
     opened.page.emulate_media(media="print")
     for hidden in ("nav", "#class-filter", "#pair-filter"):
         assert opened.page.locator(hidden).is_hidden()
-    assert opened.page.locator("#class-table tbody tr").first.is_visible() and opened.page.locator(".on-paper").is_visible()
+    assert (
+        opened.page.locator("#class-table tbody tr").first.is_visible()
+        and opened.page.locator(".on-paper").is_visible()
+    )
     pairs = opened.page.locator("#pair-table tbody tr")
     assert pairs.count() > 2 and all(row.is_visible() for row in pairs.all())
     assert len(opened.page.pdf()) > 10_000

@@ -35,14 +35,18 @@ def test_predictions_come_back_as_they_were(tmp_path: Path) -> None:
     table = made(np.arange(40) % 3, 0.5, 0)  # no image of class d
     write = tmp_path / "x"
     table.write(write)
-    (write / "metrics.json").write_text('{"per_class": [{"label": "a"}, {"label": "b"}, {"label": "c"}, {"label": "d"}]}')
+    (write / "metrics.json").write_text(
+        '{"per_class": [{"label": "a"}, {"label": "b"}, {"label": "c"}, {"label": "d"}]}'
+    )
     back = PredictionTable.read(write)
     assert back.paths == table.paths and back.classes == table.classes
     assert np.array_equal(back.targets, table.targets) and np.array_equal(back.logits, table.logits)
 
 
 def test_two_names_say_whether_the_second_is_better(plots: Path, command: Command) -> None:
-    answer = command("report", "first", "second", f"plots_dir={plots}", "models_dir=none", f"--data_dir={plots.parent / 'tree'}")
+    answer = command(
+        "report", "first", "second", f"plots_dir={plots}", "models_dir=none", f"--data_dir={plots.parent / 'tree'}"
+    )
     assert answer.code == 0, answer.err
     assert "Yes: second is better than first by " in answer.out and "McNemar    only A right" in answer.out
     html = (plots / "compare-first-second" / "report.html").read_text()
@@ -52,7 +56,9 @@ def test_two_names_say_whether_the_second_is_better(plots: Path, command: Comman
 @pytest.mark.slow
 def test_folders_are_compared_without_images_or_torch(plots: Path) -> None:
     line = ("report", "plots/second/test", "plots/first/test", "resamples=100", "output=page.html")
-    assert "No, the other way round: second/test is better than first/test" not in assert_torch_free(plots.parent, *line[:1], "--help")
+    assert "No, the other way round: second/test is better than first/test" not in assert_torch_free(
+        plots.parent, *line[:1], "--help"
+    )
     assert "No, the other way round: second/test is better than first/test" in assert_torch_free(plots.parent, *line)
     html = (plots.parent / "page.html").read_text()
     assert "give their folder with data_dir=PATH" in html and "data:image/webp" not in html
@@ -100,7 +106,9 @@ def test_a_run_without_a_test_part_is_read_from_val(plots: Path, command: Comman
     assert answer.code == 2 and "'first' has no predictions of its test part" in answer.err
 
 
-def test_no_advice_leads_to_a_part_that_the_data_has_not(tmp_path: Path, command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_advice_leads_to_a_part_that_the_data_has_not(
+    tmp_path: Path, command: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
     make_run(tmp_path, num_classes=3, each=4, pictures=False)
     shutil.rmtree(tmp_path / "plots/run/test")
     bundle = tmp_path / "models/run"
@@ -108,7 +116,11 @@ def test_no_advice_leads_to_a_part_that_the_data_has_not(tmp_path: Path, command
     monkeypatch.chdir(tmp_path)
     assert "test --checkpoint_name run --split val" in command("report", "run").err
     answer = command("report", "run", "--split", "test")
-    assert answer.code == 2 and "its data has no such part, only train, val" in answer.err and "test --checkpoint_name" not in answer.err
+    assert (
+        answer.code == 2
+        and "its data has no such part, only train, val" in answer.err
+        and "test --checkpoint_name" not in answer.err
+    )
 
 
 def test_each_part_has_a_page_of_its_own(plots: Path, command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -116,15 +128,26 @@ def test_each_part_has_a_page_of_its_own(plots: Path, command: Command, monkeypa
     for part in ("val", "test-holiday-01234567"):
         shutil.copytree(plots / "first/test", plots / "first" / part)
     pages = {}
-    for line in (("first",), ("first", "--split", "val"), ("plots/first/test-holiday-01234567",), ("plots/first/test",)):
+    for line in (
+        ("first",),
+        ("first", "--split", "val"),
+        ("plots/first/test-holiday-01234567",),
+        ("plots/first/test",),
+    ):
         answer = command("report", *line, "models_dir=none")
         assert answer.code == 0, answer.err
         pages[line] = Path(answer.out.splitlines()[-1].partition("page")[2].strip())
     folder = Path("plots/first")
     assert list(pages.values()) == [folder / part / "report.html" for part in ("", "val", "test-holiday-01234567", "")]
     html = (folder / "test-holiday-01234567/report.html").read_text()
-    assert "judged on the test-holiday-01234567 part" in html and "test --checkpoint_name first --test_dir PATH --robustness" in html
-    assert "report plots/first/test-holiday-01234567" in html.replace(str(plots.parent) + "/", "") and "no bundle" not in html
+    assert (
+        "judged on the test-holiday-01234567 part" in html
+        and "test --checkpoint_name first --test_dir PATH --robustness" in html
+    )
+    assert (
+        "report plots/first/test-holiday-01234567" in html.replace(str(plots.parent) + "/", "")
+        and "no bundle" not in html
+    )
 
 
 def test_what_was_measured_of_the_model_stands_in_each_of_its_parts(plots: Path, command: Command) -> None:
@@ -134,6 +157,15 @@ def test_what_was_measured_of_the_model_stands_in_each_of_its_parts(plots: Path,
         (plots / place / "robustness.json").write_text(json.dumps({"blur": {"0": accuracy}}))
     shutil.copytree(plots / "first/test", plots / "first/test-own")
     for part, shown in (("test", "0.123"), ("val", "0.456"), ("test-holiday", "0.789"), ("test-own", "")):
-        assert command("report", str(plots / "first" / part), "models_dir=none", f"plots_dir={plots}", f"output={plots}/page.html").code == 0
+        assert (
+            command(
+                "report",
+                str(plots / "first" / part),
+                "models_dir=none",
+                f"plots_dir={plots}",
+                f"output={plots}/page.html",
+            ).code
+            == 0
+        )
         html = (plots / "page.html").read_text()
         assert (f">{shown}</td>" in html) if shown else ("no robustness.json" in html), part

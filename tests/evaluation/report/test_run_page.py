@@ -47,7 +47,18 @@ def html(home: Path) -> str:
 
 
 def test_all_that_was_measured_is_there(html: str) -> None:
-    for section in ("scores", "curves", "classes", "confusions", "mistakes", "trust", "robustness", "exports", "data", "origin"):
+    for section in (
+        "scores",
+        "curves",
+        "classes",
+        "confusions",
+        "mistakes",
+        "trust",
+        "robustness",
+        "exports",
+        "data",
+        "origin",
+    ):
         assert f'<h2 id="{section}">' in html and f'href="#{section}"' in html
     assert 'id="absent"' not in html
     for said in (
@@ -62,7 +73,11 @@ def test_all_that_was_measured_is_there(html: str) -> None:
         "near duplicates",
     ):
         assert said in html, said
-    assert html.count("0.40 to 0.90") == html.count("0.50 to 0.80") == 5 and 'title="95 %' not in html and "not on paper" in html
+    assert (
+        html.count("0.40 to 0.90") == html.count("0.50 to 0.80") == 5
+        and 'title="95 %' not in html
+        and "not on paper" in html
+    )
     assert 'class="explanation"' in html and "0.5000 to 0.9000" in html and "most frequent class (20.0 %)" in html
 
 
@@ -70,8 +85,14 @@ def test_nothing_foreign_runs_and_no_name_is_code(html: str) -> None:
     assert HOSTILE not in html and "&lt;img src=x onerror" in html
     policy = re.findall(r'Content-Security-Policy" content="([^"]+)"', html)[0]
     assert "unsafe" not in policy and "default-src 'none'" in policy
-    style, script = re.findall(r"<style>(.*?)</style>", html, re.DOTALL)[0], re.findall(r"<script>(.*?)</script>", html, re.DOTALL)[0]
-    assert f"style-src 'sha256-{document.digest(style)}'" in policy and f"script-src 'sha256-{document.digest(script)}'" in policy
+    style, script = (
+        re.findall(r"<style>(.*?)</style>", html, re.DOTALL)[0],
+        re.findall(r"<script>(.*?)</script>", html, re.DOTALL)[0],
+    )
+    assert (
+        f"style-src 'sha256-{document.digest(style)}'" in policy
+        and f"script-src 'sha256-{document.digest(script)}'" in policy
+    )
     bare = re.sub(r'(?s)<style>.*?</style>|<script.*?</script>|="[^"]*"', "=", html)
     assert not re.findall(r"<[a-z]+[^>]*\s(?:style|on\w+)=", bare)
     assert all(address.startswith(("#", "data:")) for address in re.findall(r'(?:src|href)="([^"]*)"', html))
@@ -91,13 +112,19 @@ def test_the_images_behind_a_cell_are_those_of_the_pair(home: Path, html: str) -
     predicted = table.logits.argmax(axis=1)
     for cell, places in content["cells"].items():
         truth, answer = map(int, cell.split(","))
-        expected = {path for path, target, found in zip(table.paths, table.targets, predicted, strict=True) if (target, found) == (truth, answer)}
+        expected = {
+            path
+            for path, target, found in zip(table.paths, table.targets, predicted, strict=True)
+            if (target, found) == (truth, answer)
+        }
         assert {content["images"][place]["path"] for place in places} == expected
     assert content["images"][0]["picture"].startswith("data:image/webp;base64,")
     assert content["classes"] == list(table.classes)
 
 
-def test_the_bundle_stays_sealed_and_the_page_is_the_same_each_time(home: Path, html: str, command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_bundle_stays_sealed_and_the_page_is_the_same_each_time(
+    home: Path, html: str, command: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(home)
     before = {path: path.read_bytes() for path in Path("models").rglob("*") if path.is_file()}
     assert command("report", "run", "output=again.html").code == 0
@@ -105,7 +132,9 @@ def test_the_bundle_stays_sealed_and_the_page_is_the_same_each_time(home: Path, 
     assert {path: path.read_bytes() for path in Path("models").rglob("*") if path.is_file()} == before
 
 
-def test_what_is_absent_is_said_with_how_to_get_it(home: Path, tmp_path: Path, command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_is_absent_is_said_with_how_to_get_it(
+    home: Path, tmp_path: Path, command: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
     shutil.copytree(home / "plots/run/test", tmp_path / "plots/bare/test")
     monkeypatch.chdir(tmp_path)
     assert command("report", "bare").code == 0
@@ -138,7 +167,10 @@ def test_what_the_limits_do_on_the_part_stands_beside_them(home: Path, tmp_path:
     for decision, known in ((own, True), (other, False), (None, True)):
         told = replace(info, decision=decision.as_dict()) if decision else None
         html = run_page(gather("run", table, Places(part), told, {}))
-        words = (f"{per_cent(score.answered)} get a label", f"{per_cent(score.set_coverage)} hold the true class; {score.set_size:.2f} classes")
+        words = (
+            f"{per_cent(score.answered)} get a label",
+            f"{per_cent(score.set_coverage)} hold the true class; {score.set_size:.2f} classes",
+        )
         assert all((f"on test: {sentence}" in html) == known for sentence in words)
         assert ("no calibration.json of these limits" in html) != known
 
@@ -168,7 +200,9 @@ def test_an_axis_holds_all_its_values(values: list[float], percent: bool) -> Non
 
 
 @pytest.mark.slow
-def test_a_thousand_classes_stay_below_ten_megabytes(tmp_path: Path, command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_thousand_classes_stay_below_ten_megabytes(
+    tmp_path: Path, command: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
     make_run(tmp_path, num_classes=1000, each=4, pictures=False)
     monkeypatch.chdir(tmp_path)
     assert command("report", "run").code == 0

@@ -31,22 +31,35 @@ FILES = {
     "latency": "plots/run/latency.json",
     "audit": "data/audit/images-1/audit.json",
 }
-SCALARS = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=9) | st.sampled_from(["\ud800", "\0", "about", 10**400, -1, 0.5])
+SCALARS = (
+    st.none()
+    | st.booleans()
+    | st.integers()
+    | st.floats()
+    | st.text(max_size=9)
+    | st.sampled_from(["\ud800", "\0", "about", 10**400, -1, 0.5])
+)
 NAMES = st.text(max_size=5) | st.sampled_from(["blur", "0", "nan", "about", "data", "\udc80"])
-JSON = st.recursive(SCALARS, lambda values: st.lists(values, max_size=3) | st.dictionaries(NAMES, values, max_size=3), max_leaves=6)
+JSON = st.recursive(
+    SCALARS, lambda values: st.lists(values, max_size=3) | st.dictionaries(NAMES, values, max_size=3), max_leaves=6
+)
 
 
 @pytest.fixture(scope="module")
 def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     place = tmp_path_factory.mktemp("home")
     table = make_run(place, num_classes=3, each=6, pictures=False)
-    write_trust(table, Decision.chosen(Evidence.of(table), DecisionSettings(risk=0.5)), place / PART, "run", figures=False)
+    write_trust(
+        table, Decision.chosen(Evidence.of(table), DecisionSettings(risk=0.5)), place / PART, "run", figures=False
+    )
     return place
 
 
 def page(home: Path, lenient: bool = False) -> str:
     places = Places(home / PART, home / "models/run", home / "runs/run", home / "data/audit", None)
-    return run_page(gather("run", PredictionTable.read(home / PART), places, read_bundle(home / "models/run").info, {}, lenient))
+    return run_page(
+        gather("run", PredictionTable.read(home / PART), places, read_bundle(home / "models/run").info, {}, lenient)
+    )
 
 
 def complaint(home: Path) -> str:
@@ -87,7 +100,11 @@ def test_any_json_gives_a_page_or_one_line(home: Path, name: str, data: st.DataO
 @settings(max_examples=25, suppress_health_check=[HealthCheck.too_slow])
 @given(
     rows=st.lists(
-        st.lists(st.text(max_size=4) | st.floats().map(str) | st.sampled_from(["", "0", "1e308", "-1e38", "1e38"]), max_size=7), max_size=5
+        st.lists(
+            st.text(max_size=4) | st.floats().map(str) | st.sampled_from(["", "0", "1e308", "-1e38", "1e38"]),
+            max_size=7,
+        ),
+        max_size=5,
     ),
     whole=st.booleans(),
 )
@@ -123,7 +140,9 @@ def test_another_shape_is_one_line_that_names_the_file(
     monkeypatch.chdir(tmp_path / "home")
     Path(file).write_text(text)
     answer = command("report", "run")
-    assert answer.code == 2 and len(answer.err.splitlines()) == 1 and file in answer.err and "remove it" in answer.err, answer.err
+    assert (
+        answer.code == 2 and len(answer.err.splitlines()) == 1 and file in answer.err and "remove it" in answer.err
+    ), answer.err
     Path(file).unlink()
     assert command("report", "run").code == 0
 

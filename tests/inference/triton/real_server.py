@@ -55,7 +55,9 @@ def environment() -> Path:
     """The environment with the server; the test is skipped where it is not there."""
     named = os.environ.get("TRITON_ENV", "")
     if not named or not (Path(named) / "bin/python").exists():
-        pytest.skip("TRITON_ENV names no environment with nvidia-pytriton: tests/inference/triton/real_server.py says how one is made")
+        pytest.skip(
+            "TRITON_ENV names no environment with nvidia-pytriton: tests/inference/triton/real_server.py says how one is made"
+        )
     return Path(named).absolute()
 
 
@@ -63,7 +65,9 @@ def real_program(folder: Path) -> Path:
     """A `tritonserver` that runs with its own Python and libraries, written into a new folder."""
     env = environment()
     ask = "import sys, sysconfig; print(sysconfig.get_path('purelib'), sysconfig.get_config_var('LIBDIR'), '%d.%d' % sys.version_info[:2])"
-    site, libdir, version = subprocess.run([env / "bin/python", "-c", ask], capture_output=True, text=True, check=True).stdout.split()
+    site, libdir, version = subprocess.run(
+        [env / "bin/python", "-c", ask], capture_output=True, text=True, check=True
+    ).stdout.split()
     server, backends = Path(site) / "pytriton" / "tritonserver", folder / "backends"
     shutil.copytree(server / "backends/python", backends / "python")
     shutil.copy(server / "python_backend_stubs" / version / "triton_python_backend_stub", backends / "python")

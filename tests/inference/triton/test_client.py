@@ -100,8 +100,14 @@ def test_what_may_pass_is_asked_again(server: V2Server, fault: Fault) -> None:
 @pytest.mark.parametrize(
     ("fault", "words"),
     [
-        (status(400, {"error": "unexpected shape for input 'pixels'"}), r"unexpected shape for input 'pixels' \(HTTP 400\)"),
-        (status(500, {"error": "Stub process 'm_0_0' is not healthy."}), r"Stub process 'm_0_0' is not healthy\. \(HTTP 500\)"),
+        (
+            status(400, {"error": "unexpected shape for input 'pixels'"}),
+            r"unexpected shape for input 'pixels' \(HTTP 400\)",
+        ),
+        (
+            status(500, {"error": "Stub process 'm_0_0' is not healthy."}),
+            r"Stub process 'm_0_0' is not healthy\. \(HTTP 500\)",
+        ),
         (status(500, b"<html>\n  oh"), r"<html> oh \(HTTP 500\)"),
         (status(401, b""), r"no reason given \(HTTP 401\)"),
         (status(302, b""), r"HTTP 302"),
@@ -109,8 +115,14 @@ def test_what_may_pass_is_asked_again(server: V2Server, fault: Fault) -> None:
         (status(200, b"[1, 2]"), "not the V2 protocol"),
         (status(200, {"outputs": [{"name": "logits"}]}), "not the V2 protocol"),
         (status(200, {"outputs": []}), "its answer has no logits, only nothing"),
-        (status(200, {"outputs": [{"name": "logits", "datatype": "FP32", "shape": [1, 2], "data": ["a", "b"]}]}), "not the V2 protocol"),
-        (status(200, {"outputs": [{"name": "logits", "datatype": "INT64", "shape": [1, 2], "data": [1, 2]}]}), "its logits is INT64, not FP32"),
+        (
+            status(200, {"outputs": [{"name": "logits", "datatype": "FP32", "shape": [1, 2], "data": ["a", "b"]}]}),
+            "not the V2 protocol",
+        ),
+        (
+            status(200, {"outputs": [{"name": "logits", "datatype": "INT64", "shape": [1, 2], "data": [1, 2]}]}),
+            "its logits is INT64, not FP32",
+        ),
         (lambda handler: handler.tensors({"other": np.zeros((1, 2), np.float32)}), "no logits, only other"),
         (lies((0,)), r"its logits have the shape \[0\] instead of \[1, 2\]"),
         (lies((1, 0)), r"the shape \[1, 0\]"),
@@ -136,7 +148,9 @@ def test_an_answer_that_cannot_be_used_is_one_clear_error_at_once(server: V2Serv
 
 def test_plain_json_tensors_are_understood_too(server: V2Server) -> None:
     asked = backend(server)
-    server.faults = [status(200, {"outputs": [{"name": "logits", "datatype": "FP32", "shape": [1, 2], "data": [0.5, 1]}]})]
+    server.faults = [
+        status(200, {"outputs": [{"name": "logits", "datatype": "FP32", "shape": [1, 2], "data": [0.5, 1]}]})
+    ]
     np.testing.assert_array_equal(asked.logits(images(1)), np.float32([[0.5, 1]]))
 
 
@@ -210,7 +224,11 @@ def test_a_bundle_is_predicted_with_by_a_server(digits_bundle: Path) -> None:
     onnx = load_predictor(digits_bundle)
     outputs = cast(EmbeddingBackend, onnx.backend).logits_and_embeddings
     image = next((digits_bundle.parents[1] / "data/digits/test/3").iterdir())
-    with serving(V2Server(lambda pixels: dict(zip(("logits", "embedding"), outputs(pixels), strict=True)), model_name(bundle.info))) as running:
+    with serving(
+        V2Server(
+            lambda pixels: dict(zip(("logits", "embedding"), outputs(pixels), strict=True)), model_name(bundle.info)
+        )
+    ) as running:
         (answer,) = load_predictor(digits_bundle, "triton", server=ServerAt(running.url)).predict([image])
     assert answer == next(onnx.predict([image]))
 
@@ -257,10 +275,17 @@ def test_any_text_is_an_address_or_refused(text: str) -> None:
 
 
 VALUES = st.recursive(
-    st.none() | st.booleans() | st.integers(-9, 9) | st.floats(allow_nan=True) | st.text(max_size=3) | st.sampled_from(["logits", "FP32"]),
+    st.none()
+    | st.booleans()
+    | st.integers(-9, 9)
+    | st.floats(allow_nan=True)
+    | st.text(max_size=3)
+    | st.sampled_from(["logits", "FP32"]),
     lambda inner: (
         st.lists(inner, max_size=3)
-        | st.dictionaries(st.sampled_from(["name", "shape", "datatype", "parameters", "data", "binary_data_size"]), inner, max_size=6)
+        | st.dictionaries(
+            st.sampled_from(["name", "shape", "datatype", "parameters", "data", "binary_data_size"]), inner, max_size=6
+        )
     ),
     max_leaves=12,
 )
@@ -280,6 +305,8 @@ def test_any_answer_is_tensors_or_refused(length: str | None, outputs: object, r
 
 def test_each_request_closes_its_connection(server: V2Server, monkeypatch: pytest.MonkeyPatch) -> None:
     opened: list[HTTPConnection] = []
-    monkeypatch.setattr(over_http, "HTTPConnection", lambda *place, **more: opened.append(HTTPConnection(*place, **more)) or opened[-1])
+    monkeypatch.setattr(
+        over_http, "HTTPConnection", lambda *place, **more: opened.append(HTTPConnection(*place, **more)) or opened[-1]
+    )
     backend(server).logits(images(9))
     assert len(opened) == 4 and all(connection.sock is None for connection in opened)

@@ -28,12 +28,19 @@ class GrpcServer:
         self.faults: list[Callable[[Any, Any], None]] = []
         self.batches: list[int] = []
         methods = {name: self.handler(name) for name in ("ServerReady", "ModelReady", "ModelConfig", "ModelInfer")}
-        self.server.add_generic_rpc_handlers([grpc.method_handlers_generic_handler("inference.GRPCInferenceService", methods)])
+        self.server.add_generic_rpc_handlers(
+            [grpc.method_handlers_generic_handler("inference.GRPCInferenceService", methods)]
+        )
         self.url = f"grpc://127.0.0.1:{self.server.add_insecure_port('127.0.0.1:0')}"
 
     def handler(self, name: str) -> Any:
-        parse, serialise = self.messages[f"{name}Request"].FromString, self.messages[f"{name}Response"].SerializeToString
-        return grpc.unary_unary_rpc_method_handler(getattr(self, name), request_deserializer=parse, response_serializer=serialise)
+        parse, serialise = (
+            self.messages[f"{name}Request"].FromString,
+            self.messages[f"{name}Response"].SerializeToString,
+        )
+        return grpc.unary_unary_rpc_method_handler(
+            getattr(self, name), request_deserializer=parse, response_serializer=serialise
+        )
 
     def ServerReady(self, request: Any, context: Any) -> Any:
         return self.messages["ServerReadyResponse"](ready=True)
@@ -52,7 +59,9 @@ class GrpcServer:
         self.batches.append(pixels.shape[0])
         names = [item.name for item in request.outputs]
         rows = [{"name": name, "datatype": "FP32", "shape": found[name].shape} for name in names]
-        answer = self.messages["ModelInferResponse"](outputs=rows, raw_output_contents=[found[name].tobytes() for name in names])
+        answer = self.messages["ModelInferResponse"](
+            outputs=rows, raw_output_contents=[found[name].tobytes() for name in names]
+        )
         if self.faults:
             self.faults.pop(0)(context, answer)
         return answer
@@ -89,7 +98,9 @@ def test_a_full_queue_is_asked_again(server: GrpcServer) -> None:
     server.faults = [full] * RETRIES
     assert asked.logits(PIXELS[:1]).shape == (1, 2)
     server.faults = [full] * (RETRIES + 1)
-    with pytest.raises(ServerError, match=r"Exceeds maximum queue size \(gRPC UNAVAILABLE\), 6 times: .*triton\.max_queue_size"):
+    with pytest.raises(
+        ServerError, match=r"Exceeds maximum queue size \(gRPC UNAVAILABLE\), 6 times: .*triton\.max_queue_size"
+    ):
         asked.logits(PIXELS[:1])
 
 
@@ -104,7 +115,9 @@ def test_a_full_queue_is_asked_again(server: GrpcServer) -> None:
         (lambda context, answer: time.sleep(0.8), r"no answer within 0\.4 s"),
     ],
 )
-def test_an_answer_that_cannot_be_used_is_one_clear_error_at_once(server: GrpcServer, fault: Callable[[Any, Any], None], words: str) -> None:
+def test_an_answer_that_cannot_be_used_is_one_clear_error_at_once(
+    server: GrpcServer, fault: Callable[[Any, Any], None], words: str
+) -> None:
     asked = TritonBackend(server.url, "m", 2, 0.4)
     server.faults = [fault, abort("UNKNOWN", "asked again")]
     with pytest.raises(ServerError, match=words):

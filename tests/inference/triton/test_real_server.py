@@ -44,7 +44,18 @@ def exported(program: Path, trained: Path) -> Path:
     """The folder in which `digits` was trained and exported, with batches of at most 16."""
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(trained)
-        line = ["export", "digits", "--to", "triton", "--triton.max_batch_size", "16", "--triton.preferred_batch_sizes", "[8,16]", "--images", "40"]
+        line = [
+            "export",
+            "digits",
+            "--to",
+            "triton",
+            "--triton.max_batch_size",
+            "16",
+            "--triton.preferred_batch_sizes",
+            "[8,16]",
+            "--images",
+            "40",
+        ]
         subprocess.run([*PYTHON, *line], check=True, capture_output=True, text=True)
     return trained
 
@@ -77,7 +88,9 @@ def started(folder: Path, program: Path, runs: Path) -> Iterator[Running]:
     try:
         yield Running(folder, runs, given)
     finally:
-        ended = subprocess.run([*PYTHON, "triton", "stop", "digits", "--runs_dir", str(runs)], cwd=folder, capture_output=True, text=True)
+        ended = subprocess.run(
+            [*PYTHON, "triton", "stop", "digits", "--runs_dir", str(runs)], cwd=folder, capture_output=True, text=True
+        )
         assert ended.returncode == 0, ended.stderr
 
 
@@ -117,10 +130,23 @@ def whole(server: Running, pixels: np.ndarray) -> np.ndarray:
 
 
 def answers(folder: Path, command: Command, *more: str) -> Answer:
-    return command("infer", "--checkpoint_name", "digits", "--images", str(folder / "data/digits/test"), "--format", "csv", "--top_k", "10", *more)
+    return command(
+        "infer",
+        "--checkpoint_name",
+        "digits",
+        "--images",
+        str(folder / "data/digits/test"),
+        "--format",
+        "csv",
+        "--top_k",
+        "10",
+        *more,
+    )
 
 
-def test_a_real_folder_gets_the_same_answers(server: Running, exported: Path, command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_real_folder_gets_the_same_answers(
+    server: Running, exported: Path, command: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(exported)
     expected = list(csv.DictReader(io.StringIO(answers(exported, command).out)))
     assert len(expected) > 100
@@ -137,7 +163,10 @@ def test_a_real_folder_gets_the_same_answers(server: Running, exported: Path, co
     for line in (("verify", "digits"), ("test", "--checkpoint_name", "digits")):
         done = command(*line, "--backend", "triton", "--url", server.urls[0])
         assert done.code == 0, done.err
-    assert "triton    100% of 8 golden images" in command("verify", "digits", "--backend", "triton", "--url", server.urls[1]).out
+    assert (
+        "triton    100% of 8 golden images"
+        in command("verify", "digits", "--backend", "triton", "--url", server.urls[1]).out
+    )
 
 
 @SCHEMES
@@ -199,7 +228,9 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @SCHEMES
-def test_a_server_that_is_killed_midway_is_one_clear_error(exported: Path, program: Path, tmp_path: Path, scheme: int, quick: None) -> None:
+def test_a_server_that_is_killed_midway_is_one_clear_error(
+    exported: Path, program: Path, tmp_path: Path, scheme: int, quick: None
+) -> None:
     with started(exported, program, tmp_path) as running:
         backend, golden = TritonBackend.of(running.bundle, running.urls[scheme]), Golden.of(running.bundle)
         backend.logits(golden.pixels)
@@ -209,7 +240,12 @@ def test_a_server_that_is_killed_midway_is_one_clear_error(exported: Path, progr
 
 
 def test_a_killed_server_leaves_no_half_table(
-    exported: Path, program: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], quick: None
+    exported: Path,
+    program: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+    quick: None,
 ) -> None:
     monkeypatch.chdir(exported)
     with started(exported, program, tmp_path) as running:
@@ -223,7 +259,17 @@ def test_a_killed_server_leaves_no_half_table(
             return asked(self, pixels)
 
         monkeypatch.setattr(TritonBackend, "logits_and_embeddings", killing)
-        line = ("infer", "--checkpoint_name", "digits", "--images", "data/digits/test", "--output", str(tmp_path / "out.csv"), "--format", "csv")
+        line = (
+            "infer",
+            "--checkpoint_name",
+            "digits",
+            "--images",
+            "data/digits/test",
+            "--output",
+            str(tmp_path / "out.csv"),
+            "--format",
+            "csv",
+        )
         done = run_command(monkeypatch, capfd, (*line, "--backend", "triton", "--url", running.urls[0]))
     assert done.code == 2 and "cannot be used: the connection failed" in done.err and done.err.count("\n") == 1
     assert len(calls) == 2 and not (tmp_path / "out.csv").exists()
@@ -246,7 +292,9 @@ def slow_server(exported: Path, program: Path, folder: Path, delay_ms: int) -> I
     config = folder / "triton/digits/config.pbtxt"
     slow = f'parameters {{ key: "delay_ms" value {{ string_value: "{delay_ms}" }} }}\n'
     text = (
-        config.read_text().replace("max_queue_size: 256", "max_queue_size: 1").replace("preferred_batch_size: [8, 16]", "preferred_batch_size: [1]")
+        config.read_text()
+        .replace("max_queue_size: 256", "max_queue_size: 1")
+        .replace("preferred_batch_size: [8, 16]", "preferred_batch_size: [1]")
     )
     config.write_text(text.replace("max_batch_size: 16", "max_batch_size: 1") + slow)
     given = ports()
@@ -256,7 +304,11 @@ def slow_server(exported: Path, program: Path, folder: Path, delay_ms: int) -> I
         for key, value in (("address", "127.0.0.1"), ("port", port))
     ]
     with (folder / "log").open("wb") as log:
-        process = subprocess.Popen([program, f"--model-repository={folder / 'triton'}", *flags, "--exit-timeout-secs=2"], stdout=log, stderr=log)
+        process = subprocess.Popen(
+            [program, f"--model-repository={folder / 'triton'}", *flags, "--exit-timeout-secs=2"],
+            stdout=log,
+            stderr=log,
+        )
     try:
         urls = [f"http://127.0.0.1:{given[1]}", f"grpc://127.0.0.1:{given[3]}"]
         deadline = time.monotonic() + 60
@@ -287,7 +339,9 @@ def test_a_full_queue_and_an_answer_that_takes_too_long(
 
     def at_once(count: int) -> None:
         outcomes.clear()
-        threads = [threading.Thread(target=ask, args=(TritonBackend(urls[scheme], "digits", 10),)) for _ in range(count)]
+        threads = [
+            threading.Thread(target=ask, args=(TritonBackend(urls[scheme], "digits", 10),)) for _ in range(count)
+        ]
         for thread in threads:
             thread.start()
         for thread in threads:
@@ -297,7 +351,9 @@ def test_a_full_queue_and_an_answer_that_takes_too_long(
         monkeypatch.setattr(client, "RETRIES", 0)
         at_once(12)
         refused = [outcome for outcome in outcomes if isinstance(outcome, str)]
-        assert refused and all("xceeds maximum queue size" in text and "triton.max_queue_size" in text for text in refused), outcomes
+        assert refused and all(
+            "xceeds maximum queue size" in text and "triton.max_queue_size" in text for text in refused
+        ), outcomes
         assert len(refused) < 12
         monkeypatch.setattr(client, "RETRIES", 5)
         at_once(6)

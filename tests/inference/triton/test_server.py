@@ -47,12 +47,16 @@ def ports() -> list[str]:
     found = [str(item.getsockname()[1]) for item in sockets]
     for item in sockets:
         item.close()
-    return [word for key, port in zip(("http", "grpc", "metrics"), found, strict=True) for word in (f"--{key}_port", port)]
+    return [
+        word for key, port in zip(("http", "grpc", "metrics"), found, strict=True) for word in (f"--{key}_port", port)
+    ]
 
 
 def program(path: Path, mode: str, golden: Path) -> str:
     """A `tritonserver` that behaves as `mode` says."""
-    path.write_text(f'#!/bin/sh\nPYTHONPATH={ROOT} exec {sys.executable} -m tests.inference.triton.v2_server {mode} {golden} "$@"\n')
+    path.write_text(
+        f'#!/bin/sh\nPYTHONPATH={ROOT} exec {sys.executable} -m tests.inference.triton.v2_server {mode} {golden} "$@"\n'
+    )
     path.chmod(0o755)
     return str(path)
 
@@ -63,7 +67,15 @@ Start = Callable[..., Answer]
 @pytest.fixture
 def start(bundle: Path, tmp_path: Path, command: Command) -> Start:
     def run(mode: str, *more: str) -> Answer:
-        return command("triton", "start", "small", "--tritonserver", program(tmp_path / "tritonserver", mode, bundle / "golden.npz"), *ports(), *more)
+        return command(
+            "triton",
+            "start",
+            "small",
+            "--tritonserver",
+            program(tmp_path / "tritonserver", mode, bundle / "golden.npz"),
+            *ports(),
+            *more,
+        )
 
     return run
 
@@ -100,12 +112,20 @@ class TestProgram:
     @pytest.mark.parametrize("mode", ["wrong", "zeros"])
     def test_readiness_that_lies_is_found_out(self, start: Start, tmp_path: Path, mode: str) -> None:
         done = start(mode)
-        assert done.code == 2 and "answers a golden image otherwise than the bundle" in done.err and done.err.count("\n") == 1
+        assert (
+            done.code == 2
+            and "answers a golden image otherwise than the bundle" in done.err
+            and done.err.count("\n") == 1
+        )
         assert not (tmp_path / "runs/triton/small/server.json").exists()
 
     def test_a_server_that_ends_says_why(self, start: Start, tmp_path: Path) -> None:
         done = start("dies")
-        assert done.code == 2 and "the server ended before it was ready: E1122" in done.err and "the model cannot be loaded" in done.err
+        assert (
+            done.code == 2
+            and "the server ended before it was ready: E1122" in done.err
+            and "the model cannot be loaded" in done.err
+        )
         assert not (tmp_path / "runs/triton/small/server.json").exists()
 
     def test_one_that_is_never_ready_is_stopped(self, start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -113,7 +133,9 @@ class TestProgram:
 
         pids: list[int] = []
         spawn = os.posix_spawn
-        monkeypatch.setattr(server.os, "posix_spawn", lambda *line, **more: pids.append(spawn(*line, **more)) or pids[-1])
+        monkeypatch.setattr(
+            server.os, "posix_spawn", lambda *line, **more: pids.append(spawn(*line, **more)) or pids[-1]
+        )
         done = start("never", "--wait_s", "2")
         assert done.code == 2 and "was not ready within 2 s" in done.err and "server.log" in done.err
         assert len(pids) == 1 and not runs(pids[0])
@@ -129,7 +151,9 @@ class TestProgram:
         assert command("triton", "stop", "small").code == 0
         assert not runs(known["pid"])
 
-    def test_a_server_that_was_killed_can_be_started_again(self, start: Start, command: Command, tmp_path: Path) -> None:
+    def test_a_server_that_was_killed_can_be_started_again(
+        self, start: Start, command: Command, tmp_path: Path
+    ) -> None:
         assert start("right").code == 0
         os.kill(int(str(state(tmp_path)["pid"])), 9)
         time.sleep(0.2)
@@ -196,7 +220,11 @@ def test_docker_compose_is_told_where_and_ends_its_own_project(
 @pytest.mark.parametrize(
     ("up", "version", "words"),
     [
-        ("exit 0", 1, "this machine's docker has no `compose`: install Docker with its compose plugin, or name a program"),
+        (
+            "exit 0",
+            1,
+            "this machine's docker has no `compose`: install Docker with its compose plugin, or name a program",
+        ),
         (
             "echo one >&2; echo 'Cannot connect to the Docker daemon' >&2; exit 1",
             0,
@@ -212,7 +240,9 @@ def test_docker_that_fails_is_one_line(
     assert done.code == 2 and words in done.err and done.err.count("\n") == 1
 
 
-def test_no_docker_no_repository_no_action(bundle: Path, tmp_path: Path, command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_docker_no_repository_no_action(
+    bundle: Path, tmp_path: Path, command: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
     done = command("triton", "start", "small")
     assert done.code == 2 and "there is no docker on this machine" in done.err and done.err.count("\n") == 1
@@ -225,7 +255,10 @@ def test_no_docker_no_repository_no_action(bundle: Path, tmp_path: Path, command
             ServerSettings(**{"action": "start", "checkpoint_name": "small", **changed})  # type: ignore[arg-type]
     info = json.loads((bundle / "bundle.json").read_text())
     (bundle / "bundle.json").write_text(json.dumps({**info, "exports": {}}))
-    assert "holds no model repository: python commands.py export small --to triton" in command("triton", "start", "small").err
+    assert (
+        "holds no model repository: python commands.py export small --to triton"
+        in command("triton", "start", "small").err
+    )
 
 
 @pytest.mark.parametrize("keys", [partial(InferSettings, images=["x.png"]), TestSettings, VerifySettings])
@@ -242,6 +275,9 @@ def test_an_address_and_its_backend_go_together(keys: Callable[..., object]) -> 
 
 def test_infer_says_what_is_wrong_with_its_server_in_one_line(bundle: Path, command: Command) -> None:
     (bundle.parents[1] / "x.png").write_bytes(b"")
-    for url, words in (("a:8000", "is no address of a Triton server"), ("http://nowhere.invalid", "cannot be used: the connection failed")):
+    for url, words in (
+        ("a:8000", "is no address of a Triton server"),
+        ("http://nowhere.invalid", "cannot be used: the connection failed"),
+    ):
         done = command("infer", "--checkpoint_name", "small", "--images", "x.png", "--backend", "triton", "--url", url)
         assert done.code == 2 and words in done.err and done.err.count("\n") == 1, done.err

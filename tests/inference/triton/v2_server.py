@@ -20,7 +20,10 @@ Model = Callable[[np.ndarray], dict[str, np.ndarray]]
 def brightness(pixels: np.ndarray) -> dict[str, np.ndarray]:
     """Logits float32 [N, 2] and embedding float32 [N, 3], which differ for every image."""
     mean = pixels.mean(axis=(2, 3), dtype=np.float64)
-    return {"logits": np.stack([-mean.sum(1), mean[:, 0]], axis=1).astype(np.float32), "embedding": mean.astype(np.float32)}
+    return {
+        "logits": np.stack([-mean.sum(1), mean[:, 0]], axis=1).astype(np.float32),
+        "embedding": mean.astype(np.float32),
+    }
 
 
 class V2Server(ThreadingHTTPServer):
@@ -40,7 +43,9 @@ class V2Server(ThreadingHTTPServer):
     def url(self) -> str:
         return f"http://127.0.0.1:{self.server_address[1]}"
 
-    def handle_error(self, request: Any, client_address: Any) -> None:  # a client that hangs up is what some tests are about
+    def handle_error(
+        self, request: Any, client_address: Any
+    ) -> None:  # a client that hangs up is what some tests are about
         pass
 
 
@@ -79,11 +84,21 @@ class Handler(BaseHTTPRequestHandler):
     def tensors(self, found: dict[str, np.ndarray], **changed: Any) -> None:
         """Answer with tensors; `changed` lies about them."""
         rows = [
-            {"name": name, "datatype": "FP32", "shape": list(value.shape), "parameters": {"binary_data_size": value.nbytes}, **changed}
+            {
+                "name": name,
+                "datatype": "FP32",
+                "shape": list(value.shape),
+                "parameters": {"binary_data_size": value.nbytes},
+                **changed,
+            }
             for name, value in found.items()
         ]
         words = json.dumps({"model_name": self.server.name, "outputs": rows}).encode()
-        self.answer(200, words + b"".join(value.tobytes() for value in found.values()), {"Inference-Header-Content-Length": str(len(words))})
+        self.answer(
+            200,
+            words + b"".join(value.tobytes() for value in found.values()),
+            {"Inference-Header-Content-Length": str(len(words))},
+        )
 
     def answer(self, status: int, content: object = b"", headers: dict[str, str] | None = None) -> None:
         body = content if isinstance(content, bytes) else json.dumps(content).encode()
@@ -114,7 +129,10 @@ def main(line: list[str]) -> None:
     assert flags["model-control-mode"] == "none" and flags["http-address"] == "127.0.0.1", flags
     (name,) = (path.name for path in Path(flags["model-repository"]).iterdir() if path.is_dir())
     if mode == "dies":
-        print("I1122 tritonserver.cc:1 a banner\nE1122 model_repository_manager.cc:1 the model cannot be loaded\nI1122 bye", flush=True)
+        print(
+            "I1122 tritonserver.cc:1 a banner\nE1122 model_repository_manager.cc:1 the model cannot be loaded\nI1122 bye",
+            flush=True,
+        )
         raise SystemExit(1)
     known = {row.tobytes(): number for number, row in enumerate(golden["pixels"])}
     sign = {"wrong": -1, "zeros": 0}.get(mode, 1)

@@ -47,7 +47,9 @@ class Victim:
                 connection.sendall(content)
             return all_of(connection)
 
-    def ask(self, path: str, body: bytes | None = None, kind: bytes = FORM, method: str = "", more: bytes = b"") -> tuple[int, dict[str, str], bytes]:
+    def ask(
+        self, path: str, body: bytes | None = None, kind: bytes = FORM, method: str = "", more: bytes = b""
+    ) -> tuple[int, dict[str, str], bytes]:
         """Status, headers and content of one honest request."""
         verb = method or ("GET" if body is None else "POST")
         said = self.raw(head(verb, path, body, kind, more + b"Connection: close\r\n") + (body or b""))
@@ -119,7 +121,9 @@ def begun(folder: Path, bundle: Path, *line: str, wrap: tuple[str, ...] = (), po
     port = port or free_port()
     words = [*wrap, sys.executable, str(ROOT / "commands.py"), "serve", str(bundle), "--port", str(port), *line]
     with log.open("w") as errors:
-        process = subprocess.Popen(words, cwd=folder, **{"stdout": subprocess.PIPE, "stderr": errors, "text": True, **options})
+        process = subprocess.Popen(
+            words, cwd=folder, **{"stdout": subprocess.PIPE, "stderr": errors, "text": True, **options}
+        )
     return Victim(process, port, log)
 
 

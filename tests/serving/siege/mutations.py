@@ -36,12 +36,20 @@ def seeds() -> list[bytes]:
             buffer = io.BytesIO()
             try:
                 image = Image.fromarray(pixels).convert(mode)
-                options = {"save_all": True, "append_images": [image] * 3} if kind in ("GIF", "WEBP", "TIFF") and mode == "P" else {}
+                options = (
+                    {"save_all": True, "append_images": [image] * 3}
+                    if kind in ("GIF", "WEBP", "TIFF") and mode == "P"
+                    else {}
+                )
                 image.save(buffer, kind, **options)
             except (OSError, ValueError):
                 continue
             found.append(buffer.getvalue())
-    for options in ({"progressive": True}, {"exif": b"Exif\0\0MM\0*\0\0\0\x08\0\x01\x01\x12\0\x03\0\0\0\x01\0\x06\0\0\0\0\0\0"}, {"quality": 1}):
+    for options in (
+        {"progressive": True},
+        {"exif": b"Exif\0\0MM\0*\0\0\0\x08\0\x01\x01\x12\0\x03\0\0\0\x01\0\x06\0\0\0\0\0\0"},
+        {"quality": 1},
+    ):
         buffer = io.BytesIO()
         Image.fromarray(pixels[..., :3]).save(buffer, "JPEG", **options)
         found.append(buffer.getvalue())
@@ -72,7 +80,16 @@ def _extremes(content: bytearray, chance: random.Random, other: bytes) -> None:
     for _ in range(chance.randint(1, 4)):
         place = chance.randrange(min(len(content), 128))
         value = chance.choice(
-            [b"\0\0\0\0", b"\xff\xff\xff\xff", b"\x7f\xff\xff\xff", b"\xff\xff\xff\x7f", b"\x80\0\0\0", b"\xff\xff", b"\0\0", b"\x01"]
+            [
+                b"\0\0\0\0",
+                b"\xff\xff\xff\xff",
+                b"\x7f\xff\xff\xff",
+                b"\xff\xff\xff\x7f",
+                b"\x80\0\0\0",
+                b"\xff\xff",
+                b"\0\0",
+                b"\x01",
+            ]
         )
         content[place : place + len(value)] = value
 
@@ -87,7 +104,14 @@ def _repeat(content: bytearray, chance: random.Random, other: bytes) -> None:
     content[place:place] = content[place : place + chance.randint(1, 64)] * chance.randint(1, 50)
 
 
-_MUTATIONS: tuple[Callable[[bytearray, random.Random, bytes], None], ...] = (_flip, _cut, _splice, _extremes, _shuffle, _repeat)
+_MUTATIONS: tuple[Callable[[bytearray, random.Random, bytes], None], ...] = (
+    _flip,
+    _cut,
+    _splice,
+    _extremes,
+    _shuffle,
+    _repeat,
+)
 
 
 def mutated(count: int, seed: int = 0) -> Iterator[bytes]:
@@ -149,7 +173,9 @@ def answered(found: Victim, images: list[bytes]) -> Counter[int]:
         async def one() -> None:
             for image in waiting:
                 body = form(image)
-                status, content = await exchange(found.port, head("POST", "/predict", body, more=b"Connection: close\r\n") + body)
+                status, content = await exchange(
+                    found.port, head("POST", "/predict", body, more=b"Connection: close\r\n") + body
+                )
                 statuses[status] += 1
                 assert status in (200, 413, 415, 422), (status, content, image)
                 (prediction,) = json.loads(content)["predictions"]
@@ -170,7 +196,10 @@ def main(bundle: Path, count: int = 10_000, seed: int = 0) -> None:
         for start in range(0, count, step):
             statuses = answered(found, images[start : start + step])
             server, model = found.memory()
-            print(f"{min(count, start + step)} images: {dict(statuses)}; server {server:.1f} MiB, model {model:.1f} MiB", flush=True)
+            print(
+                f"{min(count, start + step)} images: {dict(statuses)}; server {server:.1f} MiB, model {model:.1f} MiB",
+                flush=True,
+            )
         print(f"restarts of the model's process: {found.gauge('restarts'):.0f}")
 
 

@@ -32,7 +32,12 @@ def tensor(data: bytes, rows: int = 1) -> bytes:
         ("/predict", JSON, b'{"images":[' + b"{}," * 90_000 + b"{}]}", 413),
         ("/predict", JSON, b"{" + b'"a":1,' * M + b'"b":1}', 413),
         ("/predict", JSON, b'{"images":' + b"[" * M, 422),
-        ("/predict", FORM, b'--f\r\nContent-Disposition: form-data; name="a"\r\n\r\n\r\n' * 100_000 + b"--f--\r\n", 400),
+        (
+            "/predict",
+            FORM,
+            b'--f\r\nContent-Disposition: form-data; name="a"\r\n\r\n\r\n' * 100_000 + b"--f--\r\n",
+            400,
+        ),
         ("/predict", FORM, b"--f\r\n" + b"X-A: b\r\n" * M, 400),
         ("/predict", FORM, form(*[b"x"] * 10_000), 413),
         (V2, JSON, tensor(b"1," * 3 * M + b"1"), 413),
@@ -52,7 +57,10 @@ def test_a_small_bomb_costs_little(besieged: Victim, path: str, kind: bytes, bod
 
 
 def test_a_body_in_crumbs_is_refused(besieged: Victim) -> None:
-    said = besieged.raw(head("POST", "/predict", more=FORM + b"Transfer-Encoding: chunked\r\nConnection: close\r\n") + b"1\r\nx\r\n" * 200_000)
+    said = besieged.raw(
+        head("POST", "/predict", more=FORM + b"Transfer-Encoding: chunked\r\nConnection: close\r\n")
+        + b"1\r\nx\r\n" * 200_000
+    )
     assert reply_of(said)[0] in (0, 400)
 
 

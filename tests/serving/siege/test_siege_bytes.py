@@ -31,9 +31,13 @@ def test_more_classes_than_can_be_counted_are_all_of_them(besieged: Victim, seve
     assert besieged.ask("/predict", asked, JSON)[0] == 422
 
 
-@pytest.mark.parametrize("length", [b"-1", b"+5", b"5, 6", b"0x5", b"5\r\nContent-Length: 6", b"9" * 25, b"9" * 5000, b"\xb2", b""])
+@pytest.mark.parametrize(
+    "length", [b"-1", b"+5", b"5, 6", b"0x5", b"5\r\nContent-Length: 6", b"9" * 25, b"9" * 5000, b"\xb2", b""]
+)
 def test_a_length_that_is_none_is_refused(besieged: Victim, length: bytes) -> None:
-    reply = reply_of(besieged.raw(b"POST /predict HTTP/1.1\r\n" + CLOSE + FORM + b"Content-Length: " + length + b"\r\n\r\nhello"))
+    reply = reply_of(
+        besieged.raw(b"POST /predict HTTP/1.1\r\n" + CLOSE + FORM + b"Content-Length: " + length + b"\r\n\r\nhello")
+    )
     assert reply[0] in (400, 413)
 
 
@@ -46,9 +50,14 @@ def test_a_length_beside_chunks_is_refused(besieged: Victim, seven: bytes) -> No
     assert reply_of(said)[0] == 400 and said.count(b"HTTP/1.1 ") == 1
 
 
-@pytest.mark.parametrize("coding", [b"xchunked", b"chunked, identity", b"identity", b"gzip, chunked", b"chunked\r\nTransfer-Encoding: chunked"])
+@pytest.mark.parametrize(
+    "coding",
+    [b"xchunked", b"chunked, identity", b"identity", b"gzip, chunked", b"chunked\r\nTransfer-Encoding: chunked"],
+)
 def test_other_codings_of_a_body_are_refused(besieged: Victim, coding: bytes) -> None:
-    assert reply_of(besieged.raw(b"POST /predict HTTP/1.1\r\n" + CLOSE + b"Transfer-Encoding: " + coding + b"\r\n\r\n0\r\n\r\n"))[0] in (400, 501)
+    assert reply_of(
+        besieged.raw(b"POST /predict HTTP/1.1\r\n" + CLOSE + b"Transfer-Encoding: " + coding + b"\r\n\r\n0\r\n\r\n")
+    )[0] in (400, 501)
 
 
 @pytest.mark.parametrize("chunk", [b"F" * 30, b"-1", b"0x5", b"", b"5 5", b"\x00", b"G"])
@@ -56,14 +65,18 @@ def test_a_chunk_of_no_size_is_refused(besieged: Victim, chunk: bytes) -> None:
     assert reply_of(besieged.raw(CHUNKED + b"\r\n" + chunk + b"\r\nhello\r\n0\r\n\r\n"))[0] == 400
 
 
-@pytest.mark.parametrize("chunk", [b"F" * 18 + b"\r\nxx", b"5;" + b"x" * 70_000, b"5;", b"0\r\n" + b"a: b\r\n" * 20_000])
+@pytest.mark.parametrize(
+    "chunk", [b"F" * 18 + b"\r\nxx", b"5;" + b"x" * 70_000, b"5;", b"0\r\n" + b"a: b\r\n" * 20_000]
+)
 def test_a_chunk_that_never_ends_is_cut_off(besieged: Victim, chunk: bytes) -> None:
     assert reply_of(besieged.raw(CHUNKED + b"\r\n" + chunk))[0] in (400, 408, 413)
 
 
 def test_a_body_that_breaks_after_its_answer_ends_the_connection(besieged: Victim) -> None:
     with closing(besieged.connect()) as connection:
-        connection.sendall(b"POST /predict HTTP/1.1\r\nHost: evil.example\r\nTransfer-Encoding: chunked\r\n\r\n5\r\nhello\r\n")
+        connection.sendall(
+            b"POST /predict HTTP/1.1\r\nHost: evil.example\r\nTransfer-Encoding: chunked\r\n\r\n5\r\nhello\r\n"
+        )
         answer = b""
         while b'"request_id"' not in answer:  # its head and its content may come one after the other
             answer += connection.recv(2**16)
@@ -93,19 +106,34 @@ def test_what_is_no_request_gets_400_or_nothing(besieged: Victim, request_line: 
 
 
 @pytest.mark.parametrize(
-    "path", ["/page/%00", "/page/" + "a" * 3000, "/page/" + "a/" * 2000, "/page/../app.py", "/page/%2e%2e/app.py", "/page//etc/passwd"]
+    "path",
+    [
+        "/page/%00",
+        "/page/" + "a" * 3000,
+        "/page/" + "a/" * 2000,
+        "/page/../app.py",
+        "/page/%2e%2e/app.py",
+        "/page//etc/passwd",
+    ],
 )
 def test_no_path_is_too_odd_for_the_page(besieged: Victim, path: str) -> None:
     assert besieged.ask(path)[0] == 404
 
 
-@pytest.mark.parametrize("lines", [b"X: " + b"a" * 300_000, b"\r\n".join([b"X: a"] * 60_000), b"X: a\0b", b"X : a", b"Host: other", b": a", b"X"])
+@pytest.mark.parametrize(
+    "lines",
+    [b"X: " + b"a" * 300_000, b"\r\n".join([b"X: a"] * 60_000), b"X: a\0b", b"X : a", b"Host: other", b": a", b"X"],
+)
 def test_a_head_that_is_none_is_refused(besieged: Victim, lines: bytes) -> None:
     assert reply_of(besieged.raw(b"GET /healthz HTTP/1.1\r\n" + CLOSE + lines + b"\r\n\r\n"))[0] in (0, 400, 431)
 
 
 @pytest.mark.parametrize(
-    "upgrade", [b"websocket\r\nSec-WebSocket-Key: x\r\nSec-WebSocket-Version: 13", b"h2c\r\nHTTP2-Settings: AAMAAABkAARAAAAAAAIAAAAA"]
+    "upgrade",
+    [
+        b"websocket\r\nSec-WebSocket-Key: x\r\nSec-WebSocket-Version: 13",
+        b"h2c\r\nHTTP2-Settings: AAMAAABkAARAAAAAAAIAAAAA",
+    ],
 )
 def test_another_protocol_is_not_taken_up(besieged: Victim, upgrade: bytes) -> None:
     asked = b"GET /healthz HTTP/1.1\r\n" + HOST + b"Connection: Upgrade, close\r\nUpgrade: " + upgrade + b"\r\n\r\n"
@@ -123,7 +151,9 @@ def test_old_and_careful_clients_are_served(besieged: Victim, seven: bytes) -> N
 
 
 def test_whoever_may_not_ask_is_told_before_the_body_is_sent(besieged: Victim, seven: bytes) -> None:
-    request = head("POST", "/predict", form(seven), more=b"Expect: 100-continue\r\n").replace(b"localhost", b"evil.example")
+    request = head("POST", "/predict", form(seven), more=b"Expect: 100-continue\r\n").replace(
+        b"localhost", b"evil.example"
+    )
     with closing(besieged.connect()) as connection:
         connection.sendall(request)
         assert connection.recv(2**16).startswith(b"HTTP/1.1 403 ")
@@ -166,6 +196,8 @@ def test_an_answer_waits_for_nobody_who_sends_a_byte_a_second(besieged: Victim) 
         (b"Origin: http://localhost\r\nSec-Fetch-Site: cross-site\r\n", 403),
     ],
 )
-def test_a_page_of_another_site_is_known_by_its_origin_too(besieged: Victim, seven: bytes, said: bytes, status: int) -> None:
+def test_a_page_of_another_site_is_known_by_its_origin_too(
+    besieged: Victim, seven: bytes, said: bytes, status: int
+) -> None:
     """Over plain HTTP to another machine browsers send no Sec-Fetch-Site."""
     assert besieged.ask("/predict", form(seven), more=said)[0] == status

@@ -16,7 +16,13 @@ import pytest
 
 from tests.serving.siege.attackers import Victim, all_of, form, head, reply_of, until, victim
 
-LIMITS = ("request.headers_s=1", "request.body_s=1", "request.max_connections=100", "queue=64", "request.max_memory=70000000")
+LIMITS = (
+    "request.headers_s=1",
+    "request.body_s=1",
+    "request.max_connections=100",
+    "queue=64",
+    "request.max_memory=70000000",
+)
 
 
 @pytest.fixture(scope="module")
@@ -42,7 +48,15 @@ def opened(small: Victim, count: int, stack: ExitStack, said: bytes = b"") -> li
     return found
 
 
-@pytest.mark.parametrize("said", [b"", b"GET /healthz HT", head("POST", "/predict", bytes(1000)), head("POST", "/predict", bytes(1000)) + bytes(500)])
+@pytest.mark.parametrize(
+    "said",
+    [
+        b"",
+        b"GET /healthz HT",
+        head("POST", "/predict", bytes(1000)),
+        head("POST", "/predict", bytes(1000)) + bytes(500),
+    ],
+)
 def test_connections_that_say_nothing_more_are_closed(small: Victim, said: bytes) -> None:
     with ExitStack() as stack:
         silent = opened(small, 60, stack, said)
@@ -129,8 +143,13 @@ def test_a_body_that_does_not_go_on_gives_way(digits_bundle: Path, tmp_path: Pat
 @pytest.mark.slow
 def test_whoever_is_refused_in_the_middle_of_a_large_body_hears_why(digits_bundle: Path, tmp_path: Path) -> None:
     (tmp_path / "keys.txt").write_text("0123456789abcdef\n")
-    with victim(tmp_path, digits_bundle, "access.keys_file=keys.txt", "request.headers_s=2") as found, closing(found.connect()) as connection:
-        sent = threading.Thread(target=_send, args=(connection, head("POST", "/predict", bytes(60_000_000)) + bytes(60_000_000)))
+    with (
+        victim(tmp_path, digits_bundle, "access.keys_file=keys.txt", "request.headers_s=2") as found,
+        closing(found.connect()) as connection,
+    ):
+        sent = threading.Thread(
+            target=_send, args=(connection, head("POST", "/predict", bytes(60_000_000)) + bytes(60_000_000))
+        )
         sent.start()
         said = b""
         while not said.endswith(b"}"):
@@ -187,7 +206,9 @@ def test_whoever_reads_no_answer_is_left_alone(small: Victim) -> None:
 
 
 @pytest.mark.slow
-def test_thousands_of_connections_on_a_machine_that_allows_few_files(digits_bundle: Path, tmp_path: Path, seven: bytes) -> None:
+def test_thousands_of_connections_on_a_machine_that_allows_few_files(
+    digits_bundle: Path, tmp_path: Path, seven: bytes
+) -> None:
     def few() -> None:
         resource.setrlimit(resource.RLIMIT_NOFILE, (1024, 1024))
 

@@ -19,7 +19,18 @@ import pytest
 
 import image_classifier.serving
 from tests.conftest import ROOT
-from tests.serving.siege.attackers import HANG_S, Victim, begun, exchange, form, head, keep_asking, until, victim, wait_until_ready
+from tests.serving.siege.attackers import (
+    HANG_S,
+    Victim,
+    begun,
+    exchange,
+    form,
+    head,
+    keep_asking,
+    until,
+    victim,
+    wait_until_ready,
+)
 
 _CLIENTS = 16
 Fault = Callable[[], None]
@@ -59,7 +70,9 @@ def only_200(replies: Replies) -> bool:
 
 
 @pytest.mark.slow
-def test_no_request_is_lost_when_the_models_process_is_killed(digits_bundle: Path, tmp_path: Path, seven: bytes) -> None:
+def test_no_request_is_lost_when_the_models_process_is_killed(
+    digits_bundle: Path, tmp_path: Path, seven: bytes
+) -> None:
     with victim(tmp_path, digits_bundle) as found:
 
         def kill() -> None:
@@ -73,16 +86,24 @@ def test_no_request_is_lost_when_the_models_process_is_killed(digits_bundle: Pat
 
 
 @pytest.mark.slow
-def test_no_request_is_lost_when_the_models_process_stands_still(digits_bundle: Path, tmp_path: Path, seven: bytes) -> None:
+def test_no_request_is_lost_when_the_models_process_stands_still(
+    digits_bundle: Path, tmp_path: Path, seven: bytes
+) -> None:
     with victim(tmp_path, digits_bundle, "canary_s=1", "hang_s=2") as found:
         assert only_200(loaded(found, seven, [(1, lambda: send(found.model_pids[0], signal.SIGSTOP)())], after_s=5))
         assert found.gauge("restarts") == 1 and found.ask("/readyz")[0] == 200
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("numbers", [[signal.SIGTERM], [signal.SIGINT], [signal.SIGTERM, signal.SIGTERM], [signal.SIGTERM, signal.SIGINT]], ids=str)
+@pytest.mark.parametrize(
+    "numbers",
+    [[signal.SIGTERM], [signal.SIGINT], [signal.SIGTERM, signal.SIGTERM], [signal.SIGTERM, signal.SIGINT]],
+    ids=str,
+)
 @pytest.mark.parametrize("killed", ["", "before", "after"])
-def test_what_was_begun_is_answered_before_the_end(digits_bundle: Path, tmp_path: Path, seven: bytes, numbers: list[int], killed: str) -> None:
+def test_what_was_begun_is_answered_before_the_end(
+    digits_bundle: Path, tmp_path: Path, seven: bytes, numbers: list[int], killed: str
+) -> None:
     found = begun(tmp_path, digits_bundle)
     try:
         wait_until_ready(found)
@@ -91,14 +112,18 @@ def test_what_was_begun_is_answered_before_the_end(digits_bundle: Path, tmp_path
         order = {"": ends, "before": [death, *ends], "after": [*ends, death]}[killed]
         replies = loaded(found, seven, [(1, lambda: None), *order])
         code = found.process.wait(HANG_S)
-        assert code == 0 or (code == 130 and numbers[1:] == [signal.SIGINT]), found.words()  # a Ctrl-C after that ends it at once
+        assert code == 0 or (code == 130 and numbers[1:] == [signal.SIGINT]), (
+            found.words()
+        )  # a Ctrl-C after that ends it at once
     finally:
         found.end(signal.SIGKILL)
     statuses = Counter(status for status, _ in replies)
     assert statuses[200] and set(statuses) <= {200, 503, 0, -1}, statuses
     assert all(b"stopping" in content for status, content in replies if status == 503)
     logged = Counter(request["status"] for request in found.requests() if request["path"] == "/predict")
-    assert logged == Counter({status: count for status, count in statuses.items() if status > 0})  # those of 0 were never taken
+    assert logged == Counter(
+        {status: count for status, count in statuses.items() if status > 0}
+    )  # those of 0 were never taken
     assert "Traceback" not in "\n".join(found.words()), found.words()
 
 
@@ -125,7 +150,9 @@ def test_it_ends_at_once_while_it_starts(digits_bundle: Path, tmp_path: Path, wa
     """A model may take minutes to load; here its process does not even begin."""
     slow = tmp_path / "slow"
     slow.mkdir()
-    (slow / "sitecustomize.py").write_text("import sys, time\nif any('model_process' in word for word in sys.orig_argv): time.sleep(60)\n")
+    (slow / "sitecustomize.py").write_text(
+        "import sys, time\nif any('model_process' in word for word in sys.orig_argv): time.sleep(60)\n"
+    )
     found = begun(tmp_path, digits_bundle, env={**os.environ, "PYTHONPATH": str(slow)})
     try:
         time.sleep(wait_s)
@@ -143,7 +170,12 @@ def test_a_full_disk_costs_no_request(digits_bundle: Path, tmp_path: Path, seven
     def no_file() -> None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))
 
-    with victim(tmp_path, digits_bundle, preexec_fn=no_file, env={**os.environ, "TMPDIR": "/nowhere", "PYTHONDONTWRITEBYTECODE": "1"}) as found:
+    with victim(
+        tmp_path,
+        digits_bundle,
+        preexec_fn=no_file,
+        env={**os.environ, "TMPDIR": "/nowhere", "PYTHONDONTWRITEBYTECODE": "1"},
+    ) as found:
         assert only_200(loaded(found, seven, []))
         assert found.ask("/predict", form(seven, bytes(30 * 2**20)))[0] == 200
 
@@ -215,4 +247,7 @@ def test_a_killed_server_leaves_no_process_behind(digits_bundle: Path, tmp_path:
     wait_until_ready(found)
     (pid,) = found.model_pids
     found.end(signal.SIGKILL)
-    until(lambda: not Path(f"/proc/{pid}/cmdline").exists() or not Path(f"/proc/{pid}/cmdline").read_bytes(), "the model's process ends")
+    until(
+        lambda: not Path(f"/proc/{pid}/cmdline").exists() or not Path(f"/proc/{pid}/cmdline").read_bytes(),
+        "the model's process ends",
+    )

@@ -35,7 +35,11 @@ def test_no_mutated_picture_ends_or_fills_the_models_process(besieged: Victim, s
 
 @pytest.mark.slow
 def test_dirty_pictures_of_the_world_have_their_answer_or_reason(besieged: Victim, shared_data: Path) -> None:
-    paths = [path for path in shared_data.rglob("*") if path.is_file() and path.stat().st_size < 2**22 and "dirty" in str(path)][:300]
+    paths = [
+        path
+        for path in shared_data.rglob("*")
+        if path.is_file() and path.stat().st_size < 2**22 and "dirty" in str(path)
+    ][:300]
     if not paths:
         pytest.skip("no dirty images beside the repository")
     before = besieged.gauge("restarts")

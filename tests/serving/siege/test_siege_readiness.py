@@ -143,7 +143,10 @@ def ended(monkeypatch: pytest.MonkeyPatch) -> Iterator[threading.Event]:
 
 @pytest.mark.parametrize("hangs", ["decoder", "model"])
 def test_a_decoder_or_a_model_that_hangs_ends_its_process(hangs: str, ended: threading.Event) -> None:
-    go_on, order = threading.Event(), SimpleNamespace(batch=BatchSettings(), limits=DecodeLimits(), decode_s=0.4, hang_s=0.4)
+    go_on, order = (
+        threading.Event(),
+        SimpleNamespace(batch=BatchSettings(), limits=DecodeLimits(), decode_s=0.4, hang_s=0.4),
+    )
 
     def wait(*_: object) -> np.ndarray:
         go_on.wait(30)
@@ -168,7 +171,9 @@ def test_a_known_image_with_another_answer_is_told(digits_bundle: Path) -> None:
     assert "not finite" in model.wrong(np.full_like(right, np.nan)) and "of the shape" in model.wrong(right[:, :3])
 
 
-def test_a_version_that_failed_once_is_tried_again_later_and_at_once_when_told(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_a_version_that_failed_once_is_tried_again_later_and_at_once_when_told(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     tries: list[float] = []
 
     async def reload(self: Models, name: str, order: Order) -> None:

@@ -43,7 +43,9 @@ def exchange_folders(bundle: Path, fresh: Path) -> None:
     os.rename(fresh, bundle)
 
 
-def versions_under_load(found: Victim, image: bytes, change: Callable[[], None], done: Callable[[], bool]) -> Counter[str]:
+def versions_under_load(
+    found: Victim, image: bytes, change: Callable[[], None], done: Callable[[], bool]
+) -> Counter[str]:
     """Which versions answered sixteen clients that ask all the time, from before the change until it is done; all were answered."""
     body = form(image)
     request = head("POST", "/predict", body, more=b"Connection: close\r\n") + body
@@ -72,7 +74,9 @@ def test_a_new_version_takes_over_without_a_lost_request(bundle: Path, tmp_path:
     fresh = another(bundle, tmp_path / "fresh")
     with victim(tmp_path, bundle, _EVERY) as found:
         before, (old,) = version(found), found.model_pids
-        seen = versions_under_load(found, seven, lambda: exchange_folders(bundle, fresh), lambda: version(found) != before)
+        seen = versions_under_load(
+            found, seven, lambda: exchange_folders(bundle, fresh), lambda: version(found) != before
+        )
         assert set(seen) == {before, version(found)}
         until(lambda: len(found.model_pids) == 1 and old not in found.model_pids, "the old process is gone")
         assert found.gauge("queue_images") == 0 and found.ask("/readyz")[0] == 200
@@ -123,7 +127,9 @@ def test_a_broken_version_is_said_once_and_the_old_one_stays(bundle: Path, tmp_p
         said = versions_under_load(found, seven, lambda: None, lambda: True)
         assert set(said) == {before}
         assert len(set(complaints())) == len(complaints()), complaints()
-        seen = versions_under_load(found, seven, lambda: exchange_folders(bundle, mended), lambda: version(found) != before)
+        seen = versions_under_load(
+            found, seven, lambda: exchange_folders(bundle, mended), lambda: version(found) != before
+        )
         assert version(found) in seen
 
 
@@ -131,6 +137,11 @@ def test_a_broken_version_is_said_once_and_the_old_one_stays(bundle: Path, tmp_p
 def test_a_bundle_that_is_gone_stops_nothing(bundle: Path, tmp_path: Path, seven: bytes) -> None:
     with victim(tmp_path, bundle, _EVERY) as found:
         moved = bundle.with_name("moved")
-        versions_under_load(found, seven, lambda: os.rename(bundle, moved), lambda: any("stays at version" in line for line in found.words()))
+        versions_under_load(
+            found,
+            seven,
+            lambda: os.rename(bundle, moved),
+            lambda: any("stays at version" in line for line in found.words()),
+        )
         os.rename(moved, bundle)
         assert len([line for line in found.words() if "stays at version" in line]) == 1

@@ -27,8 +27,24 @@ def server(digits_bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Ite
 @pytest.mark.slow
 def test_generated_requests_get_documented_answers(server: Victim, tmp_path: Path) -> None:
     pytest.importorskip("schemathesis", reason="schemathesis is not installed")
-    line = [str(Path(sys.executable).with_name("schemathesis")), "run", f"http://127.0.0.1:{server.port}/openapi.json", "--checks", _CHECKS]
-    line += ["--max-examples", "40", "--seed", "1", "--no-color", "--suppress-health-check", "all", "--generation-database", "none"]
+    line = [
+        str(Path(sys.executable).with_name("schemathesis")),
+        "run",
+        f"http://127.0.0.1:{server.port}/openapi.json",
+        "--checks",
+        _CHECKS,
+    ]
+    line += [
+        "--max-examples",
+        "40",
+        "--seed",
+        "1",
+        "--no-color",
+        "--suppress-health-check",
+        "all",
+        "--generation-database",
+        "none",
+    ]
     done = subprocess.run(line, cwd=tmp_path, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stdout[-6000:]
     assert not [request for request in server.requests() if request["status"] >= 500]
