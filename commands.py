@@ -11,7 +11,7 @@ from collections.abc import Callable
 from typing import Any
 
 from image_classifier import __version__
-from image_classifier.command_line import CONF_DIR, did_you_mean, exit_code, overview, summaries, verb_help
+from image_classifier.cli.options import CONF_DIR, did_you_mean, exit_code, overview, summaries, verb_help
 from image_classifier.errors import ConfigError
 
 PROGRAM = "commands.py"
@@ -49,7 +49,7 @@ class Commands:
 
     def suspects(self) -> None:
         """Find the images that are probably labelled wrong, and propose what to do about each in fix.csv."""
-        self._run("suspects", "image_classifier.training.suspects:suspects")
+        self._run("suspects", "image_classifier.cli.verbs.suspects:suspects")
 
     def train(self) -> None:
         """Train a classifier and leave a bundle in models/NAME/."""
@@ -57,19 +57,19 @@ class Commands:
 
     def tune(self) -> None:
         """Search for the best settings: many trainings, pruned and resumable, on one machine or many."""
-        self._run("tune", "image_classifier.training.tune:tune")
+        self._run("tune", "image_classifier.cli.verbs.tune:tune")
 
     def test(self) -> None:
         """Measure a bundle or a checkpoint on images it never saw."""
-        self._run("test", "image_classifier.inference.test:test")
+        self._run("test", "image_classifier.cli.verbs.test:test")
 
     def report(self) -> None:
         """Write one page about a run, or say whether the second of two is really better."""
-        self._run("report", "image_classifier.evaluation.report.run:report")
+        self._run("report", "image_classifier.cli.verbs.report:report")
 
     def export(self) -> None:
         """Write other forms of a bundle's model, each held against the checkpoint: sealed, int8, OpenVINO, TensorRT, Triton, MLflow."""
-        self._run("export", "image_classifier.exporting.run:export")
+        self._run("export", "image_classifier.exporting.export:export")
 
     def verify(self) -> None:
         """Check a bundle: every file's hash, and the golden images on every backend."""
@@ -77,11 +77,11 @@ class Commands:
 
     def promote(self) -> None:
         """Register a bundle in MLflow, after a last check, and let an alias point to it."""
-        self._run("promote", "image_classifier.exporting.promote:promote")
+        self._run("promote", "image_classifier.cli.verbs.promote:promote")
 
     def triton(self) -> None:
         """Start a Triton server over a bundle's model repository, wait until it really answers, and stop it."""
-        self._run("triton", "image_classifier.inference.triton.server:triton")
+        self._run("triton", "image_classifier.cli.verbs.triton:triton")
 
     def infer(self) -> None:
         """Say what images show, with a bundle, a checkpoint or an ONNX file."""
@@ -89,21 +89,21 @@ class Commands:
 
     def serve(self) -> None:
         """Put models behind HTTP: a web page, a REST API and the V2 protocol."""
-        self._run("serve", "image_classifier.serving.run:serve")
+        self._run("serve", "image_classifier.serving.settings:serve")
 
     def drift(self) -> None:
         """Say whether what a server was asked lately is still like what its model was validated on."""
-        self._run("drift", "image_classifier.serving.drift:drift")
+        self._run("drift", "image_classifier.cli.verbs.drift:drift")
 
     def clean(self) -> None:
         """Remove what can be made again: decoded pixels and what is known of files; images and models stay."""
-        self._run("clean", "image_classifier.dataset.clean:clean")
+        self._run("clean", "image_classifier.cli.verbs.clean:clean")
 
     def _run(self, verb: str, worker: str) -> None:
         if {"--help", "-h"} & set(self._arguments):
             print(verb_help(PROGRAM, verb, summaries(Commands)[verb], CONF_DIR))
         else:
-            from image_classifier.settings import run_verb
+            from image_classifier.cli.hydra_app import run_verb
 
             run_verb(verb, self._arguments, _imported(worker))
 
@@ -133,7 +133,7 @@ def main() -> None:
     elif verb == "--version":
         print(f"image_classifier {__version__}")
     elif verb in ("-sc", "--shell-completion"):
-        from image_classifier.settings import complete
+        from image_classifier.cli.hydra_app import complete
 
         complete(arguments, list(verbs))
     elif verb not in verbs:

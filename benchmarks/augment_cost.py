@@ -21,7 +21,7 @@ from torch.nn import functional
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from image_classifier import settings  # noqa: E402
+from image_classifier.cli import hydra_app  # noqa: E402
 from image_classifier.training.hardware import Hardware, SpeedSettings, choose_hardware  # noqa: E402
 
 _CLASSES = 10
@@ -90,7 +90,7 @@ def network_step(
 
 def recipe(name: str, pixels: torch.Tensor, targets: torch.Tensor) -> Callable[[int], None]:
     with hydra.initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
-        augment = settings.instantiate(hydra.compose("train", [f"augment={name}", "data.flip=true"]).augment)
+        augment = hydra_app.instantiate(hydra.compose("train", [f"augment={name}", "data.flip=true"]).augment)
     generator = torch.Generator()
 
     def act(seed: int) -> None:

@@ -31,11 +31,11 @@ from torchvision.models import resnet18
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from image_classifier.dataset.audit.problems import AuditSettings  # noqa: E402
-from image_classifier.dataset.cache import CacheSettings, PixelCache, open_cache  # noqa: E402
+from image_classifier.dataset.audit.checks import AuditSettings  # noqa: E402
+from image_classifier.dataset.pixel_cache import CacheSettings, PixelCache, open_cache  # noqa: E402
 from image_classifier.dataset.prepare import DataSettings, prepare  # noqa: E402
 from image_classifier.images import Preprocess  # noqa: E402
-from image_classifier.records import Manifest, Record  # noqa: E402
+from image_classifier.manifest import Manifest, Record  # noqa: E402
 from image_classifier.training.datamodule import ImageDataModule  # noqa: E402
 
 
@@ -165,7 +165,7 @@ def _write_rows(folder: Path, rows: int, size: int) -> None:
 
 def write_rows(folder: str, rows: int, size: int) -> None:
     """The files that `_memory` reads."""
-    from image_classifier.dataset.cache import pixels_key
+    from image_classifier.dataset.pixel_cache import pixels_key
 
     digests = np.random.default_rng(0).integers(0, 256, (rows, 32), dtype=np.uint8)
     names = (digest.tobytes().hex() for digest in digests)

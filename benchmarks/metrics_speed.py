@@ -24,7 +24,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from image_classifier.evaluation.blocks import slices  # noqa: E402
-from image_classifier.evaluation.metrics import compute_metrics  # noqa: E402
+from image_classifier.evaluation.metrics.compute import compute_metrics  # noqa: E402
 from image_classifier.predictions import PredictionTable  # noqa: E402
 
 
@@ -99,7 +99,7 @@ def _plot(rows: list[dict[str, float]], path: Path) -> None:
     """The growth of processor time and memory with the number of images, one line for each number of classes."""
     from matplotlib.ticker import FuncFormatter
 
-    from image_classifier.evaluation.figure import BLUE, GREY, ORANGE, axes_at, new_figure, save_figure
+    from image_classifier.evaluation.plots.figure import BLUE, GREY, ORANGE, axes_at, new_figure, save_figure
 
     figure = new_figure(9.4, 4.0, "All metrics with their bootstrap intervals")
     for place, (key, scale, label) in enumerate(

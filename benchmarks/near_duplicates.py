@@ -29,7 +29,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from image_classifier.dataset.duplicates import DuplicateSettings, find_twins  # noqa: E402
-from image_classifier.dataset.signatures import propose  # noqa: E402
+from image_classifier.dataset.lsh import propose  # noqa: E402
 
 BASE = 40  # side of the pictures that crops are cut from, pixels
 EVERY = 50  # thumbnails to one planted twin

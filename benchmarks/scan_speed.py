@@ -22,8 +22,8 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from image_classifier.dataset import workers  # noqa: E402
-from image_classifier.dataset.facts import read_facts  # noqa: E402
-from image_classifier.dataset.tree import find  # noqa: E402
+from image_classifier.dataset.discovery import find  # noqa: E402
+from image_classifier.dataset.scan import read_facts  # noqa: E402
 from image_classifier.images import DecodeLimits  # noqa: E402
 
 Result = TypeVar("Result")

@@ -21,12 +21,12 @@ import torch
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from image_classifier.dataset.cache import open_cache  # noqa: E402
+from image_classifier.dataset.pixel_cache import open_cache  # noqa: E402
 from image_classifier.dataset.run import prepare_from  # noqa: E402
-from image_classifier.training.assemble import build_datamodule, build_module, build_trainer, speed_settings  # noqa: E402
-from image_classifier.training.callbacks.bad_loss import BadLoss  # noqa: E402
-from image_classifier.training.callbacks.history import RunHistory  # noqa: E402
-from image_classifier.training.callbacks.state import ExactState  # noqa: E402
+from image_classifier.training.builders import build_datamodule, build_module, build_trainer, speed_settings  # noqa: E402
+from image_classifier.training.callbacks.csv_metrics import RunHistory  # noqa: E402
+from image_classifier.training.callbacks.exact_resume import ExactState  # noqa: E402
+from image_classifier.training.callbacks.nan_guard import BadLoss  # noqa: E402
 from image_classifier.training.callbacks.throughput import Throughput  # noqa: E402
 from image_classifier.training.datamodule import ImageDataModule  # noqa: E402
 from image_classifier.training.hardware import Hardware, choose_hardware  # noqa: E402

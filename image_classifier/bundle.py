@@ -17,8 +17,8 @@ from typing import Any
 
 import numpy as np
 
+from image_classifier.atomic_io import write_text
 from image_classifier.errors import CheckpointError
-from image_classifier.files import write_text
 
 SCHEMA_VERSION = 1
 _MOST_BYTES = 2**26  # of a bundle.json

@@ -13,9 +13,9 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from image_classifier import pillow
+from image_classifier import pillow_decoding
 from image_classifier.errors import ConfigError, UnreadableImage
-from image_classifier.pillow import Colour, OpenedImage, Size
+from image_classifier.pillow_decoding import Colour, OpenedImage, Size
 
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
 IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff"})
@@ -43,7 +43,7 @@ class DecodeLimits:
     formats: tuple[str, ...] = FORMATS
 
     def __post_init__(self) -> None:
-        for key, most in (("max_bytes", 2**31 - 1), ("max_pixels", pillow.MOST_PIXELS)):
+        for key, most in (("max_bytes", 2**31 - 1), ("max_pixels", pillow_decoding.MOST_PIXELS)):
             value = getattr(self, key)
             if not isinstance(value, int) or not 1 <= value <= most:
                 raise ConfigError(f"data.limits.{key} must be a whole number from 1 to {most}, not {value!r}")
@@ -167,7 +167,7 @@ def _opened(source: Path | bytes, limits: DecodeLimits) -> Iterator[OpenedImage]
     name = "<bytes>" if isinstance(source, bytes) else source
     content = _checked_length(name, source, limits) if isinstance(source, bytes) else load_bytes(source, limits)
     try:
-        with pillow.opened(content, limits.formats, lambda size: _check_size(size, limits)) as image:
+        with pillow_decoding.opened(content, limits.formats, lambda size: _check_size(size, limits)) as image:
             yield image
     except (
         Exception

@@ -12,9 +12,9 @@ from pathlib import Path
 
 import numpy as np
 
+from image_classifier.atomic_io import whole_file, write_text
 from image_classifier.errors import DataError
-from image_classifier.files import whole_file, write_text
-from image_classifier.records import ENCODING, csv_writer
+from image_classifier.manifest import ENCODING, csv_writer
 
 _COLUMNS = ("path", "label", "predicted_class", "confidence")
 _BLOCK = 4096  # rows of a table written at a time

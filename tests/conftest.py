@@ -19,12 +19,12 @@ import pytest
 from hypothesis import settings
 from PIL import Image
 
-from image_classifier.dataset.facts import read_facts
+from image_classifier.atomic_io import locked
+from image_classifier.dataset.discovery import find
 from image_classifier.dataset.prepare import manifest_of
-from image_classifier.dataset.tree import find
-from image_classifier.files import locked
+from image_classifier.dataset.scan import read_facts
 from image_classifier.images import DecodeLimits
-from image_classifier.records import Manifest
+from image_classifier.manifest import Manifest
 
 if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ.setdefault(
@@ -119,7 +119,7 @@ def command(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) 
 
 def run_command(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], line: tuple[str, ...]) -> Answer:
     import commands
-    from image_classifier.command_line import exit_code
+    from image_classifier.cli.options import exit_code
 
     capfd.readouterr()
     monkeypatch.setattr(sys, "argv", [str(ROOT / "commands.py"), *map(str, line)])

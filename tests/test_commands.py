@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 import commands
-from image_classifier.command_line import CONF_DIR, choices, exit_code, root_groups, summaries
+from image_classifier.cli.options import CONF_DIR, choices, exit_code, root_groups, summaries
 from image_classifier.errors import ConfigError, DataError
 
 ROOT = CONF_DIR.parent
@@ -105,7 +105,7 @@ def test_exit_codes(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_a_reader_that_leaves_is_no_error() -> None:
-    code = "import sys; from image_classifier.command_line import exit_code\n"
+    code = "import sys; from image_classifier.cli.options import exit_code\n"
     code += "def main():\n for i in range(99999): print(i)\nsys.exit(exit_code(main))"
     process = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     assert process.stdout is not None

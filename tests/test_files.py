@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from image_classifier import files
+from image_classifier import atomic_io
+from image_classifier.atomic_io import locked, whole_directory, whole_file, write_text
 from image_classifier.errors import StorageError
-from image_classifier.files import locked, whole_directory, whole_file, write_text
 
 
 def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path: Path) -> None:
@@ -33,7 +33,7 @@ import resource, signal
 from pathlib import Path
 from image_classifier import files
 from image_classifier.errors import StorageError
-from image_classifier.files import write_bytes
+from image_classifier.atomic_io import write_bytes
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))
 try:
@@ -76,7 +76,7 @@ def test_a_folder_is_replaced_in_one_step_where_the_system_can(tmp_path: Path, m
     first, second = tmp_path / "first", tmp_path / "second"
     first.mkdir()
     second.mkdir()
-    if not files._exchanged(first, second):
+    if not atomic_io._exchanged(first, second):
         pytest.skip("this file system cannot exchange two names")
     (first / "model").write_text("old")
 

@@ -10,8 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from image_classifier.errors import DataError
+from image_classifier.manifest import SPLITS, Manifest, Record
 from image_classifier.predictions import Prediction, PredictionTable, softmax
-from image_classifier.records import SPLITS, Manifest, Record
 
 # Any name a file system can give: spaces, quotes, newlines, and bytes that are not UTF-8 (lone surrogates \udc80..\udcff).
 NAMES = st.text(

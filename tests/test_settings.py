@@ -15,8 +15,8 @@ from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 from omegaconf import DictConfig, OmegaConf
 
-from image_classifier import settings
-from image_classifier.command_line import literal, nearest, quoted, requoted, translate
+from image_classifier.cli import hydra_app
+from image_classifier.cli.options import literal, nearest, quoted, requoted, translate
 from image_classifier.errors import ClassifierError, ConfigError, DataError
 
 HYDRA = "defaults: [override hydra_logging: none, override job_logging: none]\noutput_subdir: null\nrun: {dir: .}\n"
@@ -86,13 +86,13 @@ def conf(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def run(conf: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
     """Run a verb on a small conf tree; what each job saw comes back."""
-    monkeypatch.setattr(settings, "CONF_DIR", conf)
+    monkeypatch.setattr(hydra_app, "CONF_DIR", conf)
     monkeypatch.chdir(tmp_path)
 
     def call(verb: str, *arguments: str, task: Any = None) -> list[DictConfig]:
         seen: list[DictConfig] = []
         monkeypatch.setattr(sys, "argv", ["commands.py", verb, *arguments])
-        settings.run_verb(verb, list(arguments), task or seen.append)
+        hydra_app.run_verb(verb, list(arguments), task or seen.append)
         return seen
 
     return call
@@ -117,8 +117,8 @@ def test_any_text_survives_hydra_to_the_letter(conf: Path, values: list[str]) ->
     words = [value for value in values if not value.startswith("-")]
     line = translate("infer", ["--images", "x", *words, f"--checkpoint_name={values[0]}"])
     config = _composed(conf, list(line.overrides))
-    assert settings.to_plain(config)["images"] == ["x", *words]
-    assert settings.to_plain(config)["checkpoint_name"] == values[0]
+    assert hydra_app.to_plain(config)["images"] == ["x", *words]
+    assert hydra_app.to_plain(config)["checkpoint_name"] == values[0]
 
 
 @given(value=text())
@@ -131,10 +131,10 @@ def test_literal_text_starts_no_interpolation(value: str) -> None:
 @hypothesis_settings(max_examples=50, deadline=None)
 def test_typed_and_saved_settings_keep_the_text(tmp_path_factory: pytest.TempPathFactory, value: str) -> None:
     node = OmegaConf.create({"name": literal(value)})
-    assert settings.typed(Named, node, "").name == value
+    assert hydra_app.typed(Named, node, "").name == value
     file = tmp_path_factory.getbasetemp() / "saved.yaml"
     if value.isprintable():
-        settings.save(node, file)
+        hydra_app.save(node, file)
         assert OmegaConf.load(file).name == value
 
 
@@ -190,7 +190,7 @@ def test_a_value_hydra_cannot_read_is_quoted_unless_it_is_grammar(run: Any) -> N
 def test_a_run_sees_the_config_and_the_whole_command_line(run: Any, tmp_path: Path) -> None:
     seen: list[Any] = []
     arguments = ["model=large", "--seed", "3", "+model.extra=1", "++new.key=b", "hydra.run.dir=."]
-    run("train", *arguments, task=lambda config: seen.append((settings.to_plain(config), list(sys.argv))))
+    run("train", *arguments, task=lambda config: seen.append((hydra_app.to_plain(config), list(sys.argv))))
     config, argv = seen[0]
     assert (config["model"], config["seed"], config["new"]) == (
         {"name": "large", "width": 512, "depth": 9, "extra": 1},
@@ -289,7 +289,7 @@ class Outer:
 
 
 def _typed(**values: Any) -> Outer:
-    return settings.typed(Outer, OmegaConf.create({"data": values}).data, "data")
+    return hydra_app.typed(Outer, OmegaConf.create({"data": values}).data, "data")
 
 
 def test_typed_builds_nested_dataclasses() -> None:
@@ -336,7 +336,7 @@ TRUSTED_ERRORS = [
 @pytest.mark.parametrize(("node", "words"), TRUSTED_ERRORS)
 def test_instantiate_refuses(node: dict[str, Any], words: str) -> None:
     with pytest.raises(ConfigError) as refused:
-        settings.instantiate(OmegaConf.create({"a": node}).a)
+        hydra_app.instantiate(OmegaConf.create({"a": node}).a)
     assert words in str(refused.value)
 
 
@@ -348,10 +348,10 @@ def test_instantiate_builds_trusted_targets() -> None:
             "none": {"_target_": None},
         }
     )
-    assert settings.instantiate(tree.a, archive="y").archive == "y"
-    assert settings.instantiate(None) is None
-    assert settings.instantiate(tree.none) is None
-    assert str(settings.instantiate({"_target_": "fractions.Fraction", "numerator": 3}, trusted=["fractions"])) == "3"
+    assert hydra_app.instantiate(tree.a, archive="y").archive == "y"
+    assert hydra_app.instantiate(None) is None
+    assert hydra_app.instantiate(tree.none) is None
+    assert str(hydra_app.instantiate({"_target_": "fractions.Fraction", "numerator": 3}, trusted=["fractions"])) == "3"
 
 
 @pytest.mark.parametrize(
@@ -372,13 +372,13 @@ def test_instantiate_builds_trusted_targets() -> None:
 )
 def test_errors_of_others_are_one_line(node: dict[str, Any], words: str) -> None:
     with pytest.raises(ConfigError) as refused:
-        settings.instantiate(OmegaConf.create({"a": node}).a, trusted=["nopackage"])
+        hydra_app.instantiate(OmegaConf.create({"a": node}).a, trusted=["nopackage"])
     assert words in str(refused.value)
 
 
 def test_a_bug_in_a_trusted_target_stays_a_bug() -> None:
     with pytest.raises(ValueError, match="invalid literal"):
-        settings.instantiate({"_target_": f"{__name__}.broken"}, trusted=[__name__])
+        hydra_app.instantiate({"_target_": f"{__name__}.broken"}, trusted=[__name__])
 
 
 def broken() -> int:
@@ -387,15 +387,15 @@ def broken() -> int:
 
 def test_flatten_and_without() -> None:
     node = OmegaConf.create({"a": {"b": 1, "c": [1, "x"]}, "d": "${a.b}", "e": None})
-    assert settings.flatten(settings.to_plain(node)) == {"a.b": 1, "a.c": '[1, "x"]', "d": 1, "e": None}
-    assert settings.without(node.a, "c") == {"b": 1}
+    assert hydra_app.flatten(hydra_app.to_plain(node)) == {"a.b": 1, "a.c": '[1, "x"]', "d": 1, "e": None}
+    assert hydra_app.without(node.a, "c") == {"b": 1}
     assert "c" in node.a
 
 
 def test_completion_offers_verbs_groups_choices_and_keys(
     conf: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(settings, "CONF_DIR", conf)
+    monkeypatch.setattr(hydra_app, "CONF_DIR", conf)
     monkeypatch.setattr(sys, "argv", ["commands.py", "-sc"])
     expected = {
         "": "train infer",
@@ -407,5 +407,5 @@ def test_completion_offers_verbs_groups_choices_and_keys(
     expected |= {"train --model large model.d": "model.depth=", "infer --che": "--checkpoint_name=", "nope x": ""}
     for line, answer in expected.items():
         monkeypatch.setitem(os.environ, "COMP_LINE", f"python commands.py {line}")
-        settings.complete(["query=bash"], ["train", "infer"])
+        hydra_app.complete(["query=bash"], ["train", "infer"])
         assert capsys.readouterr().out.strip() == answer, line

@@ -14,8 +14,8 @@ from pathlib import Path
 
 import pytest
 
+from image_classifier.cli.multirun import Escape, _Sent
 from image_classifier.errors import DataError
-from image_classifier.sweep import Escape, _Sent
 from tests.conftest import QUICK, Command, write_image
 
 ROOT = Path(__file__).resolve().parents[1]

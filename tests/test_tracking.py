@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from image_classifier.errors import ConfigError
-from image_classifier.tracking import Tracker
+from image_classifier.mlflow_tracking import Tracker
 
 
 def read_back(uri: str, run_id: str) -> tuple[dict[str, float], dict[str, str], str]:
@@ -46,7 +46,7 @@ def test_a_dead_server_warns_once_and_everything_goes_on(caplog: pytest.LogCaptu
         for step in range(3):
             tracker.log_metrics({"train/loss": 1.0}, step)
         tracker.finish()
-    mine = [record.getMessage() for record in caplog.records if record.name == "image_classifier.tracking"]
+    mine = [record.getMessage() for record in caplog.records if record.name == "image_classifier.mlflow_tracking"]
     assert len([line for line in mine if "training goes on" in line]) == 1
     assert "never answered" in mine[-1]
     assert "did not answer" in tracker.where

@@ -14,7 +14,7 @@ from typing import Self
 
 import numpy as np
 
-from image_classifier.dataset.signatures import propose
+from image_classifier.dataset.lsh import propose
 from image_classifier.errors import ConfigError
 
 SIDE = 16  # pixels of a thumbnail's side

@@ -9,7 +9,7 @@ import numpy as np
 
 from image_classifier.dataset.audit.fix import Correction
 from image_classifier.errors import storage_errors
-from image_classifier.records import Manifest
+from image_classifier.manifest import Manifest
 
 
 def beside(manifest_path: Path) -> Path:

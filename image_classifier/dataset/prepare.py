@@ -13,15 +13,16 @@ from typing import Any
 
 import numpy as np
 
+from image_classifier.cli.verbs.clean import tag_cache
+from image_classifier.dataset.audit.checks import find_problems
 from image_classifier.dataset.audit.exclude import Exclusions, read_exclusions
-from image_classifier.dataset.audit.findings import Audit, AuditSettings, in_words
 from image_classifier.dataset.audit.fix import FILE_NAME, Correction, Fixes, read_fixes
-from image_classifier.dataset.audit.problems import find_problems
-from image_classifier.dataset.cache import CacheSettings
-from image_classifier.dataset.clean import tag_cache
+from image_classifier.dataset.audit.issues import Audit, AuditSettings, in_words
+from image_classifier.dataset.discovery import Tree, find, find_test, unreadable
 from image_classifier.dataset.duplicates import DuplicateSettings, Twins
-from image_classifier.dataset.facts import Facts, read_facts
 from image_classifier.dataset.left_out import beside, divided, forget, remembered
+from image_classifier.dataset.pixel_cache import CacheSettings
+from image_classifier.dataset.scan import Facts, read_facts
 from image_classifier.dataset.select import ClassSettings, select
 from image_classifier.dataset.split import (
     SplitSettings,
@@ -31,12 +32,11 @@ from image_classifier.dataset.split import (
     group_keys,
     join_groups,
 )
-from image_classifier.dataset.tree import Tree, find, find_test, unreadable
 from image_classifier.dataset.twins_store import known_twins
 from image_classifier.errors import ConfigError, DataError, UnreadableImage
+from image_classifier.html.text import counted
 from image_classifier.images import DecodeLimits, Preprocess
-from image_classifier.page.words import counted
-from image_classifier.records import SPLITS, Manifest, Texts
+from image_classifier.manifest import SPLITS, Manifest, Texts
 
 log = logging.getLogger(__name__)
 

@@ -11,7 +11,7 @@ import numpy as np
 
 from image_classifier.errors import DataError, UnreadableImage
 from image_classifier.images import DEFAULT_LIMITS, DecodeLimits, Preprocess, load_bytes
-from image_classifier.records import Manifest
+from image_classifier.manifest import Manifest
 
 
 class ChangedImage(DataError):

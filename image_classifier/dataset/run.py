@@ -8,12 +8,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from image_classifier import settings
-from image_classifier.dataset.audit.findings import AuditSettings
-from image_classifier.dataset.audit.page import write_audit
+from image_classifier.cli import hydra_app
+from image_classifier.dataset.audit.html_report import write_audit
+from image_classifier.dataset.audit.issues import AuditSettings
 from image_classifier.dataset.prepare import DataSettings, Examination, examine, prepare
 from image_classifier.errors import DataError
-from image_classifier.records import Manifest
+from image_classifier.manifest import Manifest
 
 log = logging.getLogger(__name__)
 
@@ -58,11 +58,11 @@ def audit(config: Any) -> None:
 
 
 def _settings(config: Any) -> tuple[DataSettings, AuditSettings]:
-    return settings.typed(DataSettings, config.data, "data"), settings.typed(AuditSettings, config.audit, "audit")
+    return hydra_app.typed(DataSettings, config.data, "data"), hydra_app.typed(AuditSettings, config.audit, "audit")
 
 
 def _fetched(config: Any) -> Sequence[Path]:
     """The folders and tables that the source names."""
-    source = settings.instantiate(config.data.source, trusted=config.get("trusted_packages") or ())
+    source = hydra_app.instantiate(config.data.source, trusted=config.get("trusted_packages") or ())
     paths = source()
     return [Path(path) for path in paths] if isinstance(paths, list | tuple) else [Path(paths)]

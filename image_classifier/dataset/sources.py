@@ -18,15 +18,15 @@ from urllib.parse import unquote, urlsplit
 import numpy as np
 from PIL import Image
 
-from image_classifier.dataset.fetch.archive import SUFFIXES, is_archive, new_tree, stem, unpack_once
-from image_classifier.dataset.fetch.download import Download, is_of_the_disk, shown
-from image_classifier.dataset.fetch.dvc import pull_missing
-from image_classifier.dataset.fetch.hub import fetch_from_hub, folder_name, is_hub_name
-from image_classifier.dataset.table import is_table
-from image_classifier.dataset.tree import list_folder
+from image_classifier.atomic_io import link_or_copy
+from image_classifier.dataset.discovery import list_folder
 from image_classifier.dataset.workers import with_bar
 from image_classifier.errors import ConfigError, SourceError
-from image_classifier.files import link_or_copy
+from image_classifier.sources.download import Download, is_of_the_disk, shown
+from image_classifier.sources.dvc import pull_missing
+from image_classifier.sources.hub import fetch_from_hub, folder_name, is_hub_name
+from image_classifier.sources.table import is_table
+from image_classifier.sources.unpack import SUFFIXES, is_archive, new_tree, stem, unpack_once
 
 log = logging.getLogger(__name__)
 

@@ -9,10 +9,10 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from image_classifier.dataset.deal import TEST, TRAIN, UNDEALT, VAL, Clusters
 from image_classifier.dataset.duplicates import clusters
+from image_classifier.dataset.group_split import TEST, TRAIN, UNDEALT, VAL, Clusters
 from image_classifier.errors import ConfigError, DataError
-from image_classifier.records import SPLITS, Manifest
+from image_classifier.manifest import SPLITS, Manifest
 
 log = logging.getLogger(__name__)
 

@@ -12,9 +12,9 @@ from pathlib import Path
 
 import numpy as np
 
+from image_classifier.atomic_io import write_bytes
 from image_classifier.dataset.duplicates import DuplicateSettings, Twins, find_twins
-from image_classifier.dataset.facts import Facts
-from image_classifier.files import write_bytes
+from image_classifier.dataset.scan import Facts
 
 log = logging.getLogger(__name__)
 

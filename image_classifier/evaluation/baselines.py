@@ -11,10 +11,10 @@ from typing import Any
 
 import numpy as np
 
-from image_classifier.evaluation.metrics import compute_metrics
-from image_classifier.files import write_text
+from image_classifier.atomic_io import write_text
+from image_classifier.evaluation.metrics.compute import compute_metrics
+from image_classifier.manifest import SPLITS, Manifest
 from image_classifier.predictions import PredictionTable
-from image_classifier.records import SPLITS, Manifest
 
 log = logging.getLogger(__name__)
 

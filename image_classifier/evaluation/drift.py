@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from image_classifier.evaluation.decision import Decision
+from image_classifier.evaluation.reliability.abstention import Decision
 
 FEWEST = 50  # images, below which nothing is said
 _DOUBT = 0.001  # the chance of a false alarm where nothing has changed, for one look at one figure

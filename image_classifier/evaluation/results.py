@@ -9,13 +9,13 @@ from typing import Any
 
 import numpy as np
 
+from image_classifier.atomic_io import write_text
 from image_classifier.evaluation.leaks import LeakScore
-from image_classifier.evaluation.metrics import Interval, Metrics
-from image_classifier.evaluation.plots import plot_class_scores, plot_confusion_matrix, plot_samples
-from image_classifier.files import write_text
+from image_classifier.evaluation.metrics.compute import Interval, Metrics
+from image_classifier.evaluation.plots.run_plots import plot_class_scores, plot_confusion_matrix, plot_samples
 from image_classifier.images import DecodeLimits, decode
+from image_classifier.manifest import Manifest
 from image_classifier.predictions import PredictionTable
-from image_classifier.records import Manifest
 
 _NUM_SAMPLES = 24
 _MOST_ROWS = 10_000

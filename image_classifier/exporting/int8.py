@@ -18,7 +18,7 @@ from onnxruntime.quantization.shape_inference import quant_pre_process
 
 from image_classifier.errors import ConfigError, ParityError
 from image_classifier.exporting.parity import Parity
-from image_classifier.exporting.reference import BATCH, Reference, answers_of
+from image_classifier.exporting.parity_data import BATCH, Reference, answers_of
 from image_classifier.inference.golden import Golden, checked
 from image_classifier.inference.latency import timed
 from image_classifier.inference.onnx_runtime import OnnxBackend

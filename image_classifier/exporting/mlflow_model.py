@@ -12,8 +12,8 @@ import numpy as np
 import image_classifier
 from image_classifier.bundle import INFO_NAME
 from image_classifier.exporting.parity import TOLERANCE, Parity
-from image_classifier.exporting.reference import Reference
-from image_classifier.tracking import load_pyfunc, save_pyfunc
+from image_classifier.exporting.parity_data import Reference
+from image_classifier.mlflow_tracking import load_pyfunc, save_pyfunc
 
 NAME = "mlflow"
 REQUIREMENTS = ("numpy", "pillow", "onnxruntime", "rich")  # all that inference with ONNX imports; a test looks

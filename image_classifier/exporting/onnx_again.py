@@ -7,7 +7,7 @@ from typing import Any
 
 from image_classifier.exporting.onnx import OPSET, export_onnx
 from image_classifier.exporting.parity import TOLERANCE, Parity, check_embeddings
-from image_classifier.exporting.reference import Reference, answers_of
+from image_classifier.exporting.parity_data import Reference, answers_of
 from image_classifier.inference.onnx_runtime import OnnxBackend
 from image_classifier.predictions import softmax
 

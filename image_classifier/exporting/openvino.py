@@ -7,7 +7,7 @@ from typing import Any
 
 from image_classifier.errors import ConfigError
 from image_classifier.exporting.parity import Parity
-from image_classifier.exporting.reference import Reference, answers_of
+from image_classifier.exporting.parity_data import Reference, answers_of
 from image_classifier.inference.openvino_runtime import OpenVinoBackend
 from image_classifier.predictions import softmax
 

@@ -12,7 +12,7 @@ import onnx
 from onnx import TensorProto, compose, helper, numpy_helper
 
 from image_classifier.exporting.parity import Parity
-from image_classifier.exporting.reference import Reference
+from image_classifier.exporting.parity_data import Reference
 from image_classifier.images import Preprocess, decode
 from image_classifier.inference.sealed import FILE, SealedModel
 

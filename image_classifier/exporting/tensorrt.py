@@ -11,7 +11,7 @@ from onnxruntime.transformers.float16 import convert_float_to_float16
 
 from image_classifier.errors import ParityError
 from image_classifier.exporting.parity import Parity, check_embeddings
-from image_classifier.exporting.reference import Reference, answers_of
+from image_classifier.exporting.parity_data import Reference, answers_of
 from image_classifier.inference.tensorrt.backend import opened
 from image_classifier.inference.tensorrt.engine import EngineSettings
 from image_classifier.predictions import softmax

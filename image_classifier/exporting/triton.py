@@ -10,10 +10,10 @@ from typing import Any
 
 import onnx
 
+from image_classifier.atomic_io import write_text
 from image_classifier.errors import CheckpointError, ConfigError
 from image_classifier.exporting.parity import TOLERANCE, Parity
-from image_classifier.exporting.reference import Reference, answers_of
-from image_classifier.files import write_text
+from image_classifier.exporting.parity_data import Reference, answers_of
 from image_classifier.inference.onnx_runtime import OnnxBackend
 from image_classifier.inference.triton.client import model_name
 from image_classifier.inference.triton.flags import COMPOSE, FLAGS

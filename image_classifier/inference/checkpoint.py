@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from image_classifier import settings
+from image_classifier.cli import hydra_app
 from image_classifier.errors import CheckpointError, ClassifierError
 from image_classifier.modeling.classifier import Classifier, build_classifier
 
@@ -50,7 +50,7 @@ def load_classifier(path: Path, trusted: Sequence[str] = ()) -> tuple[Classifier
             "give another, or train again",
         ) from error
     try:
-        backbone = settings.instantiate(network_of(blueprint), trusted=trusted, known=settings.NETWORKS)
+        backbone = hydra_app.instantiate(network_of(blueprint), trusted=trusted, known=hydra_app.NETWORKS)
         classifier = build_classifier(backbone, *shape, dropout, tta)
     except ClassifierError:
         raise

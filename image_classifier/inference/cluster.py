@@ -27,10 +27,10 @@ from types import FrameType
 from typing import Any
 
 from image_classifier.errors import ClassifierError, ClusterError, ConfigError
-from image_classifier.inference.item import Item
-from image_classifier.inference.outputs import Told
+from image_classifier.inference.cluster_worker import Job, Model, answer
 from image_classifier.inference.predictor import cores
-from image_classifier.inference.worker import Job, Model, answer
+from image_classifier.inference.writers import Told
+from image_classifier.sources.image_source import Item
 
 log = logging.getLogger(__name__)
 

@@ -7,10 +7,10 @@ import os
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
+from image_classifier.atomic_io import is_replaceable
 from image_classifier.errors import ConfigError, storage_errors
-from image_classifier.files import is_replaceable
 from image_classifier.images import is_image_name
-from image_classifier.inference.item import Item
+from image_classifier.sources.image_source import Item
 
 
 def check_output(output: Path, named: Iterable[str]) -> None:

@@ -12,10 +12,10 @@ from PIL import Image
 
 from image_classifier.bundle import INFO_NAME, read_bundle
 from image_classifier.errors import CheckpointError, ConfigError
-from image_classifier.evaluation.heat import explanation_name, plot_explanation
+from image_classifier.evaluation.plots.heat_map import explanation_name, plot_explanation
 from image_classifier.images import DEFAULT_LIMITS, DecodeLimits, Preprocess, inspect
-from image_classifier.inference.item import Content
 from image_classifier.predictions import Prediction
+from image_classifier.sources.image_source import Content
 
 if TYPE_CHECKING:
     from image_classifier.modeling.classifier import Classifier
@@ -55,7 +55,7 @@ def explainer_with(
     classifier: Classifier, classes: Sequence[str], preprocess: Preprocess, limits: DecodeLimits
 ) -> Explainer:
     """What explains images with a classifier at hand."""
-    from image_classifier.inference.explain import explain  # torch
+    from image_classifier.inference.attribution import explain  # torch
 
     codes = {label: code for code, label in enumerate(classes)}
 

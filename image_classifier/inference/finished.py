@@ -9,11 +9,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from image_classifier.atomic_io import write_bytes
 from image_classifier.bundle import sha256_of
 from image_classifier.errors import ConfigError, storage_errors
-from image_classifier.files import write_bytes
-from image_classifier.inference.item import Item
-from image_classifier.inference.outputs import Answer, Told
+from image_classifier.inference.writers import Answer, Told
+from image_classifier.sources.image_source import Item
 
 
 class Names:

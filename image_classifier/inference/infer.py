@@ -13,29 +13,29 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from image_classifier import settings
+from image_classifier.atomic_io import locked, whole_file
 from image_classifier.bundle import INFO_NAME, sha256_of
-from image_classifier.dataset.fetch.dvc import pull_missing
+from image_classifier.cli import hydra_app
 from image_classifier.errors import ConfigError, DataError, storage_errors
-from image_classifier.evaluation.decision import DecisionSettings
-from image_classifier.files import locked, whole_file
+from image_classifier.evaluation.reliability.abstention import DecisionSettings
 from image_classifier.images import DecodeLimits
-from image_classifier.inference.archives import ArchiveLimits
-from image_classifier.inference.auto import AUTO
+from image_classifier.inference.backend_selection import AUTO
 from image_classifier.inference.backends import ServerAt
 from image_classifier.inference.cluster import Dealt, RaySettings, answer_shards, check_installed
+from image_classifier.inference.cluster_worker import Job
 from image_classifier.inference.destination import check_output, spared
 from image_classifier.inference.finished import Finished, Names
-from image_classifier.inference.inputs import STDIN, Inputs, is_address
-from image_classifier.inference.item import Item
 from image_classifier.inference.load import load_predictor, pulled_checkpoint
-from image_classifier.inference.outputs import Answer, Told, check_format, write_answers
-from image_classifier.inference.part import Part, check_same_run
 from image_classifier.inference.predictor import Predictor
+from image_classifier.inference.resume_log import Part, check_same_run
 from image_classifier.inference.shards import Shards
-from image_classifier.inference.storage import Storage, is_stored
-from image_classifier.inference.urls import UrlLimits, Web
-from image_classifier.inference.worker import Job
+from image_classifier.inference.writers import Answer, Told, check_format, write_answers
+from image_classifier.sources.archive import ArchiveLimits
+from image_classifier.sources.dvc import pull_missing
+from image_classifier.sources.image_source import Item
+from image_classifier.sources.inputs import STDIN, Inputs, is_address
+from image_classifier.sources.object_store import Storage, is_stored
+from image_classifier.sources.web import UrlLimits, Web
 
 log = logging.getLogger(__name__)
 
@@ -108,7 +108,7 @@ class InferSettings:
 
 def infer(config: Any) -> None:
     """Answer for each image; DataError at the end where some could not be read (their rows say why)."""
-    asked = settings.typed(InferSettings, config, "")
+    asked = hydra_app.typed(InferSettings, config, "")
     path = pulled_checkpoint(asked.checkpoint_name, Path(asked.models_dir), asked.dvc)
     for item in asked.images:
         if item != STDIN and not is_address(item):

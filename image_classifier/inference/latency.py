@@ -15,9 +15,9 @@ from typing import Any
 
 import numpy as np
 
+from image_classifier.atomic_io import write_text
 from image_classifier.bundle import INFO_NAME, read_bundle
 from image_classifier.errors import CheckpointError
-from image_classifier.files import write_text
 from image_classifier.inference.backends import BACKENDS, fitting, takes_minutes
 from image_classifier.inference.load import load_predictor
 from image_classifier.inference.predictor import Backend

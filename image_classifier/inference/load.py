@@ -9,14 +9,14 @@ from pathlib import Path
 from typing import Any
 
 from image_classifier.bundle import INFO_NAME, Bundle, find_checkpoint, read_bundle, reading
-from image_classifier.dataset.fetch.dvc import pull_missing
 from image_classifier.errors import CheckpointError, ConfigError
-from image_classifier.evaluation.decision import Decision, DecisionSettings
-from image_classifier.evaluation.ood import DETECTOR, Detector
+from image_classifier.evaluation.reliability.abstention import Decision, DecisionSettings
+from image_classifier.evaluation.reliability.ood import DETECTOR, Detector
 from image_classifier.images import DEFAULT_LIMITS, DecodeLimits, Preprocess
-from image_classifier.inference.auto import AUTO, fastest
+from image_classifier.inference.backend_selection import AUTO, fastest
 from image_classifier.inference.backends import BACKENDS, NAMES, ServerAt, open_backend
 from image_classifier.inference.predictor import Backend, Predictor, Shaped
+from image_classifier.sources.dvc import pull_missing
 
 log = logging.getLogger(__name__)
 

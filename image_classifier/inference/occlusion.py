@@ -11,7 +11,7 @@ from PIL import Image, ImageFilter
 from image_classifier.errors import ConfigError, ServerError
 from image_classifier.images import Preprocess
 from image_classifier.inference.predictor import Predictor
-from image_classifier.pillow import Size
+from image_classifier.pillow_decoding import Size
 from image_classifier.predictions import softmax
 
 _WINDOWS = 10  # steps across the square

@@ -13,8 +13,8 @@ import numpy as np
 import onnxruntime
 
 from image_classifier.errors import CheckpointError, ConfigError
+from image_classifier.inference.onnx_external_data import is_self_contained
 from image_classifier.inference.predictor import check_shapes, cores
-from image_classifier.inference.self_contained import is_self_contained
 
 log = logging.getLogger(__name__)
 

@@ -10,8 +10,8 @@ from pathlib import Path
 import numpy as np
 
 from image_classifier.errors import CheckpointError, ConfigError
+from image_classifier.inference.onnx_external_data import is_self_contained
 from image_classifier.inference.predictor import check_shapes, cores
-from image_classifier.inference.self_contained import is_self_contained
 
 
 class OpenVinoBackend:

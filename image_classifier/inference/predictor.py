@@ -14,11 +14,11 @@ from typing import Protocol, cast, runtime_checkable
 import numpy as np
 
 from image_classifier.errors import CheckpointError, UnreadableImage
-from image_classifier.evaluation.decision import Decision
-from image_classifier.evaluation.ood import Detector, looks
+from image_classifier.evaluation.reliability.abstention import Decision
+from image_classifier.evaluation.reliability.ood import Detector, looks
 from image_classifier.images import DEFAULT_LIMITS, DecodeLimits, Preprocess
-from image_classifier.inference.item import Content, Item
 from image_classifier.predictions import Prediction, PredictionTable, softmax
+from image_classifier.sources.image_source import Content, Item
 
 _AHEAD_BYTES = 2**28  # of archives, read and not decoded yet
 

@@ -14,9 +14,9 @@ from typing import Any
 
 import numpy as np
 
+from image_classifier.atomic_io import write_text
 from image_classifier.errors import UnreadableImage
-from image_classifier.evaluation.robustness_plot import plot_robustness
-from image_classifier.files import write_text
+from image_classifier.evaluation.plots.robustness import plot_robustness
 from image_classifier.inference.corruptions import CORRUPTIONS, SEVERITIES
 from image_classifier.inference.predictor import Predictor
 

@@ -10,11 +10,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
+from image_classifier.atomic_io import write_bytes
 from image_classifier.errors import ConfigError, StorageError, storage_errors
-from image_classifier.files import write_bytes
-from image_classifier.inference.outputs import Answer, write_answers
-from image_classifier.inference.part import check_same_run
-from image_classifier.inference.storage import Prefix, Storage, is_stored
+from image_classifier.inference.resume_log import check_same_run
+from image_classifier.inference.writers import Answer, write_answers
+from image_classifier.sources.object_store import Prefix, Storage, is_stored
 
 RUN = "_run.json"  # readers of Parquet folders pass over names that begin so
 DONE = "_SUCCESS"

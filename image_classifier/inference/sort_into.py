@@ -11,9 +11,9 @@ from pathlib import Path, PurePosixPath
 
 from image_classifier.errors import ConfigError, StorageError, UnreadableImage, storage_errors
 from image_classifier.images import DecodeLimits, load_bytes
-from image_classifier.inference.item import Content
-from image_classifier.inference.urls import file_name, is_url
 from image_classifier.predictions import Prediction
+from image_classifier.sources.image_source import Content
+from image_classifier.sources.web import file_name, is_url
 
 ABSTAIN = "_abstain"
 _UNSAFE = re.compile(r'[\x00-\x1f\x7f/\\:*?"<>|%\ud800-\udfff]')

@@ -7,8 +7,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from image_classifier import settings
 from image_classifier.bundle import Bundle
+from image_classifier.cli import hydra_app
 from image_classifier.errors import ConfigError, ParityError
 from image_classifier.inference.backends import (
     BACKENDS,
@@ -58,7 +58,7 @@ def verify(config: Any) -> None:
         CheckpointError: A file is missing or damaged.
         ParityError: A backend answers otherwise.
     """
-    asked = settings.typed(VerifySettings, config, "")
+    asked = hydra_app.typed(VerifySettings, config, "")
     bundle = pulled_bundle(asked.checkpoint_name, Path(asked.models_dir), asked.dvc)
     print(f"hashes    {len(bundle.info.files)} files are as they were sealed")
     for check in verified(

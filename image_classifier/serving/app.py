@@ -14,11 +14,12 @@ from fastapi.staticfiles import StaticFiles
 from starlette.exceptions import HTTPException
 
 from image_classifier import __version__
-from image_classifier.serving import answers, docs, facts, schemas, v2
-from image_classifier.serving.access import is_open
-from image_classifier.serving.answers import Parts
-from image_classifier.serving.fence import FAILED, is_v2, said
-from image_classifier.serving.limits import Refusal
+from image_classifier.serving import schemas
+from image_classifier.serving.auth import is_open
+from image_classifier.serving.middleware import FAILED, is_v2, said
+from image_classifier.serving.request_limits import Refusal
+from image_classifier.serving.routes import docs, info, predict, v2
+from image_classifier.serving.routes.predict import Parts
 
 PAGE = Path(__file__).with_name("page")
 _CODES = {400: "bad_request", 401: "unauthorized", 403: "forbidden", 404: "not_found", 405: "method_not_allowed"}
@@ -34,9 +35,9 @@ def make_app(parts: Parts, needs_key: bool = False) -> FastAPI:
     app.add_exception_handler(RequestValidationError, _invalid)
     app.add_exception_handler(Exception, _failed)
     for router in (
-        answers.make_router(parts),
-        facts.make_cards(parts),
-        facts.make_probes(parts),
+        predict.make_router(parts),
+        info.make_cards(parts),
+        info.make_probes(parts),
         v2.make_router(parts),
     ):
         app.include_router(router)

@@ -12,20 +12,20 @@ from typing import TYPE_CHECKING, Any
 
 import uvicorn
 
-from image_classifier.inference.urls import Web
-from image_classifier.serving import protocol
-from image_classifier.serving.access import Access
-from image_classifier.serving.answers import Parts
+from image_classifier.serving import http_protocol
 from image_classifier.serving.app import make_app
-from image_classifier.serving.fence import Fence
-from image_classifier.serving.limits import Bodies
-from image_classifier.serving.models import Models, Reloader
-from image_classifier.serving.observe import Drift, Metrics, RequestLog, Writes
-from image_classifier.serving.traffic import Traffic
+from image_classifier.serving.auth import Access
+from image_classifier.serving.drift_window import Traffic
+from image_classifier.serving.metrics import Drift, Metrics, RequestLog, Writes
+from image_classifier.serving.middleware import Fence
+from image_classifier.serving.registry import Models, Reloader
+from image_classifier.serving.request_limits import Bodies
+from image_classifier.serving.routes.predict import Parts
 from image_classifier.serving.uploads import Uploads
+from image_classifier.sources.web import Web
 
 if TYPE_CHECKING:
-    from image_classifier.serving.run import ServeSettings, Told
+    from image_classifier.serving.settings import ServeSettings, Told
 
 log = logging.getLogger(__name__)
 
@@ -89,7 +89,7 @@ def _config(asked: ServeSettings, fence: Fence) -> uvicorn.Config:
         proxy_headers=bool(asked.access.proxies),
         forwarded_allow_ips=asked.access.trusted_proxies(),
         timeout_graceful_shutdown=max(1, round(asked.drain_s)),
-        **protocol.arguments(asked.request),
+        **http_protocol.arguments(asked.request),
     )
 
 

@@ -15,8 +15,8 @@ from starlette.datastructures import Headers, UploadFile
 from starlette.formparsers import MultiPartException, MultiPartParser
 
 from image_classifier.errors import UnreadableImage, printable
-from image_classifier.inference.urls import ALLOWING, Web, file_name, is_url
-from image_classifier.serving.limits import Refusal, RequestLimits, Share
+from image_classifier.serving.request_limits import Refusal, RequestLimits, Share
+from image_classifier.sources.web import ALLOWING, Web, file_name, is_url
 
 _NAME_CHARACTERS = 200
 _FETCHES = 32  # at once, of all requests: so that one of them, of slow addresses, takes not all

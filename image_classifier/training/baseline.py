@@ -20,8 +20,8 @@ from sklearn.exceptions import ConvergenceWarning
 from sklearn.linear_model import LogisticRegression
 from threadpoolctl import threadpool_limits
 
-from image_classifier import settings
-from image_classifier.dataset.cache import PixelCache, open_cache, pixels_key
+from image_classifier.cli import hydra_app
+from image_classifier.dataset.pixel_cache import PixelCache, open_cache, pixels_key
 from image_classifier.dataset.prepare import DataSettings
 from image_classifier.dataset.run import prepare_from
 from image_classifier.errors import DataError
@@ -34,13 +34,13 @@ from image_classifier.evaluation.baselines import (
     most_frequent_of,
     write_baselines,
 )
+from image_classifier.manifest import SPLITS, Manifest
 from image_classifier.modeling.classifier import Classifier
-from image_classifier.modeling.features import EmbeddingStore, fingerprint, known_embeddings
+from image_classifier.modeling.embeddings import EmbeddingStore, fingerprint, known_embeddings
 from image_classifier.predictions import PredictionTable
-from image_classifier.records import SPLITS, Manifest
-from image_classifier.training.assemble import build_network
+from image_classifier.training.builders import build_network
 from image_classifier.training.hardware import Hardware, choose_channels_last, choose_precision
-from image_classifier.training.start import settle_start
+from image_classifier.training.initial_weights import settle_start
 
 log = logging.getLogger(__name__)
 
@@ -87,7 +87,7 @@ class LinearModel:
 
 def baseline(config: Any) -> Path:
     """Judge the most frequent class and logistic regression on a backbone's embeddings; prints a table and writes baselines.json."""
-    asked = settings.typed(BaselineSettings, settings.only(config, *BaselineSettings.__dataclass_fields__), "")
+    asked = hydra_app.typed(BaselineSettings, hydra_app.only(config, *BaselineSettings.__dataclass_fields__), "")
     settle_start(config)
     manifest, data = prepare_from(config)
     if not len(manifest.indices("val")):
@@ -143,7 +143,7 @@ def logistic(
     config: Any, classifier: Classifier, manifest: Manifest, data: DataSettings, cache: PixelCache, hardware: Hardware
 ) -> Baseline:
     """Logistic regression on the backbone's embeddings, of the strength that answers best on val; embeddings are computed once and kept."""
-    plain = settings.to_plain(config.model)
+    plain = hydra_app.to_plain(config.model)
     store = embeddings_of(config, classifier, manifest, data, cache, hardware)
     models = fit_logistic(store, manifest, config.seed)
     strength, tables = _chosen(models, store, manifest)
@@ -156,7 +156,7 @@ def embeddings_of(
     config: Any, classifier: Classifier, manifest: Manifest, data: DataSettings, cache: PixelCache, hardware: Hardware
 ) -> EmbeddingStore:
     """The backbone's embeddings of all images, computed where they are not kept yet."""
-    network = fingerprint(classifier, settings.to_plain(config.model)["backbone"], hardware.precision)
+    network = fingerprint(classifier, hydra_app.to_plain(config.model)["backbone"], hardware.precision)
     key = hashlib.sha256(json.dumps([_FORMAT, pixels_key(data.preprocess), network]).encode()).hexdigest()[:16]
     directory = Path(data.cache.dir) / "embeddings" / key
     return known_embeddings(

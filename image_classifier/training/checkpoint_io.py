@@ -14,8 +14,8 @@ from typing import IO, Any, cast
 import torch
 from lightning_fabric.plugins.io.torch_io import TorchCheckpointIO
 
+from image_classifier.atomic_io import whole_file
 from image_classifier.errors import CheckpointError, storage_errors
-from image_classifier.files import whole_file
 
 log = logging.getLogger(__name__)
 

@@ -12,9 +12,9 @@ import numpy as np
 import pytorch_lightning as pl
 import torch
 
-from image_classifier.dataset.cache import PixelCache
+from image_classifier.dataset.pixel_cache import PixelCache
 from image_classifier.errors import ConfigError
-from image_classifier.records import SPLITS, Manifest
+from image_classifier.manifest import SPLITS, Manifest
 from image_classifier.training.augment.geometry import downsized
 from image_classifier.training.balance import balanced_rows
 from image_classifier.training.distributed import rank, share, world_size

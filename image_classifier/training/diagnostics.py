@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from image_classifier import settings
+from image_classifier.cli import hydra_app
 from image_classifier.errors import ClassifierError, ConfigError
 from image_classifier.images import DecodeLimits, Preprocess
 from image_classifier.inference.checkpoint import CheckpointBackend
@@ -19,10 +19,10 @@ from image_classifier.inference.explain_images import explainer_with, write_expl
 from image_classifier.inference.latency import Latency, hardware, in_this_process
 from image_classifier.inference.predictor import Backend, Predictor
 from image_classifier.inference.robustness import measure_robustness
+from image_classifier.manifest import Manifest
 from image_classifier.modeling.classifier import Classifier
 from image_classifier.predictions import PredictionTable
-from image_classifier.records import Manifest
-from image_classifier.training.run_folder import RunFolder
+from image_classifier.training.run_dir import RunFolder
 
 log = logging.getLogger(__name__)
 
@@ -57,7 +57,7 @@ class DiagnosticsSettings:
 
 def diagnostics_settings(config: Any) -> DiagnosticsSettings:
     """The keys of `diagnostics`, checked before any data is read."""
-    return settings.typed(DiagnosticsSettings, config.diagnostics, "diagnostics")
+    return hydra_app.typed(DiagnosticsSettings, config.diagnostics, "diagnostics")
 
 
 def examine(

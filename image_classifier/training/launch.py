@@ -14,7 +14,7 @@ from pytorch_lightning.accelerators import CPUAccelerator, CUDAAccelerator, MPSA
 
 from image_classifier.dataset.workers import core_count
 from image_classifier.errors import ConfigError
-from image_classifier.training.callbacks.signals import slurm_warnings
+from image_classifier.training.callbacks.preemption import slurm_warnings
 
 log = logging.getLogger(__name__)
 

@@ -13,7 +13,7 @@ from pytorch_lightning.loggers.logger import Logger
 from pytorch_lightning.utilities.rank_zero import rank_zero_only
 
 from image_classifier.errors import ConfigError
-from image_classifier.tracking import Tracker
+from image_classifier.mlflow_tracking import Tracker
 
 
 class MLflowLogger(Logger):

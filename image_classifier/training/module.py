@@ -12,7 +12,7 @@ from torchmetrics import MeanMetric
 from torchmetrics.classification import MulticlassAccuracy
 
 from image_classifier.errors import TrainingError
-from image_classifier.evaluation.metrics import compute_metrics
+from image_classifier.evaluation.metrics.compute import compute_metrics
 from image_classifier.modeling.classifier import Classifier
 from image_classifier.predictions import PredictionTable
 from image_classifier.training.datamodule import Batch

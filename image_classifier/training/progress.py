@@ -7,7 +7,7 @@ from typing import Any
 import pytorch_lightning as pl
 from pytorch_lightning.callbacks import RichProgressBar
 
-from image_classifier.training.callbacks.history import planned_epochs
+from image_classifier.training.callbacks.csv_metrics import planned_epochs
 from image_classifier.training.callbacks.throughput import Throughput
 
 

@@ -11,11 +11,11 @@ from pathlib import Path
 from typing import Any
 
 from image_classifier.errors import CheckpointError, ConfigError, DataError
-from image_classifier.records import Manifest
-from image_classifier.training.callbacks.signals import slurm_job
-from image_classifier.training.callbacks.state import KEY
+from image_classifier.manifest import Manifest
+from image_classifier.training.callbacks.exact_resume import KEY
+from image_classifier.training.callbacks.preemption import slurm_job
 from image_classifier.training.checkpoint_io import damage, go_back_to, newest_readable, read_part
-from image_classifier.training.run_folder import RunSettings, read_notes
+from image_classifier.training.run_dir import RunSettings, read_notes
 
 log = logging.getLogger(__name__)
 

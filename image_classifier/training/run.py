@@ -16,33 +16,34 @@ import pytorch_lightning as pl
 import torch
 from pytorch_lightning.utilities.exceptions import MisconfigurationException
 
-from image_classifier import settings
-from image_classifier.dataset.audit.findings import in_words
-from image_classifier.dataset.cache import open_cache
+from image_classifier.cli import hydra_app
+from image_classifier.dataset.audit.issues import in_words
+from image_classifier.dataset.pixel_cache import open_cache
 from image_classifier.dataset.prepare import DataSettings
 from image_classifier.dataset.run import prepare_from
 from image_classifier.errors import ConfigError, DataError
-from image_classifier.evaluation.ood import Detector, looks
+from image_classifier.evaluation.reliability.ood import Detector, looks
+from image_classifier.manifest import SPLITS, Manifest
 from image_classifier.modeling.classifier import Classifier
 from image_classifier.predictions import PredictionTable
-from image_classifier.records import SPLITS, Manifest
-from image_classifier.training.assemble import (
+from image_classifier.training.autotune import check_choices, rehearse
+from image_classifier.training.baseline import baselines_of_run
+from image_classifier.training.builders import (
     build_datamodule,
     build_module,
     build_trainer,
     check_optimisation,
     speed_settings,
 )
-from image_classifier.training.baseline import baselines_of_run
-from image_classifier.training.callbacks.bad_loss import BadLoss, check_on_nan
+from image_classifier.training.bundle_writer import deliver
+from image_classifier.training.calibrate import calibrated, decided, decision_settings, fit_detector
 from image_classifier.training.callbacks.checkpoints import final_checkpoint
-from image_classifier.training.callbacks.history import RunHistory
-from image_classifier.training.callbacks.signals import Signals, StopOnSignal
-from image_classifier.training.callbacks.state import ExactState
+from image_classifier.training.callbacks.csv_metrics import RunHistory
+from image_classifier.training.callbacks.exact_resume import ExactState
+from image_classifier.training.callbacks.nan_guard import BadLoss, check_on_nan
+from image_classifier.training.callbacks.preemption import Signals, StopOnSignal
 from image_classifier.training.callbacks.throughput import Throughput
 from image_classifier.training.datamodule import ImageDataModule
-from image_classifier.training.decide import calibrated, decided, decision_settings, fit_detector
-from image_classifier.training.delivery import deliver
 from image_classifier.training.diagnostics import diagnostics_settings, examine
 from image_classifier.training.distributed import (
     broadcast,
@@ -55,11 +56,11 @@ from image_classifier.training.distributed import (
     separate_draws,
 )
 from image_classifier.training.hardware import choose_hardware
+from image_classifier.training.initial_weights import settle_start
 from image_classifier.training.launch import run_ranks, uses_gpu
 from image_classifier.training.loggers import RunLoggers
 from image_classifier.training.module import ClassifierModule
-from image_classifier.training.rehearsal import check_choices, rehearse
-from image_classifier.training.report import log_outcome, summarise, write_results
+from image_classifier.training.reporting import log_outcome, summarise, write_results
 from image_classifier.training.resume import (
     Resumption,
     facts_of,
@@ -71,15 +72,14 @@ from image_classifier.training.resume import (
     score_if_finished,
     settled,
 )
-from image_classifier.training.run_folder import RunFolder, RunSettings, claim_run, note_finished, remembered_log
-from image_classifier.training.start import settle_start
+from image_classifier.training.run_dir import RunFolder, RunSettings, claim_run, note_finished, remembered_log
 
 log = logging.getLogger(__name__)
 
 
 def train(config: Any) -> float:
     """Run one training from data to bundle; returns the F1 that a sweep compares: of val, never of test."""
-    asked, line = _run_settings(config), settings.running_line("train").overrides
+    asked, line = _run_settings(config), hydra_app.running_line("train").overrides
     if going := find_run(asked, line):
         config = _as_begun(config, going, line)
         score = score_if_finished(going, _flat(config), asked.resume)
@@ -91,7 +91,7 @@ def train(config: Any) -> float:
     check_optimisation(config)
     decision_settings(config)
     diagnostics_settings(config)
-    devices = settings.to_plain(config.trainer)
+    devices = hydra_app.to_plain(config.trainer)
     if run_ranks(devices["accelerator"], devices["devices"], devices.get("num_nodes", 1)):
         return math.nan  # the ranks did it
     with joined(uses_gpu(devices["accelerator"])):
@@ -104,8 +104,8 @@ def _as_begun(config: Any, going: Resumption, line: Sequence[str]) -> Any:
         return config
     place = {"name": going.directory.name, "run_dir": str(going.directory)}
     anew = given_anew(going.directory, line)
-    config = settings.replaced(
-        settings.resumed(settings.replaced(config, place), going.directory / "config.yaml", anew), place
+    config = hydra_app.replaced(
+        hydra_app.resumed(hydra_app.replaced(config, place), going.directory / "config.yaml", anew), place
     )
     keys = {item.partition("=")[0] for item in anew}
     if "trainer.max_time" in keys and "trainer.max_steps" not in keys and config.trainer.max_epochs is None:
@@ -114,7 +114,7 @@ def _as_begun(config: Any, going: Resumption, line: Sequence[str]) -> Any:
 
 
 def _run_settings(config: Any) -> RunSettings:
-    return settings.typed(RunSettings, settings.only(config, *(item.name for item in fields(RunSettings))), "")
+    return hydra_app.typed(RunSettings, hydra_app.only(config, *(item.name for item in fields(RunSettings))), "")
 
 
 def _train_joined(config: Any, going: Resumption | None, line: Sequence[str]) -> float | None:
@@ -148,7 +148,7 @@ def _prepare_and_train(config: Any, going: Resumption | None, line: Sequence[str
         run = broadcast(claimed)
         config.name, config.run_dir = run.name, str(run.directory)
         if is_main():
-            settings.save(config, run.directory / "config.yaml")
+            hydra_app.save(config, run.directory / "config.yaml")
         return _train(config, run, manifest, data, going, signals)
 
 
@@ -164,7 +164,7 @@ def _train(
     )
     data, hardware = rehearse(config, manifest, data, cache, hardware, run.plots)
     if is_main():
-        settings.save(
+        hydra_app.save(
             config, run.directory / "config.yaml"
         )  # with what was found, so that a resumed run need not look again
     datamodule = build_datamodule(config, manifest, data, cache, hardware)
@@ -243,7 +243,7 @@ def _judged_parts(config: Any, manifest: Manifest) -> list[str]:
 
 def _flat(config: Any) -> dict[str, Any]:
     """All settings by dotted key, for logs and comparisons."""
-    return settings.flatten(settings.without_passwords(settings.to_plain(config)))
+    return hydra_app.flatten(hydra_app.without_passwords(hydra_app.to_plain(config)))
 
 
 def _fit(trainer: pl.Trainer, module: ClassifierModule, datamodule: ImageDataModule, start: Path | None) -> None:

@@ -12,13 +12,13 @@ import torch
 from matplotlib.font_manager import findfont
 from PIL import Image, ImageDraw, ImageFont
 
-from image_classifier import settings
-from image_classifier.dataset.cache import open_cache
+from image_classifier.atomic_io import write_bytes
+from image_classifier.cli import hydra_app
+from image_classifier.dataset.pixel_cache import open_cache
 from image_classifier.dataset.run import prepare_from
 from image_classifier.errors import ConfigError, DataError
-from image_classifier.files import write_bytes
-from image_classifier.records import Manifest
-from image_classifier.training.assemble import build_datamodule
+from image_classifier.manifest import Manifest
+from image_classifier.training.builders import build_datamodule
 from image_classifier.training.datamodule import Batch
 from image_classifier.training.hardware import Hardware
 
@@ -47,7 +47,7 @@ class ShowSettings:
 
 def show(config: Any) -> Path:
     """Write the sheet and say where it is: originals at the left, augmented versions beside them, with their labels."""
-    asked = settings.typed(ShowSettings, settings.only(config, *ShowSettings.__dataclass_fields__), "")
+    asked = hydra_app.typed(ShowSettings, hydra_app.only(config, *ShowSettings.__dataclass_fields__), "")
     whole, data = prepare_from(config)
     rows = choose_rows(whole, asked.count, asked.seed)
     if not len(rows):

@@ -10,9 +10,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from image_classifier.dataset import facts as facts_module
-from image_classifier.dataset.facts import Facts, read_facts
-from image_classifier.dataset.tree import Tree, find
+from image_classifier.dataset import scan as facts_module
+from image_classifier.dataset.discovery import Tree, find
+from image_classifier.dataset.scan import Facts, read_facts
 from image_classifier.images import DecodeLimits
 
 LIMITS = DecodeLimits()

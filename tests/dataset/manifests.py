@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from image_classifier.dataset.split import SplitSettings, assign_splits
 from image_classifier.errors import DataError
-from image_classifier.records import SPLITS, Manifest, Record
+from image_classifier.manifest import SPLITS, Manifest, Record
 
 RATIOS = st.sampled_from([0.0, 0.05, 0.1, 0.2, 0.33, 0.45])
 SETTINGS = st.builds(SplitSettings, val=RATIOS, test=RATIOS, seed=st.integers(0, 5))

@@ -12,12 +12,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from image_classifier.dataset import cache as cache_module
-from image_classifier.dataset.cache import CacheSettings, PixelCache, open_cache
+from image_classifier.dataset import pixel_cache as cache_module
+from image_classifier.dataset.pixel_cache import CacheSettings, PixelCache, open_cache
 from image_classifier.dataset.reader import ImageReader
 from image_classifier.errors import ConfigError, DataError, StorageError
 from image_classifier.images import Preprocess, decode
-from image_classifier.records import Manifest, Record
+from image_classifier.manifest import Manifest, Record
 from tests.conftest import ROOT, listed, write_image
 
 PREPROCESS = Preprocess(8)

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from image_classifier.dataset.copies_of_training import alike_in_training, equal_to_training
+from image_classifier.dataset.train_overlap import alike_in_training, equal_to_training
 from image_classifier.images import DEFAULT_LIMITS
 from tests.conftest import MakeTree, listed
 

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from image_classifier.dataset.duplicates import ENOUGH, DuplicateSettings, Twins, clusters, find_twins
-from image_classifier.dataset.signatures import best_plan, hyperplanes
+from image_classifier.dataset.lsh import best_plan, hyperplanes
 from image_classifier.errors import ConfigError
 
 Pairs = set[tuple[int, int]]

@@ -13,9 +13,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from image_classifier.dataset import facts as facts_module
+from image_classifier.dataset import scan as facts_module
 from image_classifier.dataset import workers
-from image_classifier.dataset.tree import Tree, find, find_test
+from image_classifier.dataset.discovery import Tree, find, find_test
 from image_classifier.errors import DataError, UnreadableImage
 from image_classifier.images import DecodeLimits, inspect
 from tests.conftest import write_image

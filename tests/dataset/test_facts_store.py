@@ -9,8 +9,8 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from image_classifier.dataset import facts as facts_module
-from image_classifier.dataset.tree import find
+from image_classifier.dataset import scan as facts_module
+from image_classifier.dataset.discovery import find
 from image_classifier.errors import StorageError
 from tests.conftest import ROOT, write_image
 from tests.dataset.conftest import LIMITS, assert_fresh, read, scanned
@@ -30,7 +30,7 @@ KILLED = """
 import os, sys
 from pathlib import Path
 from image_classifier.dataset import facts, facts_store
-from image_classifier.dataset.tree import find
+from image_classifier.dataset.discovery import find
 from image_classifier.images import DecodeLimits
 facts._BLOCK_FILES, facts._COMMIT_FILES, facts._TICK_NS = 4, 8, 0
 module, name, left = {place}
@@ -95,7 +95,7 @@ TWO = """
 import sys
 from pathlib import Path
 from image_classifier.dataset import facts
-from image_classifier.dataset.tree import find
+from image_classifier.dataset.discovery import find
 from image_classifier.images import DecodeLimits
 facts._BLOCK_FILES, facts._COMMIT_FILES = 4, 8
 for _ in range(5):
@@ -175,8 +175,8 @@ def test_a_full_disk_is_told_and_leaves_the_old_store(tree, facts_store, monkeyp
 _REFUSED = """
 import resource, signal, sys
 from pathlib import Path
-from image_classifier.dataset.facts import read_facts
-from image_classifier.dataset.tree import find
+from image_classifier.dataset.scan import read_facts
+from image_classifier.dataset.discovery import find
 from image_classifier.errors import StorageError
 from image_classifier.images import DecodeLimits
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)

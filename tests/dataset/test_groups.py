@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from image_classifier.dataset.split import content_names, group_keys, join_groups
 from image_classifier.errors import ConfigError
-from image_classifier.records import Manifest
+from image_classifier.manifest import Manifest
 from tests.dataset.manifests import UNTIMED, ZERO, image, manifest_of
 
 PAIRS = st.lists(st.tuples(st.integers(0, 11), st.integers(0, 11)).filter(lambda pair: pair[0] != pair[1]), max_size=8)

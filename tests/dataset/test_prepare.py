@@ -11,13 +11,13 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from PIL import Image
 
-from image_classifier.dataset.audit.findings import AuditSettings
+from image_classifier.dataset.audit.issues import AuditSettings
 from image_classifier.dataset.prepare import DataSettings, manifest_path
 from image_classifier.dataset.prepare import prepare as prepare_paths
 from image_classifier.dataset.select import ClassSettings
 from image_classifier.dataset.split import SplitSettings
 from image_classifier.errors import ConfigError, DataError
-from image_classifier.records import Manifest
+from image_classifier.manifest import Manifest
 from tests.conftest import ROOT, write_image
 
 CONF = ROOT / "conf" / "data"

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from image_classifier.dataset.select import ClassSettings, Selection, select
 from image_classifier.errors import ConfigError
-from image_classifier.records import SPLITS
+from image_classifier.manifest import SPLITS
 
 CLASSES = ("ant", "bee", "cat", "dog", "eel")
 Image = tuple[str, str, int]  # label, split, content

@@ -14,8 +14,8 @@ from typing import Any
 import pytest
 from PIL import Image
 
+from image_classifier.dataset.discovery import Tree, find
 from image_classifier.dataset.sources import Digits, Folder, Hub, TorchvisionDataset, deferred
-from image_classifier.dataset.tree import Tree, find
 from image_classifier.errors import ConfigError, SourceError
 from tests.conftest import ROOT
 from tests.dataset.fetch.test_archive import packed
@@ -46,11 +46,11 @@ def source_of(*overrides: str) -> Any:
     """The source that conf/data describes."""
     from hydra import compose, initialize_config_dir
 
-    from image_classifier import settings
+    from image_classifier.cli import hydra_app
 
     with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
         config = compose("prepare", list(overrides))
-    return settings.instantiate(config.data.source)
+    return hydra_app.instantiate(config.data.source)
 
 
 def test_digits(here):

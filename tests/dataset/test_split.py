@@ -16,7 +16,7 @@ from PIL import Image
 
 from image_classifier.dataset.split import SplitSettings, assign_splits, join_groups
 from image_classifier.errors import ConfigError, DataError
-from image_classifier.records import SPLITS, Manifest, Record
+from image_classifier.manifest import SPLITS, Manifest, Record
 from tests.dataset.manifests import (
     GIVEN,
     LABELS,

@@ -12,8 +12,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from image_classifier.dataset.table import is_table, read_table
 from image_classifier.errors import DataError
+from image_classifier.sources.table import is_table, read_table
 
 
 @pytest.fixture

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from image_classifier.dataset.tree import find, find_test, list_folder, unreadable
+from image_classifier.dataset.discovery import find, find_test, list_folder, unreadable
 from image_classifier.errors import ConfigError, DataError, UnreadableImage
 from tests.conftest import write_image
 

@@ -149,7 +149,7 @@ def test_clean_leaves_what_others_keep_in_the_folder(tree: Path, command: Comman
 
 
 def test_clean_waits_for_nobody(tree: Path, command: Command) -> None:
-    from image_classifier.files import locked
+    from image_classifier.atomic_io import locked
 
     assert command("prepare", *LINE).code == 0
     (lock,) = Path("data/cache/facts").glob("*/lock")

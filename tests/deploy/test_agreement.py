@@ -11,7 +11,7 @@ import pytest
 import yaml
 
 from image_classifier import __version__
-from image_classifier.command_line import CONF_DIR
+from image_classifier.cli.options import CONF_DIR
 from image_classifier.exporting.triton import TritonSettings
 from image_classifier.inference.triton.flags import FLAGS
 from tests.conftest import ROOT

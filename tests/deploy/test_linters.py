@@ -97,9 +97,9 @@ def test_an_alert_can_be_read_and_asks_for_figures_that_there_are(alert: str) ->
         "description",
     }
     assert rule["labels"]["severity"] in ("page", "ticket")
-    source = ROOT / "image_classifier/serving/observe.py"
+    source = ROOT / "image_classifier/serving/metrics.py"
     if not source.is_file():
-        pytest.skip("image_classifier/serving/observe.py is not here yet")
+        pytest.skip("image_classifier/serving/metrics.py is not here yet")
     text = source.read_text(encoding="utf-8")
     asked = {re.sub(r"_(total|bucket)$", "", name) for name in re.findall(r"\bimage_classifier_(\w+)", rule["expr"])}
     assert [name for name in asked if f'"{name}"' not in text] == []

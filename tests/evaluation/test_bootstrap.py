@@ -11,13 +11,12 @@ from hypothesis import strategies as st
 from scipy.stats import binomtest
 from sklearn.metrics import f1_score
 
-from image_classifier.evaluation import bootstrap
-from image_classifier.evaluation.bootstrap import resample, share, spread, wilson
-from image_classifier.evaluation.metrics import Metrics, compute_metrics
-from image_classifier.evaluation.per_image import judge_images
-from image_classifier.evaluation.ranking import rank_classes
+from image_classifier.evaluation.metrics.bootstrap import resample, share, spread, wilson
+from image_classifier.evaluation.metrics.compute import Metrics, bootstrap, compute_metrics
+from image_classifier.evaluation.metrics.per_image import judge_images
+from image_classifier.evaluation.metrics.ranking import rank_classes
+from image_classifier.evaluation.metrics.sums import Part
 from image_classifier.evaluation.results import metrics_lines
-from image_classifier.evaluation.sums import Part
 from image_classifier.predictions import PredictionTable
 from tests.evaluation.test_ranking import made_table
 

@@ -10,8 +10,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from image_classifier.errors import DataError
-from image_classifier.evaluation.calibration import Reliability, calibration_score, fit_temperature, noise_floor
-from image_classifier.evaluation.metrics import compute_metrics
+from image_classifier.evaluation.metrics.compute import compute_metrics
+from image_classifier.evaluation.reliability.calibration import (
+    Reliability,
+    calibration_score,
+    fit_temperature,
+    noise_floor,
+)
 from image_classifier.predictions import PredictionTable, softmax
 
 
@@ -90,7 +95,7 @@ def test_parts_that_cannot_tell_a_temperature_get_a_bounded_one_and_say_so() -> 
 def test_blocks_of_rows_give_what_the_whole_gives(monkeypatch: pytest.MonkeyPatch) -> None:
     part = honest(500, 7, 1.7)
     whole = fit_temperature(part)
-    monkeypatch.setattr("image_classifier.evaluation.calibration._BLOCK_NUMBERS", 64)
+    monkeypatch.setattr("image_classifier.evaluation.reliability.calibration._BLOCK_NUMBERS", 64)
     assert fit_temperature(part).temperature == pytest.approx(whole.temperature, rel=1e-9)
 
 

@@ -10,7 +10,7 @@ from scipy.stats import binomtest
 
 from image_classifier.errors import DataError
 from image_classifier.evaluation.compare import compare, mcnemar, share
-from image_classifier.evaluation.metrics import compute_metrics
+from image_classifier.evaluation.metrics.compute import compute_metrics
 from image_classifier.predictions import PredictionTable
 
 

@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 from scipy.special import bdtr
 
 from image_classifier.errors import CheckpointError, ConfigError
-from image_classifier.evaluation.decision import DEFAULTS, Decision, DecisionSettings, Evidence
-from image_classifier.evaluation.decision_results import decision_score
-from image_classifier.evaluation.selective import (
+from image_classifier.evaluation.reliability.abstention import DEFAULTS, Decision, DecisionSettings, Evidence
+from image_classifier.evaluation.reliability.results import decision_score
+from image_classifier.evaluation.reliability.selective import (
     RiskLevel,
     chance_of_fewer,
     choose_level,

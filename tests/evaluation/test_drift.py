@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from image_classifier.evaluation.decision import Decision, DecisionSettings, Evidence
 from image_classifier.evaluation.drift import FEWEST, Reference
+from image_classifier.evaluation.reliability.abstention import Decision, DecisionSettings, Evidence
 from image_classifier.predictions import PredictionTable
 
 RNG = np.random.default_rng(0)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from image_classifier.evaluation.heat import overlay, plot_explanation
+from image_classifier.evaluation.plots.heat_map import overlay, plot_explanation
 
 PICTURE = np.random.default_rng(0).integers(0, 256, (40, 60, 3), dtype=np.uint8)
 

@@ -12,8 +12,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from image_classifier.errors import DataError
-from image_classifier.evaluation.answers import Answers, out_of_fold
-from image_classifier.evaluation.label_noise import (
+from image_classifier.evaluation.label_issues.out_of_fold import Answers, out_of_fold
+from image_classifier.evaluation.label_issues.proposals import (
+    COLUMNS,
+    accepted,
+    decision,
+    lines,
+    merged,
+    worst_answers,
+    write_csv,
+)
+from image_classifier.evaluation.label_issues.ranking import (
     CONFIDENT,
     LOSS,
     TWINS,
@@ -21,7 +30,6 @@ from image_classifier.evaluation.label_noise import (
     find_suspects,
     highest_losses,
 )
-from image_classifier.evaluation.suspects import COLUMNS, accepted, decision, lines, merged, worst_answers, write_csv
 from image_classifier.predictions import PredictionTable
 
 CLASSES = ("ant", "bee", "cat", "dog")

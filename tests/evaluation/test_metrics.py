@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from sklearn import metrics as sk
 
 from image_classifier.errors import DataError
-from image_classifier.evaluation.metrics import Metrics, compute_metrics
-from image_classifier.evaluation.sums import SCALARS
+from image_classifier.evaluation.metrics.compute import Metrics, compute_metrics
+from image_classifier.evaluation.metrics.sums import SCALARS
 from image_classifier.predictions import PredictionTable
 
 

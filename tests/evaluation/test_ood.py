@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from sklearn.metrics import roc_auc_score
 
 from image_classifier.errors import CheckpointError
-from image_classifier.evaluation.ood import Detector, Gaussian, auroc, looks
+from image_classifier.evaluation.reliability.ood import Detector, Gaussian, auroc, looks
 
 RANDOM = np.random.default_rng(0)
 

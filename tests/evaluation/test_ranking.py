@@ -11,12 +11,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from sklearn.metrics import average_precision_score, roc_auc_score
 
-from image_classifier.evaluation import ranking
 from image_classifier.evaluation.blocks import in_order, slices
-from image_classifier.evaluation.bootstrap import resample, spread
-from image_classifier.evaluation.metrics import compute_metrics
-from image_classifier.evaluation.per_image import judge_images
-from image_classifier.evaluation.ranking import rank_classes
+from image_classifier.evaluation.metrics.bootstrap import resample, spread
+from image_classifier.evaluation.metrics.compute import compute_metrics, ranking
+from image_classifier.evaluation.metrics.per_image import judge_images
+from image_classifier.evaluation.metrics.ranking import rank_classes
 from image_classifier.predictions import PredictionTable
 
 LOG_PROBABILITIES = st.floats(-(2.0**127), 0.0, width=32)

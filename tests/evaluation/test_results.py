@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from image_classifier.errors import UnreadableImage
-from image_classifier.evaluation.metrics import compute_metrics
+from image_classifier.evaluation.metrics.compute import compute_metrics
 from image_classifier.evaluation.results import write_evaluation
 from image_classifier.images import DEFAULT_LIMITS, DecodeLimits
 from image_classifier.predictions import PredictionTable

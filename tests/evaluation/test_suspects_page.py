@@ -11,9 +11,9 @@ import pytest
 from PIL import Image
 
 from image_classifier.dataset.audit.fix import Fix, read_fixes
-from image_classifier.evaluation.label_noise import Suspect
-from image_classifier.evaluation.suspects_page import Gallery, Row, render
-from image_classifier.page import pictures
+from image_classifier.evaluation.label_issues.html_report import Gallery, Row, render
+from image_classifier.evaluation.label_issues.ranking import Suspect
+from image_classifier.html import thumbnails
 from tests.dataset.audit.test_audit_page import Browser, browser  # noqa: F401
 
 EVIL = '"><script>alert(1)</script>.png'
@@ -62,7 +62,8 @@ def test_what_was_decided_is_kept_for_the_saved_file(tmp_path: Path) -> None:
 
 def test_the_page_is_bounded_and_says_so(tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setattr(
-        "image_classifier.evaluation.suspects_page.thumbnail", lambda *_: pictures.Thumbnail(f"data:,{9000 * 'A'}")
+        "image_classifier.evaluation.label_issues.html_report.thumbnail",
+        lambda *_: thumbnails.Thumbnail(f"data:,{9000 * 'A'}"),
     )
     paths = [f"{number}/{'long ' * 50}.png" for number in range(2000)]
     html = render([suspect(path) for path in paths], gallery(tmp_path, *paths), 5000)

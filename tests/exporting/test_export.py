@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from image_classifier.bundle import Bundle, read_bundle
 from image_classifier.errors import ParityError
-from image_classifier.exporting import run
+from image_classifier.exporting import export
 from image_classifier.exporting import sealed as sealed_model
 from image_classifier.exporting.int8 import Drop
 from image_classifier.exporting.parity import Parity
@@ -60,7 +60,7 @@ def test_what_disagrees_leaves_nothing_but_the_reason(
         (directory / "half.onnx").write_bytes(b"half")
         raise ParityError("sealed gives another class on 3 of 40 images")
 
-    monkeypatch.setattr(run, "export_sealed", broken)
+    monkeypatch.setattr(export, "export_sealed", broken)
     before = kept(bundle)
     answer = command("export", str(bundle), "--to", "sealed")
     assert answer.code == 2 and "another class on 3 of 40" in answer.err and "Traceback" not in answer.err

@@ -44,7 +44,7 @@ def exported(trained: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_every_way_to_give_a_picture_has_the_answer_of_infer(exported: Path) -> None:
-    from image_classifier.tracking import load_pyfunc
+    from image_classifier.mlflow_tracking import load_pyfunc
 
     model, predictor = load_pyfunc(exported / "models/digits/mlflow"), load_predictor(exported / "models/digits")
     file = sorted((exported / "data/digits/test/3").iterdir())[0]
@@ -91,7 +91,7 @@ def test_every_way_to_give_a_picture_has_the_answer_of_infer(exported: Path) -> 
 def test_what_is_no_picture_is_refused_in_words(exported: Path, wrong: Any, says: str) -> None:
     from mlflow.exceptions import MlflowException
 
-    from image_classifier.tracking import load_pyfunc
+    from image_classifier.mlflow_tracking import load_pyfunc
 
     with pytest.raises(MlflowException) as caught:
         load_pyfunc(exported / "models/digits/mlflow").predict(wrong)

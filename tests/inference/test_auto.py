@@ -13,8 +13,8 @@ import pytest
 
 from image_classifier.bundle import Bundle, read_bundle
 from image_classifier.errors import CheckpointError, ConfigError
-from image_classifier.inference import auto
-from image_classifier.inference.auto import candidates, fastest
+from image_classifier.inference import backend_selection
+from image_classifier.inference.backend_selection import candidates, fastest
 from image_classifier.inference.golden import Golden
 from image_classifier.inference.onnx_runtime import OnnxBackend, providers
 from image_classifier.inference.predictor import Backend
@@ -37,8 +37,8 @@ class Fake:
 
 def choose(bundle: Bundle, monkeypatch: pytest.MonkeyPatch, **made: tuple[float, float]) -> tuple[str, Backend]:
     logits = Golden.of(bundle).logits
-    monkeypatch.setattr(auto, "candidates", lambda _: list(made))
-    monkeypatch.setattr(auto, "open_backend", lambda _, name, __: Fake(logits, *made[name]))
+    monkeypatch.setattr(backend_selection, "candidates", lambda _: list(made))
+    monkeypatch.setattr(backend_selection, "open_backend", lambda _, name, __: Fake(logits, *made[name]))
     return fastest(bundle)
 
 
@@ -71,8 +71,8 @@ def test_a_backend_that_cannot_be_opened_is_passed_over(digits_bundle: Path, mon
             raise ConfigError("not installed")
         return Fake(logits, 0.0)
 
-    monkeypatch.setattr(auto, "candidates", lambda _: ["openvino", "onnx"])
-    monkeypatch.setattr(auto, "open_backend", opened)
+    monkeypatch.setattr(backend_selection, "candidates", lambda _: ["openvino", "onnx"])
+    monkeypatch.setattr(backend_selection, "open_backend", opened)
     assert fastest(bundle)[0] == "onnx"
 
 
@@ -118,7 +118,7 @@ def test_torch_is_loaded_only_where_nothing_else_is_there(digits_bundle: Path) -
 def test_what_an_export_found_counts_more_than_eight_golden_images(
     digits_bundle: Path, monkeypatch: pytest.MonkeyPatch, exports: dict[str, object], expected: str
 ) -> None:
-    monkeypatch.setattr(auto, "fitting", lambda _: ["onnx", "openvino", "openvino-bf16", "int8"])
+    monkeypatch.setattr(backend_selection, "fitting", lambda _: ["onnx", "openvino", "openvino-bf16", "int8"])
     known = read_bundle(digits_bundle)
     assert set(candidates(Bundle(digits_bundle, replace(known.info, exports=exports)))) == set(expected.split())
 

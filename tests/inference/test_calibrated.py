@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from image_classifier.bundle import read_bundle
-from image_classifier.evaluation.calibration import fit_temperature
+from image_classifier.evaluation.reliability.calibration import fit_temperature
 from image_classifier.predictions import PredictionTable
 from tests.conftest import Command
 

@@ -21,13 +21,13 @@ import pytest
 
 from image_classifier.errors import CheckpointError, ConfigError, StorageError
 from image_classifier.inference.cluster import Dealt
-from image_classifier.inference.inputs import Inputs
+from image_classifier.inference.cluster_worker import Job, Model, answer
 from image_classifier.inference.load import load_predictor
 from image_classifier.inference.onnx_runtime import session_of
 from image_classifier.inference.predictor import cores
 from image_classifier.inference.shards import Shards
-from image_classifier.inference.storage import Storage
-from image_classifier.inference.worker import Job, Model, answer
+from image_classifier.sources.inputs import Inputs
+from image_classifier.sources.object_store import Storage
 from tests.conftest import ROOT, Answer, Command
 
 ODD = "a b'ü,.png"  # no image

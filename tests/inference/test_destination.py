@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from image_classifier.atomic_io import whole_file
 from image_classifier.errors import StorageError
-from image_classifier.files import whole_file
 from tests.conftest import Command
 
 

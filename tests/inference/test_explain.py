@@ -18,7 +18,7 @@ from torch import nn
 from torchvision.models.swin_transformer import SwinTransformer
 from torchvision.models.vision_transformer import VisionTransformer as TorchvisionTransformer
 
-from image_classifier.inference.explain import Explanation, explain
+from image_classifier.inference.attribution import Explanation, explain
 from image_classifier.modeling.backbones import torchvision_backbone
 from image_classifier.modeling.classifier import Classifier, build_classifier
 from image_classifier.modeling.convnet import MLP, ConvNet

@@ -12,7 +12,7 @@ from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from image_classifier.evaluation.heat import explanation_name
+from image_classifier.evaluation.plots.heat_map import explanation_name
 from image_classifier.images import Preprocess
 from image_classifier.predictions import PredictionTable
 from tests.conftest import Command

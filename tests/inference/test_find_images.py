@@ -19,10 +19,11 @@ from PIL import Image
 
 from image_classifier.errors import ConfigError, DataError, UnreadableImage
 from image_classifier.images import DecodeLimits
-from image_classifier.inference import archives, inputs, outputs
-from image_classifier.inference.archives import ArchiveLimits
-from image_classifier.inference.inputs import Inputs
-from image_classifier.inference.item import Item
+from image_classifier.inference import writers
+from image_classifier.sources import archive, inputs
+from image_classifier.sources.archive import ArchiveLimits
+from image_classifier.sources.image_source import Item
+from image_classifier.sources.inputs import Inputs
 
 
 @pytest.fixture
@@ -224,19 +225,19 @@ def test_an_archive_that_needs_too_much_memory_is_a_row(tmp_path: Path, monkeypa
 
 @pytest.mark.parametrize("name", ["a.tar.zst", "a.TZST", "t.parquet", "https://host/a.tar.zst?x"])
 def test_a_package_that_is_missing_is_told_before_work_begins(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    for module in (inputs, outputs, archives):
+    for module in (inputs, writers, archive):
         monkeypatch.setattr(module, "find_spec", lambda package: None)
     with pytest.raises(ConfigError, match="pip install pyarrow"):
         Inputs([name], io.BytesIO).check()
     with pytest.raises(ConfigError, match="pip install pyarrow"):
-        outputs.check_format("parquet", to_a_file=True)
+        writers.check_format("parquet", to_a_file=True)
 
 
 def test_a_package_that_is_missing_for_an_archive_without_a_suffix_is_a_row(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     as_tar(tmp_path / "a.tar.zst", FILES)
-    monkeypatch.setattr(archives, "find_spec", lambda package: None)
+    monkeypatch.setattr(archive, "find_spec", lambda package: None)
     (item,) = found(["-"], (tmp_path / "a.tar.zst").read_bytes())
     assert "pip install pyarrow" in reason(item)
 

@@ -17,8 +17,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from image_classifier.errors import ConfigError
-from image_classifier.inference.item import Item
-from image_classifier.inference.part import Part, check_same_run
+from image_classifier.inference.resume_log import Part, check_same_run
+from image_classifier.sources.image_source import Item
 from tests.conftest import ROOT, Command
 
 FORMATS = ("jsonl", "csv", "parquet", "json", "table")
@@ -189,7 +189,7 @@ def test_without_resume_a_run_starts_over_and_says_so(
 
 
 def test_resuming_needs_a_file_and_a_second_writer_is_refused(tmp_path: Path, command: Command) -> None:
-    from image_classifier.files import locked
+    from image_classifier.atomic_io import locked
 
     answer = command("infer", "--checkpoint_name", "digits", "--resume", "--images", "data/digits/test/0")
     assert answer.code == 2 and "--output FILE" in answer.err

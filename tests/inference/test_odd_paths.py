@@ -8,11 +8,11 @@ from pathlib import Path
 
 import pytest
 
-from image_classifier.dataset.fetch.dvc import pull_missing
 from image_classifier.errors import UnreadableImage
 from image_classifier.images import DecodeLimits, load_bytes
-from image_classifier.inference.item import Item
 from image_classifier.inference.sort_into import Sorter
+from image_classifier.sources.dvc import pull_missing
+from image_classifier.sources.image_source import Item
 from tests.conftest import Command
 from tests.inference.test_find_images import found
 

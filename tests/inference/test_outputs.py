@@ -19,11 +19,11 @@ from hypothesis import strategies as st
 
 from image_classifier.errors import ConfigError, StorageError
 from image_classifier.images import DecodeLimits, Preprocess
-from image_classifier.inference.item import Item
-from image_classifier.inference.outputs import Answer, check_format, write_answers
 from image_classifier.inference.predictor import Predictor
 from image_classifier.inference.sort_into import Sorter, folder_name
+from image_classifier.inference.writers import Answer, check_format, write_answers
 from image_classifier.predictions import Prediction
+from image_classifier.sources.image_source import Item
 from tests.conftest import write_image
 from tests.inference.test_predictor import Brightness
 

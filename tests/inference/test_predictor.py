@@ -11,8 +11,8 @@ from PIL import Image
 from image_classifier.errors import UnreadableImage
 from image_classifier.images import Preprocess
 from image_classifier.inference import predictor as predictor_module
-from image_classifier.inference.item import Item
 from image_classifier.inference.predictor import Predictor
+from image_classifier.sources.image_source import Item
 
 
 class Brightness:

@@ -18,8 +18,8 @@ from image_classifier.bundle import Bundle, read_bundle
 from image_classifier.errors import CheckpointError
 from image_classifier.inference import onnx_runtime
 from image_classifier.inference.backends import open_backend
+from image_classifier.inference.onnx_external_data import is_self_contained
 from image_classifier.inference.onnx_runtime import OnnxBackend
-from image_classifier.inference.self_contained import is_self_contained
 from tests.conftest import ROOT
 
 

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from image_classifier.errors import DataError, StorageError
-from image_classifier.inference.inputs import Inputs
+from image_classifier.sources.inputs import Inputs
 from tests.inference.test_find_images import ARCHIVES, FILES, found, picture
 
 

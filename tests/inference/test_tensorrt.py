@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 
 from image_classifier.bundle import Bundle, read_bundle
 from image_classifier.errors import CheckpointError, ConfigError, ParityError, StorageError
-from image_classifier.inference.auto import candidates
+from image_classifier.inference.backend_selection import candidates
 from image_classifier.inference.backends import fitting, open_backend, takes_minutes
 from image_classifier.inference.onnx_runtime import OnnxBackend
 from image_classifier.inference.tensorrt import cuda

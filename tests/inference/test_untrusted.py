@@ -24,9 +24,9 @@ from hypothesis import strategies as st
 import image_classifier.bundle
 from image_classifier.bundle import read_bundle
 from image_classifier.errors import ClassifierError
-from image_classifier.exporting.reference import Reference
+from image_classifier.exporting.parity_data import Reference
 from image_classifier.images import DEFAULT_LIMITS
-from image_classifier.inference import auto
+from image_classifier.inference import backend_selection
 from image_classifier.inference.backends import fitting
 from image_classifier.inference.checkpoint import load_classifier, network_of
 from image_classifier.inference.golden import Golden
@@ -176,7 +176,9 @@ def changed(data: st.DataObject, value: Any, depth: int = 3) -> Any:
 def test_any_bundle_json_gives_a_predictor_or_a_clear_error(
     digits_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, data: st.DataObject
 ) -> None:
-    monkeypatch.setattr(auto, "fitting", lambda bundle: [name for name in fitting(bundle) if name in ("onnx", "int8")])
+    monkeypatch.setattr(
+        backend_selection, "fitting", lambda bundle: [name for name in fitting(bundle) if name in ("onnx", "int8")]
+    )
     folder = tmp_path / "bundle"
     if not folder.exists():
         shutil.copytree(digits_bundle, folder)

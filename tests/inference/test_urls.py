@@ -15,10 +15,10 @@ from urllib.parse import quote
 import pytest
 
 from image_classifier.errors import ConfigError, SourceError, UnreadableImage
-from image_classifier.inference import urls
-from image_classifier.inference.inputs import Inputs
-from image_classifier.inference.item import Item
-from image_classifier.inference.urls import UrlLimits, Web, is_public
+from image_classifier.sources import web
+from image_classifier.sources.image_source import Item
+from image_classifier.sources.inputs import Inputs
+from image_classifier.sources.web import UrlLimits, Web, is_public
 from tests.inference.test_find_images import as_tar, as_zip, picture
 
 
@@ -183,11 +183,11 @@ def test_a_redirect_to_this_machine_is_refused(server: str, monkeypatch: pytest.
     """The first address counts as public, the one it leads to does not."""
     host, port = "127.0.0.1", server.rpartition(":")[2]
     Handler.moved["/away.png"] = f"http://127.0.0.2:{port}/1.png"
-    monkeypatch.setattr(urls, "is_public", lambda address: address == host)
-    web = Web(UrlLimits(timeout_s=5))
-    assert web.image(f"{server}/moved.png", 10**6) == picture(1)
+    monkeypatch.setattr(web, "is_public", lambda address: address == host)
+    client = Web(UrlLimits(timeout_s=5))
+    assert client.image(f"{server}/moved.png", 10**6) == picture(1)
     with pytest.raises(UnreadableImage, match="private network"):
-        web.image(f"{server}/away.png", 10**6)
+        client.image(f"{server}/away.png", 10**6)
 
 
 def test_a_name_with_one_private_address_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

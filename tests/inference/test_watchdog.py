@@ -16,10 +16,10 @@ from pathlib import Path
 import pytest
 
 from image_classifier.errors import SourceError, UnreadableImage
-from image_classifier.inference.item import Item
 from image_classifier.inference.triton.over_http import HttpChannel
 from image_classifier.inference.triton.protocol import Address, Refused
-from image_classifier.inference.urls import UrlLimits, Web
+from image_classifier.sources.image_source import Item
+from image_classifier.sources.web import UrlLimits, Web
 from tests.conftest import ROOT
 from tests.inference.test_predictor import predictor
 

@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 from torch import nn
 
 from image_classifier.errors import StorageError, TrainingError
-from image_classifier.modeling import features
+from image_classifier.modeling import embeddings
 from image_classifier.modeling.classifier import Classifier
-from image_classifier.modeling.features import EmbeddingStore, embed, fingerprint, known_embeddings
+from image_classifier.modeling.embeddings import EmbeddingStore, embed, fingerprint, known_embeddings
 
 PIXELS = np.random.default_rng(0).integers(0, 256, (40, 6, 6, 3), dtype=np.uint8)
 DIGESTS = np.random.default_rng(1).integers(0, 256, (40, 32), dtype=np.uint8)
@@ -45,7 +45,7 @@ def whole(store: EmbeddingStore, digests: np.ndarray = DIGESTS) -> np.ndarray:
 def test_embeddings_are_those_of_the_network_in_use(
     batch: int, channels_last: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(features, "_BATCH", batch)
+    monkeypatch.setattr(embeddings, "_BATCH", batch)
     model = network().train()
     rows = np.arange(39, -1, -1)
     found = np.concatenate(list(embed(model, rows, gather, channels_last=channels_last)))
@@ -87,7 +87,7 @@ def test_only_what_is_missing_is_computed(
         return np.array([]) if len(rows) == 0 else PIXELS[rows]
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(features, "_PART", part)
+        patch.setattr(embeddings, "_PART", part)
         add = EmbeddingStore.add
         patch.setattr(
             EmbeddingStore,
@@ -109,7 +109,7 @@ def test_a_second_call_computes_nothing(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     first = whole(known_embeddings(network(), DIGESTS, gather, tmp_path))
-    monkeypatch.setattr(features, "embed", lambda *_: pytest.fail("computed again"))
+    monkeypatch.setattr(embeddings, "embed", lambda *_: pytest.fail("computed again"))
     with caplog.at_level("INFO"):
         again = known_embeddings(network(), DIGESTS, gather, tmp_path)
     assert np.array_equal(whole(again), first)

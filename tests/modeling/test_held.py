@@ -14,7 +14,7 @@ from torch import nn
 from torch.nn import functional
 from torchvision.models.vision_transformer import VisionTransformer
 
-from image_classifier.modeling.held import Held
+from image_classifier.modeling.attribution_rules import Held
 
 SIZES = st.lists(st.integers(1, 6), min_size=2, max_size=4)
 

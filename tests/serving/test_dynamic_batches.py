@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from image_classifier.errors import ConfigError
-from image_classifier.serving.batches import Batches, BatchSettings, Outcome, Work
+from image_classifier.serving.worker.batching import Batches, BatchSettings, Outcome, Work
 
 
 def rows(value: int, count: int = 1) -> np.ndarray:

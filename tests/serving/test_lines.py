@@ -13,8 +13,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from image_classifier.serving import lines, wire
-from image_classifier.serving.lines import Aside, Lines
+from image_classifier.serving import async_log
+from image_classifier.serving.async_log import Aside, Lines
+from image_classifier.serving.worker import framing
 from tests.conftest import ROOT
 
 
@@ -31,7 +32,7 @@ def test_all_is_written_in_its_order(texts: list[str]) -> None:
 def test_what_nobody_takes_is_left_out_and_told(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(lines, "_MOST", 5)
+    monkeypatch.setattr(async_log, "_MOST", 5)
     taken, written = threading.Event(), []
 
     def write(line: str) -> None:
@@ -60,7 +61,7 @@ def test_an_error_is_said_once(caplog: pytest.LogCaptureFixture) -> None:
 
 
 def test_a_pipe_that_nobody_reads_holds_nobody_up(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(lines, "_LAST_S", 0.1)
+    monkeypatch.setattr(async_log, "_LAST_S", 0.1)
     reading, writing = os.pipe()
     stream = Aside(writing)
     logger = logging.Logger("aside")
@@ -80,8 +81,8 @@ def test_a_pipe_that_nobody_reads_holds_nobody_up(monkeypatch: pytest.MonkeyPatc
 def test_a_models_process_that_fails_says_why_before_it_ends() -> None:
     ours, theirs = socket.socketpair()
     with ours, theirs:
-        ours.sendall(wire.packed({"what": "is no order"}))
-        line = [sys.executable, "-m", "image_classifier.serving.model_process", str(theirs.fileno())]
+        ours.sendall(framing.packed({"what": "is no order"}))
+        line = [sys.executable, "-m", "image_classifier.serving.worker.main", str(theirs.fileno())]
         done = subprocess.run(
             line, cwd=ROOT, pass_fds=[theirs.fileno()], capture_output=True, text=True, timeout=60, check=False
         )

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 from image_classifier.errors import ConfigError
-from image_classifier.serving.access import Access, AccessSettings
-from image_classifier.serving.limits import Refusal
+from image_classifier.serving.auth import Access, AccessSettings
+from image_classifier.serving.request_limits import Refusal
 from tests.serving.conftest import start_server
 
 OLD, NEW = "0123456789abcdef-old", "0123456789abcdef-new"

@@ -14,8 +14,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from image_classifier.inference.item import Item
 from image_classifier.inference.load import load_predictor
+from image_classifier.sources.image_source import Item
 from tests.serving.conftest import Server
 
 

@@ -12,9 +12,9 @@ import pytest
 
 from image_classifier.bundle import read_bundle
 from image_classifier.errors import ConfigError
-from image_classifier.serving.order import version_of
-from image_classifier.serving.places import InRegistry
-from image_classifier.serving.traffic import DriftSettings, Traffic, columns
+from image_classifier.serving.drift_window import DriftSettings, Traffic, columns
+from image_classifier.serving.model_sources import InRegistry
+from image_classifier.serving.worker.spec import version_of
 from tests.conftest import Command
 
 ANSWER = {"path": "secret.png", "predicted_class": "7", "confidence": 0.75, "decision": "label"}

@@ -15,8 +15,8 @@ from image_classifier.bundle import read_bundle
 from image_classifier.inference.golden import Golden
 from image_classifier.inference.load import load_predictor
 from image_classifier.inference.triton.client import TritonBackend
-from image_classifier.serving import v2
-from image_classifier.serving.limits import Refusal
+from image_classifier.serving.request_limits import Refusal
+from image_classifier.serving.routes import v2
 from tests.conftest import Command
 from tests.serving.conftest import Server
 

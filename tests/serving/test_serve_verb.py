@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 
 from image_classifier.errors import CheckpointError, ConfigError
-from image_classifier.serving import places
-from image_classifier.serving.places import InRegistry, OnDisk, place_of
+from image_classifier.serving import model_sources
+from image_classifier.serving.model_sources import InRegistry, OnDisk, place_of
 from tests.conftest import Command, run_apart
 from tests.serving.conftest import Server, start_server
 
@@ -193,8 +193,8 @@ def test_an_alias_is_downloaded_once_a_version(
 ) -> None:
     shutil.copytree(digits_bundle, tmp_path / "registered/artifacts/bundle")
     registry = Registry(tmp_path / "registered")
-    monkeypatch.setattr("image_classifier.tracking.registered_version", registry.version)
-    monkeypatch.setattr("image_classifier.tracking.download", registry.download)
+    monkeypatch.setattr("image_classifier.mlflow_tracking.registered_version", registry.version)
+    monkeypatch.setattr("image_classifier.mlflow_tracking.download", registry.download)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     place = place_of("models:/digits@champion", tmp_path, None, "sqlite:///mlflow.db")
     assert isinstance(place, InRegistry) and place.name == "digits"
@@ -226,4 +226,4 @@ def test_places_have_names(digits_bundle: Path, tmp_path: Path) -> None:
     assert OnDisk(str(digits_bundle / "model.onnx"), tmp_path, None).name == "model"
     for wrong in ("models:/a b@c", "models:/a", "models:/@c", "models:/a@b/c"):
         with pytest.raises(ConfigError):
-            places.place_of(wrong, tmp_path, None, "")
+            model_sources.place_of(wrong, tmp_path, None, "")

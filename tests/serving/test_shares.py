@@ -6,12 +6,12 @@ import asyncio
 
 import pytest
 
-from image_classifier.serving import limits
-from image_classifier.serving.limits import Memory, Refusal, Share
+from image_classifier.serving import request_limits
+from image_classifier.serving.request_limits import Memory, Refusal, Share
 
 
 def test_a_body_that_does_not_go_on_gives_way_and_is_refused_from_then_on(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(limits, "_STALLED_S", 0.0)
+    monkeypatch.setattr(request_limits, "_STALLED_S", 0.0)
 
     async def scenario() -> None:
         memory = Memory(100)

@@ -10,8 +10,8 @@ import pytest
 import uvicorn
 from uvicorn.server import ServerState
 
-from image_classifier.serving import protocol
-from image_classifier.serving.limits import RequestLimits
+from image_classifier.serving import http_protocol
+from image_classifier.serving.request_limits import RequestLimits
 
 
 def app_of(size: int) -> Any:
@@ -25,11 +25,11 @@ def app_of(size: int) -> Any:
 @pytest.mark.parametrize("size", [40_000, 60_000, 400_000])
 @pytest.mark.parametrize("more", [b"Connection: close\r\n", b""])
 def test_it_is_gone_in_time(monkeypatch: pytest.MonkeyPatch, size: int, more: bytes) -> None:
-    monkeypatch.setattr(protocol, "_UNREAD_S", 0.1)
+    monkeypatch.setattr(http_protocol, "_UNREAD_S", 0.1)
 
     async def scenario() -> int:
         config = uvicorn.Config(
-            app_of(size), lifespan="off", log_config=None, **protocol.arguments(RequestLimits(keep_alive_s=1))
+            app_of(size), lifespan="off", log_config=None, **http_protocol.arguments(RequestLimits(keep_alive_s=1))
         )
         config.load()
         state = ServerState()
@@ -57,11 +57,13 @@ def test_it_is_gone_in_time(monkeypatch: pytest.MonkeyPatch, size: int, more: by
 
 
 def test_a_client_that_goes_on_reading_gets_all(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(protocol, "_UNREAD_S", 0.2)
+    monkeypatch.setattr(http_protocol, "_UNREAD_S", 0.2)
     size = 3_000_000
 
     async def scenario() -> int:
-        config = uvicorn.Config(app_of(size), lifespan="off", log_config=None, **protocol.arguments(RequestLimits()))
+        config = uvicorn.Config(
+            app_of(size), lifespan="off", log_config=None, **http_protocol.arguments(RequestLimits())
+        )
         config.load()
         make: Any = config.http_protocol_class
         loop = asyncio.get_running_loop()

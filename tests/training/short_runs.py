@@ -15,16 +15,16 @@ import torch
 from pytorch_lightning.callbacks import Callback, EarlyStopping
 from torch import nn
 
-from image_classifier.dataset.cache import PixelCache
+from image_classifier.dataset.pixel_cache import PixelCache
+from image_classifier.manifest import Manifest, Record
 from image_classifier.modeling.classifier import build_classifier
-from image_classifier.records import Manifest, Record
 from image_classifier.training.augment import BatchAugment, Mix
 from image_classifier.training.callbacks.averaging import EMA, SWA
-from image_classifier.training.callbacks.bad_loss import BadLoss
 from image_classifier.training.callbacks.checkpoints import BestCheckpoint, LastCheckpoint
-from image_classifier.training.callbacks.history import RunHistory
-from image_classifier.training.callbacks.signals import Signals, StopOnSignal
-from image_classifier.training.callbacks.state import ExactState
+from image_classifier.training.callbacks.csv_metrics import RunHistory
+from image_classifier.training.callbacks.exact_resume import ExactState
+from image_classifier.training.callbacks.nan_guard import BadLoss
+from image_classifier.training.callbacks.preemption import Signals, StopOnSignal
 from image_classifier.training.callbacks.throughput import Throughput
 from image_classifier.training.checkpoint_io import SafeCheckpointIO, newest_readable
 from image_classifier.training.datamodule import ImageDataModule

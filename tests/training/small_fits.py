@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from image_classifier.modeling.classifier import build_classifier
 from image_classifier.modeling.convnet import ConvNet
-from image_classifier.training.callbacks.state import ExactState
+from image_classifier.training.callbacks.exact_resume import ExactState
 from image_classifier.training.module import ClassifierModule
 from image_classifier.training.optimizers.schedules import SchedulerSettings
 

@@ -13,11 +13,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn import functional
 
+from image_classifier.cli.hydra_app import instantiate
 from image_classifier.errors import ConfigError
-from image_classifier.settings import instantiate
 from image_classifier.training.augment import BatchAugment, Mix, RandomOperations, geometry
-from image_classifier.training.augment.operations import OPERATIONS, Draw
-from image_classifier.training.augment.patches import erase
+from image_classifier.training.augment.erasing import erase
+from image_classifier.training.augment.rand_augment import OPERATIONS, Draw
 
 CONF = Path(__file__).resolve().parents[2] / "conf"
 RECIPES = sorted(path.stem for path in (CONF / "augment").glob("*.yaml") if path.stem != "none")

@@ -11,11 +11,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn import functional
 
-from image_classifier.dataset.cache import PixelCache
+from image_classifier.dataset.pixel_cache import PixelCache
 from image_classifier.errors import ConfigError
-from image_classifier.records import Manifest, Record
+from image_classifier.manifest import Manifest, Record
 from image_classifier.training.augment import BatchAugment, geometry
-from image_classifier.training.augment.patches import cut_out
+from image_classifier.training.augment.erasing import cut_out
 from image_classifier.training.datamodule import ImageDataModule
 
 STILL: dict[str, Any] = {"crop_scale": (1, 1), "aspect": (1, 1)}

@@ -14,7 +14,7 @@ from pytorch_lightning.callbacks import Callback
 from torch.optim import SGD
 
 from image_classifier.errors import ConfigError, TrainingError
-from image_classifier.training.callbacks.bad_loss import BadLoss
+from image_classifier.training.callbacks.nan_guard import BadLoss
 from tests.conftest import QUICK, Command, MakeTree
 from tests.training.short_runs import Options, same, train, weights
 

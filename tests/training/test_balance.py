@@ -12,8 +12,8 @@ from omegaconf import OmegaConf
 
 from image_classifier.dataset.prepare import DataSettings
 from image_classifier.errors import ConfigError
-from image_classifier.training.assemble import build_criteria
 from image_classifier.training.balance import balanced_rows, class_weights, describe
+from image_classifier.training.builders import build_criteria
 
 COUNTS = st.lists(st.integers(1, 12), min_size=1, max_size=5)
 CROSS_ENTROPY = {"_target_": "torch.nn.CrossEntropyLoss", "label_smoothing": 0.0}

@@ -15,11 +15,11 @@ from sklearn.linear_model import LogisticRegression
 from torch import nn
 
 from image_classifier.bundle import read_bundle
-from image_classifier.dataset.cache import CacheSettings, PixelCache
+from image_classifier.dataset.pixel_cache import CacheSettings, PixelCache
 from image_classifier.dataset.prepare import DataSettings
+from image_classifier.manifest import Manifest, Record
 from image_classifier.modeling.classifier import Classifier
-from image_classifier.modeling.features import EmbeddingStore
-from image_classifier.records import Manifest, Record
+from image_classifier.modeling.embeddings import EmbeddingStore
 from image_classifier.training import baseline as baseline_module
 from image_classifier.training.baseline import baselines_of_run, fit_logistic
 from image_classifier.training.hardware import Hardware

@@ -10,10 +10,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from image_classifier.dataset.cache import CacheSettings, PixelCache, open_cache
+from image_classifier.dataset.pixel_cache import CacheSettings, PixelCache, open_cache
 from image_classifier.errors import DataError
 from image_classifier.images import Preprocess
-from image_classifier.records import Manifest, Record
+from image_classifier.manifest import Manifest, Record
 from image_classifier.training.augment import BatchAugment, Mix
 from image_classifier.training.datamodule import BalancedBatches, Batch, ImageDataModule, ShuffledBatches
 from tests.conftest import listed, write_image

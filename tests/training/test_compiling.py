@@ -12,8 +12,8 @@ from pytorch_lightning.callbacks import Timer
 from torch import nn
 
 from image_classifier.errors import ConfigError
-from image_classifier.training.callbacks import compiling, rehearsing
-from image_classifier.training.callbacks.compiling import Compiling
+from image_classifier.training.callbacks import lr_sweep, torch_compile
+from image_classifier.training.callbacks.torch_compile import Compiling
 from tests.conftest import QUICK, Command
 
 
@@ -30,8 +30,8 @@ class Clock:
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> Iterator[Clock]:
     clock = Clock()
-    monkeypatch.setattr(rehearsing, "time", clock)
-    monkeypatch.setattr(compiling, "processor_flags", frozenset)
+    monkeypatch.setattr(lr_sweep, "time", clock)
+    monkeypatch.setattr(torch_compile, "processor_flags", frozenset)
     yield clock
     torch._dynamo.config.suppress_errors = False
 
@@ -76,7 +76,7 @@ def test_a_run_whose_time_will_be_over_is_not_compiled(clock: Clock) -> None:
 
 
 def test_less_time_repays_it_where_the_processor_has_amx(clock: Clock, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(compiling, "processor_flags", lambda: frozenset({"amx_bf16"}))
+    monkeypatch.setattr(torch_compile, "processor_flags", lambda: frozenset({"amx_bf16"}))
     assert any(run(clock, step_s=1.0, compiled_step_s=0.5, steps=600))
 
 

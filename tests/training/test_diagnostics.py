@@ -17,9 +17,9 @@ from torch import nn
 
 from image_classifier.dataset.prepare import DataSettings
 from image_classifier.errors import ConfigError
+from image_classifier.manifest import Manifest
 from image_classifier.modeling.classifier import build_classifier
 from image_classifier.predictions import PredictionTable
-from image_classifier.records import Manifest
 from image_classifier.training.diagnostics import DiagnosticsSettings, examine
 from tests.conftest import QUICK, Command, MakeTree, listed
 

@@ -16,7 +16,7 @@ from image_classifier.dataset.prepare import DataSettings
 from image_classifier.inference.checkpoint import load_classifier
 from image_classifier.modeling.losses import BinaryCrossEntropy, CrossEntropy, FocalLoss
 from image_classifier.modeling.weights import last_linear
-from image_classifier.training.assemble import build_criteria
+from image_classifier.training.builders import build_criteria
 from tests.conftest import QUICK, ROOT, Answer, Command, MakeTree
 
 SMALL = (

@@ -11,7 +11,7 @@ from torch import nn
 
 from image_classifier.errors import ConfigError
 from image_classifier.training import hardware
-from image_classifier.training.assemble import as_fast_as
+from image_classifier.training.builders import as_fast_as
 from image_classifier.training.hardware import Hardware, SpeedSettings, choose_hardware
 from image_classifier.training.optimizers.muon import Muon
 

@@ -13,9 +13,9 @@ import pytest
 import yaml
 from pytorch_lightning.loggers import CSVLogger, TensorBoardLogger
 
+from image_classifier.cli.hydra_app import instantiate
 from image_classifier.errors import ConfigError
-from image_classifier.settings import instantiate
-from image_classifier.tracking import Tracker
+from image_classifier.mlflow_tracking import Tracker
 from image_classifier.training.loggers import MLflowLogger, RunLoggers
 from tests.conftest import ROOT, MakeTree
 

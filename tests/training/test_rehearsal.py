@@ -14,10 +14,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from image_classifier.errors import ConfigError
-from image_classifier.training import rehearsal
-from image_classifier.training.callbacks.rehearsing import Stopwatch, Sweep
+from image_classifier.training import autotune
+from image_classifier.training.autotune import find_batch_size, seconds_of, smoothed, suggest
+from image_classifier.training.callbacks.lr_sweep import Stopwatch, Sweep
 from image_classifier.training.memory import _container_free, free_memory, memory_used
-from image_classifier.training.rehearsal import find_batch_size, seconds_of, smoothed, suggest
 from tests.conftest import QUICK, Command, MakeTree
 from tests.training.small_fits import fit, small_module
 
@@ -114,9 +114,9 @@ def found_with(
         rate = trials.speeds[data.batch_size]
         return None if rate is None else (rate, (peaks or {}).get(data.batch_size, 1e6))
 
-    monkeypatch.setattr(rehearsal, "_speed", speed)
-    monkeypatch.setattr(rehearsal, "memory_used", lambda on_gpu: 0.0)
-    monkeypatch.setattr(rehearsal, "free_memory", lambda on_gpu: 1e9)
+    monkeypatch.setattr(autotune, "_speed", speed)
+    monkeypatch.setattr(autotune, "memory_used", lambda on_gpu: 0.0)
+    monkeypatch.setattr(autotune, "free_memory", lambda on_gpu: 1e9)
     from image_classifier.dataset.prepare import DataSettings
 
     return find_batch_size(trials, DataSettings(batch_size="auto"))  # type: ignore[arg-type]
@@ -148,7 +148,7 @@ def test_running_out_of_gpu_memory_ends_a_trial_and_nothing_else(monkeypatch: py
     trials.fit = fit  # type: ignore[attr-defined]
     from image_classifier.dataset.prepare import DataSettings
 
-    assert rehearsal._speed(trials, DataSettings(batch_size=16)) is None  # type: ignore[arg-type]
+    assert autotune._speed(trials, DataSettings(batch_size=16)) is None  # type: ignore[arg-type]
 
 
 @pytest.mark.slow
@@ -201,7 +201,7 @@ def test_trials_leave_every_random_state_as_it_was() -> None:
     expected = (random.random(), np.random.random(), torch.rand(3))  # noqa: NPY002
     random.seed(5), np.random.seed(5), torch.manual_seed(5)  # noqa: NPY002
     level = logging.getLogger("image_classifier").level
-    with pytest.raises(KeyError), rehearsal._unnoticed():
+    with pytest.raises(KeyError), autotune._unnoticed():
         random.random(), np.random.random(9), torch.rand(7)  # noqa: NPY002
         raise KeyError
     assert logging.getLogger("image_classifier").level == level

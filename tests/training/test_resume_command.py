@@ -14,15 +14,15 @@ import numpy as np
 import pytest
 import torch
 
-from image_classifier.evaluation.calibration import calibration_score
-from image_classifier.evaluation.decision_results import Trust
-from image_classifier.evaluation.metrics import compute_metrics
-from image_classifier.evaluation.selective import risk_curve
+from image_classifier.evaluation.metrics.compute import compute_metrics
+from image_classifier.evaluation.reliability.calibration import calibration_score
+from image_classifier.evaluation.reliability.results import Trust
+from image_classifier.evaluation.reliability.selective import risk_curve
 from image_classifier.modeling.classifier import Classifier
 from image_classifier.predictions import PredictionTable
-from image_classifier.training.callbacks.history import RunHistory
-from image_classifier.training.report import Results
-from image_classifier.training.run_folder import RunFolder
+from image_classifier.training.callbacks.csv_metrics import RunHistory
+from image_classifier.training.reporting import Results
+from image_classifier.training.run_dir import RunFolder
 from tests.conftest import QUICK, Answer, Command, MakeTree, write_image
 
 SMALL = (

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from image_classifier.errors import ConfigError, StorageError
-from image_classifier.training.run_folder import RunSettings, claim_run, provenance
+from image_classifier.training.run_dir import RunSettings, claim_run, provenance
 
 
 def claim(root: Path, name: str | None = None, overwrite: bool = False):  # type: ignore[no-untyped-def]

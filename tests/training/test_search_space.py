@@ -10,8 +10,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from image_classifier.cli.hydra_app import parse
 from image_classifier.errors import ConfigError
-from image_classifier.settings import parse
 from image_classifier.training.tuning.space import Entry, override_value, parse_space
 from image_classifier.training.tuning.study import TuneSettings
 from tests.conftest import Command, MakeTree

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from image_classifier.errors import ConfigError
-from image_classifier.records import Manifest, Record
+from image_classifier.manifest import Manifest, Record
 from image_classifier.training.show import ShowSettings, choose_rows, draw_sheet, labels
 from tests.conftest import QUICK, Command
 

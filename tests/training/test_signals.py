@@ -14,8 +14,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from image_classifier.training.callbacks import signals as signals_file
-from image_classifier.training.callbacks.signals import Signals, slurm_job, slurm_warnings
+from image_classifier.training.callbacks import preemption as signals_file
+from image_classifier.training.callbacks.preemption import Signals, slurm_job, slurm_warnings
 from tests.conftest import QUICK, write_image
 
 ROOT = Path(__file__).resolve().parents[2]

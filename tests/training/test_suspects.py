@@ -16,12 +16,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from image_classifier.cli.verbs.suspects import SuspectSettings
 from image_classifier.dataset.split import SplitSettings, assign_splits
 from image_classifier.errors import ConfigError, TrainingError
-from image_classifier.evaluation.answers import out_of_fold
-from image_classifier.records import Manifest
-from image_classifier.training.fold_runs import FoldRun, answer_by_training, fold_runs
-from image_classifier.training.suspects import SuspectSettings
+from image_classifier.evaluation.label_issues.out_of_fold import out_of_fold
+from image_classifier.manifest import Manifest
+from image_classifier.training.cross_validation.by_training import FoldRun, answer_by_training, fold_runs
 from tests.conftest import ROOT, Command
 from tests.dataset.manifests import manifest_of
 

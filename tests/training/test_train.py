@@ -17,8 +17,8 @@ from image_classifier.bundle import read_bundle
 from image_classifier.exporting.parity import check_parity
 from image_classifier.inference.checkpoint import CheckpointBackend, load_classifier
 from image_classifier.inference.onnx_runtime import OnnxBackend
-from image_classifier.records import Manifest
-from image_classifier.training.delivery import model_card
+from image_classifier.manifest import Manifest
+from image_classifier.training.bundle_writer import model_card
 
 ROOT = Path(__file__).resolve().parents[2]
 

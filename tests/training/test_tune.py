@@ -18,11 +18,11 @@ from optuna.trial import TrialState
 
 from image_classifier.errors import ConfigError, StorageError, TrainingError
 from image_classifier.training.tuning import trials as trials_module
-from image_classifier.training.tuning.outcome import Places, table, write_csv
 from image_classifier.training.tuning.plots import plot_study
-from image_classifier.training.tuning.process import GO_ON, MARK, STOP
+from image_classifier.training.tuning.results import Places, table, write_csv
 from image_classifier.training.tuning.space import parse_space
 from image_classifier.training.tuning.study import TuneSettings, open_study
+from image_classifier.training.tuning.subprocess_run import GO_ON, MARK, STOP
 from image_classifier.training.tuning.trials import MAX_ATTEMPTS, Owner, Trials, owner_in
 from image_classifier.training.tuning.worker import Plan, Workers
 from tests.conftest import ROOT
@@ -246,7 +246,7 @@ def claimed_or_none(trials: Trials) -> int | None:
 
 @pytest.mark.slow
 def test_four_processes_make_one_database_at_once_and_load_no_torch(tmp_path: Path) -> None:
-    code = "import sys; from image_classifier.training.tune import TuneSettings, open_study\n"
+    code = "import sys; from image_classifier.cli.verbs.tune import TuneSettings, open_study\n"
     code += "trials = open_study(TuneSettings(), 'study', 0, {}); trials.study.ask(); sys.exit('torch' in sys.modules)"
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     started = [

@@ -11,10 +11,10 @@ from PIL import Image
 from sklearn.datasets import load_digits
 
 from image_classifier.bundle import read_bundle
-from image_classifier.evaluation.ood import auroc
+from image_classifier.evaluation.reliability.ood import auroc
 from image_classifier.inference.load import load_predictor
+from image_classifier.manifest import Manifest
 from image_classifier.predictions import PredictionTable
-from image_classifier.records import Manifest
 from tests.conftest import QUICK, Command
 
 

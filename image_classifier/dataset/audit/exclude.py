@@ -13,10 +13,10 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from image_classifier.dataset.audit.hand_rows import ended, read_rows, row_text, write_if_changed
+from image_classifier.dataset.audit.user_csv import ended, read_rows, row_text, write_if_changed
 
 if TYPE_CHECKING:
-    from image_classifier.dataset.audit.findings import Audit
+    from image_classifier.dataset.audit.issues import Audit
 
 AUDIT = "audit: "  # how the reason of a row begins that the audit wrote, and may take back
 KEEP = "keep"  # the reason that makes a path stay, whatever other rows say

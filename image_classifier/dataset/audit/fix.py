@@ -11,11 +11,11 @@ from dataclasses import astuple, dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 
-from image_classifier.command_line import did_you_mean
-from image_classifier.dataset.audit.hand_rows import ended, read_rows, row_text, write_if_changed
-from image_classifier.dataset.tree import Tree
+from image_classifier.cli.options import did_you_mean
+from image_classifier.dataset.audit.user_csv import ended, read_rows, row_text, write_if_changed
+from image_classifier.dataset.discovery import Tree
 from image_classifier.errors import DataError
-from image_classifier.page.words import counted
+from image_classifier.html.text import counted
 
 log = logging.getLogger(__name__)
 

@@ -8,9 +8,9 @@ from typing import Any
 
 import numpy as np
 
-from image_classifier.dataset.facts import Facts
-from image_classifier.dataset.tree import Tree
-from image_classifier.records import SPLITS
+from image_classifier.dataset.discovery import Tree
+from image_classifier.dataset.scan import Facts
+from image_classifier.manifest import SPLITS
 
 
 def describe(tree: Tree, facts: Facts, kept: np.ndarray) -> dict[str, Any]:

@@ -11,11 +11,11 @@ from typing import Any
 
 import numpy as np
 
-from image_classifier.evaluation.heat import explanation_name
+from image_classifier.evaluation.plots.heat_map import explanation_name
 from image_classifier.evaluation.report.confusions import images_of_cells
+from image_classifier.html.text import plain
+from image_classifier.html.thumbnails import BUDGET, NO_PICTURE, Thumbnail, thumbnail
 from image_classifier.images import DecodeLimits
-from image_classifier.page.pictures import BUDGET, NO_PICTURE, Thumbnail, thumbnail
-from image_classifier.page.words import plain
 from image_classifier.predictions import PredictionTable, softmax
 
 _CELL_IMAGES, _EACH = 1000, 24  # behind all cells, behind one

@@ -9,17 +9,17 @@ from typing import Any
 
 import numpy as np
 
-from image_classifier.evaluation.calibration import GOAL, Reliability
+from image_classifier.evaluation.reliability.calibration import GOAL, Reliability
+from image_classifier.evaluation.reliability.selective import RiskCurve, risk_curve
 from image_classifier.evaluation.report.charts import Scale, line_chart
 from image_classifier.evaluation.report.confusions import frequent, matrix
-from image_classifier.evaluation.report.facts import RunFacts
-from image_classifier.evaluation.report.found import limits_of
 from image_classifier.evaluation.report.gallery import cell_images, worst
-from image_classifier.evaluation.report.origin import data_rows, exports, origin
-from image_classifier.evaluation.report.words import absent, limits_in_words, measured_in_words, per_cent, verdict
-from image_classifier.evaluation.selective import RiskCurve, risk_curve
-from image_classifier.page import document
-from image_classifier.page.words import plain
+from image_classifier.evaluation.report.locate import limits_of
+from image_classifier.evaluation.report.provenance import data_rows, exports, origin
+from image_classifier.evaluation.report.run_data import RunFacts
+from image_classifier.evaluation.report.sentences import absent, limits_in_words, measured_in_words, per_cent, verdict
+from image_classifier.html import document
+from image_classifier.html.text import plain
 from image_classifier.predictions import PredictionTable
 
 _HERE = Path(__file__).parent

@@ -12,9 +12,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from image_classifier.atomic_io import locked, write_bytes, write_text
 from image_classifier.bundle import sha256_of
 from image_classifier.errors import StorageError, storage_errors
-from image_classifier.files import locked, write_bytes, write_text
 from image_classifier.inference.tensorrt.cuda import this_gpu
 from image_classifier.inference.tensorrt.engine import EngineSettings, package
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from image_classifier.bundle import Bundle
 from image_classifier.errors import CheckpointError, ConfigError
-from image_classifier.inference.self_contained import is_self_contained
+from image_classifier.inference.onnx_external_data import is_self_contained
 from image_classifier.inference.tensorrt.cuda import INSTEAD, this_gpu
 
 log = logging.getLogger(__name__)

@@ -12,7 +12,7 @@ from urllib.parse import quote
 import numpy as np
 
 from image_classifier.inference.triton.protocol import MOST_BYTES, Address, Outputs, Refused, tensor
-from image_classifier.inference.watchdog import Watchdog
+from image_classifier.sources.socket_deadline import Watchdog
 
 _HEADER = "Inference-Header-Content-Length"
 

@@ -10,9 +10,9 @@ import torch
 from image_classifier.errors import ConfigError
 from image_classifier.training.augment import colour, geometry
 from image_classifier.training.augment.checks import number, range_of, whole_number
-from image_classifier.training.augment.mix import Mix
-from image_classifier.training.augment.operations import RandomOperations
-from image_classifier.training.augment.patches import cut_out, erase
+from image_classifier.training.augment.erasing import cut_out, erase
+from image_classifier.training.augment.mixup_cutmix import Mix
+from image_classifier.training.augment.rand_augment import RandomOperations
 
 
 class BatchAugment:

@@ -12,7 +12,7 @@ import pytorch_lightning as pl
 from pytorch_lightning.callbacks import Callback
 
 from image_classifier.errors import ConfigError
-from image_classifier.training.callbacks.state import done_in_epoch, gradients_wait
+from image_classifier.training.callbacks.exact_resume import done_in_epoch, gradients_wait
 from image_classifier.training.checkpoint_io import BEST, LAST, damage, make_last, step_path, steps
 from image_classifier.training.distributed import broadcast, world_size
 

@@ -6,7 +6,7 @@ from collections.abc import Collection, Sequence
 
 from torch import nn
 
-from image_classifier.command_line import did_you_mean
+from image_classifier.cli.options import did_you_mean
 from image_classifier.errors import ConfigError
 
 

@@ -10,7 +10,7 @@ import optuna
 from matplotlib.ticker import MaxNLocator
 from optuna.trial import FrozenTrial, TrialState
 
-from image_classifier.evaluation.figure import (
+from image_classifier.evaluation.plots.figure import (
     BLUE,
     GREY,
     INK,

@@ -9,7 +9,7 @@ from typing import Any
 
 from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
 
-from image_classifier.command_line import did_you_mean, quoted
+from image_classifier.cli.options import did_you_mean, quoted
 from image_classifier.errors import ConfigError
 
 KINDS = ("float", "int", "categorical")

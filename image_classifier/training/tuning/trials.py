@@ -17,8 +17,8 @@ import optuna
 from optuna.distributions import BaseDistribution
 from optuna.trial import FrozenTrial, TrialState
 
-from image_classifier.files import locked
-from image_classifier.training.tuning.database import TROUBLE, patiently
+from image_classifier.atomic_io import locked
+from image_classifier.training.tuning.storage import TROUBLE, patiently
 
 log = logging.getLogger(__name__)
 

@@ -14,14 +14,14 @@ from dataclasses import dataclass
 import optuna
 from optuna.trial import TrialState
 
-from image_classifier.command_line import CONF_DIR
+from image_classifier.atomic_io import locked
+from image_classifier.cli.options import CONF_DIR
 from image_classifier.errors import StorageError, TrainingError
-from image_classifier.files import locked
-from image_classifier.training.tuning.database import TROUBLE, one_line
-from image_classifier.training.tuning.outcome import Places, tidy
-from image_classifier.training.tuning.process import Ending, TrialProcess, share
+from image_classifier.training.tuning.results import Places, tidy
 from image_classifier.training.tuning.space import Entry
+from image_classifier.training.tuning.storage import TROUBLE, one_line
 from image_classifier.training.tuning.study import TuneSettings
+from image_classifier.training.tuning.subprocess_run import Ending, TrialProcess, share
 from image_classifier.training.tuning.trials import Owner, Trials, beating
 
 log = logging.getLogger(__name__)

@@ -14,12 +14,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+from image_classifier.dataset.audit.checks import Audit, AuditSettings, find_problems, kind_of
 from image_classifier.dataset.audit.exclude import Exclusions, merge
-from image_classifier.dataset.audit.kinds import ALIKE, EXCLUDABLE, KINDS, SEVERITIES, UNREADABLE
-from image_classifier.dataset.audit.problems import Audit, AuditSettings, find_problems, kind_of
+from image_classifier.dataset.audit.issue_types import ALIKE, EXCLUDABLE, KINDS, SEVERITIES, UNREADABLE
+from image_classifier.dataset.discovery import ImageFile, Tree, find
 from image_classifier.dataset.duplicates import DuplicateSettings, Twins, clusters, find_twins
-from image_classifier.dataset.facts import Facts, read_facts
-from image_classifier.dataset.tree import ImageFile, Tree, find
+from image_classifier.dataset.scan import Facts, read_facts
 from image_classifier.errors import ConfigError
 from image_classifier.images import DecodeLimits
 from tests.conftest import MakeTree, write_image

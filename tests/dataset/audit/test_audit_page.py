@@ -17,14 +17,14 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from image_classifier.dataset.audit import page as audit_page
+from image_classifier.dataset.audit import html_report as audit_page
+from image_classifier.dataset.audit.checks import Audit, AuditSettings
 from image_classifier.dataset.audit.exclude import Exclusions, merge
-from image_classifier.dataset.audit.findings import Finding, Item
-from image_classifier.dataset.audit.kinds import KINDS
-from image_classifier.dataset.audit.page import render, write_audit
-from image_classifier.dataset.audit.problems import Audit, AuditSettings
+from image_classifier.dataset.audit.html_report import render, write_audit
+from image_classifier.dataset.audit.issue_types import KINDS
+from image_classifier.dataset.audit.issues import Finding, Item
 from image_classifier.errors import StorageError
-from image_classifier.page import document, pictures
+from image_classifier.html import document, thumbnails
 from tests.conftest import write_image
 from tests.dataset.audit.test_audit import audited
 
@@ -118,7 +118,7 @@ def test_both_files_are_whole_or_not_there(messy: Audit, tmp_path: Path, monkeyp
 
 
 def test_without_a_page_no_picture_is_opened(messy: Audit, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pictures, "decode", lambda *_, **__: pytest.fail("decoded"))
+    monkeypatch.setattr(thumbnails, "decode", lambda *_, **__: pytest.fail("decoded"))
     write_audit(messy, tmp_path / "out", page=False)
     assert [file.name for file in (tmp_path / "out").iterdir()] == ["audit.json"]
 
@@ -133,7 +133,9 @@ def test_the_page_is_bounded_whatever_the_data_set(
     per_kind: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(
-        audit_page, "_picture", lambda *given: audit_page._Picture(given[-1], pictures.Thumbnail(f"data:,{9000 * 'A'}"))
+        audit_page,
+        "_picture",
+        lambda *given: audit_page._Picture(given[-1], thumbnails.Thumbnail(f"data:,{9000 * 'A'}")),
     )
     paths = [f"{number}/{'long ' * 50}.png" for number in range(per_kind)]
     findings = [

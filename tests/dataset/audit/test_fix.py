@@ -13,15 +13,15 @@ from hypothesis import given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
-from image_classifier.dataset.audit.findings import AuditSettings
 from image_classifier.dataset.audit.fix import Correction, Fix, Fixes, read_fixes
+from image_classifier.dataset.audit.issues import AuditSettings
+from image_classifier.dataset.discovery import ImageFile, Tree
 from image_classifier.dataset.left_out import beside, divided, remembered
 from image_classifier.dataset.prepare import DataSettings, Examination, all_folds, manifest_path
 from image_classifier.dataset.prepare import prepare as prepare_and_examine
 from image_classifier.dataset.split import SplitSettings, assign_splits
-from image_classifier.dataset.tree import ImageFile, Tree
 from image_classifier.errors import DataError
-from image_classifier.records import Manifest
+from image_classifier.manifest import Manifest
 from tests.conftest import write_image
 from tests.dataset.manifests import SETTINGS, SIZES, UNTIMED, deal, joined, manifest_of
 

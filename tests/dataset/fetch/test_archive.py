@@ -9,10 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from image_classifier.dataset.fetch import archive as module
-from image_classifier.dataset.fetch.archive import SUFFIXES, is_archive, stem, unpack_once
 from image_classifier.dataset.sources import unwrapped
 from image_classifier.errors import SourceError, StorageError
+from image_classifier.sources import unpack as module
+from image_classifier.sources.unpack import SUFFIXES, is_archive, stem, unpack_once
 
 
 def packed(root: Path, target: Path, prefix: str = "") -> Path:

@@ -17,9 +17,9 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from image_classifier.dataset.fetch import download as module
-from image_classifier.dataset.fetch.download import Download, shown
 from image_classifier.errors import SourceError, StorageError
+from image_classifier.sources import download as module
+from image_classifier.sources.download import Download, shown
 from tests.conftest import ROOT
 
 CONTENT = bytes(range(256)) * 4096  # 1 MiB
@@ -312,7 +312,7 @@ def test_two_runs_fetch_it_once(server, target):
 
 def test_a_killed_download_is_taken_up_again(server, target):
     server.pause_s = 0.1
-    code = f"from image_classifier.dataset.fetch.download import Download; from pathlib import Path; Download({server.url!r}, Path({str(target)!r}))()"
+    code = f"from image_classifier.sources.download import Download; from pathlib import Path; Download({server.url!r}, Path({str(target)!r}))()"
     process = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT)
     part = target.parent / "set.zip.part"
     end = time.monotonic() + 30

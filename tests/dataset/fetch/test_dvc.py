@@ -18,9 +18,9 @@ from pathlib import Path
 
 import pytest
 
-from image_classifier.dataset.fetch.dvc import pull_missing
 from image_classifier.dataset.sources import Folder
 from image_classifier.errors import SourceError
+from image_classifier.sources.dvc import pull_missing
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore::DeprecationWarning", "ignore::ResourceWarning"
@@ -123,7 +123,7 @@ def test_nothing_is_loaded_where_nothing_is_missing_or_tracked(tmp_path):
     code = """if True:
         import sys
         from pathlib import Path
-        from image_classifier.dataset.fetch.dvc import pull_missing
+        from image_classifier.sources.dvc import pull_missing
         assert not pull_missing(Path.cwd()) and not pull_missing(Path("missing")) and not pull_missing(Path("missing"), False)
         assert not {"dvc", "yaml"} & set(sys.modules)"""
     root = Path(__file__).resolve().parents[3]
@@ -215,7 +215,7 @@ def test_a_pull_that_was_cut_off_is_finished(repository, monkeypatch):
     before = repository.content()
     repository.forget()
     assert pull_missing(repository.data)
-    from image_classifier.dataset.fetch import dvc as module
+    from image_classifier.sources import dvc as module
 
     monkeypatch.setattr(module, "_compare", interrupted)
     shutil.rmtree(repository.data)

@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from image_classifier.dataset.fetch.hub import fetch_from_hub, is_hub_name
 from image_classifier.dataset.sources import Folder, Hub
 from image_classifier.errors import ConfigError, SourceError
+from image_classifier.sources.hub import fetch_from_hub, is_hub_name
 
 
 class ImageFeature:

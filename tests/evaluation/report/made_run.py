@@ -12,11 +12,11 @@ from PIL import Image
 
 from image_classifier.bundle import BundleInfo, seal
 from image_classifier.evaluation import baselines
-from image_classifier.evaluation.heat import explanation_name
-from image_classifier.evaluation.metrics import compute_metrics
+from image_classifier.evaluation.metrics.compute import compute_metrics
+from image_classifier.evaluation.plots.heat_map import explanation_name
 from image_classifier.evaluation.results import metrics_dict
+from image_classifier.manifest import Manifest, Record
 from image_classifier.predictions import PredictionTable
-from image_classifier.records import Manifest, Record
 from tests.conftest import write_image
 
 HOSTILE = "<img src=x onerror=window.hacked=1>"

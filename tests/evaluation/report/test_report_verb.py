@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from image_classifier.evaluation.metrics import compute_metrics
+from image_classifier.evaluation.metrics.compute import compute_metrics
 from image_classifier.evaluation.results import metrics_dict
 from image_classifier.predictions import PredictionTable
 from tests.conftest import Command, MakeTree, listed

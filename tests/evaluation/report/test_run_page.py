@@ -15,17 +15,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from image_classifier.bundle import read_bundle
-from image_classifier.evaluation.decision import Decision, DecisionSettings, Evidence
-from image_classifier.evaluation.decision_results import write_trust
+from image_classifier.evaluation.reliability.abstention import Decision, DecisionSettings, Evidence
+from image_classifier.evaluation.reliability.results import write_trust
+from image_classifier.evaluation.reliability.selective import risk_curve
 from image_classifier.evaluation.report.charts import Scale
 from image_classifier.evaluation.report.confusions import frequent, images_of_cells, matrix
-from image_classifier.evaluation.report.facts import Places, gather
-from image_classifier.evaluation.report.found import limits_of
+from image_classifier.evaluation.report.locate import limits_of
 from image_classifier.evaluation.report.page import risks, run_page
-from image_classifier.evaluation.report.words import per_cent
-from image_classifier.evaluation.selective import risk_curve
+from image_classifier.evaluation.report.run_data import Places, gather
+from image_classifier.evaluation.report.sentences import per_cent
+from image_classifier.html import document
 from image_classifier.images import DEFAULT_LIMITS, DecodeLimits
-from image_classifier.page import document
 from image_classifier.predictions import PredictionTable
 from tests.conftest import Command
 from tests.evaluation.report.made_run import HOSTILE, make_run

@@ -15,10 +15,10 @@ import numpy as np
 import pytest
 
 from image_classifier.bundle import BundleInfo, seal
+from image_classifier.cli.verbs.test import TestSettings
+from image_classifier.cli.verbs.triton import ServerSettings
 from image_classifier.errors import ConfigError
 from image_classifier.inference.infer import InferSettings
-from image_classifier.inference.test import TestSettings
-from image_classifier.inference.triton.server import ServerSettings
 from image_classifier.inference.verify import VerifySettings
 from tests.conftest import ROOT, Answer, Command
 
@@ -129,12 +129,12 @@ class TestProgram:
         assert not (tmp_path / "runs/triton/small/server.json").exists()
 
     def test_one_that_is_never_ready_is_stopped(self, start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
-        from image_classifier.inference.triton import server
+        from image_classifier.cli.verbs import triton
 
         pids: list[int] = []
         spawn = os.posix_spawn
         monkeypatch.setattr(
-            server.os, "posix_spawn", lambda *line, **more: pids.append(spawn(*line, **more)) or pids[-1]
+            triton.os, "posix_spawn", lambda *line, **more: pids.append(spawn(*line, **more)) or pids[-1]
         )
         done = start("never", "--wait_s", "2")
         assert done.code == 2 and "was not ready within 2 s" in done.err and "server.log" in done.err

@@ -7,13 +7,13 @@ import socket
 import sys
 import time
 
-from image_classifier.serving import wire
+from image_classifier.serving.worker import framing
 
 
 def main(descriptor: int) -> None:
     connection = socket.socket(fileno=descriptor)
     stream = connection.makefile("rb")
-    order, _ = wire.read(stream) or ({}, b"")
+    order, _ = framing.read(stream) or ({}, b"")
     starts = 0
     if "starts" in order:  # a file that counts them
         with open(order["starts"], "a+b") as file:
@@ -21,11 +21,11 @@ def main(descriptor: int) -> None:
             file.write(b"+")
     if starts:
         time.sleep(order.get("slow_s", 0))
-    connection.sendall(wire.packed({"ready": {"name": "fake", "version": "1", "classes": ["a"]}}))
-    while message := wire.read(stream):
+    connection.sendall(framing.packed({"ready": {"name": "fake", "version": "1", "classes": ["a"]}}))
+    while message := framing.read(stream):
         head, body = message
         if head.get("do") == "canary" and 0 < starts <= order.get("wrong", 0):
-            connection.sendall(wire.packed({"id": head["id"], "failed": "another answer"}))
+            connection.sendall(framing.packed({"id": head["id"], "failed": "another answer"}))
             continue
         if head.get("do") == "die":
             os._exit(9)
@@ -34,7 +34,7 @@ def main(descriptor: int) -> None:
         if head.get("do") == "wait":
             time.sleep(0.05)
         if "id" in head:
-            connection.sendall(wire.packed({"id": head["id"], "pid": os.getpid(), "bytes": len(body)}))
+            connection.sendall(framing.packed({"id": head["id"], "pid": os.getpid(), "bytes": len(body)}))
 
 
 if __name__ == "__main__":

@@ -13,8 +13,8 @@ from typing import Any
 
 import pytest
 
-from image_classifier.serving import process
-from image_classifier.serving.process import Deadly, ModelHandle, Started, TooLate
+from image_classifier.serving.worker import handle
+from image_classifier.serving.worker.handle import Deadly, ModelHandle, Started, TooLate
 
 Scenario = Callable[[ModelHandle], Awaitable[None]]
 
@@ -27,7 +27,7 @@ def _fake(monkeypatch: pytest.MonkeyPatch) -> None:
         return real([*line[:2], "tests.serving.siege.fake_model", line[-1]], **options)
 
     # Only there: another thread of a test run may be starting a program of its own.
-    monkeypatch.setattr(process, "subprocess", SimpleNamespace(Popen=start, DEVNULL=subprocess.DEVNULL))
+    monkeypatch.setattr(handle, "subprocess", SimpleNamespace(Popen=start, DEVNULL=subprocess.DEVNULL))
 
 
 @asynccontextmanager

@@ -17,13 +17,14 @@ import pytest
 
 from image_classifier.errors import CheckpointError, ServerError
 from image_classifier.images import DecodeLimits
-from image_classifier.serving import model_process, models
-from image_classifier.serving.batches import BatchSettings
-from image_classifier.serving.lines import Aside
-from image_classifier.serving.model_process import ModelProcess
-from image_classifier.serving.models import Models, Reloader
-from image_classifier.serving.order import Model, Order
-from image_classifier.serving.process import ModelHandle, Started
+from image_classifier.serving import registry
+from image_classifier.serving.async_log import Aside
+from image_classifier.serving.registry import Models, Reloader
+from image_classifier.serving.worker import main
+from image_classifier.serving.worker.batching import BatchSettings
+from image_classifier.serving.worker.handle import ModelHandle, Started
+from image_classifier.serving.worker.main import ModelProcess
+from image_classifier.serving.worker.spec import Model, Order
 from tests.serving.siege.attackers import Victim, until, victim
 from tests.serving.siege.test_siege_process import _fake, run  # noqa: F401  # the fixture that starts the stand-in
 
@@ -71,7 +72,7 @@ def test_a_probe_that_goes_away_leaves_the_verdict_to_the_others(tmp_path: Path)
         (one,) = served
         assert one.known_trouble == ""
         os.kill(one.handle.started.process.pid, signal.SIGSTOP)
-        await asyncio.sleep(models._FRESH_S)
+        await asyncio.sleep(registry._FRESH_S)
         with pytest.raises(TimeoutError):
             await asyncio.wait_for(served.trouble(one), 0.1)  # as a probe with less patience than the canary
         await asyncio.sleep(0.8)
@@ -82,8 +83,8 @@ def test_a_probe_that_goes_away_leaves_the_verdict_to_the_others(tmp_path: Path)
 
 
 def test_figures_are_true_where_nobody_probes(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(models, "_OWN_S", 0.2)
-    monkeypatch.setattr(models, "_FRESH_S", 0.1)
+    monkeypatch.setattr(registry, "_OWN_S", 0.2)
+    monkeypatch.setattr(registry, "_FRESH_S", 0.1)
 
     async def scenario() -> None:
         served = Models([(ORDER, Started({"name": "fake"}))], 256, 20, 0.3)
@@ -114,7 +115,7 @@ def test_probes_say_what_the_process_does_while_it_stands_still_and_after(probed
     assert [probed.ask(path)[0] for path in ready] == [200] * 3 and probed.gauge("ready{") == 1
     os.kill(pid, signal.SIGSTOP)
     try:
-        time.sleep(models._FRESH_S)  # an answer is as old at most
+        time.sleep(registry._FRESH_S)  # an answer is as old at most
         start = time.monotonic()
         status, _, content = probed.ask("/readyz")
         assert status == 503 and b"no answer within 1 s" in content, content
@@ -133,11 +134,11 @@ def ended(monkeypatch: pytest.MonkeyPatch) -> Iterator[threading.Event]:
     event = threading.Event()
 
     def end(code: int) -> None:
-        assert code == model_process._HUNG
+        assert code == main._HUNG
         event.set()
         time.sleep(3600)
 
-    monkeypatch.setattr(model_process.os, "_exit", end)
+    monkeypatch.setattr(main.os, "_exit", end)
     return event
 
 
@@ -158,7 +159,7 @@ def test_a_decoder_or_a_model_that_hangs_ends_its_process(hangs: str, ended: thr
     predictor = SimpleNamespace(detector=None, limits=DecodeLimits(), backend=backend, preprocess=preprocess)
     model: Any = SimpleNamespace(predictor=predictor)
     process = ModelProcess(model, order, lambda message: None, Aside(2))  # type: ignore[arg-type]
-    process.take({"do": "image", "id": 1, "name": "a.png"}, model_process._png(np.zeros((3, 8, 8), np.uint8)))
+    process.take({"do": "image", "id": 1, "name": "a.png"}, main._png(np.zeros((3, 8, 8), np.uint8)))
     assert ended.wait(10)
     go_on.set()
 
@@ -182,7 +183,7 @@ def test_a_version_that_failed_once_is_tried_again_later_and_at_once_when_told(
             raise CheckpointError("a reason that passes")
 
     monkeypatch.setattr(Models, "reload", reload)
-    monkeypatch.setattr(models, "version_of", lambda path: "2")
+    monkeypatch.setattr(registry, "version_of", lambda path: "2")
     order: Any = Order("fake", str(tmp_path))
     one = SimpleNamespace(order=order, handle=SimpleNamespace(facts={"version": "1"}))
     place: Any = SimpleNamespace(find=lambda: tmp_path)

@@ -1,0 +1,237 @@
+"""What Hydra would refuse, found before anything is loaded and said in one line: the nearest name and the file that defines it."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import hydra
+from hydra.core.config_loader import ConfigLoader
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.object_type import ObjectType
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override, ValueType
+from hydra.errors import HydraException, OverrideParseException
+from hydra.types import RunMode
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from image_classifier.cli.options import TEXT_KEYS, did_you_mean, is_base, nearest, requoted
+from image_classifier.errors import ConfigError
+
+
+def one_line(error: BaseException) -> str:
+    """The error's own words and its cause's, without Hydra's advice and lay-out."""
+    words = [str(error), str(error.__cause__ or "")]
+    lines = [
+        line.strip() for text in words for line in re.split(r"(?i)\n(?:config )?search path:", text)[0].splitlines()
+    ]
+    noise = ("full_key", "object_type", "reference_type", "See https", "Set the environment", "To append")
+    return "; ".join(dict.fromkeys(line for line in lines if line and not line.startswith(noise)))
+
+
+def parse(override: str) -> Override:
+    """One override as Hydra reads it, its value quoted where only that makes it readable; ConfigError for the others."""
+    parser = OverridesParser.create()
+    try:
+        return parser.parse_overrides([override])[0]
+    except OverrideParseException as error:
+        again = requoted(override)
+        if again is None:
+            raise ConfigError(f"cannot read {override!r}", f"{one_line(error)} (quote it: 'key=\"value\"')") from error
+    try:
+        return parser.parse_overrides([again])[0]
+    except OverrideParseException as error:
+        raise ConfigError(f"cannot read {override!r}", "write key=value") from error
+
+
+def jobs(parsed: list[Override], sweep: bool) -> list[list[str]]:
+    """The overrides to try: as they are, or, for a sweep, each choice of each group once beside the others' first."""
+    fixed = [override.input_line or "" for override in parsed if not override.is_sweep_override()]
+    swept = [override for override in parsed if override.is_sweep_override()]
+    if swept and not sweep:
+        line = swept[0].input_line or ""
+        key, _, value = line.partition("=")
+        hint = f"add -m to run each, write '{key}=[{value}]' for a list, or '{key}=\"{value}\"' for text"
+        raise ConfigError(f"{line} names several values", hint)
+    lists = [
+        [f"{override.get_key_element()}={value}" for value in override.sweep_string_iterator()]
+        for override in swept
+        if override.is_discrete_sweep() and override.value_type != ValueType.GLOB_CHOICE_SWEEP
+    ]
+    first = [values[0] for values in lists if values]
+    jobs = [fixed + first]
+    for position, values in enumerate(values for values in lists if values):
+        if "." not in values[0].partition("=")[0]:
+            jobs += [fixed + first[:position] + [value] + first[position + 1 :] for value in values[1:]]
+    return jobs
+
+
+def check_complete(config: DictConfig, verb: str) -> None:
+    """Refuse a tree with a `???` or with an interpolation that leads nowhere."""
+    try:
+        missing = sorted(OmegaConf.missing_keys(config))
+        if not missing:
+            OmegaConf.to_container(config, resolve=True)
+    except OmegaConfBaseException as error:
+        raise ConfigError(f"cannot resolve {error.full_key or 'the configuration'}", one_line(error)) from error
+    if missing:
+        write = " ".join(f"{key}={_placeholder(key, verb)}" for key in missing)
+        raise ConfigError(f"{' and '.join(missing)} {'is' if len(missing) == 1 else 'are'} missing", f"write {write}")
+
+
+def _placeholder(key: str, verb: str) -> str:
+    if key.endswith(("dir", "path", "archive", "images")):
+        return "PATH"
+    return "NAME" if key in TEXT_KEYS.get(verb, ()) else "VALUE"
+
+
+def explain(error: Exception, root: str, overrides: list[str], extra: list[str], verb: str) -> ConfigError:
+    """The refusal of one override, found by asking Hydra about each; where none is to blame, Hydra's own words.
+
+    Called inside an initialised Hydra; `extra` are overrides of ours, such as the search path.
+    """
+    loader = GlobalHydra.instance().config_loader()
+    parsed = [
+        override for override in OverridesParser.create().parse_overrides(overrides) if not override.is_hydra_override()
+    ]
+    groups, keys = _split(loader, root, parsed, extra)
+    try:
+        chosen = _chosen(loader, root, extra)
+    except (HydraException, OSError):  # the root file itself is refused
+        return ConfigError("Hydra cannot compose the configuration", one_line(error))
+    for override in groups:
+        refused = _refused_group(loader, root, override, chosen, extra)
+        if refused:
+            return refused
+    kept = [override.input_line or "" for override in groups] + extra
+    return _refused_key(loader, root, keys, kept, verb) or ConfigError(
+        "Hydra refuses the command line", one_line(error)
+    )
+
+
+def _split(
+    loader: ConfigLoader, root: str, parsed: list[Override], extra: list[str]
+) -> tuple[list[Override], list[Override]]:
+    def is_group(override: Override) -> bool:
+        return bool(_options(loader, root, override.key_or_group, extra)) and not isinstance(override.value(), dict)
+
+    groups = [override for override in parsed if is_group(override)]
+    return groups, [override for override in parsed if override not in groups]
+
+
+def _options(loader: ConfigLoader, root: str, group: str, extra: list[str]) -> list[str]:
+    found: list[str] = loader.get_group_options(group, ObjectType.CONFIG, config_name=root, overrides=extra)
+    return [name for name in found if not is_base(name)]
+
+
+def _chosen(loader: ConfigLoader, root: str, extra: list[str]) -> dict[str, Any]:
+    """The groups of the root's defaults list, each with its choice."""
+    choices: dict[str, Any] = loader.compute_defaults_list(root, extra, RunMode.RUN).overrides.known_choices
+    return {group: choice for group, choice in choices.items() if not group.startswith("hydra")}
+
+
+def _refused_group(
+    loader: ConfigLoader, root: str, override: Override, chosen: dict[str, Any], extra: list[str]
+) -> ConfigError | None:
+    group, choice = override.key_or_group, override.value()
+    if group not in chosen and not override.is_add():
+        hint = f"{did_you_mean(group, chosen)}To add one write +{group}=..."
+        return ConfigError(f"{group} is not a group of {root}", hint)
+    if group in chosen and override.is_add() and chosen[group] is not None:
+        return ConfigError(f"{group} is chosen already", f"write {group}={choice} without +")
+    options = _options(loader, root, group, extra)
+    names = choice if isinstance(choice, list) else [choice]
+    for name in names:
+        if name is not None and not override.is_delete() and str(name).removesuffix(".yaml") not in options:
+            hint = f"{did_you_mean(str(name), options)}{_folder(loader, group)} has {', '.join(options)}"
+            return ConfigError(f"{name} is not a choice of {group}", hint)
+    return None
+
+
+def _refused_key(
+    loader: ConfigLoader, root: str, keys: list[Override], kept: list[str], verb: str
+) -> ConfigError | None:
+    try:
+        added = [override.input_line or "" for override in keys if override.is_force_add()]
+        config = hydra.compose(root, kept + added)
+    except (HydraException, OmegaConfBaseException, ValueError):
+        return None
+    groups = _chosen(loader, root, kept)
+    for override in keys:
+        key = override.key_or_group
+        known = key in _keys(config)
+        if override.is_add() and known and not isinstance(override.value(), (dict, list)):
+            return ConfigError(f"{key} is a key already", f"write {(override.input_line or '')[1:]} without +")
+        if not known and not override.is_add() and not override.is_force_add():
+            valid = _keys(config) | set(groups)
+            return ConfigError(f"{key} is not a key", _hint(loader, root, kept, override, valid, verb))
+    return None
+
+
+def _hint(loader: ConfigLoader, root: str, kept: list[str], override: Override, valid: set[str], verb: str) -> str:
+    near = nearest(override.key_or_group, valid)
+    guess = (
+        f"did you mean {near} ({_file(loader, root, kept, near)})?"
+        if near
+        else f"python commands.py {verb} --cfg job shows all keys."
+    )
+    return guess if override.is_delete() else f"{guess} To add a new key write +{override.key_or_group}=..."
+
+
+def _keys(node: DictConfig) -> set[str]:
+    """Every key of a tree, dotted."""
+    return set(_walk(OmegaConf.to_container(node, resolve=False), ""))
+
+
+def _walk(plain: Any, prefix: str) -> Iterator[str]:
+    for name, value in plain.items() if isinstance(plain, dict) else ():
+        yield f"{prefix}{name}"
+        yield from _walk(value, f"{prefix}{name}.")
+
+
+def _file(loader: ConfigLoader, root: str, kept: list[str], key: str) -> str:
+    """The file that gives a key its value (the last of the defaults list to hold it), or a group's folder."""
+    for default in reversed(loader.compute_defaults_list(root, kept, RunMode.RUN).defaults):
+        package = default.package or ""
+        inside = key.removeprefix(f"{package}.") if package else key
+        if (package and inside == key) or default.config_path is None:
+            continue
+        for file in _files(loader, default.config_path):
+            if _holds(file, inside):
+                return _shown(file)
+    return _folder(loader, key)
+
+
+def _holds(file: Path, key: str) -> bool:
+    node: Any = OmegaConf.to_container(OmegaConf.load(file), resolve=False)
+    for part in key.split("."):
+        if not isinstance(node, dict) or part not in node:
+            return False
+        node = node[part]
+    return True
+
+
+def _files(loader: ConfigLoader, name: str) -> Iterator[Path]:
+    for source in loader.get_sources():
+        file = Path(source.path) / f"{name.removesuffix('.yaml')}.yaml"
+        if source.scheme() == "file" and file.is_file():
+            yield file
+
+
+def _folder(loader: ConfigLoader, group: str) -> str:
+    for source in loader.get_sources():
+        if source.scheme() == "file" and (Path(source.path) / group).is_dir():
+            return f"{_shown(Path(source.path) / group)}/"
+    return f"{group}/"
+
+
+def _shown(path: Path) -> str:
+    """A path as short as it is true: beside `conf` or from the current folder."""
+    for base in (Path.cwd(), Path(__file__).resolve().parents[2]):
+        if path.is_relative_to(base):
+            return os.fspath(path.relative_to(base))
+    return os.fspath(path)

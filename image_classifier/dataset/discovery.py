@@ -1,0 +1,351 @@
+"""Finding the images of folder-per-class trees, of trees in parts (train/ [val/] test/) and of tables; no file is opened."""
+
+from __future__ import annotations
+
+import difflib
+import logging
+import os
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import pairwise
+from operator import attrgetter
+from pathlib import Path
+
+from image_classifier.dataset.workers import with_bar
+from image_classifier.errors import ConfigError, DataError, UnreadableImage
+from image_classifier.images import is_image_name
+from image_classifier.sources.table import SPLIT_NAMES, TableRow, is_table, read_table
+
+log = logging.getLogger(__name__)
+
+_JUNK = frozenset({"__MACOSX", "__pycache__", "lost+found", "Thumbs.db", "desktop.ini"})
+_TREE_HINT = "give each class its own sub-folder: FOLDER/cat/1.jpg, FOLDER/dog/2.jpg"
+_GONE = -1  # size and times of a file that cannot be looked at, such as a link to nowhere
+
+
+@dataclass(frozen=True, slots=True)
+class ImageFile:
+    """One image on disk.
+
+    `path` is relative to the tree's root, in posix form; `split` is "" where neither folder nor table says it; `size` is in bytes,
+    `mtime_ns` and `ctime_ns` in nanoseconds, all three -1 where the file cannot be looked at; `key` is the value of a table's group column.
+    """
+
+    path: str
+    label: str
+    split: str
+    size: int
+    mtime_ns: int
+    key: str = ""
+    ctime_ns: int = 0
+
+
+@dataclass(frozen=True)
+class Tree:
+    """What was found below `root`: images sorted by path, and all that is none or belongs nowhere.
+
+    `strays` are visible files that are no images by name or lie in no class, `empty` class folders without an image, `ignored`
+    folders that are no part of a tree in parts; all relative to `root` and sorted.
+    """
+
+    root: Path
+    images: tuple[ImageFile, ...]
+    strays: tuple[str, ...] = ()
+    empty: tuple[str, ...] = ()
+    ignored: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Listing:
+    """Names of the visible sub-folders, images and other files of one folder, sorted."""
+
+    folders: list[str]
+    images: list[str]
+    others: list[str]
+
+
+Parts = dict[str, str]  # folder name -> split; {"": ""} for a folder that holds classes itself
+
+
+def find(
+    paths: Sequence[Path],
+    rename: Mapping[str, str] | None = None,
+    progress: bool = False,
+    group_column: str | None = None,
+) -> Tree:
+    """All images of some folders and tables, classes of the same (renamed) name being one.
+
+    Args:
+        paths: Folders of class folders, folders of train/ [val/] test/, or tables (see `table.read_table`). The root of the tree is the
+            one folder, or the folder that all have in common.
+        rename: Class names by what they are in the folders and tables.
+        progress: Whether to show a bar on standard error.
+        group_column: The column of a table that `ImageFile.key` comes from.
+
+    Raises:
+        ConfigError: A folder is named twice or lies in another, or `rename` names no class.
+        DataError: A folder or table cannot be read, holds no images or no classes, or a class name is not UTF-8.
+    """
+    sources = _Sources(paths, group_column)
+    finder = _Finder(sources, [(folder, _parts(folder)) for folder in sources.folders], sources.rows, progress)
+    if rename:
+        _check_renamed(rename, {image.label for image in finder.images})
+    if finder.ignored:
+        log.warning("%s: not part of any split and left out: %s", sources.root, ", ".join(sorted(finder.ignored)))
+    return finder.tree(rename or {})
+
+
+def find_test(
+    paths: Sequence[Path],
+    rename: Mapping[str, str] | None = None,
+    progress: bool = False,
+    group_column: str | None = None,
+) -> Tree:
+    """The images to test on, each with the split "test": the test parts of the folders and tables where there are any, else all.
+
+    Raises:
+        ConfigError: As `find`, except that `rename` may name classes that are not tested.
+        DataError: As `find`.
+    """
+    sources = _Sources(paths, group_column)
+    folders = [(folder, parts) for folder in sources.folders if (parts := _test_parts(folder))]
+    rows = [row for row in sources.rows if row.split == "test"]
+    if not folders and not rows:
+        folders, rows = [(folder, _parts(folder)) for folder in sources.folders], sources.rows
+    tree = _Finder(sources, folders, rows, progress).tree(rename or {})
+    return replace(tree, images=tuple(replace(image, split="test") for image in tree.images))
+
+
+def unreadable(root: Path, failures: Sequence[UnreadableImage]) -> DataError:
+    """One line for all files that cannot be read: the first three by name."""
+    if len(failures) == 1:
+        return UnreadableImage(failures[0].path, failures[0].reason, "delete or replace it")
+    named = ", ".join(f"{failure.path!r} ({failure.reason})" for failure in failures[:3])
+    more = f" and {len(failures) - 3} more" if len(failures) > 3 else ""
+    return DataError(
+        f"{len(failures)} images under {str(root)!r} cannot be read: {named}{more}", "delete or replace them"
+    )
+
+
+def list_folder(folder: Path) -> Listing:
+    """What `folder` itself shows; DataError where it cannot be read."""
+    listing = Listing([], [], [])
+    for entry in _entries(folder):
+        names = (
+            listing.folders if _is_folder(entry) else listing.images if is_image_name(entry.name) else listing.others
+        )
+        names.append(entry.name)
+    for names in (listing.folders, listing.images, listing.others):
+        names.sort()
+    return listing
+
+
+def _entries(folder: str | Path) -> list[os.DirEntry[str]]:
+    """Visible entries of a folder, in any order."""
+    try:
+        with os.scandir(folder) as entries:
+            return [entry for entry in entries if not entry.name.startswith(".") and entry.name not in _JUNK]
+    except OSError as error:
+        raise DataError(
+            f"cannot read the folder {str(folder)!r} ({error.strerror})", "check the path and its permissions"
+        ) from error
+
+
+def _is_folder(entry: os.DirEntry[str]) -> bool:
+    try:
+        return entry.is_dir()
+    except OSError:  # a link to itself or into a forbidden folder
+        return False
+
+
+def _parts(folder: Path) -> Parts:
+    """The split folders of a tree that is given in parts; else a folder called "train" is a class of trains."""
+    top = list_folder(folder)
+    parts = {name: SPLIT_NAMES[name.lower()] for name in top.folders if name.lower() in SPLIT_NAMES}
+    train = [name for name, split in parts.items() if split == "train"]
+    alone = len(parts) == 1 and len(top.folders) > 1
+    if not train or alone or not all(list_folder(folder / name).folders for name in train):
+        return {"": ""}
+    return parts
+
+
+def _test_parts(folder: Path) -> Parts:
+    names = [name for name in list_folder(folder).folders if SPLIT_NAMES.get(name.lower()) == "test"]
+    return {name: "test" for name in names if list_folder(folder / name).folders}
+
+
+class _Sources:
+    """The folders and the tables' rows behind some paths, and the folder `root` (absolute: `base`) that all lie in."""
+
+    def __init__(self, paths: Sequence[Path], group_column: str | None) -> None:
+        if not paths:
+            raise ConfigError("no folder of images is given", "pass data.dir=FOLDER")
+        self.folders = [path for path in paths if not is_table(path)]
+        tables = [path for path in paths if is_table(path)]
+        _check_apart(self.folders)
+        _check_apart(tables)
+        self.rows = [row for table in tables for row in read_table(table, group_column)]
+        given = [*self.folders, *(table.parent for table in tables)]
+        self.base = os.path.commonpath([*map(_absolute, given), *{os.path.dirname(row.path) for row in self.rows}])
+        same = [folder for folder in given if _absolute(folder) == self.base]
+        absolute = any(path.is_absolute() for path in paths)
+        self.root = same[0] if same else Path(self.base if absolute else os.path.relpath(self.base))
+
+    def relative(self, path: str) -> str:
+        """An absolute path below the root as seen from it; "" for the root itself."""
+        return path[len(self.base.rstrip("/")) + 1 :]
+
+
+def _absolute(path: Path) -> str:
+    return os.path.realpath(path) if ".." in path.parts else os.path.abspath(path)
+
+
+def _check_apart(paths: Sequence[Path]) -> None:
+    """Raise ConfigError where a path is another or lies inside it: its images would count twice."""
+    real = [os.path.realpath(path) for path in paths]
+    for i, inner in enumerate(real):
+        for k, outer in enumerate(real):
+            if i != k and os.path.commonpath([inner, outer]) == outer:
+                fact = (
+                    f"{str(paths[i])!r} is named twice"
+                    if inner == outer
+                    else f"{str(paths[i])!r} lies inside {str(paths[k])!r}"
+                )
+                raise ConfigError(f"data.dir: {fact}", "name each folder once")
+
+
+class _Finder:
+    """Looks through folders and rows once; what it found is in its lists, paths relative to the sources' root."""
+
+    def __init__(
+        self, sources: _Sources, folders: Sequence[tuple[Path, Parts]], rows: Iterable[TableRow], progress: bool
+    ) -> None:
+        self.sources = sources
+        self.images: list[ImageFile] = []
+        self.strays: list[str] = []
+        self.empty: list[str] = []
+        self.ignored: list[str] = []
+        classes = [found for folder, parts in folders for found in self._classes(folder, parts)]
+        for folder, label, split in with_bar(classes, "finding images", len(classes)) if progress else classes:
+            self._add_class(folder, label, split)
+        for row in rows:
+            self.images.append(_image(sources.relative(row.path), row.label, row.split, row.status, row.key))
+
+    def tree(self, rename: Mapping[str, str]) -> Tree:
+        """What was found, in order; DataError where that is nothing, or the same file twice."""
+        images = sorted(self.images, key=attrgetter("path"))
+        if rename:
+            images = [replace(image, label=rename.get(image.label, image.label)) for image in images]
+        if not images:
+            raise DataError(f"{str(self.sources.root)!r} holds no images", _TREE_HINT)
+        for image, following in pairwise(images):
+            if image.path == following.path:
+                raise DataError(
+                    f"the image {str(self.sources.root / image.path)!r} is given twice",
+                    "name each folder and each image once",
+                )
+        _check_names({image.label for image in images}, self.sources.root)
+        return Tree(
+            self.sources.root,
+            tuple(images),
+            *(tuple(sorted(names)) for names in (self.strays, self.empty, self.ignored)),
+        )
+
+    def _classes(self, folder: Path, parts: Parts) -> Iterator[tuple[str, str, str]]:
+        """Path, label and split of each class folder of one tree; notes what lies beside them."""
+        base = _absolute(folder)
+        if "" not in parts:
+            top = list_folder(folder)
+            self.strays += self._inside(base, top.images + top.others)
+            self.ignored += self._inside(base, [name for name in top.folders if name not in parts])
+        for part, split in parts.items():
+            inner = list_folder(folder / part)
+            _check_class_folders(folder / part, inner)
+            path = os.path.join(base, part) if part else base
+            self.strays += self._inside(path, inner.images + inner.others)
+            for label in inner.folders:
+                yield os.path.join(path, label), label, split
+
+    def _inside(self, folder: str, names: Iterable[str]) -> list[str]:
+        return [self.sources.relative(os.path.join(folder, name)) for name in names]
+
+    def _add_class(self, folder: str, label: str, split: str) -> None:
+        before = len(self.images)
+        relative = self.sources.relative(folder)
+        self._walk(folder, relative, label, split, _above(folder))
+        if len(self.images) == before:
+            self.empty.append(relative)
+
+    def _walk(self, folder: str, relative: str, label: str, split: str, above: tuple[tuple[int, int], ...]) -> None:
+        """Everything below one folder of a class; links are followed, but never in a circle."""
+        entries = _entries(folder)
+        status = os.stat(folder)
+        identity = (status.st_dev, status.st_ino)
+        if identity in above:
+            return
+        for entry in entries:
+            path = f"{relative}/{entry.name}"
+            if _is_folder(entry):
+                self._walk(f"{folder}/{entry.name}", path, label, split, (*above, identity))
+            elif is_image_name(entry.name):
+                self.images.append(_image(path, label, split, _status(entry)))
+            else:
+                self.strays.append(path)
+
+
+def _above(folder: str) -> tuple[tuple[int, int], ...]:
+    """What identifies the folders above this one: a link to one of them would bring in all other classes."""
+    found = (os.stat(parent) for parent in Path(os.path.abspath(folder)).parents)
+    return tuple((status.st_dev, status.st_ino) for status in found)
+
+
+def _status(entry: os.DirEntry[str]) -> os.stat_result | None:
+    try:
+        return entry.stat()
+    except OSError:  # what reads the file says why
+        return None
+
+
+def _image(path: str, label: str, split: str, status: os.stat_result | None, key: str = "") -> ImageFile:
+    if status is None:
+        return ImageFile(path, label, split, _GONE, _GONE, key, _GONE)
+    return ImageFile(path, label, split, status.st_size, status.st_mtime_ns, key, status.st_ctime_ns)
+
+
+def _check_class_folders(folder: Path, listing: Listing) -> None:
+    if not listing.folders:
+        fact = (
+            f"the images lie directly in {str(folder)!r}, not in class folders"
+            if listing.images
+            else f"{str(folder)!r} holds no images"
+        )
+        raise DataError(fact, _TREE_HINT)
+    if listing.images:
+        log.warning(
+            "%s: %d images beside the class folders belong to no class and are left out", folder, len(listing.images)
+        )
+
+
+def _check_names(labels: Iterable[str], root: Path) -> None:
+    for label in labels:
+        if any("\ud800" <= letter <= "\udfff" for letter in label):
+            fact = f"the name of the class {label!r} in {str(root)!r} is not UTF-8"
+            raise DataError(fact, "rename it: classes are written into JSON and ONNX")
+
+
+def _check_renamed(rename: Mapping[str, str], labels: Iterable[str]) -> None:
+    """Raise ConfigError for a name in `rename` that no class has, or a new name that is none."""
+    labels = sorted(labels)
+    for old, new in rename.items():
+        if old not in labels:
+            close = difflib.get_close_matches(old, labels, n=1)
+            raise ConfigError(
+                f"data.rename has {old!r}, which is no class",
+                f"did you mean {close[0]!r}?" if close else f"classes: {_some(labels)}",
+            )
+        if not new.strip():
+            raise ConfigError(f"data.rename gives {old!r} no name", "data.classes.exclude leaves a class out")
+
+
+def _some(names: Sequence[str]) -> str:
+    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")

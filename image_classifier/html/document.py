@@ -1,0 +1,51 @@
+"""One HTML text from a template of one's own that extends base.html.j2: styles and script inside, and a policy that lets nothing else run."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import jinja2
+
+from image_classifier.html.text import counted, number, plain, printable, unbroken
+
+_HERE = Path(__file__).parent
+
+
+def render(template: Path, styles: Path, script: Path, **values: Any) -> str:
+    """The page: `template` filled with `values`, all of it escaped; the shared styles and `styles`, and `script`, each allowed by its hash.
+
+    The template extends base.html.j2 and fills its blocks `title` and `body`; no element of it has a style= or on…= attribute.
+    """
+    style = "\n".join(path.read_text(encoding="utf-8") for path in (_HERE / "base.css", styles))
+    code = script.read_text(encoding="utf-8")
+    inside = {"style": style, "style_hash": digest(style), "script": code, "script_hash": digest(code)}
+    return _environment(template.parent).get_template(template.name).render(**inside, **values)
+
+
+@cache
+def _environment(folder: Path) -> jinja2.Environment:
+    """What reads the templates of a folder, each of them compiled once."""
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader([folder, _HERE]),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters |= {
+        "number": number,
+        "plain": plain,
+        "printable": printable,
+        "counted": counted,
+        "unbroken": unbroken,
+    }
+    return environment
+
+
+def digest(text: str) -> str:
+    """The sha256 of an inline script or style as a content security policy names it."""
+    return base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()

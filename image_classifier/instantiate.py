@@ -1,0 +1,216 @@
+"""Config nodes to objects: `_target_` names checked against an allow-list, arguments checked against the signature, then built."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import re
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+import hydra.utils
+from hydra.errors import InstantiationException
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from image_classifier.cli.options import did_you_mean
+from image_classifier.errors import ClassifierError, ConfigError
+
+_LIGHTNING = ("callbacks.", "loggers.", "plugins.", "profilers.", "strategies.")
+
+# A name ends with a dot where all below it may be built, and without where only it may.
+TRUSTED = (
+    "torch.nn.",
+    "torch.optim.",
+    "torchvision.models.",
+    "torchvision.transforms.",
+    "torchvision.datasets.",
+    "timm.create_model",
+    "timm.optim.",
+    "timm.scheduler.",
+    "timm.loss.",
+    *(
+        f"{lightning}.{part}"
+        for lightning in ("pytorch_lightning", "lightning.pytorch")
+        for part in ("Trainer", *_LIGHTNING)
+    ),
+    "torchmetrics.",
+    "image_classifier.dataset.sources.",
+    "image_classifier.modeling.",
+    "image_classifier.training.augment.",
+    "image_classifier.training.callbacks.",
+    "image_classifier.training.loggers.",
+    "image_classifier.training.sharding.",
+    "image_classifier.training.optimizers.",
+)
+# What a checkpoint's own description of its network may name: a file from elsewhere must not load others.
+NETWORKS = (
+    "timm.create_model",
+    "image_classifier.modeling.backbones.torchvision_backbone",
+    "image_classifier.modeling.convnet.ConvNet",
+    "image_classifier.modeling.convnet.MLP",
+    "image_classifier.modeling.whitened.WhitenedNet",
+)
+_HOMES = (
+    "timm.models.",
+    "image_classifier.modeling.",
+    "pytorch_lightning.trainer.",
+    "lightning.pytorch.trainer.",
+    "torch._C.",
+)  # where names without a dot at the end live
+_FOREIGN = tuple(entry for entry in TRUSTED if not entry.startswith("image_classifier."))
+_KEPT = ("_target_", "_partial_", "_recursive_", "_convert_", "_args_")
+
+
+def check_targets(node: Any, trusted: Iterable[str] = (), known: tuple[str, ...] = TRUSTED) -> None:
+    """Refuse a tree in which a `_target_` names something outside the allow-list `known` and the user's `trusted` packages.
+
+    Raises:
+        ConfigError: Names the key and the target, and says how to allow it.
+    """
+    allowed = _allowed(trusted, known)
+    for key, target, _ in _targets(node):
+        if not _is_trusted(target, allowed):
+            package = target.partition(".")[0]
+            hint = f"if you trust that package, write 'trusted_packages=[{package}]'"
+            raise ConfigError(
+                f"{_join(key, '_target_')} names {target}, which is not on the list of what a configuration may build",
+                hint,
+            )
+
+
+def instantiate(
+    node: Any, *args: Any, trusted: Iterable[str] = (), known: tuple[str, ...] = TRUSTED, **kwargs: Any
+) -> Any:
+    """Build the object a node describes, after `check_targets`; None for no node and for `_target_: null`.
+
+    Raises:
+        ConfigError: An untrusted target, a package that is missing, an argument the target does not take or refuses.
+    """
+    if node is None or (hasattr(node, "get") and "_target_" in node and node.get("_target_") is None):
+        return None
+    allowed = _allowed(trusted, known)
+    check_targets(node, trusted, known)
+    for key, target, given in _targets(node):
+        _check_arguments(key, target, given, _located(key, target, allowed))
+    try:
+        return hydra.utils.instantiate(node, *args, **kwargs)
+    except InstantiationException as error:
+        raise _explained(error, node) from error.__cause__
+
+
+def _allowed(trusted: Iterable[str], known: tuple[str, ...]) -> tuple[str, ...]:
+    return (*known, *(f"{package.rstrip('.')}." for package in trusted))
+
+
+def _is_trusted(name: str, allowed: tuple[str, ...]) -> bool:
+    return any(name.startswith(entry) if entry.endswith(".") else name == entry for entry in allowed)
+
+
+def _targets(node: Any) -> Iterator[tuple[str, str, dict[str, Any]]]:
+    """Every node of the tree that has a `_target_`: its key, the target and the whole plain node."""
+    try:
+        plain = OmegaConf.to_container(node, resolve=True) if OmegaConf.is_config(node) else node
+    except OmegaConfBaseException as error:
+        raise ConfigError(f"cannot resolve {error.full_key}", str(error).partition("\n")[0]) from error
+    yield from _walk(plain, str(node._get_full_key(None) or "") if isinstance(node, DictConfig) else "")
+
+
+def _walk(plain: Any, key: str) -> Iterator[tuple[str, str, dict[str, Any]]]:
+    if isinstance(plain, dict):
+        if plain.get("_target_") is not None:
+            yield key, str(plain["_target_"]), plain
+        for name, value in plain.items():
+            yield from _walk(value, _join(key, str(name)))
+    elif isinstance(plain, (list, tuple)):
+        for position, value in enumerate(plain):
+            yield from _walk(value, f"{key}[{position}]")
+
+
+def _located(key: str, target: str, allowed: tuple[str, ...]) -> Callable[..., Any]:
+    """Import the target; what lies behind the name must be trusted too (torch.nn.init.torch.load is torch's loader)."""
+    try:
+        found = _import(target)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise _import_failed(key, target, error) from error
+    home = f"{getattr(found, '__module__', None) or target}."
+    homes = (*(entry for entry in allowed if entry.endswith(".")), *_HOMES)
+    if not callable(found) or not home.startswith(homes):
+        raise ConfigError(
+            f"{_join(key, '_target_')} names {target}, which is {home.rstrip('.')}'s and may not be built"
+        )
+    return found  # type: ignore[no-any-return]
+
+
+def _import(target: str) -> Any:
+    """The object a dotted name leads to; unlike Hydra's own it logs nothing."""
+    first, *parts = target.split(".")
+    found: Any = importlib.import_module(first)
+    path = first
+    for part in parts:
+        path = f"{path}.{part}"
+        found = (
+            getattr(found, part)
+            if hasattr(found, part) or not inspect.ismodule(found)
+            else importlib.import_module(path)
+        )
+    return found
+
+
+def _import_failed(key: str, target: str, error: Exception) -> ConfigError:
+    missing = (error.name or "") if isinstance(error, ModuleNotFoundError) else ""
+    fact = f"{_join(key, '_target_')}: cannot import {target}"
+    if missing and (missing == target.partition(".")[0] or not target.startswith(missing)):
+        package = missing.partition(".")[0]
+        return ConfigError(fact, f"the package {package} is not installed: pip install {package}")
+    parent, _, name = target.rpartition(".")
+    return ConfigError(fact, f"{did_you_mean(name, _names(parent))}there is no {name} in {parent}")
+
+
+def _names(module: str) -> list[str]:
+    try:
+        return [name for name in dir(_import(module)) if not name.startswith("_")]
+    except Exception:  # a name that cannot be imported has no neighbours to offer
+        return []
+
+
+def _check_arguments(key: str, target: str, given: dict[str, Any], found: Callable[..., Any]) -> None:
+    try:
+        parameters = inspect.signature(found).parameters.values()
+    except (TypeError, ValueError):  # built into C
+        return
+    if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters):
+        return
+    names = [parameter.name for parameter in parameters if parameter.kind is not parameter.POSITIONAL_ONLY]
+    for name in given:
+        if name not in names and name not in _KEPT:
+            raise _unknown_argument(key, target, name, names)
+
+
+def _unknown_argument(key: str, target: str, name: str, names: Iterable[str]) -> ConfigError:
+    return ConfigError(f"{_join(key, name)}: {target} takes no argument {name!r}", did_you_mean(name, names).strip())
+
+
+def _explained(error: InstantiationException, node: Any) -> Exception:
+    """What the target itself said: ours as it is, of others' what a wrong value makes them say as one line; the rest are bugs."""
+    cause = error.__cause__
+    where = re.search(r"full_key: (\S+)", str(error))
+    key = where.group(1) if where else ""
+    if not isinstance(cause, Exception):
+        return ConfigError(f"cannot build {key or 'the object'}", str(error).partition("\n")[0])
+    target, given = next(((target, given) for name, target, given in _targets(node) if name == key), ("", {}))
+    unexpected = re.search(r"unexpected keyword argument '(\w+)'", str(cause))
+    if unexpected and unexpected.group(1) in given:
+        return _unknown_argument(key, target, unexpected.group(1), ())
+    if isinstance(cause, ModuleNotFoundError):
+        missing = f"the package {cause.name} is not installed: pip install {cause.name}" if cause.name else str(cause)
+        return ConfigError(f"cannot build {key} ({target})", missing)
+    lightning = type(cause).__name__ == "MisconfigurationException"  # Lightning's word for a wrong setting
+    foreign = isinstance(cause, (TypeError, ValueError, RuntimeError)) and _is_trusted(target, _FOREIGN)
+    if isinstance(cause, ClassifierError) or not (lightning or foreign):
+        return cause
+    return ConfigError(f"{key}: {target} refuses its arguments", str(cause))
+
+
+def _join(*parts: str) -> str:
+    return ".".join(part for part in parts if part)

@@ -1,0 +1,165 @@
+"""Images and answers in S3-like storage, `s3://BUCKET/KEY`: what AWS, MinIO and others speak, through pyarrow.
+
+Keys, region and endpoint come from the environment, as for every client of such storage: AWS_ACCESS_KEY_ID, AWS_REGION, AWS_ENDPOINT_URL, …
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cache, partial
+from typing import Any
+
+from image_classifier.errors import ConfigError, DataError, SourceError, StorageError, UnreadableImage
+from image_classifier.images import IMAGE_SUFFIXES, is_image_name
+from image_classifier.sources.image_source import Item
+
+_SCHEME = "s3://"
+_ATTEMPTS = 8  # with growing pauses: a million images meet some server that is busy
+
+
+def is_stored(address: str) -> bool:
+    """Whether this names something in S3-like storage."""
+    return address[: len(_SCHEME)].lower() == _SCHEME
+
+
+@dataclass(frozen=True)
+class Storage:
+    """Where `s3://` leads, which machines that work together must agree on; None: AWS. Each takes its keys from its own environment."""
+
+    endpoint: str | None = None
+    region: str | None = None
+
+    @classmethod
+    def here(cls) -> Storage:
+        """As this process' environment says."""
+        endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
+        return cls(endpoint, os.environ.get("AWS_REGION") or os.environ.get("AWS_DEFAULT_REGION"))
+
+    def items(self, address: str, max_bytes: int) -> Iterator[Item]:
+        """The image of that name, or those below it by name, without hidden ones.
+
+        Raises:
+            DataError: There is none.
+            SourceError: The storage does not answer, or not to these keys.
+        """
+        place = _place(address)
+        try:
+            from pyarrow.fs import FileSelector, FileType  # type: ignore[import-untyped]  # here, as it takes half a second
+
+            files = _opened(self, place)
+            (found,) = files.get_file_info([place])
+            if found.type == FileType.File:
+                yield self.item(address, max_bytes)
+                return
+            below = files.get_file_info(FileSelector(place, recursive=True, allow_not_found=True))
+        except OSError as error:
+            raise SourceError(
+                f"cannot list {address!r} ({_reason(error)})", "check its name, the keys and the endpoint"
+            ) from error
+        names = sorted(
+            tuple(info.path[len(place) :].strip("/").split("/")) for info in below if info.type == FileType.File
+        )
+        wanted = [
+            parts for parts in names if is_image_name(parts[-1]) and not any(part.startswith(".") for part in parts)
+        ]
+        if not wanted:
+            raise DataError(f"{address!r} holds no image", f"images end in {', '.join(sorted(IMAGE_SUFFIXES))}")
+        for parts in wanted:
+            yield self.item("/".join([address.rstrip("/"), *parts]), max_bytes)
+
+    def item(self, address: str, max_bytes: int) -> Item:
+        """One image, fetched when it is its turn."""
+        return Item(address, partial(self.image, address, max_bytes))
+
+    def image(self, address: str, max_bytes: int) -> bytes:
+        """The bytes of an image, one more than `max_bytes` at most; UnreadableImage says why there are none."""
+        try:
+            place = _place(address)
+            with _opened(self, place).open_input_stream(place) as file:
+                return bytes(file.read(max_bytes + 1))
+        except FileNotFoundError as error:
+            raise UnreadableImage(address, "there is no such file") from error
+        except (OSError, ConfigError, SourceError) as error:
+            raise UnreadableImage(address, _reason(error)) from error
+
+
+@dataclass(frozen=True)
+class Prefix:
+    """A folder in S3-like storage, in which a file appears whole or not at all."""
+
+    address: str
+    storage: Storage
+
+    def names(self) -> set[str]:
+        """What lies directly in it; StorageError where that cannot be told."""
+        from pyarrow.fs import FileSelector
+
+        try:
+            place = _place(self.address)
+            return {
+                info.base_name
+                for info in _opened(self.storage, place).get_file_info(FileSelector(place, allow_not_found=True))
+            }
+        except OSError as error:
+            raise self._refused(error) from error
+
+    def read(self, name: str) -> bytes | None:
+        """A file's bytes, None where there is no such file."""
+        place = f"{_place(self.address)}/{name}"
+        try:
+            with _opened(self.storage, place).open_input_stream(place) as file:
+                return bytes(file.read())
+        except FileNotFoundError:
+            return None
+        except OSError as error:
+            raise self._refused(error) from error
+
+    def write(self, name: str, content: bytes) -> None:
+        """Write a file; StorageError where the storage refuses."""
+        place = f"{_place(self.address)}/{name}"
+        try:
+            with _opened(self.storage, place).open_output_stream(place) as file:
+                file.write(content)
+        except OSError as error:
+            raise self._refused(error) from error
+
+    def _refused(self, error: OSError) -> StorageError:
+        return StorageError(
+            f"cannot use {self.address!r} ({_reason(error)})",
+            "check its name, the keys, the endpoint and what they allow",
+        )
+
+
+def _place(address: str) -> str:
+    """`BUCKET/KEY`; ConfigError where there is no bucket."""
+    place = address[len(_SCHEME) :].strip("/")
+    if not place:
+        raise ConfigError(f"{address!r} names no bucket", "write s3://BUCKET/FOLDER")
+    return place
+
+
+@cache
+def _connected(storage: Storage, bucket: str) -> Any:
+    from pyarrow import fs  # type: ignore[import-untyped]
+
+    region = storage.region or (None if storage.endpoint else fs.resolve_s3_region(bucket))
+    keys = {
+        "endpoint_override": storage.endpoint,
+        "region": region,
+        "retry_strategy": fs.AwsStandardS3RetryStrategy(max_attempts=_ATTEMPTS),
+    }
+    return fs.S3FileSystem(**{key: value for key, value in keys.items() if value is not None})
+
+
+def _opened(storage: Storage, place: str) -> Any:
+    try:
+        return _connected(storage, place.partition("/")[0])
+    except ImportError as error:
+        raise ConfigError("s3:// needs a package that is not installed", "pip install pyarrow") from error
+
+
+def _reason(error: Exception) -> str:
+    """What the storage says, without the number of the request."""
+    return " ".join(str(error).split()).partition(" (Request ID")[0][:200]

@@ -1,0 +1,67 @@
+"""A trial of `tune` speaks with the process that started it: one line out after each validation, one word back."""
+
+from __future__ import annotations
+
+import json
+import os
+import queue
+import signal
+import sys
+import threading
+from typing import Any
+
+import pytorch_lightning as pl
+from pytorch_lightning.callbacks import Callback
+
+from image_classifier.cli.options import did_you_mean
+from image_classifier.errors import ConfigError
+from image_classifier.training.tuning.subprocess_run import GO_ON, MARK, STOP
+
+
+class ReportToTuner(Callback):
+    """Prints the metric after each validation and ends the run where the tuner says that the trial is not worth more.
+
+    When the tuner dies, which closes standard input, the run stops as by SIGTERM: it keeps its newest step for whoever takes it up.
+    """
+
+    def __init__(self, metric: str) -> None:
+        self.metric, self.validations = metric, 0
+        self._answers: queue.SimpleQueue[str] = queue.SimpleQueue()
+        self._listener: threading.Thread | None = None
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"validations": self.validations}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.validations = state_dict["validations"]
+
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if trainer.is_global_zero and self._listener is None:
+            self._listener = threading.Thread(target=self._listen, daemon=True)
+            self._listener.start()
+
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if trainer.sanity_checking:
+            return
+        if self.metric not in trainer.callback_metrics:
+            names = [name for name in trainer.callback_metrics if name.startswith("val/")]
+            raise ConfigError(
+                f"there is no {self.metric} to tune by",
+                f"{did_you_mean(self.metric, names)}There are {', '.join(names)}",
+            )
+        self.validations += 1
+        answer = self._ask(float(trainer.callback_metrics[self.metric])) if trainer.is_global_zero else ""
+        if trainer.strategy.broadcast(answer) == STOP:
+            raise SystemExit(0)
+
+    def _ask(self, value: float) -> str:
+        print(f"{MARK}{json.dumps([self.validations, value])}", flush=True)
+        return self._answers.get()
+
+    def _listen(self) -> None:
+        """Pass on the tuner's words; not through sys.stdin, whose lock a thread must not hold when Python ends."""
+        while words := os.read(sys.__stdin__.fileno() if sys.__stdin__ else 0, 4096):
+            for word in words.decode().split():
+                self._answers.put(word)
+        self._answers.put(GO_ON)  # to a run that waits for a word that will never come
+        os.kill(os.getpid(), signal.SIGTERM)
