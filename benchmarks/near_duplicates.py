@@ -28,7 +28,7 @@ from PIL import Image, UnidentifiedImageError
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from image_classifier.dataset.duplicates import DuplicateSettings, find_twins  # noqa: E402
+from image_classifier.dataset.duplicates import DuplicateSettings, find_near_duplicates  # noqa: E402
 from image_classifier.dataset.lsh import propose  # noqa: E402
 
 BASE = 40  # side of the pictures that crops are cut from, pixels
@@ -155,7 +155,7 @@ def _measure(path: Path) -> dict[str, float]:
     thumbnails, planted = np.load(path, mmap_mode="r"), np.load(path.with_suffix(".npz"))
     settings = DuplicateSettings()
     start, busy = time.perf_counter(), time.process_time()
-    twins = find_twins(thumbnails, settings)
+    twins = find_near_duplicates(thumbnails, settings)
     seconds, busy = time.perf_counter() - start, time.process_time() - busy
     peak = int(re.search(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text())[1]) / 2**20
     count = len(thumbnails)

@@ -22,8 +22,8 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from image_classifier.dataset import workers  # noqa: E402
-from image_classifier.dataset.discovery import find  # noqa: E402
-from image_classifier.dataset.scan import read_facts  # noqa: E402
+from image_classifier.dataset.discovery import discover  # noqa: E402
+from image_classifier.dataset.scan import scan_files  # noqa: E402
 from image_classifier.images import DecodeLimits  # noqa: E402
 
 Result = TypeVar("Result")
@@ -37,7 +37,7 @@ def main() -> None:
     parser.add_argument("--workers", type=int)
     options = parser.parse_args()
     os.sync()  # what was unpacked a moment ago is not written beside the first round
-    find([options.folder])  # nor does it pay for the folders' way into memory
+    discover([options.folder])  # nor does it pay for the folders' way into memory
     times: dict[str, list[float]] = {
         name: [] for name in (*(f"{scan}, {way}" for way in WAYS for scan in ("first", "second")), "find")
     }
@@ -65,11 +65,11 @@ def _round(folder: Path, count: int | None) -> tuple[float, float, float, int]:
     with tempfile.TemporaryDirectory() as store:
 
         def scan() -> int:
-            return len(read_facts(find([folder]), Path(store), DecodeLimits(), (255, 255, 255), count))
+            return len(scan_files(discover([folder]), Path(store), DecodeLimits(), (255, 255, 255), count))
 
         first, files = _timed(scan)
         second, _ = _timed(scan)
-        found, _ = _timed(lambda: find([folder]))
+        found, _ = _timed(lambda: discover([folder]))
     return first, second, found, files
 
 

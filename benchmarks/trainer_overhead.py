@@ -24,9 +24,9 @@ sys.path.insert(0, str(ROOT))
 from image_classifier.dataset.pixel_cache import open_cache  # noqa: E402
 from image_classifier.dataset.run import prepare_from  # noqa: E402
 from image_classifier.training.builders import build_datamodule, build_module, build_trainer, speed_settings  # noqa: E402
-from image_classifier.training.callbacks.csv_metrics import RunHistory  # noqa: E402
-from image_classifier.training.callbacks.exact_resume import ExactState  # noqa: E402
-from image_classifier.training.callbacks.nan_guard import BadLoss  # noqa: E402
+from image_classifier.training.callbacks.csv_metrics import CSVMetrics  # noqa: E402
+from image_classifier.training.callbacks.exact_resume import ExactResume  # noqa: E402
+from image_classifier.training.callbacks.nan_guard import NanGuard  # noqa: E402
 from image_classifier.training.callbacks.throughput import Throughput  # noqa: E402
 from image_classifier.training.datamodule import ImageDataModule  # noqa: E402
 from image_classifier.training.hardware import Hardware, choose_hardware  # noqa: E402
@@ -95,9 +95,9 @@ def _lightning(config: Any, manifest: Any, data: Any, cache: Any, folder: Path) 
         config,
         hardware,
         throughput,
-        RunHistory(folder / "metrics.csv", throughput),
-        ExactState({}, False),
-        BadLoss("stop", folder),
+        CSVMetrics(folder / "metrics.csv", throughput),
+        ExactResume({}, False),
+        NanGuard("stop", folder),
     )
     trainer.fit(module, datamodule=datamodule)
     return throughput.images_per_second

@@ -29,12 +29,12 @@ def write_text(path: Path, text: str) -> None:
 
 def write_bytes(path: Path, content: bytes) -> None:
     """Write a file whole or not at all; StorageError where the disk refuses."""
-    with whole_file(path) as file:
+    with atomic_file(path) as file:
         file.write(content)
 
 
 @contextmanager
-def whole_file(path: Path) -> Iterator[IO[bytes]]:
+def atomic_file(path: Path) -> Iterator[IO[bytes]]:
     """A binary file that takes `path`'s place when the block ends well; StorageError where the disk refuses, or what lies there is no file."""
     with storage_errors(path):
         if not is_replaceable(path):
@@ -62,7 +62,7 @@ def is_replaceable(path: Path) -> bool:
 
 
 @contextmanager
-def whole_directory(path: Path, overwrite: bool = False) -> Iterator[Path]:
+def atomic_directory(path: Path, overwrite: bool = False) -> Iterator[Path]:
     """A new folder that appears at `path` when the block ends well; an old one is replaced only with `overwrite`.
 
     Raises:
@@ -110,7 +110,7 @@ def link_or_copy(source: Path, target: Path) -> None:
 
 
 @contextmanager
-def locked(path: Path, wait: bool = True, remove: bool = False) -> Iterator[None]:
+def file_lock(path: Path, wait: bool = True, remove: bool = False) -> Iterator[None]:
     """Hold the lock file `path`, so that one process at a time runs the block (not on Windows, which has no flock); then `remove` it.
 
     Raises:

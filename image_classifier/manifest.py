@@ -14,7 +14,7 @@ from typing import IO
 
 import numpy as np
 
-from image_classifier.atomic_io import whole_file
+from image_classifier.atomic_io import atomic_file
 from image_classifier.errors import DataError
 
 SPLITS = ("train", "val", "test")
@@ -198,7 +198,7 @@ class Manifest:
 
     def write(self, path: Path) -> None:
         """Write `manifest.csv` whole or not at all; StorageError where the disk refuses."""
-        with whole_file(path) as file:
+        with atomic_file(path) as file:
             for text in self._csv():
                 file.write(text.encode(*ENCODING))
 

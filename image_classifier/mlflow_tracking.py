@@ -15,7 +15,7 @@ from typing import Any
 
 import yaml
 
-from image_classifier.atomic_io import locked
+from image_classifier.atomic_io import file_lock
 from image_classifier.errors import ConfigError
 
 log = logging.getLogger(__name__)
@@ -213,7 +213,7 @@ def _be_quick() -> None:
 def _alone(tracking_uri: str) -> AbstractContextManager[None]:
     """Two processes that both create the tables of a fresh SQLite file crash each other (mlflow#24321)."""
     path = tracking_uri.removeprefix("sqlite:///")
-    return locked(Path(f"{path}.lock")) if path != tracking_uri else nullcontext()
+    return file_lock(Path(f"{path}.lock")) if path != tracking_uri else nullcontext()
 
 
 def _one_line(error: Exception) -> str:

@@ -158,7 +158,7 @@ def _check_cost(image: ImageFile.ImageFile, content: bytes, check_size: Callable
             raise ValueError(f"more than {_MOST_SCANS} scans")
 
 
-class _Metered(io.BytesIO):
+class _MeteredFile(io.BytesIO):
     """Ends the parsing of millions of tiny parts, which Pillow reads one by one in Python."""
 
     reads = 0
@@ -171,7 +171,7 @@ class _Metered(io.BytesIO):
 
 
 def _stream(content: bytes) -> io.BytesIO:
-    return _Metered(content) if len(content) > _MOST_READS else io.BytesIO(content)
+    return _MeteredFile(content) if len(content) > _MOST_READS else io.BytesIO(content)
 
 
 def _first_scan(content: bytes) -> int:
@@ -327,7 +327,7 @@ def _range(opened: OpenedImage) -> tuple[float, float]:
     return (0.0, full) if low >= 0 and full is not None else (low, max(high, low + 1.0))
 
 
-class _Quiet:
+class _QuietWarnings:
     """Pillow strict and its warnings off for as long as any thread decodes.
 
     `warnings.catch_warnings` alone is unsafe here: two threads that overlap restore each other's filters. Another library may have
@@ -354,4 +354,4 @@ class _Quiet:
                 ImageFile.LOAD_TRUNCATED_IMAGES = ImageFile.LOAD_TRUNCATED_IMAGES or self._lenient
 
 
-quiet = _Quiet()
+quiet = _QuietWarnings()

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
-from image_classifier.atomic_io import whole_file, write_text
+from image_classifier.atomic_io import atomic_file, write_text
 from image_classifier.errors import DataError
 from image_classifier.manifest import ENCODING, csv_writer
 
@@ -105,10 +105,10 @@ class PredictionTable:
 
     def write(self, directory: Path) -> None:
         """Write `predictions.csv`, one row an image, and beside it `logits.npy` and `predictions.json`: the classes and the temperature."""
-        with whole_file(directory / "predictions.csv") as file:
+        with atomic_file(directory / "predictions.csv") as file:
             for text in self._csv():
                 file.write(text.encode(*ENCODING))
-        with whole_file(directory / "logits.npy") as file:
+        with atomic_file(directory / "logits.npy") as file:
             np.save(file, self.logits.astype(np.float32, copy=False))
         facts = {"classes": self.classes, "temperature": self.temperature}
         write_text(directory / "predictions.json", json.dumps(facts, indent=2) + "\n")

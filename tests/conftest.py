@@ -19,10 +19,10 @@ import pytest
 from hypothesis import settings
 from PIL import Image
 
-from image_classifier.atomic_io import locked
-from image_classifier.dataset.discovery import find
+from image_classifier.atomic_io import file_lock
+from image_classifier.dataset.discovery import discover
 from image_classifier.dataset.prepare import manifest_of
-from image_classifier.dataset.scan import read_facts
+from image_classifier.dataset.scan import scan_files
 from image_classifier.images import DecodeLimits
 from image_classifier.manifest import Manifest
 
@@ -92,9 +92,9 @@ def tree(make_tree: MakeTree) -> Path:
 
 def listed(root: Path) -> Manifest:
     """The images of a tree as a table, in the splits that it gives; nothing is left in the current folder."""
-    tree = find([root])
+    tree = discover([root])
     with tempfile.TemporaryDirectory() as store:
-        facts = read_facts(tree, Path(store), DecodeLimits(), (255, 255, 255))
+        facts = scan_files(tree, Path(store), DecodeLimits(), (255, 255, 255))
         assert not facts.errors
         return manifest_of(tree, facts, np.arange(len(tree.images)))
 
@@ -182,7 +182,7 @@ def _shared(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def _train_once(shared: Path) -> None:
-    with locked(shared / "trained.lock"):
+    with file_lock(shared / "trained.lock"):
         if not (shared / "trained" / "stdout.txt").exists():
             _train(shared / "trained")
 

@@ -11,14 +11,14 @@ from pathlib import Path
 import pytest
 
 from image_classifier import atomic_io
-from image_classifier.atomic_io import locked, whole_directory, whole_file, write_text
+from image_classifier.atomic_io import atomic_directory, atomic_file, file_lock, write_text
 from image_classifier.errors import StorageError
 
 
 def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path: Path) -> None:
     path = tmp_path / "metrics.json"
     write_text(path, "old")
-    with pytest.raises(RuntimeError), whole_file(path) as file:
+    with pytest.raises(RuntimeError), atomic_file(path) as file:
         file.write(b"half of the new")
         raise RuntimeError
     assert path.read_text() == "old"
@@ -48,7 +48,7 @@ except StorageError as error:
 
 
 def test_a_failed_folder_never_appears(tmp_path: Path) -> None:
-    with pytest.raises(RuntimeError), whole_directory(tmp_path / "bundle") as directory:
+    with pytest.raises(RuntimeError), atomic_directory(tmp_path / "bundle") as directory:
         (directory / "model.onnx").write_bytes(b"half")
         raise RuntimeError
     assert os.listdir(tmp_path) == []
@@ -57,9 +57,9 @@ def test_a_failed_folder_never_appears(tmp_path: Path) -> None:
 def test_a_folder_is_replaced_only_when_asked(tmp_path: Path) -> None:
     target = tmp_path / "bundle"
     for content in ("one", "two"):
-        with whole_directory(target, overwrite=True) as directory:
+        with atomic_directory(target, overwrite=True) as directory:
             (directory / "name").write_text(content)
-    with pytest.raises(StorageError, match="overwrite=true"), whole_directory(target):
+    with pytest.raises(StorageError, match="overwrite=true"), atomic_directory(target):
         pass
     assert (target / "name").read_text() == "two"
     assert os.listdir(tmp_path) == ["bundle"]
@@ -84,7 +84,7 @@ def test_a_folder_is_replaced_in_one_step_where_the_system_can(tmp_path: Path, m
         raise AssertionError("a second rename")
 
     monkeypatch.setattr(os, "rename", killed)
-    with whole_directory(first, overwrite=True) as directory:
+    with atomic_directory(first, overwrite=True) as directory:
         (directory / "model").write_text("new")
     assert (first / "model").read_text() == "new" and sorted(os.listdir(tmp_path)) == ["first", "second"]
 
@@ -93,7 +93,7 @@ def test_a_kill_between_the_two_renames_loses_no_folder(tmp_path: Path) -> None:
     old = tmp_path / ".bundle.old"
     old.mkdir()
     (old / "name").write_text("good")
-    with pytest.raises(RuntimeError), whole_directory(tmp_path / "bundle", overwrite=True):
+    with pytest.raises(RuntimeError), atomic_directory(tmp_path / "bundle", overwrite=True):
         raise RuntimeError
     assert (tmp_path / "bundle" / "name").read_text() == "good"
 
@@ -104,7 +104,7 @@ def test_what_dead_processes_left_is_swept_and_what_living_ones_write_is_not(tmp
     host = socket.gethostname()
     for owner in (dead.pid, os.getpid()):
         (tmp_path / f".bundle.{host}-{owner}.x.part").mkdir()
-    with whole_directory(tmp_path / "bundle"):
+    with atomic_directory(tmp_path / "bundle"):
         pass
     assert sorted(path.name for path in tmp_path.iterdir()) == [f".bundle.{host}-{os.getpid()}.x.part", "bundle"]
 
@@ -114,7 +114,7 @@ def test_a_lock_that_is_removed_is_held_by_one_at_a_time(tmp_path: Path) -> None
 
     def work() -> None:
         for _ in range(50):
-            with locked(lock, remove=True):
+            with file_lock(lock, remove=True):
                 inside[0] += 1
                 most[0] = max(most[0], inside[0])
                 time.sleep(0)
@@ -126,6 +126,6 @@ def test_a_lock_that_is_removed_is_held_by_one_at_a_time(tmp_path: Path) -> None
     for thread in threads:
         thread.join()
     assert most == [1] and os.listdir(tmp_path) == []
-    with pytest.raises(KeyboardInterrupt), locked(lock, remove=True):
+    with pytest.raises(KeyboardInterrupt), file_lock(lock, remove=True):
         raise KeyboardInterrupt
     assert os.listdir(tmp_path) == []

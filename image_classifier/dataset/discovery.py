@@ -41,7 +41,7 @@ class ImageFile:
 
 
 @dataclass(frozen=True)
-class Tree:
+class FileTree:
     """What was found below `root`: images sorted by path, and all that is none or belongs nowhere.
 
     `strays` are visible files that are no images by name or lie in no class, `empty` class folders without an image, `ignored`
@@ -67,12 +67,12 @@ class Listing:
 Parts = dict[str, str]  # folder name -> split; {"": ""} for a folder that holds classes itself
 
 
-def find(
+def discover(
     paths: Sequence[Path],
     rename: Mapping[str, str] | None = None,
     progress: bool = False,
     group_column: str | None = None,
-) -> Tree:
+) -> FileTree:
     """All images of some folders and tables, classes of the same (renamed) name being one.
 
     Args:
@@ -95,12 +95,12 @@ def find(
     return finder.tree(rename or {})
 
 
-def find_test(
+def discover_test(
     paths: Sequence[Path],
     rename: Mapping[str, str] | None = None,
     progress: bool = False,
     group_column: str | None = None,
-) -> Tree:
+) -> FileTree:
     """The images to test on, each with the split "test": the test parts of the folders and tables where there are any, else all.
 
     Raises:
@@ -231,7 +231,7 @@ class _Finder:
         for row in rows:
             self.images.append(_image(sources.relative(row.path), row.label, row.split, row.status, row.key))
 
-    def tree(self, rename: Mapping[str, str]) -> Tree:
+    def tree(self, rename: Mapping[str, str]) -> FileTree:
         """What was found, in order; DataError where that is nothing, or the same file twice."""
         images = sorted(self.images, key=attrgetter("path"))
         if rename:
@@ -245,7 +245,7 @@ class _Finder:
                     "name each folder and each image once",
                 )
         _check_names({image.label for image in images}, self.sources.root)
-        return Tree(
+        return FileTree(
             self.sources.root,
             tuple(images),
             *(tuple(sorted(names)) for names in (self.strays, self.empty, self.ignored)),

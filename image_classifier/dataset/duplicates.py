@@ -47,7 +47,7 @@ class DuplicateSettings:
 
 
 @dataclass(frozen=True)
-class Twins:
+class NearDuplicates:
     """Pairs of images that show the same: first < second, sorted; `mirrored` where only the mirror image of one is like the other."""
 
     first: np.ndarray  # int64 [P]
@@ -73,7 +73,7 @@ class Twins:
         return cls(np.empty(0, np.int64), np.empty(0, np.int64), np.empty(0, np.float32), np.empty(0, bool))
 
 
-def find_twins(thumbnails: np.ndarray, settings: DuplicateSettings, progress: bool = False) -> Twins:
+def find_near_duplicates(thumbnails: np.ndarray, settings: DuplicateSettings, progress: bool = False) -> NearDuplicates:
     """The pairs of twins among thumbnails uint8 [N, 16, 16, 3]; the same answer on any machine.
 
     No pair is listed that is none. Of the true ones, a pair exactly at the threshold is found with a probability of 99 %, closer pairs
@@ -84,14 +84,14 @@ def find_twins(thumbnails: np.ndarray, settings: DuplicateSettings, progress: bo
     among 5 000 generated ones, three quarters among 100 000.
     """
     if settings.threshold is None or settings.threshold >= 1:
-        return Twins.none()
+        return NearDuplicates.none()
     pixels = _Pixels(thumbnails, settings.threshold, settings.mirrored)
     rows, copies = _distinct(thumbnails, np.flatnonzero(pixels.detail >= MIN_DETAIL))
     found = _Found(pixels)
     for first, second in propose(thumbnails, rows, settings.threshold, settings.mirrored, progress):
         found.weigh(first, second)
     found.decide()
-    return Twins.of([copies, *found.parts])
+    return NearDuplicates.of([copies, *found.parts])
 
 
 def clusters(count: int, first: np.ndarray, second: np.ndarray) -> np.ndarray:
@@ -112,7 +112,7 @@ class _Found:
 
     def __init__(self, pixels: _Pixels) -> None:
         self.pixels, self.count = pixels, len(pixels.norm)
-        self.parts = [Twins.none()]
+        self.parts = [NearDuplicates.none()]
         self.twins = np.zeros(self.count, np.int64)  # of each image
         self.tries = np.zeros(self.count, np.int64)
         self.cluster = np.arange(self.count)
@@ -142,7 +142,7 @@ class _Found:
             codes = codes[self.seen[np.searchsorted(self.seen[:-1], codes)] != codes]
         self.seen = np.sort(np.concatenate([self.seen, codes]), kind="stable")  # merges two sorted runs
         first, second = np.divmod(codes, self.count)
-        new = Twins.of([Twins.none(), *self.pixels.twins(first, second)])
+        new = NearDuplicates.of([NearDuplicates.none(), *self.pixels.twins(first, second)])
         self.parts.append(new)
         self.tries += np.bincount(np.concatenate([first, second]), minlength=self.count)
         self.twins += np.bincount(np.concatenate([new.first, new.second]), minlength=self.count)
@@ -188,12 +188,12 @@ class _Pixels:
         values -= 128
         return values
 
-    def twins(self, first: np.ndarray, second: np.ndarray) -> Iterator[Twins]:
+    def twins(self, first: np.ndarray, second: np.ndarray) -> Iterator[NearDuplicates]:
         """Those of the pairs that are twins, in blocks."""
         for start in range(0, len(first), _BLOCK):
             yield self._decide(first[start : start + _BLOCK], second[start : start + _BLOCK])
 
-    def _decide(self, first: np.ndarray, second: np.ndarray) -> Twins:
+    def _decide(self, first: np.ndarray, second: np.ndarray) -> NearDuplicates:
         a, b = self._values(first), self._values(second)
         plane = self.planes[second]
         correlation, is_twin = self._compare(first, second, np.vecdot(a, b), plane)
@@ -205,7 +205,7 @@ class _Pixels:
             mirrored = is_other & ~is_twin
             correlation = np.where(mirrored, other, correlation)
         keep = is_twin | mirrored
-        return Twins(first[keep], second[keep], correlation[keep].astype(np.float32), mirrored[keep])
+        return NearDuplicates(first[keep], second[keep], correlation[keep].astype(np.float32), mirrored[keep])
 
     def _compare(
         self, first: np.ndarray, second: np.ndarray, dot: np.ndarray, plane: np.ndarray
@@ -217,7 +217,7 @@ class _Pixels:
         return whole, (whole >= self.threshold) & (detail >= self.floor)
 
 
-def _distinct(thumbnails: np.ndarray, rows: np.ndarray) -> tuple[np.ndarray, Twins]:
+def _distinct(thumbnails: np.ndarray, rows: np.ndarray) -> tuple[np.ndarray, NearDuplicates]:
     """The first of each set of equal thumbnails among `rows`, and the others as its twins."""
     numbers = np.random.default_rng(0).integers(0, 2**63, SIDE * SIDE * 3 // 8, dtype=np.uint64) * np.uint64(
         2
@@ -239,4 +239,4 @@ def _distinct(thumbnails: np.ndarray, rows: np.ndarray) -> tuple[np.ndarray, Twi
     keep = np.ones(len(rows), bool)
     keep[copy] = False
     count = len(copy)
-    return rows[keep], Twins(leader[copy], rows[copy], np.ones(count, np.float32), np.zeros(count, bool))
+    return rows[keep], NearDuplicates(leader[copy], rows[copy], np.ones(count, np.float32), np.zeros(count, bool))

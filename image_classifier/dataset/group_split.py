@@ -13,7 +13,7 @@ from image_classifier.manifest import SPLITS
 UNDEALT, TRAIN, VAL, TEST = -1, *range(len(SPLITS))
 
 
-class Clusters:
+class StratifiedGroupSplitter:
     """Images by the cluster that must stay whole, and the part that each cluster goes to.
 
     A *cell* is what one cluster holds of one class; a *bunch* is the classes that share clusters, however indirectly: of

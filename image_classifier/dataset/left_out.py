@@ -12,19 +12,19 @@ from image_classifier.errors import storage_errors
 from image_classifier.manifest import Manifest
 
 
-def beside(manifest_path: Path) -> Path:
+def excluded_records_path(manifest_path: Path) -> Path:
     """Where the records lie that a manifest lacks."""
     return manifest_path.with_name(f"{manifest_path.stem}.left_out.csv")
 
 
-def remembered(previous: Manifest | None, path: Path) -> Manifest | None:
+def with_excluded(previous: Manifest | None, path: Path) -> Manifest | None:
     """The earlier manifest with the records that were left out of it; DataError where one of the files is damaged."""
-    if previous is None or not beside(path).exists():
+    if previous is None or not excluded_records_path(path).exists():
         return previous
-    return Manifest.of(previous.root, chain(previous, Manifest.read(beside(path), previous.root)))
+    return Manifest.of(previous.root, chain(previous, Manifest.read(excluded_records_path(path), previous.root)))
 
 
-def divided(manifest: Manifest, correction: Correction) -> tuple[Manifest, Manifest | None]:
+def split_excluded(manifest: Manifest, correction: Correction) -> tuple[Manifest, Manifest | None]:
     """The manifest without the images that fix.csv leaves out, and a manifest of these; None where there are none."""
     gone = (
         np.array([name in correction.excluded for name in manifest.paths], dtype=bool)
@@ -36,7 +36,7 @@ def divided(manifest: Manifest, correction: Correction) -> tuple[Manifest, Manif
     )
 
 
-def forget(path: Path) -> None:
+def remove_excluded(path: Path) -> None:
     """Remove what lies beside a manifest that lacks nothing any more; StorageError where the disk refuses."""
     with storage_errors(path):
-        beside(path).unlink(missing_ok=True)
+        excluded_records_path(path).unlink(missing_ok=True)

@@ -23,7 +23,7 @@ _BLOCK = 2048  # thumbnails in float32 at a time: 6 MB
 
 
 @dataclass(frozen=True)
-class Plan:
+class HashPlan:
     """How many tables of how many bits."""
 
     bits: int
@@ -47,7 +47,7 @@ def propose(
             yield np.minimum(first, second)[apart], np.maximum(first, second)[apart]
 
 
-def best_plan(words: np.ndarray, threshold: float) -> Plan:
+def best_plan(words: np.ndarray, threshold: float) -> HashPlan:
     """The cheapest plan that has the recall, judged by how many of these words, uint64 [E], would be compared.
 
     A plan that crowds more of them into windows than the longest tables do would find less than it promises, and is no choice.
@@ -64,7 +64,7 @@ def best_plan(words: np.ndarray, threshold: float) -> Plan:
             near = np.minimum(sizes - 1, WINDOW)
             compared = int((near * sizes - near * (near + 1) // 2).sum())
             crowded = int(sizes[sizes > WINDOW].sum())
-            plans.append((crowded, tables * (_SORT * len(words) + compared), Plan(bits, tables)))
+            plans.append((crowded, tables * (_SORT * len(words) + compared), HashPlan(bits, tables)))
     fewest = min(crowded for crowded, _, _ in plans)
     return min((cost, plan.bits, plan) for crowded, cost, plan in plans if crowded <= fewest + len(words) // 1000)[2]
 

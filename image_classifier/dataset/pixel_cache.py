@@ -16,7 +16,7 @@ from typing import IO
 import numpy as np
 import PIL
 
-from image_classifier.atomic_io import locked
+from image_classifier.atomic_io import file_lock
 from image_classifier.dataset.discovery import unreadable
 from image_classifier.dataset.reader import Blocks, ChangedImage, ImageReader
 from image_classifier.dataset.workers import core_count, map_blocks
@@ -165,7 +165,7 @@ def open_cache(
     reader = ImageReader(manifest.root, preprocess, limits)
     rows = store.find(manifest.digests)
     if (rows < 0).any():
-        with storage_errors(store.dir), locked(store.dir / "lock"):
+        with storage_errors(store.dir), file_lock(store.dir / "lock"):
             store.repair()
             rows = store.find(manifest.digests)  # another run may have added some while this one waited
             _fill(store, _first_of_each(manifest.digests, rows < 0), manifest, reader, settings, progress)

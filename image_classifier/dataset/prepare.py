@@ -14,15 +14,15 @@ from typing import Any
 import numpy as np
 
 from image_classifier.cli.verbs.clean import tag_cache
-from image_classifier.dataset.audit.checks import find_problems
+from image_classifier.dataset.audit.checks import find_issues
 from image_classifier.dataset.audit.exclude import Exclusions, read_exclusions
 from image_classifier.dataset.audit.fix import FILE_NAME, Correction, Fixes, read_fixes
-from image_classifier.dataset.audit.issues import Audit, AuditSettings, in_words
-from image_classifier.dataset.discovery import Tree, find, find_test, unreadable
-from image_classifier.dataset.duplicates import DuplicateSettings, Twins
-from image_classifier.dataset.left_out import beside, divided, forget, remembered
+from image_classifier.dataset.audit.issues import Audit, AuditSettings, issue_counts_text
+from image_classifier.dataset.discovery import FileTree, discover, discover_test, unreadable
+from image_classifier.dataset.duplicates import DuplicateSettings, NearDuplicates
+from image_classifier.dataset.left_out import excluded_records_path, remove_excluded, split_excluded, with_excluded
 from image_classifier.dataset.pixel_cache import CacheSettings
-from image_classifier.dataset.scan import Facts, read_facts
+from image_classifier.dataset.scan import FileMetadata, scan_files
 from image_classifier.dataset.select import ClassSettings, select
 from image_classifier.dataset.split import (
     SplitSettings,
@@ -32,7 +32,7 @@ from image_classifier.dataset.split import (
     group_keys,
     join_groups,
 )
-from image_classifier.dataset.twins_store import known_twins
+from image_classifier.dataset.twins_store import known_near_duplicates
 from image_classifier.errors import ConfigError, DataError, UnreadableImage
 from image_classifier.html.text import counted
 from image_classifier.images import DecodeLimits, Preprocess
@@ -106,12 +106,12 @@ class DataSettings:
 
 
 @dataclass(frozen=True)
-class Examination:
+class DatasetScan:
     """What is known of a data set before it is split: its files as `fixes` corrected them, what one look at each told, and what the audit found."""
 
-    tree: Tree
-    facts: Facts
-    twins: Twins
+    tree: FileTree
+    facts: FileMetadata
+    twins: NearDuplicates
     audit: Audit
     exclusions: Exclusions
     directory: Path
@@ -141,61 +141,63 @@ def manifest_path(root: Path, paths: Sequence[Path], settings: DataSettings) -> 
     return Path("data/manifests") / f"{settings.place(root, paths, asked)}.csv"
 
 
-def examine(paths: Sequence[Path], settings: DataSettings, asked: AuditSettings, progress: bool = False) -> Examination:
+def scan_dataset(
+    paths: Sequence[Path], settings: DataSettings, asked: AuditSettings, progress: bool = False
+) -> DatasetScan:
     """Look at every file, correct labels as fix.csv says, find what is wrong, and bring exclude.csv up to date.
 
     Raises:
         DataError: There are no images in class folders, or exclude.csv or fix.csv is damaged.
         StorageError: The stores or exclude.csv cannot be written.
     """
-    tree = find(paths, settings.rename, group_column=settings.split.group, progress=progress)
+    tree = discover(paths, settings.rename, group_column=settings.split.group, progress=progress)
     store = Path(settings.cache.dir)
     tag_cache(store)
-    facts = read_facts(tree, store / "facts", settings.limits, settings.background, settings.cache.workers, progress)
-    twins = known_twins(facts, settings.duplicates, store / "twins", progress)
+    facts = scan_files(tree, store / "facts", settings.limits, settings.background, settings.cache.workers, progress)
+    twins = known_near_duplicates(facts, settings.duplicates, store / "twins", progress)
     place = Path("data/audit") / settings.place(tree.root, paths)
     path = Path(settings.exclude_path) if settings.exclude_path else place / "exclude.csv"
     fixes = read_fixes(Path(settings.fix_path) if settings.fix_path else place / FILE_NAME)
     correction = fixes.applied(tree)
     left_out = {image: f"{fixes.path.name}: {reason}" for image, reason in correction.excluded.items()}
-    audit = find_problems(correction.tree, facts, twins, asked, read_exclusions(path).also(left_out), correction.counts)
+    audit = find_issues(correction.tree, facts, twins, asked, read_exclusions(path).also(left_out), correction.counts)
     exclusions = read_exclusions(path).updated(audit)  # read again: a person may have written to it meanwhile
     exclusions.write(path)
     directory = Path(asked.output_dir) if asked.output_dir else place
-    return Examination(correction.tree, facts, twins, audit, exclusions, directory, fixes, correction)
+    return DatasetScan(correction.tree, facts, twins, audit, exclusions, directory, fixes, correction)
 
 
 def prepare(
     paths: Sequence[Path], settings: DataSettings, asked: AuditSettings, progress: bool = False
-) -> tuple[Manifest, Examination]:
+) -> tuple[Manifest, DatasetScan]:
     """Examine the images, leave out, select, deal the splits and write the manifest; images that an earlier one knows keep their split.
 
     Raises:
         DataError: The images cannot be trained on.
         StorageError: The manifest cannot be written.
     """
-    found = examine(paths, settings, asked, progress)
+    found = scan_dataset(paths, settings, asked, progress)
     manifest = _dealt(found, settings)
     path = manifest_path(found.tree.root, paths, settings)
     previous = Manifest.read(path, manifest.root) if path.exists() else None
-    manifest = assign_splits(manifest, settings.split, remembered(previous, path), settings.fold, settings.folds)
-    manifest, gone = divided(manifest, found.correction)
+    manifest = assign_splits(manifest, settings.split, with_excluded(previous, path), settings.fold, settings.folds)
+    manifest, gone = split_excluded(manifest, found.correction)
     _check_classes(manifest)
     if gone is not None:
-        gone.write(beside(path))
+        gone.write(excluded_records_path(path))
     if previous is None or previous != manifest:  # an untouched file keeps its date, and a read-only one its peace
         manifest.write(path)
     if gone is None:  # only now: a record is always in one of the two files
-        forget(path)
+        remove_excluded(path)
     if previous is not None and settings.folds is None:
         _warn_of_kept_split(manifest, found.tree, settings, path)
     _report(manifest, path)
     if manifest.corrected:
-        log.info("%s: %s", found.fixes.path, in_words(manifest.corrected))
+        log.info("%s: %s", found.fixes.path, issue_counts_text(manifest.corrected))
     return manifest, found
 
 
-def all_folds(found: Examination, settings: DataSettings) -> list[Manifest]:
+def all_folds(found: DatasetScan, settings: DataSettings) -> list[Manifest]:
     """The manifests that `data.fold=0` to the last one of `data.folds` give, none of them written.
 
     Raises:
@@ -203,7 +205,8 @@ def all_folds(found: Examination, settings: DataSettings) -> list[Manifest]:
     """
     whole, folds = _dealt(found, settings), range(settings.folds or 0)
     dealt = [
-        divided(assign_splits(whole, settings.split, None, fold, settings.folds), found.correction)[0] for fold in folds
+        split_excluded(assign_splits(whole, settings.split, None, fold, settings.folds), found.correction)[0]
+        for fold in folds
     ]
     if empty := sum(not len(manifest.indices("val")) for manifest in dealt):
         raise DataError(
@@ -213,7 +216,7 @@ def all_folds(found: Examination, settings: DataSettings) -> list[Manifest]:
     return dealt
 
 
-def _warn_of_kept_split(manifest: Manifest, tree: Tree, settings: DataSettings, path: Path) -> None:
+def _warn_of_kept_split(manifest: Manifest, tree: FileTree, settings: DataSettings, path: Path) -> None:
     known = len(manifest.indices("train")) + len(manifest.indices("val"))
     share = len(manifest.indices("val")) / max(1, known)
     given = any(image.split for image in tree.images)  # then a val part may be the folder's own, of any size
@@ -234,9 +237,9 @@ def load_test_manifest(
     Raises:
         DataError: There are no images in class folders, or one of them cannot be read.
     """
-    tree = find_test(folders, progress=progress)
+    tree = discover_test(folders, progress=progress)
     tag_cache(store_dir)
-    facts = read_facts(tree, store_dir / "facts", limits, (255, 255, 255), None, progress)
+    facts = scan_files(tree, store_dir / "facts", limits, (255, 255, 255), None, progress)
     if facts.errors:
         raise unreadable(
             tree.root,
@@ -245,7 +248,7 @@ def load_test_manifest(
     return manifest_of(tree, facts, np.arange(len(tree.images)))
 
 
-def _dealt(found: Examination, settings: DataSettings) -> Manifest:
+def _dealt(found: DatasetScan, settings: DataSettings) -> Manifest:
     """The images that are to be dealt, their groups joined; those that fix.csv leaves out among them, so that no other moves because of them."""
     tree, facts = found.tree, found.facts
     _refuse_empty(tree, settings)
@@ -274,11 +277,11 @@ def _dealt(found: Examination, settings: DataSettings) -> Manifest:
     if chosen.summary:
         log.info("%s", chosen.summary)
     manifest = whole.take(chosen.rows)
-    _check_classes(divided(manifest, found.correction)[0])
+    _check_classes(split_excluded(manifest, found.correction)[0])
     return replace(manifest, corrected=found.correction.counts)
 
 
-def manifest_of(tree: Tree, facts: Facts, rows: np.ndarray) -> Manifest:
+def manifest_of(tree: FileTree, facts: FileMetadata, rows: np.ndarray) -> Manifest:
     """Some of the tree's images as a table, each a group of its own content, in the splits that the tree gives."""
     images = [tree.images[row] for row in rows.tolist()]
     classes = tuple(sorted({image.label for image in images}))
@@ -298,13 +301,13 @@ def manifest_of(tree: Tree, facts: Facts, rows: np.ndarray) -> Manifest:
     )
 
 
-def _empty_classes(tree: Tree, settings: DataSettings) -> dict[str, str]:
+def _empty_classes(tree: FileTree, settings: DataSettings) -> dict[str, str]:
     """Class name -> folder, of the class folders without images."""
     names = {folder.rpartition("/")[2]: folder for folder in tree.empty}
     return {settings.rename.get(name, name): folder for name, folder in names.items()}
 
 
-def _refuse_empty(tree: Tree, settings: DataSettings) -> None:
+def _refuse_empty(tree: FileTree, settings: DataSettings) -> None:
     for label, folder in _empty_classes(tree, settings).items():
         if label not in settings.classes.exclude and (
             settings.classes.include is None or label in settings.classes.include
@@ -328,7 +331,7 @@ def _check_classes(manifest: Manifest) -> None:
             )
 
 
-def _joined(manifest: Manifest, found: Examination, rows: np.ndarray, settings: DataSettings) -> Manifest:
+def _joined(manifest: Manifest, found: DatasetScan, rows: np.ndarray, settings: DataSettings) -> Manifest:
     """Copies, twins and images with one group key become one group; `rows` are the manifest's rows in the tree."""
     position = np.full(len(found.tree.images), -1, dtype=np.int64)
     position[rows] = np.arange(len(rows))

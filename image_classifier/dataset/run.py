@@ -11,7 +11,7 @@ from typing import Any
 from image_classifier.cli import hydra_app
 from image_classifier.dataset.audit.html_report import write_audit
 from image_classifier.dataset.audit.issues import AuditSettings
-from image_classifier.dataset.prepare import DataSettings, Examination, examine, prepare
+from image_classifier.dataset.prepare import DatasetScan, DataSettings, prepare, scan_dataset
 from image_classifier.errors import DataError
 from image_classifier.manifest import Manifest
 
@@ -20,11 +20,11 @@ log = logging.getLogger(__name__)
 
 def prepare_from(config: Any) -> tuple[Manifest, DataSettings]:
     """As `examined`, without what was found on the way."""
-    manifest, data, _ = examined(config)
+    manifest, data, _ = audited(config)
     return manifest, data
 
 
-def examined(config: Any) -> tuple[Manifest, DataSettings, Examination]:
+def audited(config: Any) -> tuple[Manifest, DataSettings, DatasetScan]:
     """Fetch the images that `config.data` describes, audit and split them and write the manifest; says the counts and the paths.
 
     Raises:
@@ -47,7 +47,7 @@ def examined(config: Any) -> tuple[Manifest, DataSettings, Examination]:
 def audit(config: Any) -> None:
     """Look at every image, print what is wrong, write audit.json, audit.html and exclude.csv; exit code 1 for findings above `audit.fail_on`."""
     data, asked = _settings(config)
-    found = examine(_fetched(config), data, asked, sys.stderr.isatty())
+    found = scan_dataset(_fetched(config), data, asked, sys.stderr.isatty())
     write_audit(found.audit, found.directory, True, data.limits, data.background)
     print("\n".join(found.audit.table()))
     print(

@@ -14,14 +14,14 @@ import numpy as np
 import PIL
 from PIL import Image
 
-from image_classifier.atomic_io import locked
-from image_classifier.dataset.discovery import ImageFile, Tree
-from image_classifier.dataset.scan_cache import ROW, THUMBNAIL, THUMBNAIL_SHAPE, Block, FactsStore
+from image_classifier.atomic_io import file_lock
+from image_classifier.dataset.discovery import FileTree, ImageFile
+from image_classifier.dataset.scan_cache import ROW, THUMBNAIL, THUMBNAIL_SHAPE, Block, ScanCache
 from image_classifier.dataset.workers import map_blocks
 from image_classifier.errors import UnreadableImage, storage_errors
 from image_classifier.images import DecodeLimits, inspect, load_bytes
 
-__all__ = ["THUMBNAIL", "Facts", "read_facts"]
+__all__ = ["THUMBNAIL", "FileMetadata", "scan_files"]
 
 _FORMAT = 1
 _LEAST = (64, 64)  # a JPEG may be decoded at a part of its size, as long as this is left to make the thumbnail from
@@ -36,7 +36,7 @@ _LOOK_AGAIN = -2  # as a size: no file has it
 
 
 @dataclass(frozen=True)
-class Facts:
+class FileMetadata:
     """What one look at each image of a tree told, a row each, in the tree's order.
 
     `digests` is the sha256 of the file's bytes, uint8 [N, 32]; `widths` and `heights` are in pixels after EXIF orientation, int32 [N];
@@ -70,14 +70,14 @@ class Facts:
         return mask
 
 
-def read_facts(
-    tree: Tree,
+def scan_files(
+    tree: FileTree,
     store_dir: Path,
     limits: DecodeLimits,
     background: tuple[int, int, int],
     workers: int | None = None,
     progress: bool = False,
-) -> Facts:
+) -> FileMetadata:
     """The facts of all images of a tree, of which only new and changed files are opened.
 
     A file counts as unchanged while its path, size, mtime and ctime stay. One that changed less than a tick of the clock before it was
@@ -95,9 +95,9 @@ def read_facts(
         StorageError: The store cannot be written.
         DataError: A worker was killed.
     """
-    store = FactsStore(store_dir / _key(tree.root, limits, background))
-    with storage_errors(store.dir), locked(store.dir / "lock"):
-        scan = _Scan(tree, store, _Look(tree.root, limits, background))
+    store = ScanCache(store_dir / _key(tree.root, limits, background))
+    with storage_errors(store.dir), file_lock(store.dir / "lock"):
+        scan = _Scan(tree, store, _FileResult(tree.root, limits, background))
         return scan.run(workers, "reading images" if progress else None)
 
 
@@ -118,7 +118,7 @@ def _key(root: Path, limits: DecodeLimits, background: tuple[int, int, int]) -> 
 class _Scan:
     """One scan: what earlier ones know, what is to be read, and the two brought together."""
 
-    def __init__(self, tree: Tree, store: FactsStore, look: _Look) -> None:
+    def __init__(self, tree: FileTree, store: ScanCache, look: _FileResult) -> None:
         self.images, self.store, self.look = tree.images, store, look
         self.started_ns = time.time_ns()
         self.blocks = store.load()
@@ -128,7 +128,7 @@ class _Scan:
         self.rows, self.others = self._known()
         self.todo = np.flatnonzero(self.rows < 0)
 
-    def run(self, workers: int | None, progress: str | None) -> Facts:
+    def run(self, workers: int | None, progress: str | None) -> FileMetadata:
         self._read(workers, progress)
         start = int(self.rows[0]) if len(self.rows) else 0
         in_place = len(self.blocks) == 1 and np.array_equal(self.rows, np.arange(start, start + len(self.rows)))
@@ -196,7 +196,7 @@ class _Scan:
 
 
 @dataclass(frozen=True)
-class _Look:
+class _FileResult:
     """How a file is looked at; small enough to be sent to another process."""
 
     root: Path
@@ -260,11 +260,11 @@ def _joined(blocks: Sequence[Block]) -> Block:
     return Block([path for block in blocks for path in block.paths], table, thumbnails, errors)
 
 
-def _facts(block: Block, rows: slice) -> Facts:
+def _facts(block: Block, rows: slice) -> FileMetadata:
     table = block.table[rows]
     formats, format_names = _codes(table["format"])
     modes, mode_names = _codes(table["mode"])
-    return Facts(
+    return FileMetadata(
         digests=np.array(table["digest"]),
         widths=np.array(table["width"]),
         heights=np.array(table["height"]),

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from image_classifier.atomic_io import whole_directory
+from image_classifier.atomic_io import atomic_directory
 
 log = logging.getLogger(__name__)
 
@@ -50,7 +50,7 @@ class Block:
     errors: dict[int, str]
 
 
-class FactsStore:
+class ScanCache:
     """The blocks in one folder. Whoever writes holds a lock; a kill leaves a block out, never half of one."""
 
     def __init__(self, directory: Path) -> None:
@@ -79,7 +79,7 @@ class FactsStore:
     def _written(self, blocks: Sequence[Block], rows: np.ndarray) -> Block:
         numbers = [int(folder.name) for folder in self._folders()]
         folder = self.dir / f"{max(numbers, default=0) + 1:08d}"
-        with whole_directory(folder) as part:
+        with atomic_directory(folder) as part:
             _write(part, blocks, rows)
         written = _read(folder)
         if written is None:

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from image_classifier.dataset.duplicates import clusters
-from image_classifier.dataset.group_split import TEST, TRAIN, UNDEALT, VAL, Clusters
+from image_classifier.dataset.group_split import TEST, TRAIN, UNDEALT, VAL, StratifiedGroupSplitter
 from image_classifier.errors import ConfigError, DataError
 from image_classifier.manifest import SPLITS, Manifest
 
@@ -185,12 +185,12 @@ def _with_what_is_given(manifest: Manifest) -> np.ndarray:
     return splits
 
 
-def _pool(manifest: Manifest, chosen: np.ndarray, seed: int) -> tuple[np.ndarray, Clusters]:
+def _pool(manifest: Manifest, chosen: np.ndarray, seed: int) -> tuple[np.ndarray, StratifiedGroupSplitter]:
     rows = np.flatnonzero(chosen)
-    return rows, Clusters(manifest.groups[rows], manifest.targets[rows], len(manifest.classes), seed)
+    return rows, StratifiedGroupSplitter(manifest.groups[rows], manifest.targets[rows], len(manifest.classes), seed)
 
 
-def _check(pool: Clusters, classes: Sequence[str]) -> None:
+def _check(pool: StratifiedGroupSplitter, classes: Sequence[str]) -> None:
     """Raise DataError for a class that has nothing to hold out."""
     single = np.flatnonzero(np.bincount(pool.labels, minlength=len(classes)) == 1)
     if len(single):
@@ -200,7 +200,7 @@ def _check(pool: Clusters, classes: Sequence[str]) -> None:
 
 
 def _remember(
-    pool: Clusters, manifest: Manifest, rows: np.ndarray, previous: Manifest, allowed: Collection[int]
+    pool: StratifiedGroupSplitter, manifest: Manifest, rows: np.ndarray, previous: Manifest, allowed: Collection[int]
 ) -> None:
     """Decide the clusters that `previous` knows.
 
@@ -244,7 +244,7 @@ def _earlier_parts(manifest: Manifest, rows: np.ndarray, previous: Manifest, all
     return parts
 
 
-def _tell_of_lacking(pool: Clusters, part: int, classes: Sequence[str]) -> None:
+def _tell_of_lacking(pool: StratifiedGroupSplitter, part: int, classes: Sequence[str]) -> None:
     counts = np.bincount(pool.labels, minlength=len(classes))
     held = np.bincount(pool.labels[pool.parts[pool.owners] == part], minlength=len(classes))
     lacking = np.flatnonzero((counts > 0) & (held == 0))

@@ -7,22 +7,22 @@ from pathlib import Path
 
 import numpy as np
 
-from image_classifier.dataset.discovery import ImageFile, Tree
-from image_classifier.dataset.duplicates import DuplicateSettings, clusters, find_twins
-from image_classifier.dataset.scan import read_facts
+from image_classifier.dataset.discovery import FileTree, ImageFile
+from image_classifier.dataset.duplicates import DuplicateSettings, clusters, find_near_duplicates
+from image_classifier.dataset.scan import scan_files
 from image_classifier.images import DecodeLimits
 from image_classifier.manifest import Manifest
 
 log = logging.getLogger(__name__)
 
 
-def equal_to_training(tested: Manifest, known: Manifest) -> np.ndarray:
+def exact_duplicates_of_train(tested: Manifest, known: Manifest) -> np.ndarray:
     """Which of the tested images, bool [N], are images of the train part of `known`, byte for byte."""
     trained = {digest.tobytes() for digest in known.digests[known.indices("train")]}
     return np.array([digest.tobytes() in trained for digest in tested.digests], dtype=bool)
 
 
-def alike_in_training(
+def near_duplicates_of_train(
     tested: Manifest, known: Manifest, limits: DecodeLimits, store_dir: Path, progress: bool = False
 ) -> np.ndarray:
     """Which of the tested images, bool [N], have a twin (`duplicates.find_twins`) in the train part of `known`; none where its files are gone.
@@ -39,11 +39,13 @@ def alike_in_training(
         )
         return np.zeros(len(tested), dtype=bool)
     train, mine = (
-        read_facts(tree, store_dir / "facts", limits, (255, 255, 255), None, progress)
+        scan_files(tree, store_dir / "facts", limits, (255, 255, 255), None, progress)
         for tree in (training, _tree(tested))
     )
     rows, others = np.flatnonzero(mine.readable), np.flatnonzero(train.readable)
-    twins = find_twins(np.concatenate([train.thumbnails[others], mine.thumbnails[rows]]), DuplicateSettings(), progress)
+    twins = find_near_duplicates(
+        np.concatenate([train.thumbnails[others], mine.thumbnails[rows]]), DuplicateSettings(), progress
+    )
     cluster = clusters(
         len(others) + len(rows), twins.first, twins.second
     )  # not every pair of a crowd is listed, but all are connected
@@ -52,10 +54,10 @@ def alike_in_training(
     return alike
 
 
-def _tree(manifest: Manifest) -> Tree:
+def _tree(manifest: Manifest) -> FileTree:
     """Those of the images that are still there."""
     found = (_image(manifest.root, record.path, record.label) for record in manifest)
-    return Tree(manifest.root, tuple(image for image in found if image))
+    return FileTree(manifest.root, tuple(image for image in found if image))
 
 
 def _image(root: Path, path: str, label: str) -> ImageFile | None:

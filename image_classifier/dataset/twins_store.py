@@ -13,8 +13,8 @@ from pathlib import Path
 import numpy as np
 
 from image_classifier.atomic_io import write_bytes
-from image_classifier.dataset.duplicates import DuplicateSettings, Twins, find_twins
-from image_classifier.dataset.scan import Facts
+from image_classifier.dataset.duplicates import DuplicateSettings, NearDuplicates, find_near_duplicates
+from image_classifier.dataset.scan import FileMetadata
 
 log = logging.getLogger(__name__)
 
@@ -24,7 +24,9 @@ _BLOCK = 65_536
 _COLUMNS = ("first", "second", "correlation", "mirrored")
 
 
-def known_twins(facts: Facts, settings: DuplicateSettings, store_dir: Path, progress: bool = False) -> Twins:
+def known_near_duplicates(
+    facts: FileMetadata, settings: DuplicateSettings, store_dir: Path, progress: bool = False
+) -> NearDuplicates:
     """The twins among the readable images, in rows of `facts`, read from `store_dir` where these very images were searched before.
 
     Raises:
@@ -34,8 +36,10 @@ def known_twins(facts: Facts, settings: DuplicateSettings, store_dir: Path, prog
     path = store_dir / f"{_key(facts, rows, settings)}.npz"
     twins = _read(path)
     if twins is None:
-        found = find_twins(facts.thumbnails if len(rows) == len(facts) else facts.thumbnails[rows], settings, progress)
-        twins = Twins(rows[found.first], rows[found.second], found.correlation, found.mirrored)
+        found = find_near_duplicates(
+            facts.thumbnails if len(rows) == len(facts) else facts.thumbnails[rows], settings, progress
+        )
+        twins = NearDuplicates(rows[found.first], rows[found.second], found.correlation, found.mirrored)
         content = io.BytesIO()
         np.savez(content, **{name: getattr(twins, name) for name in _COLUMNS})
         write_bytes(path, content.getvalue())
@@ -44,7 +48,7 @@ def known_twins(facts: Facts, settings: DuplicateSettings, store_dir: Path, prog
     return twins
 
 
-def _key(facts: Facts, rows: np.ndarray, settings: DuplicateSettings) -> str:
+def _key(facts: FileMetadata, rows: np.ndarray, settings: DuplicateSettings) -> str:
     """What decides the result: the readable images' thumbnails, in order, and the settings."""
     digest = hashlib.sha256(repr((_FORMAT, astuple(settings), len(facts))).encode())
     digest.update(rows.tobytes())
@@ -53,11 +57,11 @@ def _key(facts: Facts, rows: np.ndarray, settings: DuplicateSettings) -> str:
     return digest.hexdigest()[:32]
 
 
-def _read(path: Path) -> Twins | None:
+def _read(path: Path) -> NearDuplicates | None:
     """What was kept; None where there is none, or none that can be read."""
     try:
         with np.load(path, allow_pickle=False) as content:
-            return Twins(*(content[name] for name in _COLUMNS))
+            return NearDuplicates(*(content[name] for name in _COLUMNS))
     except FileNotFoundError:
         return None
     except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:

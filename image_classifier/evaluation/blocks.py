@@ -20,7 +20,9 @@ def num_threads() -> int:
     return min(cores, _MOST_THREADS)
 
 
-def in_order(function: Callable[[Item], Result], items: Iterable[Item], threads: int | None = None) -> Iterator[Result]:
+def parallel_map(
+    function: Callable[[Item], Result], items: Iterable[Item], threads: int | None = None
+) -> Iterator[Result]:
     """The function's results in the order of the items, computed by threads (numpy frees the lock), no more of them ahead than threads."""
     count = threads or num_threads()
     if count == 1:

@@ -41,7 +41,7 @@ class Shift:
 
 
 @dataclass(frozen=True)
-class Reference:
+class DriftReference:
     """What val was like: of `num_images` the confidences, and the out-of-distribution scores: how far an embedding lies from the training's.
 
     Each as values in rising order and the share of val that is at or below each.
@@ -51,7 +51,7 @@ class Reference:
     figures: Mapping[str, tuple[np.ndarray, np.ndarray]]
 
     @classmethod
-    def of(cls, decision: Mapping[str, Any] | None) -> Reference | None:
+    def of(cls, decision: Mapping[str, Any] | None) -> DriftReference | None:
         """What a bundle's `decision` tells of val; None where it tells nothing."""
         if not decision:
             return None

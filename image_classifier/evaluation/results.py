@@ -11,7 +11,7 @@ import numpy as np
 
 from image_classifier.atomic_io import write_text
 from image_classifier.evaluation.leaks import LeakScore
-from image_classifier.evaluation.metrics.compute import Interval, Metrics
+from image_classifier.evaluation.metrics.compute import ClassificationMetrics, Interval
 from image_classifier.evaluation.plots.run_plots import plot_class_scores, plot_confusion_matrix, plot_samples
 from image_classifier.images import DecodeLimits, decode
 from image_classifier.manifest import Manifest
@@ -23,7 +23,7 @@ _MOST_ROWS = 10_000
 
 def write_evaluation(
     table: PredictionTable,
-    metrics: Metrics,
+    metrics: ClassificationMetrics,
     part: Manifest,
     directory: Path,
     title: str,
@@ -82,25 +82,25 @@ def answer_columns(table: PredictionTable) -> dict[str, list[Any]]:
     }
 
 
-def class_columns(metrics: Metrics) -> dict[str, list[Any]]:
+def class_columns(metrics: ClassificationMetrics) -> dict[str, list[Any]]:
     """The scores of each class as columns of a table."""
     names = ("label", "precision", "recall", "f1", "support")
     return {name: [getattr(score, name) for score in metrics.per_class] for name in names}
 
 
 def metrics_dict(
-    metrics: Metrics, leak: LeakScore | None, beside: Mapping[str, Any] | None = None
+    metrics: ClassificationMetrics, leak: LeakScore | None, beside: Mapping[str, Any] | None = None
 ) -> dict[str, object]:
     """The metrics of one part as JSON, the baselines' beside them; `leak` is null where no image of it has a copy or twin in the train part."""
     return {**metrics.as_dict(), "leak": leak.as_dict() if leak else None, "baselines": dict(beside or {})}
 
 
-def scalars(metrics: Metrics, leak: LeakScore | None) -> dict[str, float]:
+def scalars(metrics: ClassificationMetrics, leak: LeakScore | None) -> dict[str, float]:
     """The single numbers of one part under their stable names; those of a leak only where there is one."""
     return {**metrics.scalars(), **(leak.scalars() if leak else {})}
 
 
-def metrics_lines(metrics: Metrics, split: str, leak: LeakScore | None = None) -> Iterator[str]:
+def metrics_lines(metrics: ClassificationMetrics, split: str, leak: LeakScore | None = None) -> Iterator[str]:
     """The metrics of one part for a terminal: the worst classes, then lines `SPLIT NAME VALUE  [LOW, HIGH]` that a script may look for."""
     ranked = sorted((score for score in metrics.per_class if score.support), key=lambda score: score.f1)[:10]
     width = max(5, *(len(score.label) for score in ranked)) if ranked else 5

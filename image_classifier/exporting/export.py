@@ -10,15 +10,15 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from image_classifier.atomic_io import link_or_copy, locked, whole_directory
+from image_classifier.atomic_io import atomic_directory, file_lock, link_or_copy
 from image_classifier.bundle import Bundle, add_export, read_bundle
 from image_classifier.cli import hydra_app
 from image_classifier.errors import ConfigError, ParityError
 from image_classifier.exporting.int8 import Int8Settings, export_int8
 from image_classifier.exporting.mlflow_model import export_mlflow
-from image_classifier.exporting.onnx_again import export_onnx_again
+from image_classifier.exporting.onnx_again import re_export
 from image_classifier.exporting.openvino import export_openvino
-from image_classifier.exporting.parity_data import Reference
+from image_classifier.exporting.parity_data import ParitySet
 from image_classifier.exporting.sealed import export_sealed
 from image_classifier.exporting.tensorrt import export_tensorrt
 from image_classifier.exporting.triton import TritonSettings, export_triton
@@ -31,7 +31,7 @@ FORMATS = ("onnx", "sealed", "int8", "openvino", "tensorrt", "mlflow", "triton")
 
 
 # Writes a form of the model into a folder; what was found is kept in bundle.json under its name.
-Export = Callable[[Reference, Path], dict[str, Any]]
+Export = Callable[[ParitySet, Path], dict[str, Any]]
 
 
 @dataclass(frozen=True)
@@ -57,15 +57,15 @@ class ExportSettings:
         if self.images < 1:
             raise ConfigError(f"images must be at least 1, not {self.images}")
 
-    def reference(self, bundle: Bundle) -> Reference:
+    def reference(self, bundle: Bundle) -> ParitySet:
         """What the bundle's exports are held against."""
         root = Path(self.data_dir) if self.data_dir else None
-        return Reference.of(bundle, root, self.images, self.trusted_packages, self.limits, self.dvc)
+        return ParitySet.of(bundle, root, self.images, self.trusted_packages, self.limits, self.dvc)
 
     def writer(self, name: str) -> Export:
         """What writes the form of this name."""
         writers: dict[str, Export] = {
-            "onnx": export_onnx_again,
+            "onnx": re_export,
             "sealed": export_sealed,
             "int8": partial(export_int8, asked=self.int8),
             "openvino": export_openvino,
@@ -88,7 +88,7 @@ def export(config: Any) -> None:
     if "tensorrt" in asked.to:
         require()  # before other forms are made
     reference = None
-    with locked(path.parent / f".{path.name[:50]}.lock", remove=True):
+    with file_lock(path.parent / f".{path.name[:50]}.lock", remove=True):
         for name in dict.fromkeys(asked.to):
             bundle = read_bundle(path)
             bundle.verify()
@@ -103,12 +103,12 @@ def export(config: Any) -> None:
             print(f"{name:<9} {_line(facts)}")
 
 
-def _added(bundle: Bundle, name: str, write: Export, reference: Reference) -> dict[str, Any]:
+def _added(bundle: Bundle, name: str, write: Export, reference: ParitySet) -> dict[str, Any]:
     """The bundle with one more form of its model: a new folder in the place of the old, its other files shared with it."""
     with tempfile.TemporaryDirectory() as folder:
         made = Path(folder)
         facts = write(reference, made)
-        with whole_directory(bundle.directory, overwrite=True) as fresh:
+        with atomic_directory(bundle.directory, overwrite=True) as fresh:
             for file in _kept(bundle, name):
                 link_or_copy(bundle.directory / file, fresh / file)  # nothing ever writes into a bundle's file
             for file in _files(made):

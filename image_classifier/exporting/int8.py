@@ -18,7 +18,7 @@ from onnxruntime.quantization.shape_inference import quant_pre_process
 
 from image_classifier.errors import ConfigError, ParityError
 from image_classifier.exporting.parity import Parity
-from image_classifier.exporting.parity_data import BATCH, Reference, answers_of
+from image_classifier.exporting.parity_data import BATCH, ParitySet, answers_of
 from image_classifier.inference.golden import Golden, checked
 from image_classifier.inference.latency import timed
 from image_classifier.inference.onnx_runtime import OnnxBackend
@@ -92,7 +92,7 @@ class Drop:
         return cls(float(after.mean()), overall, classes[worst], float(by_class), breach)
 
 
-def export_int8(reference: Reference, directory: Path, asked: Int8Settings) -> dict[str, Any]:
+def export_int8(reference: ParitySet, directory: Path, asked: Int8Settings) -> dict[str, Any]:
     """Write model.int8.onnx: unsigned activations, weights signed and per channel, the most sensitive layers in float32 where the contract needs it.
 
     Raises:
@@ -144,7 +144,7 @@ def export_int8(reference: Reference, directory: Path, asked: Int8Settings) -> d
     )
 
 
-class _Reader(CalibrationDataReader):
+class _CalibrationReader(CalibrationDataReader):
     """Pixels uint8 [N, 3, S, S] a batch at a time."""
 
     def __init__(self, pixels: np.ndarray) -> None:
@@ -159,7 +159,7 @@ def _quantise(prepared: Path, path: Path, learnt: np.ndarray, kept: Sequence[str
     quantize_static(
         str(prepared),
         str(path),
-        _Reader(learnt),
+        _CalibrationReader(learnt),
         quant_format=QuantFormat.QDQ,
         activation_type=QuantType.QUInt8,
         weight_type=QuantType.QInt8,
@@ -181,7 +181,7 @@ def _most_sensitive(prepared: Path, quantised: Path, pixels: np.ndarray) -> list
     """Names of the layers, the one first whose inputs and outputs lose most signal to rounding (the least ratio of signal to noise)."""
     watched = quantised.with_name("watched.onnx")
     loss.modify_model_output_intermediate_tensors(str(quantised), str(watched))
-    found = loss.create_activation_matching(loss.collect_activations(str(watched), _Reader(pixels)))
+    found = loss.create_activation_matching(loss.collect_activations(str(watched), _CalibrationReader(pixels)))
     watched.unlink()
     ratio = {
         name: loss.compute_signal_to_quantization_noice_ratio(match["pre_qdq"], match["post_qdq"])

@@ -12,7 +12,7 @@ import numpy as np
 import image_classifier
 from image_classifier.bundle import INFO_NAME
 from image_classifier.exporting.parity import TOLERANCE, Parity
-from image_classifier.exporting.parity_data import Reference
+from image_classifier.exporting.parity_data import ParitySet
 from image_classifier.mlflow_tracking import load_pyfunc, save_pyfunc
 
 NAME = "mlflow"
@@ -20,7 +20,7 @@ REQUIREMENTS = ("numpy", "pillow", "onnxruntime", "rich")  # all that inference 
 _KEPT = (INFO_NAME, "model.onnx", "ood.npz", "golden.npz", "MODEL_CARD.md")
 
 
-def export_mlflow(reference: Reference, directory: Path) -> dict[str, Any]:
+def export_mlflow(reference: ParitySet, directory: Path) -> dict[str, Any]:
     """Write the folder mlflow/ and hold what it answers to the files' bytes against the checkpoint; what was found.
 
     Raises:

@@ -21,9 +21,9 @@ def export_onnx(classifier: Classifier, image_size: int, metadata: Mapping[str, 
     """Write `classifier` (on the CPU, in float32) to `path`; `metadata` goes into the file as JSON values."""
     classifier.eval()
     example = torch.zeros(2, 3, image_size, image_size, dtype=torch.uint8)
-    with _Quiet(), torch.inference_mode(mode=False):
+    with _QuietExport(), torch.inference_mode(mode=False):
         program = torch.onnx.export(
-            _Answers(classifier),
+            _EmbeddingAndLogits(classifier),
             (example,),
             dynamo=True,
             opset_version=OPSET,
@@ -37,7 +37,7 @@ def export_onnx(classifier: Classifier, image_size: int, metadata: Mapping[str, 
     program.save(str(path), external_data=False)
 
 
-class _Answers(nn.Module):
+class _EmbeddingAndLogits(nn.Module):
     """Both outputs of a classifier as the forward pass, which is what is exported."""
 
     def __init__(self, classifier: Classifier) -> None:
@@ -49,7 +49,7 @@ class _Answers(nn.Module):
         return self.classifier.answer(pixels)
 
 
-class _Quiet:
+class _QuietExport:
     """The exporter warns about its own internals; what matters here, parity, is measured afterwards."""
 
     def __enter__(self) -> None:

@@ -7,14 +7,14 @@ from typing import Any
 
 from image_classifier.exporting.onnx import OPSET, export_onnx
 from image_classifier.exporting.parity import TOLERANCE, Parity, check_embeddings
-from image_classifier.exporting.parity_data import Reference, answers_of
+from image_classifier.exporting.parity_data import ParitySet, answers_of
 from image_classifier.inference.onnx_runtime import OnnxBackend
 from image_classifier.predictions import softmax
 
 NAME = "model.onnx"
 
 
-def export_onnx_again(reference: Reference, directory: Path) -> dict[str, Any]:
+def re_export(reference: ParitySet, directory: Path) -> dict[str, Any]:
     """Write model.onnx and hold it against the checkpoint; what was found.
 
     Raises:

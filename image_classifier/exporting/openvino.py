@@ -7,7 +7,7 @@ from typing import Any
 
 from image_classifier.errors import ConfigError
 from image_classifier.exporting.parity import Parity
-from image_classifier.exporting.parity_data import Reference, answers_of
+from image_classifier.exporting.parity_data import ParitySet, answers_of
 from image_classifier.inference.openvino_runtime import OpenVinoBackend
 from image_classifier.predictions import softmax
 
@@ -15,7 +15,7 @@ NAME = "openvino/model.xml"
 TOLERANCE = 1e-3
 
 
-def export_openvino(reference: Reference, directory: Path) -> dict[str, Any]:
+def export_openvino(reference: ParitySet, directory: Path) -> dict[str, Any]:
     """Write openvino/model.xml and .bin, weights in float32, and hold them against the checkpoint; what was found, in float32 and in bfloat16.
 
     Raises:
@@ -42,7 +42,7 @@ def export_openvino(reference: Reference, directory: Path) -> dict[str, Any]:
     }
 
 
-def _parity(reference: Reference, backend: OpenVinoBackend) -> Parity:
+def _parity(reference: ParitySet, backend: OpenVinoBackend) -> Parity:
     logits, _ = answers_of(backend, reference.pixels)
     return Parity.of(
         reference.probabilities, softmax(logits, reference.bundle.info.temperature), reference.paths, "OpenVINO"

@@ -25,7 +25,7 @@ BATCH = 32
 
 
 @dataclass
-class Reference:
+class ParitySet:
     """Images of the val part as they lie on the disk, their class indices int64 [N], and the checkpoint that answers for them."""
 
     bundle: Bundle
@@ -45,7 +45,7 @@ class Reference:
         trusted: Sequence[str],
         limits: DecodeLimits,
         dvc: bool | None = None,
-    ) -> Reference:
+    ) -> ParitySet:
         """At most so many images, every class in its share, from the folder the bundle was trained on, or `data_dir` in its place.
 
         Raises:

@@ -12,7 +12,7 @@ import onnx
 from onnx import TensorProto, compose, helper, numpy_helper
 
 from image_classifier.exporting.parity import Parity
-from image_classifier.exporting.parity_data import Reference
+from image_classifier.exporting.parity_data import ParitySet
 from image_classifier.images import Preprocess, decode
 from image_classifier.inference.sealed import FILE, SealedModel
 
@@ -21,7 +21,7 @@ TOLERANCE, AGREEMENT = 0.02, 0.99
 _IR_VERSION = 10
 
 
-def export_sealed(reference: Reference, directory: Path) -> dict[str, Any]:
+def export_sealed(reference: ParitySet, directory: Path) -> dict[str, Any]:
     """Write sealed.onnx and hold it against the checkpoint on the same files at their own sizes; what was found.
 
     Raises:

@@ -11,13 +11,13 @@ from onnxruntime.transformers.float16 import convert_float_to_float16
 
 from image_classifier.errors import ParityError
 from image_classifier.exporting.parity import Parity, check_embeddings
-from image_classifier.exporting.parity_data import Reference, answers_of
+from image_classifier.exporting.parity_data import ParitySet, answers_of
 from image_classifier.inference.tensorrt.backend import opened
 from image_classifier.inference.tensorrt.engine import EngineSettings
 from image_classifier.predictions import softmax
 
 
-def export_tensorrt(reference: Reference, directory: Path, asked: EngineSettings) -> dict[str, Any]:
+def export_tensorrt(reference: ParitySet, directory: Path, asked: EngineSettings) -> dict[str, Any]:
     """Build an engine and hold it against the checkpoint; what was found. With fp16 write model.fp16.onnx, from which it is built again elsewhere.
 
     Raises:

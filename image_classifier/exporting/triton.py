@@ -13,7 +13,7 @@ import onnx
 from image_classifier.atomic_io import write_text
 from image_classifier.errors import CheckpointError, ConfigError
 from image_classifier.exporting.parity import TOLERANCE, Parity
-from image_classifier.exporting.parity_data import Reference, answers_of
+from image_classifier.exporting.parity_data import ParitySet, answers_of
 from image_classifier.inference.onnx_runtime import OnnxBackend
 from image_classifier.inference.triton.client import model_name
 from image_classifier.inference.triton.flags import COMPOSE, FLAGS
@@ -55,7 +55,7 @@ class TritonSettings:
             raise ConfigError("triton.max_queue_delay_us and triton.queue_timeout_ms cannot be negative")
 
 
-def export_triton(reference: Reference, directory: Path, asked: TritonSettings) -> dict[str, Any]:
+def export_triton(reference: ParitySet, directory: Path, asked: TritonSettings) -> dict[str, Any]:
     """Write triton/ and hold the model in it against the checkpoint; what was found.
 
     Raises:

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from image_classifier.modeling.attribution_rules import Held
+from image_classifier.modeling.attribution_rules import DetachedAttention
 from image_classifier.modeling.classifier import Classifier, in_evaluation
 
 _SMALLEST = 4  # places a side: a coarser map says nothing of where
@@ -30,14 +30,14 @@ Arrange = Callable[[torch.Tensor], torch.Tensor]
 
 
 @dataclass(frozen=True)
-class Explanation:
+class Attribution:
     """`heat` float32 [H, W] in 0..1, its largest value 1, or all 0 where nothing speaks for the class; `method` is how it was found."""
 
     heat: np.ndarray
     method: str
 
 
-def explain(classifier: Classifier, pixels: np.ndarray, target: int) -> Explanation:
+def explain(classifier: Classifier, pixels: np.ndarray, target: int) -> Attribution:
     """What of an image, pixels uint8 [3, H, W], speaks for the class `target`; the classifier is left as it was.
 
     Convolutional networks: Grad-CAM (Selvaraju et al., 2017). Transformers: the relevance of each token as it enters (Ali et al., 2022).
@@ -52,11 +52,11 @@ def explain(classifier: Classifier, pixels: np.ndarray, target: int) -> Explanat
         elif convolves and not places[-1].tokens:
             heat, method = _evidence(places[-1].values, places[-1].slopes.mean(dim=(1, 2), keepdim=True)), "Grad-CAM"
         else:
-            with Held():
+            with DetachedAttention():
                 held, _ = _found(classifier, images, target)
             first = next((one for one in held if one.tokens or not convolves), places[-1])
             heat, method = _evidence(first.values, first.slopes), "token relevance"
-    return Explanation(_scaled(heat, pixels.shape[1:]), method)
+    return Attribution(_scaled(heat, pixels.shape[1:]), method)
 
 
 def _convolves(backbone: nn.Module) -> bool:

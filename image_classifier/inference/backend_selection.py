@@ -20,7 +20,7 @@ _SLOW_TO_LOAD = ("checkpoint",)  # takes seconds: only where nothing else is the
 _UNDER_A_CONTRACT = ("int8",)  # its export must have said how it answers
 
 
-def fastest(bundle: Bundle, trusted: Sequence[str] = (), callers: int = 1) -> tuple[str, Backend]:
+def fastest_backend(bundle: Bundle, trusted: Sequence[str] = (), callers: int = 1) -> tuple[str, Backend]:
     """The name of the fastest backend that gives every golden image its class and each probability within 0.02, and the backend.
 
     Raises:

@@ -24,7 +24,7 @@ Open = Callable[[Path, Sequence[str], Read, int], tuple[Backend, Mapping[str, An
 
 
 @dataclass(frozen=True)
-class Kind:
+class BackendSpec:
     """One backend: the files of a bundle that it can run, the best first, and whether what runs them is installed.
 
     A probability may differ by `tolerance` from the checkpoint's, unless its export says otherwise; `mend` is what to do where it differs more.
@@ -85,15 +85,17 @@ def _has_tensorrt() -> bool:
 
 
 _OPENVINO, _FLOAT32 = ("openvino/model.xml", "model.onnx"), "use --backend openvino, which computes in float32"
-BACKENDS: dict[str, Kind] = {
-    "onnx": Kind(("model.onnx",), _package("onnxruntime"), _onnx, mend="export it again: --to onnx"),
-    "checkpoint": Kind(("model.ckpt",), _package("torch"), _checkpoint, mend="copy the bundle anew, or train again"),
-    "openvino": Kind(_OPENVINO, _package("openvino"), _openvino("f32"), mend="export it again: --to openvino"),
-    "openvino-bf16": Kind(
+BACKENDS: dict[str, BackendSpec] = {
+    "onnx": BackendSpec(("model.onnx",), _package("onnxruntime"), _onnx, mend="export it again: --to onnx"),
+    "checkpoint": BackendSpec(
+        ("model.ckpt",), _package("torch"), _checkpoint, mend="copy the bundle anew, or train again"
+    ),
+    "openvino": BackendSpec(_OPENVINO, _package("openvino"), _openvino("f32"), mend="export it again: --to openvino"),
+    "openvino-bf16": BackendSpec(
         _OPENVINO, _package("openvino"), _openvino("bf16"), 2e-2, _FLOAT32
     ),  # 8 bits of a number are kept
-    "int8": Kind(("model.int8.onnx",), _package("onnxruntime"), _onnx, mend="export it again: --to int8"),
-    tensorrt.NAME: Kind(
+    "int8": BackendSpec(("model.int8.onnx",), _package("onnxruntime"), _onnx, mend="export it again: --to int8"),
+    tensorrt.NAME: BackendSpec(
         tensorrt.FILES, _has_tensorrt, partial(_onnx, tensorrt=True), tensorrt.TOLERANCE["tf32"], "use --backend onnx"
     ),
 }
@@ -119,14 +121,14 @@ def takes_minutes(bundle: Bundle, name: str) -> bool:
         return False
     if not tensorrt.usable():
         return True
-    from image_classifier.inference.tensorrt.cache import Kept
+    from image_classifier.inference.tensorrt.cache import EngineCache
 
     asked = tensorrt.EngineSettings.of(bundle)
-    return not Kept.of(bundle.path(asked.file), asked).is_there
+    return not EngineCache.of(bundle.path(asked.file), asked).is_there
 
 
 @dataclass(frozen=True)
-class ServerAt:
+class ServerAddress:
     """A model server's address, null for none, and how long one of its answers may take."""
 
     url: str | None = None
@@ -147,7 +149,7 @@ class ServerAt:
 
 
 def open_backend(
-    bundle: Bundle, name: str, trusted: Sequence[str] = (), server: ServerAt = ServerAt(), callers: int = 1
+    bundle: Bundle, name: str, trusted: Sequence[str] = (), server: ServerAddress = ServerAddress(), callers: int = 1
 ) -> Backend:  # frozen
     """A backend over the bundle's file for it, whose hash is checked first, or over a server, which must give a golden answer first.
 

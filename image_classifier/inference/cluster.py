@@ -27,10 +27,10 @@ from types import FrameType
 from typing import Any
 
 from image_classifier.errors import ClassifierError, ClusterError, ConfigError
-from image_classifier.inference.cluster_worker import Job, Model, answer
+from image_classifier.inference.cluster_worker import ShardJob, WorkerModel, answer
 from image_classifier.inference.predictor import cores
-from image_classifier.inference.writers import Told
-from image_classifier.sources.image_source import Item
+from image_classifier.inference.writers import AnswerCounter
+from image_classifier.sources.image_source import ImageSource
 
 log = logging.getLogger(__name__)
 
@@ -84,7 +84,7 @@ def check_installed() -> None:
 
 
 @dataclass(frozen=True)
-class Dealt:
+class ShardPlan:
     """All images of a run as shards of equal size: each a pickled list of Items, how many images there are, and the hash of their names."""
 
     shards: list[bytes]
@@ -92,7 +92,7 @@ class Dealt:
     sha256: str
 
     @classmethod
-    def of(cls, items: Iterable[Item], size: int) -> Dealt:
+    def of(cls, items: Iterable[ImageSource], size: int) -> ShardPlan:
         """Every image in order; ConfigError for one that only this process can read."""
         stream, shards, images, names = iter(items), list[bytes](), 0, hashlib.sha256()
         while some := [_portable(item) for item in islice(stream, size)]:
@@ -102,7 +102,7 @@ class Dealt:
         return cls(shards, images, names.hexdigest())
 
 
-def _portable(item: Item) -> Item:
+def _portable(item: ImageSource) -> ImageSource:
     """The image as any machine finds it."""
     if isinstance(item.source, bytes):
         raise ConfigError(
@@ -112,14 +112,16 @@ def _portable(item: Item) -> Item:
     return replace(item, source=item.source.absolute()) if isinstance(item.source, Path) else item
 
 
-def answer_shards(asked: RaySettings, model: Path, dealt: Dealt, job: Job) -> Iterator[tuple[int, Told]]:
+def answer_shards(
+    asked: RaySettings, model: Path, dealt: ShardPlan, job: ShardJob
+) -> Iterator[tuple[int, AnswerCounter]]:
     """Have all shards answered and written; the number of each and what is told of it, as they are done.
 
     Raises:
         ClusterError: There is no cluster, or workers died again and again.
         ClassifierError: What a worker found that no other try would mend.
     """
-    sent = Model.of(model)
+    sent = WorkerModel.of(model)
     with _ray(asked) as folder:
         import pyarrow  # type: ignore[import-untyped]
         import ray
@@ -164,7 +166,7 @@ class _Fetch:
 
     reference: Any
 
-    def __call__(self) -> Model:
+    def __call__(self) -> WorkerModel:
         import ray
 
         return ray.get(self.reference)  # type: ignore[no-any-return]

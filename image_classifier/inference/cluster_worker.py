@@ -13,19 +13,19 @@ from pathlib import Path
 from typing import Any
 
 from image_classifier import __version__
-from image_classifier.atomic_io import locked, whole_directory
+from image_classifier.atomic_io import atomic_directory, file_lock
 from image_classifier.bundle import INFO_NAME, read_bundle, sha256_of
 from image_classifier.errors import CheckpointError, ClassifierError, ConfigError, StorageError, storage_errors
 from image_classifier.inference.predictor import Predictor
 from image_classifier.inference.shards import Shards
-from image_classifier.inference.writers import Told
-from image_classifier.sources.image_source import Item
+from image_classifier.inference.writers import AnswerCounter
+from image_classifier.sources.image_source import ImageSource
 
 _loaded: dict[str, Predictor] = {}  # of this process, which answers many shards
 
 
 @dataclass(frozen=True)
-class Model:
+class WorkerModel:
     """A bundle, or a lone file, on its way to other machines: its name, the hash that it must have there, and its files."""
 
     name: str
@@ -33,7 +33,7 @@ class Model:
     files: Mapping[str, bytes]
 
     @classmethod
-    def of(cls, path: Path) -> Model:
+    def of(cls, path: Path) -> WorkerModel:
         """What lies there, every file of a bundle compared with its hash."""
         if not path.is_dir():
             return cls(path.name, sha256_of(path), {path.name: path.read_bytes()})
@@ -46,10 +46,10 @@ class Model:
 
     def unpacked(self, root: Path) -> Path:
         """Where it lies below `root`, once for all workers of a machine; CheckpointError where that is not what was sent."""
-        with locked(root / f"{self.sha256}.lock"):
+        with file_lock(root / f"{self.sha256}.lock"):
             folder = root / self.sha256
             if not folder.exists():
-                with whole_directory(folder) as part:
+                with atomic_directory(folder) as part:
                     for name, content in self.files.items():
                         (part / name).parent.mkdir(parents=True, exist_ok=True)
                         (part / name).write_bytes(content)
@@ -71,7 +71,7 @@ class Model:
 
 
 @dataclass(frozen=True)
-class Job:
+class ShardJob:
     """What every worker is told: `load` gives a Predictor over the model of this hash when it lies at a path.
 
     Args:
@@ -84,14 +84,14 @@ class Job:
     shards: Shards
     top_k: int | None
     cpus: int
-    fetch: Callable[[], Model] | None = None
+    fetch: Callable[[], WorkerModel] | None = None
     folder: str | None = None
     version: str = __version__
 
-    def answer(self, number: int, items: Sequence[Item]) -> Told:
+    def answer(self, number: int, items: Sequence[ImageSource]) -> AnswerCounter:
         """Answer a shard and write it, unless it was written before."""
         self.shards.check_shared(socket.gethostname())
-        told = Told()
+        told = AnswerCounter()
         known = self.shards.answers(number)
         if known is None:
             answers = (prediction.answer(self.top_k) for prediction, _ in self._predictor().answers(items))
@@ -111,9 +111,9 @@ class Job:
         return _loaded[self.sha256]
 
 
-def answer(batch: dict[str, Any], job: Job) -> dict[str, Any]:
+def answer(batch: dict[str, Any], job: ShardJob) -> dict[str, Any]:
     """One row of Ray Data, a shard, to one row: what is told of it, or what no other try would mend."""
-    told: Told | ClassifierError
+    told: AnswerCounter | ClassifierError
     try:
         told = job.answer(int(batch["shard"][0]), pickle.loads(batch["items"][0]))
     except ClassifierError as error:

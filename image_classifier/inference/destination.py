@@ -10,7 +10,7 @@ from pathlib import Path
 from image_classifier.atomic_io import is_replaceable
 from image_classifier.errors import ConfigError, storage_errors
 from image_classifier.images import is_image_name
-from image_classifier.sources.image_source import Item
+from image_classifier.sources.image_source import ImageSource
 
 
 def check_output(output: Path, named: Iterable[str]) -> None:
@@ -31,7 +31,7 @@ def check_output(output: Path, named: Iterable[str]) -> None:
             raise _is_asked_about(output)
 
 
-def spared(items: Iterable[Item], output: Path) -> Iterator[Item]:
+def spared(items: Iterable[ImageSource], output: Path) -> Iterator[ImageSource]:
     """The images as they come, those that only a table or standard input names too; ConfigError for the one in whose place answers would come."""
     same = _same(output)
     for item in items:

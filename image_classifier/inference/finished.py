@@ -12,8 +12,8 @@ from typing import Any
 from image_classifier.atomic_io import write_bytes
 from image_classifier.bundle import sha256_of
 from image_classifier.errors import ConfigError, storage_errors
-from image_classifier.inference.writers import Answer, Told
-from image_classifier.sources.image_source import Item
+from image_classifier.inference.writers import Answer, AnswerCounter
+from image_classifier.sources.image_source import ImageSource
 
 
 class Names:
@@ -37,7 +37,7 @@ class Names:
 
 
 @dataclass(frozen=True)
-class Finished:
+class CompletionRecord:
     """The answers in a file and what is known of the run that ended with them."""
 
     output: Path
@@ -47,7 +47,7 @@ class Finished:
         """The file that says so."""
         return self.output.with_name(f".{self.output.name}.run")
 
-    def write(self, run: Mapping[str, Any], told: Told, names: Names) -> None:
+    def write(self, run: Mapping[str, Any], told: AnswerCounter, names: Names) -> None:
         """Say which run wrote the output, of which images, and what came of them."""
         with storage_errors(self.output):
             known = {"run": run, "answers": sha256_of(self.output), "images": str(names), "told": asdict(told)}
@@ -60,7 +60,7 @@ class Finished:
             is_whole = known is not None and self.output.is_file() and known["answers"] == sha256_of(self.output)
         return known["run"] if known and is_whole else None
 
-    def told(self, items: Iterable[Item]) -> Told:
+    def told(self, items: Iterable[ImageSource]) -> AnswerCounter:
         """What came of the images; ConfigError where these are others."""
         known, names = self._read() or {}, Names()
         for item in items:
@@ -70,7 +70,7 @@ class Finished:
                 f"{str(self.output)!r} holds the answers for other images",
                 "give --images as then, or leave --resume out to start over",
             )
-        return Told(**known["told"])
+        return AnswerCounter(**known["told"])
 
     def _read(self) -> dict[str, Any] | None:
         with storage_errors(self.path):

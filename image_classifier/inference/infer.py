@@ -13,29 +13,29 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from image_classifier.atomic_io import locked, whole_file
+from image_classifier.atomic_io import atomic_file, file_lock
 from image_classifier.bundle import INFO_NAME, sha256_of
 from image_classifier.cli import hydra_app
 from image_classifier.errors import ConfigError, DataError, storage_errors
 from image_classifier.evaluation.reliability.abstention import DecisionSettings
 from image_classifier.images import DecodeLimits
 from image_classifier.inference.backend_selection import AUTO
-from image_classifier.inference.backends import ServerAt
-from image_classifier.inference.cluster import Dealt, RaySettings, answer_shards, check_installed
-from image_classifier.inference.cluster_worker import Job
+from image_classifier.inference.backends import ServerAddress
+from image_classifier.inference.cluster import RaySettings, ShardPlan, answer_shards, check_installed
+from image_classifier.inference.cluster_worker import ShardJob
 from image_classifier.inference.destination import check_output, spared
-from image_classifier.inference.finished import Finished, Names
+from image_classifier.inference.finished import CompletionRecord, Names
 from image_classifier.inference.load import load_predictor, pulled_checkpoint
 from image_classifier.inference.predictor import Predictor
-from image_classifier.inference.resume_log import Part, check_same_run
+from image_classifier.inference.resume_log import ResumeLog, check_same_run
 from image_classifier.inference.shards import Shards
-from image_classifier.inference.writers import Answer, Told, check_format, write_answers
+from image_classifier.inference.writers import Answer, AnswerCounter, check_format, write_answers
 from image_classifier.sources.archive import ArchiveLimits
 from image_classifier.sources.dvc import pull_missing
-from image_classifier.sources.image_source import Item
+from image_classifier.sources.image_source import ImageSource
 from image_classifier.sources.inputs import STDIN, Inputs, is_address
 from image_classifier.sources.object_store import Storage, is_stored
-from image_classifier.sources.web import UrlLimits, Web
+from image_classifier.sources.web import UrlLimits, WebClient
 
 log = logging.getLogger(__name__)
 
@@ -101,9 +101,9 @@ class InferSettings:
             raise ConfigError(f"engine=ray cannot do {' and '.join(beside)}", "leave it out, or use --engine local")
 
     @property
-    def server(self) -> ServerAt:
+    def server(self) -> ServerAddress:
         """Where the backend triton asks."""
-        return ServerAt(self.url, self.server_timeout_s)
+        return ServerAddress(self.url, self.server_timeout_s)
 
 
 def infer(config: Any) -> None:
@@ -114,13 +114,17 @@ def infer(config: Any) -> None:
         if item != STDIN and not is_address(item):
             pull_missing(Path(item), None if asked.dvc else asked.dvc)
     inputs = Inputs(
-        asked.images, lambda: sys.stdin.buffer, asked.limits, asked.archive, Web(asked.fetch, asked.allow_private_urls)
+        asked.images,
+        lambda: sys.stdin.buffer,
+        asked.limits,
+        asked.archive,
+        WebClient(asked.fetch, asked.allow_private_urls),
     )
     inputs.check()
     if asked.output and asked.engine == "local":
         check_output(Path(asked.output), [item for item in asked.images if item != STDIN and not is_address(item)])
-        Part.of(Path(asked.output)).check()
-    told = Told()
+        ResumeLog.of(Path(asked.output)).check()
+    told = AnswerCounter()
     try:
         if asked.engine == "ray":
             _to_shards(asked, path, inputs, told)
@@ -145,7 +149,7 @@ def _predictor(asked: InferSettings, path: Path, backend: str | None) -> Predict
     return replace(found, threshold=asked.threshold)
 
 
-def _answers(asked: InferSettings, path: Path, predictor: Predictor, items: Iterable[Item]) -> Iterator[Answer]:
+def _answers(asked: InferSettings, path: Path, predictor: Predictor, items: Iterable[ImageSource]) -> Iterator[Answer]:
     """The answers as they come, after what is asked to be done with each image was done."""
     found = predictor.answers(items, keep=bool(asked.explain or asked.sort_into))
     if asked.explain:
@@ -166,9 +170,9 @@ def _answers(asked: InferSettings, path: Path, predictor: Predictor, items: Iter
             advance()
 
 
-def _to_file(asked: InferSettings, path: Path, inputs: Inputs, output: Path, told: Told) -> None:
+def _to_file(asked: InferSettings, path: Path, inputs: Inputs, output: Path, told: AnswerCounter) -> None:
     """Answer into FILE.part, from where a killed run broke off if that is asked for; then write FILE whole, unless it is there already."""
-    part, finished = Part.of(output), Finished(output)
+    part, finished = ResumeLog.of(output), CompletionRecord(output)
     with _alone(output):
         known = part.run()
         ended = finished.run() if asked.resume and known is None else None
@@ -184,14 +188,18 @@ def _to_file(asked: InferSettings, path: Path, inputs: Inputs, output: Path, tol
             return
         _begin(part, known, run, items, asked)
         part.append(_answers(asked, path, predictor, items))
-        with whole_file(output) as file:
+        with atomic_file(output) as file:
             write_answers(told.of(names.of(part.answers())), asked.format, asked.top_k, file)
         finished.write(run, told, names)
         part.path.unlink()
 
 
 def _begin(
-    part: Part, known: Mapping[str, Any] | None, run: Mapping[str, Any], items: Iterator[Item], asked: InferSettings
+    part: ResumeLog,
+    known: Mapping[str, Any] | None,
+    run: Mapping[str, Any],
+    items: Iterator[ImageSource],
+    asked: InferSettings,
 ) -> None:
     """Go on with what a killed run left, or start over."""
     if known is not None and asked.resume:
@@ -207,22 +215,22 @@ def _begin(
     part.begin(run)
 
 
-def _to_shards(asked: InferSettings, path: Path, inputs: Inputs, told: Told) -> None:
+def _to_shards(asked: InferSettings, path: Path, inputs: Inputs, told: AnswerCounter) -> None:
     """Have a cluster answer into the files of a folder, without those that a killed run left if that is asked for."""
     check_installed()
     output, started = str(asked.output), time.monotonic()
     predictor = _predictor(asked, path, asked.backend)  # what cannot be is said before a cluster starts
-    dealt = Dealt.of(inputs, asked.batch_size * asked.ray.shard_batches)
+    dealt = ShardPlan.of(inputs, asked.batch_size * asked.ray.shard_batches)
     run = {**_run(asked, path, predictor), "shard_batches": asked.ray.shard_batches, "images": dealt.sha256}
     shards = Shards(output, Storage.here(), run, len(dealt.shards))
     load = partial(_predictor, asked, backend=predictor.backend_name)
     with nullcontext() if is_stored(output) else _alone(Path(os.path.abspath(output))):
         if done := shards.check(asked.resume):
             log.info("resume: %d of %d files of answers are there", done, len(dealt.shards))
-        by_number: dict[int, Told] = {}
+        by_number: dict[int, AnswerCounter] = {}
         with _progress(asked) as advance:
             for number, of_shard in answer_shards(
-                asked.ray, path, dealt, Job(run["model"], load, shards, asked.top_k, asked.ray.cpus)
+                asked.ray, path, dealt, ShardJob(run["model"], load, shards, asked.top_k, asked.ray.cpus)
             ):
                 by_number[number] = of_shard
                 advance(of_shard.count)
@@ -237,7 +245,7 @@ def _alone(output: Path) -> Iterator[None]:
     """One run at a time for one output; ConfigError where there is another."""
     lock = output.with_name(f".{output.name}.lock")
     try:
-        with locked(lock, wait=False, remove=True):
+        with file_lock(lock, wait=False, remove=True):
             yield
     except BlockingIOError as error:
         raise ConfigError(

@@ -13,8 +13,8 @@ from image_classifier.errors import CheckpointError, ConfigError
 from image_classifier.evaluation.reliability.abstention import Decision, DecisionSettings
 from image_classifier.evaluation.reliability.ood import DETECTOR, Detector
 from image_classifier.images import DEFAULT_LIMITS, DecodeLimits, Preprocess
-from image_classifier.inference.backend_selection import AUTO, fastest
-from image_classifier.inference.backends import BACKENDS, NAMES, ServerAt, open_backend
+from image_classifier.inference.backend_selection import AUTO, fastest_backend
+from image_classifier.inference.backends import BACKENDS, NAMES, ServerAddress, open_backend
 from image_classifier.inference.predictor import Backend, Predictor, Shaped
 from image_classifier.sources.dvc import pull_missing
 
@@ -59,7 +59,7 @@ def load_predictor(
     trusted: Sequence[str] = (),
     limits: DecodeLimits = DEFAULT_LIMITS,
     asked: DecisionSettings = DecisionSettings(),  # noqa: B008  # frozen
-    server: ServerAt = ServerAt(),  # noqa: B008  # frozen
+    server: ServerAddress = ServerAddress(),  # noqa: B008  # frozen
     callers: int = 1,
 ) -> Predictor:
     """A predictor over what `bundle.find_checkpoint` found; `backend` null takes ONNX for a bundle, else what the file is; auto as `auto.fastest`.
@@ -79,7 +79,7 @@ def load_predictor(
         bundle = read_bundle(path)
         name = backend or "onnx"
         name, runner = (
-            fastest(bundle, trusted, callers)
+            fastest_backend(bundle, trusted, callers)
             if name == AUTO
             else (name, open_backend(bundle, name, trusted, server, callers))
         )

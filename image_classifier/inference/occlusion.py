@@ -24,7 +24,7 @@ Ask = Callable[[np.ndarray], np.ndarray]
 
 
 @dataclass(frozen=True)
-class Heat:
+class OcclusionMap:
     """What speaks for the class `label`: `plane` float32 [S, S] over the network's square, 0 for what does not, 1 for what does most."""
 
     label: str
@@ -38,9 +38,9 @@ class Heat:
         )
 
 
-def heat_of(
+def occlusion_map(
     pixels: np.ndarray, label: str | None, predictor: Predictor, ask: Ask, stopped: Callable[[], bool] = lambda: False
-) -> Heat:
+) -> OcclusionMap:
     """What in pixels uint8 [3, S, S] speaks for a class, null for the most probable one, by the logits [N, C] of `ask` for pixels [N, 3, S, S].
 
     Occlusion (Zeiler & Fergus, 2014, section 4.2) with a blur in place of grey (Fong & Vedaldi, 2017): how much log-probability the class loses,
@@ -71,7 +71,7 @@ def heat_of(
             covered[window] += 1
     mean = np.maximum(lost / np.maximum(covered, 1), 0)
     most = float(mean.max())
-    return Heat(predictor.classes[code], mean / most if most >= _LEAST else np.zeros_like(mean))
+    return OcclusionMap(predictor.classes[code], mean / most if most >= _LEAST else np.zeros_like(mean))
 
 
 def _windows(side: int) -> Iterator[tuple[slice, slice]]:

@@ -18,7 +18,7 @@ from image_classifier.evaluation.reliability.abstention import Decision
 from image_classifier.evaluation.reliability.ood import Detector, looks
 from image_classifier.images import DEFAULT_LIMITS, DecodeLimits, Preprocess
 from image_classifier.predictions import Prediction, PredictionTable, softmax
-from image_classifier.sources.image_source import Content, Item
+from image_classifier.sources.image_source import Content, ImageSource
 
 _AHEAD_BYTES = 2**28  # of archives, read and not decoded yet
 
@@ -86,9 +86,9 @@ class Predictor:
 
     def predict(self, paths: Iterable[Path]) -> Iterator[Prediction]:
         """One Prediction an image, in order; an unreadable image gets its reason instead of an answer."""
-        return (prediction for prediction, _ in self.answers(map(Item.file, paths)))
+        return (prediction for prediction, _ in self.answers(map(ImageSource.file, paths)))
 
-    def answers(self, items: Iterable[Item], keep: bool = False) -> Iterator[tuple[Prediction, Content]]:
+    def answers(self, items: Iterable[ImageSource], keep: bool = False) -> Iterator[tuple[Prediction, Content]]:
         """The Prediction of each item, in order, and its file, or with `keep` its bytes where it has none (else b"")."""
         for batch in self._batches(items, keep):
             readable = [(name, pixels) for name, _, pixels in batch if isinstance(pixels, np.ndarray)]
@@ -112,7 +112,7 @@ class Predictor:
     def table(self, paths: Sequence[Path], names: Sequence[str], targets: np.ndarray) -> PredictionTable:
         """What is said of labelled images, named `names`; UnreadableImage for the first that cannot be read."""
         parts = [self.judge([])]
-        for batch in self._batches(map(Item.file, paths)):
+        for batch in self._batches(map(ImageSource.file, paths)):
             for _, _, pixels in batch:
                 if isinstance(pixels, UnreadableImage):
                     raise pixels
@@ -142,7 +142,7 @@ class Predictor:
         except UnreadableImage as error:
             return error
 
-    def _batches(self, items: Iterable[Item], keep: bool = False) -> Iterator[list[_Read]]:
+    def _batches(self, items: Iterable[ImageSource], keep: bool = False) -> Iterator[list[_Read]]:
         """Batches of images; while the backend works on one, the next is decoded, and no more than that is read ahead."""
         source = iter(items)
         pool = ThreadPoolExecutor(self.workers)
@@ -162,7 +162,7 @@ class Predictor:
                 wait=False, cancel_futures=True
             )  # after Ctrl-C nobody waits for what a server has not sent yet
 
-    def _read(self, item: Item, keep: bool) -> _Read:
+    def _read(self, item: ImageSource, keep: bool) -> _Read:
         try:
             content = item.content()
             pixels = self.preprocess.read(content, self.limits)

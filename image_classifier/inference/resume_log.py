@@ -13,7 +13,7 @@ from typing import Any
 from image_classifier.atomic_io import write_bytes
 from image_classifier.errors import ConfigError, storage_errors
 from image_classifier.inference.writers import Answer, line_of
-from image_classifier.sources.image_source import Item
+from image_classifier.sources.image_source import ImageSource
 
 log = logging.getLogger(__name__)
 
@@ -23,13 +23,13 @@ _OTHERS = {"model": "the model is another one", "images": "the images are others
 
 
 @dataclass(frozen=True)
-class Part:
+class ResumeLog:
     """What a run has answered so far: a first line that says which run it is, then an answer a line."""
 
     path: Path
 
     @classmethod
-    def of(cls, output: Path) -> Part:
+    def of(cls, output: Path) -> ResumeLog:
         """The one of an output file."""
         return cls(output.with_name(f"{output.name}.part"))
 
@@ -83,7 +83,7 @@ class Part:
                 file.write(_line(answer))
                 file.flush()  # to the system, where a kill cannot reach it
 
-    def skip(self, items: Iterator[Item], count: int) -> None:
+    def skip(self, items: Iterator[ImageSource], count: int) -> None:
         """Pass over the first items, which are answered; ConfigError where they are not those of the answers."""
         for number, answer in zip_longest(range(count), self.answers()):
             item = next(items, None)

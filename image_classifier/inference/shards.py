@@ -21,7 +21,7 @@ DONE = "_SUCCESS"
 _DIGITS = 5
 
 
-class Place(Protocol):
+class ShardStore(Protocol):
     """A folder in which a file appears whole or not at all."""
 
     def names(self) -> set[str]: ...
@@ -32,7 +32,7 @@ class Place(Protocol):
 
 
 @dataclass(frozen=True)
-class Folder:
+class ShardFolder:
     """A folder that all machines see under this path."""
 
     path: Path
@@ -66,9 +66,9 @@ class Shards:
     count: int
 
     @property
-    def place(self) -> Place:
+    def place(self) -> ShardStore:
         """Where the files lie until all are there."""
-        return Prefix(self.output, self.storage) if is_stored(self.output) else Folder(Path(f"{self._path}.part"))
+        return Prefix(self.output, self.storage) if is_stored(self.output) else ShardFolder(Path(f"{self._path}.part"))
 
     @property
     def _path(self) -> Path:
@@ -84,7 +84,7 @@ class Shards:
         Raises:
             ConfigError: Something else lies there.
         """
-        if not is_stored(self.output) and (self._path.is_file() or Folder(self._path).names()):
+        if not is_stored(self.output) and (self._path.is_file() or ShardFolder(self._path).names()):
             raise ConfigError(f"{self.output!r} exists", "choose another --output, or remove it")
         names = {name for name in self.place.names() if not name.startswith(".")}  # killed workers leave such
         if DONE in names or (names and RUN not in names):
@@ -138,7 +138,7 @@ class Shards:
                 f"{missing[0]} was written and is not in {self._left}", "give a folder that all machines share"
             )
         self.place.write(DONE, json.dumps({"images": images, "errors": failed, "shards": self.count}).encode())
-        if isinstance(self.place, Folder):
+        if isinstance(self.place, ShardFolder):
             with storage_errors(self._path):
                 for left in self.place.path.glob(".*.part"):  # of workers that were killed
                     left.unlink(missing_ok=True)

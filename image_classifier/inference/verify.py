@@ -14,7 +14,7 @@ from image_classifier.inference.backends import (
     BACKENDS,
     EXACT,
     NAMES,
-    ServerAt,
+    ServerAddress,
     exported,
     fitting,
     open_backend,
@@ -46,9 +46,9 @@ class VerifySettings:
         self.server.fits(self.backend)
 
     @property
-    def server(self) -> ServerAt:
+    def server(self) -> ServerAddress:
         """Where the backend triton asks."""
-        return ServerAt(self.url, self.server_timeout_s)
+        return ServerAddress(self.url, self.server_timeout_s)
 
 
 def verify(config: Any) -> None:
@@ -74,7 +74,7 @@ def verified(
     bundle: Bundle,
     backends: Sequence[str],
     trusted: Sequence[str] = (),
-    server: ServerAt = ServerAt(),  # noqa: B008  # frozen
+    server: ServerAddress = ServerAddress(),  # noqa: B008  # frozen
 ) -> list[Check]:
     """Each backend's answers for the golden images; errors as `verify`."""
     golden, checks = Golden.of(bundle), []

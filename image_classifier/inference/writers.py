@@ -136,7 +136,7 @@ def check_format(form: str, to_a_file: bool) -> None:
 
 
 @dataclass
-class Told:
+class AnswerCounter:
     """How many answers went by, how many of them are errors, and the first of those."""
 
     count: int = 0
@@ -152,7 +152,7 @@ class Told:
                 self.first = self.first or f"{answer['path']!r} ({answer['error']})"
             yield answer
 
-    def add(self, later: Told) -> None:
+    def add(self, later: AnswerCounter) -> None:
         """Count what was counted elsewhere, of answers behind these."""
         self.count, self.failed, self.first = (
             self.count + later.count,

@@ -11,7 +11,7 @@ from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
 
-class Held(TorchFunctionMode):
+class DetachedAttention(TorchFunctionMode):
     """A context in which no gradient flows through attention's weights or a norm's spread (Ali et al., 2022, 'XAI for Transformers').
 
     The answers stay the same. What is called inside is replaced, not the network's modules, so attention may be fused, explicit or windowed.

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from image_classifier.atomic_io import locked, whole_file
+from image_classifier.atomic_io import atomic_file, file_lock
 from image_classifier.errors import StorageError, TrainingError
 from image_classifier.modeling.classifier import Classifier, in_evaluation
 
@@ -59,7 +59,7 @@ class EmbeddingStore:
     def add(self, digests: np.ndarray, embeddings: np.ndarray) -> None:
         """Keep embeddings [n, D] of images by sha256 uint8 [n, 32]; StorageError where the disk refuses."""
         number = max((int(path.stem) for path in self._files()), default=-1) + 1
-        with whole_file(self.directory / f"{number:06d}.npz") as file:
+        with atomic_file(self.directory / f"{number:06d}.npz") as file:
             np.savez(file, digests=digests, embeddings=embeddings.astype(np.float32))
 
     def parts(self, digests: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:
@@ -103,7 +103,7 @@ def known_embeddings(
         StorageError: The disk refuses.
     """
     store = EmbeddingStore(directory)
-    with locked(directory / "lock"):
+    with file_lock(directory / "lock"):
         todo = store.missing(digests)
         absent = {bytes(digest) for digest in digests[todo]}
         log.info(

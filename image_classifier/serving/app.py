@@ -16,16 +16,16 @@ from starlette.exceptions import HTTPException
 from image_classifier import __version__
 from image_classifier.serving import schemas
 from image_classifier.serving.auth import is_open
-from image_classifier.serving.middleware import FAILED, is_v2, said
+from image_classifier.serving.middleware import FAILED, is_v2, problem_body
 from image_classifier.serving.request_limits import Refusal
 from image_classifier.serving.routes import docs, info, predict, v2
-from image_classifier.serving.routes.predict import Parts
+from image_classifier.serving.routes.predict import AppState
 
 PAGE = Path(__file__).with_name("page")
 _CODES = {400: "bad_request", 401: "unauthorized", 403: "forbidden", 404: "not_found", 405: "method_not_allowed"}
 
 
-def make_app(parts: Parts, needs_key: bool = False) -> FastAPI:
+def make_app(parts: AppState, needs_key: bool = False) -> FastAPI:
     """The routes over these parts."""
     app = FastAPI(
         title="image_classifier", version=__version__, description=schemas.ABOUT, docs_url=None, redoc_url=None
@@ -67,7 +67,7 @@ def _add_pages(app: FastAPI, needs_key: bool) -> None:
 
 
 def _error(request: Request, refusal: Refusal) -> Response:
-    content, headers = said(refusal, request.state.request_id, is_v2(request.url.path))
+    content, headers = problem_body(refusal, request.state.request_id, is_v2(request.url.path))
     return Response(content, refusal.status, {name.decode(): value.decode() for name, value in headers})
 
 

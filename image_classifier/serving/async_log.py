@@ -18,7 +18,7 @@ _STANDARD_ERROR = 2
 _LAST_S = 2.0  # in which what waits at the end must be written
 
 
-class Lines:
+class AsyncLineWriter:
     """Hands lines to `write` in their order, in a thread of its own; what cannot be written is said once and costs nothing else."""
 
     def __init__(self, what: str, write: Callable[[str], None]) -> None:
@@ -63,12 +63,12 @@ class Lines:
             self._failed, self._left_out = False, 0
 
 
-class Aside(io.TextIOBase):
+class AsyncStream(io.TextIOBase):
     """A stream whose text is written to a file descriptor by a thread: for a standard error that nobody may be reading."""
 
     def __init__(self, descriptor: int) -> None:
         self._descriptor = descriptor
-        self._lines = Lines("standard error", self._write_all)
+        self._lines = AsyncLineWriter("standard error", self._write_all)
 
     def write(self, text: str) -> int:
         """Let it be written soon."""
@@ -86,9 +86,9 @@ class Aside(io.TextIOBase):
 
 
 @contextmanager
-def logging_aside() -> Iterator[Aside]:
+def async_logging() -> Iterator[AsyncStream]:
     """Let what is logged to standard error be written by a thread of its own while the block runs, and give that stream."""
-    stream = Aside(_STANDARD_ERROR)
+    stream = AsyncStream(_STANDARD_ERROR)
     handlers = [
         handler
         for handler in logging.getLogger().handlers

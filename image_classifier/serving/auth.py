@@ -124,7 +124,7 @@ class _Bucket:
     at: float
 
 
-class Access:
+class AccessPolicy:
     """Decides over each request before its body is read; nothing here takes longer for a wrong key than for a right one."""
 
     def __init__(self, asked: AccessSettings, host: str) -> None:

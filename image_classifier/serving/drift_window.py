@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from image_classifier.errors import ConfigError
-from image_classifier.evaluation.drift import Reference
-from image_classifier.serving.async_log import Lines
+from image_classifier.evaluation.drift import DriftReference
+from image_classifier.serving.async_log import AsyncLineWriter
 
 
 @dataclass(frozen=True)
@@ -38,14 +38,14 @@ class DriftSettings:
             raise ConfigError("drift.window and drift.max_log_bytes must be at least 1")
 
 
-class Traffic:
+class DriftWindow:
     """The last answers of each model's version, compared with val when they are asked for."""
 
     def __init__(self, asked: DriftSettings) -> None:
         self.asked = asked
         self._last: dict[str, deque[tuple[float, float | None]]] = {}
-        self._references: dict[str, tuple[str, Reference | None]] = {}
-        self._lines: dict[str, Lines] = {}
+        self._references: dict[str, tuple[str, DriftReference | None]] = {}
+        self._lines: dict[str, AsyncLineWriter] = {}
 
     def close(self) -> None:
         """Write what waits."""
@@ -58,7 +58,7 @@ class Traffic:
             return
         name, version = facts["name"], facts["version"]
         if self._references.get(name, ("", None))[0] != version:  # another model: its answers are another traffic
-            self._references[name] = version, Reference.of(facts["reference"])
+            self._references[name] = version, DriftReference.of(facts["reference"])
             self._last[name] = deque(maxlen=self.asked.window)
         self._last[name].append((answer["confidence"], ood_score))
         if self.asked.log_dir is not None:
@@ -84,7 +84,7 @@ class Traffic:
             "ood_score": None if ood_score is None else round(ood_score, 4),
         }
         if path.name not in self._lines:
-            self._lines[path.name] = Lines(f"drift: {path}", partial(self._write, path))
+            self._lines[path.name] = AsyncLineWriter(f"drift: {path}", partial(self._write, path))
         self._lines[path.name].put(json.dumps(line, ensure_ascii=False))
 
     def _write(self, path: Path, line: str) -> None:

@@ -15,7 +15,7 @@ from typing import Any, ClassVar
 import h11
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-from image_classifier.serving.middleware import HEADERS, said
+from image_classifier.serving.middleware import HEADERS, problem_body
 from image_classifier.serving.request_limits import Refusal, RequestLimits
 
 log = logging.getLogger(__name__)
@@ -51,7 +51,7 @@ class _Parser(h11.Connection):
         return event
 
 
-class PatientProtocol(H11Protocol):
+class TimeoutH11Protocol(H11Protocol):
     """Uvicorn's protocol with a deadline for the head of each request, one for reading an answer, and a bound on connections."""
 
     headers_s: ClassVar[float]
@@ -127,7 +127,7 @@ class PatientProtocol(H11Protocol):
             self.cycle.message_event.set()
         if self.conn.our_state in (h11.IDLE, h11.SEND_RESPONSE):
             request_id = uuid.uuid4().hex
-            content, headers = said(
+            content, headers = problem_body(
                 Refusal(400, "bad_request", "this is no HTTP request that can be read"), request_id, False
             )
             head = [
@@ -168,7 +168,7 @@ def arguments(limits: RequestLimits) -> dict[str, Any]:
     """What uvicorn's Config is told so that it makes such connections."""
     kind = type(
         "Patient",
-        (PatientProtocol,),
+        (TimeoutH11Protocol,),
         {"headers_s": limits.headers_s, "max_connections": _possible(limits.max_connections)},
     )
     return {"http": kind, "timeout_keep_alive": max(1, round(limits.keep_alive_s)), "ws": "none", "backlog": _BACKLOG}

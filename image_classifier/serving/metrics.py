@@ -10,7 +10,7 @@ from typing import Any, Protocol
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from prometheus_client.core import GaugeMetricFamily
 
-from image_classifier.serving.middleware import Seen
+from image_classifier.serving.middleware import RequestRecord
 
 _SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0)
 _SIZES = (1, 2, 4, 8, 16, 32, 64, 128)
@@ -22,7 +22,7 @@ OTHER = "(other)"
 Drift = tuple[str, str, float, float, int]
 
 
-class Metrics:
+class ServerMetrics:
     """The figures, in a registry of their own."""
 
     def __init__(
@@ -97,7 +97,7 @@ class Metrics:
         if answer["decision"] != "label":
             self.abstentions.labels(model, version).inc()
 
-    def seen(self, request: Seen) -> None:
+    def seen(self, request: RequestRecord) -> None:
         """One request is over."""
         route = request.route or OTHER  # a path that nobody serves would make a figure each
         method = request.method if request.method in ("GET", "POST", "HEAD", "OPTIONS") else OTHER
@@ -110,7 +110,7 @@ class Metrics:
         return generate_latest(self.registry)
 
 
-class Writes(Protocol):
+class LogWriter(Protocol):
     """Where a log goes."""
 
     def write(self, text: str, /) -> object: ...
@@ -119,10 +119,10 @@ class Writes(Protocol):
 class RequestLog:
     """A JSON line a request: when, who, what, how long. No content of an image, no key, no query."""
 
-    def __init__(self, stream: Writes) -> None:
+    def __init__(self, stream: LogWriter) -> None:
         self._stream = stream
 
-    def __call__(self, request: Seen) -> None:
+    def __call__(self, request: RequestRecord) -> None:
         """Write one line."""
         line = {
             "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),

@@ -18,17 +18,17 @@ from typing import Any
 from starlette.routing import compile_path
 
 from image_classifier.errors import printable
-from image_classifier.serving.auth import Access, preflight
+from image_classifier.serving.auth import AccessPolicy, preflight
 from image_classifier.serving.request_limits import (
     App,
-    Bodies,
+    BodyReader,
     Disconnected,
     Event,
+    MemoryLease,
     Receive,
     Refusal,
     Scope,
     Send,
-    Share,
 )
 
 log = logging.getLogger(__name__)
@@ -52,7 +52,7 @@ _CLIENT_CHARACTERS = 64  # a proxy may say any name
 
 
 @dataclass(frozen=True)
-class Seen:
+class RequestRecord:
     """What one request was, for the log and the metrics; nothing of its content."""
 
     request_id: str
@@ -67,7 +67,7 @@ class Seen:
     key: str
 
 
-class Fence:
+class GatewayMiddleware:
     """An ASGI application around another, whose routes have these `paths`.
 
     `tell` hears of each request when it is over, and `stopping` says whether new ones are refused.
@@ -76,9 +76,9 @@ class Fence:
     def __init__(
         self,
         app: App,
-        access: Access,
-        bodies: Bodies,
-        tell: Callable[[Seen], object],
+        access: AccessPolicy,
+        bodies: BodyReader,
+        tell: Callable[[RequestRecord], object],
         stopping: Callable[[], bool],
         paths: Callable[[], Iterable[str]],
     ) -> None:
@@ -105,7 +105,7 @@ class Fence:
             images=0,
             received=0,
             key="",
-            share=Share(self.bodies.memory),
+            share=MemoryLease(self.bodies.memory),
         )
         answer = _Answer(send, state["request_id"], self.access.cors(headers), is_v2(scope["path"]))
         client = (scope.get("client") or ("unknown", 0))[0][:_CLIENT_CHARACTERS]
@@ -117,7 +117,7 @@ class Fence:
             seconds = time.monotonic() - start
             path = printable(scope["path"])[:200]
             self.tell(
-                Seen(
+                RequestRecord(
                     state["request_id"],
                     client,
                     method,
@@ -222,7 +222,7 @@ def _stopping() -> Refusal:
     return Refusal(503, "stopping", "the server is being stopped", 1.0)
 
 
-def said(refusal: Refusal, request_id: str, is_v2: bool) -> tuple[bytes, list[tuple[bytes, bytes]]]:
+def problem_body(refusal: Refusal, request_id: str, is_v2: bool) -> tuple[bytes, list[tuple[bytes, bytes]]]:
     """Content and headers: one shape for every error, but for those of the V2 protocol, which has its own."""
     words: dict[str, Any] = {"error": {"code": refusal.code, "message": refusal.message}, "request_id": request_id}
     headers = [(b"content-type", b"application/json")]
@@ -264,7 +264,7 @@ class _Answer:
 
     async def refuse(self, refusal: Refusal) -> None:
         """The one shape of errors."""
-        content, headers = said(refusal, self.request_id, self._is_v2)
+        content, headers = problem_body(refusal, self.request_id, self._is_v2)
         await self.plain(refusal.status, content, headers)
 
     async def plain(self, status: int, content: bytes, headers: list[tuple[bytes, bytes]]) -> None:

@@ -22,7 +22,7 @@ _DAY_S = 86_400
 _INSIDE = Path("artifacts/bundle")  # of a model of MLflow
 
 
-class Place(Protocol):
+class ModelSource(Protocol):
     """Where one model comes from."""
 
     @property
@@ -36,7 +36,7 @@ class Place(Protocol):
 
 
 @dataclass(frozen=True)
-class OnDisk:
+class LocalModel:
     """A bundle or a file, by its name under `models_dir` or its path."""
 
     given: str
@@ -58,7 +58,7 @@ class OnDisk:
 
 
 @dataclass(frozen=True)
-class InRegistry:
+class RegisteredModel:
     """A registered model and an alias of it, or a version's number."""
 
     name: str
@@ -106,12 +106,12 @@ class InRegistry:
                 shutil.rmtree(folder, ignore_errors=True)
 
 
-def place_of(where: str, models_dir: Path, dvc: bool | None, tracking_uri: str) -> Place:
+def model_source(where: str, models_dir: Path, dvc: bool | None, tracking_uri: str) -> ModelSource:
     """The place that `models:/NAME@ALIAS`, a name or a path means."""
     if not where.startswith("models:/"):
-        return OnDisk(where, models_dir, dvc)
+        return LocalModel(where, models_dir, dvc)
     parts = _REGISTERED.fullmatch(where)
     if parts is None:
         raise ConfigError(f"{where!r} names no registered model", "write models:/NAME@ALIAS, or models:/NAME/VERSION")
     base = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
-    return InRegistry(parts[1], parts[2], tracking_uri, base / "image_classifier" / "registry")
+    return RegisteredModel(parts[1], parts[2], tracking_uri, base / "image_classifier" / "registry")

@@ -10,11 +10,17 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 
 from image_classifier.errors import ClassifierError
-from image_classifier.serving.model_sources import Place
+from image_classifier.serving.model_sources import ModelSource
 from image_classifier.serving.request_limits import Refusal
 from image_classifier.serving.unattended import unattended
-from image_classifier.serving.worker.handle import Deadly, Ended, ModelHandle, Started, TooLate
-from image_classifier.serving.worker.spec import Order, version_of
+from image_classifier.serving.worker.handle import (
+    DeadlineExceeded,
+    WorkerCrash,
+    WorkerEnded,
+    WorkerHandle,
+    WorkerProcess,
+)
+from image_classifier.serving.worker.spec import ModelSpec, version_of
 
 log = logging.getLogger(__name__)
 
@@ -24,11 +30,11 @@ _LONGEST_PAUSE_S = 600.0  # before a version that could not be served is tried a
 
 
 @dataclass
-class Served:
+class ServedModel:
     """One model: its process, and what its last canary said."""
 
-    order: Order
-    handle: ModelHandle
+    order: ModelSpec
+    handle: WorkerHandle
     trouble: str = "it was not asked yet"
     asked_at: float = field(default=-1e9)
     canary: asyncio.Task[None] | None = None
@@ -39,15 +45,19 @@ class Served:
         return "its process is being started again" if self.handle.starting else self.trouble
 
 
-class Models:
+class ModelRegistry:
     """All models of the server; the first one answers where a request names none."""
 
-    def __init__(self, started: Sequence[tuple[Order, Started]], most: int, hang_s: float, canary_s: float) -> None:
+    def __init__(
+        self, started: Sequence[tuple[ModelSpec, WorkerProcess]], most: int, hang_s: float, canary_s: float
+    ) -> None:
         self._most, self._hang_s, self._canary_s = most, hang_s, canary_s
-        self._served = {order.name: Served(order, ModelHandle(process, most, hang_s)) for order, process in started}
+        self._served = {
+            order.name: ServedModel(order, WorkerHandle(process, most, hang_s)) for order, process in started
+        }
         self._leaving: set[asyncio.Task[None]] = set()
 
-    def __iter__(self) -> Iterator[Served]:
+    def __iter__(self) -> Iterator[ServedModel]:
         return iter(self._served.values())
 
     @property
@@ -55,7 +65,7 @@ class Models:
         """The name of the model that answers where none is named."""
         return next(iter(self._served))
 
-    def get(self, name: str | None = None) -> ModelHandle:
+    def get(self, name: str | None = None) -> WorkerHandle:
         """The process that answers for a model; Refusal where there is none of that name."""
         served = self._served.get(self.first if name is None else name)
         if served is None:
@@ -63,7 +73,7 @@ class Models:
         return served.handle
 
     @contextmanager
-    def held(self, name: str | None = None) -> Iterator[ModelHandle]:
+    def held(self, name: str | None = None) -> Iterator[WorkerHandle]:
         """The same, which does not end while the block runs, though another version may take its place."""
         handle = self.get(name)
         handle.users += 1
@@ -83,7 +93,7 @@ class Models:
         """End all processes."""
         await asyncio.gather(*(served.handle.stop() for served in self), *self._leaving)
 
-    async def trouble(self, served: Served) -> str:
+    async def trouble(self, served: ServedModel) -> str:
         """Why a model is not ready, by a canary image that it really answers, at most a second ago; "" where it is."""
         if not served.handle.starting and time.monotonic() - served.asked_at >= _FRESH_S:
             if served.canary is None or served.canary.done():
@@ -91,7 +101,7 @@ class Models:
             await asyncio.shield(served.canary)  # a probe that goes away takes no answer from the others
         return served.known_trouble
 
-    async def _ask(self, served: Served) -> None:
+    async def _ask(self, served: ServedModel) -> None:
         handle = served.handle
         trouble = await self._canary(handle)
         if served.handle is handle:
@@ -103,22 +113,22 @@ class Models:
             await asyncio.sleep(_OWN_S)
             await asyncio.gather(*(self.trouble(served) for served in self))
 
-    async def _canary(self, handle: ModelHandle) -> str:
+    async def _canary(self, handle: WorkerHandle) -> str:
         try:
             await handle.ask({"do": "canary"}, timeout_s=self._canary_s, again=False)
-        except (ClassifierError, TooLate, Deadly, Ended) as error:
+        except (ClassifierError, DeadlineExceeded, WorkerCrash, WorkerEnded) as error:
             return str(error)
         return ""
 
-    async def reload(self, name: str, order: Order) -> None:
+    async def reload(self, name: str, order: ModelSpec) -> None:
         """Put another version in a model's place, once it is loaded and answers; the old one ends when it owes nothing more.
 
         Raises:
             ClassifierError: The new one cannot be served; the old one stays.
         """
         served = self._served[name]
-        process = await asyncio.to_thread(Started, order.as_dict())
-        fresh = ModelHandle(process, self._most, self._hang_s)
+        process = await asyncio.to_thread(WorkerProcess, order.as_dict())
+        fresh = WorkerHandle(process, self._most, self._hang_s)
         try:
             await fresh.start()
             if trouble := await self._canary(fresh):
@@ -133,7 +143,7 @@ class Models:
         task.add_done_callback(self._leaving.discard)
         log.info("the model %s is now version %s, was %s", name, fresh.facts["version"], old.facts["version"])
 
-    async def _leave(self, old: ModelHandle) -> None:
+    async def _leave(self, old: WorkerHandle) -> None:
         await old.drained()
         await old.stop()
 
@@ -158,7 +168,7 @@ class _Refused:
 class Reloader:
     """Looks now and then whether a model was replaced, on disk or by an alias of the registry, and serves the new version."""
 
-    def __init__(self, models: Models, places: Mapping[str, Place], every_s: float) -> None:
+    def __init__(self, models: ModelRegistry, places: Mapping[str, ModelSource], every_s: float) -> None:
         self._models, self._places, self._every_s = models, places, every_s
         self._refused: dict[str, _Refused] = {}
         self._said: dict[str, str] = {}
@@ -176,7 +186,7 @@ class Reloader:
         for now in self._now.values():
             now.set()
 
-    async def _follow(self, served: Served, now: asyncio.Event) -> None:
+    async def _follow(self, served: ServedModel, now: asyncio.Event) -> None:
         while True:
             with suppress(TimeoutError):
                 await asyncio.wait_for(now.wait(), self._every_s or None)
@@ -186,7 +196,7 @@ class Reloader:
             except Exception:
                 log.exception("the model %s could not be looked after", served.order.name)
 
-    async def _look(self, served: Served) -> None:
+    async def _look(self, served: ServedModel) -> None:
         name, current = served.order.name, served.handle.facts["version"]
         try:
             path = await unattended(self._places[name].find)

@@ -72,18 +72,18 @@ class Disconnected(Exception):  # it is no error of ours
     """The client is gone."""
 
 
-class Memory:
+class MemoryBudget:
     """What all requests hold together: a number of bytes that has a limit."""
 
     def __init__(self, most: int) -> None:
         self.most, self.held, self.lock = most, 0, threading.Lock()
-        self.coming: set[Share] = set()  # whose bodies are not there yet
+        self.coming: set[MemoryLease] = set()  # whose bodies are not there yet
 
 
-class Share:
+class MemoryLease:
     """What one request holds of it, counted from any thread until the request is over."""
 
-    def __init__(self, memory: Memory) -> None:
+    def __init__(self, memory: MemoryBudget) -> None:
         self._memory, self._count, self._over = memory, 0, False
         self._since, self._new, self._limit = 0.0, 0, asyncio.timeout(None)
 
@@ -133,13 +133,13 @@ class Share:
             self._count, self._over = 0, True
 
 
-class Bodies:
+class BodyReader:
     """Reads bodies, each within its limits and all together within the memory that they may take."""
 
     def __init__(self, limits: RequestLimits) -> None:
-        self.limits, self.memory = limits, Memory(limits.max_memory)
+        self.limits, self.memory = limits, MemoryBudget(limits.max_memory)
 
-    async def read(self, scope: Scope, receive: Receive, share: Share) -> bytearray:
+    async def read(self, scope: Scope, receive: Receive, share: MemoryLease) -> bytearray:
         """The body of a request, counted in its share.
 
         Raises:
@@ -165,7 +165,7 @@ class Bodies:
             raise self._too_large()
         return parts
 
-    async def _read(self, receive: Receive, share: Share, parts: bytearray) -> bool:
+    async def _read(self, receive: Receive, share: MemoryLease, parts: bytearray) -> bool:
         """Whether the body fits into its limit."""
         more = True
         while more:

@@ -12,44 +12,44 @@ ABOUT = (
 )
 
 
-class _Model(BaseModel):
+class _Schema(BaseModel):
     model_config = ConfigDict(protected_namespaces=())
 
 
-class Alive(_Model):
+class LivenessResponse(_Schema):
     """The server is alive."""
 
     status: Literal["alive"]
 
 
-class Ready(_Model):
+class ReadinessResponse(_Schema):
     """Whether every model answered a known image as it should, at most a second ago; where one did not, its words."""
 
     status: Literal["ready", "not ready"]
     models: dict[str, str]
 
 
-class Complaint(_Model):
+class Complaint(_Schema):
     """A code for programs and words for people."""
 
     code: str
     message: str
 
 
-class Problem(_Model):
+class Problem(_Schema):
     """An answer that is no."""
 
     error: Complaint
     request_id: str
 
 
-class V2Problem(_Model):
+class V2Problem(_Schema):
     """An answer of the V2 protocol that is no."""
 
     error: str
 
 
-class Prediction(_Model):
+class PredictionResponse(_Schema):
     """The answer for one image; `decision` is abstain where the label should not be relied on, and `reason` says why."""
 
     path: str = Field(description="The client's own name for the image.")
@@ -63,23 +63,23 @@ class Prediction(_Model):
     )
 
 
-class Unreadable(_Model):
+class Unreadable(_Schema):
     """An image without an answer."""
 
     path: str
     error: str
 
 
-class Answers(_Model):
+class PredictResponse(_Schema):
     """One answer an image, in their order."""
 
     model: str
     model_version: str
     request_id: str
-    predictions: list[Prediction | Unreadable]
+    predictions: list[PredictionResponse | Unreadable]
 
 
-class Explanation(_Model):
+class ExplainResponse(_Schema):
     """What in the image speaks for a class: rows from top to bottom over the whole picture, 0 to 1, null where the network does not look."""
 
     model: str
@@ -90,7 +90,7 @@ class Explanation(_Model):
     heat: list[list[float | None]]
 
 
-class ModelState(_Model):
+class ModelState(_Schema):
     """One model."""
 
     name: str
@@ -99,13 +99,13 @@ class ModelState(_Model):
     default: bool
 
 
-class ModelList(_Model):
+class ModelList(_Schema):
     """All models."""
 
     models: list[ModelState]
 
 
-class Card(_Model):
+class Card(_Schema):
     """What is known of a model."""
 
     name: str

@@ -14,34 +14,39 @@ import uvicorn
 
 from image_classifier.serving import http_protocol
 from image_classifier.serving.app import make_app
-from image_classifier.serving.auth import Access
-from image_classifier.serving.drift_window import Traffic
-from image_classifier.serving.metrics import Drift, Metrics, RequestLog, Writes
-from image_classifier.serving.middleware import Fence
-from image_classifier.serving.registry import Models, Reloader
-from image_classifier.serving.request_limits import Bodies
-from image_classifier.serving.routes.predict import Parts
+from image_classifier.serving.auth import AccessPolicy
+from image_classifier.serving.drift_window import DriftWindow
+from image_classifier.serving.metrics import Drift, LogWriter, RequestLog, ServerMetrics
+from image_classifier.serving.middleware import GatewayMiddleware
+from image_classifier.serving.registry import ModelRegistry, Reloader
+from image_classifier.serving.request_limits import BodyReader
+from image_classifier.serving.routes.predict import AppState
 from image_classifier.serving.uploads import Uploads
-from image_classifier.sources.web import Web
+from image_classifier.sources.web import WebClient
 
 if TYPE_CHECKING:
-    from image_classifier.serving.settings import ServeSettings, Told
+    from image_classifier.serving.settings import ServeSettings, ShutdownSignal
 
 log = logging.getLogger(__name__)
 
 
-def make_fence(
-    asked: ServeSettings, access: Access, models: Models, traffic: Traffic, log_to: Writes, stopping: Callable[[], bool]
-) -> Fence:
+def make_gateway(
+    asked: ServeSettings,
+    access: AccessPolicy,
+    models: ModelRegistry,
+    traffic: DriftWindow,
+    log_to: LogWriter,
+    stopping: Callable[[], bool],
+) -> GatewayMiddleware:
     """All routes and what stands around them."""
-    uploads = Uploads(asked.request, Web(asked.fetch) if asked.fetch.enabled else None, asked.limits.max_bytes)
-    metrics = Metrics(lambda: _gauges(models), lambda: _drift(models, traffic))
-    app = make_app(Parts(models, uploads, metrics, traffic, asked.request, asked.fetch.enabled), access.needs_key)
+    uploads = Uploads(asked.request, WebClient(asked.fetch) if asked.fetch.enabled else None, asked.limits.max_bytes)
+    metrics = ServerMetrics(lambda: _gauges(models), lambda: _drift(models, traffic))
+    app = make_app(AppState(models, uploads, metrics, traffic, asked.request, asked.fetch.enabled), access.needs_key)
     hear = (metrics.seen, RequestLog(log_to)) if asked.request_log else (metrics.seen,)
-    return Fence(
+    return GatewayMiddleware(
         app,
         access,
-        Bodies(asked.request),
+        BodyReader(asked.request),
         lambda seen: [one(seen) for one in hear],
         stopping,
         lambda: app.openapi()["paths"],
@@ -49,7 +54,12 @@ def make_fence(
 
 
 async def serve_until(
-    told: Told, asked: ServeSettings, fence: Fence, models: Models, reloader: Reloader, listening: socket.socket
+    told: ShutdownSignal,
+    asked: ServeSettings,
+    fence: GatewayMiddleware,
+    models: ModelRegistry,
+    reloader: Reloader,
+    listening: socket.socket,
 ) -> None:
     """Serve at a socket that listens, until `told` to end."""
     server = _Server(_config(asked, fence), lambda: _say(models, listening))
@@ -79,7 +89,7 @@ async def serve_until(
             task.cancel()
 
 
-def _config(asked: ServeSettings, fence: Fence) -> uvicorn.Config:
+def _config(asked: ServeSettings, fence: GatewayMiddleware) -> uvicorn.Config:
     return uvicorn.Config(
         fence,
         lifespan="off",
@@ -110,7 +120,7 @@ class _Server(uvicorn.Server):
 
 
 @asynccontextmanager
-async def _running(models: Models, ended: asyncio.Event) -> AsyncIterator[bool]:
+async def _running(models: ModelRegistry, ended: asyncio.Event) -> AsyncIterator[bool]:
     """Models that answer; false where the program was told to end before they did."""
     starting, ending = asyncio.ensure_future(models.start()), asyncio.ensure_future(ended.wait())
     try:
@@ -125,7 +135,7 @@ async def _running(models: Models, ended: asyncio.Event) -> AsyncIterator[bool]:
         await models.stop()
 
 
-async def _reread(access: Access, every_s: float) -> None:
+async def _reread(access: AccessPolicy, every_s: float) -> None:
     while every_s:
         await asyncio.sleep(every_s)
         access.reread()
@@ -137,11 +147,11 @@ async def _end(server: Any, ended: asyncio.Event) -> None:
     server.should_exit = True
 
 
-def _drift(models: Models, traffic: Traffic) -> list[Drift]:
+def _drift(models: ModelRegistry, traffic: DriftWindow) -> list[Drift]:
     return [(served.order.name, *figures) for served in models for figures in traffic.figures(served.order.name)]
 
 
-def _gauges(models: Models) -> Iterator[tuple[str, dict[str, float]]]:
+def _gauges(models: ModelRegistry) -> Iterator[tuple[str, dict[str, float]]]:
     for served in models:
         handle = served.handle
         state = {
@@ -153,7 +163,7 @@ def _gauges(models: Models) -> Iterator[tuple[str, dict[str, float]]]:
         yield served.order.name, state
 
 
-def _say(models: Models, listening: socket.socket) -> None:
+def _say(models: ModelRegistry, listening: socket.socket) -> None:
     host, port = listening.getsockname()[:2]
     for served in models:
         facts = served.handle.facts

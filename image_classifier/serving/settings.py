@@ -18,15 +18,15 @@ from image_classifier.cli import hydra_app
 from image_classifier.errors import ConfigError
 from image_classifier.evaluation.reliability.abstention import DecisionSettings
 from image_classifier.images import DecodeLimits
-from image_classifier.inference.backends import NAMES, ServerAt
-from image_classifier.serving.async_log import logging_aside
-from image_classifier.serving.auth import Access, AccessSettings, is_loopback
-from image_classifier.serving.drift_window import DriftSettings, Traffic
-from image_classifier.serving.model_sources import Place, place_of
+from image_classifier.inference.backends import NAMES, ServerAddress
+from image_classifier.serving.async_log import async_logging
+from image_classifier.serving.auth import AccessPolicy, AccessSettings, is_loopback
+from image_classifier.serving.drift_window import DriftSettings, DriftWindow
+from image_classifier.serving.model_sources import ModelSource, model_source
 from image_classifier.serving.request_limits import RequestLimits
 from image_classifier.serving.worker.batching import BatchSettings
-from image_classifier.serving.worker.handle import Started
-from image_classifier.serving.worker.spec import Order, served_name
+from image_classifier.serving.worker.handle import WorkerProcess
+from image_classifier.serving.worker.spec import ModelSpec, served_name
 from image_classifier.sources.web import UrlLimits
 
 log = logging.getLogger(__name__)
@@ -75,7 +75,7 @@ class ServeSettings:
     def __post_init__(self) -> None:
         if self.backend not in (None, "auto", *NAMES):
             raise ConfigError(f"there is no backend {self.backend!r}", f"use one of {', '.join((*NAMES, 'auto'))}")
-        ServerAt(self.url, self.server_timeout_s).fits(self.backend)
+        ServerAddress(self.url, self.server_timeout_s).fits(self.backend)
         if not 0 <= self.port <= 65535:
             raise ConfigError(f"port={self.port} cannot be", "it is a number from 0 (any that is free) to 65535")
         if not 0 <= self.threshold <= 1:
@@ -89,11 +89,11 @@ class ServeSettings:
         if self.hang_s <= self.canary_s:
             raise ConfigError(f"hang_s={self.hang_s} must be above canary_s={self.canary_s}")
 
-    def order(self, name: str, path: Path) -> Order:
+    def order(self, name: str, path: Path) -> ModelSpec:
         """What the process of one model is told."""
-        server = ServerAt(self.url, self.server_timeout_s)
+        server = ServerAddress(self.url, self.server_timeout_s)
         trusted = tuple(self.trusted_packages)
-        return Order(
+        return ModelSpec(
             name,
             str(path.resolve()),
             self.backend,
@@ -111,7 +111,7 @@ class ServeSettings:
 def serve(config: Any) -> None:
     """Serve until SIGINT or SIGTERM; then finish what was begun."""
     asked = hydra_app.typed(ServeSettings, config, "")
-    access = Access(asked.access, asked.host)
+    access = AccessPolicy(asked.access, asked.host)
     with contextlib.ExitStack() as stack:
         stack.callback(
             signal.signal, signal.SIGHUP, signal.signal(signal.SIGHUP, signal.SIG_IGN)
@@ -121,18 +121,20 @@ def serve(config: Any) -> None:
             log.warning("everyone who can reach %s may ask: access.keys_file=FILE asks for a key", asked.host)
         places = _places(asked)
         orders = [asked.order(name, place.find()) for name, place in places.items()]
-        started = [(order, Started(order.as_dict())) for order in orders]  # they load while the server is imported
+        started = [
+            (order, WorkerProcess(order.as_dict())) for order in orders
+        ]  # they load while the server is imported
         for _, process in started:
             stack.callback(process.kill)
-        from image_classifier.serving.registry import Models, Reloader
-        from image_classifier.serving.server import make_fence, serve_until
+        from image_classifier.serving.registry import ModelRegistry, Reloader
+        from image_classifier.serving.server import make_gateway, serve_until
 
-        models, told = Models(started, asked.queue, asked.hang_s, asked.canary_s), Told()
+        models, told = ModelRegistry(started, asked.queue, asked.hang_s, asked.canary_s), ShutdownSignal()
         stack.enter_context(told.listening())
-        traffic = Traffic(asked.drift)
+        traffic = DriftWindow(asked.drift)
         stack.callback(traffic.close)
-        with logging_aside() as log_to:  # until after the last request, which may be ended by the loop's own end
-            fence = make_fence(asked, access, models, traffic, log_to, told.ended.is_set)
+        with async_logging() as log_to:  # until after the last request, which may be ended by the loop's own end
+            fence = make_gateway(asked, access, models, traffic, log_to, told.ended.is_set)
             reloader = Reloader(models, places, asked.reload_s)
             try:
                 asyncio.run(serve_until(told, asked, fence, models, reloader, listening))
@@ -142,11 +144,11 @@ def serve(config: Any) -> None:
                 signal.signal(signal.SIGHUP, signal.SIG_IGN)  # the loop has given it back
 
 
-def _places(asked: ServeSettings) -> dict[str, Place]:
+def _places(asked: ServeSettings) -> dict[str, ModelSource]:
     """Where each model comes from, under the name by which requests ask for it."""
-    places: dict[str, Place] = {}
+    places: dict[str, ModelSource] = {}
     for given, where in [("", asked.checkpoint_name), *asked.models.items()]:
-        place = place_of(where, Path(asked.models_dir), asked.dvc, asked.tracking_uri)
+        place = model_source(where, Path(asked.models_dir), asked.dvc, asked.tracking_uri)
         name = served_name(given or place.name)
         if name in places:
             raise ConfigError(
@@ -179,7 +181,7 @@ def _listening(host: str, port: int) -> Iterator[socket.socket]:
         yield found
 
 
-class Told:
+class ShutdownSignal:
     """What SIGINT and SIGTERM said: `ended` is set by the first, `hurry` called by a Ctrl-C after it."""
 
     def __init__(self) -> None:

@@ -15,8 +15,8 @@ from starlette.datastructures import Headers, UploadFile
 from starlette.formparsers import MultiPartException, MultiPartParser
 
 from image_classifier.errors import UnreadableImage, printable
-from image_classifier.serving.request_limits import Refusal, RequestLimits, Share
-from image_classifier.sources.web import ALLOWING, Web, file_name, is_url
+from image_classifier.serving.request_limits import MemoryLease, Refusal, RequestLimits
+from image_classifier.sources.web import ALLOWING, WebClient, file_name, is_url
 
 _NAME_CHARACTERS = 200
 _FETCHES = 32  # at once, of all requests: so that one of them, of slow addresses, takes not all
@@ -33,7 +33,7 @@ TopK = Annotated[int, Field(ge=1)]
 _TOP_K: TypeAdapter[int] = TypeAdapter(TopK)
 
 
-class ImageAsked(BaseModel):
+class ImageInput(BaseModel):
     """One image of a JSON request: its bytes as base64 (also as a data: URL), or where it lies."""
 
     model_config = ConfigDict(extra="forbid")
@@ -46,7 +46,7 @@ class PredictRequest(BaseModel):
     """A JSON request."""
 
     model_config = ConfigDict(extra="forbid")
-    images: Annotated[list[ImageAsked], Field(min_length=1), FailFast()]
+    images: Annotated[list[ImageInput], Field(min_length=1), FailFast()]
     top_k: Annotated[TopK | None, Field(strict=True)] = None
 
 
@@ -68,11 +68,11 @@ class _InMemory(MultiPartParser):
 class Uploads:
     """Reads the images of requests."""
 
-    def __init__(self, limits: RequestLimits, web: Web | None, max_image_bytes: int) -> None:
+    def __init__(self, limits: RequestLimits, web: WebClient | None, max_image_bytes: int) -> None:
         self._limits, self._web, self._max_image_bytes = limits, web, max_image_bytes
         self._fetchers = ThreadPoolExecutor(_FETCHES, "fetch")
 
-    async def of(self, headers: Headers, body: bytearray, share: Share) -> tuple[list[Upload], int | None]:
+    async def of(self, headers: Headers, body: bytearray, share: MemoryLease) -> tuple[list[Upload], int | None]:
         """The images of a body, at least one, and how many classes an answer is to list where it says so; Refusal where it holds none.
 
         What is fetched for it is counted in its share.
@@ -116,7 +116,7 @@ class Uploads:
             self._upload(_name(file.filename, place), file.file.read()) for place, file in enumerate(files, 1)
         ], top_k
 
-    async def _of_json(self, body: bytearray, share: Share) -> tuple[list[Upload], int | None]:
+    async def _of_json(self, body: bytearray, share: MemoryLease) -> tuple[list[Upload], int | None]:
         most = _COMMAS * (1 + self._limits.max_images)
         if _commas(body, most) > most:
             raise Refusal(413, "too_large", "the JSON has more values than a request can have")
@@ -153,7 +153,7 @@ class Uploads:
                 web.stop()
         return [task.result() for task in tasks], asked.top_k
 
-    async def _of_item(self, item: ImageAsked, place: int, web: Web | None, share: Share) -> Upload:
+    async def _of_item(self, item: ImageInput, place: int, web: WebClient | None, share: MemoryLease) -> Upload:
         if (item.base64 is None) == (item.url is None):
             raise Refusal(422, "invalid", f"images.{place - 1} must have either base64 or url")
         if item.base64 is not None:
@@ -167,7 +167,7 @@ class Uploads:
                 return Upload(name, error=f"not base64 ({error})")
         return await self._fetched(item.name, str(item.url), place, web, share)
 
-    async def _fetched(self, given: str, url: str, place: int, web: Web | None, share: Share) -> Upload:
+    async def _fetched(self, given: str, url: str, place: int, web: WebClient | None, share: MemoryLease) -> Upload:
         name = _name(given or file_name(url), place)
         if web is None:
             raise Refusal(

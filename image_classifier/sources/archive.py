@@ -17,7 +17,7 @@ from typing import IO, Any, cast
 
 from image_classifier.errors import ConfigError, SourceError, printable
 from image_classifier.images import is_image_name
-from image_classifier.sources.image_source import Item
+from image_classifier.sources.image_source import ImageSource
 
 SUFFIXES = (".zip", ".tar", ".tar.gz", ".tgz", ".tar.zst", ".tzst", ".tar.bz2", ".tbz2", ".tar.xz", ".txz")
 _DAMAGED = (
@@ -70,7 +70,7 @@ def is_archive(head: bytes) -> bool:
     return bz2_block or head.startswith((b"PK\x03\x04", b"PK\x05\x06", _ZSTD, _GZIP, _XZ)) or head[257:262] == b"ustar"
 
 
-def members(file: IO[bytes], name: str, limits: ArchiveLimits, max_image_bytes: int) -> Iterator[Item]:
+def members(file: IO[bytes], name: str, limits: ArchiveLimits, max_image_bytes: int) -> Iterator[ImageSource]:
     """The images of an archive, named `name/member`, in its order; where it is damaged or beyond its limits a last Item says so."""
     count = 0
     try:
@@ -78,23 +78,23 @@ def members(file: IO[bytes], name: str, limits: ArchiveLimits, max_image_bytes: 
             count += 1
             yield item
     except SourceError as error:
-        yield Item.missing(name, error.fact)
+        yield ImageSource.missing(name, error.fact)
         return
     except MemoryError:  # an xz may ask for gigabytes
-        yield Item.missing(name, "unpacking it takes more memory than there is")
+        yield ImageSource.missing(name, "unpacking it takes more memory than there is")
         return
     except _DAMAGED as error:
-        yield Item.missing(name, f"the archive is damaged ({_reason(error)})")
+        yield ImageSource.missing(name, f"the archive is damaged ({_reason(error)})")
         return
     if not count:
-        yield Item.missing(name, "the archive holds no image")
+        yield ImageSource.missing(name, "the archive holds no image")
 
 
 def _reason(error: BaseException) -> str:
     return printable(" ".join(str(error).split()))[:100] or type(error).__name__
 
 
-def _members(file: IO[bytes], name: str, limits: ArchiveLimits, max_image_bytes: int) -> Iterator[Item]:
+def _members(file: IO[bytes], name: str, limits: ArchiveLimits, max_image_bytes: int) -> Iterator[ImageSource]:
     budget = _Budget(limits, os.fstat(file.fileno()).st_size)
     head = file.read(6)
     file.seek(0)
@@ -139,7 +139,7 @@ def _wanted(name: str) -> bool:
     )
 
 
-def _of_zip(file: IO[bytes], name: str, budget: _Budget, max_image_bytes: int) -> Iterator[Item]:
+def _of_zip(file: IO[bytes], name: str, budget: _Budget, max_image_bytes: int) -> Iterator[ImageSource]:
     _check_directory(file, budget.limits)
     with zipfile.ZipFile(file) as bundle:
         for member in bundle.infolist():
@@ -148,16 +148,16 @@ def _of_zip(file: IO[bytes], name: str, budget: _Budget, max_image_bytes: int) -
                 continue
             full = f"{name}/{member.filename}"
             if member.file_size > max_image_bytes:
-                yield Item.missing(full, f"larger than {max_image_bytes / 2**20:.0f} MiB")
+                yield ImageSource.missing(full, f"larger than {max_image_bytes / 2**20:.0f} MiB")
                 continue
             if member.flag_bits & 1:
-                yield Item.missing(full, "encrypted")
+                yield ImageSource.missing(full, "encrypted")
                 continue
             try:
                 with bundle.open(member) as opened:
-                    yield Item(full, opened.read(max_image_bytes + 1))
+                    yield ImageSource(full, opened.read(max_image_bytes + 1))
             except (*_DAMAGED, MemoryError) as error:  # of one member: cut, of another sum; the next one may be whole
-                yield Item.missing(full, f"cannot be unpacked ({_reason(error)})")
+                yield ImageSource.missing(full, f"cannot be unpacked ({_reason(error)})")
 
 
 def _check_directory(file: IO[bytes], limits: ArchiveLimits) -> None:
@@ -176,8 +176,8 @@ def _check_directory(file: IO[bytes], limits: ArchiveLimits) -> None:
     file.seek(0)
 
 
-def _of_tar(unpacked: IO[bytes], name: str, budget: _Budget, max_image_bytes: int) -> Iterator[Item]:
-    metered = _Metered(unpacked)
+def _of_tar(unpacked: IO[bytes], name: str, budget: _Budget, max_image_bytes: int) -> Iterator[ImageSource]:
+    metered = _MeteredStream(unpacked)
     with tarfile.open(fileobj=cast(Any, metered), mode="r|") as tar:
         while (member := tar.next()) is not None:
             tar.members.clear()  # type: ignore[attr-defined]  # it remembers each, and so grows
@@ -186,13 +186,13 @@ def _of_tar(unpacked: IO[bytes], name: str, budget: _Budget, max_image_bytes: in
             if not member.isreg() or not _wanted(member.name):
                 continue
             if member.size > max_image_bytes:
-                yield Item.missing(f"{name}/{member.name}", f"larger than {max_image_bytes / 2**20:.0f} MiB")
+                yield ImageSource.missing(f"{name}/{member.name}", f"larger than {max_image_bytes / 2**20:.0f} MiB")
                 continue
             opened = tar.extractfile(member)
-            yield Item(f"{name}/{member.name}", b"" if opened is None else opened.read())
+            yield ImageSource(f"{name}/{member.name}", b"" if opened is None else opened.read())
 
 
-class _Metered:
+class _MeteredStream:
     """Ends a tar that goes on for longer than its headers say: a name of gigabytes, say."""
 
     def __init__(self, file: IO[bytes]) -> None:

@@ -23,7 +23,7 @@ from urllib.parse import urlsplit, urlunsplit
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
-from image_classifier.atomic_io import locked, write_text
+from image_classifier.atomic_io import file_lock, write_text
 from image_classifier.errors import SourceError, StorageError, printable, storage_errors
 
 log = logging.getLogger(__name__)
@@ -57,7 +57,7 @@ class Download:
         check_url(self.url)
         with storage_errors(self.path):
             lock = self.path.with_name(f".{self.path.name}.lock")
-            with locked(lock, remove=True):  # another run may be fetching the same file
+            with file_lock(lock, remove=True):  # another run may be fetching the same file
                 if self.path.exists():
                     check(self.path, self.checksum, f"delete it, and it is fetched again from {shown(self.url)}")
                 else:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from image_classifier.atomic_io import locked, write_text
+from image_classifier.atomic_io import file_lock, write_text
 from image_classifier.errors import SourceError, StorageError, storage_errors
 from image_classifier.sources.download import shown
 
@@ -134,7 +134,7 @@ def _outputs(lock: Path) -> Iterator[str]:
 
 def _pull_once(tracked: Tracked, path: Path, enabled: bool | None) -> bool:
     """One process at a time; a second one finds the work done."""
-    with storage_errors(tracked.marker), locked(tracked.root / ".dvc" / "tmp" / "image_classifier.lock"):
+    with storage_errors(tracked.marker), file_lock(tracked.root / ".dvc" / "tmp" / "image_classifier.lock"):
         if path.exists() and not tracked.marker.exists():
             return True
         names, default = _remotes(tracked)

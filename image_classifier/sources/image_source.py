@@ -14,19 +14,19 @@ Content = Path | bytes
 
 
 @dataclass(frozen=True, slots=True)
-class Item:
+class ImageSource:
     """An image's `name` in the answers, and its file, its bytes, or what fetches them when it is their turn."""
 
     name: str
     source: Content | Callable[[], bytes]
 
     @classmethod
-    def file(cls, path: Path) -> Item:
+    def file(cls, path: Path) -> ImageSource:
         """A file, named as its path is written."""
         return cls(str(path), path)
 
     @classmethod
-    def missing(cls, name: str, reason: str) -> Item:
+    def missing(cls, name: str, reason: str) -> ImageSource:
         """An image that cannot be had: its row says why."""
         return cls(name, partial(_refuse, name, reason))
 

@@ -18,11 +18,11 @@ from typing import IO
 from image_classifier.errors import ConfigError, DataError, SourceError, storage_errors
 from image_classifier.images import DEFAULT_LIMITS, IMAGE_SUFFIXES, DecodeLimits, is_image_name
 from image_classifier.sources.archive import ArchiveLimits, is_archive, is_archive_name, members
-from image_classifier.sources.image_source import Item
+from image_classifier.sources.image_source import ImageSource
 from image_classifier.sources.object_store import Storage, is_stored
 from image_classifier.sources.stdin import HEAD, is_picture, lines, read_head
 from image_classifier.sources.table import is_table
-from image_classifier.sources.web import UrlLimits, Web, file_name, is_url
+from image_classifier.sources.web import UrlLimits, WebClient, file_name, is_url
 
 STDIN = "-"
 _COLUMNS = ("path", "image")
@@ -41,7 +41,7 @@ class Inputs:
     stdin: Callable[[], IO[bytes]]
     limits: DecodeLimits = DEFAULT_LIMITS
     archive: ArchiveLimits = field(default_factory=ArchiveLimits)
-    web: Web = field(default_factory=lambda: Web(UrlLimits()))
+    web: WebClient = field(default_factory=lambda: WebClient(UrlLimits()))
     storage: Storage = field(default_factory=Storage.here)
 
     def check(self) -> None:
@@ -58,7 +58,7 @@ class Inputs:
                 if next(iter(found), None) is None:
                     raise DataError(f"{item!r} holds no image", f"images end in {', '.join(sorted(IMAGE_SUFFIXES))}")
 
-    def __iter__(self) -> Iterator[Item]:
+    def __iter__(self) -> Iterator[ImageSource]:
         """Every image, in the order given; DataError where there is none at all."""
         empty = True
         for item in self.items:
@@ -71,7 +71,7 @@ class Inputs:
                 "give files, folders, globs, archives, tables, URLs, s3:// or - for standard input",
             )
 
-    def _expanded(self, item: str) -> Iterator[Item]:
+    def _expanded(self, item: str) -> Iterator[ImageSource]:
         path = Path(item)
         if item == STDIN:
             return self._of_stdin()
@@ -83,36 +83,38 @@ class Inputs:
             return _walk(item)
         if os.path.exists(item) or not glob.has_magic(item):
             return self._of_file(path)
-        return map(Item.file, map(Path, _matches(item)))
+        return map(ImageSource.file, map(Path, _matches(item)))
 
-    def _of_file(self, path: Path) -> Iterator[Item]:
+    def _of_file(self, path: Path) -> Iterator[ImageSource]:
         if os.path.isfile(path) and is_archive_name(path.name):
             return self._of_archive(path)
         if os.path.isfile(path) and is_table(path):
             return (
-                self._named(name) if name else Item.missing(str(path), "a row of the table has no path")
+                self._named(name) if name else ImageSource.missing(str(path), "a row of the table has no path")
                 for name in _table(path)
             )
-        return iter([Item.file(path)])
+        return iter([ImageSource.file(path)])
 
-    def _named(self, name: str) -> Item:
+    def _named(self, name: str) -> ImageSource:
         """One image of a list: a file, or an address."""
         if is_stored(name):
             return self.storage.item(name, self.limits.max_bytes)
         return (
-            Item(name, partial(self.web.image, name, self.limits.max_bytes)) if is_url(name) else Item.file(Path(name))
+            ImageSource(name, partial(self.web.image, name, self.limits.max_bytes))
+            if is_url(name)
+            else ImageSource.file(Path(name))
         )
 
-    def _of_archive(self, path: Path) -> Iterator[Item]:
+    def _of_archive(self, path: Path) -> Iterator[ImageSource]:
         try:
             file = path.open("rb")
         except OSError as error:
-            yield Item.missing(str(path), f"cannot be opened ({error.strerror})")
+            yield ImageSource.missing(str(path), f"cannot be opened ({error.strerror})")
             return
         with file:
             yield from members(file, str(path), self.archive, self.limits.max_bytes)
 
-    def _of_url(self, url: str) -> Iterator[Item]:
+    def _of_url(self, url: str) -> Iterator[ImageSource]:
         """An image that is fetched when it is its turn, or an archive; where the address does not tell, what lies there does."""
         if is_image_name(file_name(url)):
             yield self._named(url)
@@ -122,7 +124,7 @@ class Inputs:
                 for block in self.web.blocks(url, self.web.limits.max_bytes):
                     file.write(block)
             except SourceError as error:
-                yield Item.missing(url, error.fact)
+                yield ImageSource.missing(url, error.fact)
                 return
             file.seek(0)
             head = file.read(HEAD)
@@ -130,14 +132,14 @@ class Inputs:
             if is_archive(head):
                 yield from members(file, url, self.archive, self.limits.max_bytes)
             else:
-                yield Item(url, file.read(self.limits.max_bytes + 1))
+                yield ImageSource(url, file.read(self.limits.max_bytes + 1))
 
-    def _of_stdin(self) -> Iterator[Item]:
+    def _of_stdin(self) -> Iterator[ImageSource]:
         """One image or archive, where its bytes are what comes; else a list of paths and addresses."""
         stdin = self.stdin()
         head = read_head(stdin)
         if is_picture(head):
-            yield Item(STDIN, head + stdin.read(self.limits.max_bytes + 1 - len(head)))
+            yield ImageSource(STDIN, head + stdin.read(self.limits.max_bytes + 1 - len(head)))
         elif is_archive(head):
             with _spool() as file:
                 file.write(head)
@@ -166,7 +168,7 @@ def is_address(item: str) -> bool:
     return is_url(item) or is_stored(item)
 
 
-def _walk(folder: str) -> Iterator[Item]:
+def _walk(folder: str) -> Iterator[ImageSource]:
     """The images below a folder, by name, without hidden ones; one folder's names are held at a time."""
     try:
         with os.scandir(folder) as entries:
@@ -174,14 +176,14 @@ def _walk(folder: str) -> Iterator[Item]:
                 (entry.name, entry.is_dir(follow_symlinks=False)) for entry in entries if not entry.name.startswith(".")
             )
     except OSError as error:
-        yield Item.missing(folder, f"the folder cannot be listed ({error.strerror})")
+        yield ImageSource.missing(folder, f"the folder cannot be listed ({error.strerror})")
         return
     for name, is_folder in found:
         path = os.path.join(folder, name)
         if is_folder:
             yield from _walk(path)
         elif is_image_name(name) and os.path.isfile(path):
-            yield Item.file(Path(path))
+            yield ImageSource.file(Path(path))
 
 
 def _matches(pattern: str) -> Iterable[str]:

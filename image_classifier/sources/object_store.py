@@ -13,7 +13,7 @@ from typing import Any
 
 from image_classifier.errors import ConfigError, DataError, SourceError, StorageError, UnreadableImage
 from image_classifier.images import IMAGE_SUFFIXES, is_image_name
-from image_classifier.sources.image_source import Item
+from image_classifier.sources.image_source import ImageSource
 
 _SCHEME = "s3://"
 _ATTEMPTS = 8  # with growing pauses: a million images meet some server that is busy
@@ -37,7 +37,7 @@ class Storage:
         endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
         return cls(endpoint, os.environ.get("AWS_REGION") or os.environ.get("AWS_DEFAULT_REGION"))
 
-    def items(self, address: str, max_bytes: int) -> Iterator[Item]:
+    def items(self, address: str, max_bytes: int) -> Iterator[ImageSource]:
         """The image of that name, or those below it by name, without hidden ones.
 
         Raises:
@@ -69,9 +69,9 @@ class Storage:
         for parts in wanted:
             yield self.item("/".join([address.rstrip("/"), *parts]), max_bytes)
 
-    def item(self, address: str, max_bytes: int) -> Item:
+    def item(self, address: str, max_bytes: int) -> ImageSource:
         """One image, fetched when it is its turn."""
-        return Item(address, partial(self.image, address, max_bytes))
+        return ImageSource(address, partial(self.image, address, max_bytes))
 
     def image(self, address: str, max_bytes: int) -> bytes:
         """The bytes of an image, one more than `max_bytes` at most; UnreadableImage says why there are none."""

@@ -12,7 +12,7 @@ from types import TracebackType
 _LOOK_S = 0.1  # seconds until the end of the run is noticed
 
 
-class Watchdog:
+class SocketDeadline:
     """While the block runs: cuts the connections that it was given when `total_s` seconds are over, or when the run `ended`."""
 
     def __init__(self, total_s: float, ended: threading.Event | None = None) -> None:
@@ -21,7 +21,7 @@ class Watchdog:
         self._held: list[socket.socket] = []
         self.bit = False
 
-    def __enter__(self) -> Watchdog:
+    def __enter__(self) -> SocketDeadline:
         threading.Thread(target=self._watch, daemon=True).start()
         return self
 

@@ -19,7 +19,7 @@ from urllib.parse import quote, urlsplit, urlunsplit
 
 from image_classifier.errors import ConfigError, SourceError, UnreadableImage, printable
 from image_classifier.sources.download import SafeRedirects, check_url, reason_of
-from image_classifier.sources.socket_deadline import Watchdog
+from image_classifier.sources.socket_deadline import SocketDeadline
 
 _BLOCK_BYTES = 2**18
 ALLOWING = "; allow_private_urls=true allows it"  # the last words of a refusal, for the owner of that key
@@ -62,7 +62,7 @@ def file_name(url: str) -> str:
 
 
 @dataclass(frozen=True)
-class Web:
+class WebClient:
     """Fetches addresses; those of this machine and of private networks only where `allow_private`."""
 
     limits: UrlLimits
@@ -88,7 +88,7 @@ class Web:
     def blocks(self, url: str, max_bytes: int) -> Generator[bytes, None, None]:
         """What lies there, piece by piece; SourceError where it cannot be had, takes too long or is larger."""
         check_url(url)
-        with Watchdog(self.limits.total_s, self._ended) as watchdog:
+        with SocketDeadline(self.limits.total_s, self._ended) as watchdog:
             try:
                 for block in self._blocks(url, max_bytes, watchdog):
                     self._check(watchdog)
@@ -101,7 +101,7 @@ class Web:
                 self._check(watchdog)
                 raise SourceError(f"cannot be fetched ({reason_of(error)})") from error
 
-    def _blocks(self, url: str, max_bytes: int, watchdog: Watchdog) -> Iterator[bytes]:
+    def _blocks(self, url: str, max_bytes: int, watchdog: SocketDeadline) -> Iterator[bytes]:
         request = urllib.request.Request(
             _ascii(url), headers={"Accept-Encoding": "identity", "User-Agent": "image_classifier"}
         )
@@ -117,14 +117,14 @@ class Web:
             if answer.length:
                 raise ConnectionError(f"the connection broke off, {answer.length:,} bytes are missing")
 
-    def _check(self, watchdog: Watchdog) -> None:
+    def _check(self, watchdog: SocketDeadline) -> None:
         """SourceError where the connection was cut from this side, whatever that looked like."""
         if self._ended.is_set():
             raise SourceError("the run was stopped")
         if watchdog.bit:
             raise SourceError(f"takes longer than {self.limits.total_s:g} s")
 
-    def _opener(self, watchdog: Watchdog) -> urllib.request.OpenerDirector:
+    def _opener(self, watchdog: SocketDeadline) -> urllib.request.OpenerDirector:
         redirects = SafeRedirects()
         redirects.max_redirections = redirects.max_repeats = self.limits.max_redirects  # type: ignore[misc]
         connect = functools.partial(_connected, watchdog=watchdog, public=not self.allow_private)
@@ -132,8 +132,8 @@ class Web:
         proxies = [] if self.allow_private else [urllib.request.ProxyHandler({})]
         return urllib.request.build_opener(redirects, *proxies, _Http(connect), _Https(connect))
 
-    def __reduce__(self) -> tuple[type[Web], tuple[UrlLimits, bool]]:
-        return Web, (self.limits, self.allow_private)  # another process ends by itself
+    def __reduce__(self) -> tuple[type[WebClient], tuple[UrlLimits, bool]]:
+        return WebClient, (self.limits, self.allow_private)  # another process ends by itself
 
 
 def _ascii(url: str) -> str:
@@ -178,7 +178,7 @@ _OF_CLOUDS = {"168.63.129.16", "192.0.0.192"}  # Azure and Oracle tell a machine
 
 
 def _connected(
-    place: tuple[str, int], timeout: Any, source: object = None, *, watchdog: Watchdog, public: bool
+    place: tuple[str, int], timeout: Any, source: object = None, *, watchdog: SocketDeadline, public: bool
 ) -> socket.socket:
     """A connection to one of the addresses that a name has now, all of which must be public if one must: what was checked is what is asked."""
     host, port = place

@@ -34,10 +34,10 @@ from image_classifier.manifest import Manifest
 from image_classifier.modeling.classifier import TTA
 from image_classifier.training.builders import build_datamodule, build_module, build_trainer
 from image_classifier.training.callbacks.exact_resume import random_state, set_random_state
-from image_classifier.training.callbacks.lr_sweep import Stopwatch, Sweep
+from image_classifier.training.callbacks.lr_sweep import LearningRateSweep, StepTimer
 from image_classifier.training.callbacks.throughput import Throughput
-from image_classifier.training.callbacks.torch_compile import repays_s
-from image_classifier.training.distributed import broadcast, is_main, world_size
+from image_classifier.training.callbacks.torch_compile import break_even_s
+from image_classifier.training.distributed import broadcast, is_rank_zero, world_size
 from image_classifier.training.hardware import Hardware
 from image_classifier.training.launch import device_count, uses_gpu
 from image_classifier.training.memory import free_memory, memory_used, reset_peak
@@ -56,7 +56,7 @@ _MARGIN = 0.9  # of the time is planned for: checkpoints, plots, and a machine t
 
 
 @dataclass(frozen=True)
-class Rehearsal:
+class TrialTrainer:
     """What all trials have in common: everything that the run itself will be made of."""
 
     config: Any
@@ -139,7 +139,7 @@ def check_choices(config: Any) -> None:
         )
 
 
-def rehearse(
+def autotune(
     config: Any, manifest: Manifest, data: DataSettings, cache: PixelCache, hardware: Hardware, plots: Path
 ) -> tuple[DataSettings, Hardware]:
     """Put numbers where `config` says auto, batch size first; the settings of the data and hardware with what was found.
@@ -148,7 +148,7 @@ def rehearse(
         ConfigError: Not even the smallest batch fits, or `trainer.max_time` is too short.
         TrainingError: No learning rate makes the loss fall.
     """
-    trials = Rehearsal(config, manifest, cache, hardware)
+    trials = TrialTrainer(config, manifest, cache, hardware)
     if data.batch_size == "auto":
         config.data.batch_size = find_batch_size(trials, data)
         data = replace(data, batch_size=config.data.batch_size)
@@ -164,15 +164,15 @@ def rehearse(
     return data, hardware
 
 
-def find_learning_rate(trials: Rehearsal, data: DataSettings, plots: Path) -> float:
+def find_learning_rate(trials: TrialTrainer, data: DataSettings, plots: Path) -> float:
     """The learning rate at which the loss falls fastest, in a sweep that raises it from step to step (Smith, 2017, section 3.3)."""
-    sweep = Sweep(_LOWEST, _HIGHEST, _SWEEP_STEPS)
+    sweep = LearningRateSweep(_LOWEST, _HIGHEST, _SWEEP_STEPS)
     steps = {"trainer.max_steps": _SWEEP_STEPS, "trainer.max_epochs": -1, "trainer.limit_val_batches": 0}
     trials.fit(replace(data, progressive_sizes=None), steps | _UNSCHEDULED | {"optimizer.lr": _LOWEST}, sweep)
     rates, losses = np.array(sweep.rates), np.array(sweep.losses)
     smooth = smoothed(losses)
-    found = broadcast(suggest(rates, smooth) if is_main() else None)
-    if is_main():
+    found = broadcast(suggest(rates, smooth) if is_rank_zero() else None)
+    if is_rank_zero():
         plot_learning_rate_finder(rates, losses, smooth, found, plots / "learning_rate_finder.png")
         write_text(
             plots / "learning_rate_finder.csv",
@@ -203,7 +203,7 @@ def suggest(rates: np.ndarray, losses: np.ndarray) -> float | None:
     return float(f"{rates[int(slopes.argmin())]:.2g}") if slopes.min() < 0 else None
 
 
-def find_batch_size(trials: Rehearsal, data: DataSettings) -> int:
+def find_batch_size(trials: TrialTrainer, data: DataSettings) -> int:
     """The batch, a power of two, from which on twice as many images a step are not 3 % faster, or too many for memory or for an epoch."""
     most = max(1, len(trials.manifest.indices("train")) // _FEWEST_STEPS)
     tried: list[tuple[int, float, float]] = []
@@ -237,9 +237,9 @@ def find_batch_size(trials: Rehearsal, data: DataSettings) -> int:
     return best
 
 
-def _speed(trials: Rehearsal, data: DataSettings) -> tuple[float, float] | None:
+def _speed(trials: TrialTrainer, data: DataSettings) -> tuple[float, float] | None:
     """Images a second and peak memory in bytes of real training steps; None where the device has not so much memory."""
-    watch = Stopwatch(_WARMUP, _TIMED_S)
+    watch = StepTimer(_WARMUP, _TIMED_S)
     limits = {
         "trainer.max_epochs": -1,
         "trainer.max_steps": _WARMUP + _TIMED_STEPS,
@@ -254,17 +254,17 @@ def _speed(trials: Rehearsal, data: DataSettings) -> tuple[float, float] | None:
     return data.batch_size / watch.step_s(), memory_used(trials.on_gpu)
 
 
-def _rate(trials: Rehearsal) -> Any:
+def _rate(trials: TrialTrainer) -> Any:
     asked = trials.config.optimizer.get("lr")
     return 1e-4 if asked == "auto" else asked
 
 
-def plan_steps(trials: Rehearsal, data: DataSettings) -> tuple[Hardware, int]:
+def plan_steps(trials: TrialTrainer, data: DataSettings) -> tuple[Hardware, int]:
     """Optimizer steps after which `trainer.max_time` is nearly over, validations included; compiled or not, whatever is found to be faster."""
     config, allowed_s = trials.config, seconds_of(trials.config.trainer.max_time)
     hardware, choices = trials.hardware, [trials.hardware.compile]
     if hardware.compile == "auto":
-        choices = [False, True] if allowed_s > repays_s("cuda" if trials.on_gpu else "cpu") else [False]
+        choices = [False, True] if allowed_s > break_even_s("cuda" if trials.on_gpu else "cpu") else [False]
     tried = [replace(hardware, compile=choice) for choice in choices]
     timed = [_times(replace(trials, hardware=one), data) for one in tried]
     (step_s, validation_s), hardware = min(zip(timed, tried, strict=True), key=lambda pair: pair[0])
@@ -294,10 +294,10 @@ def plan_steps(trials: Rehearsal, data: DataSettings) -> tuple[Hardware, int]:
     return hardware, planned
 
 
-def _times(trials: Rehearsal, data: DataSettings) -> tuple[float, float]:
+def _times(trials: TrialTrainer, data: DataSettings) -> tuple[float, float]:
     """Seconds a training batch and a validation batch, the same on all ranks."""
     sizes = len(data.progressive_sizes or [1])
-    watch = Stopwatch(_WARMUP, None, phases=sizes)
+    watch = StepTimer(_WARMUP, None, phases=sizes)
     steps = (_WARMUP + max(3, _TIMED_STEPS // (2 * sizes))) * sizes
     trials.fit(data, {"trainer.max_epochs": -1, "trainer.max_steps": steps, "trainer.limit_val_batches": 3}, watch)
     times: tuple[float, float] = broadcast((watch.step_s(undisturbed=False), watch.validation_s()))

@@ -40,7 +40,7 @@ from image_classifier.modeling.embeddings import EmbeddingStore, fingerprint, kn
 from image_classifier.predictions import PredictionTable
 from image_classifier.training.builders import build_network
 from image_classifier.training.hardware import Hardware, choose_channels_last, choose_precision
-from image_classifier.training.initial_weights import settle_start
+from image_classifier.training.initial_weights import resolve_initial_weights
 
 log = logging.getLogger(__name__)
 
@@ -88,7 +88,7 @@ class LinearModel:
 def baseline(config: Any) -> Path:
     """Judge the most frequent class and logistic regression on a backbone's embeddings; prints a table and writes baselines.json."""
     asked = hydra_app.typed(BaselineSettings, hydra_app.only(config, *BaselineSettings.__dataclass_fields__), "")
-    settle_start(config)
+    resolve_initial_weights(config)
     manifest, data = prepare_from(config)
     if not len(manifest.indices("val")):
         raise DataError(

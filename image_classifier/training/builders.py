@@ -27,21 +27,21 @@ from image_classifier.modeling.classifier import Classifier, build_classifier, c
 from image_classifier.modeling.weights import last_linear
 from image_classifier.training.balance import class_weights, describe
 from image_classifier.training.callbacks.checkpoints import BestCheckpoint, LastCheckpoint
-from image_classifier.training.callbacks.exact_resume import ExactState
+from image_classifier.training.callbacks.exact_resume import ExactResume
 from image_classifier.training.callbacks.preemption import StopOnSignal
 from image_classifier.training.callbacks.throughput import Throughput
-from image_classifier.training.callbacks.torch_compile import Compiling
+from image_classifier.training.callbacks.torch_compile import TorchCompile
 from image_classifier.training.checkpoint_io import SafeCheckpointIO
 from image_classifier.training.datamodule import ImageDataModule
-from image_classifier.training.distributed import Together, cluster_environment, is_main, place, world_size
+from image_classifier.training.distributed import SyncCallback, cluster_environment, is_rank_zero, rank_info, world_size
 from image_classifier.training.hardware import Hardware, SpeedSettings
-from image_classifier.training.initial_weights import build_backbone, pretrained_settings, start_weights
+from image_classifier.training.initial_weights import build_backbone, initial_weights, pretrained_settings
 from image_classifier.training.launch import uses_gpu
 from image_classifier.training.module import ClassifierModule
 from image_classifier.training.optimizers.freezing import describe as describe_learning
 from image_classifier.training.optimizers.freezing import freeze
 from image_classifier.training.optimizers.groups import parameter_groups
-from image_classifier.training.optimizers.schedules import SchedulerSettings, build_moves
+from image_classifier.training.optimizers.schedules import SchedulerSettings, build_optimizer_and_schedule
 from image_classifier.training.progress import ImagesProgressBar
 from image_classifier.training.sharding import is_sharded
 
@@ -109,7 +109,7 @@ def check_optimisation(config: Any) -> None:
         hydra_app.replaced(config, {"optimizer.lr": 1e-3}) if auto else config
     )
     small = nn.ModuleDict({"backbone": nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2)), "head": nn.Linear(2, 2)})
-    build_moves(
+    build_optimizer_and_schedule(
         optimizer, parameter_groups(small, None, config.optimizer.get("layer_decay", 1.0)), scheduler, num_steps=1000
     )
 
@@ -135,7 +135,7 @@ def build_network(
     check_sizes(backbone, data.progressive_sizes or ())
     if hasattr(backbone, "fit_to"):  # a first layer that comes from the data
         backbone.fit_to(_some_images(cache, manifest.indices("train"), mean, std))
-    start_weights(config, classifier, manifest.classes)
+    initial_weights(config, classifier, manifest.classes)
     if hardware.channels_last:
         classifier = classifier.to(memory_format=torch.channels_last)
     blueprint = {
@@ -156,10 +156,10 @@ def build_trainer(config: Any, hardware: Hardware, throughput: Throughput, *call
             f"trainer.precision={hardware.precision} would round the pixels",
             f"use {hardware.precision.replace('true', 'mixed')}",
         )
-    on_terminal = sys.stderr.isatty() and is_main()
+    on_terminal = sys.stderr.isatty() and is_rank_zero()
     bar = [ImagesProgressBar(throughput)] if on_terminal else []
     configured = [_instantiate(config, node) for node in (config.get("callbacks") or {}).values() if node]
-    together = [Together()] if world_size() > 1 else []
+    together = [SyncCallback()] if world_size() > 1 else []
     everyone = sorted([throughput, *callbacks, *bar, *configured, *_compiling(hardware), *together], key=_turn)
     _quiet_lightning()
     trainer: pl.Trainer = hydra_app.instantiate(
@@ -170,7 +170,7 @@ def build_trainer(config: Any, hardware: Hardware, throughput: Throughput, *call
         enable_checkpointing=any(
             isinstance(callback, Checkpoint) for callback in everyone
         ),  # else Lightning adds one of its own
-        logger=(_loggers(config) or False) if is_main() else False,
+        logger=(_loggers(config) or False) if is_rank_zero() else False,
         plugins=[SafeCheckpointIO(), cluster_environment()],
         **_scale(config.trainer),
         enable_progress_bar=on_terminal,
@@ -185,20 +185,20 @@ def build_trainer(config: Any, hardware: Hardware, throughput: Throughput, *call
             "trainer=fsdp cannot average weights, of which each process holds a part",
             "use trainer=ddp, or callbacks=default",
         )
-    if not is_main():
+    if not is_rank_zero():
         trainer.logger = DummyLogger()  # with none at all some callbacks refuse
     return trainer
 
 
 def _turn(callback: pl.Callback) -> int:
     """Checkpoints are taken before the other callbacks do their part of a hook; see callbacks.state."""
-    first = (ExactState, StopOnSignal, LastCheckpoint, BestCheckpoint)
+    first = (ExactResume, StopOnSignal, LastCheckpoint, BestCheckpoint)
     return next((turn for turn, kind in enumerate(first) if isinstance(callback, kind)), len(first))
 
 
 def _scale(asked: Any) -> dict[str, Any]:
     """How many processes there are, as the launcher decided, and what Lightning is to do about it."""
-    here, on_gpu = place(), uses_gpu(asked.accelerator)
+    here, on_gpu = rank_info(), uses_gpu(asked.accelerator)
     alone = here.world_size == 1
     several = asked.get("strategy") == "ddp" or "_target_" in (
         asked.get("strategy") or ""
@@ -212,7 +212,7 @@ def _scale(asked: Any) -> dict[str, Any]:
 
 
 def _compiling(hardware: Hardware) -> list[pl.Callback]:
-    return [Compiling(at_once=hardware.compile is True)] if hardware.compile else []
+    return [TorchCompile(at_once=hardware.compile is True)] if hardware.compile else []
 
 
 def as_fast_as(hardware: Hardware, make_optimizer: Any) -> Any:

@@ -12,16 +12,16 @@ from typing import Any
 import numpy as np
 import torch
 
-from image_classifier.atomic_io import whole_directory, write_text
+from image_classifier.atomic_io import atomic_directory, write_text
 from image_classifier.bundle import BundleInfo, seal
 from image_classifier.cli import hydra_app
-from image_classifier.dataset.audit.issues import in_words
+from image_classifier.dataset.audit.issues import issue_counts_text
 from image_classifier.dataset.pixel_cache import PixelCache
 from image_classifier.evaluation.baselines import Baseline
 from image_classifier.evaluation.reliability.abstention import Decision
 from image_classifier.evaluation.reliability.ood import DETECTOR, Detector
 from image_classifier.evaluation.report.page import run_page
-from image_classifier.evaluation.report.run_data import AUDITS, Places, gather, sizes_of
+from image_classifier.evaluation.report.run_data import AUDITS, RunPaths, gather, sizes_of
 from image_classifier.evaluation.report.sentences import limits_in_words
 from image_classifier.evaluation.results import shown
 from image_classifier.exporting.onnx import export_onnx
@@ -35,7 +35,7 @@ from image_classifier.predictions import PredictionTable
 from image_classifier.training.checkpoint_io import save_whole
 from image_classifier.training.diagnostics import diagnostics_settings, measure_exports
 from image_classifier.training.reporting import Results
-from image_classifier.training.run_dir import RunFolder, provenance
+from image_classifier.training.run_dir import RunDir, provenance
 
 log = logging.getLogger(__name__)
 
@@ -43,10 +43,10 @@ _NUM_PARITY_IMAGES = 256
 _NUM_GOLDEN_IMAGES = 8
 
 
-def deliver(
+def write_bundle(
     classifier: Classifier,
     blueprint: dict[str, Any],
-    run: RunFolder,
+    run: RunDir,
     manifest: Manifest,
     cache: PixelCache,
     results: Results,
@@ -69,7 +69,7 @@ def deliver(
             config=hydra_app.to_plain(config),
         )
     )
-    with whole_directory(run.bundle, overwrite=config.overwrite or run.resumed) as directory:
+    with atomic_directory(run.bundle, overwrite=config.overwrite or run.resumed) as directory:
         _write_checkpoint(classifier, blueprint, directory / "model.ckpt")
         export_onnx(classifier, blueprint["preprocess"]["size"], _plain(blueprint), directory / "model.onnx")
         if detector:
@@ -109,10 +109,10 @@ def deliver(
     return facts
 
 
-def _report(info: BundleInfo, run: RunFolder, manifest: Manifest, directory: Path, judged: str) -> str:
+def _report(info: BundleInfo, run: RunDir, manifest: Manifest, directory: Path, judged: str) -> str:
     """report.html, read from the files that the run has written so far, the bundle's in `directory`; "" where that fails, which is said."""
     part = run.plots / judged
-    places = Places(part, directory, run.directory, Path(AUDITS), manifest.root)
+    places = RunPaths(part, directory, run.directory, Path(AUDITS), manifest.root)
     try:
         return run_page(gather(run.name, PredictionTable.read(part), places, info, sizes_of(directory), lenient=True))
     except Exception:  # a page is no reason to lose a trained model
@@ -166,7 +166,7 @@ def model_card(info: BundleInfo, manifest: Manifest) -> str:
         f"An image classifier for {len(info.classes)} classes: {', '.join(map(_escaped, info.classes))}.",
         "## Data",
         f"{len(manifest)} images ({', '.join(f'{count} {split}' for split, count in counts.items())}), manifest sha256 `{facts['manifest_sha256']}`."
-        + (f" Corrected by fix.csv: {in_words(manifest.corrected)}." if manifest.corrected else ""),
+        + (f" Corrected by fix.csv: {issue_counts_text(manifest.corrected)}." if manifest.corrected else ""),
         "## Input and output",
         f"Pixels uint8 [batch, 3, {info.preprocess['size']}, {info.preprocess['size']}] after preprocessing `{json.dumps(info.preprocess)}`; "
         "logits float32 [batch, classes]. Normalisation is inside the model; "

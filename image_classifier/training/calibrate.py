@@ -56,7 +56,7 @@ def _spread(rows: np.ndarray, targets: np.ndarray, most: int) -> np.ndarray:
     return np.sort(np.concatenate(chosen))
 
 
-def calibrated(tables: Mapping[str, PredictionTable]) -> dict[str, PredictionTable]:
+def calibrate(tables: Mapping[str, PredictionTable]) -> dict[str, PredictionTable]:
     """The tables with the temperature that is fitted on val; the log says it, and what is odd about it."""
     fit = fit_temperature(tables["val"])
     log.info(
@@ -71,7 +71,7 @@ def calibrated(tables: Mapping[str, PredictionTable]) -> dict[str, PredictionTab
     return {split: replace(table, temperature=fit.temperature) for split, table in tables.items()}
 
 
-def decided(val: PredictionTable, asked: DecisionSettings) -> Decision:
+def fit_decision(val: PredictionTable, asked: DecisionSettings) -> Decision:
     """The limits chosen on val; the log says what they are, or that there is none that keeps the risk."""
     decision = Decision.chosen(Evidence.of(val), asked)
     if decision.note:

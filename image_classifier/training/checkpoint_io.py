@@ -14,7 +14,7 @@ from typing import IO, Any, cast
 import torch
 from lightning_fabric.plugins.io.torch_io import TorchCheckpointIO
 
-from image_classifier.atomic_io import whole_file
+from image_classifier.atomic_io import atomic_file
 from image_classifier.errors import CheckpointError, storage_errors
 
 log = logging.getLogger(__name__)
@@ -36,7 +36,7 @@ class SafeCheckpointIO(TorchCheckpointIO):
 
 def save_whole(content: dict[str, Any], path: Path) -> None:
     """`torch.save`, whole or not at all; StorageError where the disk refuses."""
-    with whole_file(path) as file:
+    with atomic_file(path) as file:
         watched = _Watched(file)
         try:
             torch.save(content, cast(IO[bytes], watched))
@@ -85,7 +85,7 @@ def make_last(newest: Path, keep: int) -> None:
         try:
             os.link(newest, part)
         except OSError:  # a file system without hard links
-            with newest.open("rb") as source, whole_file(directory / LAST) as copy:
+            with newest.open("rb") as source, atomic_file(directory / LAST) as copy:
                 shutil.copyfileobj(source, copy)
         else:
             os.replace(part, directory / LAST)

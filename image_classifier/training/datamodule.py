@@ -17,7 +17,7 @@ from image_classifier.errors import ConfigError
 from image_classifier.manifest import SPLITS, Manifest
 from image_classifier.training.augment.geometry import downsized
 from image_classifier.training.balance import balanced_rows
-from image_classifier.training.distributed import rank, share, world_size
+from image_classifier.training.distributed import rank, rank_share, world_size
 
 Batch = tuple[torch.Tensor, torch.Tensor]
 # Pixels uint8 [N, 3, S, S], targets int64 [N], the number of classes and a generator -> pixels, and targets or class probabilities [N, C].
@@ -53,7 +53,7 @@ class ShuffledBatches:
     def __iter__(self) -> Iterator[np.ndarray]:
         order = self.order()
         for start in range(0, len(self) * self.batch_size, self.batch_size):
-            yield share(order[start : start + self.batch_size])
+            yield rank_share(order[start : start + self.batch_size])
 
     def set_epoch(self, epoch: int) -> None:
         """Called by Lightning at the start of each epoch."""
@@ -153,7 +153,7 @@ class ImageDataModule(pl.LightningDataModule):
 
     def in_order(self, split: str) -> BatchLoader:
         """This rank's part of one split (alone: all its rows) in manifest order."""
-        rows, size = share(self.rows[split]), 4 * self.batch_size // world_size()
+        rows, size = rank_share(self.rows[split]), 4 * self.batch_size // world_size()
         if world_size() > 1:  # as many batches on every rank: those of a sharded network wait for one another
             most = -(-len(self.rows[split]) // world_size())
             return BatchLoader(self.batches, np.array_split(rows, -(-most // size)))

@@ -22,7 +22,7 @@ from image_classifier.inference.robustness import measure_robustness
 from image_classifier.manifest import Manifest
 from image_classifier.modeling.classifier import Classifier
 from image_classifier.predictions import PredictionTable
-from image_classifier.training.run_dir import RunFolder
+from image_classifier.training.run_dir import RunDir
 
 log = logging.getLogger(__name__)
 
@@ -60,11 +60,11 @@ def diagnostics_settings(config: Any) -> DiagnosticsSettings:
     return hydra_app.typed(DiagnosticsSettings, config.diagnostics, "diagnostics")
 
 
-def examine(
+def run_diagnostics(
     classifier: Classifier,
     table: PredictionTable,
     part: Manifest,
-    run: RunFolder,
+    run: RunDir,
     data: Any,
     asked: DiagnosticsSettings,
     images_seen: int,
@@ -123,7 +123,7 @@ def _explain(
         write_explanation(found, label, float(confidence[row]), part.file(part[row]), directory)
 
 
-def diagnosed(run: RunFolder) -> dict[str, float]:
+def diagnose(run: RunDir) -> dict[str, float]:
     """What was measured, as single numbers under stable names: `robustness/blur_3`, `latency/onnx_p50_ms`."""
     found: dict[str, float] = {}
     if (file := run.plots / "robustness.json").is_file():
@@ -144,7 +144,7 @@ def diagnosed(run: RunFolder) -> dict[str, float]:
     return found
 
 
-def measure_exports(backends: Mapping[str, tuple[Backend, Path]], run: RunFolder, size: int) -> None:
+def measure_exports(backends: Mapping[str, tuple[Backend, Path]], run: RunDir, size: int) -> None:
     """Write latency.json: how fast each backend answers for images of `size` pixels a side, and how large its file is."""
     with _optional("latency"):
         Latency(

@@ -42,7 +42,7 @@ _GRACE_S = 30.0  # so long may a rank that waits for a failed one take to end by
 
 
 @dataclass(frozen=True)
-class Place:
+class RankInfo:
     """Which of the processes that train together this one is: over all nodes, and on its own."""
 
     rank: int = 0
@@ -56,7 +56,7 @@ class Place:
         return self.world_size // self.local_world_size
 
 
-def place(environment: Mapping[str, str] = os.environ) -> Place:
+def rank_info(environment: Mapping[str, str] = os.environ) -> RankInfo:
     """This process's place as torchrun or srun wrote it into the environment; alone where neither did.
 
     Raises:
@@ -64,7 +64,7 @@ def place(environment: Mapping[str, str] = os.environ) -> Place:
     """
     if {"RANK", "WORLD_SIZE", "LOCAL_RANK"} <= environment.keys():
         world_size = int(environment["WORLD_SIZE"])
-        found = Place(
+        found = RankInfo(
             int(environment["RANK"]),
             world_size,
             int(environment["LOCAL_RANK"]),
@@ -74,11 +74,11 @@ def place(environment: Mapping[str, str] = os.environ) -> Place:
         "SLURM_STEP_ID" in environment and int(environment.get("SLURM_STEP_NUM_TASKS", "1")) > 1
     ):  # only srun sets the step
         world_size, nodes = int(environment["SLURM_STEP_NUM_TASKS"]), int(environment.get("SLURM_STEP_NUM_NODES", "1"))
-        found = Place(
+        found = RankInfo(
             int(environment["SLURM_PROCID"]), world_size, int(environment["SLURM_LOCALID"]), max(1, world_size // nodes)
         )
     else:
-        return Place()
+        return RankInfo()
     if found.world_size % found.local_world_size or found.local_rank >= found.local_world_size:
         fact = (
             f"{found.world_size} processes cannot be spread evenly over the nodes, {found.local_world_size} on this one"
@@ -91,15 +91,15 @@ def place(environment: Mapping[str, str] = os.environ) -> Place:
 
 def rank() -> int:
     """This process's number among all, from 0."""
-    return place().rank
+    return rank_info().rank
 
 
 def world_size() -> int:
     """How many processes train together."""
-    return place().world_size
+    return rank_info().world_size
 
 
-def is_main() -> bool:
+def is_rank_zero() -> bool:
     """Whether this process is the one that writes, prints and tracks."""
     return rank() == 0
 
@@ -110,30 +110,30 @@ def cluster_environment() -> ClusterEnvironment:
 
 
 @dataclass
-class _Ties:
+class _ProcessGroup:
     """What binds this process to the others while `joined` lasts."""
 
     group: Any
     store: Any
 
 
-_ties: _Ties | None = None
+_ties: _ProcessGroup | None = None
 
 
 @contextmanager
-def joined(on_gpu: bool) -> Iterator[None]:
+def process_group(on_gpu: bool) -> Iterator[None]:
     """Train together with the other processes in this block; does nothing for a process that is alone.
 
     An error on one rank is everyone's: the first that fails raises it, the others leave quietly with the same exit code. Nobody waits
     for ever: a rank that is held up by a dead one is ended after half a minute.
     """
     global _ties
-    here = place()
+    here = rank_info()
     if here.world_size == 1:
         yield
         return
     _take_place(here)
-    if not is_main():
+    if not is_rank_zero():
         logging.disable(logging.WARNING)
         warnings.filterwarnings("ignore")
     _die_with_the_launcher()
@@ -149,7 +149,7 @@ def joined(on_gpu: bool) -> Iterator[None]:
         "nccl" if on_gpu else "gloo", store=store, rank=here.rank, world_size=here.world_size
     )
     # Objects travel between processors, whatever the gradients do, and may keep the others waiting for hours.
-    _ties = _Ties(distributed.new_group(backend="gloo", timeout=_PATIENCE), store)
+    _ties = _ProcessGroup(distributed.new_group(backend="gloo", timeout=_PATIENCE), store)
     over = threading.Event()
     threading.Thread(target=_watch, args=(_store(here, master=False), over), daemon=True).start()
     other = None
@@ -172,7 +172,7 @@ def joined(on_gpu: bool) -> Iterator[None]:
         raise SystemExit(other)  # outside of the handler: that rank says why
 
 
-def _take_place(here: Place) -> None:
+def _take_place(here: RankInfo) -> None:
     """Say in torch's own words what srun said, so that all below knows one way only."""
     if "RANK" in os.environ:
         return
@@ -190,7 +190,7 @@ def _take_place(here: Place) -> None:
     os.environ.update({name: str(number) for name, number in numbers.items()})
 
 
-def _store(here: Place, master: bool = True) -> Any:
+def _store(here: RankInfo, master: bool = True) -> Any:
     """The table of keys that all ranks share; torchrun's agent holds it, or else the main rank."""
     held = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
     address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
@@ -254,16 +254,16 @@ def broadcast(value: T | None) -> T:
     return box[0]  # type: ignore[return-value]
 
 
-def from_main(work: Callable[[], T]) -> T:
+def from_rank_zero(work: Callable[[], T]) -> T:
     """What `work` gives on the main rank, which alone does it; the others wait."""
-    return broadcast(work() if is_main() else None)
+    return broadcast(work() if is_rank_zero() else None)
 
 
 def first_on_each_node(work: Callable[[], T]) -> T:
     """What `work` gives on every rank, done on the first one of each node before the others, who find its files."""
     if _ties is None:
         return work()
-    first = place().local_rank == 0
+    first = rank_info().local_rank == 0
     early = work() if first else None
     barrier()
     return early if first else work()  # type: ignore[return-value]
@@ -286,7 +286,7 @@ def gather_rows(parts: Sequence[torch.Tensor]) -> torch.Tensor:
     return torch.cat(found).to(parts[0].device if parts else "cpu")
 
 
-def separate_draws(seed: int) -> None:
+def seed_per_rank(seed: int) -> None:
     """Let each rank draw its own random numbers from here on: equal ones would drop the same neurons everywhere."""
     if _ties is not None:
         torch.manual_seed(seed + rank() * 2**32)
@@ -298,13 +298,13 @@ def barrier() -> None:
         distributed.barrier(group=_ties.group)
 
 
-def share(rows: np.ndarray) -> np.ndarray:
+def rank_share(rows: np.ndarray) -> np.ndarray:
     """This rank's part of some rows: the parts follow one another and differ by one row at most."""
-    here = place()
+    here = rank_info()
     return np.array_split(rows, here.world_size)[here.rank]
 
 
-def check_shares(batch_size: int, num_train: int, num_val: int) -> None:
+def check_rank_shares(batch_size: int, num_train: int, num_val: int) -> None:
     """Refuse a global batch that the ranks cannot share evenly, for their losses would not average to its own, and a rank without images."""
     parts = world_size()
     if batch_size % parts:
@@ -320,7 +320,7 @@ def check_shares(batch_size: int, num_train: int, num_val: int) -> None:
         )
 
 
-class Together(pl.Callback):
+class SyncCallback(pl.Callback):
     """What Lightning 2.6 does amiss where several ranks train, set right."""
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:

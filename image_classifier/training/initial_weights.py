@@ -20,7 +20,7 @@ log = logging.getLogger(__name__)
 _FETCHING = ("pretrained", "weights")  # arguments of backbones by which a library fetches weights
 
 
-def settle_start(config: Any) -> None:
+def resolve_initial_weights(config: Any) -> None:
     """Refuse a start that cannot be before the data is touched, and let the network of `model.from` take the configured one's place.
 
     Raises:
@@ -55,7 +55,7 @@ def build_backbone(config: Any) -> Any:
         raise no_pretrained(str(node.get("model_name") or node.get("name") or node._target_), error) from error
 
 
-def start_weights(config: Any, classifier: Classifier, classes: tuple[str, ...]) -> None:
+def initial_weights(config: Any, classifier: Classifier, classes: tuple[str, ...]) -> None:
     """Fill a fresh classifier with the weights that the configuration names; what starts anew is named in the log."""
     if config.model.weights:
         load_weights(classifier, read_weights(_path(config)), str(config.model.weights))

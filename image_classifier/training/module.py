@@ -17,16 +17,16 @@ from image_classifier.modeling.classifier import Classifier
 from image_classifier.predictions import PredictionTable
 from image_classifier.training.datamodule import Batch
 from image_classifier.training.distributed import gather_rows
-from image_classifier.training.optimizers.freezing import quieten
+from image_classifier.training.optimizers.freezing import freeze_norm_stats
 from image_classifier.training.optimizers.groups import parameter_groups
 from image_classifier.training.optimizers.schedules import (
     OptimizerFactory,
     SchedulerSettings,
-    build_moves,
+    build_optimizer_and_schedule,
     scaled_rates,
     warmup_factor,
 )
-from image_classifier.training.sharding import shard, whole
+from image_classifier.training.sharding import shard, unsharded
 
 
 class ClassifierModule(pl.LightningModule):
@@ -78,7 +78,7 @@ class ClassifierModule(pl.LightningModule):
         """The classifier with all its weights on this device, though training may have spread them over several; all ranks must ask."""
         if self._unsharded is None:
             return self.classifier
-        self._unsharded[0].load_state_dict(whole(self.classifier.state_dict()))
+        self._unsharded[0].load_state_dict(unsharded(self.classifier.state_dict()))
         return self._unsharded[0]
 
     def training_step(self, batch: Batch, batch_idx: int) -> torch.Tensor:
@@ -99,10 +99,10 @@ class ClassifierModule(pl.LightningModule):
         return logits, self.criterion(logits, targets, embeddings)
 
     def on_train_start(self) -> None:
-        quieten(self.classifier, self.frozen)  # a run resumed within an epoch does not start one
+        freeze_norm_stats(self.classifier, self.frozen)  # a run resumed within an epoch does not start one
 
     def on_train_epoch_start(self) -> None:
-        quieten(self.classifier, self.frozen)
+        freeze_norm_stats(self.classifier, self.frozen)
         self.train_loss.reset()
         self.train_accuracy.reset()
 
@@ -148,7 +148,9 @@ class ClassifierModule(pl.LightningModule):
 
     def configure_optimizers(self) -> Any:
         groups = parameter_groups(self.classifier, self.criterion, self.layer_decay)
-        moves = build_moves(self.make_optimizer, groups, self.scheduler, self.trainer.estimated_stepping_batches)
+        moves = build_optimizer_and_schedule(
+            self.make_optimizer, groups, self.scheduler, self.trainer.estimated_stepping_batches
+        )
         self._warmup_steps = moves.warmup_steps
         if moves.schedule is None:
             return moves.optimizer

@@ -14,7 +14,7 @@ from image_classifier.atomic_io import write_text
 from image_classifier.evaluation import baselines as simple
 from image_classifier.evaluation.baselines import Baseline
 from image_classifier.evaluation.leaks import LeakScore, leak_score
-from image_classifier.evaluation.metrics.compute import Metrics, compute_metrics
+from image_classifier.evaluation.metrics.compute import ClassificationMetrics, compute_metrics
 from image_classifier.evaluation.plots.run_plots import plot_curves_in_parts, plot_learning_curves, plot_loss_in_parts
 from image_classifier.evaluation.reliability.abstention import Decision
 from image_classifier.evaluation.reliability.results import Trust, write_trust
@@ -22,18 +22,18 @@ from image_classifier.evaluation.results import answer_columns, class_columns, m
 from image_classifier.images import DecodeLimits
 from image_classifier.manifest import SPLITS, Manifest
 from image_classifier.predictions import PredictionTable
-from image_classifier.training.callbacks.csv_metrics import RunHistory
+from image_classifier.training.callbacks.csv_metrics import CSVMetrics
 from image_classifier.training.callbacks.throughput import Throughput
-from image_classifier.training.diagnostics import diagnosed
+from image_classifier.training.diagnostics import diagnose
 from image_classifier.training.loggers import RunLoggers
-from image_classifier.training.run_dir import PlotSettings, RunFolder
+from image_classifier.training.run_dir import PlotSettings, RunDir
 
 
 @dataclass(frozen=True)
 class Results:
     """What the model reached on each part: the metrics, those of leaked and clean images apart, and all of them as plain numbers by name."""
 
-    metrics: dict[str, Metrics]
+    metrics: dict[str, ClassificationMetrics]
     leaks: dict[str, LeakScore | None]
     scores: dict[str, dict[str, float]]
     trusts: dict[str, Trust]
@@ -58,10 +58,10 @@ class Results:
 
 
 def write_results(
-    run: RunFolder,
+    run: RunDir,
     manifest: Manifest,
     tables: dict[str, PredictionTable],
-    history: RunHistory,
+    history: CSVMetrics,
     baselines: Sequence[Baseline],
     decision: Decision,
     plots: PlotSettings,
@@ -92,7 +92,7 @@ def write_results(
 
 def log_outcome(
     loggers: RunLoggers,
-    run: RunFolder,
+    run: RunDir,
     results: Results,
     tables: dict[str, PredictionTable],
     baselines: Sequence[Baseline],
@@ -109,7 +109,7 @@ def log_outcome(
         f"test/{name}_{end}": value for name, pair in bounds for end, value in zip(("low", "high"), pair, strict=True)
     }
     loggers.log_metrics(
-        {**scores, **diagnosed(run), **simple.as_metrics(baselines)},
+        {**scores, **diagnose(run), **simple.as_metrics(baselines)},
         max(0, trainer.current_epoch - 1),
         trainer.global_step,
     )
@@ -127,7 +127,7 @@ def log_outcome(
 
 
 def summarise(
-    run: RunFolder,
+    run: RunDir,
     results: Results,
     baselines: Sequence[Baseline],
     throughput: Throughput,

@@ -49,7 +49,7 @@ _LENGTH = ("trainer.max_epochs", "trainer.max_steps", "trainer.max_time")
 
 
 @dataclass(frozen=True)
-class Resumption:
+class ResumePoint:
     """A run to go on with: its folder (None: a checkpoint without one starts a new run), from which checkpoint, and whether it gets longer."""
 
     directory: Path | None
@@ -57,7 +57,7 @@ class Resumption:
     longer: bool = False
 
 
-def find_run(asked: RunSettings, line: Sequence[str]) -> Resumption | None:
+def find_resume_point(asked: RunSettings, line: Sequence[str]) -> ResumePoint | None:
     """The run that `resume` names, or that a requeued SLURM job had begun; None where a new one is to start.
 
     Args:
@@ -75,21 +75,21 @@ def find_run(asked: RunSettings, line: Sequence[str]) -> Resumption | None:
     if asked.name:
         if not (runs / asked.name).is_dir():
             raise CheckpointError(f"there is no run {str(runs / asked.name)!r} to go on with", _known(runs))
-        return Resumption(runs / asked.name)
+        return ResumePoint(runs / asked.name)
     found = sorted(runs.glob("*/run.json"), key=lambda path: path.stat().st_mtime)
-    alike = [path for path in found if read_notes(path.parent).get("line") == own_line(line)]
+    alike = [path for path in found if read_notes(path.parent).get("line") == command_line_of(line)]
     if not found:
         raise CheckpointError(f"there is no run in {str(runs)!r} to go on with", "start one without resume")
-    return Resumption((alike or found)[-1].parent)
+    return ResumePoint((alike or found)[-1].parent)
 
 
-def _at(path: Path) -> Resumption:
+def _at(path: Path) -> ResumePoint:
     if path.is_dir():
         if not (path / "config.yaml").is_file():
             raise CheckpointError(
                 f"{str(path)!r} is not the folder of a run", "give runs/NAME, or a .ckpt in its checkpoints/"
             )
-        return Resumption(path)
+        return ResumePoint(path)
     if not path.is_file():
         raise CheckpointError(
             f"there is no {str(path)!r} to go on from", "give runs/NAME, a .ckpt in its checkpoints/, or resume=last"
@@ -101,20 +101,20 @@ def _at(path: Path) -> Resumption:
     read_part(path, KEY)
     folder = path.resolve().parent.parent
     own = path.resolve().parent.name == "checkpoints" and (folder / "config.yaml").is_file()
-    return Resumption(Path(os.path.relpath(folder)) if own else None, path)
+    return ResumePoint(Path(os.path.relpath(folder)) if own else None, path)
 
 
-def _requeued(runs: Path, line: Sequence[str]) -> Resumption | None:
+def _requeued(runs: Path, line: Sequence[str]) -> ResumePoint | None:
     """The run folder of this SLURM job before it was requeued; of several, as in a sweep, the one of this command line."""
     for path in sorted(runs.glob("*/run.json"), key=lambda path: path.stat().st_mtime, reverse=True):
         notes = read_notes(path.parent)
-        if notes.get("slurm_job") == slurm_job() and notes.get("line") == own_line(line):
+        if notes.get("slurm_job") == slurm_job() and notes.get("line") == command_line_of(line):
             log.info("SLURM started job %s again: going on with %s", slurm_job(), path.parent)
-            return Resumption(path.parent)
+            return ResumePoint(path.parent)
     return None
 
 
-def own_line(line: Sequence[str]) -> list[str]:
+def command_line_of(line: Sequence[str]) -> list[str]:
     """A command line by which a run is found again: `resume` is not part of it."""
     return sorted(item for item in line if not item.startswith("resume="))
 
@@ -124,38 +124,38 @@ def _known(runs: Path) -> str:
     return f"there are {', '.join(names[:10])}" if names else "start one without resume"
 
 
-def notes_of(going: Resumption | None, line: Sequence[str], flat: Mapping[str, Any]) -> dict[str, Any]:
+def run_notes(going: ResumePoint | None, line: Sequence[str], flat: Mapping[str, Any]) -> dict[str, Any]:
     """What a run writes down about itself in run.json, for this file to find it again; `line` is what the command line gives."""
     before = read_notes(going.directory) if going and going.directory else {}
-    given = before.get("given", {}) | {_key(item): item for item in own_line(line)}
+    given = before.get("given", {}) | {_key(item): item for item in command_line_of(line)}
     job = {"slurm_job": slurm_job()} if slurm_job() else {}
     return {
-        "line": before.get("line", own_line(line)),
+        "line": before.get("line", command_line_of(line)),
         "given": given,
-        "length": length_of(flat),
+        "length": training_length(flat),
         "finished": False,
         **job,
     }
 
 
-def given_anew(directory: Path, line: Sequence[str]) -> list[str]:
+def new_overrides(directory: Path, line: Sequence[str]) -> list[str]:
     """What of a command line the run has not been given before: what it was given may have been settled since, such as `auto`."""
     given = read_notes(directory).get("given", {})
-    return [item for item in own_line(line) if given.get(_key(item)) != item]
+    return [item for item in command_line_of(line) if given.get(_key(item)) != item]
 
 
 def _key(override: str) -> str:
     return override.partition("=")[0].lstrip("+~")
 
 
-def score_if_finished(going: Resumption, flat: Mapping[str, Any], asked: str | None) -> float | None:
+def score_if_finished(going: ResumePoint, flat: Mapping[str, Any], asked: str | None) -> float | None:
     """The value of a requeued run that has nothing left to do, None where something is left.
 
     Raises:
         ConfigError: The user asks to go on with a run that is finished, and not for more epochs.
     """
     notes = read_notes(going.directory) if going.directory else {}
-    if not notes.get("finished") or notes.get("length") != length_of(flat):
+    if not notes.get("finished") or notes.get("length") != training_length(flat):
         return None
     if asked is None:
         log.info("%s is finished", going.directory)
@@ -166,7 +166,7 @@ def score_if_finished(going: Resumption, flat: Mapping[str, Any], asked: str | N
     )
 
 
-def settled(going: Resumption, facts: Mapping[str, Any], flat: Mapping[str, Any]) -> Resumption:
+def validate_resume(going: ResumePoint, facts: Mapping[str, Any], flat: Mapping[str, Any]) -> ResumePoint:
     """The same with its checkpoint, said in the log, or with none where the run was stopped before it had one, and begins again.
 
     Raises:
@@ -179,16 +179,16 @@ def settled(going: Resumption, facts: Mapping[str, Any], flat: Mapping[str, Any]
         return going
     longer = _check_same(path, facts, flat)
     log.info("resume: from %s, step %d", path, read_part(path, "global_step"))
-    return Resumption(going.directory, path, longer)
+    return ResumePoint(going.directory, path, longer)
 
 
-def forget_later(going: Resumption) -> None:
+def prune_later_checkpoints(going: ResumePoint) -> None:
     """Remove the run's checkpoints after the one it goes on from, which the user chose to go back to; not before the folder is claimed."""
     if going.directory and going.checkpoint:
         go_back_to(going.checkpoint, read_part(going.checkpoint, "global_step"))
 
 
-def facts_of(manifest: Manifest, flat: Mapping[str, Any]) -> dict[str, Any]:
+def run_fingerprint(manifest: Manifest, flat: Mapping[str, Any]) -> dict[str, Any]:
     """What a resumed run must share with the one that it goes on with, as plain values; `flat` are the settings by dotted key."""
     return {
         "manifest_sha256": manifest.sha256,
@@ -198,7 +198,7 @@ def facts_of(manifest: Manifest, flat: Mapping[str, Any]) -> dict[str, Any]:
             for key, value in flat.items()
             if key.startswith(_FIXED) and not key.startswith(_FREE)
         },
-        "length": length_of(flat),
+        "length": training_length(flat),
     }
 
 
@@ -226,7 +226,7 @@ def _check_same(path: Path, facts: Mapping[str, Any], flat: Mapping[str, Any]) -
 
 def _is_longer(before: Mapping[str, Any], flat: Mapping[str, Any], reached: int, anew: str) -> bool:
     """Whether the run's end was moved, said in the log; refused where the learning rate already falls towards the old one."""
-    now = length_of(flat)
+    now = training_length(flat)
     moved = [key for key in _LENGTH if before.get(key) != now[key]]
     epochs, warmup = now["trainer.max_epochs"], float(flat.get("scheduler.warmup") or 0)
     if "trainer.max_epochs" in moved and epochs is not None and 0 <= epochs < reached:
@@ -246,7 +246,7 @@ def _laid_out(flat: Mapping[str, Any], warmup: float) -> Iterator[tuple[str, boo
     yield "averaging is laid out (callbacks=swa)", flat.get("callbacks.averaging.start") is not None
 
 
-def length_of(flat: Mapping[str, Any]) -> dict[str, Any]:
+def training_length(flat: Mapping[str, Any]) -> dict[str, Any]:
     """The settings that end a run, as plain values."""
     return {key: flat.get(key) for key in _LENGTH}
 

@@ -17,7 +17,7 @@ import torch
 from pytorch_lightning.utilities.exceptions import MisconfigurationException
 
 from image_classifier.cli import hydra_app
-from image_classifier.dataset.audit.issues import in_words
+from image_classifier.dataset.audit.issues import issue_counts_text
 from image_classifier.dataset.pixel_cache import open_cache
 from image_classifier.dataset.prepare import DataSettings
 from image_classifier.dataset.run import prepare_from
@@ -26,7 +26,7 @@ from image_classifier.evaluation.reliability.ood import Detector, looks
 from image_classifier.manifest import SPLITS, Manifest
 from image_classifier.modeling.classifier import Classifier
 from image_classifier.predictions import PredictionTable
-from image_classifier.training.autotune import check_choices, rehearse
+from image_classifier.training.autotune import autotune, check_choices
 from image_classifier.training.baseline import baselines_of_run
 from image_classifier.training.builders import (
     build_datamodule,
@@ -35,44 +35,44 @@ from image_classifier.training.builders import (
     check_optimisation,
     speed_settings,
 )
-from image_classifier.training.bundle_writer import deliver
-from image_classifier.training.calibrate import calibrated, decided, decision_settings, fit_detector
+from image_classifier.training.bundle_writer import write_bundle
+from image_classifier.training.calibrate import calibrate, decision_settings, fit_decision, fit_detector
 from image_classifier.training.callbacks.checkpoints import final_checkpoint
-from image_classifier.training.callbacks.csv_metrics import RunHistory
-from image_classifier.training.callbacks.exact_resume import ExactState
-from image_classifier.training.callbacks.nan_guard import BadLoss, check_on_nan
-from image_classifier.training.callbacks.preemption import Signals, StopOnSignal
+from image_classifier.training.callbacks.csv_metrics import CSVMetrics
+from image_classifier.training.callbacks.exact_resume import ExactResume
+from image_classifier.training.callbacks.nan_guard import NanGuard, check_on_nan
+from image_classifier.training.callbacks.preemption import SignalHandler, StopOnSignal
 from image_classifier.training.callbacks.throughput import Throughput
 from image_classifier.training.datamodule import ImageDataModule
-from image_classifier.training.diagnostics import diagnostics_settings, examine
+from image_classifier.training.diagnostics import diagnostics_settings, run_diagnostics
 from image_classifier.training.distributed import (
     broadcast,
-    check_shares,
+    check_rank_shares,
     first_on_each_node,
-    from_main,
+    from_rank_zero,
     gather_rows,
-    is_main,
-    joined,
-    separate_draws,
+    is_rank_zero,
+    process_group,
+    seed_per_rank,
 )
 from image_classifier.training.hardware import choose_hardware
-from image_classifier.training.initial_weights import settle_start
+from image_classifier.training.initial_weights import resolve_initial_weights
 from image_classifier.training.launch import run_ranks, uses_gpu
 from image_classifier.training.loggers import RunLoggers
 from image_classifier.training.module import ClassifierModule
 from image_classifier.training.reporting import log_outcome, summarise, write_results
 from image_classifier.training.resume import (
-    Resumption,
-    facts_of,
-    find_run,
-    forget_later,
-    given_anew,
-    length_of,
-    notes_of,
+    ResumePoint,
+    find_resume_point,
+    new_overrides,
+    prune_later_checkpoints,
+    run_fingerprint,
+    run_notes,
     score_if_finished,
-    settled,
+    training_length,
+    validate_resume,
 )
-from image_classifier.training.run_dir import RunFolder, RunSettings, claim_run, note_finished, remembered_log
+from image_classifier.training.run_dir import RunDir, RunSettings, acquire_run_dir, buffered_log, mark_finished
 
 log = logging.getLogger(__name__)
 
@@ -80,7 +80,7 @@ log = logging.getLogger(__name__)
 def train(config: Any) -> float:
     """Run one training from data to bundle; returns the F1 that a sweep compares: of val, never of test."""
     asked, line = _run_settings(config), hydra_app.running_line("train").overrides
-    if going := find_run(asked, line):
+    if going := find_resume_point(asked, line):
         config = _as_begun(config, going, line)
         score = score_if_finished(going, _flat(config), asked.resume)
         if score is not None:
@@ -94,16 +94,16 @@ def train(config: Any) -> float:
     devices = hydra_app.to_plain(config.trainer)
     if run_ranks(devices["accelerator"], devices["devices"], devices.get("num_nodes", 1)):
         return math.nan  # the ranks did it
-    with joined(uses_gpu(devices["accelerator"])):
+    with process_group(uses_gpu(devices["accelerator"])):
         return broadcast(_train_joined(config, going, line))
 
 
-def _as_begun(config: Any, going: Resumption, line: Sequence[str]) -> Any:
+def _as_begun(config: Any, going: ResumePoint, line: Sequence[str]) -> Any:
     """The settings with which a run began, and what the command line gives anew."""
     if going.directory is None:
         return config
     place = {"name": going.directory.name, "run_dir": str(going.directory)}
-    anew = given_anew(going.directory, line)
+    anew = new_overrides(going.directory, line)
     config = hydra_app.replaced(
         hydra_app.resumed(hydra_app.replaced(config, place), going.directory / "config.yaml", anew), place
     )
@@ -117,65 +117,69 @@ def _run_settings(config: Any) -> RunSettings:
     return hydra_app.typed(RunSettings, hydra_app.only(config, *(item.name for item in fields(RunSettings))), "")
 
 
-def _train_joined(config: Any, going: Resumption | None, line: Sequence[str]) -> float | None:
+def _train_joined(config: Any, going: ResumePoint | None, line: Sequence[str]) -> float | None:
     """The training as each rank sees it; the main one returns the F1."""
-    signals = Signals()
+    signals = SignalHandler()
     with signals.caught():
         return _prepare_and_train(config, going, line, signals)
 
 
-def _prepare_and_train(config: Any, going: Resumption | None, line: Sequence[str], signals: Signals) -> float | None:
-    with remembered_log() as early:
-        first_on_each_node(lambda: settle_start(config))
-        manifest, data = from_main(lambda: prepare_from(config))
+def _prepare_and_train(
+    config: Any, going: ResumePoint | None, line: Sequence[str], signals: SignalHandler
+) -> float | None:
+    with buffered_log() as early:
+        first_on_each_node(lambda: resolve_initial_weights(config))
+        manifest, data = from_rank_zero(lambda: prepare_from(config))
     if not len(manifest.indices("val")):
         raise DataError(
             "there is no val part to choose the best epoch by", "set data.split.val above 0, or add a val/ folder"
         )
     if data.batch_size != "auto":
-        check_shares(data.batch_size, len(manifest.indices("train")), len(manifest.indices("val")))
+        check_rank_shares(data.batch_size, len(manifest.indices("train")), len(manifest.indices("val")))
     name = f"{data.name or manifest.root.resolve().name}-{config.model.name}"
-    going = from_main(lambda: settled(going, facts_of(manifest, _flat(config)), _flat(config)) if going else None)
+    going = from_rank_zero(
+        lambda: validate_resume(going, run_fingerprint(manifest, _flat(config)), _flat(config)) if going else None
+    )
     claim = partial(
-        claim_run,
+        acquire_run_dir,
         _run_settings(config),
         name,
         early,
-        notes_of(going, line, _flat(config)),
+        run_notes(going, line, _flat(config)),
         going.directory if going else None,
     )
-    with claim() if is_main() else nullcontext() as claimed:
+    with claim() if is_rank_zero() else nullcontext() as claimed:
         run = broadcast(claimed)
         config.name, config.run_dir = run.name, str(run.directory)
-        if is_main():
+        if is_rank_zero():
             hydra_app.save(config, run.directory / "config.yaml")
         return _train(config, run, manifest, data, going, signals)
 
 
 def _train(
-    config: Any, run: RunFolder, manifest: Manifest, data: DataSettings, going: Resumption | None, signals: Signals
+    config: Any, run: RunDir, manifest: Manifest, data: DataSettings, going: ResumePoint | None, signals: SignalHandler
 ) -> float | None:
-    if is_main() and going:
-        forget_later(going)
+    if is_rank_zero() and going:
+        prune_later_checkpoints(going)
     pl.seed_everything(config.seed, workers=True, verbose=False)
     hardware = choose_hardware(speed_settings(config))
     cache = first_on_each_node(
         lambda: open_cache(manifest, data.preprocess, data.cache, data.limits, progress=sys.stderr.isatty())
     )
-    data, hardware = rehearse(config, manifest, data, cache, hardware, run.plots)
-    if is_main():
+    data, hardware = autotune(config, manifest, data, cache, hardware, run.plots)
+    if is_rank_zero():
         hydra_app.save(
             config, run.directory / "config.yaml"
         )  # with what was found, so that a resumed run need not look again
     datamodule = build_datamodule(config, manifest, data, cache, hardware)
     module = build_module(config, manifest, data, cache, hardware)
-    baselines = from_main(
+    baselines = from_rank_zero(
         lambda: baselines_of_run(config, module.classifier, manifest, data, cache, hardware, run.plots, run.resumed)
     )
-    separate_draws(config.seed)
+    seed_per_rank(config.seed)
     throughput = Throughput()
-    history = RunHistory(run.directory / "metrics.csv", throughput)
-    state = ExactState(facts_of(manifest, _flat(config)), going is not None and going.longer)
+    history = CSVMetrics(run.directory / "metrics.csv", throughput)
+    state = ExactResume(run_fingerprint(manifest, _flat(config)), going is not None and going.longer)
     trainer = build_trainer(
         config,
         hardware,
@@ -183,12 +187,12 @@ def _train(
         history,
         state,
         StopOnSignal(signals),
-        BadLoss(config.trainer.on_nan, run.directory),
+        NanGuard(config.trainer.on_nan, run.directory),
     )
     loggers = RunLoggers(trainer.loggers)
     loggers.go_on_as(run.key, run.resumed)
     try:
-        corrected = {"corrected": in_words(manifest.corrected)} if manifest.corrected else {}
+        corrected = {"corrected": issue_counts_text(manifest.corrected)} if manifest.corrected else {}
         loggers.begin(
             _flat(config), {"manifest_sha256": manifest.sha256, "run_folder": str(run.directory), **corrected}
         )
@@ -196,26 +200,28 @@ def _train(
             _fit(trainer, module, datamodule, going.checkpoint if going else None)
         classifier = _best_classifier(trainer, module)
         asked = decision_settings(config)
-        detector = from_main(lambda: fit_detector(classifier, manifest, cache, asked))
+        detector = from_rank_zero(lambda: fit_detector(classifier, manifest, cache, asked))
         tables = {
             split: _predict(classifier, detector, datamodule, manifest, split)
             for split in _judged_parts(config, manifest)
         }
-        if not is_main():
+        if not is_rank_zero():
             return None
-        tables = calibrated(tables)
-        decision = decided(tables["val"], asked)
+        tables = calibrate(tables)
+        decision = fit_decision(tables["val"], asked)
         results = write_results(
             run, manifest, tables, history, baselines, decision, _run_settings(config).plots, data.limits
         )
         judged, seen = tables[results.judged], trainer.current_epoch * len(manifest.indices("train"))
-        examine(classifier, judged, manifest.part(results.judged), run, data, diagnostics_settings(config), seen)
+        run_diagnostics(
+            classifier, judged, manifest.part(results.judged), run, data, diagnostics_settings(config), seen
+        )
         blueprint = {
             **module.hparams["blueprint"],
             "temperature": tables["val"].temperature,
             "decision": decision.as_dict(),
         }
-        facts = deliver(
+        facts = write_bundle(
             classifier,
             blueprint,
             run,
@@ -228,7 +234,7 @@ def _train(
             decision,
             detector,
         )
-        note_finished(run, results.score, length_of(_flat(config)))
+        mark_finished(run, results.score, training_length(_flat(config)))
         log_outcome(loggers, run, results, tables, baselines, facts, trainer)
     except BaseException as error:
         loggers.finish("KILLED" if isinstance(error, KeyboardInterrupt | SystemExit) else "FAILED")
@@ -279,9 +285,9 @@ def _explained(error: Exception, trainer: pl.Trainer) -> Exception:
 
 def _best_classifier(trainer: pl.Trainer, module: ClassifierModule) -> Classifier:
     """The classifier with the weights of the best epoch (else the newest), in float32 on the training device."""
-    path, classifier = from_main(lambda: final_checkpoint(trainer)), module.whole_classifier()
+    path, classifier = from_rank_zero(lambda: final_checkpoint(trainer)), module.whole_classifier()
     if path:
-        state = from_main(lambda: torch.load(path, map_location="cpu", weights_only=True)["state_dict"])
+        state = from_rank_zero(lambda: torch.load(path, map_location="cpu", weights_only=True)["state_dict"])
         prefix = "classifier."
         classifier.load_state_dict(
             {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}

@@ -20,14 +20,14 @@ from pathlib import Path
 from typing import Any
 
 from image_classifier import __version__
-from image_classifier.atomic_io import locked, write_text
+from image_classifier.atomic_io import file_lock, write_text
 from image_classifier.errors import ConfigError, StorageError, storage_errors
 
 _PACKAGES = ("torch", "torchvision", "pytorch-lightning", "timm", "onnx", "onnxruntime", "numpy", "pillow")
 
 
 @dataclass(frozen=True)
-class RunFolder:
+class RunDir:
     """Where one run keeps its files: `directory` while it lives, `bundle` and `plots` when it is done; `key` is its alone."""
 
     name: str
@@ -75,9 +75,9 @@ class RunSettings:
 
 
 @contextmanager
-def remembered_log() -> Iterator[list[logging.LogRecord]]:
+def buffered_log() -> Iterator[list[logging.LogRecord]]:
     """What is logged in the block, for a run that has no folder yet; `claim_run` writes it to train.log."""
-    handler = _Memory()
+    handler = _LogBuffer()
     logging.getLogger().addHandler(handler)
     try:
         yield handler.records
@@ -85,7 +85,7 @@ def remembered_log() -> Iterator[list[logging.LogRecord]]:
         logging.getLogger().removeHandler(handler)
 
 
-class _Memory(logging.Handler):
+class _LogBuffer(logging.Handler):
     def __init__(self) -> None:
         super().__init__()
         self.records: list[logging.LogRecord] = []
@@ -95,13 +95,13 @@ class _Memory(logging.Handler):
 
 
 @contextmanager
-def claim_run(
+def acquire_run_dir(
     asked: RunSettings,
     default: str,
     early: Sequence[logging.LogRecord] = (),
     notes: dict[str, Any] | None = None,
     going_on: Path | None = None,
-) -> Iterator[RunFolder]:
+) -> Iterator[RunDir]:
     """Claim a name and its run folder; a run that fails before it has a checkpoint leaves no folder behind.
 
     Without a name the run is called `default`, numbered when that is taken. With `overwrite` the old run folder is put aside until
@@ -145,7 +145,7 @@ def _alone(asked: RunSettings) -> Iterator[None]:
         return
     with ExitStack() as stack:
         try:
-            stack.enter_context(locked(Path(asked.runs_dir) / f".{asked.name}.lock", wait=False))
+            stack.enter_context(file_lock(Path(asked.runs_dir) / f".{asked.name}.lock", wait=False))
         except BlockingIOError:
             raise StorageError(
                 f"a run named {asked.name!r} is under way", "wait for it, or choose another name="
@@ -158,7 +158,7 @@ def _held(directory: Path) -> Iterator[None]:
     """Refuse to work in a run folder in which another process works."""
     with ExitStack() as stack:
         try:
-            stack.enter_context(locked(directory / ".lock", wait=False))
+            stack.enter_context(file_lock(directory / ".lock", wait=False))
         except BlockingIOError:
             raise StorageError(f"the run in {str(directory)!r} is under way", "wait for it, or stop it first") from None
         yield
@@ -203,7 +203,7 @@ def _note(directory: Path, notes: dict[str, Any]) -> dict[str, Any]:
     return notes
 
 
-def note_finished(run: RunFolder, score: float, length: Mapping[str, Any]) -> None:
+def mark_finished(run: RunDir, score: float, length: Mapping[str, Any]) -> None:
     """Write down that a run has done all it was to do, how much that was (`resume.length_of`), and the value that a sweep compares."""
     _note(run.directory, {"finished": True, "score": score, "length": length})
 
@@ -227,15 +227,15 @@ def _put_aside(directory: Path) -> Path:
     return aside
 
 
-def _folders(asked: RunSettings, name: str) -> RunFolder:
-    return RunFolder(name, Path(asked.runs_dir) / name, Path(asked.models_dir) / name, Path(asked.plots_dir) / name)
+def _folders(asked: RunSettings, name: str) -> RunDir:
+    return RunDir(name, Path(asked.runs_dir) / name, Path(asked.models_dir) / name, Path(asked.plots_dir) / name)
 
 
-def _taken_up(asked: RunSettings, directory: Path) -> RunFolder:
+def _taken_up(asked: RunSettings, directory: Path) -> RunDir:
     return replace(_folders(asked, directory.name), directory=directory, resumed=True)
 
 
-def _claim(asked: RunSettings, default: str) -> RunFolder:
+def _claim(asked: RunSettings, default: str) -> RunDir:
     number = 1
     while True:
         run = _folders(asked, asked.name or (default if number == 1 else f"{default}-{number}"))

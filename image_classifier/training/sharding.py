@@ -38,7 +38,7 @@ def shard(classifier: Classifier, criterion: nn.Module, mesh: DeviceMesh) -> Non
         fully_shard(criterion, mesh=mesh)
 
 
-def whole(state: dict[str, Any]) -> dict[str, Any]:
+def unsharded(state: dict[str, Any]) -> dict[str, Any]:
     """The same state with each sharded tensor brought together, on every rank; all ranks must ask."""
     return {name: value.full_tensor() if isinstance(value, DTensor) else value for name, value in state.items()}
 

@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 
 from image_classifier.dataset import scan as facts_module
-from image_classifier.dataset.discovery import Tree, find
-from image_classifier.dataset.scan import Facts, read_facts
+from image_classifier.dataset.discovery import FileTree, discover
+from image_classifier.dataset.scan import FileMetadata, scan_files
 from image_classifier.images import DecodeLimits
 
 LIMITS = DecodeLimits()
@@ -39,20 +39,20 @@ def fine_clock(monkeypatch) -> None:
     monkeypatch.setattr(facts_module, "_TICK_NS", 0)
 
 
-def read(tree: Tree, store: Path, **changes) -> Facts:
-    return read_facts(
+def read(tree: FileTree, store: Path, **changes) -> FileMetadata:
+    return scan_files(
         tree, store, changes.get("limits", LIMITS), changes.get("background", WHITE), changes.get("workers", 2)
     )
 
 
-def scanned(root: Path, store: Path) -> tuple[Tree, Facts]:
+def scanned(root: Path, store: Path) -> tuple[FileTree, FileMetadata]:
     time.sleep(0.03)  # longer than a tick of any file system that tests run on
-    tree = find([root])
+    tree = discover([root])
     return tree, read(tree, store)
 
 
-def assert_same(one: Facts, other: Facts) -> None:
-    for field in fields(Facts):
+def assert_same(one: FileMetadata, other: FileMetadata) -> None:
+    for field in fields(FileMetadata):
         a, b = getattr(one, field.name), getattr(other, field.name)
         if isinstance(a, np.ndarray):
             np.testing.assert_array_equal(a, b, err_msg=field.name)
@@ -60,7 +60,7 @@ def assert_same(one: Facts, other: Facts) -> None:
             assert a == b, field.name
 
 
-def assert_fresh(tree: Tree, facts: Facts, folder: Path) -> None:
+def assert_fresh(tree: FileTree, facts: FileMetadata, folder: Path) -> None:
     """What was read step by step is what one look at everything tells."""
     new = folder / f"fresh-{time.time_ns()}"
     assert_same(facts, read(tree, new))

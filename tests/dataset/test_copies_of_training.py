@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from image_classifier.dataset.train_overlap import alike_in_training, equal_to_training
+from image_classifier.dataset.train_overlap import exact_duplicates_of_train, near_duplicates_of_train
 from image_classifier.images import DEFAULT_LIMITS
 from tests.conftest import MakeTree, listed
 
@@ -33,18 +33,18 @@ def test_copies_are_found_by_bytes_and_by_what_they_show(folders: tuple[Path, Pa
     known, tested = (listed(folder) for folder in folders)
     known = replace(known, splits=np.zeros(len(known), np.int8))
     names = [Path(record.path).stem for record in tested]
-    equal = equal_to_training(tested, known)
+    equal = exact_duplicates_of_train(tested, known)
     assert [name for name, seen in zip(names, equal, strict=True) if seen] == ["equal"]
-    alike = alike_in_training(tested, known, DEFAULT_LIMITS, tmp_path / "store")
+    alike = near_duplicates_of_train(tested, known, DEFAULT_LIMITS, tmp_path / "store")
     assert [name for name, seen in zip(names, alike, strict=True) if seen] == ["equal", "larger", "mirrored"]
-    assert np.array_equal(alike_in_training(tested, known, DEFAULT_LIMITS, tmp_path / "store"), alike)
+    assert np.array_equal(near_duplicates_of_train(tested, known, DEFAULT_LIMITS, tmp_path / "store"), alike)
 
 
 def test_only_the_train_part_counts(folders: tuple[Path, Path], tmp_path: Path) -> None:
     known, tested = (listed(folder) for folder in folders)
     known = replace(known, splits=np.full(len(known), 2, np.int8))
-    assert not equal_to_training(tested, known).any()
-    assert not alike_in_training(tested, known, DEFAULT_LIMITS, tmp_path / "store").any()
+    assert not exact_duplicates_of_train(tested, known).any()
+    assert not near_duplicates_of_train(tested, known, DEFAULT_LIMITS, tmp_path / "store").any()
 
 
 def test_training_images_that_are_gone_are_said(
@@ -54,6 +54,6 @@ def test_training_images_that_are_gone_are_said(
     known = replace(known, splits=np.zeros(len(known), np.int8))
     shutil.rmtree(folders[0])
     with caplog.at_level(logging.INFO):
-        assert not alike_in_training(tested, known, DEFAULT_LIMITS, tmp_path / "store").any()
+        assert not near_duplicates_of_train(tested, known, DEFAULT_LIMITS, tmp_path / "store").any()
     assert "no longer" in caplog.text
-    assert equal_to_training(tested, known).sum() == 1
+    assert exact_duplicates_of_train(tested, known).sum() == 1

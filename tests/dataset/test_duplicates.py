@@ -11,7 +11,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from image_classifier.dataset.duplicates import ENOUGH, DuplicateSettings, Twins, clusters, find_twins
+from image_classifier.dataset.duplicates import (
+    ENOUGH,
+    DuplicateSettings,
+    NearDuplicates,
+    clusters,
+    find_near_duplicates,
+)
 from image_classifier.dataset.lsh import best_plan, hyperplanes
 from image_classifier.errors import ConfigError
 
@@ -67,11 +73,11 @@ def brute_force(thumbnails: np.ndarray, threshold: float, mirrored: bool) -> Pai
     return found
 
 
-def pairs(twins: Twins) -> Pairs:
+def pairs(twins: NearDuplicates) -> Pairs:
     return set(zip(twins.first.tolist(), twins.second.tolist(), strict=True))
 
 
-def named(twins: Twins, count: int) -> np.ndarray:
+def named(twins: NearDuplicates, count: int) -> np.ndarray:
     return clusters(count, twins.first, twins.second)
 
 
@@ -91,7 +97,7 @@ def case(seed: int, noise: float) -> np.ndarray:
 )
 def test_every_pair_listed_is_one_by_definition(seed: int, noise: float, threshold: float, mirrored: bool) -> None:
     thumbnails = case(seed, noise)
-    assert pairs(find_twins(thumbnails, DuplicateSettings(threshold, mirrored))) <= brute_force(
+    assert pairs(find_near_duplicates(thumbnails, DuplicateSettings(threshold, mirrored))) <= brute_force(
         thumbnails, threshold, mirrored
     )
 
@@ -107,7 +113,7 @@ def test_all_but_one_in_a_hundred_of_brute_forces_pairs_are_found(threshold: flo
         thumbnails = case(seed, noise=2 + seed % 4)
         expected = brute_force(thumbnails, threshold, mirrored)
         true += len(expected)
-        hit += len(expected & pairs(find_twins(thumbnails, DuplicateSettings(threshold, mirrored))))
+        hit += len(expected & pairs(find_near_duplicates(thumbnails, DuplicateSettings(threshold, mirrored))))
     assert true > 100
     assert hit >= 0.99 * true
 
@@ -116,7 +122,7 @@ def test_at_the_threshold_the_promised_part_is_found() -> None:
     originals = pictures(4000)
     near = copies(originals, 6)
     true = (correlations_of(originals, near) >= 0.98) & (correlations_of(originals, near) < 0.985)
-    found = pairs(find_twins(np.concatenate([originals, near]), PLAIN))
+    found = pairs(find_near_duplicates(np.concatenate([originals, near]), PLAIN))
     hit = np.array([(row, row + 4000) in found for row in np.flatnonzero(true)])
     assert len(hit) > 300
     assert hit.mean() > 0.98
@@ -128,7 +134,7 @@ def correlations_of(thumbnails: np.ndarray, others: np.ndarray) -> np.ndarray:
 
 def test_pairs_come_sorted_and_once_with_their_correlation() -> None:
     originals = pictures(50)
-    twins = find_twins(np.concatenate([copies(originals, 3), originals]), BOTH)
+    twins = find_near_duplicates(np.concatenate([copies(originals, 3), originals]), BOTH)
     assert (twins.first < twins.second).all()
     codes = twins.first * 100 + twins.second
     assert (np.diff(codes) > 0).all()
@@ -142,16 +148,16 @@ def test_pairs_come_sorted_and_once_with_their_correlation() -> None:
 def test_mirrored_copies_are_told_from_plain_ones() -> None:
     originals = pictures(40)
     thumbnails = np.concatenate([originals, copies(originals[:20], 2), copies(originals[20:], 2)[:, :, ::-1]])
-    twins = find_twins(thumbnails, BOTH)
+    twins = find_near_duplicates(thumbnails, BOTH)
     assert pairs(twins) == {(row, row + 40) for row in range(40)}
     assert (twins.mirrored == (twins.first >= 20)).all()
-    assert pairs(find_twins(thumbnails, PLAIN)) == {(row, row + 40) for row in range(20)}
+    assert pairs(find_near_duplicates(thumbnails, PLAIN)) == {(row, row + 40) for row in range(20)}
 
 
 def test_a_symmetric_picture_is_a_plain_twin() -> None:
     left = pictures(10)[:, :, :8]
     symmetric = np.concatenate([left, left[:, :, ::-1]], axis=2)
-    twins = find_twins(np.concatenate([symmetric, copies(symmetric, 2)]), BOTH)
+    twins = find_near_duplicates(np.concatenate([symmetric, copies(symmetric, 2)]), BOTH)
     assert pairs(twins) == {(row, row + 10) for row in range(10)} and not twins.mirrored.any()
 
 
@@ -160,7 +166,7 @@ def test_small_things_on_one_sky_are_no_twins() -> None:
     sky[:] = (70, 130, 220)
     sky[0, 4:6, 3:7] = sky[1, 9:12, 9:11] = 40
     assert correlations(sky[:1], sky[1:])[0, 0] > 0.9
-    assert len(find_twins(sky, DuplicateSettings(0.9))) == 0
+    assert len(find_near_duplicates(sky, DuplicateSettings(0.9))) == 0
 
 
 def test_a_thousand_plain_skies_do_not_hide_their_twins() -> None:
@@ -168,7 +174,7 @@ def test_a_thousand_plain_skies_do_not_hide_their_twins() -> None:
     skies = np.array([110, 150, 210]) + rng.normal(0, 3, (1000, 16, 16, 3))
     thumbnails = np.concatenate([skies, skies[:100] + rng.normal(0, 0.3, (100, 16, 16, 3))]).astype(np.uint8)
     assert (correlations(thumbnails[:50], thumbnails[50:100]) > 0.98).all()
-    found = pairs(find_twins(thumbnails, BOTH))
+    found = pairs(find_near_duplicates(thumbnails, BOTH))
     assert found <= {(row, row + 1000) for row in range(100)} and len(found) >= 95
 
 
@@ -176,13 +182,13 @@ def test_flat_thumbnails_are_nobodys_twins() -> None:
     flat = np.full((6, 16, 16, 3), 77, np.uint8)
     flat[2:, :, :, 0] = np.arange(16) * 8  # a slope shows as little as one colour
     flat[4:, 3, 3] += 1
-    assert len(find_twins(flat, BOTH)) == 0
-    assert len(find_twins(np.concatenate([flat, pictures(20)]), BOTH)) == 0
+    assert len(find_near_duplicates(flat, BOTH)) == 0
+    assert len(find_near_duplicates(np.concatenate([flat, pictures(20)]), BOTH)) == 0
 
 
 @pytest.mark.parametrize("count", [0, 1, 2])
 def test_few_images_are_no_special_case(count: int) -> None:
-    twins = find_twins(pictures(count), BOTH)
+    twins = find_near_duplicates(pictures(count), BOTH)
     assert len(twins) == 0 and twins.first.dtype == np.int64
     assert named(twins, count).tolist() == list(range(count))
 
@@ -191,7 +197,7 @@ def test_equal_thumbnails_make_a_star_not_a_square() -> None:
     thumbnails = np.concatenate(
         [np.repeat(pictures(2), 3000, axis=0), np.zeros((3000, 16, 16, 3), np.uint8), pictures(30, 7)]
     )
-    twins = find_twins(thumbnails, BOTH)
+    twins = find_near_duplicates(thumbnails, BOTH)
     assert len(twins) == 2 * 2999
     assert set(twins.first.tolist()) == {0, 3000} and (twins.correlation == 1).all()
     assert np.bincount(named(twins, len(thumbnails))).max() == 3000
@@ -202,7 +208,7 @@ def test_a_crowd_is_one_cluster_without_all_its_pairs(count: int) -> None:
     rng = np.random.default_rng(0)
     crowd = np.clip(pictures(1) + rng.normal(0, 2, (count, 16, 16, 3)), 0, 255).astype(np.uint8)
     thumbnails = np.concatenate([pictures(200, 3), crowd])
-    twins = find_twins(thumbnails, BOTH)
+    twins = find_near_duplicates(thumbnails, BOTH)
     assert set(named(twins, len(thumbnails))[200:].tolist()) == {200}
     assert set(named(twins, len(thumbnails))[:200].tolist()) == set(range(200))
     if count > 1000:
@@ -213,14 +219,14 @@ def test_a_slow_film_is_one_cluster() -> None:
     rng = np.random.default_rng(0)
     film = np.clip(pictures(1) + np.cumsum(rng.normal(0, 1.5, (2000, 16, 16, 3)), axis=0), 0, 255).astype(np.uint8)
     assert correlations(film[:1], film[-1:])[0, 0] < 0.9
-    assert set(named(find_twins(film, BOTH), len(film)).tolist()) == {0}
+    assert set(named(find_near_duplicates(film, BOTH), len(film)).tolist()) == {0}
 
 
 def test_the_order_of_the_images_does_not_matter() -> None:
     originals = pictures(300)
     thumbnails = np.concatenate([originals, copies(originals[:200], 4), copies(originals[:50], 4, 9)[:, :, ::-1]])
     order = np.random.default_rng(0).permutation(len(thumbnails))
-    straight, shuffled = find_twins(thumbnails, BOTH), find_twins(thumbnails[order], BOTH)
+    straight, shuffled = find_near_duplicates(thumbnails, BOTH), find_near_duplicates(thumbnails[order], BOTH)
     back = {
         (min(one, other), max(one, other))
         for one, other in zip(order[shuffled.first].tolist(), order[shuffled.second].tolist(), strict=True)
@@ -232,14 +238,17 @@ def test_the_same_thumbnails_give_the_same_twins(tmp_path: Path) -> None:
     originals = pictures(300)
     thumbnails = np.concatenate([originals, copies(originals, 6)])
     np.save(tmp_path / "thumbnails.npy", thumbnails)
-    first, again = find_twins(thumbnails, BOTH), find_twins(np.load(tmp_path / "thumbnails.npy", mmap_mode="r"), BOTH)
+    first, again = (
+        find_near_duplicates(thumbnails, BOTH),
+        find_near_duplicates(np.load(tmp_path / "thumbnails.npy", mmap_mode="r"), BOTH),
+    )
     for name in ("first", "second", "correlation", "mirrored"):
         np.testing.assert_array_equal(getattr(first, name), getattr(again, name))
 
 
 @pytest.mark.parametrize("threshold", [None, 1, 1.0])
 def test_no_threshold_leaves_it_to_the_content_hash(threshold: float | None) -> None:
-    assert len(find_twins(np.repeat(pictures(2), 5, axis=0), DuplicateSettings(threshold))) == 0
+    assert len(find_near_duplicates(np.repeat(pictures(2), 5, axis=0), DuplicateSettings(threshold))) == 0
 
 
 @pytest.mark.parametrize("threshold", [-1, 0, 0.5, 1.01, 98])
@@ -306,7 +315,7 @@ def test_the_simpsons_twins_known_are_found(shared_data: Path) -> None:
         0.95: (None, 384),
     }  # pairs inside train, test images with a twin in train
     for threshold, (inside, leaked) in known.items():
-        twins = find_twins(thumbnails, DuplicateSettings(threshold))
+        twins = find_near_duplicates(thumbnails, DuplicateSettings(threshold))
         across = in_test[twins.first] != in_test[twins.second]
         ends = np.concatenate([twins.first[across], twins.second[across]])
         assert len(np.unique(ends[in_test[ends]])) == pytest.approx(leaked, rel=0.03)
@@ -317,7 +326,7 @@ def test_the_simpsons_twins_known_are_found(shared_data: Path) -> None:
 @pytest.mark.slow
 def test_the_one_garment_under_two_labels_is_found(shared_data: Path) -> None:
     names, thumbnails = real_thumbnails(shared_data / "clothing.tar")
-    twins = find_twins(thumbnails, BOTH)
+    twins = find_near_duplicates(thumbnails, BOTH)
     found = [(names[one], names[other]) for one, other in zip(twins.first, twins.second, strict=True)]
     assert [("shorts/6075b4a5" in one, "skirt/637a56e4" in other) for one, other in found] == [(True, True)]
 
@@ -325,7 +334,7 @@ def test_the_one_garment_under_two_labels_is_found(shared_data: Path) -> None:
 @pytest.mark.slow
 def test_cifar10_gives_what_brute_force_gives(shared_data: Path) -> None:
     _, thumbnails = real_thumbnails(shared_data / "cifar10-train.tar.gz")
-    twins = find_twins(thumbnails, BOTH)
+    twins = find_near_duplicates(thumbnails, BOTH)
     assert (~twins.mirrored).sum() == pytest.approx(73, abs=2) and twins.mirrored.sum() == pytest.approx(36, abs=2)
     flat = thumbnails.reshape(len(thumbnails), -1).astype(np.float32)
     flat -= flat.mean(1, keepdims=True)

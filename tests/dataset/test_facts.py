@@ -15,7 +15,7 @@ from PIL import Image
 
 from image_classifier.dataset import scan as facts_module
 from image_classifier.dataset import workers
-from image_classifier.dataset.discovery import Tree, find, find_test
+from image_classifier.dataset.discovery import FileTree, discover, discover_test
 from image_classifier.errors import DataError, UnreadableImage
 from image_classifier.images import DecodeLimits, inspect
 from tests.conftest import write_image
@@ -29,7 +29,7 @@ def test_facts_are_what_one_look_at_each_file_tells(tree, facts_store):
     exif = Image.Exif()
     exif[0x0112] = 6
     Image.fromarray(np.zeros((400, 900, 3), np.uint8)).save(tree / "dog" / "turned.jpg", exif=exif)
-    found = find([tree])
+    found = discover([tree])
     facts = read(found, facts_store)
     assert len(facts) == len(found.images)
     assert facts.errors == {}
@@ -64,7 +64,7 @@ def test_facts_are_what_one_look_at_each_file_tells(tree, facts_store):
 
 def test_transparency_is_laid_on_the_background(tree, facts_store):
     Image.new("RGBA", (20, 20), (0, 0, 0, 0)).save(tree / "cat" / "000.png")
-    found = find([tree])
+    found = discover([tree])
     assert (read(found, facts_store).thumbnails[0] == 255).all()
     assert (read(found, facts_store, background=(1, 2, 3)).thumbnails[0] == (1, 2, 3)).all()
 
@@ -98,7 +98,7 @@ def test_broken_files_have_a_reason_and_are_not_opened_again(tree, facts_store, 
     (tree / "cat" / "003.png").write_bytes(bytes(2000))
     limits = DecodeLimits(max_bytes=1500)
     time.sleep(0.03)
-    facts = read(find([tree]), facts_store, limits=limits)
+    facts = read(discover([tree]), facts_store, limits=limits)
     assert set(facts.errors) == {0, 1, 2, 3}
     assert facts.errors[0].startswith("not a")
     assert "empty" in facts.errors[1]
@@ -107,7 +107,7 @@ def test_broken_files_have_a_reason_and_are_not_opened_again(tree, facts_store, 
     assert not facts.thumbnails[:4].any()
     assert not facts.widths[:4].any()
     opened.clear()
-    assert_same(read(find([tree]), facts_store, limits=limits), facts)
+    assert_same(read(discover([tree]), facts_store, limits=limits), facts)
     assert opened == []
 
 
@@ -133,7 +133,7 @@ def test_a_link_to_nowhere_is_tried_again(tree, facts_store, fine_clock):
     assert scanned(tree, facts_store)[1].errors == {}
 
 
-def coarse(tree: Tree) -> Tree:
+def coarse(tree: FileTree) -> FileTree:
     """The tree as a file system with ticks of two seconds shows it."""
     tick = 2 * 10**9
     images = (
@@ -148,15 +148,15 @@ def test_a_change_within_the_tick_of_a_scan_is_seen(tree, facts_store, tmp_path)
     path = tree / "cat" / "000.png"
     Image.new("RGB", (9, 9), (1, 2, 3)).save(path, compress_level=0)
     size = path.stat().st_size
-    read(coarse(find([tree])), facts_store)
+    read(coarse(discover([tree])), facts_store)
     Image.new("RGB", (9, 9), (9, 8, 7)).save(path, compress_level=0)
     assert path.stat().st_size == size
-    found = coarse(find([tree]))
+    found = coarse(discover([tree]))
     assert_fresh(found, read(found, facts_store), tmp_path)
 
 
 def test_settled_files_are_not_opened_again_on_a_coarse_clock(tree, facts_store, opened, monkeypatch):
-    found = coarse(find([tree]))
+    found = coarse(discover([tree]))
     now = time.time_ns()
     monkeypatch.setattr(facts_module.time, "time_ns", lambda: now + 5 * 10**9)
     read(found, facts_store)
@@ -246,11 +246,11 @@ def test_parts_of_a_tree_share_what_is_known(tmp_path, facts_store, opened, fine
         write_image(root / path, seed)
     scanned(root, facts_store)
     opened.clear()
-    facts = read(find_test([root]), facts_store)
+    facts = read(discover_test([root]), facts_store)
     assert len(facts) == 1
     write_image(root / "test" / "cat" / "e.png", 9)
     time.sleep(0.03)
-    assert_fresh(find_test([root]), read(find_test([root]), facts_store), tmp_path)
+    assert_fresh(discover_test([root]), read(discover_test([root]), facts_store), tmp_path)
     opened.clear()
     found, facts = scanned(root, facts_store)
     assert opened == []
@@ -261,7 +261,7 @@ def test_processes_tell_what_threads_tell(make_tree, facts_store, tmp_path, monk
     root = make_tree(cat=300, dog=300)
     (root / "cat" / "bad.png").write_bytes(b"bad")
     (root / "cat" / os.fsdecode(b"latin-\xe9.png")).write_bytes((root / "dog" / "000.png").read_bytes())
-    found = find([root])
+    found = discover([root])
     threads = read(found, facts_store)
     monkeypatch.setattr(workers, "MANY", 1)
     assert_same(read(found, tmp_path / "other"), threads)
@@ -286,4 +286,4 @@ def test_a_worker_that_is_killed_is_one_line(tree, facts_store, monkeypatch):
         lambda *_: (_ for _ in ()).throw(DataError("a worker process ended with SIGKILL", "free memory")),
     )
     with pytest.raises(DataError, match="SIGKILL"):
-        read(find([tree]), facts_store)
+        read(discover([tree]), facts_store)

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from image_classifier.dataset import scan as facts_module
-from image_classifier.dataset.discovery import find
+from image_classifier.dataset.discovery import discover
 from image_classifier.errors import StorageError
 from tests.conftest import ROOT, write_image
 from tests.dataset.conftest import LIMITS, assert_fresh, read, scanned
@@ -110,7 +110,7 @@ def test_two_scans_at_once(make_tree, facts_store, tmp_path):
     both = [subprocess.Popen(line, cwd=ROOT, stdout=subprocess.PIPE, text=True) for _ in range(2)]
     printed = {process.communicate(timeout=60)[0].strip() for process in both}
     assert [process.returncode for process in both] == [0, 0]
-    expected = read(find([root]), tmp_path / "alone")
+    expected = read(discover([root]), tmp_path / "alone")
     assert printed == {expected.digests.tobytes().hex() + expected.thumbnails.tobytes().hex()}
 
 
@@ -133,12 +133,12 @@ def test_a_damaged_store_is_built_anew(make_tree, facts_store, tmp_path, name, d
 
 
 def test_other_settings_and_roots_have_their_own_store(tree, make_tree, facts_store):
-    found = find([tree])
+    found = discover([tree])
     small = replace(LIMITS, max_pixels=100)
     assert read(found, facts_store).errors == {}
     assert len(read(found, facts_store, limits=small).errors) == 20
     read(found, facts_store, background=(0, 0, 0))
-    read(find([make_tree("second", cat=1)]), facts_store)
+    read(discover([make_tree("second", cat=1)]), facts_store)
     assert len(list(facts_store.iterdir())) == 4
 
 
@@ -153,7 +153,7 @@ def test_a_link_to_the_root_is_the_same_root(tree, facts_store, opened, fine_clo
 def test_a_store_that_cannot_be_written(tree, tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(StorageError, match="a file is in the way"):
-        read(find([tree]), tmp_path / "file" / "facts")
+        read(discover([tree]), tmp_path / "file" / "facts")
 
 
 def test_a_full_disk_is_told_and_leaves_the_old_store(tree, facts_store, monkeypatch, fine_clock, opened):

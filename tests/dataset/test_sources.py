@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from image_classifier.dataset.discovery import Tree, find
+from image_classifier.dataset.discovery import FileTree, discover
 from image_classifier.dataset.sources import Digits, Folder, Hub, TorchvisionDataset, deferred
 from image_classifier.errors import ConfigError, SourceError
 from tests.conftest import ROOT
@@ -30,15 +30,15 @@ def here(tmp_path, monkeypatch) -> Path:
     return tmp_path
 
 
-def found(paths: Path | list[Path]) -> Tree:
-    return find(paths if isinstance(paths, list) else [paths])
+def found(paths: Path | list[Path]) -> FileTree:
+    return discover(paths if isinstance(paths, list) else [paths])
 
 
-def parts(tree: Tree) -> dict[str, int]:
+def parts(tree: FileTree) -> dict[str, int]:
     return dict(Counter(image.split for image in tree.images))
 
 
-def classes(tree: Tree) -> list[str]:
+def classes(tree: FileTree) -> list[str]:
     return sorted({image.label for image in tree.images})
 
 

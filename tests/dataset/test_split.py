@@ -355,10 +355,10 @@ def unpacked(archive: Path) -> tuple[Manifest, np.ndarray]:
 
 @pytest.fixture(scope="module")
 def simpsons(shared_data: Path) -> Manifest:
-    from image_classifier.dataset.duplicates import DuplicateSettings, find_twins
+    from image_classifier.dataset.duplicates import DuplicateSettings, find_near_duplicates
 
     manifest, thumbnails = unpacked(shared_data / "simpsons-mnist.tar.gz")
-    twins = find_twins(thumbnails, DuplicateSettings())
+    twins = find_near_duplicates(thumbnails, DuplicateSettings())
     return join_groups(manifest, twins.first, twins.second)
 
 

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from image_classifier.dataset.discovery import find, find_test, list_folder, unreadable
+from image_classifier.dataset.discovery import discover, discover_test, list_folder, unreadable
 from image_classifier.errors import ConfigError, DataError, UnreadableImage
 from tests.conftest import write_image
 
@@ -35,7 +35,7 @@ def splits(tree) -> dict[str, set[str]]:
 
 def test_a_folder_per_class(tree):
     deep = write_image(tree / "cat" / "kittens" / "deep" / "x.PNG", 99, size=7)
-    found = find([tree])
+    found = discover([tree])
     assert found.root == tree
     assert Counter(image.label for image in found.images) == {"cat": 11, "dog": 10}
     assert [image.path for image in found.images] == sorted(image.path for image in found.images)
@@ -53,13 +53,13 @@ def test_no_file_is_opened(tree, monkeypatch):
     monkeypatch.setattr("builtins.open", refuse)
     monkeypatch.setattr(os, "open", refuse)
     monkeypatch.setattr(Path, "open", refuse)
-    assert len(find([tree]).images) == 20
+    assert len(discover([tree]).images) == 20
 
 
 def test_the_file_systems_order_does_not_matter(tree, monkeypatch):
     (tree / "empty").mkdir()
     touch(tree, "b.txt", "a.txt", "cat/notes.txt")
-    expected = find([tree])
+    expected = discover([tree])
     real = os.scandir
 
     class Reversed:
@@ -73,7 +73,7 @@ def test_the_file_systems_order_does_not_matter(tree, monkeypatch):
             self.entries.close()
 
     monkeypatch.setattr(os, "scandir", Reversed)
-    assert find([tree]) == expected
+    assert discover([tree]) == expected
 
 
 NAMES = st.text(st.characters(exclude_characters="/\0", exclude_categories=["Cs"]), min_size=1, max_size=8).filter(
@@ -93,16 +93,16 @@ def test_every_visible_file_is_an_image_of_its_folder_or_a_stray(tmp_path_factor
     images = {f"{folder}/{name}": folder for (folder, name), image in names.items() if image}
     if not images:
         with pytest.raises(DataError, match="holds no images"):
-            find([root])
+            discover([root])
         return
-    found = find([root])
+    found = discover([root])
     assert labels(found) == images
     assert set(found.strays) == {f"{folder}/{name}" for (folder, name), image in names.items() if not image}
     assert set(found.empty) == {folder for folder, _ in names} - set(images.values())
 
 
 def test_strays_are_named_and_litter_is_not(tree):
-    expected = find([tree])
+    expected = discover([tree])
     touch(
         tree,
         "__MACOSX/cat/a.png",
@@ -112,10 +112,10 @@ def test_strays_are_named_and_litter_is_not(tree):
         "cat/Thumbs.db",
         "cat/sub/desktop.ini",
     )
-    assert find([tree]) == expected
+    assert discover([tree]) == expected
     touch(tree, "stray.png", "cat/notes.txt", "cat/noextension", "cat/sub/x.svg", "README.md")
     strays = ("README.md", "cat/noextension", "cat/notes.txt", "cat/sub/x.svg", "stray.png")
-    assert find([tree]) == replace(expected, strays=strays)
+    assert discover([tree]) == replace(expected, strays=strays)
 
 
 def test_strays_of_a_tree_in_parts(tmp_path):
@@ -129,14 +129,14 @@ def test_strays_of_a_tree_in_parts(tmp_path):
         "docs/d.png",
         "train/cat/e.xml",
     )
-    found = find([tmp_path])
+    found = discover([tmp_path])
     assert found.strays == ("c.png", "labels.csv", "train/b.png", "train/cat/e.xml")
     assert found.ignored == ("docs",)
 
 
 def test_what_is_left_out_is_said(tmp_path, caplog):
     touch(tmp_path, "train/cat/a.png", "train/dog/a.png", "train/b.png", "val/cat/a.png", "docs/d.png")
-    find([tmp_path])
+    discover([tmp_path])
     assert "1 images beside the class folders" in caplog.text
     assert "not part of any split and left out: docs" in caplog.text
 
@@ -150,7 +150,7 @@ def test_odd_names_work(make_tree, name):
         touch(root, f"{name}/{name}.png", f"{name}/{name}")
     except OSError:
         pytest.skip("this file system refuses the name")
-    found = find([root])
+    found = discover([root])
     assert labels(found)[f"{name}/{name}.png"] == name
     assert found.strays == (f"{name}/{name}",)
     assert all((root / image.path).exists() for image in found.images)
@@ -162,11 +162,11 @@ def test_names_that_are_not_utf8_work_for_files_but_not_for_classes(tree):
         touch(tree, f"cat/{odd}.png")
     except OSError:
         pytest.skip("this file system refuses the name")
-    assert f"cat/{odd}.png" in labels(find([tree]))
+    assert f"cat/{odd}.png" in labels(discover([tree]))
     touch(tree, f"{odd}/a.png")
     with pytest.raises(DataError, match="is not UTF-8"):
-        find([tree])
-    assert "latin" in labels(find([tree], {odd: "latin"})).values()
+        discover([tree])
+    assert "latin" in labels(discover([tree], {odd: "latin"})).values()
 
 
 @pytest.mark.parametrize(
@@ -183,13 +183,13 @@ def test_names_that_are_not_utf8_work_for_files_but_not_for_classes(tree):
 def test_given_splits(tmp_path, folders, expected):
     for folder in folders:
         touch(tmp_path, f"{folder}/cat/a.png", f"{folder}/dog/a.png")
-    found = find([tmp_path])
+    found = discover([tmp_path])
     assert {image.split for image in found.images} == expected
     assert set(labels(found).values()) == ({"cat", "dog"} if "train" in expected else {"test", "val"})
 
 
 def test_train_may_be_a_class_of_trains(make_tree):
-    assert splits(find([make_tree(train=2, bus=2)])) == {"": {"bus", "train"}}
+    assert splits(discover([make_tree(train=2, bus=2)])) == {"": {"bus", "train"}}
 
 
 def test_links_are_followed_but_not_in_circles(tree):
@@ -197,7 +197,7 @@ def test_links_are_followed_but_not_in_circles(tree):
     (tree / "dog" / "up").symlink_to(tree)
     (tree / "wolf").symlink_to(tree / "dog")
     (tree / "dog" / "self").symlink_to("self")
-    found = find([tree])
+    found = discover([tree])
     assert {image.label for image in found.images} == {"cat", "dog", "wolf"}
     assert len({image.path for image in found.images}) == len(found.images)
     assert sum(image.path.startswith("wolf/") and "/up/" not in image.path for image in found.images) == 10
@@ -206,7 +206,7 @@ def test_links_are_followed_but_not_in_circles(tree):
 def test_links_to_nowhere_are_images_that_nobody_can_read(tree):
     (tree / "dog" / "gone.png").symlink_to("nowhere.png")
     (tree / "dog" / "loop.png").symlink_to("loop.png")
-    broken = [image for image in find([tree]).images if image.size < 0]
+    broken = [image for image in discover([tree]).images if image.size < 0]
     assert [image.path for image in broken] == ["dog/gone.png", "dog/loop.png"]
 
 
@@ -214,13 +214,13 @@ def test_empty_classes_are_named(tree):
     for name in ("bird", "fish/deep/er"):
         (tree / name).mkdir(parents=True)
     touch(tree, "fish/notes.txt")
-    assert find([tree]).empty == ("bird", "fish")
+    assert discover([tree]).empty == ("bird", "fish")
 
 
 def test_images_without_class_folders(tmp_path):
     touch(tmp_path, "a.png")
     with pytest.raises(DataError, match="not in class folders: give each class its own"):
-        find([tmp_path])
+        discover([tmp_path])
 
 
 @pytest.mark.parametrize("folders", [(), ("cat",), ("cat", "dog/deep")])
@@ -228,14 +228,14 @@ def test_a_tree_without_images(tmp_path, folders):
     for folder in folders:
         (tmp_path / folder).mkdir(parents=True)
     with pytest.raises(DataError, match=f"'{tmp_path}' holds no images"):
-        find([tmp_path])
+        discover([tmp_path])
 
 
 def test_a_missing_folder(tmp_path):
     with pytest.raises(DataError, match="cannot read the folder .*none' \\(No such file or directory\\)"):
-        find([tmp_path / "none"])
+        discover([tmp_path / "none"])
     with pytest.raises(ConfigError, match=r"no folder .*data\.dir=FOLDER"):
-        find([])
+        discover([])
 
 
 def test_a_folder_that_cannot_be_read_is_no_empty_class(tree, monkeypatch):
@@ -248,11 +248,11 @@ def test_a_folder_that_cannot_be_read_is_no_empty_class(tree, monkeypatch):
 
     monkeypatch.setattr(os, "scandir", refuse)
     with pytest.raises(DataError, match="cannot read the folder '.*dog' \\(Permission denied\\): check"):
-        find([tree])
+        discover([tree])
 
 
 def test_progress_is_not_on_standard_output(tree, capfd):
-    assert find([tree], progress=True) == find([tree])
+    assert discover([tree], progress=True) == discover([tree])
     assert capfd.readouterr().out == ""
 
 
@@ -270,16 +270,16 @@ def test_roots_are_merged_by_class_name(tmp_path):
         "x/unasked/fish/1.png",
     )
     (tmp_path / "x/b/none").mkdir()
-    found = find([tmp_path / "x/a", tmp_path / "x/b"])
+    found = discover([tmp_path / "x/a", tmp_path / "x/b"])
     assert found.root == tmp_path / "x"
     assert labels(found) == {"a/cat/1.png": "cat", "a/dog/1.png": "dog", "b/cat/1.png": "cat", "b/bird/1.png": "bird"}
     assert (found.strays, found.empty) == (("b/note.txt",), ("b/none",))
-    assert find([tmp_path / "x/b", tmp_path / "x/a"]) == found
+    assert discover([tmp_path / "x/b", tmp_path / "x/a"]) == found
 
 
 def test_a_root_in_parts_and_one_that_is_not(tmp_path):
     touch(tmp_path, "a/train/cat/1.png", "a/test/cat/1.png", "a/docs/x.png", "b/cat/1.png", "b/train/1.png")
-    found = find([tmp_path / "a", tmp_path / "b"])
+    found = discover([tmp_path / "a", tmp_path / "b"])
     assert {image.path: (image.split, image.label) for image in found.images} == {
         "a/train/cat/1.png": ("train", "cat"),
         "a/test/cat/1.png": ("test", "cat"),
@@ -292,12 +292,12 @@ def test_a_root_in_parts_and_one_that_is_not(tmp_path):
 def test_relative_roots_stay_relative(tmp_path, monkeypatch):
     touch(tmp_path, "data/a/cat/1.png", "data/b/cat/1.png", "c/cat/1.png")
     monkeypatch.chdir(tmp_path)
-    assert find([Path("data/a"), Path("data/b")]).root == Path("data")
-    assert find([Path("data/a"), Path("c")]).root == Path(".")
-    assert set(labels(find([Path("data/a"), Path("c")]))) == {"data/a/cat/1.png", "c/cat/1.png"}
-    assert find([Path("data/a")]).root == Path("data/a")
+    assert discover([Path("data/a"), Path("data/b")]).root == Path("data")
+    assert discover([Path("data/a"), Path("c")]).root == Path(".")
+    assert set(labels(discover([Path("data/a"), Path("c")]))) == {"data/a/cat/1.png", "c/cat/1.png"}
+    assert discover([Path("data/a")]).root == Path("data/a")
     monkeypatch.chdir(tmp_path / "data/b")
-    found = find([Path("../a"), Path("../../c")])
+    found = discover([Path("../a"), Path("../../c")])
     assert all((found.root / image.path).exists() for image in found.images)
 
 
@@ -308,23 +308,23 @@ def test_roots_that_overlap_are_refused(tmp_path, second, words):
     touch(tmp_path, "a/cat/1.png")
     (tmp_path / "link").symlink_to("a")
     with pytest.raises(ConfigError, match=f"data.dir: .*{words}.*: name each folder once"):
-        find([tmp_path / "a", tmp_path / second])
+        discover([tmp_path / "a", tmp_path / second])
 
 
 def test_neighbours_with_a_common_beginning_do_not_overlap(tmp_path):
     touch(tmp_path, "cats/cat/1.png", "cats2/cat/1.png")
-    assert set(labels(find([tmp_path / "cats", tmp_path / "cats2"]))) == {"cats/cat/1.png", "cats2/cat/1.png"}
+    assert set(labels(discover([tmp_path / "cats", tmp_path / "cats2"]))) == {"cats/cat/1.png", "cats2/cat/1.png"}
 
 
 def test_classes_are_renamed_and_so_merged(tmp_path):
     touch(tmp_path, "a/Katze/1.png", "a/dog/1.png", "b/cat/1.png")
-    found = find([tmp_path / "a", tmp_path / "b"], {"Katze": "cat", "dog": "Hund"})
+    found = discover([tmp_path / "a", tmp_path / "b"], {"Katze": "cat", "dog": "Hund"})
     assert labels(found) == {"a/Katze/1.png": "cat", "a/dog/1.png": "Hund", "b/cat/1.png": "cat"}
 
 
 def test_names_may_be_swapped(tmp_path):
     touch(tmp_path, "a/1.png", "b/1.png")
-    assert labels(find([tmp_path], {"a": "b", "b": "a"})) == {"a/1.png": "b", "b/1.png": "a"}
+    assert labels(discover([tmp_path], {"a": "b", "b": "a"})) == {"a/1.png": "b", "b/1.png": "a"}
 
 
 @pytest.mark.parametrize(
@@ -338,7 +338,7 @@ def test_names_may_be_swapped(tmp_path):
 def test_a_rename_that_cannot_be(tmp_path, rename, words):
     touch(tmp_path, "Katze/1.png", "dog/1.png")
     with pytest.raises(ConfigError, match=words):
-        find([tmp_path], rename)
+        discover([tmp_path], rename)
 
 
 # Tables
@@ -347,7 +347,7 @@ def test_a_rename_that_cannot_be(tmp_path, rename, words):
 def test_tables_and_folders_together(tmp_path):
     touch(tmp_path, "a/cat/1.png", "pictures/1.png", "pictures/2")
     (tmp_path / "t.csv").write_text("path,label,split,who\npictures/1.png,cat,test,ann\npictures/2,dog,,bob\n")
-    found = find([tmp_path / "a", tmp_path / "t.csv"], {"dog": "cat"}, group_column="who")
+    found = discover([tmp_path / "a", tmp_path / "t.csv"], {"dog": "cat"}, group_column="who")
     assert found.root == tmp_path
     assert [(image.path, image.label, image.split, image.key) for image in found.images] == [
         ("a/cat/1.png", "cat", "", ""),
@@ -362,32 +362,32 @@ def test_a_table_alone_starts_from_its_folder_or_from_what_its_files_have_in_com
     (tmp_path / "t/a.csv").write_text("path,label\nin/1.png,cat\n")
     (tmp_path / "t/b.csv").write_text(f"path,label\nin/1.png,cat\n{tmp_path}/out/2.png,dog\n")
     (tmp_path / "t/c.csv").write_text("path,label\n../out/2.png,dog\n")
-    assert (find([tmp_path / "t/a.csv"]).root, labels(find([tmp_path / "t/a.csv"]))) == (
+    assert (discover([tmp_path / "t/a.csv"]).root, labels(discover([tmp_path / "t/a.csv"]))) == (
         tmp_path / "t",
         {"in/1.png": "cat"},
     )
-    assert (find([tmp_path / "t/b.csv"]).root, labels(find([tmp_path / "t/b.csv"]))) == (
+    assert (discover([tmp_path / "t/b.csv"]).root, labels(discover([tmp_path / "t/b.csv"]))) == (
         tmp_path,
         {"t/in/1.png": "cat", "out/2.png": "dog"},
     )
-    assert labels(find([tmp_path / "t/c.csv"])) == {"out/2.png": "dog"}
+    assert labels(discover([tmp_path / "t/c.csv"])) == {"out/2.png": "dog"}
     monkeypatch.chdir(tmp_path / "t")
-    assert find([Path("a.csv")]).root == Path(".")
-    assert find([Path("b.csv")]).root == Path("..")
+    assert discover([Path("a.csv")]).root == Path(".")
+    assert discover([Path("b.csv")]).root == Path("..")
 
 
 def test_an_image_given_by_two_sources_is_refused(tmp_path):
     touch(tmp_path, "a/cat/1.png")
     (tmp_path / "t.csv").write_text("path,label\na/cat/1.png,dog\n")
     with pytest.raises(DataError, match=r"1.png' is given twice"):
-        find([tmp_path / "a", tmp_path / "t.csv"])
+        discover([tmp_path / "a", tmp_path / "t.csv"])
 
 
 def test_a_class_of_a_table_must_be_utf8_too(tmp_path):
     touch(tmp_path, "1.png")
     (tmp_path / "t.csv").write_bytes(b"path,label\n1.png,\xe9\n")
     with pytest.raises(DataError, match="is not UTF-8"):
-        find([tmp_path / "t.csv"])
+        discover([tmp_path / "t.csv"])
 
 
 # What to test on
@@ -396,21 +396,21 @@ def test_a_class_of_a_table_must_be_utf8_too(tmp_path):
 def test_the_test_part_of_a_tree_or_all_of_a_folder(tmp_path):
     touch(tmp_path, "train/cat/a.png", "train/dog/a.png", "test/cat/a.png")
     for root, path in ((tmp_path, "test/cat/a.png"), (tmp_path / "test", "cat/a.png")):
-        found = find_test([root])
+        found = discover_test([root])
         assert [(image.path, image.label, image.split) for image in found.images] == [(path, "cat", "test")]
 
 
 def test_a_test_part_without_a_train_part_is_one_all_the_same(tmp_path):
     touch(tmp_path, "val/cat/a.png", "Testing/cat/a.png")
-    assert labels(find_test([tmp_path])) == {"Testing/cat/a.png": "cat"}
+    assert labels(discover_test([tmp_path])) == {"Testing/cat/a.png": "cat"}
 
 
 def test_one_test_part_among_several_roots_is_all_that_is_tested(tmp_path):
     touch(tmp_path, "a/train/cat/1.png", "a/test/cat/1.png", "b/cat/1.png", "1.png", "2.png")
     (tmp_path / "t.csv").write_text("path,label,split\n1.png,cat,test\n2.png,cat,train\n")
-    assert set(labels(find_test([tmp_path / "a", tmp_path / "b"]))) == {"a/test/cat/1.png"}
-    assert set(labels(find_test([tmp_path / "b", tmp_path / "t.csv"]))) == {"1.png"}
-    assert {image.split for image in find_test([tmp_path / "b"], {"other": "x"}).images} == {"test"}
+    assert set(labels(discover_test([tmp_path / "a", tmp_path / "b"]))) == {"a/test/cat/1.png"}
+    assert set(labels(discover_test([tmp_path / "b", tmp_path / "t.csv"]))) == {"1.png"}
+    assert {image.split for image in discover_test([tmp_path / "b"], {"other": "x"}).images} == {"test"}
 
 
 # Names and lines
@@ -433,5 +433,9 @@ def test_unreadable_images_are_reported_in_one_line(tmp_path):
 def test_real_trees(shared_data, tmp_path):
     shutil.unpack_archive(shared_data / "clothing.tar", tmp_path, "tar", filter="data")
     (root,) = tmp_path.iterdir() if len(list(tmp_path.iterdir())) == 1 else (tmp_path,)
-    assert {split: len(names) for split, names in splits(find([root])).items()} == {"train": 10, "val": 10, "test": 10}
-    assert len(find([root]).images) == 1513
+    assert {split: len(names) for split, names in splits(discover([root])).items()} == {
+        "train": 10,
+        "val": 10,
+        "test": 10,
+    }
+    assert len(discover([root]).images) == 1513

@@ -149,11 +149,11 @@ def test_clean_leaves_what_others_keep_in_the_folder(tree: Path, command: Comman
 
 
 def test_clean_waits_for_nobody(tree: Path, command: Command) -> None:
-    from image_classifier.atomic_io import locked
+    from image_classifier.atomic_io import file_lock
 
     assert command("prepare", *LINE).code == 0
     (lock,) = Path("data/cache/facts").glob("*/lock")
-    with locked(lock):
+    with file_lock(lock):
         answer = command("clean")
     assert answer.code == 2
     assert "a run is writing" in answer.err

@@ -12,18 +12,18 @@ from scipy.stats import binomtest
 from sklearn.metrics import f1_score
 
 from image_classifier.evaluation.metrics.bootstrap import resample, share, spread, wilson
-from image_classifier.evaluation.metrics.compute import Metrics, bootstrap, compute_metrics
+from image_classifier.evaluation.metrics.compute import ClassificationMetrics, bootstrap, compute_metrics
 from image_classifier.evaluation.metrics.per_image import judge_images
 from image_classifier.evaluation.metrics.ranking import rank_classes
-from image_classifier.evaluation.metrics.sums import Part
+from image_classifier.evaluation.metrics.sums import MetricSums
 from image_classifier.evaluation.results import metrics_lines
 from image_classifier.predictions import PredictionTable
 from tests.evaluation.test_ranking import made_table
 
 
-def part_of(table: PredictionTable) -> Part:
+def part_of(table: PredictionTable) -> MetricSums:
     images = judge_images(table)
-    return Part(table.targets, images, rank_classes(table, images))
+    return MetricSums(table.targets, images, rank_classes(table, images))
 
 
 @settings(max_examples=20)
@@ -123,7 +123,7 @@ def test_no_mistake_is_no_certainty() -> None:
     assert "test accuracy 1.0000  [0.9287, 1.0000]" in lines and "test f1_macro 1.0000" in lines
 
 
-def all_right(count: int) -> Metrics:
+def all_right(count: int) -> ClassificationMetrics:
     targets = np.arange(count) % 2
     return compute_metrics(
         PredictionTable(("",) * count, targets, np.eye(2, dtype=np.float32)[targets], ("cat", "dog"))

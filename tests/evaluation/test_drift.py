@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from image_classifier.evaluation.drift import FEWEST, Reference
+from image_classifier.evaluation.drift import FEWEST, DriftReference
 from image_classifier.evaluation.reliability.abstention import Decision, DecisionSettings, Evidence
 from image_classifier.predictions import PredictionTable
 
@@ -31,7 +31,7 @@ def part(count: int, seed: int, shift: float = 0.0) -> tuple[np.ndarray, np.ndar
 
 @given(st.integers(0, 10**6), st.sampled_from([60, 300, 3000]), st.sampled_from([80, 500, 4000]))
 def test_the_same_kind_of_images_is_alike(seed: int, traffic: int, val: int) -> None:
-    reference = Reference.of(decision_of(*part(val, seed)))
+    reference = DriftReference.of(decision_of(*part(val, seed)))
     assert reference is not None and reference.num_images == val
     confidences, scores = part(traffic, seed + 1)
     shifts = reference.shifts({"confidence": confidences, "ood_score": scores})
@@ -41,7 +41,7 @@ def test_the_same_kind_of_images_is_alike(seed: int, traffic: int, val: int) -> 
 
 
 def test_another_kind_of_images_has_drifted() -> None:
-    reference = Reference.of(decision_of(*part(500, 1)))
+    reference = DriftReference.of(decision_of(*part(500, 1)))
     assert reference is not None
     confidences, scores = part(500, 2, shift=1.0)
     confidence, score = reference.shifts({"confidence": confidences, "ood_score": scores})
@@ -55,7 +55,7 @@ def test_another_kind_of_images_has_drifted() -> None:
 
 
 def test_a_few_images_prove_nothing_and_the_limit_falls_with_their_number() -> None:
-    reference = Reference.of(decision_of(*part(500, 1)))
+    reference = DriftReference.of(decision_of(*part(500, 1)))
     assert reference is not None
     limits = []
     for count in (1, FEWEST - 1, FEWEST, 1000):
@@ -68,10 +68,10 @@ def test_a_few_images_prove_nothing_and_the_limit_falls_with_their_number() -> N
 
 def test_what_val_did_not_tell_is_not_compared() -> None:
     confidences, _ = part(100, 1)
-    reference = Reference.of(decision_of(confidences, None))
+    reference = DriftReference.of(decision_of(confidences, None))
     assert reference is not None
     assert [shift.figure for shift in reference.shifts({"confidence": confidences, "ood_score": [1.0]})] == [
         "confidence"
     ]
     assert reference.shifts({"confidence": []}) == []
-    assert Reference.of({}) is None and Reference.of(None) is None
+    assert DriftReference.of({}) is None and DriftReference.of(None) is None

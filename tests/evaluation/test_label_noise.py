@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from image_classifier.errors import DataError
-from image_classifier.evaluation.label_issues.out_of_fold import Answers, out_of_fold
+from image_classifier.evaluation.label_issues.out_of_fold import OutOfFoldPredictions, out_of_fold
 from image_classifier.evaluation.label_issues.proposals import (
     COLUMNS,
     accepted,
@@ -35,12 +35,12 @@ from image_classifier.predictions import PredictionTable
 CLASSES = ("ant", "bee", "cat", "dog")
 
 
-def answers(targets: np.ndarray, probabilities: np.ndarray, split: str = "") -> Answers:
+def answers(targets: np.ndarray, probabilities: np.ndarray, split: str = "") -> OutOfFoldPredictions:
     paths = [f"{row:04d}.png" for row in range(len(targets))]
-    return Answers(paths, targets, probabilities, CLASSES[: probabilities.shape[1]], [split] * len(paths))
+    return OutOfFoldPredictions(paths, targets, probabilities, CLASSES[: probabilities.shape[1]], [split] * len(paths))
 
 
-def planted(seed: int, count: int = 400, accuracy: float = 0.97) -> tuple[Answers, set[str]]:
+def planted(seed: int, count: int = 400, accuracy: float = 0.97) -> tuple[OutOfFoldPredictions, set[str]]:
     """Answers of a model that is mostly right about the true classes, and the images whose label is another."""
     random = np.random.default_rng(seed)
     truth = random.integers(0, 4, count)
@@ -54,14 +54,14 @@ def planted(seed: int, count: int = 400, accuracy: float = 0.97) -> tuple[Answer
 
 
 @st.composite
-def some_answers(draw: st.DrawFn) -> Answers:
+def some_answers(draw: st.DrawFn) -> OutOfFoldPredictions:
     count, seed = draw(st.integers(4, 60)), draw(st.integers(0, 2**32 - 1))
     random = np.random.default_rng(seed)
     return answers(random.integers(0, draw(st.integers(1, 4)), count), random.dirichlet(np.full(4, 0.4), count))
 
 
 @given(some_answers(), st.sampled_from([0.0, 0.1, 0.5, 1.0]))
-def test_the_ranking_is_that_of_brute_force(found: Answers, share: float) -> None:
+def test_the_ranking_is_that_of_brute_force(found: OutOfFoldPredictions, share: float) -> None:
     suspects = find_suspects(found, share=share)
     own = {path: float(found.probabilities[row, found.targets[row]]) for row, path in enumerate(found.paths)}
     count = int(np.ceil(share * len(own)))
@@ -79,7 +79,9 @@ def test_the_ranking_is_that_of_brute_force(found: Answers, share: float) -> Non
 
 
 @given(some_answers())
-def test_confident_learning_names_nobody_whose_label_is_likelier_than_its_class_is_on_average(found: Answers) -> None:
+def test_confident_learning_names_nobody_whose_label_is_likelier_than_its_class_is_on_average(
+    found: OutOfFoldPredictions,
+) -> None:
     """Confident joint (Northcutt et al., 2021), by brute force: without an off-diagonal count there is no error to name."""
     present = np.unique(found.targets)
     if len(present) < 2:
@@ -110,7 +112,7 @@ def test_planted_errors_are_among_twice_as_many(seed: int) -> None:
 def test_the_order_of_images_does_not_matter() -> None:
     found, _ = planted(0)
     order = np.random.default_rng(1).permutation(len(found.paths))
-    mixed = Answers(
+    mixed = OutOfFoldPredictions(
         [found.paths[row] for row in order], found.targets[order], found.probabilities[order], CLASSES, found.splits
     )
     twins = [[(f"000{row}.png", CLASSES[found.targets[row]]) for row in (1, 2, 3, 4)]]

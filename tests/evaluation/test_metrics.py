@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from sklearn import metrics as sk
 
 from image_classifier.errors import DataError
-from image_classifier.evaluation.metrics.compute import Metrics, compute_metrics
+from image_classifier.evaluation.metrics.compute import ClassificationMetrics, compute_metrics
 from image_classifier.evaluation.metrics.sums import SCALARS
 from image_classifier.predictions import PredictionTable
 
@@ -41,7 +41,7 @@ def log_probabilities(table: PredictionTable) -> np.ndarray:
     return (shifted - np.log(np.exp(shifted).sum(axis=1, keepdims=True))).astype(np.float32)
 
 
-def assert_ranked_as_scikit_learn(table: PredictionTable, metrics: Metrics) -> None:
+def assert_ranked_as_scikit_learn(table: PredictionTable, metrics: ClassificationMetrics) -> None:
     scores, expected = log_probabilities(table), []
     for position, score in enumerate(metrics.per_class):
         own = table.targets == position
@@ -56,7 +56,7 @@ def assert_ranked_as_scikit_learn(table: PredictionTable, metrics: Metrics) -> N
     assert [metrics.roc_auc, metrics.average_precision] == pytest.approx(means, nan_ok=True)
 
 
-def assert_as_scikit_learn(table: PredictionTable, metrics: Metrics) -> None:
+def assert_as_scikit_learn(table: PredictionTable, metrics: ClassificationMetrics) -> None:
     truth, labels = table.targets, np.arange(len(table.classes))
     predicted = table.probabilities.argmax(axis=1)
     with warnings.catch_warnings():

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from sklearn.metrics import average_precision_score, roc_auc_score
 
-from image_classifier.evaluation.blocks import in_order, slices
+from image_classifier.evaluation.blocks import parallel_map, slices
 from image_classifier.evaluation.metrics.bootstrap import resample, spread
 from image_classifier.evaluation.metrics.compute import compute_metrics, ranking
 from image_classifier.evaluation.metrics.per_image import judge_images
@@ -114,10 +114,10 @@ def test_a_table_in_a_file_or_of_one_repeated_row_is_judged_like_any_other(tmp_p
 
 @given(total=st.integers(0, 40), step=st.integers(0, 9), threads=st.integers(1, 4))
 def test_pieces_come_whole_and_in_order(total: int, step: int, threads: int) -> None:
-    found = list(in_order(lambda rows: list(range(rows.start, rows.stop)), slices(total, step), threads))
+    found = list(parallel_map(lambda rows: list(range(rows.start, rows.stop)), slices(total, step), threads))
     assert [number for piece in found for number in piece] == list(range(total))
 
 
 def test_an_error_in_a_thread_is_told() -> None:
     with pytest.raises(ZeroDivisionError):
-        list(in_order(lambda number: 1 / number, [1, 0, 1], threads=2))
+        list(parallel_map(lambda number: 1 / number, [1, 0, 1], threads=2))

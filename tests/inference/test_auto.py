@@ -14,7 +14,7 @@ import pytest
 from image_classifier.bundle import Bundle, read_bundle
 from image_classifier.errors import CheckpointError, ConfigError
 from image_classifier.inference import backend_selection
-from image_classifier.inference.backend_selection import candidates, fastest
+from image_classifier.inference.backend_selection import candidates, fastest_backend
 from image_classifier.inference.golden import Golden
 from image_classifier.inference.onnx_runtime import OnnxBackend, providers
 from image_classifier.inference.predictor import Backend
@@ -39,7 +39,7 @@ def choose(bundle: Bundle, monkeypatch: pytest.MonkeyPatch, **made: tuple[float,
     logits = Golden.of(bundle).logits
     monkeypatch.setattr(backend_selection, "candidates", lambda _: list(made))
     monkeypatch.setattr(backend_selection, "open_backend", lambda _, name, __: Fake(logits, *made[name]))
-    return fastest(bundle)
+    return fastest_backend(bundle)
 
 
 def test_the_fastest_that_agrees_is_taken(
@@ -73,7 +73,7 @@ def test_a_backend_that_cannot_be_opened_is_passed_over(digits_bundle: Path, mon
 
     monkeypatch.setattr(backend_selection, "candidates", lambda _: ["openvino", "onnx"])
     monkeypatch.setattr(backend_selection, "open_backend", opened)
-    assert fastest(bundle)[0] == "onnx"
+    assert fastest_backend(bundle)[0] == "onnx"
 
 
 def test_torch_is_loaded_only_where_nothing_else_is_there(digits_bundle: Path) -> None:

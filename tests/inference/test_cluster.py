@@ -20,8 +20,8 @@ import pyarrow.parquet
 import pytest
 
 from image_classifier.errors import CheckpointError, ConfigError, StorageError
-from image_classifier.inference.cluster import Dealt
-from image_classifier.inference.cluster_worker import Job, Model, answer
+from image_classifier.inference.cluster import ShardPlan
+from image_classifier.inference.cluster_worker import ShardJob, WorkerModel, answer
 from image_classifier.inference.load import load_predictor
 from image_classifier.inference.onnx_runtime import session_of
 from image_classifier.inference.predictor import cores
@@ -119,8 +119,8 @@ def test_without_ray_one_line_says_what_to_install(
     assert found.code == 2 and "pip install 'image-classifier[ray]'" in found.err
 
 
-def dealt(*items: str, size: int = 8) -> Dealt:
-    return Dealt.of(Inputs(items, lambda: sys.stdin.buffer), size)
+def dealt(*items: str, size: int = 8) -> ShardPlan:
+    return ShardPlan.of(Inputs(items, lambda: sys.stdin.buffer), size)
 
 
 def test_images_are_dealt_in_order_and_any_machine_finds_them(tmp_path: Path) -> None:
@@ -143,22 +143,24 @@ def test_an_archive_is_refused(tmp_path: Path) -> None:
 
 
 @pytest.fixture
-def job(trained: Path, tmp_path: Path) -> Job:
+def job(trained: Path, tmp_path: Path) -> ShardJob:
     """Answers 36 images in five shards."""
     model = trained / "models/digits"
     shards = Shards(str(tmp_path / "out"), Storage(), {"images": "those"}, 5)
-    fetch = partial(Model.of, model)
-    return Job(fetch().sha256, partial(load_predictor, batch_size=4), shards, 3, 1, fetch, str(tmp_path / "models"))
+    fetch = partial(WorkerModel.of, model)
+    return ShardJob(
+        fetch().sha256, partial(load_predictor, batch_size=4), shards, 3, 1, fetch, str(tmp_path / "models")
+    )
 
 
-def do(job: Job, images: Dealt) -> list[object]:
+def do(job: ShardJob, images: ShardPlan) -> list[object]:
     return [
         pickle.loads(answer({"shard": [number], "items": [items]}, job)["told"][0])
         for number, items in enumerate(images.shards)
     ]
 
 
-def test_a_shard_done_twice_is_there_once_and_a_worker_leaves_whole_files_only(job: Job, tmp_path: Path) -> None:
+def test_a_shard_done_twice_is_there_once_and_a_worker_leaves_whole_files_only(job: ShardJob, tmp_path: Path) -> None:
     images = dealt("data/digits/test/3")
     assert len(images.shards) == 5 and job.shards.check(resume=False) == 0
     job.shards.begin()
@@ -174,7 +176,7 @@ def test_a_shard_done_twice_is_there_once_and_a_worker_leaves_whole_files_only(j
     assert json.loads((tmp_path / "out/_SUCCESS").read_text()) == {"images": images.images, "errors": 0, "shards": 5}
 
 
-def test_what_lies_in_the_way_is_never_touched(job: Job, tmp_path: Path) -> None:
+def test_what_lies_in_the_way_is_never_touched(job: ShardJob, tmp_path: Path) -> None:
     shards, part = job.shards, tmp_path / "out.part"
     part.mkdir()
     (part / "mine.txt").write_text("x")
@@ -197,18 +199,18 @@ def test_what_lies_in_the_way_is_never_touched(job: Job, tmp_path: Path) -> None
         shards.check(resume=True)
 
 
-def test_a_machine_that_sees_another_folder_says_so(job: Job) -> None:
+def test_a_machine_that_sees_another_folder_says_so(job: ShardJob) -> None:
     (found, *_) = do(job, dealt("data/digits/test/3"))
     assert isinstance(found, StorageError) and "give a folder that all machines share" in str(found)
 
 
-def test_a_model_that_is_not_what_was_sent_is_refused(job: Job, tmp_path: Path) -> None:
+def test_a_model_that_is_not_what_was_sent_is_refused(job: ShardJob, tmp_path: Path) -> None:
     job.shards.begin()
-    (unpacked,) = {Model.of(Path("models/digits")).unpacked(tmp_path / "models") for _ in range(2)}
+    (unpacked,) = {WorkerModel.of(Path("models/digits")).unpacked(tmp_path / "models") for _ in range(2)}
     (unpacked / "model.onnx").write_bytes(b"another")
     with pytest.raises(CheckpointError, match="damaged on .*: remove"):
-        Model.of(Path("models/digits")).unpacked(tmp_path / "models")
-    lone = Model.of(Path("models/digits/model.onnx"))
+        WorkerModel.of(Path("models/digits")).unpacked(tmp_path / "models")
+    lone = WorkerModel.of(Path("models/digits/model.onnx"))
     assert lone.unpacked(tmp_path / "models").name == "model.onnx"
 
 

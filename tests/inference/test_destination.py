@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from image_classifier.atomic_io import whole_file
+from image_classifier.atomic_io import atomic_file
 from image_classifier.errors import StorageError
 from tests.conftest import Command
 
@@ -85,9 +85,9 @@ def test_a_part_of_somebody_else_is_not_replaced(place: Path, command: Command, 
 def test_no_verb_replaces_what_is_no_file(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe")
     for path in (tmp_path / "pipe", tmp_path, Path("/dev/stderr")):
-        with pytest.raises(StorageError, match="is no file"), whole_file(path) as file:
+        with pytest.raises(StorageError, match="is no file"), atomic_file(path) as file:
             file.write(b"x")
     (tmp_path / "link").symlink_to(tmp_path / "gone")  # as DVC leaves them
-    with whole_file(tmp_path / "link") as file:
+    with atomic_file(tmp_path / "link") as file:
         file.write(b"x")
     assert (tmp_path / "link").read_bytes() == b"x" and sorted(os.listdir(tmp_path)) == ["link", "pipe"]

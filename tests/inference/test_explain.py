@@ -18,7 +18,7 @@ from torch import nn
 from torchvision.models.swin_transformer import SwinTransformer
 from torchvision.models.vision_transformer import VisionTransformer as TorchvisionTransformer
 
-from image_classifier.inference.attribution import Explanation, explain
+from image_classifier.inference.attribution import Attribution, explain
 from image_classifier.modeling.backbones import torchvision_backbone
 from image_classifier.modeling.classifier import Classifier, build_classifier
 from image_classifier.modeling.convnet import MLP, ConvNet
@@ -88,7 +88,7 @@ def classifier_of(name: str, tta: str = "none") -> tuple[Classifier, np.ndarray]
     return build_classifier(make(), 4, size, MEAN, STD, tta=tta), pixels
 
 
-def assert_heat(found: Explanation, size: int) -> None:
+def assert_heat(found: Attribution, size: int) -> None:
     assert found.heat.shape == (size, size) and found.heat.dtype == np.float32
     assert found.heat.min() >= 0 and found.heat.max() in (0, 1)
 

@@ -22,7 +22,7 @@ from image_classifier.images import DecodeLimits
 from image_classifier.inference import writers
 from image_classifier.sources import archive, inputs
 from image_classifier.sources.archive import ArchiveLimits
-from image_classifier.sources.image_source import Item
+from image_classifier.sources.image_source import ImageSource
 from image_classifier.sources.inputs import Inputs
 
 
@@ -44,7 +44,7 @@ def tree(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def found(items: list[str], stdin: bytes = b"", **limits: object) -> list[Item]:
+def found(items: list[str], stdin: bytes = b"", **limits: object) -> list[ImageSource]:
     asked = Inputs(items, lambda: io.BytesIO(stdin), **limits)  # type: ignore[arg-type]
     asked.check()
     return list(asked)
@@ -54,7 +54,7 @@ def names(items: list[str], stdin: bytes = b"") -> list[str]:
     return [Path(item.name).name for item in found(items, stdin)]
 
 
-def reason(item: Item) -> str:
+def reason(item: ImageSource) -> str:
     with pytest.raises(UnreadableImage) as caught:
         item.content()
     return caught.value.reason

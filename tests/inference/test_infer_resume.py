@@ -17,8 +17,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from image_classifier.errors import ConfigError
-from image_classifier.inference.resume_log import Part, check_same_run
-from image_classifier.sources.image_source import Item
+from image_classifier.inference.resume_log import ResumeLog, check_same_run
+from image_classifier.sources.image_source import ImageSource
 from tests.conftest import ROOT, Command
 
 FORMATS = ("jsonl", "csv", "parquet", "json", "table")
@@ -53,7 +53,7 @@ def test_killed_at_any_moment_and_resumed_the_answers_are_the_same_to_the_byte(
 ) -> None:
     whole, output = tmp_path / f"whole.{form}", tmp_path / f"answers.{form}"
     assert command(*line(whole)).code == 2  # one image is not there
-    part, moments, kills = Part.of(output).path, random.Random(form), 0
+    part, moments, kills = ResumeLog.of(output).path, random.Random(form), 0
     for _ in range(5):
         before = part.stat().st_size if part.exists() else 0
         run = subprocess.Popen(
@@ -86,8 +86,8 @@ def broken_off(output: Path, command: Command, monkeypatch: pytest.MonkeyPatch, 
         patch.setattr("image_classifier.inference.infer.whole_file", lambda path: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             command(*line(output))
-    content = Part.of(output).path.read_bytes()
-    Part.of(output).path.write_bytes(content[: int(share * len(content))])
+    content = ResumeLog.of(output).path.read_bytes()
+    ResumeLog.of(output).path.write_bytes(content[: int(share * len(content))])
 
 
 CUT = [("jsonl", 0.0), ("csv", 0.77), ("parquet", 0.5)]
@@ -103,7 +103,7 @@ def test_whatever_was_written_is_gone_on_with(
     broken_off(output, command, monkeypatch, share)
     answer = command(*line(output, "--resume"))
     assert answer.code == 2 and "could not be read" in answer.err, answer.err
-    assert output.read_bytes() == whole.read_bytes() and not Part.of(output).path.exists()
+    assert output.read_bytes() == whole.read_bytes() and not ResumeLog.of(output).path.exists()
 
 
 @pytest.mark.parametrize(
@@ -121,10 +121,10 @@ def test_another_run_is_refused(
 ) -> None:
     output = tmp_path / "answers.jsonl"
     broken_off(output, command, monkeypatch)
-    before = Part.of(output).path.read_bytes()
+    before = ResumeLog.of(output).path.read_bytes()
     answer = command(*line(output, "--resume", *more))
     assert answer.code == 2 and says in answer.err and not output.exists()
-    assert Part.of(output).path.read_bytes() == before
+    assert ResumeLog.of(output).path.read_bytes() == before
 
 
 def test_a_finished_run_is_not_answered_again(
@@ -189,11 +189,11 @@ def test_without_resume_a_run_starts_over_and_says_so(
 
 
 def test_resuming_needs_a_file_and_a_second_writer_is_refused(tmp_path: Path, command: Command) -> None:
-    from image_classifier.atomic_io import locked
+    from image_classifier.atomic_io import file_lock
 
     answer = command("infer", "--checkpoint_name", "digits", "--resume", "--images", "data/digits/test/0")
     assert answer.code == 2 and "--output FILE" in answer.err
-    with locked(tmp_path / ".answers.jsonl.lock"):
+    with file_lock(tmp_path / ".answers.jsonl.lock"):
         refused = command(*line(tmp_path / "answers.jsonl"))
     assert refused.code == 2 and "another run is writing" in refused.err
 
@@ -203,7 +203,7 @@ def test_resuming_needs_a_file_and_a_second_writer_is_refused(tmp_path: Path, co
 def test_a_part_cut_anywhere_keeps_whole_batches(
     tmp_path: Path, count: int, batch_size: int, data: st.DataObject
 ) -> None:
-    part = Part.of(tmp_path / "x.jsonl")
+    part = ResumeLog.of(tmp_path / "x.jsonl")
     part.begin({"model": "m"})
     part.append({"path": f"odd \udcff\n{number}.png", "error": "no"} for number in range(count))
     content = part.path.read_bytes()
@@ -214,13 +214,13 @@ def test_a_part_cut_anywhere_keeps_whole_batches(
     kept = part.keep(batch_size)
     assert kept == whole // batch_size * batch_size
     assert [answer["path"] for answer in part.answers()] == [f"odd \udcff\n{number}.png" for number in range(kept)]
-    items = iter([Item.missing(f"odd \udcff\n{number}.png", "no") for number in range(20)])
+    items = iter([ImageSource.missing(f"odd \udcff\n{number}.png", "no") for number in range(20)])
     part.skip(items, kept)
     assert next(items).name == f"odd \udcff\n{kept}.png"
 
 
 def test_a_first_line_that_was_cut_is_no_run(tmp_path: Path) -> None:
-    part = Part.of(tmp_path / "x.jsonl")
+    part = ResumeLog.of(tmp_path / "x.jsonl")
     assert part.run() is None
     for content in (b"", b'{"model": ', b"\xff\n", b"[1]\n"):
         part.path.write_bytes(content)

@@ -12,14 +12,14 @@ from image_classifier.errors import UnreadableImage
 from image_classifier.images import DecodeLimits, load_bytes
 from image_classifier.inference.sort_into import Sorter
 from image_classifier.sources.dvc import pull_missing
-from image_classifier.sources.image_source import Item
+from image_classifier.sources.image_source import ImageSource
 from tests.conftest import Command
 from tests.inference.test_find_images import found
 
 LONG = "x" * 5000
 
 
-def refusal(item: Item) -> str:
+def refusal(item: ImageSource) -> str:
     with pytest.raises(UnreadableImage) as caught:
         load_bytes(Path(item.name))
     return caught.value.reason

@@ -23,7 +23,7 @@ from image_classifier.inference.predictor import Predictor
 from image_classifier.inference.sort_into import Sorter, folder_name
 from image_classifier.inference.writers import Answer, check_format, write_answers
 from image_classifier.predictions import Prediction
-from image_classifier.sources.image_source import Item
+from image_classifier.sources.image_source import ImageSource
 from tests.conftest import write_image
 from tests.inference.test_predictor import Brightness
 
@@ -122,11 +122,11 @@ def test_items_of_every_kind_are_answered_in_order_and_keep_their_content(tmp_pa
     path = grey(tmp_path, "a.png", 250)
     content = path.read_bytes()
     items = [
-        Item.file(path),
-        Item("b", content),
-        Item("c", lambda: content),
-        Item.missing("d", "gone"),
-        Item("e", b"no"),
+        ImageSource.file(path),
+        ImageSource("b", content),
+        ImageSource("c", lambda: content),
+        ImageSource.missing("d", "gone"),
+        ImageSource("e", b"no"),
     ] * 9
     predictor = Predictor(Brightness(), ("dark", "bright"), Preprocess(8), batch_size=4)
     kept = list(predictor.answers(iter(items), keep=True))
@@ -139,11 +139,11 @@ def test_items_of_every_kind_are_answered_in_order_and_keep_their_content(tmp_pa
 def test_no_more_is_read_ahead_than_two_batches() -> None:
     taken = 0
 
-    def endless() -> Iterator[Item]:
+    def endless() -> Iterator[ImageSource]:
         nonlocal taken
         while True:
             taken += 1
-            yield Item.missing(str(taken), "none")
+            yield ImageSource.missing(str(taken), "none")
 
     answers = Predictor(Brightness(), ("dark", "bright"), Preprocess(8), batch_size=8).answers(endless())
     for number in range(1, 100):

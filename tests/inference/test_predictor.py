@@ -12,7 +12,7 @@ from image_classifier.errors import UnreadableImage
 from image_classifier.images import Preprocess
 from image_classifier.inference import predictor as predictor_module
 from image_classifier.inference.predictor import Predictor
-from image_classifier.sources.image_source import Item
+from image_classifier.sources.image_source import ImageSource
 
 
 class Brightness:
@@ -86,11 +86,11 @@ def test_no_more_bytes_of_archives_are_read_ahead_than_may_lie_in_memory(monkeyp
         read[0] -= len(content)
         return np.zeros((8, 8, 3), np.uint8)
 
-    def items() -> Iterator[Item]:
+    def items() -> Iterator[ImageSource]:
         for number in range(30):
             read[0] += 1000
             most[0] = max(most[0], read[0])
-            yield Item(f"{number}", bytes(1000))
+            yield ImageSource(f"{number}", bytes(1000))
 
     monkeypatch.setattr(Preprocess, "read", lambda _, content, limits: decode(content, limits))
     assert [prediction.path for prediction, _ in own.answers(items())] == [f"{number}" for number in range(30)]

@@ -23,7 +23,7 @@ from image_classifier.inference.backends import fitting, open_backend, takes_min
 from image_classifier.inference.onnx_runtime import OnnxBackend
 from image_classifier.inference.tensorrt import cuda
 from image_classifier.inference.tensorrt.backend import TensorRtBackend, opened
-from image_classifier.inference.tensorrt.cache import PLACE, Kept
+from image_classifier.inference.tensorrt.cache import PLACE, EngineCache
 from image_classifier.inference.tensorrt.engine import EngineSettings, build, is_installed, logger_of, package
 from image_classifier.inference.verify import verified
 from tests.conftest import Command
@@ -173,18 +173,18 @@ def test_memory_of_the_gpu_is_given_back(bundle: Bundle, trt: TensorRt) -> None:
 
 def test_an_engine_is_of_one_gpu_version_precision_batch_and_model(bundle: Bundle, trt: TensorRt) -> None:
     model = bundle.path("model.onnx")
-    places = {Kept.of(model, EngineSettings())._path("engine")}
+    places = {EngineCache.of(model, EngineSettings())._path("engine")}
     places |= {
-        Kept.of(model, asked)._path("engine")
+        EngineCache.of(model, asked)._path("engine")
         for asked in (EngineSettings("tf32"), EngineSettings("fp16"), EngineSettings("fp32", 63))
     }
     trt.__version__ = "10.16.1.11"
-    places.add(Kept.of(model, EngineSettings())._path("engine"))
+    places.add(EngineCache.of(model, EngineSettings())._path("engine"))
     trt.cuda.driver = 13010
-    places.add(Kept.of(model, EngineSettings())._path("engine"))
+    places.add(EngineCache.of(model, EngineSettings())._path("engine"))
     trt.cuda.name = b"NVIDIA Other"
-    places.add(Kept.of(model, EngineSettings())._path("engine"))
-    places.add(Kept.of(bundle.path("model.ckpt"), EngineSettings())._path("engine"))
+    places.add(EngineCache.of(model, EngineSettings())._path("engine"))
+    places.add(EngineCache.of(bundle.path("model.ckpt"), EngineSettings())._path("engine"))
     assert len(places) == 8
 
 

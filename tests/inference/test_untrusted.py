@@ -24,7 +24,7 @@ from hypothesis import strategies as st
 import image_classifier.bundle
 from image_classifier.bundle import read_bundle
 from image_classifier.errors import ClassifierError
-from image_classifier.exporting.parity_data import Reference
+from image_classifier.exporting.parity_data import ParitySet
 from image_classifier.images import DEFAULT_LIMITS
 from image_classifier.inference import backend_selection
 from image_classifier.inference.backends import fitting
@@ -249,7 +249,7 @@ def test_an_onnx_file_reads_no_other_file(bundle: Path, command: Command, digits
     answer = command("infer", "--checkpoint_name", str(bundle), "--images", str(image(digits_bundle)))
     assert answer.code == 2 and answer.out == "" and len(answer.err.strip().splitlines()) == 1
     with pytest.raises(ClassifierError, match="weights of it lie in another file"):
-        Reference.of(read_bundle(bundle), None, 5, (), DEFAULT_LIMITS)  # what every export begins with
+        ParitySet.of(read_bundle(bundle), None, 5, (), DEFAULT_LIMITS)  # what every export begins with
 
 
 def test_a_model_for_other_squares_or_classes_is_refused(bundle: Path, command: Command, digits_bundle: Path) -> None:

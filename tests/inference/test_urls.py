@@ -16,9 +16,9 @@ import pytest
 
 from image_classifier.errors import ConfigError, SourceError, UnreadableImage
 from image_classifier.sources import web
-from image_classifier.sources.image_source import Item
+from image_classifier.sources.image_source import ImageSource
 from image_classifier.sources.inputs import Inputs
-from image_classifier.sources.web import UrlLimits, Web, is_public
+from image_classifier.sources.web import UrlLimits, WebClient, is_public
 from tests.inference.test_find_images import as_tar, as_zip, picture
 
 
@@ -83,17 +83,17 @@ def server(tmp_path: Path) -> Iterator[str]:
     thread.join()
 
 
-def found(items: list[str], web: Web, stdin: bytes = b"") -> list[Item]:
+def found(items: list[str], web: WebClient, stdin: bytes = b"") -> list[ImageSource]:
     return list(Inputs(items, lambda: io.BytesIO(stdin), web=web))
 
 
-def reason(item: Item) -> str:
+def reason(item: ImageSource) -> str:
     with pytest.raises(UnreadableImage) as caught:
         item.content()
     return caught.value.reason
 
 
-ALLOWED = Web(UrlLimits(timeout_s=5), allow_private=True)
+ALLOWED = WebClient(UrlLimits(timeout_s=5), allow_private=True)
 
 
 def test_images_and_archives_are_fetched(server: str) -> None:
@@ -131,7 +131,7 @@ def test_images_and_archives_are_fetched(server: str) -> None:
     ],
 )
 def test_what_cannot_be_fetched_is_a_row_that_says_why(server: str, place: str, says: str) -> None:
-    web = Web(UrlLimits(timeout_s=5, max_redirects=3), allow_private=True)
+    web = WebClient(UrlLimits(timeout_s=5, max_redirects=3), allow_private=True)
     (item,) = found([server + place], web)
     assert says in reason(item)
 
@@ -150,13 +150,13 @@ def test_letters_of_all_languages_and_spaces_can_be_asked_for(server: str, monke
 
 
 def test_an_archive_that_is_too_large_is_a_row(server: str) -> None:
-    (item,) = found([f"{server}/a.zip"], Web(UrlLimits(max_bytes=100), allow_private=True))
+    (item,) = found([f"{server}/a.zip"], WebClient(UrlLimits(max_bytes=100), allow_private=True))
     assert "larger than" in reason(item)
 
 
 def test_a_server_that_falls_silent_is_left() -> None:
     start = time.monotonic()
-    web = Web(UrlLimits(timeout_s=0.3), allow_private=True)
+    web = WebClient(UrlLimits(timeout_s=0.3), allow_private=True)
     with socket.create_server(("127.0.0.1", 0)) as silent:
         (item,) = found([f"http://127.0.0.1:{silent.getsockname()[1]}/1.png"], web)
         assert "cannot be fetched" in reason(item)
@@ -173,7 +173,7 @@ def test_addresses_of_this_machine_are_refused_by_default(server: str) -> None:
         f"http://0x7f.1:{port}",
     ):
         for name in ("1.png", "a.zip", "download"):
-            (item,) = found([f"{place}/{name}"], Web(UrlLimits(timeout_s=5)))
+            (item,) = found([f"{place}/{name}"], WebClient(UrlLimits(timeout_s=5)))
             assert "private network" in reason(item)
     assert not Handler.asked
     assert found([f"{server}/1.png"], ALLOWED)[0].content() == picture(1)  # the server was there all the time
@@ -184,7 +184,7 @@ def test_a_redirect_to_this_machine_is_refused(server: str, monkeypatch: pytest.
     host, port = "127.0.0.1", server.rpartition(":")[2]
     Handler.moved["/away.png"] = f"http://127.0.0.2:{port}/1.png"
     monkeypatch.setattr(web, "is_public", lambda address: address == host)
-    client = Web(UrlLimits(timeout_s=5))
+    client = WebClient(UrlLimits(timeout_s=5))
     assert client.image(f"{server}/moved.png", 10**6) == picture(1)
     with pytest.raises(UnreadableImage, match="private network"):
         client.image(f"{server}/away.png", 10**6)
@@ -194,7 +194,7 @@ def test_a_name_with_one_private_address_is_refused(monkeypatch: pytest.MonkeyPa
     both = [(socket.AF_INET, socket.SOCK_STREAM, 6, "", (address, 80)) for address in ("8.8.8.8", "10.0.0.1")]
     monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: both)
     with pytest.raises(SourceError, match="private network"):
-        list(Web(UrlLimits()).blocks("http://example.org/1.png", 10))
+        list(WebClient(UrlLimits()).blocks("http://example.org/1.png", 10))
 
 
 PRIVATE_4 = "127.0.0.1 10.1.2.3 172.16.0.1 192.168.1.1 169.254.169.254 0.0.0.0 100.64.0.1 224.0.0.1 255.255.255.255 240.0.0.1 168.63.129.16 192.0.0.192"

@@ -18,8 +18,8 @@ import pytest
 from image_classifier.errors import SourceError, UnreadableImage
 from image_classifier.inference.triton.over_http import HttpChannel
 from image_classifier.inference.triton.protocol import Address, Refused
-from image_classifier.sources.image_source import Item
-from image_classifier.sources.web import UrlLimits, Web
+from image_classifier.sources.image_source import ImageSource
+from image_classifier.sources.web import UrlLimits, WebClient
 from tests.conftest import ROOT
 from tests.inference.test_predictor import predictor
 
@@ -62,7 +62,7 @@ def drip() -> Iterator[Drip]:
 
 @pytest.mark.parametrize("kind", ENDLESS)
 def test_no_download_takes_longer_than_it_may(drip: Drip, kind: str) -> None:
-    web, start = Web(UrlLimits(timeout_s=3, total_s=0.3), allow_private=True), time.monotonic()
+    web, start = WebClient(UrlLimits(timeout_s=3, total_s=0.3), allow_private=True), time.monotonic()
     with pytest.raises(SourceError, match=r"takes longer than 0\.3 s"):
         list(web.blocks(f"{drip(ENDLESS[kind])}/1.png", 10**9))
     assert time.monotonic() - start < 2
@@ -70,14 +70,14 @@ def test_no_download_takes_longer_than_it_may(drip: Drip, kind: str) -> None:
 
 def test_a_connection_that_does_not_come_about_takes_no_longer(drip: Drip) -> None:
     with socket.create_server(("127.0.0.1", 0), backlog=0) as server, socket.create_connection(server.getsockname()):
-        web, start = Web(UrlLimits(timeout_s=3, total_s=0.3), allow_private=True), time.monotonic()
+        web, start = WebClient(UrlLimits(timeout_s=3, total_s=0.3), allow_private=True), time.monotonic()
         with pytest.raises(SourceError, match=r"takes longer than 0\.3 s"):
             list(web.blocks(f"http://127.0.0.1:{server.getsockname()[1]}/1.png", 10**9))
         assert time.monotonic() - start < 2
 
 
 def test_what_is_fetched_when_the_run_ends_is_left(drip: Drip) -> None:
-    web, start = Web(UrlLimits(timeout_s=9), allow_private=True), time.monotonic()
+    web, start = WebClient(UrlLimits(timeout_s=9), allow_private=True), time.monotonic()
     threading.Timer(0.1, web.stop).start()
     with pytest.raises(UnreadableImage, match="the run was stopped"):
         web.image(f"{drip(SILENT)}/1.png", 10**9)
@@ -94,7 +94,7 @@ def test_nobody_waits_for_what_is_being_read_when_the_answers_are_left() -> None
         return b""
 
     answers, start = (
-        predictor(batch_size=1).answers([Item.missing("1", "no"), *[Item("2", slow)] * 9]),
+        predictor(batch_size=1).answers([ImageSource.missing("1", "no"), *[ImageSource("2", slow)] * 9]),
         time.monotonic(),
     )
     next(answers)

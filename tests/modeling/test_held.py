@@ -14,7 +14,7 @@ from torch import nn
 from torch.nn import functional
 from torchvision.models.vision_transformer import VisionTransformer
 
-from image_classifier.modeling.attribution_rules import Held
+from image_classifier.modeling.attribution_rules import DetachedAttention
 
 SIZES = st.lists(st.integers(1, 6), min_size=2, max_size=4)
 
@@ -36,7 +36,7 @@ def test_a_held_norm_says_the_same_and_is_linear(
     tensor = (scale * torch.randn(sizes, generator=generator, dtype=torch.float64)).requires_grad_()
     shape = sizes[-num_axes:]
     weight = torch.randn(shape, generator=generator, dtype=torch.float64) if affine else None
-    with Held():
+    with DetachedAttention():
         held = norm(tensor, shape, weight)
     assert torch.allclose(held, norm(tensor, shape, weight))
     (gradient,) = torch.autograd.grad(held.sum(), tensor)
@@ -45,7 +45,7 @@ def test_a_held_norm_says_the_same_and_is_linear(
 
 def test_a_bias_and_an_epsilon_are_kept() -> None:
     tensor, bias = torch.randn(2, 5), torch.randn(5)
-    with Held():
+    with DetachedAttention():
         held = functional.layer_norm(tensor, (5,), bias=bias, eps=0.5), functional.rms_norm(tensor, (5,), eps=0.5)
     assert torch.allclose(held[0], functional.layer_norm(tensor, (5,), bias=bias, eps=0.5))
     assert torch.allclose(held[1], functional.rms_norm(tensor, (5,), eps=0.5))
@@ -56,7 +56,7 @@ def test_a_bias_and_an_epsilon_are_kept() -> None:
 def test_gradients_flow_through_what_is_attended_to_alone(tokens: int, seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
     query, key, value = (torch.randn(1, 2, tokens, 4, generator=generator, requires_grad=True) for _ in range(3))
-    with Held():
+    with DetachedAttention():
         fused = functional.scaled_dot_product_attention(query, key=key, value=value)
         scores = query @ key.transpose(2, 3) / 2
         explicit = [
@@ -79,7 +79,7 @@ def test_answers_stay() -> None:
     pixels = torch.randn(2, 3, 32, 32)
     for network in networks:
         plain = network.eval()(pixels)
-        with Held():
+        with DetachedAttention():
             held = network(pixels)
         assert torch.allclose(held, plain, atol=1e-5)
         assert torch.equal(network(pixels), plain)

@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from image_classifier.serving import async_log
-from image_classifier.serving.async_log import Aside, Lines
+from image_classifier.serving.async_log import AsyncLineWriter, AsyncStream
 from image_classifier.serving.worker import framing
 from tests.conftest import ROOT
 
@@ -22,7 +22,7 @@ from tests.conftest import ROOT
 @given(st.lists(st.text(max_size=50), max_size=50))
 def test_all_is_written_in_its_order(texts: list[str]) -> None:
     written: list[str] = []
-    made = Lines("test", written.append)
+    made = AsyncLineWriter("test", written.append)
     for text in texts:
         made.put(text)
     made.close()
@@ -39,7 +39,7 @@ def test_what_nobody_takes_is_left_out_and_told(
         taken.wait()
         written.append(line)
 
-    made = Lines("the log", write)
+    made = AsyncLineWriter("the log", write)
     for number in range(100):
         made.put(str(number))
     taken.set()
@@ -53,7 +53,7 @@ def test_an_error_is_said_once(caplog: pytest.LogCaptureFixture) -> None:
     def write(line: str) -> None:
         raise OSError(28, "No space left on device")
 
-    made = Lines("the log", write)
+    made = AsyncLineWriter("the log", write)
     for _ in range(3):
         made.put("")
     made.close()
@@ -63,7 +63,7 @@ def test_an_error_is_said_once(caplog: pytest.LogCaptureFixture) -> None:
 def test_a_pipe_that_nobody_reads_holds_nobody_up(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(async_log, "_LAST_S", 0.1)
     reading, writing = os.pipe()
-    stream = Aside(writing)
+    stream = AsyncStream(writing)
     logger = logging.Logger("aside")
     logger.addHandler(logging.StreamHandler(stream))
     for number in range(3000):
@@ -81,7 +81,7 @@ def test_a_pipe_that_nobody_reads_holds_nobody_up(monkeypatch: pytest.MonkeyPatc
 def test_a_models_process_that_fails_says_why_before_it_ends() -> None:
     ours, theirs = socket.socketpair()
     with ours, theirs:
-        ours.sendall(framing.packed({"what": "is no order"}))
+        ours.sendall(framing.encode({"what": "is no order"}))
         line = [sys.executable, "-m", "image_classifier.serving.worker.main", str(theirs.fileno())]
         done = subprocess.run(
             line, cwd=ROOT, pass_fds=[theirs.fileno()], capture_output=True, text=True, timeout=60, check=False

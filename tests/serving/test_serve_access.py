@@ -10,14 +10,14 @@ from pathlib import Path
 import pytest
 
 from image_classifier.errors import ConfigError
-from image_classifier.serving.auth import Access, AccessSettings
+from image_classifier.serving.auth import AccessPolicy, AccessSettings
 from image_classifier.serving.request_limits import Refusal
 from tests.serving.conftest import start_server
 
 OLD, NEW = "0123456789abcdef-old", "0123456789abcdef-new"
 
 
-def asked(access: Access, key: str = "", client: str = "192.0.2.1", path: str = "/predict") -> str | int:
+def asked(access: AccessPolicy, key: str = "", client: str = "192.0.2.1", path: str = "/predict") -> str | int:
     """What the log calls the key, or the status of the refusal."""
     try:
         return access.check("POST", path, {b"host": b"localhost", b"x-api-key": key.encode()}, client)
@@ -33,7 +33,7 @@ def keys(tmp_path: Path) -> Path:
 
 
 def test_a_key_has_the_name_before_it_or_one_that_does_not_tell_it(keys: Path) -> None:
-    access = Access(AccessSettings(keys_file=str(keys)), "127.0.0.1")
+    access = AccessPolicy(AccessSettings(keys_file=str(keys)), "127.0.0.1")
     assert asked(access, OLD) == "the lab"
     unnamed = asked(access, NEW)
     assert isinstance(unnamed, str) and unnamed.startswith("key-") and NEW not in unnamed
@@ -42,7 +42,7 @@ def test_a_key_has_the_name_before_it_or_one_that_does_not_tell_it(keys: Path) -
 
 
 def test_keys_are_exchanged_while_the_server_runs(keys: Path, caplog: pytest.LogCaptureFixture) -> None:
-    access = Access(AccessSettings(keys_file=str(keys)), "127.0.0.1")
+    access = AccessPolicy(AccessSettings(keys_file=str(keys)), "127.0.0.1")
     keys.write_text(f"the lab {NEW}\n")
     access.reread()
     assert asked(access, NEW) == "the lab" and asked(access, OLD) == 401
@@ -58,7 +58,7 @@ def test_keys_are_exchanged_while_the_server_runs(keys: Path, caplog: pytest.Log
 
 
 def test_whoever_tries_keys_is_stopped_and_nobody_else(keys: Path) -> None:
-    access = Access(AccessSettings(keys_file=str(keys), per_minute=1, burst=3), "127.0.0.1")
+    access = AccessPolicy(AccessSettings(keys_file=str(keys), per_minute=1, burst=3), "127.0.0.1")
     assert [asked(access, f"guess-{number}-0123456789") for number in range(5)] == [401, 401, 401, 429, 429]
     assert asked(access, OLD) == "the lab"  # from the same address
     assert asked(access, "guess", client="192.0.2.2") == 401
@@ -69,7 +69,7 @@ def test_whoever_tries_keys_is_stopped_and_nobody_else(keys: Path) -> None:
 )
 def test_settings_that_cannot_be(wrong: dict[str, object]) -> None:
     with pytest.raises(ConfigError):
-        Access(AccessSettings(**wrong), "127.0.0.1")  # type: ignore[arg-type]
+        AccessPolicy(AccessSettings(**wrong), "127.0.0.1")  # type: ignore[arg-type]
 
 
 @pytest.mark.slow

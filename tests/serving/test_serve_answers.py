@@ -15,7 +15,7 @@ import pytest
 from PIL import Image
 
 from image_classifier.inference.load import load_predictor
-from image_classifier.sources.image_source import Item
+from image_classifier.sources.image_source import ImageSource
 from tests.serving.conftest import Server
 
 
@@ -47,7 +47,10 @@ def images(digits_bundle: Path) -> list[tuple[str, bytes]]:
 @pytest.fixture(scope="module")
 def expected(digits_bundle: Path, images: list[tuple[str, bytes]]) -> list[dict[str, object]]:
     predictor = load_predictor(digits_bundle)
-    return [prediction.answer() for prediction, _ in predictor.answers(Item(name, content) for name, content in images)]
+    return [
+        prediction.answer()
+        for prediction, _ in predictor.answers(ImageSource(name, content) for name, content in images)
+    ]
 
 
 def assert_equal(found: list[dict[str, object]], expected: list[dict[str, object]]) -> None:

@@ -12,8 +12,8 @@ import pytest
 
 from image_classifier.bundle import read_bundle
 from image_classifier.errors import ConfigError
-from image_classifier.serving.drift_window import DriftSettings, Traffic, columns
-from image_classifier.serving.model_sources import InRegistry
+from image_classifier.serving.drift_window import DriftSettings, DriftWindow, columns
+from image_classifier.serving.model_sources import RegisteredModel
 from image_classifier.serving.worker.spec import version_of
 from tests.conftest import Command
 
@@ -31,7 +31,7 @@ def facts(digits_bundle: Path) -> dict[str, object]:
 def test_what_is_kept_is_figures_only_and_the_verb_reads_it(
     digits_bundle: Path, tmp_path: Path, command: Command
 ) -> None:
-    traffic, known = Traffic(DriftSettings(enabled=True, log_dir=str(tmp_path))), facts(digits_bundle)
+    traffic, known = DriftWindow(DriftSettings(enabled=True, log_dir=str(tmp_path))), facts(digits_bundle)
     for score in np.linspace(50, 60, 80):
         traffic.seen(known, ANSWER, float(score))
     traffic.seen(known, {"path": "secret.png", "error": "not an image"}, None)
@@ -57,7 +57,7 @@ def test_a_log_is_found_by_the_name_under_which_the_model_was_served(
     digits_bundle: Path, tmp_path: Path, command: Command, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    traffic = Traffic(DriftSettings(enabled=True))
+    traffic = DriftWindow(DriftSettings(enabled=True))
     for _ in range(60):
         traffic.seen({**facts(digits_bundle), "name": "cats"}, ANSWER, 0.5)
     line = ("drift", str(digits_bundle))
@@ -87,8 +87,8 @@ def test_an_alias_is_compared_too(
     registered = tmp_path / "registered"  # `promote` leaves out what only training needs
     registered.mkdir()
     shutil.copyfile(digits_bundle / "bundle.json", registered / "bundle.json")
-    monkeypatch.setattr(InRegistry, "find", lambda place: asked.append(place) or registered)
-    traffic = Traffic(DriftSettings(enabled=True))
+    monkeypatch.setattr(RegisteredModel, "find", lambda place: asked.append(place) or registered)
+    traffic = DriftWindow(DriftSettings(enabled=True))
     for _ in range(60):
         traffic.seen({**facts(digits_bundle), "name": "flowers"}, ANSWER, 0.5)
     answer = command("drift", "models:/flowers@champion", "--tracking_uri", "sqlite:///other.db")
@@ -98,13 +98,13 @@ def test_an_alias_is_compared_too(
 
 
 def test_off_means_nothing_is_kept(digits_bundle: Path, tmp_path: Path) -> None:
-    traffic = Traffic(DriftSettings(log_dir=str(tmp_path)))
+    traffic = DriftWindow(DriftSettings(log_dir=str(tmp_path)))
     traffic.seen(facts(digits_bundle), ANSWER, 1.0)
     assert list(traffic.figures("digits")) == [] and list(tmp_path.iterdir()) == []
 
 
 def test_another_version_begins_anew_and_the_window_is_bounded(digits_bundle: Path) -> None:
-    traffic, known = Traffic(DriftSettings(enabled=True, window=60, log_dir=None)), facts(digits_bundle)
+    traffic, known = DriftWindow(DriftSettings(enabled=True, window=60, log_dir=None)), facts(digits_bundle)
     for _ in range(100):
         traffic.seen(known, ANSWER, 0.0)
     assert {images for *_, images in traffic.figures("digits")} == {60}
@@ -114,7 +114,7 @@ def test_another_version_begins_anew_and_the_window_is_bounded(digits_bundle: Pa
 
 def test_a_long_log_is_put_aside_once(digits_bundle: Path, tmp_path: Path, command: Command) -> None:
     traffic, known = (
-        Traffic(DriftSettings(enabled=True, log_dir=str(tmp_path), max_log_bytes=2000)),
+        DriftWindow(DriftSettings(enabled=True, log_dir=str(tmp_path), max_log_bytes=2000)),
         facts(digits_bundle),
     )
     for _ in range(100):
@@ -133,7 +133,7 @@ def test_a_log_that_cannot_be_written_costs_no_request(
     digits_bundle: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     (tmp_path / "file").write_text("")
-    traffic = Traffic(DriftSettings(enabled=True, log_dir=str(tmp_path / "file")))
+    traffic = DriftWindow(DriftSettings(enabled=True, log_dir=str(tmp_path / "file")))
     for _ in range(3):
         traffic.seen(facts(digits_bundle), ANSWER, 0.5)
     traffic.close()

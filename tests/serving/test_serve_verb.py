@@ -13,7 +13,7 @@ import pytest
 
 from image_classifier.errors import CheckpointError, ConfigError
 from image_classifier.serving import model_sources
-from image_classifier.serving.model_sources import InRegistry, OnDisk, place_of
+from image_classifier.serving.model_sources import LocalModel, RegisteredModel, model_source
 from tests.conftest import Command, run_apart
 from tests.serving.conftest import Server, start_server
 
@@ -196,8 +196,8 @@ def test_an_alias_is_downloaded_once_a_version(
     monkeypatch.setattr("image_classifier.mlflow_tracking.registered_version", registry.version)
     monkeypatch.setattr("image_classifier.mlflow_tracking.download", registry.download)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    place = place_of("models:/digits@champion", tmp_path, None, "sqlite:///mlflow.db")
-    assert isinstance(place, InRegistry) and place.name == "digits"
+    place = model_source("models:/digits@champion", tmp_path, None, "sqlite:///mlflow.db")
+    assert isinstance(place, RegisteredModel) and place.name == "digits"
     first = place.find()
     assert (first / "bundle.json").is_file() and place.find() == first and registry.downloads == 1
     registry.source = "runs:/2/model"
@@ -222,8 +222,8 @@ def test_an_alias_where_mlflow_is_not_installed_says_what_to_do(
 
 
 def test_places_have_names(digits_bundle: Path, tmp_path: Path) -> None:
-    assert place_of(str(digits_bundle), tmp_path, None, "").name == "digits"
-    assert OnDisk(str(digits_bundle / "model.onnx"), tmp_path, None).name == "model"
+    assert model_source(str(digits_bundle), tmp_path, None, "").name == "digits"
+    assert LocalModel(str(digits_bundle / "model.onnx"), tmp_path, None).name == "model"
     for wrong in ("models:/a b@c", "models:/a", "models:/@c", "models:/a@b/c"):
         with pytest.raises(ConfigError):
-            model_sources.place_of(wrong, tmp_path, None, "")
+            model_sources.model_source(wrong, tmp_path, None, "")

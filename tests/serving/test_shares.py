@@ -7,15 +7,15 @@ import asyncio
 import pytest
 
 from image_classifier.serving import request_limits
-from image_classifier.serving.request_limits import Memory, Refusal, Share
+from image_classifier.serving.request_limits import MemoryBudget, MemoryLease, Refusal
 
 
 def test_a_body_that_does_not_go_on_gives_way_and_is_refused_from_then_on(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(request_limits, "_STALLED_S", 0.0)
 
     async def scenario() -> None:
-        memory = Memory(100)
-        stalled, other = Share(memory), Share(memory)
+        memory = MemoryBudget(100)
+        stalled, other = MemoryLease(memory), MemoryLease(memory)
         with pytest.raises(TimeoutError):
             async with stalled.of_body(60):
                 stalled.take_for_body(80)
@@ -33,8 +33,8 @@ def test_a_body_that_does_not_go_on_gives_way_and_is_refused_from_then_on(monkey
 
 def test_a_lone_body_that_is_too_much_is_refused() -> None:
     async def scenario() -> None:
-        memory = Memory(100)
-        share = Share(memory)
+        memory = MemoryBudget(100)
+        share = MemoryLease(memory)
         async with share.of_body(60):
             share.take_for_body(100)
             with pytest.raises(Refusal):

@@ -21,10 +21,10 @@ from image_classifier.modeling.classifier import build_classifier
 from image_classifier.training.augment import BatchAugment, Mix
 from image_classifier.training.callbacks.averaging import EMA, SWA
 from image_classifier.training.callbacks.checkpoints import BestCheckpoint, LastCheckpoint
-from image_classifier.training.callbacks.csv_metrics import RunHistory
-from image_classifier.training.callbacks.exact_resume import ExactState
-from image_classifier.training.callbacks.nan_guard import BadLoss
-from image_classifier.training.callbacks.preemption import Signals, StopOnSignal
+from image_classifier.training.callbacks.csv_metrics import CSVMetrics
+from image_classifier.training.callbacks.exact_resume import ExactResume
+from image_classifier.training.callbacks.nan_guard import NanGuard
+from image_classifier.training.callbacks.preemption import SignalHandler, StopOnSignal
 from image_classifier.training.callbacks.throughput import Throughput
 from image_classifier.training.checkpoint_io import SafeCheckpointIO, newest_readable
 from image_classifier.training.datamodule import ImageDataModule
@@ -67,7 +67,7 @@ def data() -> tuple[Manifest, PixelCache]:
 class Cut(Callback):
     """Ends the training at the n-th call of a hook: as a signal does, or (`killed`) as a kill does, at once and with nothing saved."""
 
-    def __init__(self, hook: str, number: int, signals: Signals, killed: bool) -> None:
+    def __init__(self, hook: str, number: int, signals: SignalHandler, killed: bool) -> None:
         self.left, self.signals, self.killed = number, signals, killed
         setattr(self, hook, self._called)
 
@@ -137,15 +137,15 @@ def train(
     datamodule = ImageDataModule(
         cache, manifest, BATCH, BatchAugment(mix=Mix()), 3, channels_last=False, balanced=False
     )
-    signals, throughput = Signals(), Throughput()
-    history = RunHistory(folder / "metrics.csv", throughput)
+    signals, throughput = SignalHandler(), Throughput()
+    history = CSVMetrics(folder / "metrics.csv", throughput)
     best = BestCheckpoint(str(folder), "val/loss", "min")
     last = LastCheckpoint(str(folder), options.keep, options.every_n_epochs, options.every_n_steps)
     averaging = {"": [], "ema": [EMA(0.9)], "swa": [SWA(0.4)]}[options.average]
     stopping = [EarlyStopping("val/loss", patience=options.patience, mode="min")] if options.patience else []
     ends = [Cut(*cut, signals, killed)] if cut else []
-    first = [ExactState({}, longer), StopOnSignal(signals), last, best]
-    callbacks = [*first, throughput, history, BadLoss(options.on_nan, folder), *stopping, *averaging]
+    first = [ExactResume({}, longer), StopOnSignal(signals), last, best]
+    callbacks = [*first, throughput, history, NanGuard(options.on_nan, folder), *stopping, *averaging]
     start = newest_readable(folder)
     trainer = small_trainer(options, folder, [*callbacks, *more, *ends])
     threads = torch.get_num_threads()

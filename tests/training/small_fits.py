@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from image_classifier.modeling.classifier import build_classifier
 from image_classifier.modeling.convnet import ConvNet
-from image_classifier.training.callbacks.exact_resume import ExactState
+from image_classifier.training.callbacks.exact_resume import ExactResume
 from image_classifier.training.module import ClassifierModule
 from image_classifier.training.optimizers.schedules import SchedulerSettings
 
@@ -57,7 +57,7 @@ def fit(
     trainer = pl.Trainer(
         accelerator="cpu",
         default_root_dir=folder,
-        callbacks=[ExactState({}), *callbacks],
+        callbacks=[ExactResume({}), *callbacks],
         logger=False,
         enable_checkpointing=False,
         enable_progress_bar=False,

@@ -14,7 +14,7 @@ from pytorch_lightning.callbacks import Callback
 from torch.optim import SGD
 
 from image_classifier.errors import ConfigError, TrainingError
-from image_classifier.training.callbacks.nan_guard import BadLoss
+from image_classifier.training.callbacks.nan_guard import NanGuard
 from tests.conftest import QUICK, Command, MakeTree
 from tests.training.short_runs import Options, same, train, weights
 
@@ -109,7 +109,7 @@ def test_bad_gradients_in_the_last_step_of_an_epoch_reach_no_checkpoint(tmp_path
 
 def test_what_to_do_is_one_of_two(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="use stop or skip"):
-        BadLoss("ignore", tmp_path)
+        NanGuard("ignore", tmp_path)
 
 
 def test_on_the_command_line_it_is_one_line_and_the_list_of_images_stays(

@@ -13,7 +13,7 @@ from torch import nn
 
 from image_classifier.errors import ConfigError
 from image_classifier.training.callbacks import lr_sweep, torch_compile
-from image_classifier.training.callbacks.torch_compile import Compiling
+from image_classifier.training.callbacks.torch_compile import TorchCompile
 from tests.conftest import QUICK, Command
 
 
@@ -55,7 +55,7 @@ def run(
     module: Any = SimpleNamespace(device=torch.device("cpu"), classifier=SimpleNamespace(backbone=backbone))
     trainer: Any = SimpleNamespace(estimated_stepping_batches=steps, global_step=0, accumulate_grad_batches=1)
     trainer.callbacks = [SimpleTimer(allowed_s)]
-    callback, compiled = Compiling(at_once=False), []
+    callback, compiled = TorchCompile(at_once=False), []
     callback.on_train_start(trainer, module)
     for step in range(min(watched, steps)):
         callback.on_train_batch_start(trainer, module, None, step)
@@ -101,7 +101,7 @@ def test_asked_for_without_a_compiler_is_one_line(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setenv("CXX", "no-such-compiler")
     module: Any = SimpleNamespace(device=torch.device("cpu"), classifier=SimpleNamespace(backbone=nn.Linear(1, 1)))
     with pytest.raises(ConfigError, match=r"install g\+\+"):
-        Compiling(at_once=True).on_train_start(SimpleNamespace(), module)  # type: ignore[arg-type]
+        TorchCompile(at_once=True).on_train_start(SimpleNamespace(), module)  # type: ignore[arg-type]
 
 
 class Small(nn.Module):
@@ -118,7 +118,7 @@ class Small(nn.Module):
 def test_a_compiled_network_whose_gradients_are_no_numbers_is_given_up(
     gradient: float, caplog: pytest.LogCaptureFixture
 ) -> None:
-    callback, module = Compiling(at_once=True), Small()
+    callback, module = TorchCompile(at_once=True), Small()
     trainer: Any = SimpleNamespace(precision_plugin=SimpleNamespace())
     callback.on_train_start(trainer, module)  # type: ignore[arg-type]
     backbone = module.classifier["backbone"]

@@ -20,7 +20,7 @@ from image_classifier.errors import ConfigError
 from image_classifier.manifest import Manifest
 from image_classifier.modeling.classifier import build_classifier
 from image_classifier.predictions import PredictionTable
-from image_classifier.training.diagnostics import DiagnosticsSettings, examine
+from image_classifier.training.diagnostics import DiagnosticsSettings, run_diagnostics
 from tests.conftest import QUICK, Command, MakeTree, listed
 
 
@@ -58,7 +58,7 @@ def test_a_network_without_gradients_is_delivered_all_the_same(
     )
     run, data = SimpleNamespace(plots=tmp_path / "plots", name="run"), DataSettings(image_size=12)
     with caplog.at_level(logging.WARNING):
-        examine(classifier, table, part, run, data, DiagnosticsSettings(explanations=2, robustness_images=4), 0)  # type: ignore[arg-type]
+        run_diagnostics(classifier, table, part, run, data, DiagnosticsSettings(explanations=2, robustness_images=4), 0)  # type: ignore[arg-type]
     assert "no explanations" in caplog.text
     assert json.loads((tmp_path / "plots/robustness.json").read_text())["about"]["images"] == 4
 
@@ -72,7 +72,7 @@ def test_an_image_that_is_gone_ends_no_training(tree: Path, tmp_path: Path, capl
     for record in part:
         part.file(record).unlink()
     run, data = SimpleNamespace(plots=tmp_path / "plots", name="run"), DataSettings(image_size=12)
-    examine(classifier, table, part, run, data, DiagnosticsSettings(), 0)  # type: ignore[arg-type]
+    run_diagnostics(classifier, table, part, run, data, DiagnosticsSettings(), 0)  # type: ignore[arg-type]
     assert (
         "no explanations: cannot read the image" in caplog.text
         and "no robustness: cannot read the image" in caplog.text

@@ -72,12 +72,12 @@ SLURM = {
 def test_a_process_finds_its_place_in_what_its_launcher_says(
     environment: dict[str, str], place: tuple[int, ...]
 ) -> None:
-    assert distributed.place(environment) == distributed.Place(*place)
+    assert distributed.rank_info(environment) == distributed.RankInfo(*place)
 
 
 def test_nodes_with_different_numbers_of_processes_are_refused() -> None:
     with pytest.raises(ConfigError, match="evenly"):
-        distributed.place(SLURM | {"SLURM_STEP_NUM_TASKS": "5"})
+        distributed.rank_info(SLURM | {"SLURM_STEP_NUM_TASKS": "5"})
 
 
 @given(st.integers(1, 60), st.integers(1, 8), st.integers(1, 5), st.integers(0, 3), st.booleans())
@@ -108,18 +108,18 @@ def test_shares_follow_one_another_and_are_even(num_rows: int, world_size: int) 
     shares = []
     for rank in range(world_size):
         with as_rank(rank, world_size):
-            shares.append(distributed.share(np.arange(num_rows)))
+            shares.append(distributed.rank_share(np.arange(num_rows)))
     assert np.concatenate(shares).tolist() == list(range(num_rows))
     assert max(map(len, shares)) - min(map(len, shares)) <= 1
 
 
 def test_a_batch_that_cannot_be_shared_evenly_is_refused() -> None:
     with as_rank(0, 3):
-        distributed.check_shares(66, 100, 10)
+        distributed.check_rank_shares(66, 100, 10)
         with pytest.raises(ConfigError, match="such as 63"):
-            distributed.check_shares(64, 100, 10)
+            distributed.check_rank_shares(64, 100, 10)
         with pytest.raises(DataError, match="too few for 3 processes"):
-            distributed.check_shares(66, 100, 2)
+            distributed.check_rank_shares(66, 100, 2)
 
 
 @pytest.mark.parametrize(("devices", "count"), [(1, 1), ("auto", 1), (-1, 1), ("3", 3), (2, 2)])
@@ -156,10 +156,10 @@ def test_a_list_of_gpus_is_what_the_ranks_see(
 
 
 def test_alone_every_rank_function_gives_back_what_it_was_given() -> None:
-    with distributed.joined(on_gpu=False):
+    with distributed.process_group(on_gpu=False):
         assert (
             distributed.broadcast(3)
-            == distributed.from_main(lambda: 3)
+            == distributed.from_rank_zero(lambda: 3)
             == distributed.first_on_each_node(lambda: 3)
             == 3
         )

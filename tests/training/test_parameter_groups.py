@@ -18,7 +18,7 @@ from image_classifier.modeling.classifier import Classifier
 from image_classifier.modeling.convnet import MLP, ConvNet
 from image_classifier.modeling.whitened import WhitenedNet
 from image_classifier.training.optimizers.groups import KINDS, layers, parameter_groups
-from image_classifier.training.optimizers.schedules import SchedulerSettings, build_moves
+from image_classifier.training.optimizers.schedules import SchedulerSettings, build_optimizer_and_schedule
 from tests.training.small_fits import Rates, fit, small_module
 
 NETWORKS = {
@@ -186,6 +186,8 @@ def test_one_cycle_peaks_where_each_groups_own_rate_is() -> None:
         {"params": [nn.Parameter(torch.zeros(1))]},
         {"params": [nn.Parameter(torch.zeros(1))], "lr_scale": 0.25},
     ]
-    moves = build_moves(partial(torch.optim.SGD, lr=0.1, momentum=0.9), groups, SCHEDULERS["one_cycle"], num_steps=40)
+    moves = build_optimizer_and_schedule(
+        partial(torch.optim.SGD, lr=0.1, momentum=0.9), groups, SCHEDULERS["one_cycle"], num_steps=40
+    )
     assert [group["max_lr"] for group in moves.optimizer.param_groups] == [0.1, 0.025]
     assert "lr_scale" not in moves.optimizer.param_groups[1]

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from image_classifier.errors import ConfigError
 from image_classifier.training import autotune
 from image_classifier.training.autotune import find_batch_size, seconds_of, smoothed, suggest
-from image_classifier.training.callbacks.lr_sweep import Stopwatch, Sweep
+from image_classifier.training.callbacks.lr_sweep import LearningRateSweep, StepTimer
 from image_classifier.training.memory import _container_free, free_memory, memory_used
 from tests.conftest import QUICK, Command, MakeTree
 from tests.training.small_fits import fit, small_module
@@ -87,7 +87,7 @@ def test_a_run_that_found_its_rate_is_the_run_that_was_given_it(
 
 
 def test_a_sweep_takes_one_loss_a_step_though_a_step_takes_several_batches(tmp_path: Path) -> None:
-    single, several = Sweep(1e-4, 1e-2, 8), Sweep(1e-4, 1e-2, 8)
+    single, several = LearningRateSweep(1e-4, 1e-2, 8), LearningRateSweep(1e-4, 1e-2, 8)
     fit(small_module(norm=False), tmp_path, [single], batch_size=12, max_epochs=2)
     fit(small_module(norm=False), tmp_path, [several], batch_size=6, accumulate_grad_batches=2, max_epochs=2)
     assert several.rates == single.rates and len(single.rates) == 8
@@ -235,7 +235,7 @@ def test_time_is_read_as_lightning_reads_it() -> None:
 
 
 def test_a_busy_moment_does_not_make_steps_look_slow() -> None:
-    watch = Stopwatch(2, None, phases=2)
+    watch = StepTimer(2, None, phases=2)
     watch.steps = [9.0, 9.0, 1.0, 1.0, 5.0, 1.0, 9.0, 9.0, 3.0, 3.0, 3.0, 30.0]
     assert watch.step_s() == 2.0
     assert watch.step_s(undisturbed=False) == (2.0 + 9.75) / 2

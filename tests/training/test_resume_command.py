@@ -20,9 +20,9 @@ from image_classifier.evaluation.reliability.results import Trust
 from image_classifier.evaluation.reliability.selective import risk_curve
 from image_classifier.modeling.classifier import Classifier
 from image_classifier.predictions import PredictionTable
-from image_classifier.training.callbacks.csv_metrics import RunHistory
+from image_classifier.training.callbacks.csv_metrics import CSVMetrics
 from image_classifier.training.reporting import Results
-from image_classifier.training.run_dir import RunFolder
+from image_classifier.training.run_dir import RunDir
 from tests.conftest import QUICK, Answer, Command, MakeTree, write_image
 
 SMALL = (
@@ -50,13 +50,13 @@ def in_a_folder_with_a_tree(tmp_path: Path, make_tree: MakeTree, monkeypatch: py
     torch.set_num_threads(threads)
 
 
-def weights_only(classifier: Classifier, blueprint: Any, run: RunFolder, *more: Any) -> dict[str, Any]:
+def weights_only(classifier: Classifier, blueprint: Any, run: RunDir, *more: Any) -> dict[str, Any]:
     run.bundle.mkdir(parents=True, exist_ok=True)
     torch.save(classifier.state_dict(), run.bundle / "weights.pt")
     return {"git": ""}
 
 
-def answers_only(run: RunFolder, manifest: Any, tables: dict[str, PredictionTable], *more: Any) -> Results:
+def answers_only(run: RunDir, manifest: Any, tables: dict[str, PredictionTable], *more: Any) -> Results:
     run.plots.mkdir(parents=True, exist_ok=True)
     np.save(run.plots / "logits.npy", tables["val"].logits)
     metrics = {split: compute_metrics(table) for split, table in tables.items()}
@@ -68,20 +68,20 @@ def answers_only(run: RunFolder, manifest: Any, tables: dict[str, PredictionTabl
 def stopped(command: Command, monkeypatch: pytest.MonkeyPatch) -> Any:
     """`stopped(*line)` trains with SIGTERM in the second epoch."""
 
-    def end_of_epoch(self: RunHistory, trainer: Any, module: Any) -> None:
+    def end_of_epoch(self: CSVMetrics, trainer: Any, module: Any) -> None:
         _say_epoch(self, trainer, module)
         if trainer.current_epoch == 0:
             os.kill(os.getpid(), signal.SIGTERM)
 
     def run(*line: str) -> Answer:
         with monkeypatch.context() as patch:
-            patch.setattr(RunHistory, "on_train_epoch_end", end_of_epoch)
+            patch.setattr(CSVMetrics, "on_train_epoch_end", end_of_epoch)
             return command("train", *line)
 
     return run
 
 
-_say_epoch = RunHistory.on_train_epoch_end
+_say_epoch = CSVMetrics.on_train_epoch_end
 
 
 def rows(name: str) -> list[dict[str, str]]:

@@ -6,12 +6,12 @@ from pathlib import Path
 import pytest
 
 from image_classifier.errors import ConfigError, StorageError
-from image_classifier.training.run_dir import RunSettings, claim_run, provenance
+from image_classifier.training.run_dir import RunSettings, acquire_run_dir, provenance
 
 
 def claim(root: Path, name: str | None = None, overwrite: bool = False):  # type: ignore[no-untyped-def]
     folders = {f"{kind}_dir": str(root / kind) for kind in ("runs", "models", "plots")}
-    return claim_run(RunSettings(name=name, overwrite=overwrite, **folders), "digits-convnet")
+    return acquire_run_dir(RunSettings(name=name, overwrite=overwrite, **folders), "digits-convnet")
 
 
 def test_unnamed_runs_are_numbered_even_when_they_run_at_once(tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from image_classifier.cli.hydra_app import parse
 from image_classifier.errors import ConfigError
-from image_classifier.training.tuning.space import Entry, override_value, parse_space
+from image_classifier.training.tuning.space import SearchDimension, override_value, parse_space
 from image_classifier.training.tuning.study import TuneSettings
 from tests.conftest import Command, MakeTree
 
@@ -32,9 +32,9 @@ def test_a_range_suggests_only_what_lies_in_it(first: float, second: float, log:
     low, high = sorted((first, second))
     if low == high:
         with pytest.raises(ConfigError, match="must be below high"):
-            Entry("optimizer.lr", "float", low, high, log)
+            SearchDimension("optimizer.lr", "float", low, high, log)
         return
-    entry = Entry("optimizer.lr", "float", low, high, log)
+    entry = SearchDimension("optimizer.lr", "float", low, high, log)
     trial = optuna.create_study(sampler=optuna.samplers.RandomSampler(0)).ask({entry.key: entry.distribution})
     key, _, text = entry.override(trial.params[entry.key]).partition("=")
     assert key == "optimizer.lr"

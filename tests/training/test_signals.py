@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from image_classifier.training.callbacks import preemption as signals_file
-from image_classifier.training.callbacks.preemption import Signals, slurm_job, slurm_warnings
+from image_classifier.training.callbacks.preemption import SignalHandler, slurm_job, slurm_warnings
 from tests.conftest import QUICK, write_image
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -39,7 +39,7 @@ LINE = (
 def test_outside_of_the_steps_a_signal_ends_the_block_at_once() -> None:
     for number, error in ((signal.SIGTERM, SystemExit), (signal.SIGINT, KeyboardInterrupt)):
         before = signal.getsignal(number)
-        with pytest.raises(error) as caught, Signals().caught():
+        with pytest.raises(error) as caught, SignalHandler().caught():
             os.kill(os.getpid(), number)
             time.sleep(1)
         assert signal.getsignal(number) is before
@@ -50,7 +50,7 @@ def test_outside_of_the_steps_a_signal_ends_the_block_at_once() -> None:
 def test_the_first_signal_waits_for_the_step_and_the_second_does_not(
     number: signal.Signals, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    signals, steps = Signals(), 0
+    signals, steps = SignalHandler(), 0
     with pytest.raises(SystemExit) as caught, signals.caught(), signals.deferred():
         os.kill(os.getpid(), number)
         steps = 1
@@ -67,7 +67,7 @@ def test_the_first_signal_waits_for_the_step_and_the_second_does_not(
 
 
 def test_a_sigterm_that_several_senders_pass_on_lets_the_step_end() -> None:
-    signals, steps = Signals(), 0
+    signals, steps = SignalHandler(), 0
     with pytest.raises(SystemExit) as caught, signals.caught(), signals.deferred():
         for _ in range(3):
             os.kill(os.getpid(), signal.SIGTERM)
@@ -104,7 +104,7 @@ def test_slurms_warning_puts_the_job_back_into_the_queue(
     bin_dir = fake_scontrol(tmp_path / "bin", code)
     monkeypatch.setenv("PATH", str(bin_dir), prepend=os.pathsep)
     monkeypatch.setenv("SLURM_JOB_ID", "77")
-    with pytest.raises(SystemExit) as caught, Signals().caught():
+    with pytest.raises(SystemExit) as caught, SignalHandler().caught():
         os.kill(os.getpid(), signal.SIGUSR1)
         time.sleep(1)
     assert caught.value.code == 128 + signal.SIGUSR1

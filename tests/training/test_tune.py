@@ -19,12 +19,12 @@ from optuna.trial import TrialState
 from image_classifier.errors import ConfigError, StorageError, TrainingError
 from image_classifier.training.tuning import trials as trials_module
 from image_classifier.training.tuning.plots import plot_study
-from image_classifier.training.tuning.results import Places, table, write_csv
+from image_classifier.training.tuning.results import StudyPaths, table, write_csv
 from image_classifier.training.tuning.space import parse_space
 from image_classifier.training.tuning.study import TuneSettings, open_study
 from image_classifier.training.tuning.subprocess_run import GO_ON, MARK, STOP
 from image_classifier.training.tuning.trials import MAX_ATTEMPTS, Owner, Trials, owner_in
-from image_classifier.training.tuning.worker import Plan, Workers
+from image_classifier.training.tuning.worker import TrialPlan, Workers
 from tests.conftest import ROOT
 
 RANGE = {"kind": "float", "low": 0.0, "high": 1.0}
@@ -62,9 +62,9 @@ def opened(**asked: Any) -> Trials:
     return open_study(TuneSettings(**asked), "study", 0, {"search": "this"})
 
 
-def plan(body: str = "", program: str | None = None) -> Plan:
-    places = Places("study", Path("runs"), Path("models"), Path("plots"))
-    return Plan(
+def plan(body: str = "", program: str | None = None) -> TrialPlan:
+    places = StudyPaths("study", Path("runs"), Path("models"), Path("plots"))
+    return TrialPlan(
         SPACE, (), (), places, program=(sys.executable, "-c", program or TRAIN.replace("{body}", body or "pass"))
     )
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from image_classifier.atomic_io import locked, write_text
+from image_classifier.atomic_io import file_lock, write_text
 from image_classifier.cli import hydra_app
 from image_classifier.errors import ConfigError, DataError, storage_errors
 
@@ -58,7 +58,7 @@ def clean(config: Any) -> None:
     with storage_errors(directory), ExitStack() as stack:
         for lock in (path for store in stores for path in sorted(store.rglob("lock"))):
             try:
-                stack.enter_context(locked(lock, wait=False))
+                stack.enter_context(file_lock(lock, wait=False))
             except BlockingIOError:
                 raise DataError(
                     f"a run is writing to {str(lock.parent)!r}", "wait until it is done; nothing was removed"

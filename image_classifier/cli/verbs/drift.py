@@ -12,9 +12,9 @@ from typing import Any
 from image_classifier.bundle import read_bundle, reading
 from image_classifier.cli import hydra_app
 from image_classifier.errors import ConfigError, DataError
-from image_classifier.evaluation.drift import FEWEST, Reference, Shift
+from image_classifier.evaluation.drift import FEWEST, DriftReference, Shift
 from image_classifier.serving.drift_window import columns
-from image_classifier.serving.model_sources import place_of
+from image_classifier.serving.model_sources import model_source
 from image_classifier.serving.worker.spec import served_name, version_of
 
 _LOG_DIR = "runs/serve"
@@ -51,9 +51,9 @@ def drift(config: Any) -> None:
         DataError: There is no log, or nothing of this model in it.
     """
     asked = hydra_app.typed(DriftVerbSettings, config, "")
-    place = place_of(asked.checkpoint_name, Path(asked.models_dir), asked.dvc, asked.tracking_uri)
+    place = model_source(asked.checkpoint_name, Path(asked.models_dir), asked.dvc, asked.tracking_uri)
     bundle = read_bundle(place.find())
-    reference = Reference.of(bundle.info.decision)
+    reference = DriftReference.of(bundle.info.decision)
     if reference is None:
         raise ConfigError(f"{place.name!r} does not tell what val was like", "use a bundle of this version")
     path = _log_of(asked, place.name)
@@ -107,7 +107,7 @@ def _rows(path: Path, version: str) -> Iterator[tuple[float, float | None]]:
                     continue
 
 
-def _print(shifts: list[Shift], version: str, reference: Reference) -> None:
+def _print(shifts: list[Shift], version: str, reference: DriftReference) -> None:
     print(f"version {version}, the last {shifts[0].images} answers beside {reference.num_images} val images")
     print(f"{'figure':<11} {'median':>8} {'val':>8} {'distance':>9} {'limit':>6}")
     for shift in shifts:

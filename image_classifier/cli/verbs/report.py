@@ -12,9 +12,9 @@ from image_classifier.cli import hydra_app
 from image_classifier.errors import ConfigError
 from image_classifier.evaluation.compare import compare
 from image_classifier.evaluation.report import comparison as comparison_page
-from image_classifier.evaluation.report.locate import Judged, find_judged, judged_part, limits_of
+from image_classifier.evaluation.report.locate import EvaluatedRun, find_evaluated, judged_part, limits_of
 from image_classifier.evaluation.report.page import run_page
-from image_classifier.evaluation.report.run_data import AUDITS, Places, RunFacts, gather, sizes_of
+from image_classifier.evaluation.report.run_data import AUDITS, RunData, RunPaths, gather, sizes_of
 from image_classifier.manifest import SPLITS
 
 
@@ -61,7 +61,7 @@ def _report(asked: ReportSettings) -> Path:
     """Write the page of one run."""
     judged = _find(asked, asked.name)
     run = judged.bundle.name if judged.bundle else judged.directory.parent.name
-    places = Places(
+    places = RunPaths(
         judged.directory, judged.bundle, Path(asked.runs_dir) / run, Path(asked.audit_dir), _there(judged.root)
     )
     facts = gather(run, judged.table, places, judged.info, sizes_of(judged.bundle))
@@ -77,13 +77,13 @@ def _there(root: Path | None) -> Path | None:
     return root if root is not None and root.is_dir() else None
 
 
-def _answer(facts: RunFacts) -> Iterator[str]:
+def _answer(facts: RunData) -> Iterator[str]:
     accuracy, bounds = facts.metrics["accuracy"], facts.interval("accuracy")
     yield f"accuracy   {accuracy:.4f}" + (f", 95 % interval {bounds[0]:.4f} to {bounds[1]:.4f}" if bounds else "")
 
 
-def _find(asked: ReportSettings, name: str) -> Judged:
-    return find_judged(
+def _find(asked: ReportSettings, name: str) -> EvaluatedRun:
+    return find_evaluated(
         name,
         asked.split,
         Path(asked.models_dir),
@@ -113,11 +113,11 @@ def _compare(asked: ReportSettings, other: str) -> Path:
     return path
 
 
-def _part(first: Judged, second: Judged) -> str:
+def _part(first: EvaluatedRun, second: EvaluatedRun) -> str:
     return first.split if first.split == second.split else f"{first.split} and {second.split}"
 
 
-def _origin(asked: ReportSettings, first: Judged, second: Judged) -> Iterator[tuple[str, str]]:
+def _origin(asked: ReportSettings, first: EvaluatedRun, second: EvaluatedRun) -> Iterator[tuple[str, str]]:
     """The lines of the footer: where both come from, and the draws."""
     yield "A", str(first.directory)
     yield "B", str(second.directory)

@@ -16,12 +16,12 @@ from image_classifier.bundle import INFO_NAME, find_checkpoint, read_bundle
 from image_classifier.cli import hydra_app
 from image_classifier.cli.options import did_you_mean
 from image_classifier.dataset.audit.fix import Fix, Fixes, read_fixes
-from image_classifier.dataset.prepare import DataSettings, Examination, all_folds
-from image_classifier.dataset.run import examined
+from image_classifier.dataset.prepare import DatasetScan, DataSettings, all_folds
+from image_classifier.dataset.run import audited
 from image_classifier.dataset.split import content_names
 from image_classifier.errors import ConfigError, DataError
 from image_classifier.evaluation.label_issues.html_report import Gallery, Row, render
-from image_classifier.evaluation.label_issues.out_of_fold import Answers, out_of_fold
+from image_classifier.evaluation.label_issues.out_of_fold import OutOfFoldPredictions, out_of_fold
 from image_classifier.evaluation.label_issues.proposals import accepted, lines, merged, worst_answers, write_csv
 from image_classifier.evaluation.label_issues.ranking import Suspect, find_suspects
 from image_classifier.inference.load import pulled_checkpoint
@@ -85,7 +85,7 @@ def suspects(config: Any) -> Path:
     apply = _apply(config.get("apply"))
     _check(config)
     folded = hydra_app.replaced(config, {"data.folds": asked.folds, "data.fold": 0, "data.manifest_path": None})
-    first, data, found = examined(folded)
+    first, data, found = audited(folded)
     _check_start(config, run, first)
     folds = all_folds(found, data)
     name = run.name or f"{data.name or first.root.resolve().name}-suspects".replace("/", "-").lstrip(".")
@@ -135,8 +135,8 @@ def _check_start(config: Any, run: RunSettings, manifest: Manifest) -> None:
 
 
 def _out_of_fold(
-    config: Any, by: str, folds: Sequence[Manifest], data: DataSettings, directory: Path, found: Examination
-) -> Answers:
+    config: Any, by: str, folds: Sequence[Manifest], data: DataSettings, directory: Path, found: DatasetScan
+) -> OutOfFoldPredictions:
     """The answers of the models that did not see them for all images but those of the test part."""
     if by == "embeddings" or (by == "auto" and _is_pretrained(config)):
         from image_classifier.training.cross_validation.by_embeddings import (
@@ -176,7 +176,7 @@ def _words(config: Any, study: str) -> tuple[str, ...]:
     return (*flags, *kept, "plots.figures=false", *spared_words(kept), *tracking_words(config, study))
 
 
-def _conflicts(found: Examination) -> list[list[tuple[str, str]]]:
+def _conflicts(found: DatasetScan) -> list[list[tuple[str, str]]]:
     """The audit's groups of one picture under several labels, paths and labels as fix.csv has left them."""
     return [
         [(item.path, item.label) for item in finding.items]
@@ -202,7 +202,9 @@ def _of_bundle(name: str, run: RunSettings, manifest: Manifest, share: float) ->
             part = [table.paths[row] for row in rows]
             codes = np.array([targets[path] for path in part], dtype=np.int64)
             found += worst_answers(
-                Answers(part, codes, table.probabilities[rows], manifest.classes, [split] * len(rows)), share, name
+                OutOfFoldPredictions(part, codes, table.probabilities[rows], manifest.classes, [split] * len(rows)),
+                share,
+                name,
             )
     if not found and share:
         fact = f"there are no predictions of {name!r} for these images in {run.plots_dir}"
@@ -215,9 +217,9 @@ def _write(
     fixes: Fixes,
     apply: bool | int,
     most: int,
-    found: Examination,
+    found: DatasetScan,
     data: DataSettings,
-    answers: Answers,
+    answers: OutOfFoldPredictions,
 ) -> Path:
     """Leave the table, the page and the proposals beside the audit, and say where."""
     decided, directory = len(fixes.decided), found.directory

@@ -16,17 +16,17 @@ import numpy as np
 
 from image_classifier.bundle import INFO_NAME, read_bundle
 from image_classifier.cli import hydra_app
-from image_classifier.dataset.train_overlap import alike_in_training, equal_to_training
+from image_classifier.dataset.train_overlap import exact_duplicates_of_train, near_duplicates_of_train
 from image_classifier.errors import CheckpointError, ConfigError, DataError
 from image_classifier.evaluation import baselines
 from image_classifier.evaluation.baselines import Baseline
 from image_classifier.evaluation.leaks import LeakScore, leak_score
-from image_classifier.evaluation.metrics.compute import Metrics, compute_metrics
+from image_classifier.evaluation.metrics.compute import ClassificationMetrics, compute_metrics
 from image_classifier.evaluation.reliability.abstention import DecisionSettings
 from image_classifier.evaluation.reliability.results import write_trust
 from image_classifier.evaluation.results import metrics_dict, metrics_lines, write_evaluation
 from image_classifier.images import DecodeLimits
-from image_classifier.inference.backends import ServerAt
+from image_classifier.inference.backends import ServerAddress
 from image_classifier.inference.labelled_images import read_labelled
 from image_classifier.inference.latency import measure_latency
 from image_classifier.inference.load import load_predictor, pulled_checkpoint
@@ -76,12 +76,12 @@ class TestSettings:
         self.server.fits(self.backend)
 
     @property
-    def server(self) -> ServerAt:
+    def server(self) -> ServerAddress:
         """Where the backend triton asks."""
-        return ServerAt(self.url, self.server_timeout_s)
+        return ServerAddress(self.url, self.server_timeout_s)
 
 
-def test(config: Any) -> Metrics:
+def test(config: Any) -> ClassificationMetrics:
     """Predict a labelled part, print the metrics and write predictions, metrics and plots."""
     asked = hydra_app.typed(TestSettings, config, "")
     path = pulled_checkpoint(asked.checkpoint_name, Path(asked.models_dir), asked.dvc)
@@ -171,9 +171,9 @@ def _labelled_folder(
         return manifest, np.zeros(len(manifest), dtype=bool), None
     bundle = read_bundle(path)
     known = Manifest.read(bundle.path("manifest.csv"), Path(str(bundle.info.provenance.get("data_root", ""))))
-    leaked = equal_to_training(manifest, known)
+    leaked = exact_duplicates_of_train(manifest, known)
     if asked.near_copies:
-        leaked |= alike_in_training(manifest, known, asked.limits, Path(asked.cache_dir), sys.stderr.isatty())
+        leaked |= near_duplicates_of_train(manifest, known, asked.limits, Path(asked.cache_dir), sys.stderr.isatty())
     return manifest, leaked, known
 
 

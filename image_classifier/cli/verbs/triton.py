@@ -15,7 +15,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from image_classifier.atomic_io import locked, write_text
+from image_classifier.atomic_io import file_lock, write_text
 from image_classifier.bundle import INFO_NAME, Bundle, read_bundle
 from image_classifier.cli import hydra_app
 from image_classifier.errors import CheckpointError, ConfigError, ServerError, StorageError
@@ -116,7 +116,7 @@ def _start(asked: ServerSettings, folder: Path) -> None:
     bundle.verify(files)
     bundle.refuse_unlisted("triton")
     try:
-        with locked(folder / "lock", wait=False):
+        with file_lock(folder / "lock", wait=False):
             _start_one(asked, path, bundle, folder)
     except BlockingIOError as error:
         raise ConfigError(f"another command is starting a server of {path.name!r}", "wait for it") from error

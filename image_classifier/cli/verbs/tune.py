@@ -18,17 +18,17 @@ from image_classifier.dataset.run import prepare_from
 from image_classifier.errors import ConfigError, TrainingError
 from image_classifier.training.run_dir import RunSettings
 from image_classifier.training.tuning.plots import plot_study
-from image_classifier.training.tuning.results import Places, ranked, table, winner_command, write_csv
-from image_classifier.training.tuning.space import Entry, as_facts, parse_space
+from image_classifier.training.tuning.results import StudyPaths, ranked, table, winner_command, write_csv
+from image_classifier.training.tuning.space import SearchDimension, as_facts, parse_space
 from image_classifier.training.tuning.study import TuneSettings, open_study
 from image_classifier.training.tuning.subprocess_run import sigterm_stops, spared_words, tracking_words
 from image_classifier.training.tuning.trials import Trials, owner_in
-from image_classifier.training.tuning.worker import Plan, Workers
+from image_classifier.training.tuning.worker import TrialPlan, Workers
 
 log = logging.getLogger(__name__)
 
 _OURS = ("name", "overwrite", "resume", "tune", "search")  # of the command line, not a trial's
-_REPORTER = "image_classifier.training.callbacks.optuna_pruning.ReportToTuner"
+_REPORTER = "image_classifier.training.callbacks.optuna_pruning.OptunaPruning"
 
 
 def tune(config: Any) -> float:
@@ -48,10 +48,10 @@ def tune(config: Any) -> float:
     manifest, data = prepare_from(config)
     open_cache(manifest, data.preprocess, data.cache, data.limits)  # once, before many trials want it
     name = run.name or f"{data.name or manifest.root.resolve().name}-{hydra_app.running_choice('search')}".lstrip(".")
-    places = Places(name, Path(run.runs_dir), Path(run.models_dir), Path(run.plots_dir))
+    places = StudyPaths(name, Path(run.runs_dir), Path(run.models_dir), Path(run.plots_dir))
     trials = open_study(asked, name, run.seed, _facts(asked, line, space))
     flags = tuple(part for flag, value in line.flags for part in (flag, str(value)))
-    plan = Plan(space, (*flags, *line.overrides), _for_trials(config, asked, name, line), places)
+    plan = TrialPlan(space, (*flags, *line.overrides), _for_trials(config, asked, name, line), places)
     log.info(
         "study %s: %d trials so far, in %s", name, len(trials.trials()), hydra_app.without_passwords(asked.storage)
     )
@@ -61,7 +61,7 @@ def tune(config: Any) -> float:
     return _summarise(trials, asked, plan)
 
 
-def _trials_line(space: tuple[Entry, ...]) -> CommandLine:
+def _trials_line(space: tuple[SearchDimension, ...]) -> CommandLine:
     """The flags and overrides of this command that are every trial's too.
 
     Raises:
@@ -81,7 +81,7 @@ def _trials_line(space: tuple[Entry, ...]) -> CommandLine:
     )
 
 
-def _check_trials(line: CommandLine, space: tuple[Entry, ...]) -> None:
+def _check_trials(line: CommandLine, space: tuple[SearchDimension, ...]) -> None:
     """Compose what trials may be given, both ends of each range and each choice once, so that none is refused hours later."""
     first = [entry.extremes[0] for entry in space]
     for position, entry in enumerate(space):
@@ -92,7 +92,7 @@ def _check_trials(line: CommandLine, space: tuple[Entry, ...]) -> None:
             hydra_app.typed(RunSettings, hydra_app.only(config, *(item.name for item in fields(RunSettings))), "")
 
 
-def _facts(asked: TuneSettings, line: CommandLine, space: tuple[Entry, ...]) -> dict[str, Any]:
+def _facts(asked: TuneSettings, line: CommandLine, space: tuple[SearchDimension, ...]) -> dict[str, Any]:
     """What must be the same for trials to be compared; folders and addresses may differ from machine to machine."""
     places = [f"{key}=" for key in TEXT_KEYS["train"]]
     same = sorted(
@@ -117,7 +117,7 @@ def _for_trials(config: Any, asked: TuneSettings, study: str, line: CommandLine)
     return (*words, *spared_words(line.overrides), *tracking_words(config, study))
 
 
-def _summarise(trials: Trials, asked: TuneSettings, plan: Plan) -> float:
+def _summarise(trials: Trials, asked: TuneSettings, plan: TrialPlan) -> float:
     """Write trials.csv and the figures, print the table and how to train the winner; TrainingError where no trial is complete."""
     rows = trials.trials()
     best = ranked(rows, asked.maximise)

@@ -19,15 +19,15 @@ from image_classifier.dataset.audit.duplicate_checks import (
     leaked_counts,
 )
 from image_classifier.dataset.audit.exclude import AUDIT, Exclusions
-from image_classifier.dataset.audit.issues import Audit, AuditSettings, Finding, Item, by_detail, in_order
+from image_classifier.dataset.audit.issues import Audit, AuditSettings, Issue, IssueItem, by_detail, in_order
 from image_classifier.dataset.audit.overview import describe
-from image_classifier.dataset.discovery import Tree
-from image_classifier.dataset.duplicates import Twins
-from image_classifier.dataset.scan import Facts
+from image_classifier.dataset.discovery import FileTree
+from image_classifier.dataset.duplicates import NearDuplicates
+from image_classifier.dataset.scan import FileMetadata
 from image_classifier.html.text import counted
 from image_classifier.images import is_image_name
 
-__all__ = ["Audit", "AuditSettings", "Finding", "find_problems"]
+__all__ = ["Audit", "AuditSettings", "Issue", "find_issues"]
 
 _NAMED_FORMATS = {
     **dict.fromkeys(("jpg", "jpeg", "jpe", "jfif"), "JPEG"),
@@ -45,10 +45,10 @@ _REASONS = {  # what the decoder says -> kind; the first that fits
 _TRAINED = ("train", "")  # what is not given to a part is dealt, most of it to train
 
 
-def find_problems(
-    tree: Tree,
-    facts: Facts,
-    twins: Twins,
+def find_issues(
+    tree: FileTree,
+    facts: FileMetadata,
+    twins: NearDuplicates,
     settings: AuditSettings,
     exclusions: Exclusions | None = None,
     corrected: Mapping[str, int] | None = None,
@@ -96,8 +96,8 @@ def _leak_sentence(split: str, numbers: Mapping[str, float]) -> str:
 class _Seen:
     """A data set as the checks see it: only the rows of `kept`, bool [N]."""
 
-    tree: Tree
-    facts: Facts
+    tree: FileTree
+    facts: FileMetadata
     settings: AuditSettings
     kept: np.ndarray
 
@@ -138,10 +138,10 @@ class _Seen:
         """Label -> how many images can be read and are for training, or are still to be dealt."""
         return {label: sum(splits[split] for split in _TRAINED) for label, splits in self.counts.items()}
 
-    def item(self, row: int, note: str = "") -> Item:
+    def item(self, row: int, note: str = "") -> IssueItem:
         """A row as an item of a finding."""
         image = self.tree.images[row]
-        return Item(image.path, image.label, image.split, note)
+        return IssueItem(image.path, image.label, image.split, note)
 
     def of_mode(self, wanted: Callable[[str], bool]) -> np.ndarray:
         """Rows whose mode is one of these, bool [N]."""
@@ -153,7 +153,7 @@ class _Seen:
         return rows
 
 
-def _findings(seen: _Seen, twins: Twins) -> tuple[Finding, ...]:
+def _findings(seen: _Seen, twins: NearDuplicates) -> tuple[Issue, ...]:
     copies = Copies.of(seen.tree.images, seen.facts, twins, seen.readable)
     files = (_unreadable(seen), _misnamed(seen), _odd_modes(seen), _greyscale(seen), _shapes(seen))
     classes = (_empty(seen), _uneven(seen), _few(seen), _missing(seen), _variants(seen))
@@ -161,8 +161,8 @@ def _findings(seen: _Seen, twins: Twins) -> tuple[Finding, ...]:
     return in_order(finding for group in (*files, *classes, *pairs, _strays(seen)) for finding in group)
 
 
-def _unreadable(seen: _Seen) -> Iterator[Finding]:
-    found: dict[str, list[tuple[str, Item]]] = {}
+def _unreadable(seen: _Seen) -> Iterator[Issue]:
+    found: dict[str, list[tuple[str, IssueItem]]] = {}
     for row, reason in sorted(seen.facts.errors.items()):
         if seen.kept[row]:
             found.setdefault(kind_of(reason), []).append((reason, seen.item(row)))
@@ -175,7 +175,7 @@ def kind_of(reason: str) -> str:
     return next((kind for kind, pattern in _REASONS.items() if re.search(pattern, reason, re.IGNORECASE)), "corrupt")
 
 
-def _misnamed(seen: _Seen) -> list[Finding]:
+def _misnamed(seen: _Seen) -> list[Issue]:
     found = []
     names, formats = seen.facts.format_names, seen.facts.formats.tolist()
     suffixes = {image.path.rpartition(".")[2] for image in seen.tree.images}
@@ -187,7 +187,7 @@ def _misnamed(seen: _Seen) -> list[Finding]:
     return by_detail("wrong_extension", found)
 
 
-def _odd_modes(seen: _Seen) -> Iterator[Finding]:
+def _odd_modes(seen: _Seen) -> Iterator[Issue]:
     facts = seen.facts
     yield from by_detail(
         "cmyk", [("mode CMYK", seen.item(row)) for row in seen.chosen(seen.of_mode(lambda mode: mode == "CMYK"))]
@@ -209,7 +209,7 @@ def _odd_modes(seen: _Seen) -> Iterator[Finding]:
     yield from by_detail("exif_rotation", turned)
 
 
-def _greyscale(seen: _Seen) -> list[Finding]:
+def _greyscale(seen: _Seen) -> list[Issue]:
     """The fewer of grey and colour images, where a data set holds both."""
     grey = seen.of_mode(lambda mode: mode in _GREY or mode.startswith("I;16"))
     greys, colours = seen.chosen(grey), seen.chosen(~grey)
@@ -219,7 +219,7 @@ def _greyscale(seen: _Seen) -> list[Finding]:
     return by_detail("greyscale", [(detail, seen.item(row)) for row in few])
 
 
-def _shapes(seen: _Seen) -> Iterator[Finding]:
+def _shapes(seen: _Seen) -> Iterator[Issue]:
     widths, heights = seen.facts.widths.astype(np.int64), seen.facts.heights.astype(np.int64)
     shorter, longer = np.minimum(widths, heights), np.maximum(widths, heights)
     bound = min(seen.settings.tiny, float(np.median(shorter[seen.rows])) / 2) if len(seen.rows) else 0
@@ -234,11 +234,11 @@ def _shapes(seen: _Seen) -> Iterator[Finding]:
         )
 
 
-def _empty(seen: _Seen) -> list[Finding]:
-    return by_detail("empty_class", [("no images in it", Item(folder)) for folder in seen.tree.empty])
+def _empty(seen: _Seen) -> list[Issue]:
+    return by_detail("empty_class", [("no images in it", IssueItem(folder)) for folder in seen.tree.empty])
 
 
-def _uneven(seen: _Seen) -> Iterator[Finding]:
+def _uneven(seen: _Seen) -> Iterator[Issue]:
     sizes = {label: count for label, count in seen.trained.items() if count}
     if not sizes:
         return
@@ -248,10 +248,10 @@ def _uneven(seen: _Seen) -> Iterator[Finding]:
         detail = (
             f"{large!r} has {counted(sizes[large], 'training image')}, {small!r} has {sizes[small]}: {ratio:.1f} to 1"
         )
-        yield Finding("imbalance", detail, numbers={"largest": sizes[large], "smallest": sizes[small], "ratio": ratio})
+        yield Issue("imbalance", detail, numbers={"largest": sizes[large], "smallest": sizes[small], "ratio": ratio})
 
 
-def _few(seen: _Seen) -> Iterator[Finding]:
+def _few(seen: _Seen) -> Iterator[Issue]:
     few = {
         label: count
         for label, count in seen.trained.items()
@@ -259,51 +259,51 @@ def _few(seen: _Seen) -> Iterator[Finding]:
     }
     for label, count in few.items():
         items = tuple(seen.item(row) for row in seen.of(label, _TRAINED))
-        yield Finding(
+        yield Issue(
             "few_images", f"{label!r} has {counted(count, 'training image')} that can be read", items, {"images": count}
         )
 
 
-def _missing(seen: _Seen) -> Iterator[Finding]:
+def _missing(seen: _Seen) -> Iterator[Issue]:
     for split in ("val", "test"):
         if not any(splits[split] for splits in seen.counts.values()):
             continue
         for label, splits in seen.counts.items():
             if splits[split] and not seen.trained[label]:
                 items = tuple(seen.item(row) for row in seen.of(label, (split,)))
-                yield Finding(
+                yield Issue(
                     "missing_in_train", f"{label!r} is in {split} and not in train", items, {"images": splits[split]}
                 )
             elif seen.trained[label] and not splits[split]:
-                yield Finding(
+                yield Issue(
                     "missing_in_test",
                     f"{label!r} is in train and not in {split}",
                     numbers={"images": seen.trained[label]},
                 )
 
 
-def _variants(seen: _Seen) -> Iterator[Finding]:
+def _variants(seen: _Seen) -> Iterator[Issue]:
     groups: dict[str, list[str]] = {}
     for label in seen.counts:
         plain = unicodedata.normalize("NFKC", label).casefold()
         groups.setdefault(re.sub(r"[\s_-]+", " ", plain).strip(), []).append(label)
     for names in groups.values():
         if len(names) > 1:
-            yield Finding(
+            yield Issue(
                 "class_name_variants",
                 ", ".join(f"{name!r} ({counted(sum(seen.counts[name].values()), 'image')})" for name in names),
             )
 
 
-def _strays(seen: _Seen) -> Iterator[Finding]:
+def _strays(seen: _Seen) -> Iterator[Issue]:
     images = [path for path in seen.tree.strays if is_image_name(path.rpartition("/")[2])]
     others = sorted(set(seen.tree.strays) - set(images))
-    yield from by_detail("stray_images", [("in no class folder", Item(path)) for path in images])
-    yield from by_detail("stray_files", [("no image by its name", Item(path)) for path in others])
-    yield from by_detail("ignored_folders", [("beside the parts", Item(folder)) for folder in seen.tree.ignored])
+    yield from by_detail("stray_images", [("in no class folder", IssueItem(path)) for path in images])
+    yield from by_detail("stray_files", [("no image by its name", IssueItem(path)) for path in others])
+    yield from by_detail("ignored_folders", [("beside the parts", IssueItem(folder)) for folder in seen.tree.ignored])
 
 
-def _proposed(findings: Sequence[Finding], settings: AuditSettings) -> dict[str, str]:
+def _proposed(findings: Sequence[Issue], settings: AuditSettings) -> dict[str, str]:
     """Path -> reason of the images that the chosen kinds leave out; the worst kind gives the reason."""
     reasons: dict[str, str] = {}
     wanted = settings.excluded_kinds
@@ -314,7 +314,7 @@ def _proposed(findings: Sequence[Finding], settings: AuditSettings) -> dict[str,
     return dict(sorted(reasons.items()))
 
 
-def _to_leave_out(finding: Finding) -> Iterable[tuple[Item, str]]:
+def _to_leave_out(finding: Issue) -> Iterable[tuple[IssueItem, str]]:
     """Which images of a finding go, and what to say of each: of duplicates all but the first, of a leak what is trained on."""
     if finding.kind in ("exact_duplicates", "near_duplicates"):
         return [(item, _like(item, finding.items[0])) for item in finding.items[1:]]
@@ -323,12 +323,12 @@ def _to_leave_out(finding: Finding) -> Iterable[tuple[Item, str]]:
     return [(item, ", ".join(filter(None, (finding.detail, item.note)))) for item in finding.items]
 
 
-def _leaking(finding: Finding) -> list[tuple[Item, str]]:
+def _leaking(finding: Issue) -> list[tuple[IssueItem, str]]:
     """The copies that are trained on, and those in val of what is in test: the test part stays whole."""
     last = "test" if "test" in finding.numbers else "val"
     kept = next(item for item in finding.items if item.split == last)
     return [(item, _like(item, kept)) for item in finding.items if item.split != last]
 
 
-def _like(item: Item, kept: Item) -> str:
+def _like(item: IssueItem, kept: IssueItem) -> str:
     return f"like {kept.path} ({item.note})" if item.note else f"the same as {kept.path}"

@@ -9,10 +9,10 @@ from functools import cached_property
 
 import numpy as np
 
-from image_classifier.dataset.audit.issues import Finding, Item
+from image_classifier.dataset.audit.issues import Issue, IssueItem
 from image_classifier.dataset.discovery import ImageFile
-from image_classifier.dataset.duplicates import Twins, clusters
-from image_classifier.dataset.scan import Facts
+from image_classifier.dataset.duplicates import NearDuplicates, clusters
+from image_classifier.dataset.scan import FileMetadata
 
 _Best = dict[int, tuple[float, bool]]  # row -> correlation of its strongest pair, and whether that is a mirrored one
 
@@ -40,7 +40,7 @@ class Copies:
     equal: np.ndarray
 
     @classmethod
-    def of(cls, images: Sequence[ImageFile], facts: Facts, twins: Twins, kept: np.ndarray) -> Copies:
+    def of(cls, images: Sequence[ImageFile], facts: FileMetadata, twins: NearDuplicates, kept: np.ndarray) -> Copies:
         """The pairs whose images both are among the `kept` rows, bool [N]."""
         digests = np.asarray(facts.digests)
         near = kept[twins.first] & kept[twins.second]
@@ -88,10 +88,10 @@ class Copies:
             )
         return best
 
-    def items(self, rows: Iterable[int], best: _Best) -> tuple[Item, ...]:
+    def items(self, rows: Iterable[int], best: _Best) -> tuple[IssueItem, ...]:
         """The rows as items, each with its strongest correlation."""
         return tuple(
-            Item(image.path, image.label, image.split, _note(best.get(row)))
+            IssueItem(image.path, image.label, image.split, _note(best.get(row)))
             for row in rows
             for image in [self.images[row]]
         )
@@ -110,8 +110,12 @@ class Copies:
 
 
 def _bridges(
-    digests: np.ndarray, thumbnails: np.ndarray, twins: Twins, kept: np.ndarray, ends: tuple[np.ndarray, np.ndarray]
-) -> Twins:
+    digests: np.ndarray,
+    thumbnails: np.ndarray,
+    twins: NearDuplicates,
+    kept: np.ndarray,
+    ends: tuple[np.ndarray, np.ndarray],
+) -> NearDuplicates:
     """Pairs of kept rows that only an image which is left out linked: not every pair of a cluster is listed, so what stays is compared anew."""
     equal = _equal(digests, np.ones(len(kept), dtype=bool))
     whole = clusters(len(kept), np.concatenate([equal[0], twins.first]), np.concatenate([equal[1], twins.second]))
@@ -121,7 +125,7 @@ def _bridges(
     apart = (whole[rows[1:]] == whole[rows[:-1]]) & (linked[rows[1:]] != linked[rows[:-1]])
     first, second = rows[:-1][apart], rows[1:][apart]
     straight, mirrored = (_correlation(thumbnails[first], thumbnails[second][:, :, ::step]) for step in (1, -1))
-    return Twins(first, second, np.maximum(straight, mirrored).astype(np.float32), mirrored > straight)
+    return NearDuplicates(first, second, np.maximum(straight, mirrored).astype(np.float32), mirrored > straight)
 
 
 def _correlation(one: np.ndarray, other: np.ndarray) -> np.ndarray:
@@ -157,7 +161,7 @@ def _shown(correlation: float) -> str:
     return f"{int(correlation * 1000 + 1e-6) / 1000:.3f}"
 
 
-def find_duplicates(copies: Copies) -> Iterator[Finding]:
+def find_duplicates(copies: Copies) -> Iterator[Issue]:
     """Equal files and near-identical pictures in one class and part, a finding for each cluster."""
     best = copies.strongest(~copies.differ(_place))
     for cluster in copies.clusters:
@@ -165,17 +169,17 @@ def find_duplicates(copies: Copies) -> Iterator[Finding]:
             contents = _grouped(rows, lambda row: copies.digests[row].tobytes())
             for same in contents:
                 if len(same) > 1:
-                    yield Finding("exact_duplicates", "the same bytes", copies.items(same, {}), {"correlation": 1.0})
+                    yield Issue("exact_duplicates", "the same bytes", copies.items(same, {}), {"correlation": 1.0})
             if len(contents) > 1:
                 words, numbers = copies.likeness(rows, best)
-                yield Finding("near_duplicates", words, copies.items(rows, best), numbers)
+                yield Issue("near_duplicates", words, copies.items(rows, best), numbers)
 
 
 def _place(image: ImageFile) -> tuple[str, str]:
     return image.label, image.split
 
 
-def find_leaks(copies: Copies) -> Iterator[Finding]:
+def find_leaks(copies: Copies) -> Iterator[Issue]:
     """Clusters that reach from one given part into another."""
     best = copies.strongest(copies.differ(lambda image: image.split))
     for cluster in copies.clusters:
@@ -185,10 +189,10 @@ def find_leaks(copies: Copies) -> Iterator[Finding]:
             rows = [row for row in cluster if copies.images[row].split]
             words, numbers = copies.likeness(rows, best)
             counts = ", ".join(f"{parts[split]} in {split}" for split in sorted(parts))
-            yield Finding("leak", f"{words}: {counts}", copies.items(rows, best), numbers | dict(parts))
+            yield Issue("leak", f"{words}: {counts}", copies.items(rows, best), numbers | dict(parts))
 
 
-def leaked_counts(leaks: Iterable[Finding], sizes: Counter[str]) -> dict[str, dict[str, float]]:
+def leaked_counts(leaks: Iterable[Issue], sizes: Counter[str]) -> dict[str, dict[str, float]]:
     """Held-out part -> how many of its images are also in the train part, of how many, and their share."""
     leaked: Counter[str] = Counter()
     for leak in leaks:
@@ -201,7 +205,7 @@ def leaked_counts(leaks: Iterable[Finding], sizes: Counter[str]) -> dict[str, di
     }
 
 
-def find_conflicts(copies: Copies) -> Iterator[Finding]:
+def find_conflicts(copies: Copies) -> Iterator[Issue]:
     """The same picture under two labels: pairs that differ in their label, with all their equal files."""
     across = copies.differ(lambda image: image.label)
     best, pairs = copies.strongest(across), across.copy()
@@ -212,4 +216,4 @@ def find_conflicts(copies: Copies) -> Iterator[Finding]:
     for cluster in copies.components(pairs):
         words, numbers = copies.likeness(cluster, best)
         labels = Counter(copies.images[row].label for row in cluster)
-        yield Finding("label_conflict", f"{words}: {', '.join(sorted(labels))}", copies.items(cluster, best), numbers)
+        yield Issue("label_conflict", f"{words}: {', '.join(sorted(labels))}", copies.items(cluster, best), numbers)

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from image_classifier.cli.options import did_you_mean
 from image_classifier.dataset.audit.user_csv import ended, read_rows, row_text, write_if_changed
-from image_classifier.dataset.discovery import Tree
+from image_classifier.dataset.discovery import FileTree
 from image_classifier.errors import DataError
 from image_classifier.html.text import counted
 
@@ -43,7 +43,7 @@ class Fix:
 class Correction:
     """What fix.csv did to a tree: its images under their new labels, and of those the ones that are left out (path to reason)."""
 
-    tree: Tree
+    tree: FileTree
     relabelled: int = 0
     excluded: Mapping[str, str] = field(default_factory=dict)
 
@@ -73,7 +73,7 @@ class Fixes:
         """The rows with an action, by path."""
         return {row.path: row for _, row in self.lines if row and row.action}
 
-    def applied(self, tree: Tree) -> Correction:
+    def applied(self, tree: FileTree) -> Correction:
         """The tree as the rows correct it; rows of files that are gone or labelled otherwise by now are passed over, and said in the log.
 
         Raises:

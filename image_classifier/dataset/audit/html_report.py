@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from image_classifier.atomic_io import write_text
-from image_classifier.dataset.audit.issue_types import ALIKE, KINDS, NOUNS, SEVERITIES, UNREADABLE, Kind
-from image_classifier.dataset.audit.issues import Audit, Finding, Item
+from image_classifier.dataset.audit.issue_types import ALIKE, KINDS, NOUNS, SEVERITIES, UNREADABLE, IssueType
+from image_classifier.dataset.audit.issues import Audit, Issue, IssueItem
 from image_classifier.html import document
 from image_classifier.html.text import counted, number, plain, unbroken
 from image_classifier.html.thumbnails import BUDGET, NO_PICTURE, Thumbnail, thumbnail
@@ -76,7 +76,7 @@ def _splits(audit: Audit) -> list[str]:
 class _Picture:
     """A file of a finding as the page shows it."""
 
-    item: Item
+    item: IssueItem
     thumbnail: Thumbnail = NO_PICTURE
 
 
@@ -94,7 +94,7 @@ class _Section:
     """One kind as the page shows it; `cut` says how much of it, where that is not all."""
 
     kind: str
-    about: Kind
+    about: IssueType
     headline: str
     amount: str
     cut: str
@@ -132,7 +132,7 @@ def _sections(audit: Audit, limits: DecodeLimits, background: tuple[int, int, in
             )
 
 
-def _chosen(findings: Iterable[Finding], limit: int) -> Iterator[tuple[Finding, Sequence[Item]]]:
+def _chosen(findings: Iterable[Issue], limit: int) -> Iterator[tuple[Issue, Sequence[IssueItem]]]:
     """The first findings with their first items, at most `limit` of these."""
     for finding in findings:
         items = finding.items[: min(limit, _GROUP) if finding.kind in ALIKE else limit]
@@ -143,7 +143,9 @@ def _chosen(findings: Iterable[Finding], limit: int) -> Iterator[tuple[Finding, 
 
 
 def _drawn(
-    chosen: Iterable[tuple[Finding, Sequence[Item]]], draw: Callable[[Sequence[Item]], Iterable[_Picture]], room: int
+    chosen: Iterable[tuple[Issue, Sequence[IssueItem]]],
+    draw: Callable[[Sequence[IssueItem]], Iterable[_Picture]],
+    room: int,
 ) -> tuple[list[_Group], int]:
     """The findings with their pictures, as many as there is room for, and how much of it they take."""
     groups: list[_Group] = []
@@ -163,7 +165,7 @@ def _drawn(
     return groups, min(spent, room)
 
 
-def _cut(findings: Sequence[Finding], groups: Sequence[_Group]) -> str:
+def _cut(findings: Sequence[Issue], groups: Sequence[_Group]) -> str:
     """How much is shown (200 of 1 234 images shown), "" where that is all."""
     if findings[0].kind in ALIKE or not findings[0].items:
         shown, whole, noun = len(groups), len(findings), "group" if findings[0].kind in ALIKE else "finding"
@@ -173,7 +175,7 @@ def _cut(findings: Sequence[Finding], groups: Sequence[_Group]) -> str:
     return unbroken(f"{number(shown)} of {counted(whole, noun)} shown; all are in audit.json") if shown < whole else ""
 
 
-def _picture(root: Path, limits: DecodeLimits, background: tuple[int, int, int], item: Item) -> _Picture:
+def _picture(root: Path, limits: DecodeLimits, background: tuple[int, int, int], item: IssueItem) -> _Picture:
     return _Picture(item, thumbnail(root / item.path, limits, background))
 
 

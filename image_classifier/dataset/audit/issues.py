@@ -62,7 +62,7 @@ class AuditSettings:
 
 
 @dataclass(frozen=True, slots=True)
-class Item:
+class IssueItem:
     """One file or folder of a finding: `path` relative to the root, and what sets it apart from the others ("12 × 9 pixels")."""
 
     path: str
@@ -72,12 +72,12 @@ class Item:
 
 
 @dataclass(frozen=True)
-class Finding:
+class Issue:
     """One fact: what kind, which files, and what of them; `numbers` are its figures for a program."""
 
     kind: str
     detail: str
-    items: tuple[Item, ...] = ()
+    items: tuple[IssueItem, ...] = ()
     numbers: Mapping[str, float] = field(default_factory=dict)
 
     @property
@@ -93,7 +93,7 @@ class Finding:
     def as_dict(self) -> dict[str, Any]:
         """Plain values, as in audit.json."""
         items = [
-            {name: value for name, value in zip(Item.__slots__, _values(item), strict=True) if value}
+            {name: value for name, value in zip(IssueItem.__slots__, _values(item), strict=True) if value}
             for item in self.items
         ]
         return {
@@ -105,7 +105,7 @@ class Finding:
         }
 
 
-def _values(item: Item) -> tuple[str, str, str, str]:
+def _values(item: IssueItem) -> tuple[str, str, str, str]:
     return item.path, item.label, item.split, item.note
 
 
@@ -123,7 +123,7 @@ class Audit:
         unmatched: What exclude.csv names by hand and is not there.
     """
 
-    findings: tuple[Finding, ...]
+    findings: tuple[Issue, ...]
     data: Mapping[str, Any]
     settings: AuditSettings
     headlines: Mapping[str, str] = field(default_factory=dict)
@@ -143,9 +143,9 @@ class Audit:
         return corrected
 
     @property
-    def by_kind(self) -> dict[str, list[Finding]]:
+    def by_kind(self) -> dict[str, list[Issue]]:
         """The findings of each kind that there is, worst first."""
-        kinds: dict[str, list[Finding]] = {}
+        kinds: dict[str, list[Issue]] = {}
         for finding in self.findings:
             kinds.setdefault(finding.kind, []).append(finding)
         return kinds
@@ -200,7 +200,7 @@ class Audit:
     def _left_out_lines(self) -> list[str]:
         excluded = len(self.left_out) - self.corrected.get("excluded", 0)
         lines = [f"{counted(excluded, 'image')} left out by exclude.csv"] if excluded > 0 else []
-        lines += [f"fix.csv: {in_words(self.corrected)}"] if self.corrected else []
+        lines += [f"fix.csv: {issue_counts_text(self.corrected)}"] if self.corrected else []
         return lines + [f"exclude.csv names {printable(name)!r}, which is not there" for name in self.unmatched[:5]]
 
     def _severity_counts(self) -> str:
@@ -209,7 +209,7 @@ class Audit:
 
     def summary(self) -> list[str]:
         """One or two lines for a log: what is wrong, worst first."""
-        corrected = [f"audit: after fix.csv: {in_words(self.corrected)}"] if self.corrected else []
+        corrected = [f"audit: after fix.csv: {issue_counts_text(self.corrected)}"] if self.corrected else []
         if not self.exceeds("warning"):
             return ["audit: nothing wrong found", *corrected]
         parts = [f"{kind} {self.amount(kind)}" for kind in self.by_kind if KINDS[kind].severity != "info"]
@@ -239,13 +239,13 @@ class Audit:
         }
 
 
-def in_words(corrected: Mapping[str, int]) -> str:
+def issue_counts_text(corrected: Mapping[str, int]) -> str:
     """What fix.csv did: "3 labels changed, 1 image left out"."""
     parts = {"label": (corrected.get("relabelled", 0), "changed"), "image": (corrected.get("excluded", 0), "left out")}
     return ", ".join(f"{counted(number, noun)} {done}" for noun, (number, done) in parts.items() if number)
 
 
-def _example(finding: Finding) -> str:
+def _example(finding: Issue) -> str:
     if not finding.items:
         return finding.detail
     first = finding.items[0]
@@ -258,16 +258,16 @@ def _cut(text: str, length: int) -> str:
     return text if len(text) <= length else text[: length - 1] + "…"
 
 
-def by_detail(kind: str, found: Iterable[tuple[str, Item]]) -> list[Finding]:
+def by_detail(kind: str, found: Iterable[tuple[str, IssueItem]]) -> list[Issue]:
     """One finding of each detail, with all its items."""
-    groups: dict[str, list[Item]] = {}
+    groups: dict[str, list[IssueItem]] = {}
     for detail, item in found:
         groups.setdefault(detail, []).append(item)
-    return [Finding(kind, detail, tuple(items)) for detail, items in groups.items()]
+    return [Issue(kind, detail, tuple(items)) for detail, items in groups.items()]
 
 
-def in_order(findings: Iterable[Finding]) -> tuple[Finding, ...]:
+def in_order(findings: Iterable[Issue]) -> tuple[Issue, ...]:
     """Worst first; one kind after the other, each by first path."""
     ranks = {kind: (SEVERITIES.index(KINDS[kind].severity), place) for place, kind in enumerate(KINDS)}
-    key: Callable[[Finding], Any] = lambda finding: (*ranks[finding.kind], finding.paths[:1], finding.detail)  # noqa: E731
+    key: Callable[[Issue], Any] = lambda finding: (*ranks[finding.kind], finding.paths[:1], finding.detail)  # noqa: E731
     return tuple(sorted(findings, key=key))

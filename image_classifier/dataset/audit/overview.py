@@ -8,12 +8,12 @@ from typing import Any
 
 import numpy as np
 
-from image_classifier.dataset.discovery import Tree
-from image_classifier.dataset.scan import Facts
+from image_classifier.dataset.discovery import FileTree
+from image_classifier.dataset.scan import FileMetadata
 from image_classifier.manifest import SPLITS
 
 
-def describe(tree: Tree, facts: Facts, kept: np.ndarray) -> dict[str, Any]:
+def describe(tree: FileTree, facts: FileMetadata, kept: np.ndarray) -> dict[str, Any]:
     """The images of the `kept` rows, bool [N], as plain values; sizes, formats and modes of those that can be read."""
     readable = kept.copy()
     readable[list(facts.errors)] = False
@@ -75,7 +75,7 @@ def _sizes(widths: np.ndarray, heights: np.ndarray) -> dict[str, Any]:
     }
 
 
-def _fingerprint(tree: Tree, facts: Facts, kept: np.ndarray) -> str:
+def _fingerprint(tree: FileTree, facts: FileMetadata, kept: np.ndarray) -> str:
     """sha256 of paths, labels, given splits and contents: equal if and only if these are."""
     digest = hashlib.sha256()
     for row in np.flatnonzero(kept).tolist():

@@ -14,7 +14,7 @@ from image_classifier.manifest import ENCODING
 
 
 @dataclass(frozen=True)
-class HandRows:
+class UserCsv:
     """A table as it stands in its file: the first line, what separates columns, and each further line with its cells (none in comments)."""
 
     header: str
@@ -22,7 +22,7 @@ class HandRows:
     lines: tuple[tuple[str, tuple[str, ...]], ...]
 
 
-def read_rows(path: Path, columns: Sequence[str]) -> HandRows | None:
+def read_rows(path: Path, columns: Sequence[str]) -> UserCsv | None:
     """The rows of the file; None where there is no such file, or nothing in it.
 
     Raises:
@@ -45,7 +45,7 @@ def read_rows(path: Path, columns: Sequence[str]) -> HandRows | None:
             "write it there; a comma separates the columns",
         )
     delimiter = ";" if ";" in header else ","  # that of spreadsheets whose decimal point is the comma
-    return HandRows(header, delimiter, tuple(_parsed(physical[1:], path, columns, delimiter)))
+    return UserCsv(header, delimiter, tuple(_parsed(physical[1:], path, columns, delimiter)))
 
 
 def _parsed(

@@ -13,7 +13,7 @@ from image_classifier.predictions import PredictionTable, softmax
 
 
 @dataclass(frozen=True)
-class Answers:
+class OutOfFoldPredictions:
     """Labels and probabilities of M images.
 
     Args:
@@ -38,7 +38,7 @@ class Answers:
 
 def out_of_fold(
     directories: Iterable[Path], labels: dict[str, int], splits: dict[str, str], classes: Sequence[str]
-) -> Answers:
+) -> OutOfFoldPredictions:
     """The answers of all folds together, in the order of `labels`, of which each image is answered exactly once.
 
     Args:
@@ -73,7 +73,7 @@ def out_of_fold(
             "the files have changed meanwhile: run the command again",
         )
     targets = np.fromiter(labels.values(), dtype=np.int64, count=len(labels))
-    return Answers(
+    return OutOfFoldPredictions(
         tuple(labels),
         targets,
         np.stack([answered[path] for path in labels]),

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from image_classifier.atomic_io import write_text
-from image_classifier.evaluation.label_issues.out_of_fold import Answers
+from image_classifier.evaluation.label_issues.out_of_fold import OutOfFoldPredictions
 from image_classifier.evaluation.label_issues.ranking import CONFIDENT, TWINS, Suspect, highest_losses
 from image_classifier.manifest import csv_writer
 
@@ -30,7 +30,7 @@ SURE = 0.5  # the probability from which a suggested label is taken over without
 _SHOWN = 10
 
 
-def worst_answers(answers: Answers, share: float, model: str) -> list[Suspect]:
+def worst_answers(answers: OutOfFoldPredictions, share: float, model: str) -> list[Suspect]:
     """The images of one part that a model was not trained on and answered worst, by its own loss."""
     likeliest = answers.probabilities.argmax(axis=1)
     found = []

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from image_classifier.errors import DataError
-from image_classifier.evaluation.label_issues.out_of_fold import Answers
+from image_classifier.evaluation.label_issues.out_of_fold import OutOfFoldPredictions
 
 CONFIDENT, LOSS, TWINS = "confident learning", "highest loss", "conflicting twins"
 
@@ -52,7 +52,7 @@ class _Doubt:
     note: str = ""
 
 
-def confident_errors(answers: Answers) -> np.ndarray:
+def confident_errors(answers: OutOfFoldPredictions) -> np.ndarray:
     """The images that confident learning finds labelled wrong, bool [M].
 
     Of classes that no label names nothing can be learnt: they are left out, and what is left of each row sums to 1 again.
@@ -73,7 +73,7 @@ def confident_errors(answers: Answers) -> np.ndarray:
         )
 
 
-def highest_losses(answers: Answers, share: float) -> np.ndarray:
+def highest_losses(answers: OutOfFoldPredictions, share: float) -> np.ndarray:
     """The rows of the `share` with the highest cross-entropy, bool [M]; of equals the first by path."""
     count = min(len(answers.paths), int(np.ceil(share * len(answers.paths))))
     order = sorted(range(len(answers.paths)), key=lambda row: (answers.given[row], answers.paths[row])) if count else []
@@ -83,7 +83,7 @@ def highest_losses(answers: Answers, share: float) -> np.ndarray:
 
 
 def find_suspects(
-    answers: Answers, twins: Iterable[Sequence[tuple[str, str]]] = (), share: float = 0.1
+    answers: OutOfFoldPredictions, twins: Iterable[Sequence[tuple[str, str]]] = (), share: float = 0.1
 ) -> list[Suspect]:
     """All images in doubt, the worst first, equals by path: the same list on any machine for the same answers.
 
@@ -120,7 +120,7 @@ def find_suspects(
 
 
 def _judged_twins(
-    answers: Answers, group: Sequence[tuple[str, str]], places: Mapping[str, int]
+    answers: OutOfFoldPredictions, group: Sequence[tuple[str, str]], places: Mapping[str, int]
 ) -> list[tuple[int, float, int]]:
     """Row, share of belief in its label and likeliest label of each answered copy of one picture: a label is as probable as it is on average."""
     rows = [places[path] for path, _ in group if path in places]
@@ -139,7 +139,7 @@ def _note(label: str, group: Sequence[tuple[str, str]]) -> str:
     return f"like {others[0][0]}, labelled {others[0][1]}{more}"
 
 
-def _suspect(answers: Answers, row: int, doubt: _Doubt) -> Suspect:
+def _suspect(answers: OutOfFoldPredictions, row: int, doubt: _Doubt) -> Suspect:
     label = int(answers.targets[row])
     suggested = "" if doubt.suggested == label else answers.classes[doubt.suggested]
     given, other = (float(answers.probabilities[row, code]) for code in (label, doubt.suggested))

@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from image_classifier.evaluation.blocks import in_order, slices
+from image_classifier.evaluation.blocks import parallel_map, slices
 
 _TAILS = (0.025, 0.975)
 _Z = 1.959964  # the normal distribution's 97.5 % point
@@ -26,7 +26,7 @@ def resample(
     def some(numbers: slice) -> np.ndarray:
         return np.stack([sums(_draw(num_images, number)) for number in range(numbers.start, numbers.stop)])
 
-    return np.concatenate(list(in_order(some, slices(count, _AT_ONCE), threads)))
+    return np.concatenate(list(parallel_map(some, slices(count, _AT_ONCE), threads)))
 
 
 def _draw(num_images: int, number: int) -> np.ndarray:

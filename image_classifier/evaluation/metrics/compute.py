@@ -13,7 +13,7 @@ from image_classifier.evaluation.counts import Counts
 from image_classifier.evaluation.metrics.bootstrap import resample, share, spread
 from image_classifier.evaluation.metrics.per_image import TOP, judge_images
 from image_classifier.evaluation.metrics.ranking import rank_classes
-from image_classifier.evaluation.metrics.sums import SCALARS, Part
+from image_classifier.evaluation.metrics.sums import SCALARS, MetricSums
 from image_classifier.predictions import PredictionTable
 
 Interval = tuple[float, float]
@@ -50,7 +50,7 @@ class ClassScore:
 
 
 @dataclass(frozen=True)
-class Metrics:
+class ClassificationMetrics:
     """How good the predictions of one part are.
 
     `log_loss` is in nats, `brier` the sum over classes of squared errors, 0..2; `confusion` counts images, int64 [C, C], rows truth, columns
@@ -108,18 +108,18 @@ def _plain(value: Any) -> Any:
     return list(value) if isinstance(value, tuple) else value
 
 
-def compute_metrics(table: PredictionTable, resamples: int = 1000, threads: int | None = None) -> Metrics:
+def compute_metrics(table: PredictionTable, resamples: int = 1000, threads: int | None = None) -> ClassificationMetrics:
     """All metrics of one part with bootstrap 95 % intervals (0 resamples: none), the same for any number of threads.
 
     Raises:
         DataError: There is nothing to count, a logit is not a number, or a label is no class of the table.
     """
     images = judge_images(table, threads)
-    part = Part(table.targets, images, rank_classes(table, images, threads))
+    part = MetricSums(table.targets, images, rank_classes(table, images, threads))
     sums = part.sums(np.ones(len(table.targets)))
     samples = resample(part.sums, len(table.targets), resamples, threads) if resamples else None
     scalars, counts = part.figures(sums), part.counts(sums)
-    return Metrics(
+    return ClassificationMetrics(
         **{name: float(value) for name, value in scalars.items()},
         num_images=len(table.targets),
         per_class=_class_scores(table.classes, part, counts, samples),
@@ -129,7 +129,7 @@ def compute_metrics(table: PredictionTable, resamples: int = 1000, threads: int 
     )
 
 
-def _intervals(part: Part, scalars: Mapping[str, np.ndarray], samples: np.ndarray) -> Intervals:
+def _intervals(part: MetricSums, scalars: Mapping[str, np.ndarray], samples: np.ndarray) -> Intervals:
     """The interval of each scalar, from the sums of resamples [R, S]."""
     found, total = {}, np.array(len(part.targets))
     for name, values in part.figures(samples).items():
@@ -140,7 +140,7 @@ def _intervals(part: Part, scalars: Mapping[str, np.ndarray], samples: np.ndarra
 
 
 def _class_scores(
-    classes: tuple[str, ...], part: Part, counts: Counts, samples: np.ndarray | None
+    classes: tuple[str, ...], part: MetricSums, counts: Counts, samples: np.ndarray | None
 ) -> tuple[ClassScore, ...]:
     intervals = [{}] * len(classes) if samples is None else _class_intervals(counts, part.counts(samples))
     columns = (np.nan_to_num(values).tolist() for values in (counts.precision, counts.recall, counts.f1))

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from image_classifier.errors import DataError
-from image_classifier.evaluation.blocks import in_order, slices
+from image_classifier.evaluation.blocks import parallel_map, slices
 from image_classifier.predictions import PredictionTable
 
 TOP = 5
@@ -37,7 +37,7 @@ def judge_images(table: PredictionTable, threads: int | None = None) -> PerImage
     _check(table)
     columns = np.empty((9, len(table.targets)))
     blocks = list(slices(len(table.targets), _BLOCK // len(table.classes)))
-    for rows, values in zip(blocks, in_order(lambda rows: _judge(table, rows), blocks, threads), strict=True):
+    for rows, values in zip(blocks, parallel_map(lambda rows: _judge(table, rows), blocks, threads), strict=True):
         columns[:, rows] = values
     _check_finite(table, columns[0])
     return PerImage(columns[1].astype(np.int64), *columns[2:])

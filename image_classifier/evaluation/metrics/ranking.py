@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from image_classifier.evaluation.blocks import in_order, slices
+from image_classifier.evaluation.blocks import parallel_map, slices
 from image_classifier.evaluation.metrics.per_image import PerImage
 from image_classifier.predictions import PredictionTable
 
@@ -40,7 +40,7 @@ def rank_classes(table: PredictionTable, images: PerImage, threads: int | None =
     scores, influence = np.full((2, num_classes), np.nan), np.zeros((2, num_images))
     blocks = list(slices(num_classes, _BLOCK // num_images))
     for columns, (values, added) in zip(
-        blocks, in_order(lambda columns: _rank(table, images, columns), blocks, threads), strict=True
+        blocks, parallel_map(lambda columns: _rank(table, images, columns), blocks, threads), strict=True
     ):
         scores[:, columns] = values
         influence += added

@@ -20,7 +20,7 @@ SCALARS = (
 
 
 @dataclass(frozen=True)
-class Part:
+class MetricSums:
     """N judged images of C classes: true classes `targets` int64 [N], the answers and how the classes rank."""
 
     targets: np.ndarray

@@ -20,7 +20,7 @@ _WIDEST = DecodeLimits(max_bytes=2**31 - 1, max_pixels=MOST_PIXELS)
 
 
 @dataclass(frozen=True)
-class Judged:
+class EvaluatedRun:
     """The predictions of one part and where they lie.
 
     Args:
@@ -45,9 +45,9 @@ class Judged:
         return self.directory.name
 
 
-def find_judged(
+def find_evaluated(
     name: str, split: str | None, models_dir: Path, plots_dir: Path, data_dir: Path | None = None
-) -> Judged:
+) -> EvaluatedRun:
     """The predictions that a name means: a folder that holds them, a bundle, or a folder under plots/; `data_dir` overrules where the images lie.
 
     Without a split it is that of `judged_part`.
@@ -104,17 +104,17 @@ def _bundle(name: str, models_dir: Path, plots_dir: Path) -> tuple[Path | None, 
     return (path, path.name) if path.is_dir() else (None, path.stem)
 
 
-def _in_folder(folder: Path, models_dir: Path, data_dir: Path | None) -> Judged:
+def _in_folder(folder: Path, models_dir: Path, data_dir: Path | None) -> EvaluatedRun:
     """Predictions in a folder; plots/NAME/PART belongs to the bundle NAME where there is one."""
     own = models_dir / folder.parent.name
     bundle = own if folder.name in SPLITS and (own / INFO_NAME).is_file() else None
     return _judged(f"{folder.parent.name}/{folder.name}", folder, bundle, data_dir)
 
 
-def _judged(name: str, directory: Path, bundle: Path | None, data_dir: Path | None) -> Judged:
+def _judged(name: str, directory: Path, bundle: Path | None, data_dir: Path | None) -> EvaluatedRun:
     info = read_bundle(bundle).info if bundle else None
     known = str(info.provenance.get("data_root", "")) if info else ""
-    return Judged(
+    return EvaluatedRun(
         name, directory, PredictionTable.read(directory), data_dir or (Path(known) if known else None), bundle, info
     )
 

@@ -16,7 +16,7 @@ from image_classifier.evaluation.report.confusions import frequent, matrix
 from image_classifier.evaluation.report.gallery import cell_images, worst
 from image_classifier.evaluation.report.locate import limits_of
 from image_classifier.evaluation.report.provenance import data_rows, exports, origin
-from image_classifier.evaluation.report.run_data import RunFacts
+from image_classifier.evaluation.report.run_data import RunData
 from image_classifier.evaluation.report.sentences import absent, limits_in_words, measured_in_words, per_cent, verdict
 from image_classifier.html import document
 from image_classifier.html.text import plain
@@ -42,7 +42,7 @@ _NAMES = {
 }
 
 
-def run_page(facts: RunFacts) -> str:
+def run_page(facts: RunData) -> str:
     """The page as one text."""
     table = facts.table
     predicted, confidence = table.answers()
@@ -84,7 +84,7 @@ def run_page(facts: RunFacts) -> str:
     )
 
 
-def _tiles(facts: RunFacts) -> Iterator[tuple[str, str, str]]:
+def _tiles(facts: RunData) -> Iterator[tuple[str, str, str]]:
     """Value, what it is, and its interval."""
     for metric, title in (
         ("accuracy", "accuracy"),
@@ -99,13 +99,13 @@ def _tiles(facts: RunFacts) -> Iterator[tuple[str, str, str]]:
             yield per_cent(value) if share else f"{value:.3f}", title, " to ".join(words)
 
 
-def _scores(facts: RunFacts) -> Iterator[dict[str, Any]]:
+def _scores(facts: RunData) -> Iterator[dict[str, Any]]:
     for name, title in _NAMES.items():
         if facts.metrics.get(name) is not None:
             yield {"name": name, "title": title, "value": facts.metrics[name], "interval": facts.interval(name)}
 
 
-def _baselines(facts: RunFacts) -> list[dict[str, Any]]:
+def _baselines(facts: RunData) -> list[dict[str, Any]]:
     """What simple classifiers reach, and the model last."""
     rows = [{"name": name, **values, "own": False} for name, values in (facts.metrics.get("baselines") or {}).items()]
     own = {
@@ -131,7 +131,7 @@ def _curves(curves: Mapping[str, Sequence[tuple[float, float]]]) -> Iterator[tup
             yield title, line_chart(lines, Scale.over("epoch", epochs, whole=True), up, about)
 
 
-def _classes(facts: RunFacts, confusion: np.ndarray) -> list[dict[str, Any]]:
+def _classes(facts: RunData, confusion: np.ndarray) -> list[dict[str, Any]]:
     """The rows of the class table: scores with their intervals, and for what the class is taken most."""
     wrong = confusion - np.diag(np.diag(confusion))
     takers = wrong.argmax(axis=1) if len(wrong) else np.zeros(0, dtype=int)

@@ -7,7 +7,7 @@ import shlex
 from collections.abc import Mapping
 from typing import Any
 
-from image_classifier.evaluation.report.run_data import RunFacts
+from image_classifier.evaluation.report.run_data import RunData
 from image_classifier.html.text import plain
 
 _CLASSES = 100  # classes that are drawn
@@ -15,7 +15,7 @@ _FILES = {"onnx": "model.onnx", "checkpoint": "model.ckpt"}  # backend -> the ex
 _EXPORTS = (".onnx", ".ckpt", ".engine", ".pt", ".safetensors")
 
 
-def data_rows(facts: RunFacts) -> dict[str, Any]:
+def data_rows(facts: RunData) -> dict[str, Any]:
     """Images of each part and class: of many classes the largest and the smallest; {} where there is no manifest."""
     if not facts.parts:
         return {}
@@ -68,7 +68,7 @@ def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return row
 
 
-def origin(facts: RunFacts) -> dict[str, Any]:
+def origin(facts: RunData) -> dict[str, Any]:
     """Command, versions and hashes; {} where there is no bundle."""
     if facts.info is None:
         return {}

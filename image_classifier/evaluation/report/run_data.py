@@ -38,7 +38,7 @@ Interval = tuple[float, float]
 
 
 @dataclass(frozen=True)
-class Places:
+class RunPaths:
     """Where the files of a run lie; any of them may be missing.
 
     Args:
@@ -68,7 +68,7 @@ class Places:
 
 
 @dataclass(frozen=True)
-class RunFacts:
+class RunData:
     """One run, judged on one part.
 
     Args:
@@ -90,7 +90,7 @@ class RunFacts:
     name: str
     table: PredictionTable
     metrics: Mapping[str, Any]
-    places: Places
+    places: RunPaths
     info: BundleInfo | None = None
     curves: Mapping[str, Sequence[tuple[float, float]]] = field(default_factory=dict)
     parts: Mapping[str, Sequence[int]] = field(default_factory=dict)
@@ -144,11 +144,11 @@ def _test_command(name: str, part: str) -> str:
 def gather(
     name: str,
     table: PredictionTable,
-    places: Places,
+    places: RunPaths,
     info: BundleInfo | None,
     sizes: Mapping[str, tuple[int, str]],
     lenient: bool = False,
-) -> RunFacts:
+) -> RunData:
     """Read what there is; of a damaged file DataError, or, where that is `lenient`, a warning."""
     again = _test_command(name, places.part.name)
 
@@ -165,7 +165,7 @@ def gather(
         return read(lambda: read_sidecar(path, check, f"write it again with `{again}{option}`, or remove it"))
 
     run, (labels, parts) = places.run, _counts_of_parts(places)
-    return RunFacts(
+    return RunData(
         name,
         table,
         sidecar(places.part / "metrics.json", of_metrics(table))
@@ -195,7 +195,7 @@ def sizes_of(bundle: Path | None) -> dict[str, tuple[int, str]]:
     )
 
 
-def _counts_of_parts(places: Places) -> tuple[tuple[str, ...], dict[str, list[int]]]:
+def _counts_of_parts(places: RunPaths) -> tuple[tuple[str, ...], dict[str, list[int]]]:
     """The manifest's classes and how many images each part has of them."""
     path = places.bundle / "manifest.csv" if places.bundle else None
     if path is None or not path.is_file():
@@ -208,7 +208,7 @@ def _counts_of_parts(places: Places) -> tuple[tuple[str, ...], dict[str, list[in
     return manifest.classes, {split: row for split, row in counts.items() if any(row)}
 
 
-def _audit(places: Places, info: BundleInfo | None) -> dict[str, Any]:
+def _audit(places: RunPaths, info: BundleInfo | None) -> dict[str, Any]:
     """The newest audit.json of the images that the bundle was trained on; those that cannot be read are passed over."""
     root = str(info.provenance.get("data_root", "")) if info else ""
     if not root or places.audits is None:

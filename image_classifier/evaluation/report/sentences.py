@@ -10,7 +10,7 @@ from typing import Any
 
 from image_classifier.evaluation.reliability.abstention import Decision
 from image_classifier.evaluation.report.confusions import Pair
-from image_classifier.evaluation.report.run_data import RunFacts
+from image_classifier.evaluation.report.run_data import RunData
 from image_classifier.html.text import counted, plain
 from image_classifier.manifest import SPLITS
 
@@ -30,7 +30,7 @@ class Verdict:
     beats: bool | None
 
 
-def verdict(facts: RunFacts, sure: float, confusions: list[Pair]) -> Verdict:
+def verdict(facts: RunData, sure: float, confusions: list[Pair]) -> Verdict:
     """In a few sentences; `sure` is the mean confidence, `confusions` the most frequent mistakes."""
     accuracy, interval = float(facts.metrics["accuracy"]), facts.interval("accuracy")
     number = len(facts.table.targets)
@@ -41,7 +41,7 @@ def verdict(facts: RunFacts, sure: float, confusions: list[Pair]) -> Verdict:
     return Verdict((good, compared, _honesty(sure, accuracy), *_hurts(facts, confusions)), beats)
 
 
-def _compared(facts: RunFacts, accuracy: float, low: float) -> tuple[bool | None, str]:
+def _compared(facts: RunData, accuracy: float, low: float) -> tuple[bool | None, str]:
     known: Mapping[str, Any] = facts.metrics.get("baselines") or {}
     if not known:
         return None, "No baseline was judged on these images, so nothing says whether this is much."
@@ -61,7 +61,7 @@ def _honesty(sure: float, accuracy: float) -> str:
     return f"It is {how}: its mean confidence is {per_cent(sure)}, {100 * abs(gap):.1f} points {side} its accuracy."
 
 
-def _hurts(facts: RunFacts, confusions: list[Pair]) -> Iterator[str]:
+def _hurts(facts: RunData, confusions: list[Pair]) -> Iterator[str]:
     if not confusions:
         yield "There is no mistake."
         return
@@ -100,7 +100,7 @@ def limits_in_words(decision: Mapping[str, Any] | None) -> dict[str, str]:
     return {"not sure enough": unsure, "unlike the training images": unlike, "prediction sets": sets}
 
 
-def measured_in_words(facts: RunFacts) -> dict[str, str]:
+def measured_in_words(facts: RunData) -> dict[str, str]:
     """What the limits did on the judged part, under the names of `limits_in_words`; {} where nothing tells."""
     if not facts.measured:
         return {}
@@ -118,7 +118,7 @@ def measured_in_words(facts: RunFacts) -> dict[str, str]:
     return words
 
 
-def absent(facts: RunFacts, explained: bool) -> list[tuple[str, str]]:
+def absent(facts: RunData, explained: bool) -> list[tuple[str, str]]:
     """What the report could hold and does not: title, and how to get it."""
     name, own, test = facts.name, facts.split in SPLITS, facts.test_command
     part = (

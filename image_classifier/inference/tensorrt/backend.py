@@ -9,8 +9,8 @@ import numpy as np
 from image_classifier.bundle import Bundle
 from image_classifier.errors import CheckpointError, ParityError
 from image_classifier.inference.golden import Golden, checked
-from image_classifier.inference.tensorrt.cache import Kept
-from image_classifier.inference.tensorrt.cuda import INSTEAD, Memory, Stream
+from image_classifier.inference.tensorrt.cache import EngineCache
+from image_classifier.inference.tensorrt.cuda import INSTEAD, DeviceMemory, Stream
 from image_classifier.inference.tensorrt.engine import NAME, EngineSettings, build, logger_of, package
 
 
@@ -33,7 +33,7 @@ class TensorRtBackend:
         self._shapes = {name: tuple(self._engine.get_tensor_shape(name))[1:] for name in names}
         self._types = {name: np.dtype(trt.nptype(self._engine.get_tensor_dtype(name))) for name in names}
         self._memory = {
-            name: Memory(most * int(np.prod(self._shapes[name])) * self._types[name].itemsize) for name in names
+            name: DeviceMemory(most * int(np.prod(self._shapes[name])) * self._types[name].itemsize) for name in names
         }
         for name, memory in self._memory.items():
             self._context.set_tensor_address(name, memory.address)
@@ -80,7 +80,9 @@ class TensorRtBackend:
         return CheckpointError(f"TensorRT {what} ({reason})", f"build it anew: export NAME --to {NAME}, {INSTEAD}")
 
 
-def opened(bundle: Bundle, model: Path, asked: EngineSettings, anew: bool = False) -> tuple[TensorRtBackend, Kept]:
+def opened(
+    bundle: Bundle, model: Path, asked: EngineSettings, anew: bool = False
+) -> tuple[TensorRtBackend, EngineCache]:
     """The engine of a bundle's model, read from the cache, or (`anew`: always) built, held against the golden images and kept there.
 
     Raises:
@@ -89,7 +91,7 @@ def opened(bundle: Bundle, model: Path, asked: EngineSettings, anew: bool = Fals
         ParityError: The engine answers otherwise than the bundle; it is not kept.
         StorageError: The cache cannot be written.
     """
-    kept = Kept.of(model, asked)
+    kept = EngineCache.of(model, asked)
     with kept.locked():
         plan = None if anew else kept.read()
         if plan is not None:

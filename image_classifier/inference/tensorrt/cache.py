@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from image_classifier.atomic_io import locked, write_bytes, write_text
+from image_classifier.atomic_io import file_lock, write_bytes, write_text
 from image_classifier.bundle import sha256_of
 from image_classifier.errors import StorageError, storage_errors
 from image_classifier.inference.tensorrt.cuda import this_gpu
@@ -24,14 +24,14 @@ PLACE = ".cache/image_classifier/tensorrt"  # in the home folder: the current on
 
 
 @dataclass(frozen=True)
-class Kept:
+class EngineCache:
     """Where an engine is kept, and what it is the engine of: model, precision, batch, GPU, driver and version."""
 
     folder: Path
     facts: Mapping[str, Any]
 
     @classmethod
-    def of(cls, model: Path, asked: EngineSettings) -> Kept:
+    def of(cls, model: Path, asked: EngineSettings) -> EngineCache:
         """The place of a model's engine for this GPU.
 
         Raises:
@@ -75,7 +75,7 @@ class Kept:
     def locked(self) -> AbstractContextManager[None]:
         """One process at a time reads or builds this engine; StorageError where others may write there, or this user may not."""
         _make_private(self.folder)
-        return locked(self._path("lock"))
+        return file_lock(self._path("lock"))
 
     def _note(self, plan: bytes) -> dict[str, Any]:
         return {**self.facts, "sha256": hashlib.sha256(plan).hexdigest()}

@@ -30,7 +30,7 @@ def this_gpu() -> Gpu:
     return Gpu(name, f"{facts.major}.{facts.minor}", int(_asked("cudaDriverGetVersion")))
 
 
-class Memory:
+class DeviceMemory:
     """So many bytes on the GPU, given back with the object; ConfigError where it has no room."""
 
     def __init__(self, num_bytes: int) -> None:
@@ -45,11 +45,11 @@ class Stream:
         self.handle = int(_asked("cudaStreamCreate"))
         weakref.finalize(self, _runtime().cudaStreamDestroy, self.handle)
 
-    def upload(self, source: np.ndarray, target: Memory) -> None:
+    def upload(self, source: np.ndarray, target: DeviceMemory) -> None:
         """Copy an array, contiguous and no larger than the memory, to the GPU."""
         self._copy(target.address, source.ctypes.data, source.nbytes, "cudaMemcpyHostToDevice")
 
-    def download(self, source: Memory, target: np.ndarray) -> None:
+    def download(self, source: DeviceMemory, target: np.ndarray) -> None:
         """Fill an array, contiguous and no larger than the memory, from the GPU; it is full after `wait`."""
         self._copy(target.ctypes.data, source.address, target.nbytes, "cudaMemcpyDeviceToHost")
 

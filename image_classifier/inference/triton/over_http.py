@@ -12,7 +12,7 @@ from urllib.parse import quote
 import numpy as np
 
 from image_classifier.inference.triton.protocol import MOST_BYTES, Address, Outputs, Refused, tensor
-from image_classifier.sources.socket_deadline import Watchdog
+from image_classifier.sources.socket_deadline import SocketDeadline
 
 _HEADER = "Inference-Header-Content-Length"
 
@@ -75,7 +75,7 @@ class HttpChannel:
         headers: Mapping[str, str] | None = None,
     ) -> tuple[int, Mapping[str, str], bytes]:
         kind = HTTPSConnection if self.address.scheme == "https" else HTTPConnection
-        watchdog = Watchdog(timeout_s)
+        watchdog = SocketDeadline(timeout_s)
         try:
             with watchdog, closing(kind(self.address.host, self.address.port, timeout=timeout_s)) as connection:
                 connection.connect()
@@ -94,7 +94,7 @@ class HttpChannel:
             raise Refused(f"the connection failed ({type(error).__name__}: {error})", again) from error
 
 
-def _body(response: HTTPResponse, watchdog: Watchdog) -> bytes:
+def _body(response: HTTPResponse, watchdog: SocketDeadline) -> bytes:
     """All of an answer; TimeoutError where it is not there in time, however it drips."""
     parts, size = [], 0
     while part := response.read1(2**20):

@@ -8,20 +8,22 @@ from fastapi import APIRouter
 from fastapi.responses import JSONResponse, Response
 
 from image_classifier.serving import schemas
-from image_classifier.serving.routes.predict import KNOWN_KEYS, ModelName, Parts
+from image_classifier.serving.routes.predict import KNOWN_KEYS, AppState, ModelName
 
 _FORM_BYTES = 1024  # of a form around one image
 
 
-def make_probes(parts: Parts) -> APIRouter:
+def make_probes(parts: AppState) -> APIRouter:
     """What orchestrators and Prometheus ask."""
     router = APIRouter(tags=["probes"])
 
     @router.get("/healthz", summary="Whether the server is alive")
-    async def healthz() -> schemas.Alive:
-        return schemas.Alive(status="alive")
+    async def healthz() -> schemas.LivenessResponse:
+        return schemas.LivenessResponse(status="alive")
 
-    @router.get("/readyz", summary="Whether every model really answers", responses={503: {"model": schemas.Ready}})
+    @router.get(
+        "/readyz", summary="Whether every model really answers", responses={503: {"model": schemas.ReadinessResponse}}
+    )
     async def readyz() -> Response:
         troubles = await asyncio.gather(*(parts.models.trouble(served) for served in parts.models))
         states = {served.order.name: trouble or "ready" for served, trouble in zip(parts.models, troubles, strict=True)}
@@ -35,7 +37,7 @@ def make_probes(parts: Parts) -> APIRouter:
     return router
 
 
-def make_cards(parts: Parts) -> APIRouter:
+def make_cards(parts: AppState) -> APIRouter:
     """What clients ask of the models."""
     router = APIRouter(tags=["models"])
 

@@ -15,12 +15,12 @@ from fastapi.responses import JSONResponse, Response
 
 from image_classifier.errors import ClassifierError
 from image_classifier.serving import schemas
-from image_classifier.serving.drift_window import Traffic
-from image_classifier.serving.metrics import Metrics
-from image_classifier.serving.registry import Models
+from image_classifier.serving.drift_window import DriftWindow
+from image_classifier.serving.metrics import ServerMetrics
+from image_classifier.serving.registry import ModelRegistry
 from image_classifier.serving.request_limits import Refusal, RequestLimits
 from image_classifier.serving.uploads import Upload, Uploads
-from image_classifier.serving.worker.handle import Deadly, Ended, ModelHandle, QueueFull, TooLate
+from image_classifier.serving.worker.handle import DeadlineExceeded, QueueFull, WorkerCrash, WorkerEnded, WorkerHandle
 
 _EXPLANATIONS = 4  # at once: each asks the model more than a hundred times
 _DEADLY = "the process that reads images ended over it, more than once"
@@ -51,30 +51,30 @@ KNOWN_KEYS = [Depends(_known_keys)]
 
 
 @dataclass
-class Parts:
+class AppState:
     """What the routes share."""
 
-    models: Models
+    models: ModelRegistry
     uploads: Uploads
-    metrics: Metrics
-    traffic: Traffic
+    metrics: ServerMetrics
+    traffic: DriftWindow
     limits: RequestLimits
     urls: bool
     explaining: int = 0
 
 
-def make_router(parts: Parts) -> APIRouter:
+def make_router(parts: AppState) -> APIRouter:
     """The routes."""
     router = APIRouter(tags=["answers"])
     unread = {
-        "model": schemas.Answers | schemas.Problem,
+        "model": schemas.PredictResponse | schemas.Problem,
         "description": "No image can be read, or the request is not as it should be",
     }
 
     @router.post(
         "/predict",
         summary="What images show",
-        response_model=schemas.Answers,
+        response_model=schemas.PredictResponse,
         dependencies=KNOWN_KEYS,
         responses={**schemas.ANSWERS, **schemas.errors(*_REFUSALS), 422: unread},
         openapi_extra=schemas.IMAGES_BODY,
@@ -96,7 +96,7 @@ def make_router(parts: Parts) -> APIRouter:
     @router.post(
         "/explain",
         summary="What in an image speaks for a class",
-        response_model=schemas.Explanation,
+        response_model=schemas.ExplainResponse,
         dependencies=KNOWN_KEYS,
         responses={**schemas.EXPLANATION, **schemas.errors(*_REFUSALS)},
         openapi_extra=schemas.IMAGE_BODY,
@@ -119,7 +119,7 @@ def make_router(parts: Parts) -> APIRouter:
     return router
 
 
-def _of(handle: ModelHandle, request: Request) -> dict[str, str]:
+def _of(handle: WorkerHandle, request: Request) -> dict[str, str]:
     """Whose answer it is."""
     return {
         "model": handle.facts["name"],
@@ -129,14 +129,14 @@ def _of(handle: ModelHandle, request: Request) -> dict[str, str]:
 
 
 async def _explained(
-    parts: Parts, handle: ModelHandle, image: Upload, label: str | None
+    parts: AppState, handle: WorkerHandle, image: Upload, label: str | None
 ) -> tuple[str, list[list[float | None]]]:
     if parts.explaining >= _EXPLANATIONS:
         raise Refusal(503, "queue_full", "other explanations are being made", 5.0)
     parts.explaining += 1
     try:
         head, body = await ask(handle, {"do": "explain", "class": label}, image.content, 2 * parts.limits.answer_s)
-    except Deadly:
+    except WorkerCrash:
         raise Refusal(422, "unreadable", _DEADLY) from None
     finally:
         parts.explaining -= 1
@@ -146,7 +146,7 @@ async def _explained(
     return head["class"], [[None if np.isnan(value) else float(value) for value in row] for row in grid]
 
 
-async def _predicted(parts: Parts, handle: ModelHandle, images: Sequence[Upload]) -> list[dict[str, Any]]:
+async def _predicted(parts: AppState, handle: WorkerHandle, images: Sequence[Upload]) -> list[dict[str, Any]]:
     """The answer of each image, in order."""
     try:
         with room(handle, len(images)):
@@ -157,7 +157,7 @@ async def _predicted(parts: Parts, handle: ModelHandle, images: Sequence[Upload]
     return [task.result() for task in tasks]
 
 
-async def _one(parts: Parts, handle: ModelHandle, image: Upload) -> dict[str, Any]:
+async def _one(parts: AppState, handle: WorkerHandle, image: Upload) -> dict[str, Any]:
     if image.error:
         unread = {"path": image.name, "error": image.error}
         parts.metrics.answered(handle.facts, unread, 0)
@@ -166,7 +166,7 @@ async def _one(parts: Parts, handle: ModelHandle, image: Upload) -> dict[str, An
     try:
         head, _ = await ask(handle, {"do": "image", "name": image.name}, image.content, parts.limits.answer_s)
         answer = head["answer"]
-    except Deadly:
+    except WorkerCrash:
         head, answer = {}, {"path": image.name, "error": _DEADLY}
     parts.metrics.answered(handle.facts, answer, head.get("batch", 0))
     parts.traffic.seen(handle.facts, answer, head.get("ood_score"))
@@ -174,7 +174,7 @@ async def _one(parts: Parts, handle: ModelHandle, image: Upload) -> dict[str, An
 
 
 @contextmanager
-def room(handle: ModelHandle, images: int) -> Iterator[None]:
+def room(handle: WorkerHandle, images: int) -> Iterator[None]:
     """Places in the queue for so many; Refusal at once where there are not enough."""
     try:
         with handle.room_for(images):
@@ -184,14 +184,14 @@ def room(handle: ModelHandle, images: int) -> Iterator[None]:
 
 
 async def ask(
-    handle: ModelHandle, head: Mapping[str, Any], content: bytes, timeout_s: float
+    handle: WorkerHandle, head: Mapping[str, Any], content: bytes, timeout_s: float
 ) -> tuple[dict[str, Any], bytes]:
     """What the model's process answers, its troubles as refusals, but for `Deadly`."""
     try:
         return await handle.ask(head, content, timeout_s)
-    except TooLate as error:
+    except DeadlineExceeded as error:
         raise Refusal(503, "too_late", str(error), 1.0) from None
-    except Ended as error:
+    except WorkerEnded as error:
         raise Refusal(503, "stopping", str(error), 1.0) from None
     except ClassifierError as error:
         raise Refusal(500, "model_failed", str(error)) from None

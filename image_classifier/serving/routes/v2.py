@@ -17,10 +17,10 @@ from fastapi.responses import JSONResponse, Response
 
 from image_classifier import __version__
 from image_classifier.serving import schemas
-from image_classifier.serving.registry import Served
+from image_classifier.serving.registry import ServedModel
 from image_classifier.serving.request_limits import Refusal
-from image_classifier.serving.routes.predict import Parts, ask, room
-from image_classifier.serving.worker.handle import Deadly, ModelHandle
+from image_classifier.serving.routes.predict import AppState, ask, room
+from image_classifier.serving.worker.handle import WorkerCrash, WorkerHandle
 
 _HEADER = "inference-header-content-length"
 _MOST_JSON = (
@@ -41,7 +41,7 @@ class Asked:
     id: str | None
 
 
-def make_router(parts: Parts) -> APIRouter:
+def make_router(parts: AppState) -> APIRouter:
     """The routes under /v2."""
     router = APIRouter(prefix="/v2", tags=["V2 inference protocol"])
     _add_metadata(router, parts)
@@ -133,7 +133,7 @@ _ANSWER = {
 }
 
 
-def _add_metadata(router: APIRouter, parts: Parts) -> None:
+def _add_metadata(router: APIRouter, parts: AppState) -> None:
     @router.get("", summary="The server")
     async def server() -> Response:
         return JSONResponse({"name": "image_classifier", "version": __version__, "extensions": _EXTENSIONS})
@@ -182,7 +182,7 @@ def _add_metadata(router: APIRouter, parts: Parts) -> None:
         )
 
 
-def _state(served: Served) -> dict[str, str]:
+def _state(served: ServedModel) -> dict[str, str]:
     return {
         "name": served.order.name,
         "version": "1",
@@ -191,7 +191,7 @@ def _state(served: Served) -> dict[str, str]:
     }
 
 
-def _handle(parts: Parts, request: Request) -> ModelHandle:
+def _handle(parts: AppState, request: Request) -> WorkerHandle:
     """The model that a path names, whose version may be left out."""
     name = request.path_params["name"]
     if request.path_params.get("version", "1") != "1":
@@ -199,11 +199,11 @@ def _handle(parts: Parts, request: Request) -> ModelHandle:
     return parts.models.get(name)
 
 
-def _most(handle: ModelHandle) -> int:
+def _most(handle: WorkerHandle) -> int:
     return int(handle.started.order["batch"]["max_images"])
 
 
-async def _answered(parts: Parts, handle: ModelHandle, asked: Asked) -> tuple[dict[str, Any], bytes]:
+async def _answered(parts: AppState, handle: WorkerHandle, asked: Asked) -> tuple[dict[str, Any], bytes]:
     rows = asked.shape[0]
     if rows > _most(handle):
         raise Refusal(400, "bad_request", f"a batch of {rows} is more than the {_most(handle)} that this model takes")
@@ -211,7 +211,7 @@ async def _answered(parts: Parts, handle: ModelHandle, asked: Asked) -> tuple[di
     try:
         with room(handle, rows):
             head, content = await ask(handle, message, asked.content, parts.limits.answer_s)
-    except Deadly as error:
+    except WorkerCrash as error:
         raise Refusal(500, "model_failed", str(error)) from None
     if not np.isfinite(np.frombuffer(content, "<f4")).all():
         raise Refusal(500, "model_failed", "the model answers with numbers that are not finite")
@@ -285,7 +285,7 @@ def _outputs(head: Mapping[str, Any], facts: Mapping[str, Any]) -> dict[str, boo
     return chosen
 
 
-def _response(handle: ModelHandle, asked: Asked, shapes: Sequence[Sequence[int]], content: bytes) -> Response:
+def _response(handle: WorkerHandle, asked: Asked, shapes: Sequence[Sequence[int]], content: bytes) -> Response:
     tables, start = {}, 0
     for name, shape in zip(("logits", "embedding"), shapes, strict=False):
         end = start + 4 * math.prod(shape)

@@ -47,14 +47,14 @@ class BatchSettings:
 
 
 @dataclass
-class Work:
+class BatchRequest:
     """Pixels uint8 [n, 3, S, S] that belong together, and what is called with their share of the outputs, or with the error.
 
     `looks` float32 [n, 11] are given where scores are wanted, which need embeddings.
     """
 
     pixels: np.ndarray
-    finish: Callable[[Outcome], None]
+    finish: Callable[[BatchResult], None]
     embeddings: bool = False
     wanted: Callable[[], bool] = lambda: True
     looks: np.ndarray | None = None
@@ -62,7 +62,7 @@ class Work:
 
 
 @dataclass(frozen=True)
-class Outcome:
+class BatchResult:
     """Logits float32 [n, C] and, where asked for, embeddings float32 [n, D] and scores [n]; or the error. `batch` images were run together."""
 
     logits: np.ndarray | None = None
@@ -76,7 +76,7 @@ Run = Callable[[np.ndarray, bool], tuple[np.ndarray, np.ndarray | None]]
 Judge = Callable[[np.ndarray, np.ndarray], np.ndarray]
 
 
-class Batches:
+class DynamicBatcher:
     """Threads that run what waits: urgent work first, then the others in their order, idle work where there is nothing else.
 
     Of `runners` each runs a batch of its own, beside each other: while one waits for a core that decodes, the other computes. Another thread hands
@@ -94,7 +94,7 @@ class Batches:
     ) -> None:
         self._run, self._asked, self._judge, self._after_idle = run, asked, judge, after_idle
         self._answers = ThreadPoolExecutor(1, "answers")
-        self._waiting: dict[str, deque[Work]] = {"urgent": deque(), "next": deque(), "idle": deque()}
+        self._waiting: dict[str, deque[BatchRequest]] = {"urgent": deque(), "next": deque(), "idle": deque()}
         self._changed = threading.Condition()
         self._coming = 0
         self._row_s = 0.0
@@ -106,7 +106,7 @@ class Batches:
         for thread in self._threads:
             thread.start()
 
-    def put(self, work: Work, when: str = "next") -> None:
+    def put(self, work: BatchRequest, when: str = "next") -> None:
         """Let the work wait for its turn: urgent, next or idle."""
         with self._changed:
             self._waiting[when].append(work)
@@ -165,9 +165,9 @@ class Batches:
         latest = time.monotonic() - self._asked.max_ms / 1000
         return any(_rows(queue) * self._row_s >= _WORTH_S or queue[0].since <= latest for queue in queues)
 
-    def _taken(self, waiting: deque[Work]) -> list[Work]:
+    def _taken(self, waiting: deque[BatchRequest]) -> list[BatchRequest]:
         """The works of the next batch, in their order, at least one, together no more rows than `most` and than another free runner leaves."""
-        chosen: list[Work] = []
+        chosen: list[BatchRequest] = []
         share = max(
             math.ceil(_rows(waiting) / self._free),
             math.ceil(_WORTH_S / self._row_s) if self._row_s else self._asked.max_images,
@@ -180,20 +180,20 @@ class Batches:
                 rows += len(work.pixels)
         return chosen
 
-    def _answer(self, works: Sequence[Work]) -> None:
+    def _answer(self, works: Sequence[BatchRequest]) -> None:
         rows, start = _rows(works), time.monotonic()
         try:
             pixels = works[0].pixels if len(works) == 1 else np.concatenate([work.pixels for work in works])
             logits, embeddings = self._run(pixels, any(work.embeddings for work in works))
         except Exception as error:
-            self._answers.submit(_hand_out, works, Outcome(error=error, batch=rows))
+            self._answers.submit(_hand_out, works, BatchResult(error=error, batch=rows))
             return
         row_s = (time.monotonic() - start) / rows
         with self._changed:
             self._row_s = row_s if not self._row_s else _MEMORY * self._row_s + (1 - _MEMORY) * row_s
-        self._answers.submit(self._judged, works, Outcome(logits, embeddings, batch=rows))
+        self._answers.submit(self._judged, works, BatchResult(logits, embeddings, batch=rows))
 
-    def _judged(self, works: Sequence[Work], found: Outcome) -> None:
+    def _judged(self, works: Sequence[BatchRequest], found: BatchResult) -> None:
         """Hand out the answers, with scores where there are `looks`."""
         looks = [
             work.looks if work.looks is not None else np.zeros((len(work.pixels), 0), np.float32) for work in works
@@ -206,15 +206,15 @@ class Batches:
                 )
                 found = replace(found, scores=self._judge(found.embeddings, seen))
         except Exception as error:
-            found = Outcome(error=error, batch=found.batch)
+            found = BatchResult(error=error, batch=found.batch)
         _hand_out(works, found)
 
 
-def _rows(works: Iterable[Work]) -> int:
+def _rows(works: Iterable[BatchRequest]) -> int:
     return sum(len(work.pixels) for work in works)
 
 
-def _hand_out(works: Sequence[Work], found: Outcome) -> None:
+def _hand_out(works: Sequence[BatchRequest], found: BatchResult) -> None:
     """To each work its rows."""
     first = 0
     for work in works:
@@ -222,4 +222,4 @@ def _hand_out(works: Sequence[Work], found: Outcome) -> None:
         logits, embeddings, scores = (
             None if table is None else table[own] for table in (found.logits, found.embeddings, found.scores)
         )
-        work.finish(Outcome(logits, embeddings, scores, found.error, found.batch))
+        work.finish(BatchResult(logits, embeddings, scores, found.error, found.batch))

@@ -13,15 +13,15 @@ _LENGTHS = struct.Struct(">II")
 Message = tuple[dict[str, Any], bytes]
 
 
-def head_of(head: Mapping[str, Any], body: bytes | memoryview = b"") -> bytes:
+def encode_header(head: Mapping[str, Any], body: bytes | memoryview = b"") -> bytes:
     """What goes over the wire before a body."""
     text = json.dumps(head, separators=(",", ":")).encode()
     return _LENGTHS.pack(len(text), len(body)) + text
 
 
-def packed(head: Mapping[str, Any], body: bytes | memoryview = b"") -> bytes:
+def encode(head: Mapping[str, Any], body: bytes | memoryview = b"") -> bytes:
     """One message as it goes over the wire."""
-    return head_of(head, body) + body
+    return encode_header(head, body) + body
 
 
 def read(stream: BinaryIO) -> Message | None:

@@ -41,15 +41,15 @@ class QueueFull(Exception):  # it is an answer
         self.after_s = after_s
 
 
-class Deadly(Exception):  # it is an answer
+class WorkerCrash(Exception):  # it is an answer
     """A request with which the model process died again, alone."""
 
 
-class Ended(Exception):  # it is an answer
+class WorkerEnded(Exception):  # it is an answer
     """The process was ended before it answered, and no other takes its place."""
 
 
-class TooLate(Exception):  # it is an answer
+class DeadlineExceeded(Exception):  # it is an answer
     """No answer in time."""
 
 
@@ -62,7 +62,7 @@ class _Pending:
     attempts: int = 0
 
 
-class Started:
+class WorkerProcess:
     """A process that is starting: made before anything slow is imported, so that both start at once."""
 
     def __init__(self, order: Mapping[str, Any]) -> None:
@@ -76,7 +76,7 @@ class Started:
             line, pass_fds=[other.fileno()], start_new_session=True, stdin=subprocess.DEVNULL, env=environment
         )
         other.close()
-        self.connection.sendall(framing.packed(order))
+        self.connection.sendall(framing.encode(order))
 
     def kill(self) -> None:
         """End it at once."""
@@ -87,7 +87,7 @@ class Started:
 
 
 @dataclass(eq=False)
-class ModelHandle:
+class WorkerHandle:
     """One model in a process of its own, from the server's side.
 
     Args:
@@ -96,7 +96,7 @@ class ModelHandle:
         hang_s: A process that owes answers and gives none for so long is killed.
     """
 
-    started: Started
+    started: WorkerProcess
     most: int
     hang_s: float
     facts: dict[str, Any] = field(default_factory=dict)
@@ -136,7 +136,7 @@ class ModelHandle:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
         await self._kill()
-        self._fail_all(Ended("the server is being stopped"))
+        self._fail_all(WorkerEnded("the server is being stopped"))
 
     async def drained(self) -> None:
         """Wait until nothing is owed and nobody is about to ask."""
@@ -172,7 +172,7 @@ class ModelHandle:
         self._last += 1
         number = self._last
         pending = _Pending(
-            asyncio.get_running_loop().create_future(), framing.head_of({**head, "id": number}, body), body, again
+            asyncio.get_running_loop().create_future(), framing.encode_header({**head, "id": number}, body), body, again
         )
         self._pending[number] = pending
         try:
@@ -182,12 +182,12 @@ class ModelHandle:
                 self._write(pending)
                 found = await asyncio.shield(pending.future)
         except TimeoutError:
-            raise TooLate(f"no answer within {timeout_s:g} s") from None
+            raise DeadlineExceeded(f"no answer within {timeout_s:g} s") from None
         finally:
             self._pending.pop(number, None)
             if not pending.future.done():
                 pending.future.cancel()
-                self._send(framing.packed({"cancel": number}))  # which is answered too, by a sign of life
+                self._send(framing.encode({"cancel": number}))  # which is answered too, by a sign of life
         if "failed" in found[0]:
             raise ServerError(str(found[0]["failed"]))
         return found
@@ -255,7 +255,7 @@ class ModelHandle:
         wait_s = _FIRST_WAIT_S
         while True:
             try:
-                self.started = await asyncio.to_thread(Started, self.started.order)
+                self.started = await asyncio.to_thread(WorkerProcess, self.started.order)
                 self.restarts += 1
                 await self._connected()
                 await asyncio.wait_for(self._proven(), self.hang_s)
@@ -270,7 +270,7 @@ class ModelHandle:
 
     async def _proven(self) -> None:
         """Ask what lies there now, maybe another version, the known image; ServerError where it answers otherwise."""
-        self._send(framing.packed({"id": _PROOF, "do": "canary"}))
+        self._send(framing.encode({"id": _PROOF, "do": "canary"}))
         while (message := await framing.read_soon(self._reader)) is not None:
             if message[0].get("id") == _PROOF:
                 if "failed" in message[0]:
@@ -284,7 +284,7 @@ class ModelHandle:
             if pending.future.done():
                 continue
             if pending.attempts >= _ATTEMPTS:
-                pending.future.set_exception(Deadly("the process that holds the model died of this request"))
+                pending.future.set_exception(WorkerCrash("the process that holds the model died of this request"))
                 continue
             process = self.started
             self._write(pending)

@@ -25,10 +25,10 @@ from image_classifier.errors import ClassifierError, UnreadableImage
 from image_classifier.evaluation.reliability.ood import looks
 from image_classifier.images import read_size
 from image_classifier.inference.predictor import cores
-from image_classifier.serving.async_log import Aside
+from image_classifier.serving.async_log import AsyncStream
 from image_classifier.serving.worker import framing
-from image_classifier.serving.worker.batching import Batches, Outcome, Work
-from image_classifier.serving.worker.spec import Model, Order
+from image_classifier.serving.worker.batching import BatchRequest, BatchResult, DynamicBatcher
+from image_classifier.serving.worker.spec import LoadedModel, ModelSpec
 
 _NOBODY = 0  # whose messages are signs of life
 _HUNG = 70  # the exit code of a process that ended itself
@@ -57,15 +57,17 @@ class PixelBudget:
                 self._changed.notify_all()
 
 
-class ModelProcess:
+class Worker:
     """Answers messages: `image`, `pixels`, `explain`, `canary`, and `cancel` of one of them."""
 
-    def __init__(self, model: Model, order: Order, send: Callable[[bytes], None], errors: Aside) -> None:
+    def __init__(
+        self, model: LoadedModel, order: ModelSpec, send: Callable[[bytes], None], errors: AsyncStream
+    ) -> None:
         self.model, self.predictor, self._send, self._errors = model, model.predictor, send, errors
         self._judge = None if self.predictor.detector is None else self.predictor.detector.scores
         runners = getattr(self.predictor.backend, "callers", 1)
-        self.batches = Batches(
-            self._run, order.batch, self._judge, lambda: send(framing.packed({"id": _NOBODY})), runners
+        self.batches = DynamicBatcher(
+            self._run, order.batch, self._judge, lambda: send(framing.encode({"id": _NOBODY})), runners
         )  # a sign of life
         self._decoders = ThreadPoolExecutor(cores(), "decode")
         self._explainer = ThreadPoolExecutor(1, "decode-to-explain")
@@ -114,7 +116,7 @@ class ModelProcess:
         if number in self._gone:
             self._gone.discard(number)
             head, body, number = {}, b"", _NOBODY
-        self._send(framing.packed({"id": number, **head}, body))
+        self._send(framing.encode({"id": number, **head}, body))
 
     def _fail(self, number: int, error: BaseException) -> None:
         own = isinstance(error, ClassifierError)
@@ -147,7 +149,7 @@ class ModelProcess:
             pixels = self._read(body)[None]
             seen = None if self._judge is None else looks(pixels)
             self.batches.put(
-                Work(
+                BatchRequest(
                     pixels,
                     lambda found: self._predict(number, name, found),
                     seen is not None,
@@ -169,7 +171,7 @@ class ModelProcess:
         with self._budget.of(width * height), self._at_one_thing():
             return np.ascontiguousarray(self.predictor.preprocess.read(body, limits).transpose(2, 0, 1))
 
-    def _predict(self, number: int, name: str, found: Outcome) -> None:
+    def _predict(self, number: int, name: str, found: BatchResult) -> None:
         try:
             if found.error is not None or found.logits is None:
                 raise found.error or RuntimeError("no logits")
@@ -185,7 +187,7 @@ class ModelProcess:
         number, embeddings = head["id"], bool(head["embeddings"])
         pixels = np.frombuffer(body, np.uint8).reshape(head["shape"])
 
-        def finish(found: Outcome) -> None:
+        def finish(found: BatchResult) -> None:
             if found.error is not None or found.logits is None:
                 return self._fail(number, found.error or RuntimeError("no logits"))
             tables = [found.logits, found.embeddings] if embeddings and found.embeddings is not None else [found.logits]
@@ -194,13 +196,13 @@ class ModelProcess:
                 number, {"shapes": [list(table.shape) for table in tables], "batch": found.batch}, content
             )
 
-        self.batches.put(Work(pixels, finish, embeddings, self._wanted(number)))
+        self.batches.put(BatchRequest(pixels, finish, embeddings, self._wanted(number)))
 
     def _canary(self, head: dict[str, Any], body: bytes) -> None:
         """A picture through the decoder and golden pixels through the model: {} where both are as they should be, else `failed`."""
         number, pixels = head["id"], self.model.golden_pixels()
 
-        def finish(found: Outcome) -> None:
+        def finish(found: BatchResult) -> None:
             reason = (
                 str(found.error) if found.error is not None or found.logits is None else self.model.wrong(found.logits)
             )
@@ -211,7 +213,7 @@ class ModelProcess:
                 self.predictor.preprocess.read(
                     _png(pixels[0]), self.predictor.limits
                 )  # without a budget, which large pictures may hold
-                self.batches.put(Work(pixels, finish), "urgent")
+                self.batches.put(BatchRequest(pixels, finish), "urgent")
             except Exception as error:
                 self._fail(number, error)
 
@@ -221,12 +223,12 @@ class ModelProcess:
         self._explainer.submit(self._explain_one, head, body)
 
     def _explain_one(self, head: dict[str, Any], body: bytes) -> None:
-        from image_classifier.inference.occlusion import heat_of
+        from image_classifier.inference.occlusion import occlusion_map
 
         number = head["id"]
         try:
             size = read_size(body, self.predictor.limits)
-            found = heat_of(
+            found = occlusion_map(
                 self._read(body), head.get("class"), self.predictor, self._soon, lambda: number in self._gone
             )
             grid = found.over(self.predictor.preprocess, size)
@@ -244,11 +246,11 @@ class ModelProcess:
         """Logits [N, C] of pixels uint8 [N, 3, S, S], computed while no picture waits."""
         done, outcomes = threading.Event(), []
 
-        def finish(found: Outcome) -> None:
+        def finish(found: BatchResult) -> None:
             outcomes.append(found)
             done.set()
 
-        self.batches.put(Work(pixels, finish), "idle")
+        self.batches.put(BatchRequest(pixels, finish), "idle")
         done.wait()
         if outcomes[0].error is not None or outcomes[0].logits is None:
             raise outcomes[0].error or RuntimeError("no logits")
@@ -265,7 +267,7 @@ def main(descriptor: int) -> None:
     """Serve the other end of a socket until it is closed; its first message is the order."""
     for ignored in (signal.SIGINT, signal.SIGTERM):  # the server decides when the last answer is out
         signal.signal(ignored, signal.SIG_IGN)
-    sys.stderr = errors = Aside(2)  # which nobody may be reading
+    sys.stderr = errors = AsyncStream(2)  # which nobody may be reading
     code = 0
     try:
         _answer(descriptor, errors)
@@ -276,7 +278,7 @@ def main(descriptor: int) -> None:
     os._exit(code)  # threads may still be decoding, for nobody
 
 
-def _answer(descriptor: int, errors: Aside) -> None:
+def _answer(descriptor: int, errors: AsyncStream) -> None:
     with socket.socket(fileno=descriptor) as connection, connection.makefile("rb") as stream:
         lock = threading.Lock()
 
@@ -290,14 +292,14 @@ def _answer(descriptor: int, errors: Aside) -> None:
         first = framing.read(stream)
         if first is None:
             return
-        order = Order.from_dict(first[0])
+        order = ModelSpec.from_dict(first[0])
         try:
-            model = Model.loaded(order)
-            process = ModelProcess(model, order, send, errors)
+            model = LoadedModel.loaded(order)
+            process = Worker(model, order, send, errors)
         except ClassifierError as error:
-            send(framing.packed({"refused": [error.fact, error.hint]}))
+            send(framing.encode({"refused": [error.fact, error.hint]}))
             return
-        send(framing.packed({"ready": model.facts()}))
+        send(framing.encode({"ready": model.facts()}))
         while message := framing.read(stream):
             process.take(*message)
 

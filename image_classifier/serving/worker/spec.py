@@ -13,7 +13,7 @@ import numpy as np
 from image_classifier.bundle import INFO_NAME, Bundle, read_bundle, sha256_of
 from image_classifier.evaluation.reliability.abstention import DecisionSettings
 from image_classifier.images import DecodeLimits
-from image_classifier.inference.backends import BACKENDS, ServerAt
+from image_classifier.inference.backends import BACKENDS, ServerAddress
 from image_classifier.inference.golden import Golden
 from image_classifier.inference.load import load_predictor
 from image_classifier.inference.predictor import Predictor, cores
@@ -25,13 +25,13 @@ _DIGITS = 12  # of a version
 
 
 @dataclass(frozen=True)
-class Order:
+class ModelSpec:
     """A checkpoint to load and how; goes over the wire as plain values."""
 
     name: str
     path: str
     backend: str | None = None
-    server: ServerAt = field(default_factory=ServerAt)
+    server: ServerAddress = field(default_factory=ServerAddress)
     threshold: float = 0.0
     decision: DecisionSettings = field(default_factory=DecisionSettings)
     limits: DecodeLimits = field(default_factory=DecodeLimits)
@@ -45,10 +45,10 @@ class Order:
         return asdict(self)
 
     @classmethod
-    def from_dict(cls, plain: Mapping[str, Any]) -> Order:
+    def from_dict(cls, plain: Mapping[str, Any]) -> ModelSpec:
         """What `as_dict` described."""
         kinds = {
-            "server": ServerAt,
+            "server": ServerAddress,
             "decision": DecisionSettings,
             "limits": DecodeLimits,
             "batch": BatchSettings,
@@ -67,17 +67,17 @@ def version_of(path: Path) -> str:
 
 
 @dataclass(frozen=True)
-class Model:
+class LoadedModel:
     """A predictor, and what is known of the model that it asks."""
 
-    order: Order
+    order: ModelSpec
     predictor: Predictor
     version: str
     bundle: Bundle | None = None
     golden: Golden | None = None
 
     @classmethod
-    def loaded(cls, order: Order) -> Model:
+    def loaded(cls, order: ModelSpec) -> LoadedModel:
         """The model of an order; errors as `load_predictor`."""
         path = Path(order.path)
         version = version_of(path)

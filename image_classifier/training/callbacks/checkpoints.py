@@ -12,7 +12,7 @@ import pytorch_lightning as pl
 from pytorch_lightning.callbacks import Callback
 
 from image_classifier.errors import ConfigError
-from image_classifier.training.callbacks.exact_resume import done_in_epoch, gradients_wait
+from image_classifier.training.callbacks.exact_resume import batches_done_in_epoch, is_accumulating
 from image_classifier.training.checkpoint_io import BEST, LAST, damage, make_last, step_path, steps
 from image_classifier.training.distributed import broadcast, world_size
 
@@ -40,7 +40,7 @@ class BetweenSteps(Callback):
     ) -> None:
         # Right after a validation in the middle of an epoch Lightning's restart would validate again: then one step later.
         validated = self._validated_at == trainer.fit_loop.epoch_loop.batch_progress.total.completed
-        if done_in_epoch(trainer) and not validated and not gradients_wait(trainer):
+        if batches_done_in_epoch(trainer) and not validated and not is_accumulating(trainer):
             self.between_steps(trainer, at_epoch_end=False)
 
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -95,11 +95,11 @@ class LastCheckpoint(BetweenSteps):
             self.save(trainer)
 
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        in_the_middle = done_in_epoch(trainer) != trainer.num_training_batches
+        in_the_middle = batches_done_in_epoch(trainer) != trainer.num_training_batches
         if (
             in_the_middle
             and trainer.global_step > self._step
-            and not gradients_wait(trainer)
+            and not is_accumulating(trainer)
             and self._is_late(trainer, True)
         ):
             self.save(trainer)

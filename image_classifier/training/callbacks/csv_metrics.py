@@ -15,18 +15,23 @@ from pytorch_lightning.callbacks import Callback
 
 from image_classifier.atomic_io import write_text
 from image_classifier.training.callbacks.throughput import Throughput
-from image_classifier.training.distributed import is_main
+from image_classifier.training.distributed import is_rank_zero
 from image_classifier.training.module import ClassifierModule
 
 log = logging.getLogger(__name__)
 
 
-class RunHistory(Callback):
+class CSVMetrics(Callback):
     """Keeps every epoch's metrics, says them in the log and writes them to `metrics.csv` in the run folder after each one."""
 
     def __init__(self, path: Path, throughput: Throughput) -> None:
         self.path, self.throughput, self.rows = path, throughput, list[dict[str, float]]()
         self._validated = False
+
+    @property
+    def state_key(self) -> str:
+        """Return the name under which checkpoints keep the state; older ones know the class by this name."""
+        return "RunHistory"
 
     def state_dict(self) -> dict[str, Any]:
         return {"rows": self.rows, "validated": self._validated}
@@ -53,7 +58,7 @@ class RunHistory(Callback):
                 **metrics,
             }
         )
-        if is_main():
+        if is_rank_zero():
             write_text(self.path, self._csv())
         text = "  ".join(f"{name} {value:.4f}" for name, value in metrics.items())
         log.info(

@@ -25,7 +25,7 @@ log = logging.getLogger(__name__)
 KEY = "image_classifier"  # of all that we add to a checkpoint
 
 
-class ExactState(Callback):
+class ExactResume(Callback):
     """Adds to each checkpoint, and takes from it: the place in the run, random states, metrics so far, and facts that a resume compares.
 
     Must be the first callback: what the others do at a hook belongs after the place where the checkpoint was taken.
@@ -47,7 +47,7 @@ class ExactState(Callback):
             "pending": trainer.validating,
             "stops": trainer.should_stop,
             "validates": trainer.check_val_every_n_epoch,
-            "gradients": _gradients(pl_module) if gradients_wait(trainer) else {},
+            "gradients": _gradients(pl_module) if is_accumulating(trainer) else {},
             "seen": {name: torch.as_tensor(value).clone() for name, value in trainer.callback_metrics.items()},
             "ranks": gather(
                 {
@@ -93,11 +93,11 @@ class ExactState(Callback):
         if self._loaded["pending"]:
             self._loaded["val_check_batch"] = trainer.val_check_batch
             trainer.val_check_batch, trainer.check_val_every_n_epoch = (
-                done_in_epoch(trainer),
+                batches_done_in_epoch(trainer),
                 1,
             )  # now, whatever led to it
         if _epoch_under_way(trainer):
-            _skip_to(trainer, done_in_epoch(trainer))
+            _skip_to(trainer, batches_done_in_epoch(trainer))
         else:
             for loop in (trainer.fit_loop, trainer.fit_loop.epoch_loop, trainer.fit_loop.epoch_loop.val_loop):
                 loop._restarting = (
@@ -142,14 +142,14 @@ def _skip_to(trainer: pl.Trainer, batch: int) -> None:
         cast(BatchLoader, trainer.train_dataloader).load_state_dict({"first": batch})
 
 
-def done_in_epoch(trainer: pl.Trainer) -> int:
+def batches_done_in_epoch(trainer: pl.Trainer) -> int:
     """Training batches of this epoch whose step is complete."""
     return int(trainer.fit_loop.epoch_loop.batch_progress.current.completed)
 
 
-def gradients_wait(trainer: pl.Trainer) -> bool:
+def is_accumulating(trainer: pl.Trainer) -> bool:
     """Whether batches were seen whose gradients no optimizer step has used yet."""
-    done = done_in_epoch(trainer)
+    done = batches_done_in_epoch(trainer)
     return done % trainer.accumulate_grad_batches != 0 and done != trainer.num_training_batches
 
 

@@ -15,7 +15,7 @@ _DIVERGED = 4.0  # times the lowest smoothed loss
 _MEMORY = 0.9  # of the running mean that only decides when to stop
 
 
-class Sweep(Callback):
+class LearningRateSweep(Callback):
     """Raises every group's learning rate by one factor a step, from `lowest` to `highest`, and keeps rates and losses; stops where they diverge."""
 
     def __init__(self, lowest: float, highest: float, steps: int) -> None:
@@ -53,7 +53,7 @@ class Sweep(Callback):
         trainer.should_stop = smooth > _DIVERGED * self._best
 
 
-class Stopwatch(Callback):
+class StepTimer(Callback):
     """Times steps, the first ones of each phase left out, and validation batches; stops after `seconds` where they are given."""
 
     def __init__(self, warmup: int, seconds: float | None, phases: int = 1) -> None:

@@ -15,9 +15,9 @@ from torch.distributed.tensor import DTensor
 from image_classifier.atomic_io import write_text
 from image_classifier.errors import ConfigError, TrainingError
 from image_classifier.training.callbacks.checkpoints import last_checkpoint
-from image_classifier.training.callbacks.exact_resume import copied_metrics, done_in_epoch, set_metrics
+from image_classifier.training.callbacks.exact_resume import batches_done_in_epoch, copied_metrics, set_metrics
 from image_classifier.training.datamodule import ImageDataModule
-from image_classifier.training.distributed import gather, is_main
+from image_classifier.training.distributed import gather, is_rank_zero
 from image_classifier.training.module import ClassifierModule
 
 log = logging.getLogger(__name__)
@@ -26,7 +26,7 @@ _SHOWN = 3  # images of a bad batch that the message names; the file has all
 _MOST_IN_A_ROW = 10
 
 
-class BadLoss(Callback):
+class NanGuard(Callback):
     """`stop` ends the run with TrainingError, `skip` undoes each bad step; ten in a row end the run too.
 
     With `stop` a processor looks at each loss before the weights are touched. Elsewhere each look would make it wait for the device, so the
@@ -48,6 +48,11 @@ class BadLoss(Callback):
             None  # stop, on the device: [batches that were seen before the first bad one, its loss]
         )
 
+    @property
+    def state_key(self) -> str:
+        """Return the name under which checkpoints keep the state; older ones know the class by this name."""
+        return "BadLoss"
+
     def state_dict(self) -> dict[str, Any]:
         return {"skipped": self.skipped, "in_a_row": self._in_a_row}
 
@@ -57,7 +62,7 @@ class BadLoss(Callback):
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        if self.skips and done_in_epoch(trainer) % trainer.accumulate_grad_batches == 0:
+        if self.skips and batches_done_in_epoch(trainer) % trainer.accumulate_grad_batches == 0:
             self._worst = None
             self._before = [buffer.clone() for buffer in pl_module.buffers()], copied_metrics(pl_module)
 
@@ -185,7 +190,7 @@ class BadLoss(Callback):
         if not paths:
             return "unknown"
         file = self.directory / f"bad_batch_step_{trainer.global_step + 1}.txt"
-        if is_main():
+        if is_rank_zero():
             write_text(file, "\n".join(paths) + "\n")
         more = f" and {len(paths) - _SHOWN} more, all in {file}" if len(paths) > _SHOWN else f", listed in {file}"
         return ", ".join(paths[:_SHOWN]) + more

@@ -18,7 +18,7 @@ from image_classifier.errors import ConfigError
 from image_classifier.training.tuning.subprocess_run import GO_ON, MARK, STOP
 
 
-class ReportToTuner(Callback):
+class OptunaPruning(Callback):
     """Prints the metric after each validation and ends the run where the tuner says that the trial is not worth more.
 
     When the tuner dies, which closes standard input, the run stops as by SIGTERM: it keeps its newest step for whoever takes it up.
@@ -28,6 +28,11 @@ class ReportToTuner(Callback):
         self.metric, self.validations = metric, 0
         self._answers: queue.SimpleQueue[str] = queue.SimpleQueue()
         self._listener: threading.Thread | None = None
+
+    @property
+    def state_key(self) -> str:
+        """Return the name under which checkpoints keep the state; older ones know the class by this name."""
+        return "ReportToTuner"
 
     def state_dict(self) -> dict[str, Any]:
         return {"validations": self.validations}

@@ -20,15 +20,15 @@ import pytorch_lightning as pl
 from pytorch_lightning.callbacks import WeightAveraging
 
 from image_classifier.training.callbacks.checkpoints import STEPS_BETWEEN_LOOKS, BetweenSteps, last_checkpoint
-from image_classifier.training.callbacks.exact_resume import gradients_wait
-from image_classifier.training.distributed import gather, is_main, world_size
+from image_classifier.training.callbacks.exact_resume import is_accumulating
+from image_classifier.training.distributed import gather, is_rank_zero, world_size
 
 log = logging.getLogger(__name__)
 
 _ECHO_S = 5.0  # launchers, tuners and systemd each pass the same SIGTERM on
 
 
-class Signals:
+class SignalHandler:
     """Signals to this process: acted on at once, or, while steps are made, remembered until one is complete."""
 
     def __init__(self) -> None:
@@ -46,7 +46,7 @@ class Signals:
         try:
             yield
         except BaseException:
-            if self.received in slurm_warnings() and is_main():
+            if self.received in slurm_warnings() and is_rank_zero():
                 _requeue()
             raise
         finally:
@@ -77,7 +77,7 @@ class Signals:
         if not first and self._deferred and number == signal.SIGTERM and now - self._since < _ECHO_S:
             return
         self.received, self._since = number, now
-        if first and self._deferred and not is_main():
+        if first and self._deferred and not is_rank_zero():
             return
         if first and self._deferred:
             os.write(
@@ -122,7 +122,7 @@ def _requeue() -> None:
 class StopOnSignal(BetweenSteps):
     """Saves and ends the run between two steps when a signal came to any of its processes."""
 
-    def __init__(self, signals: Signals) -> None:
+    def __init__(self, signals: SignalHandler) -> None:
         self.signals = signals
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
@@ -137,7 +137,7 @@ class StopOnSignal(BetweenSteps):
     def on_validation_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
-        if world_size() > 1 or gradients_wait(trainer) or trainer.sanity_checking or not self.signals.received:
+        if world_size() > 1 or is_accumulating(trainer) or trainer.sanity_checking or not self.signals.received:
             return  # with several processes the validation ends first
         for callback in trainer.callbacks:  # type: ignore[attr-defined]
             if isinstance(callback, WeightAveraging):

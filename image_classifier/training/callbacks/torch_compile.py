@@ -23,12 +23,12 @@ _WATCHED = 12  # steps timed before and after; the first few of them are warm-up
 _WARMUP = 4
 
 
-def repays_s(device: str) -> float:
+def break_even_s(device: str) -> float:
     """A rest of the run of so many seconds repays a compilation, which may turn out to be in vain; processors gain most where they have AMX."""
     return {"cpu": 180.0 if "amx_bf16" in processor_flags() else 900.0, "cuda": 180.0}.get(device, float("inf"))
 
 
-class Compiling(Callback):
+class TorchCompile(Callback):
     """Compiles the backbone for training steps; validation and export stay uncompiled, as their shapes differ.
 
     With `at_once` from the first step. Else the first steps are timed; where the rest of the run would take long enough the backbone is
@@ -70,7 +70,7 @@ class Compiling(Callback):
             self._judge(pl_module, step_s)
 
     def _try(self, trainer: pl.Trainer, pl_module: pl.LightningModule, step_s: float) -> None:
-        left_s, worth_s = _seconds_left(trainer, step_s), repays_s(pl_module.device.type)
+        left_s, worth_s = _seconds_left(trainer, step_s), break_even_s(pl_module.device.type)
         if left_s < worth_s:
             log.info(
                 "torch.compile: off (%.0f s of training do not repay it; from %.0f s on it is tried)", left_s, worth_s

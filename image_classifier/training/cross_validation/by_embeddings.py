@@ -22,7 +22,7 @@ from image_classifier.predictions import PredictionTable, softmax
 from image_classifier.training.baseline import device_of, embeddings_of, fit_logistic
 from image_classifier.training.builders import build_network
 from image_classifier.training.hardware import Hardware, choose_channels_last, choose_precision
-from image_classifier.training.initial_weights import settle_start
+from image_classifier.training.initial_weights import resolve_initial_weights
 
 log = logging.getLogger(__name__)
 
@@ -37,7 +37,7 @@ def answer_by_embeddings(config: Any, folds: Sequence[Manifest], data: DataSetti
         CheckpointError: The backbone's weights cannot be had.
         StorageError: The disk refuses.
     """
-    settle_start(config)
+    resolve_initial_weights(config)
     chosen = choose_precision(str(config.trainer.precision), config.trainer.accelerator)
     hardware = Hardware(
         str(chosen.value), bool(choose_channels_last("auto", chosen.value, config.trainer.accelerator).value)

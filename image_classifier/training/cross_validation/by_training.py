@@ -11,12 +11,12 @@ from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
 
-from image_classifier.atomic_io import locked, write_text
+from image_classifier.atomic_io import file_lock, write_text
 from image_classifier.cli.options import CONF_DIR, quoted
 from image_classifier.errors import TrainingError
 from image_classifier.manifest import Manifest
 from image_classifier.training.run_dir import read_notes
-from image_classifier.training.tuning.subprocess_run import Ending, TrialProcess, sigterm_stops
+from image_classifier.training.tuning.subprocess_run import TrialOutcome, TrialProcess, sigterm_stops
 
 log = logging.getLogger(__name__)
 
@@ -92,7 +92,7 @@ class FoldRun:
         with ThreadPoolExecutor(1) as pool:
             future = pool.submit(process.run, lambda step, value: False)
             try:
-                ending: Ending = future.result()
+                ending: TrialOutcome = future.result()
             except BaseException:
                 process.stop()
                 wait([future], timeout=_PATIENCE_S)
@@ -127,7 +127,7 @@ def answer_by_training(runs: Sequence[FoldRun]) -> list[Path]:
     """
     with sigterm_stops():
         for number, run in enumerate(runs, start=1):
-            with locked(run.directory / f".{run.name}.fold.lock"):
+            with file_lock(run.directory / f".{run.name}.fold.lock"):
                 if run.is_done:
                     log.info("fold %d of %d: %s is trained", number, len(runs), run.name)
                 else:

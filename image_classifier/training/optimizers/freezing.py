@@ -36,7 +36,7 @@ def set_frozen(classifier: nn.Module, frozen: Collection[str]) -> None:
             parameter.grad = None
 
 
-def quieten(classifier: nn.Module, frozen: Collection[str]) -> None:
+def freeze_norm_stats(classifier: nn.Module, frozen: Collection[str]) -> None:
     """Evaluation mode for every module all of whose parameters are frozen."""
     for prefix, module in classifier.named_modules():
         names = [f"{prefix}.{name}" if prefix else name for name, _ in module.named_parameters()]

@@ -32,7 +32,7 @@ class SchedulerSettings:
 
 
 @dataclass(frozen=True)
-class Moves:
+class OptimizerAndSchedule:
     """An optimizer, the scheduler that moves its rates, and over how many steps they rise first."""
 
     optimizer: torch.optim.Optimizer
@@ -40,9 +40,9 @@ class Moves:
     warmup_steps: int
 
 
-def build_moves(
+def build_optimizer_and_schedule(
     make_optimizer: OptimizerFactory, groups: list[dict[str, Any]], scheduler: SchedulerSettings, num_steps: float
-) -> Moves:
+) -> OptimizerAndSchedule:
     """Optimizer and scheduler of a run of `num_steps` optimizer steps, which may be infinite; ConfigError where they cannot be built."""
     try:
         optimizer = build_optimizer(make_optimizer, groups)
@@ -52,7 +52,7 @@ def build_moves(
         raise ConfigError(
             f"the optimizer or the scheduler cannot be built ({error})", "see conf/optimizer and conf/scheduler"
         ) from error
-    return Moves(optimizer, schedule, warmup_steps(scheduler.warmup, num_steps))
+    return OptimizerAndSchedule(optimizer, schedule, warmup_steps(scheduler.warmup, num_steps))
 
 
 def build_optimizer(make: OptimizerFactory, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:

@@ -25,7 +25,7 @@ _STATES = {
 
 
 @dataclass(frozen=True)
-class Places:
+class StudyPaths:
     """Where the runs of a study's trials keep their files."""
 
     study: str
@@ -71,7 +71,7 @@ def ranked(trials: Sequence[FrozenTrial], maximise: bool) -> list[FrozenTrial]:
     return sorted(complete, key=lambda trial: (-(trial.value or 0.0) if maximise else trial.value or 0.0, trial.number))
 
 
-def tidy(trials: Sequence[FrozenTrial], asked: TuneSettings, places: Places) -> None:
+def remove_losing_runs(trials: Sequence[FrozenTrial], asked: TuneSettings, places: StudyPaths) -> None:
     """Remove what finished trials keep, but for the best `keep`, so that a study's disk use is bounded."""
     if asked.keep is None:
         return

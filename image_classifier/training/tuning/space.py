@@ -20,7 +20,7 @@ _OURS = ("name", "overwrite", "resume", "run_dir", "runs_dir", "models_dir", "pl
 
 
 @dataclass(frozen=True)
-class Entry:
+class SearchDimension:
     """One key of the configuration and the values to try: a range of numbers, or choices.
 
     Args:
@@ -98,7 +98,7 @@ class Entry:
         return f"{self.key}={value if self.kind == 'categorical' else override_value(_number(value, self.kind))}"
 
 
-def parse_space(node: Mapping[str, Any]) -> tuple[Entry, ...]:
+def parse_space(node: Mapping[str, Any]) -> tuple[SearchDimension, ...]:
     """The entries of a resolved `search` node; null leaves an entry out.
 
     Raises:
@@ -110,12 +110,12 @@ def parse_space(node: Mapping[str, Any]) -> tuple[Entry, ...]:
     return entries
 
 
-def as_facts(space: tuple[Entry, ...]) -> list[dict[str, Any]]:
+def as_facts(space: tuple[SearchDimension, ...]) -> list[dict[str, Any]]:
     """The space as plain values, to compare two of them by."""
     return [{**asdict(entry), "choices": list(entry.choices)} for entry in space]
 
 
-def _entries(node: Mapping[str, Any], prefix: str) -> Iterator[Entry]:
+def _entries(node: Mapping[str, Any], prefix: str) -> Iterator[SearchDimension]:
     for name, value in node.items():
         key = f"{prefix}{name}"
         if value is None:
@@ -135,7 +135,7 @@ def _entries(node: Mapping[str, Any], prefix: str) -> Iterator[Entry]:
             yield from _entries(value, f"{key}.")
 
 
-def _entry(key: str, value: Mapping[str, Any]) -> Entry:
+def _entry(key: str, value: Mapping[str, Any]) -> SearchDimension:
     kind = value["kind"]
     if kind not in KINDS:
         raise ConfigError(
@@ -146,7 +146,7 @@ def _entry(key: str, value: Mapping[str, Any]) -> Entry:
     given = {name: item for name, item in value.items() if name != "kind" and not isinstance(item, Mapping)}
     for name in given:
         if name not in known:
-            hint = did_you_mean(name, [item.name for item in fields(Entry)])
+            hint = did_you_mean(name, [item.name for item in fields(SearchDimension)])
             raise ConfigError(f"search.{key}.{name} is not a key of kind {kind}", f"{hint}It takes {', '.join(known)}")
     if not isinstance(given.get("log", False), bool):
         raise ConfigError(f"search.{key}.log must be true or false, not {given['log']!r}")
@@ -154,7 +154,7 @@ def _entry(key: str, value: Mapping[str, Any]) -> Entry:
         given["choices"] = (
             tuple(override_value(item) for item in given["choices"]) if isinstance(given["choices"], list) else ()
         )
-    return Entry(key, kind, **given)
+    return SearchDimension(key, kind, **given)
 
 
 def _number(value: Any, kind: str) -> int | float:

@@ -14,7 +14,7 @@ import optuna
 from optuna.storages import RDBStorage
 from sqlalchemy.exc import SQLAlchemyError
 
-from image_classifier.atomic_io import locked
+from image_classifier.atomic_io import file_lock
 from image_classifier.errors import StorageError
 
 log = logging.getLogger(__name__)
@@ -67,7 +67,7 @@ def _hint(error: Exception) -> str:
 def _alone(address: str) -> AbstractContextManager[None]:
     """Processes that all create the tables of a fresh SQLite file crash each other."""
     path = address.removeprefix("sqlite:///")
-    return locked(Path(f"{path}.lock")) if path != address else nullcontext()
+    return file_lock(Path(f"{path}.lock")) if path != address else nullcontext()
 
 
 def _engine(address: str) -> dict[str, Any]:

@@ -38,7 +38,7 @@ _INTERRUPTED = (130, 143, -signal.SIGINT, -signal.SIGTERM)
 
 
 @dataclass(frozen=True)
-class Ending:
+class TrialOutcome:
     """How a trial's process ended: well, as not worth more (`pruned`), stopped from outside (`interrupted`), or failed with a reason."""
 
     pruned: bool = False
@@ -64,14 +64,14 @@ class TrialProcess:
         self._stopped = False
         self._lock = threading.Lock()
 
-    def run(self, report: Callable[[int, float], bool]) -> Ending:
+    def run(self, report: Callable[[int, float], bool]) -> TrialOutcome:
         """Run to the end; `report` takes the number of a validation and its value, and says whether to stop there."""
         self.log.parent.mkdir(parents=True, exist_ok=True)
         with self.log.open("ab") as log:
             start = log.tell()
             with self._lock:
                 if self._stopped:
-                    return Ending(interrupted=True)
+                    return TrialOutcome(interrupted=True)
                 # In a session of its own: Ctrl-C reaches the tuner only, which asks its trials to stop.
                 self._process = subprocess.Popen(
                     self.command,
@@ -85,8 +85,8 @@ class TrialProcess:
                 pruned = self._listen(process, log, report)
                 code = process.wait()
         if pruned or self._stopped or code in _INTERRUPTED:
-            return Ending(pruned=pruned, interrupted=not pruned)
-        return Ending(reason=_reason(code, self.log, start)) if code else Ending()
+            return TrialOutcome(pruned=pruned, interrupted=not pruned)
+        return TrialOutcome(reason=_reason(code, self.log, start)) if code else TrialOutcome()
 
     def _listen(self, process: subprocess.Popen[bytes], log: IO[bytes], report: Callable[[int, float], bool]) -> bool:
         assert process.stdin is not None

@@ -17,7 +17,7 @@ import optuna
 from optuna.distributions import BaseDistribution
 from optuna.trial import FrozenTrial, TrialState
 
-from image_classifier.atomic_io import locked
+from image_classifier.atomic_io import file_lock
 from image_classifier.training.tuning.storage import TROUBLE, patiently
 
 log = logging.getLogger(__name__)
@@ -138,7 +138,7 @@ class Owner:
         if name.rpartition("-")[0] != socket.gethostname() or not path.exists():
             return False
         try:
-            with locked(path, wait=False):
+            with file_lock(path, wait=False):
                 path.unlink()
         except BlockingIOError:
             return False
@@ -151,7 +151,7 @@ def owner_in(folder: Path) -> Iterator[Owner]:
     owner = Owner(f"{socket.gethostname()}-{uuid.uuid4().hex[:8]}", folder)
     path = folder / f".{owner.name}.lock"
     with ExitStack() as stack:
-        stack.enter_context(locked(path))
+        stack.enter_context(file_lock(path))
         stack.callback(path.unlink, missing_ok=True)
         yield owner
 

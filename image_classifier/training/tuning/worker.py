@@ -14,14 +14,14 @@ from dataclasses import dataclass
 import optuna
 from optuna.trial import TrialState
 
-from image_classifier.atomic_io import locked
+from image_classifier.atomic_io import file_lock
 from image_classifier.cli.options import CONF_DIR
 from image_classifier.errors import StorageError, TrainingError
-from image_classifier.training.tuning.results import Places, tidy
-from image_classifier.training.tuning.space import Entry
+from image_classifier.training.tuning.results import StudyPaths, remove_losing_runs
+from image_classifier.training.tuning.space import SearchDimension
 from image_classifier.training.tuning.storage import TROUBLE, one_line
 from image_classifier.training.tuning.study import TuneSettings
-from image_classifier.training.tuning.subprocess_run import Ending, TrialProcess, share
+from image_classifier.training.tuning.subprocess_run import TrialOutcome, TrialProcess, share
 from image_classifier.training.tuning.trials import Owner, Trials, beating
 
 log = logging.getLogger(__name__)
@@ -32,13 +32,13 @@ _NUM_TELLING_FAILURES = 3
 
 
 @dataclass(frozen=True)
-class Plan:
+class TrialPlan:
     """What every trial of a study shares: its space, the words before and after a trial's own on the command line, its folders."""
 
-    space: tuple[Entry, ...]
+    space: tuple[SearchDimension, ...]
     first: tuple[str, ...]
     last: tuple[str, ...]
-    places: Places
+    places: StudyPaths
     program: tuple[str, ...] = (sys.executable, str(CONF_DIR.parent / "commands.py"), "train")
 
     def command(self, trial: optuna.trial.BaseTrial) -> list[str]:
@@ -61,7 +61,7 @@ class Workers:
         owner: This process.
     """
 
-    def __init__(self, trials: Trials, asked: TuneSettings, plan: Plan, owner: Owner) -> None:
+    def __init__(self, trials: Trials, asked: TuneSettings, plan: TrialPlan, owner: Owner) -> None:
         self.trials, self.asked, self.plan, self.owner = trials, asked, plan, owner
         self._running: dict[int, TrialProcess] = {}
         self._ending = threading.Event()
@@ -136,20 +136,20 @@ class Workers:
         number, places = trial.number, self.plan.places
         start = time.monotonic()
         with beating(trial):
-            with locked(
+            with file_lock(
                 places.lock(number)
             ):  # an earlier attempt whose worker was killed may still be writing its checkpoint
                 earlier = self.trials.one(number).intermediate_values
             if places.bundle(number).exists() and earlier:  # and all that was missing is that the study knows
-                ending, values = Ending(), dict(earlier)
+                ending, values = TrialOutcome(), dict(earlier)
             else:
                 values = dict(earlier) if places.has_checkpoint(number) else {}
                 ending = self._train(trial, worker, values, set(earlier))
         trial.set_user_attr("seconds", round(trial.user_attrs.get("seconds", 0.0) + time.monotonic() - start, 1))
         self._tell(trial, ending, values)
-        tidy(self.trials.trials(), self.asked, places)
+        remove_losing_runs(self.trials.trials(), self.asked, places)
 
-    def _train(self, trial: optuna.Trial, worker: int, values: dict[int, float], known: set[int]) -> Ending:
+    def _train(self, trial: optuna.Trial, worker: int, values: dict[int, float], known: set[int]) -> TrialOutcome:
         process = TrialProcess(
             self.plan.command(trial), self.plan.places.log(trial.number), share(worker, self.asked.workers)
         )
@@ -179,7 +179,7 @@ class Workers:
             )
             return False
 
-    def _tell(self, trial: optuna.Trial, ending: Ending, values: dict[int, float]) -> None:
+    def _tell(self, trial: optuna.Trial, ending: TrialOutcome, values: dict[int, float]) -> None:
         number = trial.number
         if ending.interrupted:
             log.info("trial %d: interrupted; it goes on later", number)

@@ -14,12 +14,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from image_classifier.dataset.audit.checks import Audit, AuditSettings, find_problems, kind_of
+from image_classifier.dataset.audit.checks import Audit, AuditSettings, find_issues, kind_of
 from image_classifier.dataset.audit.exclude import Exclusions, merge
 from image_classifier.dataset.audit.issue_types import ALIKE, EXCLUDABLE, KINDS, SEVERITIES, UNREADABLE
-from image_classifier.dataset.discovery import ImageFile, Tree, find
-from image_classifier.dataset.duplicates import DuplicateSettings, Twins, clusters, find_twins
-from image_classifier.dataset.scan import Facts, read_facts
+from image_classifier.dataset.discovery import FileTree, ImageFile, discover
+from image_classifier.dataset.duplicates import DuplicateSettings, NearDuplicates, clusters, find_near_duplicates
+from image_classifier.dataset.scan import FileMetadata, scan_files
 from image_classifier.errors import ConfigError
 from image_classifier.images import DecodeLimits
 from tests.conftest import MakeTree, write_image
@@ -29,10 +29,10 @@ ALL = AuditSettings(exclude=list(EXCLUDABLE))
 
 def audited(root: Path, store: Path, asked: AuditSettings | None = None, exclusions: Exclusions | None = None) -> Audit:
     """The audit of a folder, from its files on."""
-    tree = find([root])
-    facts = read_facts(tree, store, DecodeLimits(), (255, 255, 255))
-    twins = find_twins(facts.thumbnails, DuplicateSettings())
-    return find_problems(tree, facts, twins, asked or AuditSettings(), exclusions)
+    tree = discover([root])
+    facts = scan_files(tree, store, DecodeLimits(), (255, 255, 255))
+    twins = find_near_duplicates(facts.thumbnails, DuplicateSettings())
+    return find_issues(tree, facts, twins, asked or AuditSettings(), exclusions)
 
 
 def kinds_of(audit: Audit) -> dict[str, set[str]]:
@@ -40,7 +40,9 @@ def kinds_of(audit: Audit) -> dict[str, set[str]]:
     return {kind: {path for finding in group for path in finding.paths} for kind, group in audit.by_kind.items()}
 
 
-def a_tree(images: list[tuple[str, str, int, str]], pairs: list[tuple[int, int]]) -> tuple[Tree, Facts, Twins]:
+def a_tree(
+    images: list[tuple[str, str, int, str]], pairs: list[tuple[int, int]]
+) -> tuple[FileTree, FileMetadata, NearDuplicates]:
     """A data set by hand: (label, split, content, error) of each image, and the rows of near-identical ones."""
     files = [
         ImageFile(f"{split or 'all'}/{label}/{row:02d}.jpg", label, split, 1, 1)
@@ -50,7 +52,7 @@ def a_tree(images: list[tuple[str, str, int, str]], pairs: list[tuple[int, int]]
     count = len(files)
     digests = np.array([[images[row][2]] * 32 for row in order], dtype=np.uint8).reshape(count, 32)
     ones = np.ones(count, dtype=np.int32)
-    facts = Facts(
+    facts = FileMetadata(
         digests=digests,
         widths=20 * ones,
         heights=20 * ones,
@@ -69,8 +71,8 @@ def a_tree(images: list[tuple[str, str, int, str]], pairs: list[tuple[int, int]]
         {(min(pair), max(pair)) for pair in pairs if pair[0] != pair[1] and not {*pair} & facts.errors.keys()}
     )  # only what was read is compared
     first, second = (np.array([pair[side] for pair in near], dtype=np.int64) for side in (0, 1))
-    twins = Twins(first, second, np.full(len(near), 0.99, np.float32), np.zeros(len(near), bool))
-    return Tree(Path("/data"), tuple(files[row] for row in order)), facts, twins
+    twins = NearDuplicates(first, second, np.full(len(near), 0.99, np.float32), np.zeros(len(near), bool))
+    return FileTree(Path("/data"), tuple(files[row] for row in order)), facts, twins
 
 
 IMAGE = st.tuples(
@@ -88,7 +90,7 @@ DATA = st.lists(IMAGE, min_size=1, max_size=16).flatmap(
 @given(data=DATA)
 def test_findings_are_facts(data: tuple[list[tuple[str, str, int, str]], list[tuple[int, int]]]) -> None:
     tree, facts, twins = a_tree(*data)
-    audit = find_problems(tree, facts, twins, ALL)
+    audit = find_issues(tree, facts, twins, ALL)
     images = {image.path: image for image in tree.images}
     for finding in audit.findings:
         assert set(finding.paths) <= images.keys() and len(set(finding.paths)) == len(finding.paths)
@@ -110,7 +112,7 @@ def test_duplicates_leaks_and_conflicts_are_all_there(
     data: tuple[list[tuple[str, str, int, str]], list[tuple[int, int]]],
 ) -> None:
     tree, facts, twins = a_tree(*data)
-    named = kinds_of(find_problems(tree, facts, twins, ALL))
+    named = kinds_of(find_issues(tree, facts, twins, ALL))
     rows = [row for row in range(len(tree.images)) if row not in facts.errors]
     pairs = {(a, b) for a in rows for b in rows if a < b and (facts.digests[a] == facts.digests[b]).all()}
     near = {(a, b) for a, b in zip(twins.first.tolist(), twins.second.tolist(), strict=True) if a in rows and b in rows}
@@ -144,18 +146,18 @@ def test_an_audit_repeats_itself_and_only_the_hand_silences_a_finding(
 ) -> None:
     tree, facts, twins = a_tree(*data)
     asked = AuditSettings(exclude=sorted(wanted))
-    first = find_problems(tree, facts, twins, asked)
+    first = find_issues(tree, facts, twins, asked)
     exclusions = Exclusions().updated(first)
-    again = find_problems(tree, facts, twins, asked, exclusions)
+    again = find_issues(tree, facts, twins, asked, exclusions)
     assert again.findings == first.findings  # an audit that is repeated says the same
     assert again.proposed == first.proposed == again.left_out
     assert exclusions.updated(again) == exclusions
     by_hand = merge(Exclusions(), dict.fromkeys(first.proposed, "no good"))
     assert not any(
         set(finding.paths) & first.proposed.keys()
-        for finding in find_problems(tree, facts, twins, asked, by_hand).findings
+        for finding in find_issues(tree, facts, twins, asked, by_hand).findings
     )
-    assert not find_problems(tree, facts, twins, asked, by_hand).proposed.keys() & first.proposed.keys()
+    assert not find_issues(tree, facts, twins, asked, by_hand).proposed.keys() & first.proposed.keys()
 
 
 @settings(deadline=None)  # the first call imports
@@ -165,7 +167,7 @@ def test_one_of_each_group_of_duplicates_stays_and_the_test_part_stays_whole(
 ) -> None:
     tree, facts, twins = a_tree(*data)
     kinds = ["exact_duplicates", "near_duplicates"]
-    audit = find_problems(tree, facts, twins, AuditSettings(exclude=kinds))
+    audit = find_issues(tree, facts, twins, AuditSettings(exclude=kinds))
     for kind in kinds:
         for finding in audit.by_kind.get(kind, ()):
             assert set(finding.paths[1:]) <= audit.proposed.keys()
@@ -174,12 +176,12 @@ def test_one_of_each_group_of_duplicates_stays_and_the_test_part_stays_whole(
             )  # the first of some copies may itself be like a picture that stays
             assert kind == "exact_duplicates" and "near_duplicates" in reason if reason else True
             assert len({(item.label, item.split) for item in finding.items}) == 1
-    leaks = find_problems(tree, facts, twins, AuditSettings(exclude=["leak"]))
+    leaks = find_issues(tree, facts, twins, AuditSettings(exclude=["leak"]))
     splits = {image.path: image.split for image in tree.images}
     assert "test" not in {splits[path] for path in leaks.proposed}
     by_hand = merge(Exclusions(), dict.fromkeys(leaks.proposed, "seen"))
     assert not any(
-        finding.kind == "leak" for finding in find_problems(tree, facts, twins, AuditSettings(), by_hand).findings
+        finding.kind == "leak" for finding in find_issues(tree, facts, twins, AuditSettings(), by_hand).findings
     )
 
 

@@ -22,7 +22,7 @@ from image_classifier.dataset.audit.checks import Audit, AuditSettings
 from image_classifier.dataset.audit.exclude import Exclusions, merge
 from image_classifier.dataset.audit.html_report import render, write_audit
 from image_classifier.dataset.audit.issue_types import KINDS
-from image_classifier.dataset.audit.issues import Finding, Item
+from image_classifier.dataset.audit.issues import Issue, IssueItem
 from image_classifier.errors import StorageError
 from image_classifier.html import document, thumbnails
 from tests.conftest import write_image
@@ -139,7 +139,7 @@ def test_the_page_is_bounded_whatever_the_data_set(
     )
     paths = [f"{number}/{'long ' * 50}.png" for number in range(per_kind)]
     findings = [
-        Finding(kind, f"reason {path}", (Item(path, "cat"), Item(path + "2", "cat")))
+        Issue(kind, f"reason {path}", (IssueItem(path, "cat"), IssueItem(path + "2", "cat")))
         for kind in KINDS
         for path in paths
     ]

@@ -15,9 +15,9 @@ from hypothesis import strategies as st
 
 from image_classifier.dataset.audit.fix import Correction, Fix, Fixes, read_fixes
 from image_classifier.dataset.audit.issues import AuditSettings
-from image_classifier.dataset.discovery import ImageFile, Tree
-from image_classifier.dataset.left_out import beside, divided, remembered
-from image_classifier.dataset.prepare import DataSettings, Examination, all_folds, manifest_path
+from image_classifier.dataset.discovery import FileTree, ImageFile
+from image_classifier.dataset.left_out import excluded_records_path, split_excluded, with_excluded
+from image_classifier.dataset.prepare import DatasetScan, DataSettings, all_folds, manifest_path
 from image_classifier.dataset.prepare import prepare as prepare_and_examine
 from image_classifier.dataset.split import SplitSettings, assign_splits
 from image_classifier.errors import DataError
@@ -41,8 +41,8 @@ def in_a_folder_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capl
     caplog.set_level(logging.INFO)
 
 
-def tree_of(**labels: str) -> Tree:
-    return Tree(
+def tree_of(**labels: str) -> FileTree:
+    return FileTree(
         Path("root"), tuple(ImageFile(f"{name}.png", label, "", 1, 0) for name, label in sorted(labels.items()))
     )
 
@@ -52,7 +52,7 @@ def fixes(*rows: str) -> Fixes:
     return read_fixes(Path("fix.csv"))
 
 
-def prepared(root: Path, **changes: object) -> tuple[Manifest, Examination]:
+def prepared(root: Path, **changes: object) -> tuple[Manifest, DatasetScan]:
     return prepare_and_examine(
         [root], DataSettings(fix_path="fix.csv", exclude_path="exclude.csv", **changes), AuditSettings()
     )  # type: ignore[arg-type]
@@ -142,7 +142,7 @@ def test_what_was_left_out_and_relabelled_comes_back_to_its_part(
     corrected = deal(replace(undealt, targets=targets), settings, previous=before)
     if any((targets[before.splits == 0] == code).sum() == 0 for code in np.unique(targets).tolist()):
         return  # a class without a training image takes one back, which is said in the log
-    kept, left_out = divided(corrected, Correction(Tree(Path("root"), ()), 0, gone))
+    kept, left_out = split_excluded(corrected, Correction(FileTree(Path("root"), ()), 0, gone))
     assert (left_out is None) == (not gone)
     memory = joined(kept, left_out) if left_out is not None else kept
     assert assign_splits(undealt, settings, memory).sha256 == before.sha256
@@ -161,12 +161,12 @@ def test_applying_and_taking_back_gives_the_same_manifest(tree: Path, caplog: py
     assert "audit: after fix.csv: 1 label changed, 2 images left out" in found.audit.summary()
     assert found.audit.left_out[held[1]] == "fix.csv: blurred"
     path = manifest_path(tree, [tree], DataSettings(fix_path="fix.csv", exclude_path="exclude.csv"))
-    assert {record.path for record in Manifest.read(beside(path), tree)} == {held[1], "dog/003.png"}
-    memory = remembered(Manifest.read(path, tree), path)
+    assert {record.path for record in Manifest.read(excluded_records_path(path), tree)} == {held[1], "dog/003.png"}
+    memory = with_excluded(Manifest.read(path, tree), path)
     assert memory is not None and {record.path for record in memory} == set(parts)
     assert Path("exclude.csv").read_text() == "path,reason\n"  # the correction is fix.csv's alone
     fixes()
-    assert prepared(tree)[0].sha256 == before.sha256 and not beside(path).exists()
+    assert prepared(tree)[0].sha256 == before.sha256 and not excluded_records_path(path).exists()
 
 
 def test_an_unreadable_image_may_be_left_out_by_either_file(tree: Path) -> None:

@@ -22,7 +22,7 @@ from image_classifier.evaluation.report.charts import Scale
 from image_classifier.evaluation.report.confusions import frequent, images_of_cells, matrix
 from image_classifier.evaluation.report.locate import limits_of
 from image_classifier.evaluation.report.page import risks, run_page
-from image_classifier.evaluation.report.run_data import Places, gather
+from image_classifier.evaluation.report.run_data import RunPaths, gather
 from image_classifier.evaluation.report.sentences import per_cent
 from image_classifier.html import document
 from image_classifier.images import DEFAULT_LIMITS, DecodeLimits
@@ -154,7 +154,7 @@ def test_what_a_bundle_says_of_its_decisions_is_shown(home: Path) -> None:
     ):
         decision = Decision.chosen(Evidence.of(table), asked)
         object.__setattr__(info, "decision", decision.as_dict())
-        html = run_page(gather("run", table, Places(home / "plots/run/test"), info, {}))
+        html = run_page(gather("run", table, RunPaths(home / "plots/run/test"), info, {}))
         assert words in html and "hold the true one of 90.0 % of the images" in html and "evidence" not in html
 
 
@@ -166,7 +166,7 @@ def test_what_the_limits_do_on_the_part_stands_beside_them(home: Path, tmp_path:
     assert score is not None
     for decision, known in ((own, True), (other, False), (None, True)):
         told = replace(info, decision=decision.as_dict()) if decision else None
-        html = run_page(gather("run", table, Places(part), told, {}))
+        html = run_page(gather("run", table, RunPaths(part), told, {}))
         words = (
             f"{per_cent(score.answered)} get a label",
             f"{per_cent(score.set_coverage)} hold the true class; {score.set_size:.2f} classes",
@@ -182,7 +182,7 @@ def test_thumbnails_are_read_within_the_limits_of_the_training(home: Path) -> No
         limits = {"max_bytes": max_bytes, "max_pixels": 10_000, "formats": ["PNG"]}
         told = replace(info, provenance={**info.provenance, "config": {"data": {"limits": limits}}})
         assert limits_of(told) == DecodeLimits(max_bytes, 10_000, ("PNG",))
-        html = run_page(gather("run", table, Places(home / "plots/run/test", root=home / "images"), told, {}))
+        html = run_page(gather("run", table, RunPaths(home / "plots/run/test", root=home / "images"), told, {}))
         assert (html.count("data:image/webp") > 1) == (max_bytes > 10)  # one is a figure of our own, an explanation
 
 

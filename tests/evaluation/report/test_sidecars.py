@@ -18,7 +18,7 @@ from image_classifier.errors import ClassifierError
 from image_classifier.evaluation.reliability.abstention import Decision, DecisionSettings, Evidence
 from image_classifier.evaluation.reliability.results import write_trust
 from image_classifier.evaluation.report.page import run_page
-from image_classifier.evaluation.report.run_data import Places, gather
+from image_classifier.evaluation.report.run_data import RunPaths, gather
 from image_classifier.predictions import PredictionTable
 from tests.conftest import Command
 from tests.evaluation.report.made_run import make_run
@@ -56,7 +56,7 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def page(home: Path, lenient: bool = False) -> str:
-    places = Places(home / PART, home / "models/run", home / "runs/run", home / "data/audit", None)
+    places = RunPaths(home / PART, home / "models/run", home / "runs/run", home / "data/audit", None)
     return run_page(
         gather("run", PredictionTable.read(home / PART), places, read_bundle(home / "models/run").info, {}, lenient)
     )

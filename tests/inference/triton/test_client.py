@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 from image_classifier.bundle import read_bundle
 from image_classifier.errors import ConfigError, ServerError
-from image_classifier.inference.backends import ServerAt
+from image_classifier.inference.backends import ServerAddress
 from image_classifier.inference.golden import Golden
 from image_classifier.inference.load import load_predictor
 from image_classifier.inference.predictor import EmbeddingBackend
@@ -229,7 +229,7 @@ def test_a_bundle_is_predicted_with_by_a_server(digits_bundle: Path) -> None:
             lambda pixels: dict(zip(("logits", "embedding"), outputs(pixels), strict=True)), model_name(bundle.info)
         )
     ) as running:
-        (answer,) = load_predictor(digits_bundle, "triton", server=ServerAt(running.url)).predict([image])
+        (answer,) = load_predictor(digits_bundle, "triton", server=ServerAddress(running.url)).predict([image])
     assert answer == next(onnx.predict([image]))
 
 

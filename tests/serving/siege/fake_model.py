@@ -21,11 +21,11 @@ def main(descriptor: int) -> None:
             file.write(b"+")
     if starts:
         time.sleep(order.get("slow_s", 0))
-    connection.sendall(framing.packed({"ready": {"name": "fake", "version": "1", "classes": ["a"]}}))
+    connection.sendall(framing.encode({"ready": {"name": "fake", "version": "1", "classes": ["a"]}}))
     while message := framing.read(stream):
         head, body = message
         if head.get("do") == "canary" and 0 < starts <= order.get("wrong", 0):
-            connection.sendall(framing.packed({"id": head["id"], "failed": "another answer"}))
+            connection.sendall(framing.encode({"id": head["id"], "failed": "another answer"}))
             continue
         if head.get("do") == "die":
             os._exit(9)
@@ -34,7 +34,7 @@ def main(descriptor: int) -> None:
         if head.get("do") == "wait":
             time.sleep(0.05)
         if "id" in head:
-            connection.sendall(framing.packed({"id": head["id"], "pid": os.getpid(), "bytes": len(body)}))
+            connection.sendall(framing.encode({"id": head["id"], "pid": os.getpid(), "bytes": len(body)}))
 
 
 if __name__ == "__main__":

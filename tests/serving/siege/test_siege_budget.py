@@ -12,10 +12,10 @@ from typing import Any
 import numpy as np
 
 from image_classifier.images import DecodeLimits
-from image_classifier.serving.async_log import Aside
+from image_classifier.serving.async_log import AsyncStream
 from image_classifier.serving.worker import framing
 from image_classifier.serving.worker.batching import BatchSettings
-from image_classifier.serving.worker.main import ModelProcess, PixelBudget
+from image_classifier.serving.worker.main import PixelBudget, Worker
 
 
 def test_a_large_picture_gets_its_turn_among_small_ones() -> None:
@@ -46,7 +46,7 @@ def test_the_bytes_of_a_picture_that_nobody_wants_are_given_back_before_its_turn
     reading, go_on, sent = threading.Event(), threading.Event(), []
     order: Any = SimpleNamespace(batch=BatchSettings(), limits=DecodeLimits(), decode_s=30.0, hang_s=60.0)
     model: Any = SimpleNamespace(predictor=SimpleNamespace(detector=None, limits=DecodeLimits(), backend=None))
-    process = ModelProcess(model, order, lambda message: sent.append(framing.read(io.BytesIO(message))), Aside(2))
+    process = Worker(model, order, lambda message: sent.append(framing.read(io.BytesIO(message))), AsyncStream(2))
 
     def read(body: bytes) -> np.ndarray:
         reading.set()

@@ -14,9 +14,9 @@ from typing import Any
 import pytest
 
 from image_classifier.serving.worker import handle
-from image_classifier.serving.worker.handle import Deadly, ModelHandle, Started, TooLate
+from image_classifier.serving.worker.handle import DeadlineExceeded, WorkerCrash, WorkerHandle, WorkerProcess
 
-Scenario = Callable[[ModelHandle], Awaitable[None]]
+Scenario = Callable[[WorkerHandle], Awaitable[None]]
 
 
 @pytest.fixture(autouse=True)
@@ -31,8 +31,8 @@ def _fake(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @asynccontextmanager
-async def fake(hang_s: float = 20.0) -> AsyncIterator[ModelHandle]:
-    handle = ModelHandle(Started({"name": "fake"}), 256, hang_s)
+async def fake(hang_s: float = 20.0) -> AsyncIterator[WorkerHandle]:
+    handle = WorkerHandle(WorkerProcess({"name": "fake"}), 256, hang_s)
     await handle.start()
     try:
         yield handle
@@ -48,7 +48,7 @@ def run(scenario: Coroutine[Any, Any, None]) -> None:
     asyncio.run(limited())
 
 
-async def pid_of(handle: ModelHandle) -> int:
+async def pid_of(handle: WorkerHandle) -> int:
     return int((await handle.ask({"do": "answer"}))[0]["pid"])
 
 
@@ -59,7 +59,7 @@ def test_who_kills_the_process_is_told_so_and_the_neighbours_have_their_answers(
             deadly = asyncio.create_task(handle.ask({"do": "die"}))
             neighbours = [asyncio.create_task(handle.ask({"do": "wait"}, b"%d" % number * 100)) for number in range(16)]
             answers = await asyncio.gather(*neighbours)
-            with pytest.raises(Deadly):
+            with pytest.raises(WorkerCrash):
                 await deadly
             assert {answer["bytes"] for answer, _ in answers} == {100, 200}
             assert handle.restarts == 3 and await pid_of(handle) != first and not handle._pending
@@ -88,7 +88,7 @@ def test_a_process_that_hangs_is_replaced_also_where_few_ask() -> None:
             first = await pid_of(handle)
             os.kill(first, signal.SIGSTOP)
             for _ in range(4):
-                with pytest.raises(TooLate):
+                with pytest.raises(DeadlineExceeded):
                     await handle.ask({"do": "answer"}, timeout_s=0.1)
                 await asyncio.sleep(0.1)
             assert await pid_of(handle) != first and handle.restarts == 1

@@ -18,21 +18,21 @@ import pytest
 from image_classifier.errors import CheckpointError, ServerError
 from image_classifier.images import DecodeLimits
 from image_classifier.serving import registry
-from image_classifier.serving.async_log import Aside
-from image_classifier.serving.registry import Models, Reloader
+from image_classifier.serving.async_log import AsyncStream
+from image_classifier.serving.registry import ModelRegistry, Reloader
 from image_classifier.serving.worker import main
 from image_classifier.serving.worker.batching import BatchSettings
-from image_classifier.serving.worker.handle import ModelHandle, Started
-from image_classifier.serving.worker.main import ModelProcess
-from image_classifier.serving.worker.spec import Model, Order
+from image_classifier.serving.worker.handle import WorkerHandle, WorkerProcess
+from image_classifier.serving.worker.main import Worker
+from image_classifier.serving.worker.spec import LoadedModel, ModelSpec
 from tests.serving.siege.attackers import Victim, until, victim
 from tests.serving.siege.test_siege_process import _fake, run  # noqa: F401  # the fixture that starts the stand-in
 
 ORDER: Any = SimpleNamespace(name="fake", path="nowhere")
 
 
-def handle_of(tmp_path: Path, hang_s: float, **order: float) -> ModelHandle:
-    return ModelHandle(Started({"name": "fake", "starts": str(tmp_path / "starts"), **order}), 256, hang_s)
+def handle_of(tmp_path: Path, hang_s: float, **order: float) -> WorkerHandle:
+    return WorkerHandle(WorkerProcess({"name": "fake", "starts": str(tmp_path / "starts"), **order}), 256, hang_s)
 
 
 def test_a_start_that_takes_longer_than_a_hang_is_let_be_though_probes_come(tmp_path: Path) -> None:
@@ -67,7 +67,7 @@ def test_what_is_started_again_must_answer_the_known_image_first(tmp_path: Path)
 
 def test_a_probe_that_goes_away_leaves_the_verdict_to_the_others(tmp_path: Path) -> None:
     async def scenario() -> None:
-        served = Models([(ORDER, Started({"name": "fake"}))], 256, 20, 0.6)
+        served = ModelRegistry([(ORDER, WorkerProcess({"name": "fake"}))], 256, 20, 0.6)
         await served.start()
         (one,) = served
         assert one.known_trouble == ""
@@ -87,7 +87,7 @@ def test_figures_are_true_where_nobody_probes(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(registry, "_FRESH_S", 0.1)
 
     async def scenario() -> None:
-        served = Models([(ORDER, Started({"name": "fake"}))], 256, 20, 0.3)
+        served = ModelRegistry([(ORDER, WorkerProcess({"name": "fake"}))], 256, 20, 0.3)
         await served.start()
         (one,) = served
         asking = asyncio.create_task(served.keep_asking())
@@ -158,14 +158,14 @@ def test_a_decoder_or_a_model_that_hangs_ends_its_process(hangs: str, ended: thr
     backend = SimpleNamespace(logits=wait)
     predictor = SimpleNamespace(detector=None, limits=DecodeLimits(), backend=backend, preprocess=preprocess)
     model: Any = SimpleNamespace(predictor=predictor)
-    process = ModelProcess(model, order, lambda message: None, Aside(2))  # type: ignore[arg-type]
+    process = Worker(model, order, lambda message: None, AsyncStream(2))  # type: ignore[arg-type]
     process.take({"do": "image", "id": 1, "name": "a.png"}, main._png(np.zeros((3, 8, 8), np.uint8)))
     assert ended.wait(10)
     go_on.set()
 
 
 def test_a_known_image_with_another_answer_is_told(digits_bundle: Path) -> None:
-    model = Model.loaded(Order("digits", str(digits_bundle)))
+    model = LoadedModel.loaded(ModelSpec("digits", str(digits_bundle)))
     right = model.predictor.backend.logits(model.golden_pixels())
     assert model.wrong(right) == ""
     assert "otherwise than its bundle" in model.wrong(-right)
@@ -177,18 +177,18 @@ def test_a_version_that_failed_once_is_tried_again_later_and_at_once_when_told(
 ) -> None:
     tries: list[float] = []
 
-    async def reload(self: Models, name: str, order: Order) -> None:
+    async def reload(self: ModelRegistry, name: str, order: ModelSpec) -> None:
         tries.append(time.monotonic())
         if len(tries) < 4:
             raise CheckpointError("a reason that passes")
 
-    monkeypatch.setattr(Models, "reload", reload)
+    monkeypatch.setattr(ModelRegistry, "reload", reload)
     monkeypatch.setattr(registry, "version_of", lambda path: "2")
-    order: Any = Order("fake", str(tmp_path))
+    order: Any = ModelSpec("fake", str(tmp_path))
     one = SimpleNamespace(order=order, handle=SimpleNamespace(facts={"version": "1"}))
     place: Any = SimpleNamespace(find=lambda: tmp_path)
 
-    class Few(Models):
+    class Few(ModelRegistry):
         def __init__(self) -> None:
             self._served = {"fake": one}  # type: ignore[dict-item]
 
