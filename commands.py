@@ -11,8 +11,10 @@ from collections.abc import Callable
 from typing import Any
 
 from image_classifier import __version__
-from image_classifier.cli.options import CONF_DIR, did_you_mean, exit_code, overview, summaries, verb_help
+from image_classifier.cli.options import exit_code, overview, summaries, verb_help
 from image_classifier.errors import ConfigError
+from image_classifier.paths import CONF_DIR
+from image_classifier.text import did_you_mean
 
 PROGRAM = "commands.py"
 _OF_TRAIN = (

@@ -22,8 +22,9 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
+from image_classifier.cpu import usable_cores  # noqa: E402
 from image_classifier.inference.load import load_predictor  # noqa: E402
-from image_classifier.inference.predictor import Predictor, cores  # noqa: E402
+from image_classifier.inference.predictor import Predictor  # noqa: E402
 
 
 def main() -> None:
@@ -41,7 +42,7 @@ def main() -> None:
     )
     paths = [found[number % len(found)] for number in range(options.count)]
     predictor = load_predictor(options.bundle, batch_size=options.batch_size)
-    used = {"local": cores(), **{f"ray, {workers} workers": workers for workers in options.workers}}
+    used = {"local": usable_cores(), **{f"ray, {workers} workers": workers for workers in options.workers}}
     speeds: dict[str, list[float]] = {name: [] for name in used}
     starts: dict[str, list[float]] = {name: [] for name in used}
     for _ in range(options.rounds):

@@ -17,19 +17,9 @@ from __future__ import annotations
 
 import errno
 import os
-import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-
-_CONTROLS = re.compile("[\x00-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069]")
-
-
-def printable(text: str) -> str:
-    """Text of a stranger for a terminal: what would move its cursor, clear it, begin a line or turn the direction of letters comes as an escape."""
-    return _CONTROLS.sub(
-        lambda found: f"\\x{ord(found[0]):02x}" if found[0] < "\u0100" else f"\\u{ord(found[0]):04x}", text
-    )
 
 
 class ClassifierError(Exception):

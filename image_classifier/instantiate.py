@@ -13,8 +13,8 @@ from hydra.errors import InstantiationException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from image_classifier.cli.options import did_you_mean
 from image_classifier.errors import ClassifierError, ConfigError
+from image_classifier.text import did_you_mean
 
 _LIGHTNING = ("callbacks.", "loggers.", "plugins.", "profilers.", "strategies.")
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import os
-import re
 import shutil
 import time
 import warnings
@@ -17,6 +16,7 @@ import yaml
 
 from image_classifier.atomic_io import file_lock
 from image_classifier.errors import ConfigError
+from image_classifier.text import hide_passwords
 
 log = logging.getLogger(__name__)
 
@@ -50,7 +50,7 @@ class Tracker:
             run_name,
             dict(tags),
         )
-        self._shown = re.sub(r"://[^/@]+@", "://***@", tracking_uri)  # without a password
+        self._shown = hide_passwords(tracking_uri)  # without a password
         self.run_id, self._experiment_id = "", ""
         self._client: Any = None
         self._waiting: list[Callable[[Any], None]] = []

@@ -12,8 +12,9 @@ from pathlib import Path
 import pytest
 
 import commands
-from image_classifier.cli.options import CONF_DIR, choices, exit_code, root_groups, summaries
+from image_classifier.cli.options import choices, exit_code, root_groups, summaries
 from image_classifier.errors import ConfigError, DataError
+from image_classifier.paths import CONF_DIR
 
 ROOT = CONF_DIR.parent
 VERBS = list(summaries(commands.Commands))

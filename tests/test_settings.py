@@ -16,8 +16,9 @@ from hypothesis import strategies as st
 from omegaconf import DictConfig, OmegaConf
 
 from image_classifier.cli import hydra_app
-from image_classifier.cli.options import literal, nearest, quoted, requoted, translate
+from image_classifier.cli.options import literal, quoted, requoted, translate
 from image_classifier.errors import ClassifierError, ConfigError, DataError
+from image_classifier.text import nearest
 
 HYDRA = "defaults: [override hydra_logging: none, override job_logging: none]\noutput_subdir: null\nrun: {dir: .}\n"
 HYDRA += "sweep: {dir: sweep, subdir: .}\n"

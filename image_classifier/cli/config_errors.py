@@ -19,8 +19,9 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from image_classifier.cli.options import TEXT_KEYS, did_you_mean, is_base, nearest, requoted
+from image_classifier.cli.options import TEXT_KEYS, is_base, requoted
 from image_classifier.errors import ConfigError
+from image_classifier.text import did_you_mean, nearest
 
 
 def one_line(error: BaseException) -> str:

@@ -28,9 +28,11 @@ from omegaconf.errors import ConfigKeyError, MissingMandatoryValue, OmegaConfBas
 from image_classifier.atomic_io import write_text
 from image_classifier.cli.config_errors import check_complete, explain, jobs, one_line, parse
 from image_classifier.cli.multirun import Escape, Task, guarded, importable
-from image_classifier.cli.options import CONF_DIR, CommandLine, did_you_mean, literal, root_groups, translate
+from image_classifier.cli.options import CommandLine, literal, root_groups, translate
 from image_classifier.errors import ClassifierError, ConfigError
 from image_classifier.instantiate import NETWORKS, check_targets, instantiate
+from image_classifier.paths import CONF_DIR
+from image_classifier.text import did_you_mean, hide_passwords
 
 __all__ = [
     "NETWORKS",
@@ -333,7 +335,7 @@ def without_passwords(value: Any) -> Any:
         return {key: without_passwords(item) for key, item in value.items()}
     if isinstance(value, list):
         return [without_passwords(item) for item in value]
-    return re.sub(r"://[^/@\s]+@", "://***@", value) if isinstance(value, str) else value
+    return hide_passwords(value) if isinstance(value, str) else value
 
 
 def only(node: DictConfig, *keys: str) -> DictConfig:

@@ -13,8 +13,9 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig
 
-from image_classifier.cli.options import CONF_DIR, CommandLine, translate
+from image_classifier.cli.options import CommandLine, translate
 from image_classifier.errors import ClassifierError
+from image_classifier.paths import CONF_DIR
 
 log = logging.getLogger(__name__)
 

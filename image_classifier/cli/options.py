@@ -2,22 +2,17 @@
 
 from __future__ import annotations
 
-import difflib
 import inspect
 import os
 import re
 import select
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from image_classifier.errors import ClassifierError, ConfigError, printable
-
-_HERE = Path(__file__).resolve().parents[1]
-CONF_DIR = next(
-    path for path in (_HERE / "conf", _HERE.parent / "conf") if path.is_dir()
-)  # a wheel holds it within the package
+from image_classifier.errors import ClassifierError, ConfigError
+from image_classifier.text import printable
 
 # Values that are text and never Hydra's grammar, for each verb: names and paths. `--KEY VALUE` keeps them to the letter.
 _DATA_TEXT = frozenset(
@@ -230,23 +225,6 @@ def requoted(override: str) -> str | None:
     if not equals or not value or value[0] in "[{('\"$":
         return None
     return f"{key}={quoted(value)}"
-
-
-def nearest(word: str, names: Iterable[str], cutoff: float = 0.6) -> str | None:
-    """The name most like `word`; the last part of a dotted key counts most."""
-
-    def likeness(name: str) -> float:
-        last = difflib.SequenceMatcher(None, word.rpartition(".")[2], name.rpartition(".")[2]).ratio()
-        return 0.7 * last + 0.3 * difflib.SequenceMatcher(None, word, name).ratio()
-
-    best = max(sorted(names), key=likeness, default=None)
-    return best if best is not None and likeness(best) >= cutoff else None
-
-
-def did_you_mean(word: str, names: Iterable[str]) -> str:
-    """`did you mean X? ` or nothing."""
-    near = nearest(word, names)
-    return f"did you mean {near}? " if near else ""
 
 
 def overview(program: str, verbs: dict[str, str]) -> str:

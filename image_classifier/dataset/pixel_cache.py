@@ -17,9 +17,10 @@ import numpy as np
 import PIL
 
 from image_classifier.atomic_io import file_lock
+from image_classifier.cpu import usable_cores
 from image_classifier.dataset.discovery import unreadable
 from image_classifier.dataset.reader import Blocks, ChangedImage, ImageReader
-from image_classifier.dataset.workers import core_count, map_blocks
+from image_classifier.dataset.workers import map_blocks
 from image_classifier.errors import ConfigError, DataError, StorageError, UnreadableImage, storage_errors
 from image_classifier.images import DEFAULT_LIMITS, DecodeLimits, Preprocess
 from image_classifier.manifest import Manifest
@@ -54,7 +55,7 @@ class CacheSettings:
     @property
     def num_workers(self) -> int:
         """Workers to decode with."""
-        return self.workers or core_count()
+        return self.workers or usable_cores()
 
 
 @dataclass(frozen=True)

@@ -34,9 +34,9 @@ from image_classifier.dataset.split import (
 )
 from image_classifier.dataset.twins_store import known_near_duplicates
 from image_classifier.errors import ConfigError, DataError, UnreadableImage
-from image_classifier.html.text import counted
 from image_classifier.images import DecodeLimits, Preprocess
 from image_classifier.manifest import SPLITS, Manifest, Texts
+from image_classifier.text import counted
 
 log = logging.getLogger(__name__)
 

@@ -7,10 +7,10 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from image_classifier.cli.options import did_you_mean
 from image_classifier.dataset.group_split import ranks
 from image_classifier.errors import ConfigError
 from image_classifier.manifest import SPLITS
+from image_classifier.text import did_you_mean
 
 _TRAIN, _TEST = SPLITS.index("train"), SPLITS.index("test")
 

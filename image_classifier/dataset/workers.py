@@ -19,6 +19,7 @@ from contextlib import closing, suppress
 from queue import SimpleQueue
 from typing import Any, TypeVar
 
+from image_classifier.cpu import usable_cores
 from image_classifier.errors import DataError
 
 Block = TypeVar("Block")
@@ -27,11 +28,6 @@ Result = TypeVar("Result")
 MANY = 2048  # items from which on processes pay for their start of about half a second
 _AHEAD = 2  # blocks in flight a worker: one in work and one waiting, so that results cannot pile up
 _START = "import sys; sys.path[:] = {path}; from image_classifier.dataset.workers import serve; serve()"
-
-
-def core_count() -> int:
-    """Cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def map_blocks(
@@ -56,7 +52,7 @@ def map_blocks(
         DataError: A worker process was killed, mostly for want of memory.
         Exception: Whatever `function` raises, for the first block in order that fails.
     """
-    count = max(1, min(workers or core_count(), len(blocks)))
+    count = max(1, min(workers or usable_cores(), len(blocks)))
     processes = _started(function, count) if count > 1 and items >= MANY else []
     results: Generator[Result, None, None] = (
         _answers(processes, blocks) if processes else _in_order(function, blocks, count)

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TypeVar
+
+from image_classifier.cpu import usable_cores
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -15,9 +16,8 @@ _MOST_THREADS = 8  # each needs room for a piece of its own
 
 
 def num_threads() -> int:
-    """Cores that this process may use, 8 at most."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return min(cores, _MOST_THREADS)
+    """Return the cores that this process may use, 8 at most."""
+    return min(usable_cores(), _MOST_THREADS)
 
 
 def parallel_map(

@@ -16,6 +16,7 @@ from image_classifier.evaluation.plots.run_plots import plot_class_scores, plot_
 from image_classifier.images import DecodeLimits, decode
 from image_classifier.manifest import Manifest
 from image_classifier.predictions import PredictionTable
+from image_classifier.sampling import evenly_spaced
 
 _NUM_SAMPLES = 24
 _MOST_ROWS = 10_000
@@ -60,11 +61,7 @@ def _samples(table: PredictionTable) -> list[int]:
     """Half of the grid for the most confident mistakes, the rest spread evenly over the part."""
     worst = table.surest_mistakes(_NUM_SAMPLES // 2)
     others = np.setdiff1d(np.arange(len(table.targets)), worst)
-    spread = (
-        others[np.unique(np.linspace(0, len(others) - 1, min(len(others), _NUM_SAMPLES - len(worst))).astype(int))]
-        if len(others)
-        else others
-    )
+    spread = others[evenly_spaced(len(others), _NUM_SAMPLES - len(worst))]
     return [int(row) for row in (*worst, *spread)]
 
 

@@ -10,7 +10,8 @@ from typing import Any
 
 import jinja2
 
-from image_classifier.html.text import counted, number, plain, printable, unbroken
+from image_classifier.html.text import number, plain, unbroken
+from image_classifier.text import counted, printable
 
 _HERE = Path(__file__).parent
 

@@ -4,19 +4,9 @@ from __future__ import annotations
 
 import re
 
+from image_classifier.text import printable
+
 _LONGEST = 300  # characters of a path or a detail on a page
-
-
-def counted(number: int, noun: str) -> str:
-    """A number with its noun: 1 image, 2 classes, 12 345 images."""
-    plural = {"class": "classes"}.get(noun, f"{noun}s")
-    return f"{number:,} {noun if number == 1 else plural}".replace(",", " ")
-
-
-def printable(text: str) -> str:
-    """The text as a terminal or a page can show it: control characters and bytes that are no UTF-8 spelt out."""
-    shown = text.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
-    return "".join(letter if letter.isprintable() else letter.encode("unicode_escape").decode() for letter in shown)
 
 
 def number(value: float) -> str:

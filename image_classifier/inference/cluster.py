@@ -26,9 +26,9 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+from image_classifier.cpu import usable_cores
 from image_classifier.errors import ClassifierError, ClusterError, ConfigError
 from image_classifier.inference.cluster_worker import ShardJob, WorkerModel, answer
-from image_classifier.inference.predictor import cores
 from image_classifier.inference.writers import AnswerCounter
 from image_classifier.sources.image_source import ImageSource
 
@@ -131,7 +131,7 @@ def answer_shards(
         reference = ray.put(sent)
         told = replace(job, fetch=_Fetch(reference), folder=folder)
         shards = [pyarrow.table({"shard": [number], "items": [items]}) for number, items in enumerate(dealt.shards)]
-        most = asked.workers or (None if asked.address else max(1, cores() // asked.cpus))
+        most = asked.workers or (None if asked.address else max(1, usable_cores() // asked.cpus))
         workers = most and min(most, len(shards))
         with warnings.catch_warnings():
             # Without `max_retries` Ray Data tries for ever; it is to be passed in another way from 2.64 on, before which pyproject.toml stops.
@@ -191,7 +191,7 @@ def _ray(asked: RaySettings) -> Iterator[str | None]:
             raise ConfigError(
                 f"{tempfile.gettempdir()!r} is too long for the names of Ray's sockets", "set TMPDIR to a short folder"
             )
-        processors = (asked.workers or max(1, cores() // asked.cpus)) * asked.cpus
+        processors = (asked.workers or max(1, usable_cores() // asked.cpus)) * asked.cpus
         with _joined(asked, address="local", num_cpus=processors, include_dashboard=False, _temp_dir=folder):
             yield f"{folder}/models"
 

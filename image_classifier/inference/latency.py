@@ -17,6 +17,7 @@ import numpy as np
 
 from image_classifier.atomic_io import write_text
 from image_classifier.bundle import INFO_NAME, read_bundle
+from image_classifier.cpu import usable_cores
 from image_classifier.errors import CheckpointError
 from image_classifier.inference.backends import BACKENDS, fitting, takes_minutes
 from image_classifier.inference.load import load_predictor
@@ -63,11 +64,10 @@ def measure_latency(path: Path, batch_size: int = 64, trusted: Sequence[str] = (
 
 def hardware() -> dict[str, Any]:
     """The processor's name, the cores this process may use, and how many processes wanted one in the last minute."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     load = os.getloadavg()[0] if hasattr(os, "getloadavg") else float("nan")
     return {
         "processor": _processor(),
-        "cores": cores,
+        "cores": usable_cores(),
         "load": round(load, 2),
         "system": f"{platform.system()} {platform.machine()}",
     }

@@ -12,9 +12,10 @@ from typing import Any
 import numpy as np
 import onnxruntime
 
+from image_classifier.cpu import usable_cores
 from image_classifier.errors import CheckpointError, ConfigError
 from image_classifier.inference.onnx_external_data import is_self_contained
-from image_classifier.inference.predictor import check_shapes, cores
+from image_classifier.inference.predictor import check_shapes
 
 log = logging.getLogger(__name__)
 
@@ -90,10 +91,10 @@ def _session(content: bytes, places: list[str], callers: int) -> onnxruntime.Inf
     chosen = [_OPTIONS.get(name, {}) for name in places]
     if callers > 1:
         options.intra_op_num_threads = max(
-            1, cores() - callers + 1
+            1, usable_cores() - callers + 1
         )  # whoever calls computes too, beside threads that all of them share
-    elif cores() < (os.cpu_count() or 1):
-        options.intra_op_num_threads = cores()  # it would take those of the whole machine
+    elif usable_cores() < (os.cpu_count() or 1):
+        options.intra_op_num_threads = usable_cores()  # it would take those of the whole machine
     try:
         return onnxruntime.InferenceSession(
             content, options, providers=places, provider_options=chosen, enable_fallback=0

@@ -9,9 +9,10 @@ from pathlib import Path
 
 import numpy as np
 
+from image_classifier.cpu import usable_cores
 from image_classifier.errors import CheckpointError, ConfigError
 from image_classifier.inference.onnx_external_data import is_self_contained
-from image_classifier.inference.predictor import check_shapes, cores
+from image_classifier.inference.predictor import check_shapes
 
 
 class OpenVinoBackend:
@@ -30,8 +31,8 @@ class OpenVinoBackend:
             ) from error
         self.path = path
         hints: dict[str, str | int] = {"INFERENCE_PRECISION_HINT": precision, "PERFORMANCE_HINT": "LATENCY"}
-        if cores() < (os.cpu_count() or 1):
-            hints |= {"INFERENCE_NUM_THREADS": cores()}  # it would take those of the whole machine
+        if usable_cores() < (os.cpu_count() or 1):
+            hints |= {"INFERENCE_NUM_THREADS": usable_cores()}  # it would take those of the whole machine
         with self._refusals():
             content, core = read(path), openvino.Core()
             own = path.suffix == ".xml"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
@@ -13,6 +12,7 @@ from typing import Protocol, cast, runtime_checkable
 
 import numpy as np
 
+from image_classifier.cpu import usable_cores
 from image_classifier.errors import CheckpointError, UnreadableImage
 from image_classifier.evaluation.reliability.abstention import Decision
 from image_classifier.evaluation.reliability.ood import Detector, looks
@@ -58,13 +58,6 @@ def check_shapes(found: Mapping[str, Sequence[object]], size: int, num_classes: 
             )
 
 
-def cores() -> int:
-    """Processor cores that this process may use: those it is bound to, and no more than OMP_NUM_THREADS, by which clusters tell their workers."""
-    bound = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    told = os.environ.get("OMP_NUM_THREADS", "")
-    return max(1, min(bound, int(told))) if told.isdecimal() else bound
-
-
 @dataclass(frozen=True)
 class Predictor:
     """Images to Predictions: decode, preprocess, batch, ask the backend, softmax(logits / temperature), label or abstain.
@@ -77,7 +70,7 @@ class Predictor:
     preprocess: Preprocess
     temperature: float = 1.0
     batch_size: int = 64
-    workers: int = field(default_factory=cores)
+    workers: int = field(default_factory=usable_cores)
     limits: DecodeLimits = DEFAULT_LIMITS
     decision: Decision | None = None
     detector: Detector | None = None

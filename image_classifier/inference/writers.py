@@ -10,8 +10,9 @@ from importlib.util import find_spec
 from itertools import chain, islice
 from typing import IO, Any
 
-from image_classifier.errors import ConfigError, printable
+from image_classifier.errors import ConfigError
 from image_classifier.manifest import csv_writer
+from image_classifier.text import printable
 
 Answer = Mapping[str, Any]  # `Prediction.answer()`
 _COLUMNS = ("path", "predicted_class", "confidence", "error", "all_predictions", "decision", "reason", "prediction_set")

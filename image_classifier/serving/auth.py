@@ -13,8 +13,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from image_classifier.errors import ConfigError, printable
+from image_classifier.errors import ConfigError
 from image_classifier.serving.request_limits import Refusal
+from image_classifier.text import printable
 
 log = logging.getLogger(__name__)
 

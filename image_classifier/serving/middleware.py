@@ -17,7 +17,6 @@ from typing import Any
 
 from starlette.routing import compile_path
 
-from image_classifier.errors import printable
 from image_classifier.serving.auth import AccessPolicy, preflight
 from image_classifier.serving.request_limits import (
     App,
@@ -30,6 +29,7 @@ from image_classifier.serving.request_limits import (
     Scope,
     Send,
 )
+from image_classifier.text import printable
 
 log = logging.getLogger(__name__)
 

@@ -14,9 +14,10 @@ from pydantic import BaseModel, ConfigDict, FailFast, Field, TypeAdapter, Valida
 from starlette.datastructures import Headers, UploadFile
 from starlette.formparsers import MultiPartException, MultiPartParser
 
-from image_classifier.errors import UnreadableImage, printable
+from image_classifier.errors import UnreadableImage
 from image_classifier.serving.request_limits import MemoryLease, Refusal, RequestLimits
 from image_classifier.sources.web import ALLOWING, WebClient, file_name, is_url
+from image_classifier.text import printable
 
 _NAME_CHARACTERS = 200
 _FETCHES = 32  # at once, of all requests: so that one of them, of slow addresses, takes not all

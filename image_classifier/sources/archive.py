@@ -15,9 +15,10 @@ from importlib.util import find_spec
 from pathlib import PurePosixPath
 from typing import IO, Any, cast
 
-from image_classifier.errors import ConfigError, SourceError, printable
+from image_classifier.errors import ConfigError, SourceError
 from image_classifier.images import is_image_name
 from image_classifier.sources.image_source import ImageSource
+from image_classifier.text import printable
 
 SUFFIXES = (".zip", ".tar", ".tar.gz", ".tgz", ".tar.zst", ".tzst", ".tar.bz2", ".tbz2", ".tar.xz", ".txz")
 _DAMAGED = (

@@ -24,7 +24,8 @@ from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
 from image_classifier.atomic_io import file_lock, write_text
-from image_classifier.errors import SourceError, StorageError, printable, storage_errors
+from image_classifier.errors import SourceError, StorageError, storage_errors
+from image_classifier.text import printable
 
 log = logging.getLogger(__name__)
 

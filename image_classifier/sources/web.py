@@ -17,9 +17,10 @@ from dataclasses import dataclass, field
 from typing import Any
 from urllib.parse import quote, urlsplit, urlunsplit
 
-from image_classifier.errors import ConfigError, SourceError, UnreadableImage, printable
+from image_classifier.errors import ConfigError, SourceError, UnreadableImage
 from image_classifier.sources.download import SafeRedirects, check_url, reason_of
 from image_classifier.sources.socket_deadline import SocketDeadline
+from image_classifier.text import printable
 
 _BLOCK_BYTES = 2**18
 ALLOWING = "; allow_private_urls=true allows it"  # the last words of a refusal, for the owner of that key

@@ -25,6 +25,7 @@ from image_classifier.manifest import Manifest
 from image_classifier.modeling.backbones import pretrained_normalise
 from image_classifier.modeling.classifier import Classifier, build_classifier, check_sizes
 from image_classifier.modeling.weights import last_linear
+from image_classifier.sampling import evenly_spaced
 from image_classifier.training.balance import class_weights, describe
 from image_classifier.training.callbacks.checkpoints import BestCheckpoint, LastCheckpoint
 from image_classifier.training.callbacks.exact_resume import ExactResume
@@ -228,7 +229,7 @@ def as_fast_as(hardware: Hardware, make_optimizer: Any) -> Any:
 def _some_images(cache: PixelCache, rows: np.ndarray, mean: list[float], std: list[float]) -> torch.Tensor:
     """Normalised training images [N, 3, S, S], evenly spread over the classes, as they lie in the manifest's order; fewer of large ones."""
     count = min(len(rows), max(64, _NUM_PIXELS_TO_FIT // cache.size**2))
-    chosen = rows[np.unique(np.linspace(0, len(rows) - 1, count).astype(int))]
+    chosen = rows[evenly_spaced(len(rows), count)]
     pixels = torch.from_numpy(cache.gather(chosen)).permute(0, 3, 1, 2).float() / 255
     return (pixels - torch.tensor(mean).view(1, 3, 1, 1)) / torch.tensor(std).view(1, 3, 1, 1)
 

@@ -32,6 +32,7 @@ from image_classifier.inference.predictor import EmbeddingBackend
 from image_classifier.manifest import Manifest
 from image_classifier.modeling.classifier import Classifier
 from image_classifier.predictions import PredictionTable
+from image_classifier.sampling import evenly_spaced
 from image_classifier.training.checkpoint_io import save_whole
 from image_classifier.training.diagnostics import diagnostics_settings, measure_exports
 from image_classifier.training.reporting import Results
@@ -135,14 +136,14 @@ def _gate(
 ) -> float:
     """Compare ONNX with torch on real validation images, and keep some of them as golden answers."""
     rows = manifest.indices("val")
-    rows = rows[np.unique(np.linspace(0, len(rows) - 1, min(len(rows), _NUM_PARITY_IMAGES)).astype(int))]
+    rows = rows[evenly_spaced(len(rows), _NUM_PARITY_IMAGES)]
     pixels = np.ascontiguousarray(cache.gather(rows).transpose(0, 3, 1, 2))
     expected, embeddings = _in_batches(checkpoint, pixels)
     actual, others = _in_batches(exported, pixels)
     paths = [manifest.paths[row] for row in rows]
     difference = check_parity(expected, actual, paths, "ONNX Runtime")
     check_embeddings(embeddings, others, paths, "ONNX Runtime")
-    golden = np.unique(np.linspace(0, len(rows) - 1, min(len(rows), _NUM_GOLDEN_IMAGES)).astype(int))
+    golden = evenly_spaced(len(rows), _NUM_GOLDEN_IMAGES)
     np.savez(directory / "golden.npz", pixels=pixels[golden], logits=expected[golden], embeddings=embeddings[golden])
     return difference
 

@@ -12,7 +12,7 @@ from typing import Any
 
 from pytorch_lightning.accelerators import CPUAccelerator, CUDAAccelerator, MPSAccelerator
 
-from image_classifier.dataset.workers import core_count
+from image_classifier.cpu import usable_cores
 from image_classifier.errors import ConfigError
 from image_classifier.training.callbacks.preemption import slurm_warnings
 
@@ -102,7 +102,7 @@ def _run(count: int, environment: dict[str, str]) -> int:
         if name.startswith("torch.distributed.elastic"):
             logging.getLogger(name).setLevel(logging.CRITICAL)  # the ranks say themselves what is wrong
     environment = {
-        "OMP_NUM_THREADS": str(max(1, core_count() // count)),
+        "OMP_NUM_THREADS": str(max(1, usable_cores() // count)),
         "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": str(_TIME_TO_SAVE_S),
     } | environment
     with _environment(environment):

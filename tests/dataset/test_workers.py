@@ -12,8 +12,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from image_classifier.cpu import usable_cores
 from image_classifier.dataset import workers
-from image_classifier.dataset.workers import MANY, core_count, map_blocks
+from image_classifier.dataset.workers import MANY, map_blocks
 from image_classifier.errors import DataError
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -148,7 +149,7 @@ def test_a_bar_is_on_standard_error_and_nowhere_else(capfd):
 
 
 def test_cores_are_counted():
-    assert 1 <= core_count() <= (os.cpu_count() or 1)
+    assert 1 <= usable_cores() <= (os.cpu_count() or 1)
 
 
 SCRIPT = """

@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 
 from image_classifier import __version__
-from image_classifier.cli.options import CONF_DIR
+from image_classifier.paths import CONF_DIR
 from image_classifier.serving.worker.spec import version_of
 from tests.conftest import ROOT
 from tests.deploy.dockerfile import bare_environment, build, stages, the

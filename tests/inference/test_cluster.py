@@ -19,12 +19,12 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
+from image_classifier.cpu import usable_cores
 from image_classifier.errors import CheckpointError, ConfigError, StorageError
 from image_classifier.inference.cluster import ShardPlan
 from image_classifier.inference.cluster_worker import ShardJob, WorkerModel, answer
 from image_classifier.inference.load import load_predictor
 from image_classifier.inference.onnx_runtime import session_of
-from image_classifier.inference.predictor import cores
 from image_classifier.inference.shards import Shards
 from image_classifier.sources.inputs import Inputs
 from image_classifier.sources.object_store import Storage
@@ -224,7 +224,7 @@ def test_names_of_shards_sort_as_their_numbers() -> None:
 def test_a_process_takes_the_threads_that_it_was_given(monkeypatch: pytest.MonkeyPatch) -> None:
     for told, threads in (("1", 1), ("0", 1), ("4000", bound := len(os.sched_getaffinity(0))), ("many", bound)):
         monkeypatch.setenv("OMP_NUM_THREADS", told)
-        assert cores() == threads
+        assert usable_cores() == threads
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     options = session_of(Path("models/digits/model.onnx")).get_session_options()
     assert options.intra_op_num_threads == (1 if (os.cpu_count() or 1) > 1 else 0)

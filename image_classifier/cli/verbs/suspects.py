@@ -14,7 +14,6 @@ import numpy as np
 from image_classifier.atomic_io import write_text
 from image_classifier.bundle import INFO_NAME, find_checkpoint, read_bundle
 from image_classifier.cli import hydra_app
-from image_classifier.cli.options import did_you_mean
 from image_classifier.dataset.audit.fix import Fix, Fixes, read_fixes
 from image_classifier.dataset.prepare import DatasetScan, DataSettings, all_folds
 from image_classifier.dataset.run import audited
@@ -27,6 +26,7 @@ from image_classifier.evaluation.label_issues.ranking import Suspect, find_suspe
 from image_classifier.inference.load import pulled_checkpoint
 from image_classifier.manifest import SPLITS, Manifest
 from image_classifier.predictions import PredictionTable
+from image_classifier.text import did_you_mean
 from image_classifier.training.cross_validation.by_training import answer_by_training, fold_runs
 from image_classifier.training.run_dir import RunSettings
 from image_classifier.training.tuning.subprocess_run import spared_words, tracking_words

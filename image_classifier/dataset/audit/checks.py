@@ -24,8 +24,8 @@ from image_classifier.dataset.audit.overview import describe
 from image_classifier.dataset.discovery import FileTree
 from image_classifier.dataset.duplicates import NearDuplicates
 from image_classifier.dataset.scan import FileMetadata
-from image_classifier.html.text import counted
 from image_classifier.images import is_image_name
+from image_classifier.text import counted
 
 __all__ = ["Audit", "AuditSettings", "Issue", "find_issues"]
 

@@ -11,11 +11,10 @@ from dataclasses import astuple, dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 
-from image_classifier.cli.options import did_you_mean
 from image_classifier.dataset.audit.user_csv import ended, read_rows, row_text, write_if_changed
 from image_classifier.dataset.discovery import FileTree
 from image_classifier.errors import DataError
-from image_classifier.html.text import counted
+from image_classifier.text import counted, did_you_mean
 
 log = logging.getLogger(__name__)
 

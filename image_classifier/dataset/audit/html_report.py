@@ -14,9 +14,10 @@ from image_classifier.atomic_io import write_text
 from image_classifier.dataset.audit.issue_types import ALIKE, KINDS, NOUNS, SEVERITIES, UNREADABLE, IssueType
 from image_classifier.dataset.audit.issues import Audit, Issue, IssueItem
 from image_classifier.html import document
-from image_classifier.html.text import counted, number, plain, unbroken
+from image_classifier.html.text import number, plain, unbroken
 from image_classifier.html.thumbnails import BUDGET, NO_PICTURE, Thumbnail, thumbnail
 from image_classifier.images import DEFAULT_LIMITS, WHITE, DecodeLimits
+from image_classifier.text import counted
 
 _MARKUP = 250  # characters of HTML around one image
 _GROUP = 12  # images of one group that are shown

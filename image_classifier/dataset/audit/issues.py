@@ -10,7 +10,7 @@ from typing import Any
 
 from image_classifier.dataset.audit.issue_types import ALIKE, EXCLUDABLE, GROUPED, KINDS, NOUNS, SEVERITIES, UNREADABLE
 from image_classifier.errors import ConfigError
-from image_classifier.html.text import counted, printable
+from image_classifier.text import counted, printable
 
 SCHEMA_VERSION = 1
 

@@ -15,6 +15,7 @@ import numpy as np
 from image_classifier.errors import CheckpointError, ConfigError
 from image_classifier.evaluation.reliability.selective import RiskLevel, choose_level, lowest_risk, risk_levels
 from image_classifier.predictions import PredictionTable
+from image_classifier.sampling import evenly_spaced
 
 _KEPT = 1000  # values that stand for all of val's
 
@@ -112,7 +113,7 @@ def _kept(values: np.ndarray) -> tuple[float, ...]:
 
 def _places(count: int) -> np.ndarray:
     """Which of so many sorted values are kept, int64."""
-    return np.unique(np.linspace(0, count - 1, min(count, _KEPT)).astype(np.int64)) if count else np.zeros(0, np.int64)
+    return evenly_spaced(count, _KEPT)
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from image_classifier.predictions import PredictionTable
+from image_classifier.sampling import evenly_spaced
 
 _LEVELS = 64  # thresholds that are kept, at equal steps of the coverage
 _DIGITS = 1e6
@@ -91,7 +92,7 @@ def risk_curve(table: PredictionTable, num_points: int = 500) -> RiskCurve:
     shares = np.bincount(group, weights=wrong) / sizes
     expected, count = np.repeat(shares, sizes), np.arange(1, len(wrong) + 1)
     risk, best = expected.cumsum() / count, np.sort(wrong).cumsum() / count
-    shown = np.unique(np.linspace(0, len(wrong) - 1, min(len(wrong), num_points)).astype(np.int64))
+    shown = evenly_spaced(len(wrong), num_points)
     return RiskCurve(count[shown] / len(wrong), risk[shown], float(risk.mean()), float(best.mean()))
 
 

@@ -6,8 +6,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
 
-import numpy as np
 from matplotlib.ticker import MaxNLocator
+
+from image_classifier.sampling import evenly_spaced
 
 Points = Sequence[tuple[float, float]]
 
@@ -93,8 +94,7 @@ def _grid(across: Scale, up: Scale) -> str:
 def _thinned(points: Points) -> Points:
     if len(points) <= _MOST:
         return points
-    rows = np.unique(np.linspace(0, len(points) - 1, _MOST).astype(int))
-    return [points[row] for row in rows.tolist()]
+    return [points[row] for row in evenly_spaced(len(points), _MOST).tolist()]
 
 
 def _places(points: Points, across: Scale, up: Scale) -> list[tuple[float, float]]:

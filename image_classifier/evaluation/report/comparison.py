@@ -11,9 +11,10 @@ import numpy as np
 
 from image_classifier.evaluation.compare import LOWER_IS_BETTER, Comparison, Paired
 from image_classifier.html import document, thumbnails
-from image_classifier.html.text import counted, plain, printable
+from image_classifier.html.text import plain
 from image_classifier.html.thumbnails import NO_PICTURE, Thumbnail, thumbnail
 from image_classifier.images import DecodeLimits
+from image_classifier.text import counted, printable
 
 _HERE = Path(__file__).parent
 _SHOWN = 60  # images of one direction

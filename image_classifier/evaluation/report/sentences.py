@@ -11,8 +11,9 @@ from typing import Any
 from image_classifier.evaluation.reliability.abstention import Decision
 from image_classifier.evaluation.report.confusions import Pair
 from image_classifier.evaluation.report.run_data import RunData
-from image_classifier.html.text import counted, plain
+from image_classifier.html.text import plain
 from image_classifier.manifest import SPLITS
+from image_classifier.text import counted
 
 _NAMES = {
     "most_frequent": "always the most frequent class",

@@ -21,10 +21,10 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from image_classifier.cpu import usable_cores
 from image_classifier.errors import ClassifierError, UnreadableImage
 from image_classifier.evaluation.reliability.ood import looks
 from image_classifier.images import read_size
-from image_classifier.inference.predictor import cores
 from image_classifier.serving.async_log import AsyncStream
 from image_classifier.serving.worker import framing
 from image_classifier.serving.worker.batching import BatchRequest, BatchResult, DynamicBatcher
@@ -69,7 +69,7 @@ class Worker:
         self.batches = DynamicBatcher(
             self._run, order.batch, self._judge, lambda: send(framing.encode({"id": _NOBODY})), runners
         )  # a sign of life
-        self._decoders = ThreadPoolExecutor(cores(), "decode")
+        self._decoders = ThreadPoolExecutor(usable_cores(), "decode")
         self._explainer = ThreadPoolExecutor(1, "decode-to-explain")
         self._budget = PixelBudget(order.limits.max_pixels)
         self._gone: set[int] = set()

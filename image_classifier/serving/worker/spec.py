@@ -11,12 +11,13 @@ from typing import Any
 import numpy as np
 
 from image_classifier.bundle import INFO_NAME, Bundle, read_bundle, sha256_of
+from image_classifier.cpu import usable_cores
 from image_classifier.evaluation.reliability.abstention import DecisionSettings
 from image_classifier.images import DecodeLimits
 from image_classifier.inference.backends import BACKENDS, ServerAddress
 from image_classifier.inference.golden import Golden
 from image_classifier.inference.load import load_predictor
-from image_classifier.inference.predictor import Predictor, cores
+from image_classifier.inference.predictor import Predictor
 from image_classifier.predictions import softmax
 from image_classifier.serving.worker.batching import BatchSettings
 
@@ -89,7 +90,7 @@ class LoadedModel:
             order.limits,
             order.decision,
             order.server,
-            min(order.batch.at_once, cores()),
+            min(order.batch.at_once, usable_cores()),
         )
         bundle = read_bundle(path) if path.is_dir() else None
         golden = Golden.of(bundle) if bundle is not None and (path / "golden.npz").is_file() else None

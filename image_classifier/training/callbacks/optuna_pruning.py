@@ -13,8 +13,8 @@ from typing import Any
 import pytorch_lightning as pl
 from pytorch_lightning.callbacks import Callback
 
-from image_classifier.cli.options import did_you_mean
 from image_classifier.errors import ConfigError
+from image_classifier.text import did_you_mean
 from image_classifier.training.tuning.subprocess_run import GO_ON, MARK, STOP
 
 

@@ -12,9 +12,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from image_classifier.atomic_io import file_lock, write_text
-from image_classifier.cli.options import CONF_DIR, quoted
+from image_classifier.cli.options import quoted
 from image_classifier.errors import TrainingError
 from image_classifier.manifest import Manifest
+from image_classifier.paths import CONF_DIR
 from image_classifier.training.run_dir import read_notes
 from image_classifier.training.tuning.subprocess_run import TrialOutcome, TrialProcess, sigterm_stops
 

@@ -6,8 +6,8 @@ from collections.abc import Collection, Sequence
 
 from torch import nn
 
-from image_classifier.cli.options import did_you_mean
 from image_classifier.errors import ConfigError
+from image_classifier.text import did_you_mean
 
 
 def freeze(classifier: nn.Module, wanted: str | Sequence[str] | None) -> frozenset[str]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import re
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
@@ -16,6 +15,7 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from image_classifier.atomic_io import file_lock
 from image_classifier.errors import StorageError
+from image_classifier.text import hide_passwords
 
 log = logging.getLogger(__name__)
 
@@ -55,7 +55,7 @@ def one_line(error: Exception) -> str:
 
 
 def _hidden(text: str) -> str:
-    return re.sub(r"://[^/@\s]+@", "://***@", text)
+    return hide_passwords(text)
 
 
 def _hint(error: Exception) -> str:

@@ -15,8 +15,8 @@ from optuna.distributions import BaseDistribution
 from optuna.samplers import BaseSampler, RandomSampler, TPESampler
 from optuna.trial import FrozenTrial
 
-from image_classifier.cli.options import did_you_mean
 from image_classifier.errors import ConfigError
+from image_classifier.text import did_you_mean
 from image_classifier.training.tuning.storage import open_storage, patiently
 from image_classifier.training.tuning.trials import Trials
 

@@ -17,6 +17,7 @@ from types import FrameType
 from typing import IO, Any
 
 from image_classifier.cli.options import quoted
+from image_classifier.cpu import usable_cores
 
 MARK = "\x1etrial "  # starts a line of the child's standard output that is a report: [number of the validation, value]
 GO_ON, STOP = "go", "stop"
@@ -179,7 +180,6 @@ def share(worker: int, workers: int) -> dict[str, str]:
     """The variables that give one of several trials on this machine its part of the processor cores, and a GPU of its own where there are several."""
     if workers == 1:
         return {}
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    part = {} if "OMP_NUM_THREADS" in os.environ else {"OMP_NUM_THREADS": str(max(1, cores // workers))}
+    part = {} if "OMP_NUM_THREADS" in os.environ else {"OMP_NUM_THREADS": str(max(1, usable_cores() // workers))}
     names = gpus()
     return {**part, "CUDA_VISIBLE_DEVICES": names[worker % len(names)]} if len(names) > 1 else part

@@ -15,8 +15,8 @@ import optuna
 from optuna.trial import TrialState
 
 from image_classifier.atomic_io import file_lock
-from image_classifier.cli.options import CONF_DIR
 from image_classifier.errors import StorageError, TrainingError
+from image_classifier.paths import CONF_DIR
 from image_classifier.training.tuning.results import StudyPaths, remove_losing_runs
 from image_classifier.training.tuning.space import SearchDimension
 from image_classifier.training.tuning.storage import TROUBLE, one_line

@@ -1,0 +1,74 @@
+"""Words for a person: names near a misspelt one, counted nouns, short lists, and text of strangers made safe to print."""
+
+from __future__ import annotations
+
+import difflib
+import re
+import unicodedata
+from collections.abc import Iterable, Sequence
+
+# What would move a terminal's cursor, begin a line, or turn the direction of letters.
+_ESCAPED_CATEGORIES = ("Cc", "Zl", "Zp")
+_DIRECTION_MARKS = frozenset("\u200e\u200f\u061c\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069")
+
+
+def printable(text: str) -> str:
+    """Return the text with control characters, direction marks and bytes that are not UTF-8 written as escapes."""
+    shown = text.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
+    return "".join(_escaped(letter) for letter in shown) if not shown.isascii() or not shown.isprintable() else shown
+
+
+def _escaped(letter: str) -> str:
+    if unicodedata.category(letter) in _ESCAPED_CATEGORIES or letter in _DIRECTION_MARKS:
+        return letter.encode("unicode_escape").decode()
+    return letter
+
+
+def counted(number: int, noun: str) -> str:
+    """Return a number with its noun.
+
+    >>> counted(1, "image"), counted(2, "class"), counted(12345, "image")
+    ('1 image', '2 classes', '12 345 images')
+    """
+    plural = {"class": "classes"}.get(noun, f"{noun}s")
+    return f"{number:,} {noun if number == 1 else plural}".replace(",", " ")
+
+
+def listed(names: Sequence[str], limit: int = 5, noun: str = "") -> str:
+    """Return the first names, separated by commas, and how many more there are.
+
+    >>> listed(["a", "b", "c", "d"], limit=2)
+    'a, b and 2 more'
+    """
+    rest = len(names) - limit
+    return ", ".join(names[:limit]) + (f" and {rest} more{noun and f' {noun}'}" if rest > 0 else "")
+
+
+def nearest(word: str, names: Iterable[str], cutoff: float = 0.6) -> str | None:
+    """Return the name most like `word`, or None; the last part of a dotted key counts most."""
+
+    def likeness(name: str) -> float:
+        last = difflib.SequenceMatcher(None, word.rpartition(".")[2], name.rpartition(".")[2]).ratio()
+        return 0.7 * last + 0.3 * difflib.SequenceMatcher(None, word, name).ratio()
+
+    best = max(sorted(names), key=likeness, default=None)
+    return best if best is not None and likeness(best) >= cutoff else None
+
+
+def did_you_mean(word: str, names: Iterable[str]) -> str:
+    """Return the start of a hint, or nothing where no name is near.
+
+    >>> did_you_mean("trian", ["train", "test"])
+    'did you mean train? '
+    """
+    near = nearest(word, names)
+    return f"did you mean {near}? " if near else ""
+
+
+def hide_passwords(text: str) -> str:
+    """Return the text with the `user:password@` of every address in it hidden.
+
+    >>> hide_passwords("postgresql://me:secret@host/db")
+    'postgresql://***@host/db'
+    """
+    return re.sub(r"://[^/@\s]+@", "://***@", text)
