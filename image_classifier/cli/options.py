@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from image_classifier.errors import ClassifierError, ConfigError
-from image_classifier.text import printable
+from image_classifier.text import literal, printable
 
 # Values that are text and never Hydra's grammar, for each verb: names and paths. `--KEY VALUE` keeps them to the letter.
 _DATA_TEXT = frozenset(
@@ -212,11 +212,6 @@ def _is_override(word: str) -> bool:
 def quoted(text: str) -> str:
     """Text as a value of Hydra's override grammar that comes out of the composed config to the letter."""
     return "'" + re.sub(r"(\\*)'", r"\1\1\\'", re.sub(r"(\\+)\Z", r"\1\1", literal(text))) + "'"
-
-
-def literal(text: str) -> str:
-    """Text as OmegaConf must hold it to give it back to the letter: `${` starts no interpolation."""
-    return re.sub(r"(\\*)\$\{", r"\1\1\\${", text)
 
 
 def requoted(override: str) -> str | None:
