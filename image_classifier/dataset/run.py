@@ -15,6 +15,7 @@ from image_classifier.dataset.prepare import DatasetScan, DataSettings, prepare,
 from image_classifier.errors import DataError
 from image_classifier.instantiate import instantiate
 from image_classifier.manifest import Manifest
+from image_classifier.program import program
 
 log = logging.getLogger(__name__)
 
@@ -49,7 +50,7 @@ def prepare_dataset(
     report = write_audit(found.audit, found.directory, page=False)
     for line in found.audit.summary():
         log.info("%s", line)
-    log.info("audit: %s; a page to look at: python commands.py audit with the same data.*", report)
+    log.info("audit: %s; a page to look at: %s audit with the same data.*", report, program())
     if found.audit.exceeds(audit.fail_on):
         raise DataError(
             f"the audit found problems of level {audit.fail_on!r} or above",

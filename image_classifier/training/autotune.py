@@ -125,9 +125,7 @@ def check_choices(config: TrainConfig) -> None:
             f"set optimizer.{fixed[0]}=null",
         )
     trainer = config.trainer
-    if config.data.batch_size == AUTO and (
-        world_size() > 1 or device_count(trainer.accelerator, trainer.devices) > 1
-    ):
+    if config.data.batch_size == AUTO and (world_size() > 1 or device_count(trainer.accelerator, trainer.devices) > 1):
         raise ConfigError(
             "data.batch_size=auto tries batches on one device",
             "run it with trainer.devices=1 first, and give the batch of all devices",

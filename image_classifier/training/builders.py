@@ -83,9 +83,7 @@ class TrainingInputs:
     def network(self) -> NetworkInputs:
         """The part of it that the network is built from."""
         config = self.config
-        return NetworkInputs(
-            config.model, config.data, self.manifest, self.cache, self.hardware, seed=config.run.seed
-        )
+        return NetworkInputs(config.model, config.data, self.manifest, self.cache, self.hardware, seed=config.run.seed)
 
 
 def build_datamodule(inputs: TrainingInputs) -> ImageDataModule:

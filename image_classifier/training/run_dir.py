@@ -171,7 +171,9 @@ def _folder_lock(directory: Path) -> Iterator[None]:
         try:
             stack.enter_context(file_lock(directory / ".lock", wait=False))
         except BlockingIOError:
-            raise StorageError(f"the run in {str(directory)!r} is in progress", "wait for it, or stop it first") from None
+            raise StorageError(
+                f"the run in {str(directory)!r} is in progress", "wait for it, or stop it first"
+            ) from None
         yield
 
 

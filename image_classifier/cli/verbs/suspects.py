@@ -26,6 +26,7 @@ from image_classifier.evaluation.label_issues.ranking import Suspect, find_suspe
 from image_classifier.inference.load import pulled_checkpoint
 from image_classifier.manifest import SPLITS, Manifest
 from image_classifier.predictions import PredictionTable
+from image_classifier.program import program
 from image_classifier.text import did_you_mean
 from image_classifier.training.cross_validation.by_training import answer_by_training, fold_runs
 from image_classifier.training.run_dir import RunSettings
@@ -140,10 +141,20 @@ def _out_of_fold(
     """The answers of the models that did not see them for all images but those of the test part."""
     if by == "embeddings" or (by == "auto" and _is_pretrained(config)):
         from image_classifier.training.cross_validation.by_embeddings import (
-            answer_by_embeddings,
+            predict_by_embeddings,
         )  # torch, which the processes of the other way load themselves
 
-        places = answer_by_embeddings(config, folds, data, directory)
+        from image_classifier.cli.train_config import model_config
+
+        places = predict_by_embeddings(
+            model_config(config),
+            folds,
+            data,
+            directory,
+            seed=config.seed,
+            precision=config.trainer.precision,
+            accelerator=config.trainer.accelerator,
+        )
     else:
         places = answer_by_training(fold_runs(directory.name, directory, folds, _words(config, directory.name)))
     first = folds[0]
@@ -208,7 +219,7 @@ def _of_bundle(name: str, run: RunSettings, manifest: Manifest, share: float) ->
             )
     if not found and share:
         fact = f"there are no predictions of {name!r} for these images in {run.plots_dir}"
-        raise DataError(fact, f"python commands.py test --checkpoint_name {name} --split val writes them")
+        raise DataError(fact, f"{program()} test --checkpoint_name {name} --split val writes them")
     return found
 
 

@@ -34,7 +34,7 @@ def train(config: DictConfig) -> float:
     trainer = typed.trainer
     if needs_ranks(trainer.accelerator, trainer.devices, trainer.num_nodes):
         run.check_config(typed)  # once, and not in every rank
-        run_ranks(trainer.accelerator, trainer.devices, sys.argv)
+        run_ranks(trainer.accelerator, trainer.devices, sys.argv[1:])
         return math.nan
     result = run.train(typed, resume=resume, overrides=overrides)
     if is_rank_zero():
