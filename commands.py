@@ -71,11 +71,11 @@ class Commands:
 
     def export(self) -> None:
         """Write other forms of a bundle's model, each held against the checkpoint: sealed, int8, OpenVINO, TensorRT, Triton, MLflow."""
-        self._run("export", "image_classifier.exporting.export:export")
+        self._run("export", "image_classifier.cli.verbs.export:export")
 
     def verify(self) -> None:
         """Check a bundle: every file's hash, and the golden images on every backend."""
-        self._run("verify", "image_classifier.inference.verify:verify")
+        self._run("verify", "image_classifier.cli.verbs.verify:verify")
 
     def promote(self) -> None:
         """Register a bundle in MLflow, after a last check, and let an alias point to it."""
@@ -87,7 +87,7 @@ class Commands:
 
     def infer(self) -> None:
         """Say what images show, with a bundle, a checkpoint or an ONNX file."""
-        self._run("infer", "image_classifier.inference.infer:infer")
+        self._run("infer", "image_classifier.cli.verbs.infer:infer")
 
     def serve(self) -> None:
         """Put models behind HTTP: a web page, a REST API and the V2 protocol."""
