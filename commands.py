@@ -35,11 +35,11 @@ class Commands:
 
     def prepare(self) -> None:
         """Find the images of a data set, check and split them, and write manifest.csv."""
-        self._run("prepare", "image_classifier.dataset.run:prepare_from")
+        self._run("prepare", "image_classifier.cli.verbs.prepare:prepare")
 
     def audit(self) -> None:
         """Look at every image and say what is wrong with the data: copies, leaks, unreadable files."""
-        self._run("audit", "image_classifier.dataset.run:audit")
+        self._run("audit", "image_classifier.cli.verbs.audit:audit")
 
     def show(self) -> None:
         """Write a sheet of augmented training images to look at."""

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from image_classifier.dataset.audit.fix import Correction, Fix, Fixes, read_fixes
 from image_classifier.dataset.audit.issues import AuditSettings
 from image_classifier.dataset.discovery import FileTree, ImageFile
-from image_classifier.dataset.left_out import excluded_records_path, split_excluded, with_excluded
+from image_classifier.dataset.excluded_records import excluded_records_path, split_excluded, with_excluded
 from image_classifier.dataset.prepare import DatasetScan, DataSettings, all_folds, manifest_path
 from image_classifier.dataset.prepare import prepare as prepare_and_examine
 from image_classifier.dataset.split import SplitSettings, assign_splits
