@@ -19,11 +19,11 @@ from image_classifier.text import did_you_mean
 # verb: (the function that runs it, one line for the help pages)
 VERBS: dict[str, tuple[str, str]] = {
     "prepare": (
-        "image_classifier.dataset.run:prepare_from",
+        "image_classifier.cli.verbs.prepare:prepare",
         "Find the images of a data set, check and split them, and write manifest.csv.",
     ),
     "audit": (
-        "image_classifier.dataset.run:audit",
+        "image_classifier.cli.verbs.audit:audit",
         "Check every image for problems: duplicates, leaks between splits, unreadable files.",
     ),
     "show": (
