@@ -6,7 +6,8 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-from image_classifier.text import hide_passwords, literal
+from image_classifier.override_grammar import literal
+from image_classifier.text import hide_passwords
 
 Scalar = str | int | float | bool | None
 

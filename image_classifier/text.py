@@ -72,8 +72,3 @@ def hide_passwords(text: str) -> str:
     'postgresql://***@host/db'
     """
     return re.sub(r"://[^/@\s]+@", "://***@", text)
-
-
-def literal(text: str) -> str:
-    """Return text as OmegaConf must hold it to give it back to the letter: `${` starts no interpolation."""
-    return re.sub(r"(\\*)\$\{", r"\1\1\\${", text)

@@ -13,7 +13,7 @@ from pytorch_lightning.accelerators import CPUAccelerator, CUDAAccelerator, MPSA
 
 from image_classifier.cpu import usable_cores
 from image_classifier.errors import ConfigError
-from image_classifier.program import child_command, torchrun_target
+from image_classifier.program import torchrun_target
 from image_classifier.training.callbacks.preemption import slurm_warnings
 
 log = logging.getLogger(__name__)
@@ -65,20 +65,20 @@ def needs_ranks(accelerator: str, devices: Any, nodes: int) -> bool:
     return device_count(accelerator, devices) > 1
 
 
-def run_ranks(accelerator: str, devices: Any, arguments: Sequence[str]) -> None:
-    """Run this program once for each device, and wait for all.
+def run_ranks(accelerator: str, devices: Any, command: Sequence[str]) -> None:
+    """Run a command once for each device, and wait for all.
 
     Args:
         accelerator: `trainer.accelerator`.
         devices: `trainer.devices`.
-        arguments: Its command line after the program's name.
+        command: The program and its arguments.
 
     Raises:
         SystemExit: The exit code of the ranks, where it is not 0; they have logged why.
     """
     count = device_count(accelerator, devices)
     log.info("starting %d processes, one a device", count)
-    code = _run(count, arguments, _visible(accelerator, devices))
+    code = _run(count, command, _visible(accelerator, devices))
     if code:
         raise SystemExit(code)
 
@@ -96,8 +96,8 @@ def _visible(accelerator: str, devices: Any) -> dict[str, str]:
     return {"CUDA_VISIBLE_DEVICES": ",".join(names)}
 
 
-def _run(count: int, arguments: Sequence[str], environment: dict[str, str]) -> int:
-    """Run this program `count` times under torch's elastic agent; return the exit code of the first that failed, or 0."""
+def _run(count: int, command: Sequence[str], environment: dict[str, str]) -> int:
+    """Run a command `count` times under torch's elastic agent; return the exit code of the first that failed, or 0."""
     from torch.distributed.elastic.multiprocessing import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
@@ -115,8 +115,7 @@ def _run(count: int, arguments: Sequence[str], environment: dict[str, str]) -> i
         )
         job.signals_to_handle = ",".join([job.signals_to_handle, *(number.name for number in slurm_warnings())])
         try:
-            program, *words = child_command()
-            elastic_launch(job, program)(*words, *arguments)
+            elastic_launch(job, command[0])(*command[1:])
         except ChildFailedError as error:
             failures = sorted(error.failures.values(), key=lambda failure: failure.timestamp)
             codes = [failure.exitcode for failure in failures]

@@ -9,7 +9,7 @@ from pathlib import Path
 from omegaconf import DictConfig
 
 from image_classifier.cli import hydra_app
-from image_classifier.dataset.audit.issues import AuditSettings
+from image_classifier.cli.verbs.prepare import typed_settings
 from image_classifier.dataset.prepare import DataSettings
 from image_classifier.errors import ConfigError
 from image_classifier.manifest import Manifest
@@ -42,11 +42,12 @@ def suspects(config: DictConfig) -> Path:
         )
     settings = hydra_app.typed(SuspectSettings, config.suspects, "suspects")
     start = config.model.get("from")
+    data, audit, _ = typed_settings(config)
     search = SuspectSearch(
         settings,
         run=hydra_app.selected(RunSettings, config),
-        data=hydra_app.typed(DataSettings, config.data, "data"),
-        audit=hydra_app.typed(AuditSettings, config.audit, "audit"),
+        data=data,
+        audit=audit,
         apply=config.get("apply"),
         starts_from=str(start) if start else None,
         bundle=str(config.checkpoint_name) if config.checkpoint_name else None,

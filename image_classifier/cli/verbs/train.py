@@ -11,7 +11,7 @@ from omegaconf import DictConfig
 
 from image_classifier.cli import hydra_app
 from image_classifier.cli.train_config import train_config
-from image_classifier.program import program
+from image_classifier.program import child_command, program
 from image_classifier.training import run
 from image_classifier.training.distributed import is_rank_zero
 from image_classifier.training.launch import needs_ranks, run_ranks
@@ -34,7 +34,7 @@ def train(config: DictConfig) -> float:
     trainer = typed.trainer
     if needs_ranks(trainer.accelerator, trainer.devices, trainer.num_nodes):
         run.check_config(typed)  # once, and not in every rank
-        run_ranks(trainer.accelerator, trainer.devices, sys.argv[1:])
+        run_ranks(trainer.accelerator, trainer.devices, [*child_command(), *sys.argv[1:]])
         return math.nan
     result = run.train(typed, resume=resume, overrides=overrides)
     if is_rank_zero():

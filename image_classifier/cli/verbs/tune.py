@@ -11,7 +11,7 @@ from omegaconf import DictConfig
 
 from image_classifier.cli import hydra_app
 from image_classifier.cli.options import TEXT_KEYS, CommandLine
-from image_classifier.dataset.audit.issues import AuditSettings
+from image_classifier.cli.verbs.prepare import typed_settings
 from image_classifier.dataset.pixel_cache import open_cache
 from image_classifier.dataset.prepare import DataSettings
 from image_classifier.dataset.run import prepare_dataset
@@ -38,8 +38,7 @@ def tune(config: DictConfig) -> float:
     _check_trials(line, space)
 
     # Decoded once, before many trials need the pixels at the same time.
-    data = hydra_app.typed(DataSettings, config.data, "data")
-    audit = hydra_app.typed(AuditSettings, config.audit, "audit")
+    data, audit, _ = typed_settings(config)
     manifest, _ = prepare_dataset(data, audit, run.trusted_packages)
     open_cache(manifest, data.preprocess, data.cache, data.limits)
 
