@@ -66,10 +66,6 @@ def run_verb(verb: str, arguments: list[str], task: Task) -> None:
         ClassifierError: The command line or the task is refused; other errors of the task pass unchanged.
     """
     line = translate(verb, arguments)
-    if line.has("--shell-completion"):
-        from image_classifier.cli.completion import complete
-
-        return complete(list(line.overrides), [verb])
     argv = list(sys.argv)
 
     def checked(config: DictConfig) -> object:

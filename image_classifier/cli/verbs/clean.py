@@ -6,7 +6,7 @@ import re
 import shutil
 from collections.abc import Iterator
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +27,7 @@ class CleanSettings:
 
     cache_dir: str = "data/cache"
     dry_run: bool = False
-    trusted_packages: Any = None
+    trusted_packages: list[str] = field(default_factory=list)
 
 
 def tag_cache(directory: Path) -> None:
