@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import logging
 import os
 import sys
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import is_dataclass, replace
+from dataclasses import fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar, get_type_hints
 
@@ -31,15 +30,17 @@ from image_classifier.cli.options import CommandLine, translate
 from image_classifier.cli.positional import given
 from image_classifier.errors import ConfigError
 from image_classifier.instantiate import NETWORKS, check_targets, instantiate
-from image_classifier.override_grammar import literal, quoted
+from image_classifier.mappings import flatten, literal_values, without_passwords
+from image_classifier.override_grammar import quoted
 from image_classifier.paths import CONF_DIR
 from image_classifier.program import inherited
-from image_classifier.text import did_you_mean, hide_passwords
+from image_classifier.text import did_you_mean
 
 __all__ = [
     "NETWORKS",
     "check_targets",
     "composed",
+    "composer",
     "configure_logging",
     "flatten",
     "instantiate",
@@ -50,7 +51,9 @@ __all__ = [
     "running_choice",
     "running_line",
     "save",
+    "selected",
     "to_plain",
+    "to_yaml",
     "typed",
     "without",
     "without_passwords",
@@ -104,7 +107,7 @@ def _run(verb: str, line: CommandLine, task: Task) -> None:
     if config is None:
         run_hydra(verb, line, task)
         return
-    with _composer(CONF_DIR):
+    with composer(CONF_DIR):
         callbacks = Callbacks(config)
         callbacks.on_run_start(config=config, config_name=verb)
         loader = GlobalHydra.instance().config_loader()
@@ -149,7 +152,7 @@ def _checked(verb: str, line: CommandLine) -> tuple[CommandLine, DictConfig | No
         if not place.is_dir() and "://" not in str(place):
             raise ConfigError(f"{name} {str(place)!r} is not a folder")
     sweep = line.has("--multirun") or any(override.input_line == "hydra.mode=MULTIRUN" for override in parsed)
-    with _composer(conf):
+    with composer(conf):
         for overrides in jobs(parsed, sweep):
             config = _compose(verb, root, overrides, _search_path(folder), True)
             if line.has("--resolve"):
@@ -196,7 +199,8 @@ def running_choice(group: str) -> str:
 
 
 @contextlib.contextmanager
-def _composer(conf: Path) -> Iterator[None]:
+def composer(conf: Path) -> Iterator[None]:
+    """Let configurations be composed from this folder in the block."""
     place = str(conf) if "://" not in str(conf) else str(CONF_DIR)
     with hydra.initialize_config_dir(os.path.abspath(place), version_base="1.3"):
         yield
@@ -210,7 +214,7 @@ def typed(cls: type[T], node: DictConfig, key: str) -> T:
     """
     plain = to_plain(node)
     try:
-        merged = OmegaConf.merge(_writable(OmegaConf.structured(cls)), _literal(plain))
+        merged = OmegaConf.merge(_writable(OmegaConf.structured(cls)), literal_values(plain))
         return OmegaConf.to_object(merged)  # type: ignore[return-value]
     except MissingMandatoryValue as error:
         full = _join(key, str(error.full_key or ""))
@@ -266,15 +270,6 @@ def _join(*parts: str) -> str:
     return ".".join(part for part in parts if part)
 
 
-def _literal(value: Any) -> Any:
-    """Plain values whose text holds no interpolation any more: `${x}` stays these four characters."""
-    if isinstance(value, dict):
-        return {key: _literal(item) for key, item in value.items()}
-    if isinstance(value, list):
-        return [_literal(item) for item in value]
-    return literal(value) if isinstance(value, str) else value
-
-
 def to_plain(node: Any) -> dict[str, Any]:
     """A node as resolved plain dicts, lists and scalars."""
     try:
@@ -301,24 +296,25 @@ def replaced(node: DictConfig, values: Mapping[str, Any]) -> DictConfig:
     return copy
 
 
-def without_passwords(value: Any) -> Any:
-    """The same plain value with the `user:password@` of every address in it hidden, for what is written down."""
-    if isinstance(value, Mapping):
-        return {key: without_passwords(item) for key, item in value.items()}
-    if isinstance(value, list):
-        return [without_passwords(item) for item in value]
-    return hide_passwords(value) if isinstance(value, str) else value
-
-
 def only(node: DictConfig, *keys: str) -> DictConfig:
     """The keys of a node that are named here and there, resolved."""
     plain = to_plain(node)
-    return OmegaConf.create({key: _literal(plain[key]) for key in keys if key in plain})
+    return OmegaConf.create({key: literal_values(plain[key]) for key in keys if key in plain})
+
+
+def selected(cls: type[T], node: DictConfig, key: str = "") -> T:
+    """Return those keys of a node that a dataclass has, typed; a node may have others."""
+    return typed(cls, only(node, *(item.name for item in fields(cls))), key)  # type: ignore[arg-type]
+
+
+def to_yaml(node: DictConfig) -> str:
+    """Return a node as YAML with every interpolation resolved and passwords hidden."""
+    return OmegaConf.to_yaml(OmegaConf.create(literal_values(without_passwords(to_plain(node)))))
 
 
 def save(node: DictConfig, path: Path) -> None:
     """Write a node as YAML with every interpolation resolved, whole or not at all."""
-    write_text(path, OmegaConf.to_yaml(OmegaConf.create(_literal(without_passwords(to_plain(node))))))
+    write_text(path, to_yaml(node))
 
 
 def resumed(config: DictConfig, path: Path, overrides: Iterable[str]) -> DictConfig:
@@ -338,7 +334,7 @@ def resumed(config: DictConfig, path: Path, overrides: Iterable[str]) -> DictCon
     )
     for key in (*keys, *(str(key) for key in config if key not in saved)):
         value = OmegaConf.select(config, key)
-        value = _literal({"": to_plain(value) if OmegaConf.is_config(value) else value})[""]
+        value = literal_values({"": to_plain(value) if OmegaConf.is_config(value) else value})[""]
         OmegaConf.update(saved, key, value, merge=False, force_add=True)
     for key, value in flatten(to_plain(saved)).items():
         if isinstance(value, str) and "://***@" in value:
@@ -350,17 +346,3 @@ def resumed(config: DictConfig, path: Path, overrides: Iterable[str]) -> DictCon
             OmegaConf.update(saved, key, again)
     OmegaConf.set_struct(saved, True)
     return saved
-
-
-def flatten(mapping: Mapping[str, Any], prefix: str = "") -> dict[str, str | int | float | bool | None]:
-    """Nested keys as dotted ones, for parameter logs; a list becomes its JSON text."""
-    flat: dict[str, str | int | float | bool | None] = {}
-    for key, value in mapping.items():
-        name = f"{prefix}{key}"
-        if isinstance(value, Mapping):
-            flat |= flatten(value, f"{name}.")
-        else:
-            flat[name] = (
-                value if value is None or isinstance(value, (str, int, float)) else json.dumps(value, default=str)
-            )
-    return flat
