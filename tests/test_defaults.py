@@ -31,11 +31,9 @@ class Call(NamedTuple):
 
 
 def _calls() -> Iterator[Call]:
-    """Yield each `typed(CLASS, node, "key")` of the package, also as `typed(...).or_else(NAME)`."""
+    """Yield each `typed(CLASS, node, "key")` and `selected(CLASS, node)` of the package, also with `.or_else(NAME)`."""
     for path in sorted(PACKAGE_DIR.rglob("*.py")):
         text = path.read_text(encoding="utf-8")
-        if "typed(" not in text:
-            continue
         module = ".".join(path.relative_to(PACKAGE_DIR.parent).with_suffix("").parts)
         calls = [node for node in ast.walk(ast.parse(text)) if isinstance(node, ast.Call)]
         fallbacks = {
@@ -45,8 +43,8 @@ def _calls() -> Iterator[Call]:
         }
         for call in calls:
             name = getattr(call.func, "attr", getattr(call.func, "id", ""))
-            if name == "typed" and len(call.args) == 3:
-                cls, _, key = call.args
+            if name in ("typed", "selected") and len(call.args) >= 2:
+                cls, key = call.args[0], [*call.args[2:], ast.Constant("")][0]
                 if isinstance(cls, ast.Name) and isinstance(key, ast.Constant):
                     yield Call(module, cls.id, str(key.value), fallbacks.get(call, ""))
 

@@ -175,12 +175,15 @@ def _compose(verb: str, root: str, overrides: list[str], extra: list[str], with_
 
 
 def composed(verb: str, overrides: Iterable[str]) -> DictConfig:
-    """Return the configuration of another verb, composed from the files that the running verb uses.
+    """Return the configuration of a verb, composed from the files that the running verb uses.
 
     Raises:
-        ConfigError: The other verb would refuse these overrides.
+        ConfigError: The verb would refuse these overrides.
     """
-    extra = [override for override in HydraConfig.get().overrides.hydra if override.startswith("hydra.searchpath=")]
+    if HydraConfig.initialized():
+        extra = [item for item in HydraConfig.get().overrides.hydra if item.startswith("hydra.searchpath=")]
+    else:  # called from Python
+        extra = _search_path(with_own_conf(CommandLine()).value("--config-dir"))
     config = _compose(verb, verb, [parse(override).input_line or "" for override in overrides], extra)
     check_complete(config, verb)
     check_targets(config, config.get("trusted_packages") or ())
