@@ -40,6 +40,7 @@ from image_classifier.training.callbacks.torch_compile import break_even_s
 from image_classifier.training.distributed import broadcast, is_rank_zero, world_size
 from image_classifier.training.hardware import Hardware
 from image_classifier.training.launch import device_count, uses_gpu
+from image_classifier.training.lightning_compat import time_limit_s
 from image_classifier.training.memory import free_memory, memory_used, reset_peak
 
 log = logging.getLogger(__name__)
@@ -307,7 +308,9 @@ def _times(trials: TrialTrainer, data: DataSettings) -> tuple[float, float]:
 def seconds_of(max_time: Any) -> float:
     """`trainer.max_time` in seconds, as Lightning reads it: days:hours:minutes:seconds, or a mapping such as {minutes: 30}."""
     try:
-        duration = Timer(duration=dict(max_time) if not isinstance(max_time, str | timedelta) else max_time)._duration
+        duration = time_limit_s(
+            Timer(duration=dict(max_time) if not isinstance(max_time, str | timedelta) else max_time)
+        )
     except (MisconfigurationException, ValueError, TypeError, AttributeError) as error:
         raise ConfigError(
             f"trainer.max_time={max_time} is no time", 'write "days:hours:minutes:seconds", such as "00:00:30:00"'

@@ -27,9 +27,7 @@ from image_classifier.modeling.classifier import Classifier, build_classifier, c
 from image_classifier.modeling.weights import last_linear
 from image_classifier.sampling import evenly_spaced
 from image_classifier.training.balance import class_weights, describe
-from image_classifier.training.callbacks.checkpoints import BestCheckpoint, LastCheckpoint
-from image_classifier.training.callbacks.exact_resume import ExactResume
-from image_classifier.training.callbacks.preemption import StopOnSignal
+from image_classifier.training.callbacks.order import in_hook_order
 from image_classifier.training.callbacks.throughput import Throughput
 from image_classifier.training.callbacks.torch_compile import TorchCompile
 from image_classifier.training.checkpoint_io import SafeCheckpointIO
@@ -161,7 +159,7 @@ def build_trainer(config: Any, hardware: Hardware, throughput: Throughput, *call
     bar = [ImagesProgressBar(throughput)] if on_terminal else []
     configured = [_instantiate(config, node) for node in (config.get("callbacks") or {}).values() if node]
     together = [SyncCallback()] if world_size() > 1 else []
-    everyone = sorted([throughput, *callbacks, *bar, *configured, *_compiling(hardware), *together], key=_turn)
+    everyone = in_hook_order([throughput, *callbacks, *bar, *configured, *_compiling(hardware), *together])
     _quiet_lightning()
     trainer: pl.Trainer = hydra_app.instantiate(
         hydra_app.without(config.trainer, *OWN_TRAINER_KEYS),
@@ -189,12 +187,6 @@ def build_trainer(config: Any, hardware: Hardware, throughput: Throughput, *call
     if not is_rank_zero():
         trainer.logger = DummyLogger()  # with none at all some callbacks refuse
     return trainer
-
-
-def _turn(callback: pl.Callback) -> int:
-    """Checkpoints are taken before the other callbacks do their part of a hook; see callbacks.state."""
-    first = (ExactResume, StopOnSignal, LastCheckpoint, BestCheckpoint)
-    return next((turn for turn, kind in enumerate(first) if isinstance(callback, kind)), len(first))
 
 
 def _scale(asked: Any) -> dict[str, Any]:
