@@ -77,7 +77,7 @@ class InferSettings:
             raise ConfigError("batch_size and top_k must be at least 1")
         self.server.fits(self.backend)
         if not 0 <= self.threshold <= 1:
-            raise ConfigError(f"threshold={self.threshold} cannot be", "it is a confidence from 0 to 1, such as 0.8")
+            raise ConfigError(f"invalid threshold {self.threshold}", "expected a confidence from 0 to 1, such as 0.8")
         if self.resume and not self.output:
             raise ConfigError("resume=true needs the file to go on with", "add --output FILE")
         if self.engine not in ENGINES:

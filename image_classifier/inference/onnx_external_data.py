@@ -38,7 +38,7 @@ def _fields(view: memoryview, start: int, end: int) -> Iterator[tuple[int, int, 
         tag, start = _number(view, start, end)
         kind, first = tag & 7, start
         if tag >= 2**32:
-            raise ValueError("a field that cannot be")  # others cut its number off, and see another field
+            raise ValueError("an invalid field")  # others cut its number off, and see another field
         if kind == _VARINT:
             first, start = _number(view, start, end)
         elif kind == _BYTES:

@@ -40,7 +40,7 @@ def device_count(accelerator: str, devices: Any) -> int:
     try:
         return len(kind.get_parallel_devices(kind.parse_devices(wanted)))
     except Exception as error:  # Lightning has many words for it
-        raise ConfigError(f"trainer.devices={devices} cannot be ({error})", "use a number, or auto") from error
+        raise ConfigError(f"invalid trainer.devices {devices} ({error})", "expected a number, or auto") from error
 
 
 def launched() -> bool:

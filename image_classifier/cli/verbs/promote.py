@@ -31,10 +31,10 @@ class PromoteSettings:
 
     def __post_init__(self) -> None:
         if not re.fullmatch(r"[a-z][a-z0-9_-]*", self.alias):
-            raise ConfigError(f"alias={self.alias!r} cannot be", "use small letters, digits, - and _, such as champion")
+            raise ConfigError(f"invalid alias {self.alias!r}", "use small letters, digits, - and _, such as champion")
         if self.registered_name is not None and re.search(r"[/:\s]|^$", self.registered_name):
             raise ConfigError(
-                f"registered_name={self.registered_name!r} cannot be", "MLflow's names have no slash, colon or space"
+                f"invalid registered_name {self.registered_name!r}", "MLflow's names have no slash, colon or space"
             )
 
 

@@ -103,7 +103,7 @@ def _apply(value: Any) -> bool | int:
     if isinstance(value, bool) or (isinstance(value, int) and value >= 0):
         return value
     raise ConfigError(
-        f"apply={value!r} cannot be", "apply=true accepts what confident learning says, apply=50 the worst fifty"
+        f"invalid apply {value!r}", "apply=true accepts what confident learning says, apply=50 the worst fifty"
     )
 
 

@@ -79,7 +79,7 @@ class LastCheckpoint(BetweenSteps):
         }
         for name, value in numbers.items():
             if value is not None and value <= 0:
-                raise ConfigError(f"callbacks.last_checkpoint.{name}={value} cannot be", "use a number above 0")
+                raise ConfigError(f"invalid callbacks.last_checkpoint.{name} {value}", "expected a number above 0")
         self.directory, self.keep = Path(dirpath), keep
         self.every_n_epochs, self.every_n_steps, self.every_n_minutes = every_n_epochs, every_n_steps, every_n_minutes
         self._step, self._time, self.newest = 0, math.inf, ""
@@ -149,7 +149,7 @@ class BestCheckpoint(Callback):
 
     def __init__(self, dirpath: str, monitor: str = "val/f1_macro", mode: str = "max") -> None:
         if mode not in ("min", "max"):
-            raise ConfigError(f"callbacks.best_checkpoint.mode={mode} cannot be", "use min or max")
+            raise ConfigError(f"invalid callbacks.best_checkpoint.mode {mode}", "expected min or max")
         self.path, self.monitor, self.mode = Path(dirpath) / BEST, monitor, mode
         self.score = -math.inf if mode == "max" else math.inf
 
