@@ -12,12 +12,12 @@ from pathlib import Path
 import pytest
 
 import commands
-from image_classifier.cli.options import choices, exit_code, root_groups, summaries
+from image_classifier.cli.main import VERBS, summaries
+from image_classifier.cli.options import choices, exit_code, root_groups
 from image_classifier.errors import ConfigError, DataError
 from image_classifier.paths import CONF_DIR
 
 ROOT = CONF_DIR.parent
-VERBS = list(summaries(commands.Commands))
 PROBE = "import sys, runpy; sys.argv = sys.argv[1:]\ntry: runpy.run_path(sys.argv[0], run_name='__main__')\n"
 PROBE += "finally: print([m for m in ('torch', 'pytorch_lightning', 'mlflow') if m in sys.modules], file=sys.stderr)\n"
 
@@ -47,7 +47,7 @@ def test_each_verb_has_a_root_file_and_a_help_page(
     monkeypatch.setattr(sys, "argv", ["commands.py", verb, "--help"])
     commands.main()
     page = capsys.readouterr().out
-    assert summaries(commands.Commands)[verb] in page
+    assert summaries()[verb] in page
     assert "python commands.py " + verb in page
     for group, chosen in root_groups(CONF_DIR, verb).items():
         assert f"{group} ({chosen})" in page

@@ -21,6 +21,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from image_classifier.cli.options import TEXT_KEYS, is_base, requoted
 from image_classifier.errors import ConfigError
+from image_classifier.program import program
 from image_classifier.text import did_you_mean, nearest
 
 
@@ -178,7 +179,7 @@ def _hint(loader: ConfigLoader, root: str, kept: list[str], override: Override, 
     guess = (
         f"did you mean {near} ({_file(loader, root, kept, near)})?"
         if near
-        else f"python commands.py {verb} --cfg job shows all keys."
+        else f"{program()} {verb} --cfg job shows all keys."
     )
     return guess if override.is_delete() else f"{guess} To add a new key write +{override.key_or_group}=..."
 

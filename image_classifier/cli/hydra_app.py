@@ -27,11 +27,12 @@ from omegaconf.errors import ConfigKeyError, MissingMandatoryValue, OmegaConfBas
 
 from image_classifier.atomic_io import write_text
 from image_classifier.cli.config_errors import check_complete, explain, jobs, one_line, parse
-from image_classifier.cli.multirun import Escape, Task, guarded, importable
+from image_classifier.cli.multirun import Escape, Task, guarded
 from image_classifier.cli.options import CommandLine, literal, root_groups, translate
 from image_classifier.errors import ClassifierError, ConfigError
 from image_classifier.instantiate import NETWORKS, check_targets, instantiate
 from image_classifier.paths import CONF_DIR
+from image_classifier.program import inherited
 from image_classifier.text import did_you_mean, hide_passwords
 
 __all__ = [
@@ -75,7 +76,7 @@ def run_verb(verb: str, arguments: list[str], task: Task) -> None:
         return task(config)
 
     try:
-        with importable():
+        with inherited():
             _run(verb, line, guarded(verb, checked, configure_logging))
     except Escape as escape:
         raise escape.error from escape.error.__cause__

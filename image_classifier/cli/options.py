@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import os
 import re
 import select
@@ -104,6 +103,7 @@ _LONG = {
 }
 _LONG |= {"-cp": "--config-path", "-cn": "--config-name", "-cd": "--config-dir"}
 
+_CHECKOUT = "python commands.py"  # which the examples in conf/ begin with
 _OVERRIDE = re.compile(r"(\+{1,2}|~)?[\w$][\w$.@/:-]*=|~[\w$][\w$.@/:-]*$")
 
 
@@ -230,17 +230,18 @@ def requoted(override: str) -> str | None:
 def overview(program: str, verbs: dict[str, str]) -> str:
     """The first help page: the verbs, one line each."""
     width = max(map(len, verbs))
-    lines = [f"usage: python {program} VERB [key=value | --key value ...]", "", "verbs:"]
+    lines = [f"usage: {program} VERB [key=value | --key value ...]", "", "verbs:"]
     lines += [f"  {verb:<{width}}  {text}" for verb, text in verbs.items()]
-    lines += ["", "examples:", f"  python {program} train data=folder data.dir=PATH model=resnet18"]
-    lines += [f"  python {program} infer --checkpoint_name NAME --images PATH --format json", ""]
-    return "\n".join([*lines, f"python {program} VERB --help shows the keys of a verb."])
+    lines += ["", "examples:", f"  {program} train data=folder data.dir=PATH model=resnet18"]
+    lines += [f"  {program} infer --checkpoint_name NAME --images PATH --format json", ""]
+    return "\n".join([*lines, f"{program} VERB --help shows the keys of a verb."])
 
 
 def verb_help(program: str, verb: str, text: str, conf: Path) -> str:
     """One verb's help page, read from its root file: what it does, its keys with their defaults, its groups with their choices."""
     root, *bases = _roots(conf, verb)
-    examples = [line.lstrip("# ") for line in root.splitlines() if re.match(r"#\s+python commands\.py", line)]
+    lines = [line.lstrip("# ") for line in root.splitlines()]
+    examples = [line for line in lines if line.startswith(_CHECKOUT)]
     keys = [line for line in root.splitlines() if re.match(r"([a-z_]+|  \w+):", line)]
     keys += [
         line
@@ -249,7 +250,7 @@ def verb_help(program: str, verb: str, text: str, conf: Path) -> str:
         if re.match(r"[a-z_]+:", line) and f"\n{line.partition(':')[0]}:" not in root
     ]
     keys = [line for line in keys if not line.startswith(("defaults:", "run_dir:"))]
-    lines = [f"usage: python {program} {verb} [key=value | --key value ...]", "", text, "", "keys (default, meaning):"]
+    lines = [f"usage: {program} {verb} [key=value | --key value ...]", "", text, "", "keys (default, meaning):"]
     lines += [f"  {line}" for line in keys]
     groups = root_groups(conf, verb)
     if groups:
@@ -261,7 +262,7 @@ def verb_help(program: str, verb: str, text: str, conf: Path) -> str:
         lines.append(f"  {f'{group} ({chosen})':<24} {', '.join(choices(conf, group)) or '(none yet)'}")
     lines += ["", "examples:", *(f"  {example}" for example in examples)]
     flags = f"Hydra's flags: -m (one run for each of model=a,b), --cfg job (show, do not run); the others: {verb} --hydra-help"
-    return "\n".join([*lines, "", flags])
+    return "\n".join([*lines, "", flags]).replace(_CHECKOUT, program)
 
 
 def root_groups(conf: Path, verb: str) -> dict[str, str]:
@@ -284,14 +285,6 @@ def choices(conf: Path, group: str) -> list[str]:
 def is_base(choice: str) -> bool:
     """Whether a group's file is there for the others to build on."""
     return choice == "base" or choice.startswith("_")
-
-
-def summaries(component: type) -> dict[str, str]:
-    """Each public method of a Fire component and the first line of its docstring."""
-    methods = {
-        name: member for name, member in vars(component).items() if callable(member) and not name.startswith("_")
-    }
-    return {name: (inspect.getdoc(member) or "").partition("\n")[0] for name, member in methods.items()}
 
 
 def exit_code(action: Callable[[], None]) -> int:

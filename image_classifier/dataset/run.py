@@ -14,6 +14,7 @@ from image_classifier.dataset.audit.issues import AuditSettings
 from image_classifier.dataset.prepare import DatasetScan, DataSettings, prepare, scan_dataset
 from image_classifier.errors import DataError
 from image_classifier.manifest import Manifest
+from image_classifier.program import program
 
 log = logging.getLogger(__name__)
 
@@ -36,7 +37,7 @@ def audited(config: Any) -> tuple[Manifest, DataSettings, DatasetScan]:
     report = write_audit(found.audit, found.directory, page=False)
     for line in found.audit.summary():
         log.info("%s", line)
-    log.info("audit: %s; a page to look at: python commands.py audit with the same data.*", report)
+    log.info("audit: %s; a page to look at: %s audit with the same data.*", report, program())
     if found.audit.exceeds(asked.fail_on):
         raise DataError(
             f"the audit found problems of level {asked.fail_on!r} or above", f"see {report}, or set audit.fail_on=null"

@@ -14,6 +14,7 @@ from pytorch_lightning.accelerators import CPUAccelerator, CUDAAccelerator, MPSA
 
 from image_classifier.cpu import usable_cores
 from image_classifier.errors import ConfigError
+from image_classifier.program import child_command, torchrun_target
 from image_classifier.training.callbacks.preemption import slurm_warnings
 
 log = logging.getLogger(__name__)
@@ -61,7 +62,7 @@ def run_ranks(accelerator: str, devices: Any, nodes: int) -> bool:
     if launched():
         return False
     if nodes > 1:
-        hint = f"run `torchrun --nnodes={nodes} --nproc-per-node=N ... commands.py train ...` on each node, or start it with SLURM's srun"
+        hint = f"run `torchrun --nnodes={nodes} --nproc-per-node=N ... {torchrun_target()} train ...` on each node, or start it with SLURM's srun"
         raise ConfigError(f"trainer.num_nodes={nodes} needs a launcher that starts processes on every node", hint)
     count = device_count(accelerator, devices)
     if count == 1:
@@ -111,7 +112,7 @@ def _run(count: int, environment: dict[str, str]) -> int:
         )
         job.signals_to_handle = ",".join([job.signals_to_handle, *(number.name for number in slurm_warnings())])
         try:
-            elastic_launch(job, sys.executable)(*sys.argv)
+            elastic_launch(job, child_command()[0])(*child_command()[1:], *sys.argv[1:])
         except ChildFailedError as error:
             codes = [
                 failure.exitcode for _, failure in sorted(error.failures.items(), key=lambda item: item[1].timestamp)

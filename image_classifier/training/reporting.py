@@ -22,6 +22,7 @@ from image_classifier.evaluation.results import answer_columns, class_columns, m
 from image_classifier.images import DecodeLimits
 from image_classifier.manifest import SPLITS, Manifest
 from image_classifier.predictions import PredictionTable
+from image_classifier.program import program
 from image_classifier.training.callbacks.csv_metrics import CSVMetrics
 from image_classifier.training.callbacks.throughput import Throughput
 from image_classifier.training.diagnostics import diagnose
@@ -152,4 +153,4 @@ def summarise(
             [f"bundle   {run.bundle}", f"plots    {run.plots}", *logged, f"log      {run.directory / 'train.log'}"]
         )
     )
-    print(f"next     python commands.py infer --checkpoint_name {shlex.quote(run.name)} --images PATH")
+    print(f"next     {program()} infer --checkpoint_name {shlex.quote(run.name)} --images PATH")
