@@ -9,7 +9,8 @@ from collections.abc import Callable
 from typing import Any
 
 from image_classifier import __version__
-from image_classifier.cli.options import exit_code, overview, verb_help
+from image_classifier.cli.exit_codes import exit_code
+from image_classifier.cli.help_pages import overview, verb_help
 from image_classifier.errors import ConfigError
 from image_classifier.paths import CONF_DIR
 from image_classifier.program import program
@@ -18,19 +19,19 @@ from image_classifier.text import did_you_mean
 # verb: (the function that runs it, one line for the help pages)
 VERBS: dict[str, tuple[str, str]] = {
     "prepare": (
-        "image_classifier.dataset.run:prepare_from",
+        "image_classifier.cli.verbs.prepare:prepare",
         "Find the images of a data set, check and split them, and write manifest.csv.",
     ),
     "audit": (
-        "image_classifier.dataset.run:audit",
+        "image_classifier.cli.verbs.audit:audit",
         "Check every image for problems: duplicates, leaks between splits, unreadable files.",
     ),
     "show": (
-        "image_classifier.training.show:show",
+        "image_classifier.cli.verbs.show:show",
         "Write a sheet of augmented training images to look at.",
     ),
     "baseline": (
-        "image_classifier.training.baseline:baseline",
+        "image_classifier.cli.verbs.baseline:baseline",
         "Score what a model must beat: the most frequent class, and logistic regression on embeddings.",
     ),
     "suspects": (
@@ -38,7 +39,7 @@ VERBS: dict[str, tuple[str, str]] = {
         "Find the images that are probably labelled wrong, and propose a correction for each in fix.csv.",
     ),
     "train": (
-        "image_classifier.training.run:train",
+        "image_classifier.cli.verbs.train:train",
         "Train a classifier and write a bundle to models/NAME/.",
     ),
     "tune": (
@@ -54,11 +55,11 @@ VERBS: dict[str, tuple[str, str]] = {
         "Write one page about a run, or compare two runs and tell whether the second is really better.",
     ),
     "export": (
-        "image_classifier.exporting.export:export",
+        "image_classifier.cli.verbs.export:export",
         "Convert a bundle's model (sealed, int8, OpenVINO, TensorRT, Triton, MLflow) and compare it with the checkpoint.",
     ),
     "verify": (
-        "image_classifier.inference.verify:verify",
+        "image_classifier.cli.verbs.verify:verify",
         "Check a bundle: every file's hash, and the golden images on every backend.",
     ),
     "promote": (
@@ -70,7 +71,7 @@ VERBS: dict[str, tuple[str, str]] = {
         "Start a Triton server on a bundle's model repository, wait until it answers, and stop it.",
     ),
     "infer": (
-        "image_classifier.inference.infer:infer",
+        "image_classifier.cli.verbs.infer:infer",
         "Classify images with a bundle, a checkpoint or an ONNX file.",
     ),
     "serve": (
@@ -92,6 +93,8 @@ _OF_TRAIN = (
     "onnx onnxscript scipy sklearn cleanlab matplotlib pyarrow"
 )
 _OF_SERVE = "fastapi uvicorn starlette pydantic python_multipart prometheus_client"
+# what other programs call these verbs
+_OTHER_NAMES = {"predict": "infer", "classify": "infer", "evaluate": "test", "eval": "test", "fit": "train"}
 # package: the extra that installs it
 _OPTIONAL = dict.fromkeys(_OF_TRAIN.split(), "train") | dict.fromkeys(_OF_SERVE.split(), "serve")
 
@@ -108,7 +111,7 @@ def main() -> None:
     elif verb == "--version":
         print(f"image_classifier {__version__}")
     elif verb in ("-sc", "--shell-completion"):
-        from image_classifier.cli.hydra_app import complete
+        from image_classifier.cli.completion import complete
 
         complete(arguments, list(VERBS))
     elif verb not in VERBS:
@@ -131,7 +134,11 @@ def summaries() -> dict[str, str]:
 
 
 def _unknown(verb: str) -> ConfigError:
-    hint = "write the verb first. " if "=" in verb or verb.startswith("-") else did_you_mean(verb, VERBS)
+    hint = (
+        "write the verb first. "
+        if "=" in verb or verb.startswith("-")
+        else did_you_mean(_OTHER_NAMES.get(verb, verb), VERBS)
+    )
     return ConfigError(f"{verb!r} is not a verb", f"{hint}The verbs are {', '.join(VERBS)}")
 
 

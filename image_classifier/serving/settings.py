@@ -61,7 +61,7 @@ class ServeSettings:
     def __post_init__(self) -> None:
         if self.backend not in (None, "auto", *NAMES):
             raise ConfigError(f"there is no backend {self.backend!r}", f"use one of {', '.join((*NAMES, 'auto'))}")
-        self._server.fits(self.backend)
+        self._server.check(self.backend)
         if not 0 <= self.port <= 65535:
             raise ConfigError(f"invalid port {self.port}", "expected 0 to 65535 (0: any free port)")
         if not 0 <= self.threshold <= 1:

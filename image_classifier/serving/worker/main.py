@@ -69,7 +69,7 @@ class Worker:
         self._send = send
         self._errors = errors
         self._score = None if self.predictor.detector is None else self.predictor.detector.scores
-        runners = getattr(self.predictor.backend, "callers", 1)
+        runners = getattr(self.predictor.backend, "concurrent_runs", 1)
         self.batcher = DynamicBatcher(self._run_model, spec.batch, self._score, self._send_heartbeat, runners)
         self._decoders = ThreadPoolExecutor(usable_cores(), "decode")
         self._explainer = ThreadPoolExecutor(1, "decode-to-explain")
@@ -185,7 +185,7 @@ class Worker:
 
     def _answer_image(self, request_id: int, name: str, result: BatchResult) -> None:
         try:
-            (prediction,) = self.predictor.named([name], _logits_of(result), result.scores)
+            (prediction,) = self.predictor.to_predictions([name], _logits_of(result), result.scores)
             if prediction.error:
                 raise FloatingPointError(prediction.error)
             score = None if result.scores is None else float(result.scores[0])
