@@ -69,7 +69,7 @@ class RaySettings:
             r"auto|[\w.-]+:\d{1,5}|\[[\da-fA-F:]+\]:\d{1,5}", self.address
         ):
             raise ConfigError(
-                f"ray.address={self.address!r} cannot be",
+                f"invalid ray.address {self.address!r}",
                 "run this on a machine of the cluster and write auto, or its HOST:PORT",
             )
 
