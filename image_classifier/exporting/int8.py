@@ -41,8 +41,8 @@ class Int8Settings:
     """The keys of `int8` in conf/export.yaml.
 
     Args:
-        max_drop: Points of accuracy, 0..100, that may be lost, overall and by each class; a small class may always lose one
-            image.
+        max_drop: Points of accuracy, 0..100, that may be lost, overall and by each class; a small class may always lose
+            one image.
         min_speedup: Required speed relative to model.onnx, in batches of 16 on this machine.
         images: Training images, stratified by class, from which the ranges of the integers are calibrated.
     """

@@ -15,8 +15,8 @@ from image_classifier.inference.backends import OpenOptions
 from image_classifier.instantiate import NETWORKS, instantiate
 from image_classifier.modeling.classifier import Classifier, build_classifier
 
-# Arguments by which a network loads weights from elsewhere. The checkpoint's weights would replace them at once, and a file
-# must not make us load another file.
+# Arguments by which a network loads weights from elsewhere. The checkpoint's weights would replace them at once, and a
+# file must not make us load another file.
 _FETCHING = {"pretrained": False, "weights": None, "weights_backbone": None}
 _LOADING = ("checkpoint_path", "pretrained_cfg", "pretrained_cfg_overlay", "cache_dir")
 _FETCHERS = {"timm.create_model": "pretrained", "image_classifier.modeling.backbones.torchvision_backbone": "weights"}

@@ -137,7 +137,7 @@ def session_metadata(session: onnxruntime.InferenceSession) -> dict[str, Any]:
 
 
 class OnnxBackend:
-    """Runs a `model.onnx`: pixels uint8 [N, 3, H, W] -> logits float32 [N, C], and embeddings [N, D] in files with them."""
+    """Runs a `model.onnx`: pixels uint8 [N, 3, H, W] -> logits float32 [N, C], and embeddings [N, D] if it has them."""
 
     def __init__(
         self, path: Path, tensorrt: bool = False, content: bytes | None = None, concurrent_runs: int = 1

@@ -88,7 +88,7 @@ def test_a_table_shows_no_control_characters() -> None:
     odd = Prediction("\x1b[2Jа\nfake.png\x9b\u202e", "b\r", 0.75, {"a\x07": 0.25, "b\r": 0.75}, reason="\x7f").answer()
     shown = written("table", [odd, Prediction("\t.png", error="\x1b]0;x").answer()]).decode()
     assert len(shown.splitlines()) == 3 and all(letter.isprintable() for letter in shown.replace("\n", ""))
-    assert "\\x1b[2Jа\\x0afake.png\\x9b\\u202e  b\\x0d" in shown and "\\x09.png" in shown and "! \\x1b]0;x" in shown
+    assert "\\x1b[2Jа\\nfake.png\\x9b\\u202e  b\\r" in shown and "\\t.png" in shown and "! \\x1b]0;x" in shown
 
 
 def test_a_format_that_cannot_be_is_refused() -> None:
