@@ -72,7 +72,7 @@ class ExportSettings(CheckpointReference):
 
 @dataclass(frozen=True)
 class ExportResult:
-    """A form of the model that was written, and its metadata in bundle.json: agreement, largest difference and others."""
+    """A form of the model that was written, and its metadata in bundle.json."""
 
     form: str
     metadata: dict[str, Any]

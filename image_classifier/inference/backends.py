@@ -191,7 +191,7 @@ def open_backend(
     bundle: Bundle,
     name: str,
     trusted: Sequence[str] = (),
-    server: ServerAddress = ServerAddress(),  # noqa: B008  # frozen
+    server: ServerAddress = ServerAddress(),  # frozen
     concurrent_runs: int = 1,
 ) -> Backend:
     """Return a backend over the bundle's file for it, whose hash is checked first, or over a server that runs it.

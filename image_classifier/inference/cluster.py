@@ -134,30 +134,11 @@ def answer_shards(
     """
     worker_model = WorkerModel.of(model)
     with _ray(settings) as folder:
-        import pyarrow  # type: ignore[import-untyped]
         import ray
-        import ray.data
 
         job.shards.begin()
         # The model goes into Ray's store once; each worker process gets it from there when it loads it.
-        worker_job = replace(job, fetch=_Fetch(ray.put(worker_model)), folder=folder)
-        # One row of the dataset is one shard.
-        shards = [pyarrow.table({"shard": [number], "items": [items]}) for number, items in enumerate(plan.shards)]
-        # On this machine as many workers as its cores allow; on a cluster Ray decides where the settings do not.
-        limit = settings.workers or (None if settings.address else max(1, usable_cores() // settings.cpus))
-        workers = limit and min(limit, len(shards))
-        with warnings.catch_warnings():
-            # Without `max_retries` Ray Data retries forever. From 2.64 on it is passed in another way; pyproject.toml
-            # allows older versions only.
-            warnings.simplefilter("ignore", ray.util.annotations.RayDeprecationWarning)
-            dataset = ray.data.from_arrow(shards).map_batches(
-                answer,  # type: ignore[arg-type]
-                batch_size=1,
-                fn_args=(worker_job,),
-                num_cpus=settings.cpus,
-                compute=ray.data.TaskPoolStrategy(workers),
-                max_retries=settings.retries,
-            )
+        dataset = _dataset(settings, plan, replace(job, fetch=_Fetch(ray.put(worker_model)), folder=folder))
         try:
             for row in dataset.iter_rows():
                 result = pickle.loads(row["result"])
@@ -172,6 +153,30 @@ def answer_shards(
                 f"the cluster gave up ({reason})",
                 "look at the machines' memory; --resume continues after the shards that are answered",
             ) from error
+
+
+def _dataset(settings: RaySettings, plan: ShardPlan, job: ShardJob) -> Any:
+    """Return the Ray dataset that answers the shards: one row a shard, then one row with the counts of its answers."""
+    import pyarrow  # type: ignore[import-untyped]
+    import ray
+    import ray.data
+
+    shards = [pyarrow.table({"shard": [number], "items": [items]}) for number, items in enumerate(plan.shards)]
+    # On this machine as many workers as its cores allow; on a cluster Ray decides where the settings do not.
+    limit = settings.workers or (None if settings.address else max(1, usable_cores() // settings.cpus))
+    workers = limit and min(limit, len(shards))
+    with warnings.catch_warnings():
+        # Without `max_retries` Ray Data retries forever. From 2.64 on it is passed in another way; pyproject.toml
+        # allows older versions only.
+        warnings.simplefilter("ignore", ray.util.annotations.RayDeprecationWarning)
+        return ray.data.from_arrow(shards).map_batches(
+            answer,  # type: ignore[arg-type]
+            batch_size=1,
+            fn_args=(job,),
+            num_cpus=settings.cpus,
+            compute=ray.data.TaskPoolStrategy(workers),
+            max_retries=settings.retries,
+        )
 
 
 @dataclass(frozen=True)

@@ -24,7 +24,7 @@ def blur(pixels: np.ndarray, severity: int, random: np.random.Generator) -> np.n
 
 
 def noise(pixels: np.ndarray, severity: int, random: np.random.Generator) -> np.ndarray:
-    """Add Gaussian noise to each channel of each pixel, with a standard deviation of 4, 8 and 16 % of the full scale."""
+    """Add Gaussian noise to each channel of each pixel, with a standard deviation of 4, 8 and 16 % of full scale."""
     spread = (0.04, 0.08, 0.16)[severity - 1] * 255
     return _clipped(pixels + random.normal(0.0, spread, pixels.shape))
 

@@ -50,6 +50,9 @@ def occlusion_map(
     log-probability that the class loses, averaged over the windows that cover a position.
 
     Args:
+        pixels: One preprocessed image.
+        label: The class.
+        predictor: Names the classes and the temperature.
         run: Runs the model on pixels uint8 [N, 3, S, S].
         stopped: Returns whether the answer is no longer wanted.
 
@@ -64,9 +67,7 @@ def occlusion_map(
     known = np.log(np.maximum(softmax(run(pixels[None]), predictor.temperature), 1e-12))[0]
     code = int(known.argmax()) if label is None else predictor.classes.index(label)
     blurred = _blurred(pixels)
-    # At each position: the sum of the losses of the windows over it, and their number, [S, S].
-    lost = np.zeros((side, side), np.float32)
-    covered = np.zeros((side, side), np.float32)
+    lost, covered = np.zeros((2, side, side), np.float32)  # sum and number of the losses at each position
     windows = list(_windows(side))
     for start in range(0, len(windows), _BATCH):
         if stopped():

@@ -119,7 +119,7 @@ def _session(content: bytes, wanted: list[str], concurrent_runs: int) -> onnxrun
 
 
 def one_line_reason(error: Exception) -> str:
-    """Return the message of another package's error, shortened to one line.
+    r"""Return the message of another package's error, shortened to one line.
 
     >>> one_line_reason(ValueError("two\\n   lines"))
     'two lines'

@@ -150,7 +150,7 @@ class Predictor:
         return self.backend.logits(_batch(pixels)) if pixels else np.empty((0, len(self.classes)), np.float32)
 
     def read(self, source: Content) -> np.ndarray | UnreadableImage:
-        """Return the preprocessed pixels uint8 [S, S, 3] of a file or its bytes, or the reason why it cannot be read."""
+        """Return the preprocessed pixels uint8 [S, S, 3] of a file or its bytes, or why it cannot be read."""
         try:
             return self.preprocess.read(source, self.limits)
         except UnreadableImage as error:

@@ -39,7 +39,7 @@ class ResumeLog:
         return cls(output.with_name(f"{output.name}.part"))
 
     def run(self) -> Mapping[str, Any] | None:
-        """Return the fingerprint of the run, None where there is none to resume; StorageError for an unreadable file."""
+        """Return the fingerprint of the run, None where there is none; StorageError where the file cannot be read."""
         with self._errors():
             if not self.path.is_file():
                 return None

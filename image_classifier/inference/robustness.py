@@ -47,7 +47,7 @@ class Robustness:
         return next(iter(self.accuracy.values()))["0"]
 
     def as_dict(self) -> dict[str, dict[str, Any]]:
-        """Return {corruption: {severity: accuracy}}, ready for JSON, and under `about` the images it was measured on."""
+        """Return {corruption: {severity: accuracy}}, ready for JSON, and under `about` the images behind it."""
         return {
             **{name: dict(row) for name, row in self.accuracy.items()},
             "about": {"part": self.part, "images": self.images, "of": self.of, "seed": _SEED},

@@ -98,7 +98,7 @@ def test_images_of_an_archive_can_be_explained(command: Command, tmp_path: Path)
         (("--format", "parquet"), "--output FILE"),
         (("--fetch.timeout_s", "0"), "fetch.timeout_s"),
         (("--archive.max_members", "0"), "archive.max_members"),
-        (("--sort_into", "data"), "lies within the images"),
+        (("--sort_into", "data"), "is within the images"),
         (("--backend", "tensorrt"), "TensorRT needs"),
     ],
 )

@@ -226,7 +226,7 @@ def test_a_link_that_leads_out_is_refused(tmp_path: Path) -> None:
 
 
 def test_sorting_among_the_images_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="lies within the images"):
+    with pytest.raises(ConfigError, match="is within the images"):
         Sorter(tmp_path / "in" / "sorted", DecodeLimits()).check([str(tmp_path)])
     Sorter(tmp_path / "out", DecodeLimits()).check(["-", str(tmp_path / "none")])
 

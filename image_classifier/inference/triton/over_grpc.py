@@ -1,8 +1,9 @@
 """A Triton server over gRPC, with `grpcio` and no generated code: the messages that are used are described here.
 
-Specification: Triton's `grpc_service.proto` (package `inference`, service `GRPCInferenceService`) and `model_config.proto`
-(https://github.com/triton-inference-server/common/tree/main/protobuf), which implement KServe's Open Inference Protocol
-V2 over gRPC (https://github.com/kserve/open-inference-protocol/blob/main/specification/protocol/inference_grpc.md).
+Specification: Triton's `grpc_service.proto` (package `inference`, service `GRPCInferenceService`) and
+`model_config.proto`, in https://github.com/triton-inference-server/common/tree/main/protobuf. They implement KServe's
+Open Inference Protocol V2 over gRPC
+(https://github.com/kserve/open-inference-protocol/blob/main/specification/protocol/inference_grpc.md).
 The encoding, "Encoding" of Protocol Buffers (https://protobuf.dev/programming-guides/encoding/), is left to
 `google.protobuf`. Only field numbers and types are sent: names of messages may differ from the specification.
 """
