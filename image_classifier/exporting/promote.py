@@ -13,6 +13,7 @@ from image_classifier.exporting.mlflow_model import NAME as FOLDER
 from image_classifier.inference.model_reference import CheckpointReference
 from image_classifier.inference.verify import verify_backend
 from image_classifier.mlflow_tracking import register
+from image_classifier.program import program
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,7 +60,7 @@ def promote(settings: PromoteSettings) -> Promotion:
     if not files:
         raise CheckpointError(
             f"{bundle_name!r} has no MLflow model",
-            f"write it first: python commands.py export {bundle.directory} --to mlflow",
+            f"write it first: {program()} export {bundle.directory} --to mlflow",
         )
     name = settings.registered_name or re.sub(r"[/:\s]+", "-", bundle_name)
     tags = {

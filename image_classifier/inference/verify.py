@@ -39,7 +39,7 @@ def verify_backend(
     bundle: Bundle,
     name: str,
     trusted: Sequence[str] = (),
-    server: ServerAddress = ServerAddress(),  # noqa: B008  # frozen
+    server: ServerAddress = ServerAddress(),  # frozen
 ) -> Check:
     """Return what one backend answers for the golden images.
 

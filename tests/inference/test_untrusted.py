@@ -193,9 +193,7 @@ def test_any_bundle_json_gives_a_predictor_or_a_clear_error(
     with suppress(ClassifierError):
         bundle = read_bundle(folder)
         bundle.verify()
-        assert [
-            verify_backend(bundle, name).agreement for name in checkable(bundle) if name == "onnx"
-        ] in ([], [1.0])
+        assert [verify_backend(bundle, name).agreement for name in checkable(bundle) if name == "onnx"] in ([], [1.0])
 
 
 @pytest.mark.parametrize(

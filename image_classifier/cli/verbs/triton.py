@@ -6,6 +6,7 @@ from typing import Any
 
 from image_classifier.cli import hydra_app
 from image_classifier.inference.triton.server import ServerSettings, start_server, stop_server
+from image_classifier.program import program
 
 
 def triton(config: Any) -> None:
@@ -19,4 +20,4 @@ def triton(config: Any) -> None:
     addresses = f"{started.url} and grpc://127.0.0.1:{settings.grpc_port}"
     print(f"triton    {started.model} at {addresses}, golden image answered correctly after {started.seconds:.1f} s")
     runs_dir = "" if settings.runs_dir == ServerSettings.runs_dir else f" --runs_dir {settings.runs_dir}"
-    print(f"stop it   python commands.py triton stop {settings.checkpoint_name}{runs_dir}")
+    print(f"stop it   {program()} triton stop {settings.checkpoint_name}{runs_dir}")

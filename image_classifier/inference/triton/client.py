@@ -15,6 +15,7 @@ from image_classifier.errors import ServerError
 from image_classifier.inference.golden import Golden
 from image_classifier.inference.triton.protocol import Address, Channel, Outputs, Refused, unusable
 from image_classifier.predictions import softmax
+from image_classifier.program import program
 
 RETRIES = 5
 FIRST_WAIT_S = 0.2  # each wait is twice the one before: 6 s in all
@@ -127,7 +128,7 @@ def _hint(error: Refused) -> str:
     if "no answer within" in reason:
         return "raise server_timeout_s, or look at the server's log"
     if "unknown model" in reason:
-        return "start the server with this bundle: python commands.py triton start NAME"
+        return f"start the server with this bundle: {program()} triton start NAME"
     if error.retryable or "the connection failed" in reason:
-        return "is it running there? python commands.py triton start NAME"
+        return f"is it running there? {program()} triton start NAME"
     return ""

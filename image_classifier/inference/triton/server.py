@@ -20,6 +20,7 @@ from image_classifier.errors import CheckpointError, ConfigError, ServerError, S
 from image_classifier.inference.model_reference import CheckpointReference
 from image_classifier.inference.triton.client import TritonBackend, channel_of, model_name
 from image_classifier.inference.triton.protocol import Address, Refused
+from image_classifier.program import program
 
 ACTIONS = ("start", "stop")
 # Files of a model repository can be run as code: it is read once, and nothing is loaded or changed over the network.
@@ -138,7 +139,7 @@ def start_server(settings: ServerSettings) -> StartedServer:
     files = bundle.info.exports.get("triton", {}).get("files", [])
     if not files:
         raise CheckpointError(
-            f"the bundle {path.name!r} has no model repository", f"python commands.py export {path.name} --to triton"
+            f"the bundle {path.name!r} has no model repository", f"{program()} export {path.name} --to triton"
         )
     bundle.verify(files)
     bundle.refuse_unlisted("triton")
@@ -167,9 +168,7 @@ def stop_server(settings: ServerSettings) -> StoppedServer:
 def _start_locked(settings: ServerSettings, name: str, bundle: Bundle) -> StartedServer:
     server = _read(settings.folder)
     if server and server.alive():
-        raise ConfigError(
-            f"a server of {name!r} already runs at {server.url}", f"python commands.py triton stop {name}"
-        )
+        raise ConfigError(f"a server of {name!r} already runs at {server.url}", f"{program()} triton stop {name}")
     _check_ports(settings)
     start = time.monotonic()
     server = _launched(settings, bundle)
