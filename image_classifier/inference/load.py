@@ -58,8 +58,8 @@ def load_predictor(
     batch_size: int = 64,
     trusted: Sequence[str] = (),
     limits: DecodeLimits = DEFAULT_LIMITS,
-    decision: DecisionSettings = DecisionSettings(),  # frozen
-    server: ServerAddress = ServerAddress(),  # frozen
+    decision: DecisionSettings = DecisionSettings(),  # noqa: B008  # frozen
+    server: ServerAddress = ServerAddress(),  # noqa: B008  # frozen
     concurrent_runs: int = 1,
 ) -> Predictor:
     """Return a predictor over the bundle or file that `bundle.find_checkpoint` found.

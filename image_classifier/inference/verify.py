@@ -39,7 +39,7 @@ def verify_backend(
     bundle: Bundle,
     name: str,
     trusted: Sequence[str] = (),
-    server: ServerAddress = ServerAddress(),  # frozen
+    server: ServerAddress = ServerAddress(),  # noqa: B008  # frozen
 ) -> Check:
     """Return what one backend answers for the golden images.
 
