@@ -155,8 +155,6 @@ def test_every_config_composes(path: Path) -> None:
     from omegaconf import OmegaConf
     from omegaconf.errors import InterpolationToMissingValueError
 
-    import image_classifier.cli.hydra_app
-
     with initialize_config_dir(str(CONF), version_base="1.3"):
         if path.parent == CONF:
             config = compose(path.stem)

@@ -33,76 +33,8 @@ _OWN_KEYS = (
 _FOLD_KEYS = ("data.fold=", "data.folds=", "data.manifest_path=")
 
 
-<<<<<<< HEAD
 def suspects(config: DictConfig) -> Path:
     """List the suspects in suspects.csv, suspects.html and, as proposals, in fix.csv; print where they are."""
-=======
-@dataclass(frozen=True)
-class SuspectSettings:
-    """The keys of `suspects` in conf/suspects.yaml.
-
-    Raises:
-        ConfigError: A value that cannot be, named by its key.
-    """
-
-    by: str = "auto"
-    folds: int = 5
-    highest_loss: float = 0.1
-    max_listed: int = 500
-
-    def __post_init__(self) -> None:
-        if isinstance(self.by, str) and self.by not in WAYS:
-            raise ConfigError(
-                f"suspects.by={self.by} is not known", f"{did_you_mean(self.by, WAYS)}It is one of {', '.join(WAYS)}"
-            )
-        if isinstance(self.folds, int) and self.folds < 2:
-            raise ConfigError(
-                f"suspects.folds must be at least 2, not {self.folds}",
-                "5 trains on four fifths of the images each time",
-            )
-        if isinstance(self.highest_loss, int | float) and not 0 <= self.highest_loss <= 1:
-            raise ConfigError(
-                f"suspects.highest_loss must lie between 0 and 1, not {self.highest_loss}", "0.1 lists the worst tenth"
-            )
-        if isinstance(self.max_listed, int) and self.max_listed < 0:
-            raise ConfigError(f"suspects.max_listed must be at least 0, not {self.max_listed}")
-
-
-def suspects(config: Any) -> Path:
-    """Rank the images by how doubtful their labels are; writes suspects.csv, suspects.html and the proposals of fix.csv beside the audit."""
-    asked = hydra_app.typed(SuspectSettings, config.suspects, "suspects")
-    run = hydra_app.typed(RunSettings, hydra_app.only(config, *(item.name for item in fields(RunSettings))), "")
-    apply = _apply(config.get("apply"))
-    _check(config)
-    folded = hydra_app.replaced(config, {"data.folds": asked.folds, "data.fold": 0, "data.manifest_path": None})
-    first, data, found = audited(folded)
-    _check_start(config, run, first)
-    folds = all_folds(found, data)
-    name = run.name or f"{data.name or first.root.resolve().name}-suspects".replace("/", "-").lstrip(".")
-    directory = Path(run.runs_dir) / name
-    answers = _out_of_fold(config, asked.by, folds, replace(data, folds=None, fold=None), directory, found)
-    suspected = find_suspects(answers, _conflicts(found), asked.highest_loss)
-    if config.checkpoint_name:
-        suspected = merged(suspected, _of_bundle(str(config.checkpoint_name), run, first, asked.highest_loss))
-    fixes = read_fixes(found.fixes.path)  # read again: a person may have written to it meanwhile
-    suspected = [suspect for suspect in suspected if suspect.path not in fixes.decided]
-    return _write(suspected, fixes, apply, asked.max_listed, found, data, answers)
-
-
-def _apply(value: Any) -> bool | int:
-    if isinstance(value, bool) or (isinstance(value, int) and value >= 0):
-        return value
-    raise ConfigError(
-        f"invalid apply {value!r}", "apply=true accepts what confident learning says, apply=50 the worst fifty"
-    )
-
-
-def _check(config: Any) -> None:
-    if config.overwrite or config.get("resume"):
-        raise ConfigError(
-            "suspects goes on by itself where it stopped", "leave overwrite= and resume= out, or choose another name="
-        )
->>>>>>> w-serving
     if config.data.folds is not None or config.data.fold is not None:
         raise ConfigError(
             "suspects makes all folds itself",

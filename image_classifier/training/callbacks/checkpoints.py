@@ -78,7 +78,6 @@ class LastCheckpoint(BetweenSteps):
         }
         for name, value in numbers.items():
             if value is not None and value <= 0:
-<<<<<<< HEAD
                 raise ConfigError(f"invalid callbacks.last_checkpoint.{name}={value}", "use a number above 0")
         self.directory = Path(dirpath)
         self.keep = keep
@@ -88,12 +87,6 @@ class LastCheckpoint(BetweenSteps):
         self.newest = ""
         self._saved_step = 0
         self._saved_time_s = math.inf
-=======
-                raise ConfigError(f"invalid callbacks.last_checkpoint.{name} {value}", "expected a number above 0")
-        self.directory, self.keep = Path(dirpath), keep
-        self.every_n_epochs, self.every_n_steps, self.every_n_minutes = every_n_epochs, every_n_steps, every_n_minutes
-        self._step, self._time, self.newest = 0, math.inf, ""
->>>>>>> w-serving
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._saved_step = trainer.global_step
@@ -168,15 +161,10 @@ class BestCheckpoint(Callback):
 
     def __init__(self, dirpath: str, monitor: str = "val/f1_macro", mode: str = "max") -> None:
         if mode not in ("min", "max"):
-<<<<<<< HEAD
             raise ConfigError(f"invalid callbacks.best_checkpoint.mode={mode}", "use min or max")
         self.path = Path(dirpath) / BEST
         self.monitor = monitor
         self.mode = mode
-=======
-            raise ConfigError(f"invalid callbacks.best_checkpoint.mode {mode}", "expected min or max")
-        self.path, self.monitor, self.mode = Path(dirpath) / BEST, monitor, mode
->>>>>>> w-serving
         self.score = -math.inf if mode == "max" else math.inf
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
