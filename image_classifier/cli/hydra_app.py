@@ -185,6 +185,21 @@ def composed(verb: str, overrides: Iterable[str]) -> DictConfig:
         ConfigError: The other verb would refuse these overrides.
     """
     extra = [override for override in HydraConfig.get().overrides.hydra if override.startswith("hydra.searchpath=")]
+    return _complete(verb, overrides, extra)
+
+
+def composed_from_python(verb: str, overrides: Iterable[str]) -> DictConfig:
+    """Return the configuration of a verb where no verb is running; a conf/ folder of one's own is heeded.
+
+    Raises:
+        ConfigError: The verb would refuse these overrides.
+    """
+    folder = own_conf()
+    with composer(CONF_DIR):
+        return _complete(verb, overrides, _search_path(str(folder) if folder else None))
+
+
+def _complete(verb: str, overrides: Iterable[str], extra: list[str]) -> DictConfig:
     config = _compose(verb, verb, [parse(override).input_line or "" for override in overrides], extra)
     check_complete(config, verb)
     check_targets(config, config.get("trusted_packages") or ())

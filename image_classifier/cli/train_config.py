@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import fields
-from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig
@@ -13,7 +12,6 @@ from image_classifier.cli import hydra_app
 from image_classifier.dataset.audit.issues import AuditSettings
 from image_classifier.dataset.prepare import DataSettings
 from image_classifier.evaluation.reliability.abstention import DEFAULTS, DecisionSettings
-from image_classifier.paths import CONF_DIR
 from image_classifier.training.config import (
     ModelConfig,
     Node,
@@ -29,14 +27,13 @@ from image_classifier.training.run_dir import RunSettings
 _OWN_TRAINER_KEYS = ("channels_last", "speed", "compile", "on_nan")  # of conf/trainer; all others are Lightning's
 
 
-def compose_train_config(overrides: Iterable[str], conf: Path = CONF_DIR) -> TrainConfig:
+def compose_train_config(overrides: Iterable[str]) -> TrainConfig:
     """Return what `train` would run with, from Python; the overrides are Hydra's, such as "trainer.max_epochs=3".
 
     Raises:
         ConfigError: An override that the command line would refuse.
     """
-    with hydra_app.composer(conf):
-        return train_config(hydra_app.composed("train", overrides))
+    return train_config(hydra_app.composed_from_python("train", overrides))
 
 
 def train_config(config: DictConfig) -> TrainConfig:
