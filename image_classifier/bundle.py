@@ -19,6 +19,7 @@ import numpy as np
 
 from image_classifier.atomic_io import write_text
 from image_classifier.errors import CheckpointError
+from image_classifier.program import program
 
 SCHEMA_VERSION = 1
 _MOST_BYTES = 2**26  # of a bundle.json
@@ -272,7 +273,7 @@ def _names(path: Path, models_dir: Path) -> set[str]:
 def _suggestion(name: str, known: list[Path], models_dir: Path) -> str:
     names = [path.relative_to(models_dir).as_posix() for path in known]
     if not names:
-        return "train one first: python commands.py train"
+        return f"train one first: {program()} train"
     near = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
     return f"did you mean {near[0]}?" if near else f"there are {', '.join(names[:10])}"
 

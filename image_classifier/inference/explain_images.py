@@ -15,6 +15,7 @@ from image_classifier.errors import CheckpointError, ConfigError
 from image_classifier.evaluation.plots.heat_map import explanation_name, plot_explanation
 from image_classifier.images import DEFAULT_LIMITS, DecodeLimits, Preprocess, inspect
 from image_classifier.predictions import Prediction
+from image_classifier.program import program
 from image_classifier.sources.image_source import Content
 
 if TYPE_CHECKING:
@@ -102,7 +103,7 @@ def checkpoint_of(path: Path) -> Path:
         return path
     bundle = read_bundle(path)
     if not (path / "model.ckpt").is_file():
-        hint = f"copy it from the machine that trained, or leave --explain out (python commands.py infer --checkpoint_name {path.name} --images PATH)"
+        hint = f"copy it from the machine that trained, or leave --explain out ({program()} infer --checkpoint_name {path.name} --images PATH)"
         raise CheckpointError(f"the bundle {str(path)!r} has no model.ckpt, which explanations need", hint)
     bundle.verify(["model.ckpt"])
     return bundle.path("model.ckpt")

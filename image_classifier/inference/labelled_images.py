@@ -13,6 +13,7 @@ from image_classifier.dataset.prepare import load_test_manifest
 from image_classifier.errors import DataError
 from image_classifier.images import DecodeLimits, is_image_name
 from image_classifier.manifest import Manifest
+from image_classifier.program import program
 from image_classifier.sources.table import is_table
 
 _SHOWN = 10  # classes in a message
@@ -89,7 +90,7 @@ def _infer(path: Path, checkpoint_name: str) -> str:
 def _command(verb: str, checkpoint_name: str, option: str, value: str) -> str:
     """A line to copy into a shell; a value that begins with a dash needs the equals sign."""
     joined = [f"{option}={shlex.quote(value)}"] if value.startswith("-") else [option, shlex.quote(value)]
-    return " ".join(["python commands.py", verb, "--checkpoint_name", shlex.quote(checkpoint_name), *joined])
+    return " ".join([program(), verb, "--checkpoint_name", shlex.quote(checkpoint_name), *joined])
 
 
 def _shown(path: Path) -> str:

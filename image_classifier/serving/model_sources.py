@@ -15,6 +15,7 @@ from typing import Protocol
 from image_classifier.bundle import INFO_NAME
 from image_classifier.errors import CheckpointError, ConfigError, storage_errors
 from image_classifier.inference.load import pulled_checkpoint
+from image_classifier.program import program
 
 _REGISTERED = re.compile(r"models:/([^/@:\s]+)[@/]([^/@:\s]+)")
 _UNFINISHED = "download-"
@@ -93,7 +94,7 @@ class RegisteredModel:
                     bundle = download(self.tracking_uri, source, Path(folder)) / _INSIDE
                     if not (bundle / INFO_NAME).is_file():
                         raise CheckpointError(
-                            f"{self.name}@{self.alias} holds no bundle", "register one: python commands.py promote NAME"
+                            f"{self.name}@{self.alias} holds no bundle", f"register one: {program()} promote NAME"
                         )
                     shutil.rmtree(place, ignore_errors=True)
                     os.rename(bundle, place)

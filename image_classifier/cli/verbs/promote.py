@@ -15,6 +15,7 @@ from image_classifier.exporting.mlflow_model import NAME as FOLDER
 from image_classifier.inference.load import pulled_bundle
 from image_classifier.inference.verify import verified
 from image_classifier.mlflow_tracking import register
+from image_classifier.program import program
 
 
 @dataclass(frozen=True)
@@ -53,7 +54,7 @@ def promote(config: Any) -> None:
     if not files:
         raise CheckpointError(
             f"{called!r} has no model of MLflow",
-            f"write it first: python commands.py export {bundle.directory} --to mlflow",
+            f"write it first: {program()} export {bundle.directory} --to mlflow",
         )
     name = asked.registered_name or re.sub(r"[/:\s]+", "-", called)
     about = {

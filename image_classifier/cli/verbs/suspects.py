@@ -26,6 +26,7 @@ from image_classifier.evaluation.label_issues.ranking import Suspect, find_suspe
 from image_classifier.inference.load import pulled_checkpoint
 from image_classifier.manifest import SPLITS, Manifest
 from image_classifier.predictions import PredictionTable
+from image_classifier.program import program
 from image_classifier.text import did_you_mean
 from image_classifier.training.cross_validation.by_training import answer_by_training, fold_runs
 from image_classifier.training.run_dir import RunSettings
@@ -208,7 +209,7 @@ def _of_bundle(name: str, run: RunSettings, manifest: Manifest, share: float) ->
             )
     if not found and share:
         fact = f"there are no predictions of {name!r} for these images in {run.plots_dir}"
-        raise DataError(fact, f"python commands.py test --checkpoint_name {name} --split val writes them")
+        raise DataError(fact, f"{program()} test --checkpoint_name {name} --split val writes them")
     return found
 
 

@@ -23,6 +23,7 @@ from image_classifier.inference.load import pulled_checkpoint
 from image_classifier.inference.triton.client import TritonBackend, channel_of, model_name
 from image_classifier.inference.triton.flags import FLAGS
 from image_classifier.inference.triton.protocol import Address, Refused
+from image_classifier.program import program
 
 _STATE, _LOG, _POLL_S = "server.json", "server.log", 0.2
 
@@ -111,7 +112,7 @@ def _start(asked: ServerSettings, folder: Path) -> None:
     files = bundle.info.exports.get("triton", {}).get("files", [])
     if not files:
         raise CheckpointError(
-            f"the bundle {path.name!r} holds no model repository", f"python commands.py export {path.name} --to triton"
+            f"the bundle {path.name!r} holds no model repository", f"{program()} export {path.name} --to triton"
         )
     bundle.verify(files)
     bundle.refuse_unlisted("triton")
@@ -126,7 +127,7 @@ def _start_one(asked: ServerSettings, path: Path, bundle: Bundle, folder: Path) 
     server = _read(folder)
     if server and server.alive():
         raise ConfigError(
-            f"the server of {path.name!r} was started at {server.url}", f"python commands.py triton stop {path.name}"
+            f"the server of {path.name!r} was started at {server.url}", f"{program()} triton stop {path.name}"
         )
     _refuse_used(asked)
     start = time.monotonic()
@@ -141,7 +142,7 @@ def _start_one(asked: ServerSettings, path: Path, bundle: Bundle, folder: Path) 
     took = f"a golden image answered right after {time.monotonic() - start:.1f} s"
     print(f"triton    {model_name(bundle.info)} at {server.url} and grpc://127.0.0.1:{asked.grpc_port}, {took}")
     where = "" if asked.runs_dir == ServerSettings.runs_dir else f" --runs_dir {asked.runs_dir}"
-    print(f"stop it   python commands.py triton stop {asked.checkpoint_name}{where}")
+    print(f"stop it   {program()} triton stop {asked.checkpoint_name}{where}")
 
 
 def _stop(asked: ServerSettings, folder: Path) -> None:

@@ -14,6 +14,7 @@ from image_classifier.errors import ServerError
 from image_classifier.inference.golden import Golden
 from image_classifier.inference.triton.protocol import Address, Channel, Outputs, Refused, unusable
 from image_classifier.predictions import softmax
+from image_classifier.program import program
 
 RETRIES, FIRST_WAIT_S = 5, 0.2  # each wait is twice the one before: 6 s in all
 TOLERANCE = 1e-4
@@ -126,9 +127,9 @@ def _hint(error: Refused) -> str:
     if "no answer within" in reason:
         return "raise server_timeout_s, or look at the server's log"
     if "unknown model" in reason:
-        return "start the server with this bundle: python commands.py triton start NAME"
+        return f"start the server with this bundle: {program()} triton start NAME"
     return (
-        "is it running there? python commands.py triton start NAME"
+        f"is it running there? {program()} triton start NAME"
         if error.again or "the connection failed" in reason
         else ""
     )

@@ -10,11 +10,13 @@ from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
+from image_classifier.program import program
+
 ORIGIN = "{origin}"  # where the page names the address by which its reader came
 _COMMANDS = {
     "/predict": "curl -F images=@photo.jpg -F images=@other.jpg '{origin}/predict?top_k=3'",
     "/explain": "curl -F images=@photo.jpg '{origin}/explain'",
-    "/v2/models/{name}/infer": "python commands.py infer --checkpoint_name NAME --images photo.jpg --backend triton --url {origin}",
+    "/v2/models/{name}/infer": "{program} infer --checkpoint_name NAME --images photo.jpg --backend triton --url {origin}",
 }
 
 
@@ -46,7 +48,9 @@ def rendered(description: Mapping[str, Any], needs_key: bool) -> str:
 def _operations(description: Mapping[str, Any]) -> Iterator[tuple[str, Operation]]:
     for path, methods in description["paths"].items():
         for method, told in methods.items():
-            command = _COMMANDS.get(path) or (f"curl '{ORIGIN}{path}'" if method == "get" else "")
+            command = _COMMANDS.get(path, "").replace("{program}", program()) or (
+                f"curl '{ORIGIN}{path}'" if method == "get" else ""
+            )
             if "security" in told:
                 command = command.replace("curl ", 'curl -H "X-API-Key: $KEY" ', 1)
             answers = [(code, str(answer.get("description") or "")) for code, answer in told["responses"].items()]

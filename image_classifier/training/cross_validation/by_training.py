@@ -5,17 +5,16 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import sys
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
 
 from image_classifier.atomic_io import file_lock, write_text
-from image_classifier.cli.options import quoted
 from image_classifier.errors import TrainingError
 from image_classifier.manifest import Manifest
-from image_classifier.paths import CONF_DIR
+from image_classifier.override_grammar import quoted
+from image_classifier.program import child_command
 from image_classifier.training.run_dir import read_notes
 from image_classifier.training.tuning.subprocess_run import TrialOutcome, TrialProcess, sigterm_stops
 
@@ -32,7 +31,7 @@ class FoldRun:
     directory: Path
     words: tuple[str, ...]
     key: str
-    program: tuple[str, ...] = (sys.executable, str(CONF_DIR.parent / "commands.py"), "train")
+    program: tuple[str, ...] = (*child_command(), "train")
 
     @property
     def log(self) -> Path:

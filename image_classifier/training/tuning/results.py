@@ -13,6 +13,7 @@ from pathlib import Path
 from optuna.trial import FrozenTrial, TrialState
 
 from image_classifier.atomic_io import write_text
+from image_classifier.program import program
 from image_classifier.training.tuning.study import TuneSettings
 
 _MAX_ROWS = 30
@@ -141,7 +142,7 @@ def write_csv(trials: Sequence[FrozenTrial], asked: TuneSettings, path: Path) ->
 
 def winner_command(first: Sequence[str], overrides: Sequence[str], study: str) -> str:
     """The command line that trains the winner, as a shell takes it."""
-    return shlex.join(["python", "commands.py", "train", *first, *overrides, f"name={study}-best"])
+    return f"{program()} " + shlex.join(["train", *first, *overrides, f"name={study}-best"])
 
 
 def _keys(trials: Sequence[FrozenTrial]) -> list[str]:
