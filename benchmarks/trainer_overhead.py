@@ -19,20 +19,20 @@ import torch
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from image_classifier.cli.train_config import compose_train_config
-from image_classifier.dataset.pixel_cache import open_cache
-from image_classifier.dataset.run import prepare_dataset
-from image_classifier.training.builders import (
+from image_classifier.cli.train_config import compose_train_config  # noqa: E402
+from image_classifier.dataset.pixel_cache import open_cache  # noqa: E402
+from image_classifier.dataset.run import prepare_dataset  # noqa: E402
+from image_classifier.training.builders import (  # noqa: E402
     TrainingInputs,
     build_datamodule,
     build_module,
     build_trainer,
 )
-from image_classifier.training.callbacks.csv_metrics import CSVMetrics
-from image_classifier.training.callbacks.exact_resume import ExactResume
-from image_classifier.training.callbacks.nan_guard import NanGuard
-from image_classifier.training.callbacks.throughput import Throughput
-from image_classifier.training.hardware import choose_hardware
+from image_classifier.training.callbacks.csv_metrics import CSVMetrics  # noqa: E402
+from image_classifier.training.callbacks.exact_resume import ExactResume  # noqa: E402
+from image_classifier.training.callbacks.nan_guard import NanGuard  # noqa: E402
+from image_classifier.training.callbacks.throughput import Throughput  # noqa: E402
+from image_classifier.training.hardware import choose_hardware  # noqa: E402
 
 
 def main() -> None:
