@@ -134,7 +134,7 @@ def instantiate(
 
 
 def _at_key(node: Mapping[str, Any], key: str) -> Any:
-    """Return a plain node as OmegaConf holds it at this key, so that errors name the key; no text in it starts an interpolation."""
+    """Return a plain node as OmegaConf holds it at this key, so that errors name it; its text is taken literally."""
     names = key.split(".") if key else []
     config: Any = literal_values(dict(node))
     for name in reversed(names):

@@ -1,4 +1,4 @@
-"""Words for a person: names near a misspelt one, counted nouns, short lists, and text of strangers made safe to print."""
+"""Words for a person: names near a misspelt one, counted nouns, short lists, untrusted text made safe to print."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""From what Hydra composed to the typed configuration of a training: below this there is neither Hydra nor OmegaConf."""
+"""Turns what Hydra composed into the typed configuration of a training."""
 
 from __future__ import annotations
 
