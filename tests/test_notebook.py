@@ -1,4 +1,4 @@
-"""The notebook of the documentation runs from top to bottom in an empty folder, only shorter, and shows what it says."""
+"""The notebook of the documentation runs in an empty folder, only shorter, and shows what it says."""
 
 from __future__ import annotations
 
