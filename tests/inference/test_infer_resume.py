@@ -184,7 +184,8 @@ def test_without_resume_a_run_starts_over_and_says_so(
     answer = command(*line(output))
     command(*line(tmp_path / "other.jsonl"))
     assert (
-        "--resume would have continued it" in answer.err and output.read_bytes() == (tmp_path / "other.jsonl").read_bytes()
+        "--resume would have continued it" in answer.err
+        and output.read_bytes() == (tmp_path / "other.jsonl").read_bytes()
     )
 
 

@@ -12,7 +12,15 @@ import pytest
 from image_classifier.bundle import read_bundle
 from image_classifier.errors import CheckpointError
 from image_classifier.inference.backends import fitting
-from image_classifier.inference.latency import _MIN_CALLS, _WARM_UP, Latency, hardware, measure_backend, measure_latency, timed
+from image_classifier.inference.latency import (
+    _MIN_CALLS,
+    _WARM_UP,
+    Latency,
+    hardware,
+    measure_backend,
+    measure_latency,
+    timed,
+)
 from tests.conftest import Command
 
 
