@@ -129,13 +129,9 @@ class TestProgram:
         assert not (tmp_path / "runs/triton/small/server.json").exists()
 
     def test_one_that_is_never_ready_is_stopped(self, start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
-        from image_classifier.cli.verbs import triton
-
         pids: list[int] = []
         spawn = os.posix_spawn
-        monkeypatch.setattr(
-            triton.os, "posix_spawn", lambda *line, **more: pids.append(spawn(*line, **more)) or pids[-1]
-        )
+        monkeypatch.setattr(os, "posix_spawn", lambda *line, **more: pids.append(spawn(*line, **more)) or pids[-1])
         done = start("never", "--wait_s", "2")
         assert done.code == 2 and "was not ready within 2 s" in done.err and "server.log" in done.err
         assert len(pids) == 1 and not runs(pids[0])
