@@ -14,7 +14,7 @@ from typing import Any
 
 from image_classifier.atomic_io import file_lock, write_text
 from image_classifier.errors import SourceError, StorageError, storage_errors
-from image_classifier.sources.download import shown
+from image_classifier.sources.addresses import shown
 
 log = logging.getLogger(__name__)
 

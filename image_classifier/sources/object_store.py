@@ -13,6 +13,7 @@ from typing import Any
 
 from image_classifier.errors import ConfigError, DataError, SourceError, StorageError, UnreadableImage
 from image_classifier.images import IMAGE_SUFFIXES, is_image_name
+from image_classifier.sources.folders import is_visible
 from image_classifier.sources.image_source import ImageSource
 
 _SCHEME = "s3://"
@@ -61,9 +62,7 @@ class Storage:
         names = sorted(
             tuple(info.path[len(place) :].strip("/").split("/")) for info in below if info.type == FileType.File
         )
-        wanted = [
-            parts for parts in names if is_image_name(parts[-1]) and not any(part.startswith(".") for part in parts)
-        ]
+        wanted = [parts for parts in names if is_image_name(parts[-1]) and all(map(is_visible, parts))]
         if not wanted:
             raise DataError(f"{address!r} holds no image", f"images end in {', '.join(sorted(IMAGE_SUFFIXES))}")
         for parts in wanted:

@@ -18,8 +18,8 @@ from image_classifier.dataset.discovery import FileTree, discover
 from image_classifier.dataset.sources import Digits, Folder, Hub, TorchvisionDataset, deferred
 from image_classifier.errors import ConfigError, SourceError
 from tests.conftest import ROOT
-from tests.dataset.fetch.test_archive import packed
-from tests.dataset.fetch.test_download import Server, server  # noqa: F401  (a fixture)
+from tests.sources.test_unpack import packed
+from tests.sources.test_download import Server, server  # noqa: F401  (a fixture)
 
 DOWNLOADED = ("cifar10", "flowers102", "oxford_pets")
 

@@ -88,7 +88,7 @@ class HttpChannel:
                         _body(response, watchdog),
                     )
         except (OSError, HTTPException) as error:
-            if watchdog.bit or isinstance(error, TimeoutError):
+            if watchdog.expired or isinstance(error, TimeoutError):
                 raise Refused(f"no answer within {timeout_s:g} s") from error
             again = isinstance(error, (ConnectionError, IncompleteRead))
             raise Refused(f"the connection failed ({type(error).__name__}: {error})", again) from error
@@ -102,7 +102,7 @@ def _body(response: HTTPResponse, watchdog: SocketDeadline) -> bytes:
         size += len(part)
         if size > MOST_BYTES:
             raise Refused(f"its answer is longer than {MOST_BYTES} bytes")
-    if watchdog.bit:
+    if watchdog.expired:
         raise TimeoutError
     if response.length:
         raise Refused("its answer is cut short", again=True)
