@@ -114,7 +114,7 @@ def _check_space(archive: Path, folder: Path, needed: int) -> None:
 
 
 def _damaged(archive: Path, error: BaseException) -> SourceError:
-    return SourceError(f"cannot unpack {str(archive)!r}: {damage(error)}", "if it is not encrypted, get it again")
+    return SourceError(f"cannot unpack {str(archive)!r}: {damage(error)}", "it is damaged or encrypted: get it again")
 
 
 def _unsafe(archive: Path, reason: str) -> SourceError:
