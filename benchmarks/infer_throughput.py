@@ -69,7 +69,7 @@ def _speed(predictor: Predictor, paths: list[Path], rounds: int, model: Path) ->
     pixels = [predictor.preprocess.read(path) for path in paths[: predictor.batch_size]]
     sides: dict[str, Callable[[], object]] = {
         "decode alone": lambda: _decode(predictor, paths),
-        "backend alone": lambda: [predictor.judge(pixels) for _ in range(len(paths) // len(pixels))],
+        "backend alone": lambda: [predictor.logits_and_scores(pixels) for _ in range(len(paths) // len(pixels))],
         "infer": lambda: sum(1 for _ in predictor.predict(paths)),
         "plain loop": lambda: _plain(
             model / "model.onnx" if model.is_dir() else model, predictor.preprocess.size, paths

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import inspect
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import hydra.utils
@@ -14,6 +14,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from image_classifier.errors import ClassifierError, ConfigError
+from image_classifier.mappings import literal_values
 from image_classifier.text import did_you_mean
 
 _LIGHTNING = ("callbacks.", "loggers.", "plugins.", "profilers.", "strategies.")
@@ -51,6 +52,28 @@ NETWORKS = (
     "image_classifier.modeling.convnet.MLP",
     "image_classifier.modeling.whitened.WhitenedNet",
 )
+# Classes that moved or were renamed, old dotted path to new: configurations, run folders, bundles and checkpoints that
+# were saved before name the old one.
+ALIASES = {
+    f"image_classifier.{old}": f"image_classifier.{new}"
+    for old, new in {
+        "modeling.features.EmbeddingStore": "modeling.embeddings.EmbeddingStore",
+        "modeling.held.Held": "modeling.attribution_rules.DetachedAttention",
+        "training.augment.mix.Mix": "training.augment.mixup_cutmix.Mix",
+        "training.augment.operations.Draw": "training.augment.rand_augment.Draw",
+        "training.augment.operations.RandomOperations": "training.augment.rand_augment.RandomOperations",
+        "training.callbacks.bad_loss.BadLoss": "training.callbacks.nan_guard.NanGuard",
+        "training.callbacks.compiling.Compiling": "training.callbacks.torch_compile.TorchCompile",
+        "training.callbacks.history.RunHistory": "training.callbacks.csv_metrics.CSVMetrics",
+        "training.callbacks.rehearsing.Stopwatch": "training.callbacks.lr_sweep.StepTimer",
+        "training.callbacks.rehearsing.Sweep": "training.callbacks.lr_sweep.LearningRateSweep",
+        "training.callbacks.signals.Signals": "training.callbacks.preemption.SignalHandler",
+        "training.callbacks.signals.StopOnSignal": "training.callbacks.preemption.StopOnSignal",
+        "training.callbacks.state.ExactState": "training.callbacks.exact_resume.ExactResume",
+        "training.callbacks.tuner.ReportToTuner": "training.callbacks.optuna_pruning.OptunaPruning",
+        "training.optimizers.schedules.Moves": "training.optimizers.schedules.OptimizerAndSchedule",
+    }.items()
+}
 _HOMES = (
     "timm.models.",
     "image_classifier.modeling.",
@@ -80,15 +103,26 @@ def check_targets(node: Any, trusted: Iterable[str] = (), known: tuple[str, ...]
 
 
 def instantiate(
-    node: Any, *args: Any, trusted: Iterable[str] = (), known: tuple[str, ...] = TRUSTED, **kwargs: Any
+    node: Any, *args: Any, trusted: Iterable[str] = (), known: tuple[str, ...] = TRUSTED, key: str = "", **kwargs: Any
 ) -> Any:
     """Build the object a node describes, after `check_targets`; None for no node and for `_target_: null`.
+
+    Args:
+        node: A mapping with `_target_`, plain (its values are taken to the letter) or of OmegaConf.
+        args: Positional arguments for the target.
+        trusted: The user's own packages that a `_target_` may name.
+        known: The allow-list.
+        key: The dotted key of a plain mapping in the configuration, for messages.
+        kwargs: Arguments that replace or add to those of the node.
 
     Raises:
         ConfigError: An untrusted target, a package that is missing, an argument the target does not take or refuses.
     """
     if node is None or (hasattr(node, "get") and "_target_" in node and node.get("_target_") is None):
         return None
+    if isinstance(node, Mapping) and not OmegaConf.is_config(node):
+        node = _at_key(node, key)
+    node = _with_new_names(node)
     allowed = _allowed(trusted, known)
     check_targets(node, trusted, known)
     for key, target, given in _targets(node):
@@ -97,6 +131,35 @@ def instantiate(
         return hydra.utils.instantiate(node, *args, **kwargs)
     except InstantiationException as error:
         raise _explained(error, node) from error.__cause__
+
+
+def _at_key(node: Mapping[str, Any], key: str) -> Any:
+    """Return a plain node as OmegaConf holds it at this key, so that errors name the key; no text in it starts an interpolation."""
+    names = key.split(".") if key else []
+    config: Any = literal_values(dict(node))
+    for name in reversed(names):
+        config = {name: config}
+    config = OmegaConf.create(config)
+    for name in names:
+        config = config[name]
+    return config
+
+
+def _with_new_names(node: Any) -> Any:
+    """Return the node, resolved and with new dotted paths where it names classes by old ones."""
+    if not isinstance(node, DictConfig):
+        return node
+    plain = _plain(node)
+    renamed = _renamed(plain)
+    return node if renamed == plain else _at_key(renamed, str(node._get_full_key(None) or ""))
+
+
+def _renamed(plain: Any) -> Any:
+    if isinstance(plain, dict):
+        node = {name: _renamed(value) for name, value in plain.items()}
+        target = node.get("_target_")
+        return node | {"_target_": ALIASES[target]} if isinstance(target, str) and target in ALIASES else node
+    return [_renamed(value) for value in plain] if isinstance(plain, (list, tuple)) else plain
 
 
 def _allowed(trusted: Iterable[str], known: tuple[str, ...]) -> tuple[str, ...]:
@@ -108,18 +171,24 @@ def _is_trusted(name: str, allowed: tuple[str, ...]) -> bool:
 
 
 def _targets(node: Any) -> Iterator[tuple[str, str, dict[str, Any]]]:
-    """Every node of the tree that has a `_target_`: its key, the target and the whole plain node."""
+    """Yield each node of the tree that has a `_target_`: its key, the target by its new name, and the plain node."""
+    key = str(node._get_full_key(None) or "") if isinstance(node, DictConfig) else ""
+    yield from _walk(_plain(node), key)
+
+
+def _plain(node: Any) -> Any:
+    """Return a node of OmegaConf as plain containers with its interpolations resolved."""
     try:
-        plain = OmegaConf.to_container(node, resolve=True) if OmegaConf.is_config(node) else node
+        return OmegaConf.to_container(node, resolve=True) if OmegaConf.is_config(node) else node
     except OmegaConfBaseException as error:
         raise ConfigError(f"cannot resolve {error.full_key}", str(error).partition("\n")[0]) from error
-    yield from _walk(plain, str(node._get_full_key(None) or "") if isinstance(node, DictConfig) else "")
 
 
 def _walk(plain: Any, key: str) -> Iterator[tuple[str, str, dict[str, Any]]]:
     if isinstance(plain, dict):
         if plain.get("_target_") is not None:
-            yield key, str(plain["_target_"]), plain
+            target = str(plain["_target_"])
+            yield key, ALIASES.get(target, target), plain
         for name, value in plain.items():
             yield from _walk(value, _join(key, str(name)))
     elif isinstance(plain, (list, tuple)):

@@ -16,6 +16,7 @@ import numpy as np
 
 from image_classifier.atomic_io import atomic_file
 from image_classifier.errors import DataError
+from image_classifier.program import program
 
 SPLITS = ("train", "val", "test")
 ENCODING = ("utf-8", "surrogateescape")  # any file name survives
@@ -224,7 +225,7 @@ class Manifest:
                 return _read(csv.DictReader(file), path, root)
         except OSError as error:
             raise DataError(
-                f"cannot read the manifest {str(path)!r} ({error.strerror})", "run `python commands.py prepare` first"
+                f"cannot read the manifest {str(path)!r} ({error.strerror})", f"run `{program()} prepare` first"
             ) from error
 
 

@@ -15,6 +15,7 @@ import numpy as np
 from image_classifier.atomic_io import atomic_file, write_text
 from image_classifier.errors import DataError
 from image_classifier.manifest import ENCODING, csv_writer
+from image_classifier.program import program
 
 _COLUMNS = ("path", "label", "predicted_class", "confidence")
 _BLOCK = 4096  # rows of a table written at a time
@@ -158,7 +159,7 @@ class PredictionTable:
         except (OSError, EOFError, ValueError, KeyError, TypeError) as error:
             reason = error.strerror if isinstance(error, OSError) else f"{type(error).__name__}: {error}"
             fact = f"{str(directory)!r} holds no whole predictions.csv, logits.npy and predictions.json ({reason})"
-            raise DataError(fact, "write them again with `python commands.py test`") from error
+            raise DataError(fact, f"write them again with `{program()} test`") from error
 
 
 def softmax(logits: np.ndarray, temperature: float = 1.0) -> np.ndarray:

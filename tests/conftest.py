@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -37,6 +38,7 @@ settings.register_profile(
 settings.load_profile("project")
 
 ROOT = Path(__file__).resolve().parents[1]
+PROGRAM = shlex.join(["python", str(ROOT / "commands.py")])  # as hints name it in the tests
 QUICK = ("logger=none", "plots.figures=false", "diagnostics=none")  # a training without what is told to people
 MakeTree = Callable[..., Path]
 
@@ -119,7 +121,7 @@ def command(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) 
 
 def run_command(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], line: tuple[str, ...]) -> Answer:
     import commands
-    from image_classifier.cli.options import exit_code
+    from image_classifier.cli.exit_codes import exit_code
 
     capfd.readouterr()
     monkeypatch.setattr(sys, "argv", [str(ROOT / "commands.py"), *map(str, line)])

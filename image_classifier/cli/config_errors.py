@@ -19,8 +19,11 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from image_classifier.cli.options import TEXT_KEYS, is_base, requoted
+from image_classifier.cli.conf_files import is_base
+from image_classifier.cli.options import TEXT_KEYS
 from image_classifier.errors import ConfigError
+from image_classifier.override_grammar import requoted
+from image_classifier.program import program
 from image_classifier.text import did_you_mean, nearest
 
 
@@ -178,7 +181,7 @@ def _hint(loader: ConfigLoader, root: str, kept: list[str], override: Override, 
     guess = (
         f"did you mean {near} ({_file(loader, root, kept, near)})?"
         if near
-        else f"python commands.py {verb} --cfg job shows all keys."
+        else f"{program()} {verb} --cfg job shows all keys."
     )
     return guess if override.is_delete() else f"{guess} To add a new key write +{override.key_or_group}=..."
 

@@ -6,8 +6,7 @@ import logging
 import os
 import socket
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
@@ -15,7 +14,6 @@ from omegaconf import DictConfig
 
 from image_classifier.cli.options import CommandLine, translate
 from image_classifier.errors import ClassifierError
-from image_classifier.paths import CONF_DIR
 
 log = logging.getLogger(__name__)
 
@@ -84,17 +82,3 @@ def _line_of_job(verb: str, full: list[str]) -> list[str]:
     flags = tuple(flag for flag in translate(verb, full[2:]).flags if flag[0] != "--multirun")
     paths = [override for override in running.overrides.hydra if override.startswith("hydra.searchpath")]
     return [full[0], verb, *CommandLine(flags, (*paths, *running.overrides.task)).argv()]
-
-
-@contextmanager
-def importable() -> Iterator[None]:
-    """Let the processes that are started in the block import this package, though it is not installed and they begin elsewhere."""
-    before = os.environ.get("PYTHONPATH")
-    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, (str(CONF_DIR.parent), before)))
-    try:
-        yield
-    finally:
-        if before is None:
-            del os.environ["PYTHONPATH"]
-        else:
-            os.environ["PYTHONPATH"] = before

@@ -24,6 +24,7 @@ from image_classifier.dataset.workers import map_blocks
 from image_classifier.errors import ConfigError, DataError, StorageError, UnreadableImage, storage_errors
 from image_classifier.images import DEFAULT_LIMITS, DecodeLimits, Preprocess
 from image_classifier.manifest import Manifest
+from image_classifier.program import program
 
 log = logging.getLogger(__name__)
 
@@ -173,14 +174,14 @@ def open_cache(
         rows = store.find(manifest.digests)
     live = None
     if (rows < 0).any():
-        log.warning(_IS_FULL, settings.max_gb, int((rows < 0).sum()), len(rows), settings.num_workers)
+        log.warning(_IS_FULL, settings.max_gb, int((rows < 0).sum()), len(rows), settings.num_workers, program())
         live = LiveImages(manifest, reader, ThreadPoolExecutor(settings.num_workers))
     return PixelCache(store.pixels(), rows, live)
 
 
 _IS_FULL = (
     "the pixel cache is full (data.cache.max_gb=%s): %d of %d images are decoded anew each time by %d threads; "
-    "raise it, or make room with `python commands.py clean`"
+    "raise it, or make room with `%s clean`"
 )
 
 

@@ -7,7 +7,6 @@ import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 from image_classifier.dataset.audit.html_report import write_audit
 from image_classifier.dataset.audit.issues import AuditSettings
@@ -16,6 +15,7 @@ from image_classifier.dataset.sources import Folder, TorchvisionDataset
 from image_classifier.errors import DataError
 from image_classifier.instantiate import instantiate
 from image_classifier.manifest import Manifest
+from image_classifier.program import program
 
 log = logging.getLogger(__name__)
 
@@ -38,7 +38,7 @@ def prepare_dataset(
     report = write_audit(scan.audit, scan.directory, page=False)
     for line in scan.audit.summary():
         log.info("%s", line)
-    log.info("audit: %s; for a page to look at: python commands.py audit with the same data.*", report)
+    log.info("audit: %s; for a page to look at: %s audit with the same data.*", report, program())
     if scan.audit.exceeds(audit.fail_on):
         raise DataError(
             f"the audit found issues of level {audit.fail_on!r} or above", f"see {report}, or set audit.fail_on=null"
@@ -60,23 +60,8 @@ def audit_dataset(data: DataSettings, audit: AuditSettings, trusted: Sequence[st
 
 def fetch_images(data: DataSettings, trusted: Sequence[str] = ()) -> list[Path]:
     """Return the folders and tables of `data.source`, which is downloaded and unpacked first where it has to be."""
-    source = instantiate(data.source, trusted=trusted)
+    source = instantiate(data.source, key="data.source", trusted=trusted)
     if isinstance(source, Folder | TorchvisionDataset):
         source = replace(source, unpack=data.unpack, download=data.download)
     paths = source()
     return [Path(path) for path in paths] if isinstance(paths, list | tuple) else [Path(paths)]
-
-
-def prepare_from(config: Any) -> tuple[Manifest, DataSettings]:
-    """Return the manifest and the settings for an untyped configuration; new code calls `prepare_dataset`."""
-    manifest, data, _ = audited(config)
-    return manifest, data
-
-
-def audited(config: Any) -> tuple[Manifest, DataSettings, DatasetScan]:
-    """Return manifest, settings and scan for an untyped configuration; new code calls `prepare_dataset`."""
-    from image_classifier.cli.verbs.prepare import typed_settings
-
-    data, audit, trusted = typed_settings(config)
-    manifest, scan = prepare_dataset(data, audit, trusted)
-    return manifest, data, scan

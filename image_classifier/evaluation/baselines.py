@@ -15,6 +15,7 @@ from image_classifier.atomic_io import write_text
 from image_classifier.evaluation.metrics.compute import compute_metrics
 from image_classifier.manifest import SPLITS, Manifest
 from image_classifier.predictions import PredictionTable
+from image_classifier.program import program
 
 log = logging.getLogger(__name__)
 
@@ -100,7 +101,7 @@ def lines(baselines: Sequence[Baseline], split: str, own: Mapping[str, float] | 
     for name, scores, about in rows:
         yield f"{name:<{width}}  {scores['accuracy']:8.4f}  {scores['f1_macro']:8.4f}  {about}".rstrip()
     if LOGISTIC not in {baseline.name for baseline in baselines}:
-        yield f"{LOGISTIC:<{width}}  not computed: set baselines=true, or run `python commands.py baseline` once for these images"
+        yield f"{LOGISTIC:<{width}}  not computed: set baselines=true, or run `{program()} baseline` once for these images"
 
 
 def warn_if_not_better(baselines: Sequence[Baseline], split: str, own: Mapping[str, float]) -> None:

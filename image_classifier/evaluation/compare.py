@@ -9,6 +9,7 @@ from scipy.special import bdtr, logsumexp
 
 from image_classifier.errors import DataError
 from image_classifier.predictions import PredictionTable
+from image_classifier.program import program
 
 LEVEL = 0.95  # of every interval
 METRICS = ("accuracy", "f1_macro", "log_loss")
@@ -134,7 +135,7 @@ def _check_labels(paths: list[str], targets: np.ndarray, classes: tuple[str, ...
     if len(differ):
         first, second = (classes[code] for code in targets[:, differ[0]])
         fact = f"{len(differ)} of {len(paths)} images have other labels in the two: {paths[differ[0]]!r} is {first!r} in one and {second!r} in the other"
-        raise DataError(fact, "judge both by the same labels: run `python commands.py test` again for one of them")
+        raise DataError(fact, f"judge both by the same labels: run `{program()} test` again for one of them")
 
 
 def _answers(table: PredictionTable, rows: np.ndarray, codes: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

@@ -11,6 +11,7 @@ from typing import Any
 import jinja2
 
 from image_classifier.html.text import number, plain, unbroken
+from image_classifier.program import program
 from image_classifier.text import counted, printable
 
 _HERE = Path(__file__).parent
@@ -37,6 +38,7 @@ def _environment(folder: Path) -> jinja2.Environment:
         trim_blocks=True,
         lstrip_blocks=True,
     )
+    environment.globals["program"] = program
     environment.filters |= {
         "number": number,
         "plain": plain,

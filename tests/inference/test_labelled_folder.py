@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.conftest import Answer, Command
+from tests.conftest import PROGRAM, Answer, Command
 
 
 @pytest.fixture(autouse=True)
@@ -44,9 +44,9 @@ def test_unlabelled_images_are_for_infer_and_the_line_can_be_copied(command: Com
     line = refused(
         command("test", "--checkpoint_name", "digits", f"--test_dir={name}"),
         "have no labels",
-        "python commands.py infer",
+        f"{PROGRAM} infer",
     )
-    words = shlex.split(line[line.index("python commands.py") :])[2:]
+    words = shlex.split(line[line.index(PROGRAM) :])[2:]
     answer = command(*words, "--format", "jsonl")
     assert answer.code == 0, answer.err
     assert len(answer.out.splitlines()) == 3
@@ -74,8 +74,8 @@ def test_a_folder_that_is_one_class_is_tested_by_the_folder_that_holds_it(
         "is the one class '7'",
         "--test_dir mine",
     )
-    assert "(or ask what they show: python commands.py infer --checkpoint_name digits --images mine/7)" in line
-    assert command(*shlex.split(line[line.index("python commands.py") : line.index(" (or")])[2:]).code == 0
+    assert f"(or ask what they show: {PROGRAM} infer --checkpoint_name digits --images mine/7)" in line
+    assert command(*shlex.split(line[line.index(PROGRAM) : line.index(" (or")])[2:]).code == 0
     answer = command(
         "test", "--checkpoint_name", "digits", "--test_dir", name.format(tmp_path.name), "--format", "json"
     )

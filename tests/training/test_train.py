@@ -19,8 +19,7 @@ from image_classifier.inference.checkpoint import CheckpointBackend, load_classi
 from image_classifier.inference.onnx_runtime import OnnxBackend
 from image_classifier.manifest import Manifest
 from image_classifier.training.bundle_writer import model_card
-
-ROOT = Path(__file__).resolve().parents[2]
+from tests.conftest import PROGRAM, ROOT
 
 
 def test_the_last_lines_say_the_scores_where_everything_is_and_what_to_try_next(trained: Path) -> None:
@@ -30,7 +29,7 @@ def test_the_last_lines_say_the_scores_where_everything_is_and_what_to_try_next(
     assert re.search(r"^images/s \d+\.\d$", out, re.MULTILINE)
     for place in ("models/digits", "plots/digits", "runs/digits/train.log", "mlflow.db"):
         assert place in out
-    assert out.splitlines()[-1] == "next     python commands.py infer --checkpoint_name digits --images PATH"
+    assert out.splitlines()[-1] == f"next     {PROGRAM} infer --checkpoint_name digits --images PATH"
 
 
 def test_intervals_are_in_the_bundle_its_card_and_the_parts_metrics_but_are_no_scalars(trained: Path) -> None:

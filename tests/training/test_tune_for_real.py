@@ -13,7 +13,7 @@ import optuna
 import pytest
 from optuna.trial import TrialState
 
-from tests.conftest import ROOT, MakeTree
+from tests.conftest import PROGRAM, ROOT, MakeTree
 
 STORAGE = "sqlite:///tune.db"
 SMALL = (
@@ -73,7 +73,7 @@ def test_a_study_killed_in_mid_training_goes_on_and_loses_no_trial(make_tree: Ma
     )  # the test part is not for choosing by
     said = Path("runs/s/s-0.log").read_text()
     assert "resume: from" in said  # and not from the start
-    assert Path("plots/s/history.png").exists() and "next     python commands.py train" in done.stdout
+    assert Path("plots/s/history.png").exists() and f"next     {PROGRAM} train" in done.stdout
     from mlflow.tracking import MlflowClient
 
     client = MlflowClient(tracking_uri="sqlite:///mlflow.db")

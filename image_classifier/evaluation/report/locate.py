@@ -13,6 +13,7 @@ from image_classifier.images import DecodeLimits
 from image_classifier.manifest import SPLITS, Manifest
 from image_classifier.pillow_decoding import MOST_PIXELS
 from image_classifier.predictions import PredictionTable
+from image_classifier.program import program
 
 PREDICTIONS = "predictions.csv"
 
@@ -73,7 +74,7 @@ def judged_part(folder: Path) -> str | None:
 
 def _not_judged(run: str, asked: str | None, parts: Sequence[str]) -> DataError:
     part = asked or next(split for split in reversed(SPLITS) if split in parts)
-    command = f"run `python commands.py test --checkpoint_name {shlex.quote(run)} --split {part}`"
+    command = f"run `{program()} test --checkpoint_name {shlex.quote(run)} --split {part}`"
     return DataError(
         f"{run!r} has no predictions of its {part} part",
         command if part in parts else f"its data has no such part, only {', '.join(parts)}",

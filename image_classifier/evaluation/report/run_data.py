@@ -29,6 +29,7 @@ from image_classifier.evaluation.report.schemas import (
 from image_classifier.evaluation.results import metrics_dict
 from image_classifier.manifest import SPLITS, Manifest
 from image_classifier.predictions import PredictionTable
+from image_classifier.program import program
 
 log = logging.getLogger(__name__)
 
@@ -138,7 +139,7 @@ class RunData:
 
 def _test_command(name: str, part: str) -> str:
     more = "" if part == "test" else f" --split {part}" if part in SPLITS else " --test_dir PATH"
-    return f"python commands.py test --checkpoint_name {shlex.quote(name)}{more}"
+    return f"{program()} test --checkpoint_name {shlex.quote(name)}{more}"
 
 
 def gather(

@@ -13,6 +13,7 @@ from image_classifier.evaluation.report.confusions import Pair
 from image_classifier.evaluation.report.run_data import RunData
 from image_classifier.html.text import plain
 from image_classifier.manifest import SPLITS
+from image_classifier.program import program
 from image_classifier.text import counted
 
 _NAMES = {
@@ -127,10 +128,10 @@ def absent(facts: RunData, explained: bool) -> list[tuple[str, str]]:
         if own
         else shlex.quote(str(facts.places.part))
     )
-    again = f"then write the report anew: python commands.py report {part}"
+    again = f"then write the report anew: {program()} report {part}"
     plots = facts.places.part.parent if own else facts.places.part
     worst = [str((facts.places.root or Path()) / facts.table.paths[row]) for row in facts.table.surest_mistakes(_NAMED)]
-    infer = f"python commands.py infer --checkpoint_name {shlex.quote(name)} --images {shlex.join(worst)} --explain"
+    infer = f"{program()} infer --checkpoint_name {shlex.quote(name)} --images {shlex.join(worst)} --explain"
     rows = [
         (
             not facts.curves,
@@ -140,7 +141,7 @@ def absent(facts: RunData, explained: bool) -> list[tuple[str, str]]:
         (
             own and not facts.audit,
             "Data audit",
-            f"no audit.json of these images in {facts.places.audits}: python commands.py audit with the same data.*, {again}",
+            f"no audit.json of these images in {facts.places.audits}: {program()} audit with the same data.*, {again}",
         ),
         (
             own and not facts.parts,

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import math
-import sys
 import threading
 import time
 from collections.abc import Sequence
@@ -16,7 +15,7 @@ from optuna.trial import TrialState
 
 from image_classifier.atomic_io import file_lock
 from image_classifier.errors import StorageError, TrainingError
-from image_classifier.paths import CONF_DIR
+from image_classifier.program import child_command
 from image_classifier.training.tuning.results import StudyPaths, remove_losing_runs
 from image_classifier.training.tuning.space import SearchDimension
 from image_classifier.training.tuning.storage import TROUBLE, one_line
@@ -39,7 +38,7 @@ class TrialPlan:
     first: tuple[str, ...]
     last: tuple[str, ...]
     places: StudyPaths
-    program: tuple[str, ...] = (sys.executable, str(CONF_DIR.parent / "commands.py"), "train")
+    program: tuple[str, ...] = (*child_command(), "train")
 
     def command(self, trial: optuna.trial.BaseTrial) -> list[str]:
         """The `train` of one trial; it goes on from its newest checkpoint where an earlier attempt left one."""

@@ -15,12 +15,12 @@ import numpy as np
 import pytest
 
 from image_classifier.bundle import BundleInfo, seal
-from image_classifier.cli.verbs.test import TestSettings
-from image_classifier.cli.verbs.triton import ServerSettings
 from image_classifier.errors import ConfigError
+from image_classifier.inference.evaluate import TestSettings
 from image_classifier.inference.infer import InferSettings
+from image_classifier.inference.triton.server import ServerSettings
 from image_classifier.inference.verify import VerifySettings
-from tests.conftest import ROOT, Answer, Command
+from tests.conftest import PROGRAM, ROOT, Answer, Command
 
 
 @pytest.fixture
@@ -255,10 +255,7 @@ def test_no_docker_no_repository_no_action(
             ServerSettings(**{"action": "start", "checkpoint_name": "small", **changed})  # type: ignore[arg-type]
     info = json.loads((bundle / "bundle.json").read_text())
     (bundle / "bundle.json").write_text(json.dumps({**info, "exports": {}}))
-    assert (
-        "holds no model repository: python commands.py export small --to triton"
-        in command("triton", "start", "small").err
-    )
+    assert f"holds no model repository: {PROGRAM} export small --to triton" in command("triton", "start", "small").err
 
 
 @pytest.mark.parametrize("keys", [partial(InferSettings, images=["x.png"]), TestSettings, VerifySettings])

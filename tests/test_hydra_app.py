@@ -15,9 +15,10 @@ from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 from omegaconf import DictConfig, OmegaConf
 
-from image_classifier.cli import hydra_app
-from image_classifier.cli.options import literal, quoted, requoted, translate
+from image_classifier.cli import completion, hydra_app
+from image_classifier.cli.options import translate
 from image_classifier.errors import ClassifierError, ConfigError, DataError
+from image_classifier.override_grammar import literal, quoted, requoted
 from image_classifier.text import nearest
 
 HYDRA = "defaults: [override hydra_logging: none, override job_logging: none]\noutput_subdir: null\nrun: {dir: .}\n"
@@ -318,74 +319,6 @@ def test_typed_names_the_key(values: dict[str, Any], words: str) -> None:
     assert words in str(refused.value)
 
 
-TRUSTED_ERRORS = [
-    ({"_target_": "os.system", "command": "true"}, "a._target_ names os.system"),
-    ({"x": [{"_target_": "subprocess.run"}]}, "a.x[0]._target_ names subprocess.run"),
-    ({"_target_": "torch.load"}, "trusted_packages=[torch]"),
-    ({"_target_": "mine.Model"}, "trusted_packages=[mine]"),
-    ({"_target_": "timm.create_model_evil"}, "not on the list"),
-    ({"_target_": "image_classifier.dataset.sources.os.remove", "path": "x"}, "may not be built"),
-    ({"_target_": "image_classifier.dataset.sources.Nothing"}, "no Nothing in image_classifier.dataset.sources"),
-    ({"_target_": "image_classifier.dataset.sources.Foldr"}, "did you mean Folder?"),
-    (
-        {"_target_": "image_classifier.dataset.sources.Folder", "dir": "x", "zip_path": "y"},
-        "a.zip_path: image_classifier.dataset.sources.Folder takes no argument",
-    ),
-]
-
-
-@pytest.mark.parametrize(("node", "words"), TRUSTED_ERRORS)
-def test_instantiate_refuses(node: dict[str, Any], words: str) -> None:
-    with pytest.raises(ConfigError) as refused:
-        hydra_app.instantiate(OmegaConf.create({"a": node}).a)
-    assert words in str(refused.value)
-
-
-def test_instantiate_builds_trusted_targets() -> None:
-    tree = OmegaConf.create(
-        {
-            "a": {"_target_": "image_classifier.dataset.sources.Folder", "dir": "${b}"},
-            "b": "x",
-            "none": {"_target_": None},
-        }
-    )
-    assert hydra_app.instantiate(tree.a, archive="y").archive == "y"
-    assert hydra_app.instantiate(None) is None
-    assert hydra_app.instantiate(tree.none) is None
-    assert str(hydra_app.instantiate({"_target_": "fractions.Fraction", "numerator": 3}, trusted=["fractions"])) == "3"
-
-
-@pytest.mark.parametrize(
-    ("node", "words"),
-    [
-        (
-            {"_target_": "torch.nn.Dropout", "p": 3},
-            "a: torch.nn.Dropout refuses its arguments: dropout probability has to be between 0 and 1",
-        ),
-        (
-            {"_target_": "torch.optim.AdamW", "_partial_": True, "weight_dcay": 1},
-            "takes no argument 'weight_dcay': did you mean weight_decay?",
-        ),
-        ({"_target_": "torch.nn.init.torch.load", "f": "x"}, "which is torch.serialization's and may not be built"),
-        ({"_target_": "torch.nn.Lineer"}, "did you mean Linear?"),
-        ({"_target_": "nopackage.Thing"}, "pip install nopackage"),
-    ],
-)
-def test_errors_of_others_are_one_line(node: dict[str, Any], words: str) -> None:
-    with pytest.raises(ConfigError) as refused:
-        hydra_app.instantiate(OmegaConf.create({"a": node}).a, trusted=["nopackage"])
-    assert words in str(refused.value)
-
-
-def test_a_bug_in_a_trusted_target_stays_a_bug() -> None:
-    with pytest.raises(ValueError, match="invalid literal"):
-        hydra_app.instantiate({"_target_": f"{__name__}.broken"}, trusted=[__name__])
-
-
-def broken() -> int:
-    return int("x")
-
-
 def test_flatten_and_without() -> None:
     node = OmegaConf.create({"a": {"b": 1, "c": [1, "x"]}, "d": "${a.b}", "e": None})
     assert hydra_app.flatten(hydra_app.to_plain(node)) == {"a.b": 1, "a.c": '[1, "x"]', "d": 1, "e": None}
@@ -397,6 +330,7 @@ def test_completion_offers_verbs_groups_choices_and_keys(
     conf: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(hydra_app, "CONF_DIR", conf)
+    monkeypatch.setattr(completion, "CONF_DIR", conf)
     monkeypatch.setattr(sys, "argv", ["commands.py", "-sc"])
     expected = {
         "": "train infer",
@@ -408,5 +342,5 @@ def test_completion_offers_verbs_groups_choices_and_keys(
     expected |= {"train --model large model.d": "model.depth=", "infer --che": "--checkpoint_name=", "nope x": ""}
     for line, answer in expected.items():
         monkeypatch.setitem(os.environ, "COMP_LINE", f"python commands.py {line}")
-        hydra_app.complete(["query=bash"], ["train", "infer"])
+        completion.complete(["query=bash"], ["train", "infer"])
         assert capsys.readouterr().out.strip() == answer, line
