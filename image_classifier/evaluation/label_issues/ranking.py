@@ -1,11 +1,10 @@
 """Which images are probably labelled wrong, by answers of models that never saw them: confident learning, highest loss, conflicting twins.
 
-Knows predictions and paths, never a model. Confident learning: Northcutt, Jiang, Chuang: Confident Learning, 2021 (cleanlab).
+Knows predictions and paths, never a model.
 """
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -15,6 +14,7 @@ from image_classifier.errors import DataError
 from image_classifier.evaluation.label_issues.out_of_fold import OutOfFoldPredictions
 
 CONFIDENT, LOSS, TWINS = "confident learning", "highest loss", "conflicting twins"
+_CLOSE = 1e-6  # probabilities nearer to each other than this are equal
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,22 +55,60 @@ class _Doubt:
 def confident_errors(answers: OutOfFoldPredictions) -> np.ndarray:
     """The images that confident learning finds labelled wrong, bool [M].
 
-    Of classes that no label names nothing can be learnt: they are left out, and what is left of each row sums to 1 again.
-    """
-    from cleanlab.filter import find_label_issues  # pandas: a second of start-up
+    Northcutt, Jiang, Chuang: Confident Learning: Estimating Uncertainty in Dataset Labels (JAIR 70, 2021), section 3.2,
+    "prune by noise rate": of the images with one label those that lean most towards another class, as many as
+    `_counts_of_errors` says, but none whose label is the likeliest. These are what cleanlab finds; of equals, the first.
 
+    Nothing can be learnt of classes that no label names: they are left out, and the rest of each row sums to 1 again.
+    """
     present, targets = np.unique(answers.targets, return_inverse=True)
+    wrong = np.zeros(len(targets), dtype=bool)
     if len(present) < 2:
-        return np.zeros(len(targets), dtype=bool)
+        return wrong
     probabilities = np.maximum(answers.probabilities[:, present], 1e-12)
     probabilities /= probabilities.sum(axis=1, keepdims=True)
-    with warnings.catch_warnings():
-        warnings.filterwarnings(
-            "ignore", "May not flag all label issues in class"
-        )  # a class of one image has none to spare: no more can be said
-        return np.asarray(
-            find_label_issues(targets, probabilities, filter_by="prune_by_noise_rate", n_jobs=1), dtype=bool
-        )
+    counts = _counts_of_errors(targets, probabilities)
+    for label in np.flatnonzero(counts.any(axis=1)).tolist():
+        rows = np.flatnonzero(targets == label)
+        for other in np.flatnonzero(counts[label]).tolist():
+            leaning = np.argsort(probabilities[rows, label] - probabilities[rows, other], kind="stable")
+            wrong[rows[leaning[: counts[label, other]]]] = True
+    probabilities[np.arange(len(targets)), targets] += _CLOSE  # a tie speaks for the label
+    wrong[probabilities.argmax(axis=1) == targets] = False
+    return wrong
+
+
+def _counts_of_errors(targets: np.ndarray, probabilities: np.ndarray) -> np.ndarray:
+    """How many images of each label (row) belong to each other class (column), int [K, K]: section 3.1 of the paper.
+
+    An image counts for a class that is at least as probable as it is on average where it is the label. The counts are
+    scaled to the size of each label and rounded; no label loses its last image.
+    """
+    number, sizes = probabilities.shape[1], np.bincount(targets)
+    averages = np.array([probabilities[targets == code, code].mean() for code in range(number)])
+    confident = probabilities >= np.maximum(averages, 2 * _CLOSE) - _CLOSE
+    # Of several, cleanlab takes the likeliest class of all; the paper takes the likeliest of those.
+    best = np.where(confident.sum(axis=1) > 1, probabilities.argmax(axis=1), confident.argmax(axis=1))
+    sure = confident.any(axis=1)
+    joint = np.zeros((number, number))  # class, label
+    np.add.at(joint, (best[sure], targets[sure]), 1)
+    np.fill_diagonal(joint, np.maximum(joint.diagonal(), 1))
+    joint = joint / joint.sum(axis=0) * sizes
+    joint = joint / joint.sum() * len(targets)  # which changes the last digit at most, as in cleanlab
+    counts = np.array([_rounded(row) for row in joint.T])
+    counts[counts.diagonal() == 0] -= 1
+    np.fill_diagonal(counts, 0)
+    return counts.clip(min=0)
+
+
+def _rounded(values: np.ndarray) -> np.ndarray:
+    """Whole numbers of the same sum: what is lacking or too much goes to those that rounding changed most."""
+    whole = values.round()
+    lacking = int(values.sum().round() - whole.sum())
+    order = np.argsort(values - whole, kind="stable")
+    changed = order[::-1] if lacking > 0 else order
+    whole[changed[: abs(lacking)]] += np.sign(lacking)
+    return whole.astype(int)
 
 
 def highest_losses(answers: OutOfFoldPredictions, share: float) -> np.ndarray:
