@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import inspect
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import hydra.utils
@@ -14,6 +14,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from image_classifier.errors import ClassifierError, ConfigError
+from image_classifier.mappings import literal_values
 from image_classifier.text import did_you_mean
 
 _LIGHTNING = ("callbacks.", "loggers.", "plugins.", "profilers.", "strategies.")
@@ -80,15 +81,25 @@ def check_targets(node: Any, trusted: Iterable[str] = (), known: tuple[str, ...]
 
 
 def instantiate(
-    node: Any, *args: Any, trusted: Iterable[str] = (), known: tuple[str, ...] = TRUSTED, **kwargs: Any
+    node: Any, *args: Any, trusted: Iterable[str] = (), known: tuple[str, ...] = TRUSTED, key: str = "", **kwargs: Any
 ) -> Any:
     """Build the object a node describes, after `check_targets`; None for no node and for `_target_: null`.
+
+    Args:
+        node: A mapping with `_target_`, plain (its values are taken to the letter) or of OmegaConf.
+        args: Positional arguments for the target.
+        trusted: The user's own packages that a `_target_` may name.
+        known: The allow-list.
+        key: The dotted key of a plain mapping in the configuration, for messages.
+        kwargs: Arguments that replace or add to those of the node.
 
     Raises:
         ConfigError: An untrusted target, a package that is missing, an argument the target does not take or refuses.
     """
     if node is None or (hasattr(node, "get") and "_target_" in node and node.get("_target_") is None):
         return None
+    if isinstance(node, Mapping) and not OmegaConf.is_config(node):
+        node = _at_key(node, key)
     allowed = _allowed(trusted, known)
     check_targets(node, trusted, known)
     for key, target, given in _targets(node):
@@ -97,6 +108,18 @@ def instantiate(
         return hydra.utils.instantiate(node, *args, **kwargs)
     except InstantiationException as error:
         raise _explained(error, node) from error.__cause__
+
+
+def _at_key(node: Mapping[str, Any], key: str) -> Any:
+    """Return a plain node as OmegaConf holds it at this key, so that errors name the key; no text in it starts an interpolation."""
+    names = key.split(".") if key else []
+    config: Any = literal_values(dict(node))
+    for name in reversed(names):
+        config = {name: config}
+    config = OmegaConf.create(config)
+    for name in names:
+        config = config[name]
+    return config
 
 
 def _allowed(trusted: Iterable[str], known: tuple[str, ...]) -> tuple[str, ...]:

@@ -121,7 +121,7 @@ def command(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) 
 
 def run_command(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], line: tuple[str, ...]) -> Answer:
     import commands
-    from image_classifier.cli.options import exit_code
+    from image_classifier.cli.exit_codes import exit_code
 
     capfd.readouterr()
     monkeypatch.setattr(sys, "argv", [str(ROOT / "commands.py"), *map(str, line)])

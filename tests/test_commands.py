@@ -12,8 +12,9 @@ from pathlib import Path
 import pytest
 
 import commands
+from image_classifier.cli.conf_files import choices, root_groups
+from image_classifier.cli.exit_codes import exit_code
 from image_classifier.cli.main import VERBS, summaries
-from image_classifier.cli.options import choices, exit_code, root_groups
 from image_classifier.errors import ConfigError, DataError
 from image_classifier.paths import CONF_DIR
 
@@ -106,7 +107,7 @@ def test_exit_codes(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_a_reader_that_leaves_is_no_error() -> None:
-    code = "import sys; from image_classifier.cli.options import exit_code\n"
+    code = "import sys; from image_classifier.cli.exit_codes import exit_code\n"
     code += "def main():\n for i in range(99999): print(i)\nsys.exit(exit_code(main))"
     process = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     assert process.stdout is not None
@@ -119,16 +120,47 @@ def test_a_reader_that_leaves_is_no_error() -> None:
 
 
 @pytest.mark.skipif(shutil.which("bash") is None, reason="bash is not installed")
-def test_completion_in_a_real_bash(tmp_path: Path) -> None:
-    script = """
-    eval "$(python commands.py -sc install=bash)"
-    tab() { COMP_LINE="$1"; COMP_POINT=${#1}; COMP_WORDS=($1); COMP_CWORD=$2; hydra_bash_completion; echo "${COMPREPLY[*]}"; }
-    tab "python commands.py inf" 2
-    tab "python commands.py infer --form" 3
+@pytest.mark.parametrize("program", ["python commands.py", "image-classifier", "python -m image_classifier"])
+def test_completion_in_a_real_bash(tmp_path: Path, program: str) -> None:
+    position = len(program.split())
+    script = f"""
+    eval "$({program} -sc install=bash)"
+    tab() {{ COMP_LINE="$1"; COMP_POINT=${{#1}}; COMP_WORDS=($1); COMP_CWORD=$2; image_classifier_completion; echo "${{COMPREPLY[*]}}"; }}
+    tab "{program} inf" {position}
+    tab "{program} infer --form" {position + 1}
+    tab "{program} train experiment=fas" {position + 1}
+    tab "{program} train ./pho" {position + 1}
+    complete -p {program.split()[0]}
+    eval "$({program} -sc uninstall=bash)"
+    complete -p {program.split()[0]} || echo none
     """
     (tmp_path / "python").symlink_to(sys.executable)
+    installed = tmp_path / "image-classifier"
+    installed.write_text(f"#!{sys.executable}\nfrom image_classifier.cli.main import run\nrun()\n")
+    installed.chmod(0o755)
     path = os.pathsep.join([os.path.dirname(sys.executable), str(tmp_path), os.environ["PATH"]])
+    environment = {**os.environ, "PATH": path, "PYTHONPATH": str(ROOT)}
+    folder = ROOT if program.endswith(".py") else tmp_path
     done = subprocess.run(
-        ["bash", "-c", script], cwd=ROOT, capture_output=True, text=True, timeout=60, env={**os.environ, "PATH": path}
+        ["bash", "-c", script], cwd=folder, capture_output=True, text=True, timeout=60, env=environment
     )
-    assert done.stdout.split("\n")[:2] == ["infer", "--format="], done.stderr
+    lines = done.stdout.splitlines()
+    assert lines[:4] == ["infer", "--format=", "experiment=fast", ""], done.stderr
+    assert "-o default" in lines[4]  # where nothing fits, bash itself offers files
+    assert lines[5:] == ["none"]
+
+
+def test_completion_offers_the_bundles_and_the_choices_of_ones_own(tmp_path: Path) -> None:
+    for name in ("models/birds/bundle.json", "models/bees/bundle.json", "conf/experiment/mine.yaml"):
+        (tmp_path / name).parent.mkdir(parents=True)
+        (tmp_path / name).write_text("# @package _global_\nseed: 7\n")
+
+    def tab(line: str) -> str:
+        environment = {**os.environ, "COMP_LINE": line, "PYTHONPATH": str(ROOT)}
+        words = [sys.executable, "-m", "image_classifier", "-sc", "query=bash"]
+        return subprocess.run(words, cwd=tmp_path, capture_output=True, text=True, timeout=60, env=environment).stdout
+
+    assert tab("image-classifier infer b").split()[:2] == ["bees", "birds"]
+    assert "birds" in tab("image-classifier serve ").split()
+    assert tab("image-classifier train experiment=mi").split() == ["experiment=mine"]
+    assert "model=base" not in tab("image-classifier train model=").split()

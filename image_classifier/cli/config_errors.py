@@ -19,8 +19,10 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from image_classifier.cli.options import TEXT_KEYS, is_base, requoted
+from image_classifier.cli.conf_files import is_base
+from image_classifier.cli.options import TEXT_KEYS
 from image_classifier.errors import ConfigError
+from image_classifier.override_grammar import requoted
 from image_classifier.program import program
 from image_classifier.text import did_you_mean, nearest
 

@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import contextlib
-import io
-import json
 import logging
 import os
-import re
 import sys
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import is_dataclass
+from dataclasses import fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar, get_type_hints
 
@@ -26,20 +23,24 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigKeyError, MissingMandatoryValue, OmegaConfBaseException
 
 from image_classifier.atomic_io import write_text
+from image_classifier.cli.conf_files import own_conf
 from image_classifier.cli.config_errors import check_complete, explain, jobs, one_line, parse
 from image_classifier.cli.multirun import Escape, Task, guarded
-from image_classifier.cli.options import CommandLine, literal, root_groups, translate
-from image_classifier.errors import ClassifierError, ConfigError
+from image_classifier.cli.options import CommandLine, translate
+from image_classifier.cli.positional import given
+from image_classifier.errors import ConfigError
 from image_classifier.instantiate import NETWORKS, check_targets, instantiate
+from image_classifier.mappings import flatten, literal_values, without_passwords
+from image_classifier.override_grammar import quoted
 from image_classifier.paths import CONF_DIR
 from image_classifier.program import inherited
-from image_classifier.text import did_you_mean, hide_passwords
+from image_classifier.text import did_you_mean
 
 __all__ = [
     "NETWORKS",
     "check_targets",
-    "complete",
     "composed",
+    "composer",
     "configure_logging",
     "flatten",
     "instantiate",
@@ -50,7 +51,9 @@ __all__ = [
     "running_choice",
     "running_line",
     "save",
+    "selected",
     "to_plain",
+    "to_yaml",
     "typed",
     "without",
     "without_passwords",
@@ -60,15 +63,17 @@ T = TypeVar("T")
 
 
 def run_verb(verb: str, arguments: list[str], task: Task) -> None:
-    """Check the command line, then run the task as a real Hydra application, with the full sys.argv back in place.
+    """Check the command line, then run the task as a real Hydra application, with the full sys.argv in place.
 
     Raises:
-        ClassifierError: What the command line or the task refuses; other errors of the task pass as they are.
+        ClassifierError: The command line or the task is refused; other errors of the task pass unchanged.
     """
     line = translate(verb, arguments)
     if line.has("--shell-completion"):
+        from image_classifier.cli.completion import complete
+
         return complete(list(line.overrides), [verb])
-    full = list(sys.argv)
+    argv = list(sys.argv)
 
     def checked(config: DictConfig) -> object:
         check_complete(config, verb)
@@ -77,24 +82,36 @@ def run_verb(verb: str, arguments: list[str], task: Task) -> None:
 
     try:
         with inherited():
-            _run(verb, line, guarded(verb, checked, configure_logging))
+            _run(verb, with_own_conf(line), guarded(verb, checked, configure_logging))
     except Escape as escape:
         raise escape.error from escape.error.__cause__
     finally:
-        sys.argv[:] = full
+        sys.argv[:] = argv
+
+
+def with_own_conf(line: CommandLine) -> CommandLine:
+    """Return the line with `--config-dir` for the user's own folder `conf`, where the line names no other folder."""
+    own = own_conf()
+    named = line.has("--config-dir", "--config-path", "--experimental-rerun") or "hydra.searchpath" in given(
+        line.overrides
+    )
+    return line if own is None or named else replace(line, flags=(*line.flags, ("--config-dir", str(own))))
 
 
 def _run(verb: str, line: CommandLine, task: Task) -> None:
-    """One run on what is composed here; for sweeps and flags Hydra's own program, which composes all two times more (0.1 s each)."""
+    """Compose the configuration and run the task once.
+
+    Sweeps and flags are left to Hydra's own program, which composes twice more (0.1 s each).
+    """
     config = None
     if not line.has("--hydra-help", "--version", "--experimental-rerun"):
         line, config = _checked(verb, line)
     if not line.has("--info"):  # which Hydra answers through its own log
         configure_logging()
     if config is None:
-        _hydra(verb, line.argv(), task)
+        run_hydra(verb, line, task)
         return
-    with _composer(CONF_DIR):
+    with composer(CONF_DIR):
         callbacks = Callbacks(config)
         callbacks.on_run_start(config=config, config_name=verb)
         loader = GlobalHydra.instance().config_loader()
@@ -102,8 +119,9 @@ def _run(verb: str, line: CommandLine, task: Task) -> None:
         callbacks.on_run_end(config=config, config_name=verb, job_return=done)
 
 
-def _hydra(verb: str, argv: list[str], task: Task) -> None:
-    sys.argv[1:] = argv
+def run_hydra(verb: str, line: CommandLine, task: Task) -> None:
+    """Run Hydra's own program on a line; it reads sys.argv."""
+    sys.argv[1:] = line.argv()
     hydra.main(version_base="1.3", config_path=str(CONF_DIR), config_name=verb)(task)()
 
 
@@ -138,16 +156,22 @@ def _checked(verb: str, line: CommandLine) -> tuple[CommandLine, DictConfig | No
         if not place.is_dir() and "://" not in str(place):
             raise ConfigError(f"{name} {str(place)!r} is not a folder")
     sweep = line.has("--multirun") or any(override.input_line == "hydra.mode=MULTIRUN" for override in parsed)
-    with _composer(conf):
+    with composer(conf):
         for overrides in jobs(parsed, sweep):
-            config = _compose(verb, root, overrides, folder, True)
+            config = _compose(verb, root, overrides, _search_path(folder), True)
             if line.has("--resolve"):
                 to_plain(without(config, "hydra"))
-    return line, config if not (line.flags or sweep or config.hydra.mode == RunMode.MULTIRUN) else None
+    needs_hydra = any(flag != "--config-dir" for flag, _ in line.flags)
+    return line, config if not (needs_hydra or sweep or config.hydra.mode == RunMode.MULTIRUN) else None
 
 
-def _compose(verb: str, root: str, overrides: list[str], folder: str | None, with_hydra: bool = False) -> DictConfig:
-    extra = [f"hydra.searchpath=[file://{os.path.abspath(folder)}]"] if folder else []
+def _search_path(folder: str | None) -> list[str]:
+    """Return the override that adds a folder to Hydra's search path, after conf/ itself."""
+    return [f"hydra.searchpath=[{quoted(f'file://{os.path.abspath(folder)}')}]"] if folder else []
+
+
+def _compose(verb: str, root: str, overrides: list[str], extra: list[str], with_hydra: bool = False) -> DictConfig:
+    """Return a root file's configuration; `extra` are overrides of ours, such as the search path."""
     try:
         return hydra.compose(root, overrides + extra, return_hydra_config=with_hydra)
     except (HydraException, OmegaConfBaseException, ValueError) as error:
@@ -155,8 +179,13 @@ def _compose(verb: str, root: str, overrides: list[str], folder: str | None, wit
 
 
 def composed(verb: str, overrides: Iterable[str]) -> DictConfig:
-    """What another verb would run with, from where the running one has its configuration; refuses what that verb itself would refuse."""
-    config = _compose(verb, verb, [parse(override).input_line or "" for override in overrides], None)
+    """Return the configuration of another verb, composed from the files that the running verb uses.
+
+    Raises:
+        ConfigError: The other verb would refuse these overrides.
+    """
+    extra = [override for override in HydraConfig.get().overrides.hydra if override.startswith("hydra.searchpath=")]
+    config = _compose(verb, verb, [parse(override).input_line or "" for override in overrides], extra)
     check_complete(config, verb)
     check_targets(config, config.get("trusted_packages") or ())
     return config
@@ -164,7 +193,8 @@ def composed(verb: str, overrides: Iterable[str]) -> DictConfig:
 
 def running_line(verb: str) -> CommandLine:
     """The flags and overrides with which the verb is running: of a sweep, those of this job."""
-    return CommandLine(translate(verb, sys.argv[2:]).flags, tuple(HydraConfig.get().overrides.task))
+    line = with_own_conf(translate(verb, sys.argv[2:]))
+    return CommandLine(line.flags, tuple(HydraConfig.get().overrides.task))
 
 
 def running_choice(group: str) -> str:
@@ -173,62 +203,11 @@ def running_choice(group: str) -> str:
 
 
 @contextlib.contextmanager
-def _composer(conf: Path) -> Iterator[None]:
+def composer(conf: Path) -> Iterator[None]:
+    """Let configurations be composed from this folder in the block."""
     place = str(conf) if "://" not in str(conf) else str(CONF_DIR)
     with hydra.initialize_config_dir(os.path.abspath(place), version_base="1.3"):
         yield
-
-
-def complete(arguments: list[str], verbs: list[str]) -> None:
-    """Shell completion: install and uninstall are Hydra's; a query finds its verb in COMP_LINE."""
-    command = next((word for word in arguments if "=" in word), "")
-    if not command.startswith("query="):
-        script = _completion(verbs[0], command)
-        print(script.replace('grep "@hydra.main" $file_path -q', 'grep "@hydra.main" $file_path -q || return'), end="")
-        return
-    line = os.environ.get("COMP_LINE", "")
-    words = line.partition(Path(sys.argv[0]).name)[2].split(" ")[1:]
-    words = [word for word in words[:-1] if word] + words[-1:]
-    separator = " " if command != "query=fish" else "\n"
-    if len(words) < 2:
-        print(separator.join(verb for verb in verbs if verb.startswith(words[0] if words else "")))
-    elif (CONF_DIR / f"{words[0]}.yaml").is_file():
-        print(separator.join(_candidates(words[0], words[1:-1], words[-1], command)))
-
-
-def _candidates(verb: str, earlier: list[str], word: str, command: str) -> list[str]:
-    """What may stand in the place of `word`: for `--key` as for `key`, and after `--key ` its values."""
-    prefix, strip = "", ""
-    if earlier and earlier[-1].startswith("--") and "=" not in earlier[-1] and not word.startswith("-"):
-        strip = earlier.pop()[2:] + "="
-        word = strip + word
-    elif word.startswith("--"):
-        prefix, word = "--", word[2:]
-    try:
-        known = translate(verb, earlier).argv()
-    except ClassifierError:
-        return []
-    os.environ["COMP_LINE"] = " ".join(["python", "commands.py", *known, word])
-    foreign = {path.name for path in CONF_DIR.iterdir() if path.is_dir()} - root_groups(CONF_DIR, verb).keys()
-    found = [
-        item
-        for item in _completion(verb, command).split()
-        if re.split("[=./]", item)[0] not in foreign or word.startswith("hydra")
-    ]
-    return [prefix + item.removeprefix(strip) for item in found if item.startswith(strip)]
-
-
-def _completion(verb: str, command: str) -> str:
-    """What Hydra prints for `-sc COMMAND`."""
-    full = list(sys.argv)
-    try:
-        with contextlib.redirect_stdout(io.StringIO()) as text:
-            _hydra(verb, ["-sc", command], lambda config: None)
-    except SystemExit:
-        return ""
-    finally:
-        sys.argv[:] = full
-    return text.getvalue()
 
 
 def typed(cls: type[T], node: DictConfig, key: str) -> T:
@@ -239,7 +218,7 @@ def typed(cls: type[T], node: DictConfig, key: str) -> T:
     """
     plain = to_plain(node)
     try:
-        merged = OmegaConf.merge(_writable(OmegaConf.structured(cls)), _literal(plain))
+        merged = OmegaConf.merge(_writable(OmegaConf.structured(cls)), literal_values(plain))
         return OmegaConf.to_object(merged)  # type: ignore[return-value]
     except MissingMandatoryValue as error:
         full = _join(key, str(error.full_key or ""))
@@ -295,15 +274,6 @@ def _join(*parts: str) -> str:
     return ".".join(part for part in parts if part)
 
 
-def _literal(value: Any) -> Any:
-    """Plain values whose text holds no interpolation any more: `${x}` stays these four characters."""
-    if isinstance(value, dict):
-        return {key: _literal(item) for key, item in value.items()}
-    if isinstance(value, list):
-        return [_literal(item) for item in value]
-    return literal(value) if isinstance(value, str) else value
-
-
 def to_plain(node: Any) -> dict[str, Any]:
     """A node as resolved plain dicts, lists and scalars."""
     try:
@@ -330,24 +300,25 @@ def replaced(node: DictConfig, values: Mapping[str, Any]) -> DictConfig:
     return copy
 
 
-def without_passwords(value: Any) -> Any:
-    """The same plain value with the `user:password@` of every address in it hidden, for what is written down."""
-    if isinstance(value, Mapping):
-        return {key: without_passwords(item) for key, item in value.items()}
-    if isinstance(value, list):
-        return [without_passwords(item) for item in value]
-    return hide_passwords(value) if isinstance(value, str) else value
-
-
 def only(node: DictConfig, *keys: str) -> DictConfig:
     """The keys of a node that are named here and there, resolved."""
     plain = to_plain(node)
-    return OmegaConf.create({key: _literal(plain[key]) for key in keys if key in plain})
+    return OmegaConf.create({key: literal_values(plain[key]) for key in keys if key in plain})
+
+
+def selected(cls: type[T], node: DictConfig, key: str = "") -> T:
+    """Return those keys of a node that a dataclass has, typed; a node may have others."""
+    return typed(cls, only(node, *(item.name for item in fields(cls))), key)  # type: ignore[arg-type]
+
+
+def to_yaml(node: DictConfig) -> str:
+    """Return a node as YAML with every interpolation resolved and passwords hidden."""
+    return OmegaConf.to_yaml(OmegaConf.create(literal_values(without_passwords(to_plain(node)))))
 
 
 def save(node: DictConfig, path: Path) -> None:
     """Write a node as YAML with every interpolation resolved, whole or not at all."""
-    write_text(path, OmegaConf.to_yaml(OmegaConf.create(_literal(without_passwords(to_plain(node))))))
+    write_text(path, to_yaml(node))
 
 
 def resumed(config: DictConfig, path: Path, overrides: Iterable[str]) -> DictConfig:
@@ -367,7 +338,7 @@ def resumed(config: DictConfig, path: Path, overrides: Iterable[str]) -> DictCon
     )
     for key in (*keys, *(str(key) for key in config if key not in saved)):
         value = OmegaConf.select(config, key)
-        value = _literal({"": to_plain(value) if OmegaConf.is_config(value) else value})[""]
+        value = literal_values({"": to_plain(value) if OmegaConf.is_config(value) else value})[""]
         OmegaConf.update(saved, key, value, merge=False, force_add=True)
     for key, value in flatten(to_plain(saved)).items():
         if isinstance(value, str) and "://***@" in value:
@@ -379,17 +350,3 @@ def resumed(config: DictConfig, path: Path, overrides: Iterable[str]) -> DictCon
             OmegaConf.update(saved, key, again)
     OmegaConf.set_struct(saved, True)
     return saved
-
-
-def flatten(mapping: Mapping[str, Any], prefix: str = "") -> dict[str, str | int | float | bool | None]:
-    """Nested keys as dotted ones, for parameter logs; a list becomes its JSON text."""
-    flat: dict[str, str | int | float | bool | None] = {}
-    for key, value in mapping.items():
-        name = f"{prefix}{key}"
-        if isinstance(value, Mapping):
-            flat |= flatten(value, f"{name}.")
-        else:
-            flat[name] = (
-                value if value is None or isinstance(value, (str, int, float)) else json.dumps(value, default=str)
-            )
-    return flat

@@ -9,7 +9,8 @@ from collections.abc import Callable
 from typing import Any
 
 from image_classifier import __version__
-from image_classifier.cli.options import exit_code, overview, verb_help
+from image_classifier.cli.exit_codes import exit_code
+from image_classifier.cli.help_pages import overview, verb_help
 from image_classifier.errors import ConfigError
 from image_classifier.paths import CONF_DIR
 from image_classifier.program import program
@@ -92,6 +93,8 @@ _OF_TRAIN = (
     "onnx onnxscript scipy sklearn cleanlab matplotlib pyarrow"
 )
 _OF_SERVE = "fastapi uvicorn starlette pydantic python_multipart prometheus_client"
+# what other programs call these verbs
+_OTHER_NAMES = {"predict": "infer", "classify": "infer", "evaluate": "test", "eval": "test", "fit": "train"}
 # package: the extra that installs it
 _OPTIONAL = dict.fromkeys(_OF_TRAIN.split(), "train") | dict.fromkeys(_OF_SERVE.split(), "serve")
 
@@ -108,7 +111,7 @@ def main() -> None:
     elif verb == "--version":
         print(f"image_classifier {__version__}")
     elif verb in ("-sc", "--shell-completion"):
-        from image_classifier.cli.hydra_app import complete
+        from image_classifier.cli.completion import complete
 
         complete(arguments, list(VERBS))
     elif verb not in VERBS:
@@ -131,7 +134,11 @@ def summaries() -> dict[str, str]:
 
 
 def _unknown(verb: str) -> ConfigError:
-    hint = "write the verb first. " if "=" in verb or verb.startswith("-") else did_you_mean(verb, VERBS)
+    hint = (
+        "write the verb first. "
+        if "=" in verb or verb.startswith("-")
+        else did_you_mean(_OTHER_NAMES.get(verb, verb), VERBS)
+    )
     return ConfigError(f"{verb!r} is not a verb", f"{hint}The verbs are {', '.join(VERBS)}")
 
 

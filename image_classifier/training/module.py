@@ -35,6 +35,7 @@ class ClassifierModule(pl.LightningModule):
     def __init__(
         self,
         classifier: Classifier,
+        *,
         criterion: nn.Module,
         make_optimizer: OptimizerFactory,
         scheduler: SchedulerSettings,

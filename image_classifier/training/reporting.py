@@ -1,14 +1,11 @@
-"""What a finished run leaves and says: figures and tables, the loggers' last words, the lines in the terminal."""
+"""Results of a finished run: metrics, tables and figures, the loggers' final values, and the summary."""
 
 from __future__ import annotations
 
 import json
-import shlex
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
-
-import pytorch_lightning as pl
 
 from image_classifier.atomic_io import write_text
 from image_classifier.evaluation import baselines as simple
@@ -17,22 +14,71 @@ from image_classifier.evaluation.leaks import LeakScore, leak_score
 from image_classifier.evaluation.metrics.compute import ClassificationMetrics, compute_metrics
 from image_classifier.evaluation.plots.run_plots import plot_curves_in_parts, plot_learning_curves, plot_loss_in_parts
 from image_classifier.evaluation.reliability.abstention import Decision
+from image_classifier.evaluation.reliability.ood import Detector
 from image_classifier.evaluation.reliability.results import Trust, write_trust
 from image_classifier.evaluation.results import answer_columns, class_columns, metrics_lines, scalars, write_evaluation
-from image_classifier.images import DecodeLimits
 from image_classifier.manifest import SPLITS, Manifest
+from image_classifier.modeling.classifier import Classifier
 from image_classifier.predictions import PredictionTable
-from image_classifier.program import program
+from image_classifier.training.builders import TrainingInputs
 from image_classifier.training.callbacks.csv_metrics import CSVMetrics
-from image_classifier.training.callbacks.throughput import Throughput
+from image_classifier.training.config import TrainConfig
 from image_classifier.training.diagnostics import diagnose
 from image_classifier.training.loggers import RunLoggers
-from image_classifier.training.run_dir import PlotSettings, RunDir
+from image_classifier.training.run_dir import RunDir
+
+
+@dataclass(frozen=True)
+class TrainedRun:
+    """Everything that a training has produced, before any of it is written.
+
+    Attributes:
+        run: Name and folders.
+        inputs: What it was trained from.
+        classifier: The best epoch's weights.
+        blueprint: What a checkpoint needs to rebuild the classifier, calibration included.
+        tables: Calibrated predictions by split.
+        decision: When the model abstains.
+        detector: Finds images unlike the training's; None: there is none.
+        baselines: Simple classifiers to compare with.
+        history: The metrics of each epoch.
+        images_per_second: Training images.
+        epochs: Epochs trained.
+        steps: Optimizer steps.
+    """
+
+    run: RunDir
+    inputs: TrainingInputs
+    classifier: Classifier
+    blueprint: dict[str, Any]
+    tables: Mapping[str, PredictionTable]
+    decision: Decision
+    detector: Detector | None
+    baselines: Sequence[Baseline]
+    history: CSVMetrics
+    images_per_second: float
+    epochs: int
+    steps: int
+
+    @property
+    def config(self) -> TrainConfig:
+        """The configuration, with the values that were found by trying."""
+        return self.inputs.config
+
+    @property
+    def manifest(self) -> Manifest:
+        """The images."""
+        return self.inputs.manifest
+
+    @property
+    def images_seen(self) -> int:
+        """Training images, counted once an epoch."""
+        return self.epochs * len(self.manifest.indices("train"))
 
 
 @dataclass(frozen=True)
 class Results:
-    """What the model reached on each part: the metrics, those of leaked and clean images apart, and all of them as plain numbers by name."""
+    """What the model reached on each split: the metrics, those of leaked images apart, and all as plain numbers by name."""
 
     metrics: dict[str, ClassificationMetrics]
     leaks: dict[str, LeakScore | None]
@@ -45,112 +91,98 @@ class Results:
         return self.metrics["val"].f1_macro
 
     @property
-    def judged(self) -> str:
-        """The part that the figures are read from: test, where it was judged."""
+    def reported_split(self) -> str:
+        """The split whose metrics are reported: test, where it was evaluated."""
         return next(split for split in reversed(SPLITS) if split in self.metrics)
 
     @property
     def intervals(self) -> dict[str, dict[str, list[float]]]:
-        """The 95 % intervals of each part by name, where there is one."""
+        """The 95 % intervals of each split by name, where there is one."""
         return {
             split: {name: list(bounds) for name, bounds in metrics.intervals.items() if bounds}
             for split, metrics in self.metrics.items()
         }
 
 
-def write_results(
-    run: RunDir,
-    manifest: Manifest,
-    tables: dict[str, PredictionTable],
-    history: CSVMetrics,
-    baselines: Sequence[Baseline],
-    decision: Decision,
-    plots: PlotSettings,
-    limits: DecodeLimits,
-) -> Results:
-    """Judge the predictions, and write the tables of the run and, if asked for, its figures to its folder in plots/."""
+def write_results(trained: TrainedRun) -> Results:
+    """Compute the metrics of the predictions, and write tables and, if configured, figures to the run's folder in plots/."""
+    run, tables, figures = trained.run, trained.tables, trained.config.run.plots.figures
     metrics = {split: compute_metrics(table) for split, table in tables.items()}
-    leaks = {split: leak_score(table, manifest.leaked(split)) for split, table in tables.items()}
+    leaks = {split: leak_score(table, trained.manifest.leaked(split)) for split, table in tables.items()}
     trusts = {
-        split: write_trust(table, decision, run.plots / split, f"{run.name}, {split}", plots.figures)
+        split: write_trust(table, trained.decision, run.plots / split, f"{run.name}, {split}", figures)
         for split, table in tables.items()
     }
-    results = Results(metrics, leaks, {split: scalars(metrics[split], leaks[split]) for split in tables}, trusts)
-    write_text(run.plots / "metrics.json", json.dumps(results.scores, indent=2) + "\n")
-    if plots.figures:
-        plot_learning_curves(history.curves(), run.plots)
-        plot_curves_in_parts(history.curves(), run.plots, plots.parts) if plots.parts else plot_loss_in_parts(
-            history.curves(), run.plots
-        )
+    scores = {split: scalars(metrics[split], leaks[split]) for split in tables}
+    write_text(run.plots / "metrics.json", json.dumps(scores, indent=2) + "\n")
+    if figures:
+        _plot_curves(trained)
     for split, table in tables.items():
-        beside = simple.beside(baselines, split)
-        title, directory = f"{run.name}, {split}", run.plots / split
         write_evaluation(
-            table, metrics[split], manifest.part(split), directory, title, limits, leaks[split], beside, plots.figures
+            table,
+            metrics[split],
+            trained.manifest.part(split),
+            run.plots / split,
+            f"{run.name}, {split}",
+            trained.config.data.limits,
+            leaks[split],
+            simple.beside(trained.baselines, split),
+            figures,
         )
-    return results
+    return Results(metrics, leaks, scores, trusts)
 
 
-def log_outcome(
-    loggers: RunLoggers,
-    run: RunDir,
-    results: Results,
-    tables: dict[str, PredictionTable],
-    baselines: Sequence[Baseline],
-    facts: dict[str, Any],
-    trainer: pl.Trainer,
-) -> None:
-    """Give the loggers what is known at the end: scores, intervals, robustness, latency, tables of answers and classes, bundle, figures."""
-    scores = {f"test/{name}": value for name, value in results.scores.get("test", {}).items()}
-    scores |= {
-        f"{split}/{name}": value for split, trust in results.trusts.items() for name, value in trust.scalars().items()
-    }
-    bounds = results.intervals.get("test", {}).items()
-    scores |= {
-        f"test/{name}_{end}": value for name, pair in bounds for end, value in zip(("low", "high"), pair, strict=True)
-    }
-    loggers.log_metrics(
-        {**scores, **diagnose(run), **simple.as_metrics(baselines)},
-        max(0, trainer.current_epoch - 1),
-        trainer.global_step,
-    )
-    for split, table in tables.items():
-        loggers.keep_tables(
-            {
-                f"tables/{split}_answers": answer_columns(table),
-                f"tables/{split}_classes": class_columns(results.metrics[split]),
-            }
-        )
-    loggers.keep(
-        {"git_commit": str(facts["git"]), "bundle": str(run.bundle)}, {"bundle": run.bundle, "plots": run.plots}
-    )
+def _plot_curves(trained: TrainedRun) -> None:
+    curves, plots, parts = trained.history.curves(), trained.run.plots, trained.config.run.plots.parts
+    plot_learning_curves(curves, plots)
+    if parts:
+        plot_curves_in_parts(curves, plots, parts)
+    else:
+        plot_loss_in_parts(curves, plots)
+
+
+def log_outcome(loggers: RunLoggers, trained: TrainedRun, results: Results, provenance: Mapping[str, Any]) -> None:
+    """Give the loggers the final values: scores, intervals, robustness, latency, tables, the bundle and the figures."""
+    run = trained.run
+    values = {**_final_scores(results), **diagnose(run), **simple.as_metrics(trained.baselines)}
+    loggers.log_metrics(values, max(0, trained.epochs - 1), trained.steps)
+    for split, table in trained.tables.items():
+        columns = {
+            f"tables/{split}_answers": answer_columns(table),
+            f"tables/{split}_classes": class_columns(results.metrics[split]),
+        }
+        loggers.keep_tables(columns)
+    tags = {"git_commit": str(provenance["git"]), "bundle": str(run.bundle)}
+    loggers.keep(tags, {"bundle": run.bundle, "plots": run.plots})
     loggers.finish()
 
 
-def summarise(
-    run: RunDir,
-    results: Results,
-    baselines: Sequence[Baseline],
-    throughput: Throughput,
-    logged: list[str],
-    has_test_part: bool,
-) -> None:
-    """Print what was reached, beside the baselines, and where everything is."""
-    split = results.judged
-    own = results.metrics[split].scalars()
-    simple.warn_if_not_better(baselines, split, own)
-    said = (*metrics_lines(results.metrics[split], split, results.leaks[split]), *results.trusts[split].lines(split))
-    print("\n".join([*said, *simple.lines(baselines, split, own)]))
-    if split == "val" and has_test_part:
-        print("these figures are of the part that chose the best epoch; test=false left the test part alone")
-    elif split == "val":
-        print(
-            "there is no test part: these figures are of the part that chose the best epoch; ask for one with data.split.test=0.1"
+def _final_scores(results: Results) -> dict[str, float]:
+    scores = {f"test/{name}": value for name, value in results.scores.get("test", {}).items()}
+    for split, trust in results.trusts.items():
+        scores |= {f"{split}/{name}": value for name, value in trust.scalars().items()}
+    for name, (low, high) in results.intervals.get("test", {}).items():
+        scores |= {f"test/{name}_low": low, f"test/{name}_high": high}
+    return scores
+
+
+def summary_lines(trained: TrainedRun, results: Results, logged_to: Sequence[str]) -> Iterator[str]:
+    """Yield the lines that a person reads at the end: metrics, baselines, speed, and where everything is."""
+    split, run = results.reported_split, trained.run
+    scores = results.metrics[split].scalars()
+    simple.warn_if_not_better(trained.baselines, split, scores)
+    yield from metrics_lines(results.metrics[split], split, results.leaks[split])
+    yield from results.trusts[split].lines(split)
+    yield from simple.lines(trained.baselines, split, scores)
+    if split == "val":
+        has_test = bool(len(trained.manifest.indices("test")))
+        hint = "test=false kept the test images for later" if has_test else "get test images with data.split.test=0.1"
+        yield (
+            "these scores are from the validation images, which also picked the best epoch, "
+            f"so they are slightly too good; {hint}"
         )
-    print(f"images/s {throughput.images_per_second:.1f}")
-    print(
-        "\n".join(
-            [f"bundle   {run.bundle}", f"plots    {run.plots}", *logged, f"log      {run.directory / 'train.log'}"]
-        )
-    )
-    print(f"next     {program()} infer --checkpoint_name {shlex.quote(run.name)} --images PATH")
+    yield f"images/s {trained.images_per_second:.1f}"
+    yield f"bundle   {run.bundle}"
+    yield f"plots    {run.plots}"
+    yield from logged_to
+    yield f"log      {run.directory / 'train.log'}"

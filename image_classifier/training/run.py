@@ -1,321 +1,283 @@
-"""The verb `train`: from a configuration to a bundle, read top to bottom."""
+"""A training from its configuration to a bundle, read top to bottom."""
 
 from __future__ import annotations
 
 import logging
-import math
 import sys
-from collections.abc import Sequence
-from contextlib import nullcontext
-from dataclasses import fields
-from functools import partial
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import pytorch_lightning as pl
-import torch
-from pytorch_lightning.utilities.exceptions import MisconfigurationException
 
-from image_classifier.cli import hydra_app
+from image_classifier.atomic_io import write_text
 from image_classifier.dataset.audit.issues import issue_counts_text
 from image_classifier.dataset.pixel_cache import open_cache
-from image_classifier.dataset.prepare import DataSettings
-from image_classifier.dataset.run import prepare_from
+from image_classifier.dataset.run import prepare_dataset
 from image_classifier.errors import ConfigError, DataError
-from image_classifier.evaluation.reliability.ood import Detector, looks
 from image_classifier.manifest import SPLITS, Manifest
-from image_classifier.modeling.classifier import Classifier
-from image_classifier.predictions import PredictionTable
 from image_classifier.training.autotune import autotune, check_choices
 from image_classifier.training.baseline import baselines_of_run
 from image_classifier.training.builders import (
+    TrainingInputs,
     build_datamodule,
     build_module,
     build_trainer,
     check_optimisation,
-    speed_settings,
 )
 from image_classifier.training.bundle_writer import write_bundle
-from image_classifier.training.calibrate import calibrate, decision_settings, fit_decision, fit_detector
-from image_classifier.training.callbacks.checkpoints import final_checkpoint
+from image_classifier.training.calibrate import calibrate, fit_decision, fit_detector
 from image_classifier.training.callbacks.csv_metrics import CSVMetrics
 from image_classifier.training.callbacks.exact_resume import ExactResume
 from image_classifier.training.callbacks.nan_guard import NanGuard, check_on_nan
 from image_classifier.training.callbacks.preemption import SignalHandler, StopOnSignal
 from image_classifier.training.callbacks.throughput import Throughput
-from image_classifier.training.datamodule import ImageDataModule
-from image_classifier.training.diagnostics import diagnostics_settings, run_diagnostics
+from image_classifier.training.config import AUTO, TrainConfig
+from image_classifier.training.diagnostics import run_diagnostics
 from image_classifier.training.distributed import (
     broadcast,
     check_rank_shares,
     first_on_each_node,
     from_rank_zero,
-    gather_rows,
     is_rank_zero,
     process_group,
     seed_per_rank,
 )
+from image_classifier.training.final_model import best_classifier, predict_split
+from image_classifier.training.fit import fit
 from image_classifier.training.hardware import choose_hardware
 from image_classifier.training.initial_weights import resolve_initial_weights
-from image_classifier.training.launch import run_ranks, uses_gpu
+from image_classifier.training.launch import needs_ranks, uses_gpu
 from image_classifier.training.loggers import RunLoggers
-from image_classifier.training.module import ClassifierModule
-from image_classifier.training.reporting import log_outcome, summarise, write_results
+from image_classifier.training.reporting import TrainedRun, log_outcome, summary_lines, write_results
 from image_classifier.training.resume import (
     ResumePoint,
-    find_resume_point,
-    new_overrides,
     prune_later_checkpoints,
     run_fingerprint,
     run_notes,
-    score_if_finished,
     training_length,
     validate_resume,
 )
-from image_classifier.training.run_dir import RunDir, RunSettings, acquire_run_dir, buffered_log, mark_finished
+from image_classifier.training.run_dir import RunDir, acquire_run_dir, buffered_log, mark_finished
 
 log = logging.getLogger(__name__)
 
 
-def train(config: Any) -> float:
-    """Run one training from data to bundle; returns the F1 that a sweep compares: of val, never of test."""
-    asked, line = _run_settings(config), hydra_app.running_line("train").overrides
-    if going := find_resume_point(asked, line):
-        config = _as_begun(config, going, line)
-        score = score_if_finished(going, _flat(config), asked.resume)
-        if score is not None:
-            return score
-    config.resume = None
+@dataclass(frozen=True)
+class TrainResult:
+    """What a training reached, and where it is.
+
+    Attributes:
+        name: Of the run and the bundle.
+        score: F1 (macro) on val, which sweeps compare.
+        split: The split that `summary` reports: test, else val.
+        metrics: By split and name.
+        bundle_dir: The model to use.
+        run_dir: Checkpoints, metrics.csv, train.log.
+        plots_dir: Predictions and figures.
+        images_per_second: Training images.
+        summary: Lines for a person.
+    """
+
+    name: str
+    score: float
+    split: str
+    metrics: dict[str, dict[str, float]]
+    bundle_dir: Path
+    run_dir: Path
+    plots_dir: Path
+    images_per_second: float
+    summary: tuple[str, ...]
+
+
+def train(config: TrainConfig, *, resume: ResumePoint | None = None, overrides: Sequence[str] = ()) -> TrainResult:
+    """Train, evaluate and export a classifier; on several ranks each calls this and gets the same result.
+
+    Args:
+        config: Everything that decides the training.
+        resume: The run to resume; None: a new one.
+        overrides: What the command line gives, kept in run.json so that the run is found again.
+
+    Raises:
+        ConfigError: Settings that contradict one another or cannot be built.
+        DataError: Images that cannot be trained on.
+        StorageError: A folder is taken or not writable.
+        TrainingError: The loss is not finite, or the exported model predicts something else.
+    """
+    check_config(config)
+    trainer = config.trainer
+    if needs_ranks(trainer.accelerator, trainer.devices, trainer.num_nodes):
+        raise ConfigError(
+            f"trainer.devices={trainer.devices} needs one process a device, which only the verb train starts",
+            "set trainer.devices=1",
+        )
+    with process_group(uses_gpu(trainer.accelerator)):
+        signals = SignalHandler()
+        with signals.caught():
+            result = _train_on_this_rank(config, resume, overrides, signals)
+        return broadcast(result)
+
+
+def check_config(config: TrainConfig) -> None:
+    """Check what can be checked before any data is read.
+
+    Raises:
+        ConfigError: A setting is wrong.
+    """
     check_on_nan(config.trainer.on_nan)
     check_choices(config)
     check_optimisation(config)
-    decision_settings(config)
-    diagnostics_settings(config)
-    devices = hydra_app.to_plain(config.trainer)
-    if run_ranks(devices["accelerator"], devices["devices"], devices.get("num_nodes", 1)):
-        return math.nan  # the ranks did it
-    with process_group(uses_gpu(devices["accelerator"])):
-        return broadcast(_train_joined(config, going, line))
 
 
-def _as_begun(config: Any, going: ResumePoint, line: Sequence[str]) -> Any:
-    """The settings with which a run began, and what the command line gives anew."""
-    if going.directory is None:
-        return config
-    place = {"name": going.directory.name, "run_dir": str(going.directory)}
-    anew = new_overrides(going.directory, line)
-    config = hydra_app.replaced(
-        hydra_app.resumed(hydra_app.replaced(config, place), going.directory / "config.yaml", anew), place
-    )
-    keys = {item.partition("=")[0] for item in anew}
-    if "trainer.max_time" in keys and "trainer.max_steps" not in keys and config.trainer.max_epochs is None:
-        config.trainer.max_steps = -1  # the steps that were planned for the old time are planned anew
-    return config
-
-
-def _run_settings(config: Any) -> RunSettings:
-    return hydra_app.typed(RunSettings, hydra_app.only(config, *(item.name for item in fields(RunSettings))), "")
-
-
-def _train_joined(config: Any, going: ResumePoint | None, line: Sequence[str]) -> float | None:
-    """The training as each rank sees it; the main one returns the F1."""
-    signals = SignalHandler()
-    with signals.caught():
-        return _prepare_and_train(config, going, line, signals)
-
-
-def _prepare_and_train(
-    config: Any, going: ResumePoint | None, line: Sequence[str], signals: SignalHandler
-) -> float | None:
+def _train_on_this_rank(
+    config: TrainConfig, resume: ResumePoint | None, overrides: Sequence[str], signals: SignalHandler
+) -> TrainResult | None:
+    """Prepare the data and take a run folder, then train in it; return the result on rank 0."""
     with buffered_log() as early:
-        first_on_each_node(lambda: resolve_initial_weights(config))
-        manifest, data = from_rank_zero(lambda: prepare_from(config))
-    if not len(manifest.indices("val")):
-        raise DataError(
-            "there is no val part to choose the best epoch by", "set data.split.val above 0, or add a val/ folder"
-        )
-    if data.batch_size != "auto":
-        check_rank_shares(data.batch_size, len(manifest.indices("train")), len(manifest.indices("val")))
-    name = f"{data.name or manifest.root.resolve().name}-{config.model.name}"
-    going = from_rank_zero(
-        lambda: validate_resume(going, run_fingerprint(manifest, _flat(config)), _flat(config)) if going else None
-    )
-    claim = partial(
-        acquire_run_dir,
-        _run_settings(config),
-        name,
-        early,
-        run_notes(going, line, _flat(config)),
-        going.directory if going else None,
-    )
-    with claim() if is_rank_zero() else nullcontext() as claimed:
+        model = first_on_each_node(lambda: resolve_initial_weights(config.model, config.data.image_size))
+        config = config.with_model(model)
+        manifest = from_rank_zero(lambda: prepare_dataset(config.data, config.audit, config.run.trusted_packages)[0])
+    _check_splits(config, manifest)
+    resume = from_rank_zero(lambda: _validated(resume, config, manifest))
+    default_name = f"{config.data.name or manifest.root.resolve().name}-{config.model.name}"
+    notes = run_notes(resume, overrides, config.flat())
+    directory = resume.directory if resume else None
+    claim = acquire_run_dir(config.run, default_name, early, notes, directory) if is_rank_zero() else nullcontext()
+    with claim as claimed:
         run = broadcast(claimed)
-        config.name, config.run_dir = run.name, str(run.directory)
-        if is_rank_zero():
-            hydra_app.save(config, run.directory / "config.yaml")
-        return _train(config, run, manifest, data, going, signals)
+        config = config.with_values({"name": run.name, "run_dir": str(run.directory)})
+        _save_config(config, run)
+        return _train_in(run, config, manifest, resume, signals)
 
 
-def _train(
-    config: Any, run: RunDir, manifest: Manifest, data: DataSettings, going: ResumePoint | None, signals: SignalHandler
-) -> float | None:
-    if is_rank_zero() and going:
-        prune_later_checkpoints(going)
-    pl.seed_everything(config.seed, workers=True, verbose=False)
-    hardware = choose_hardware(speed_settings(config))
+def _check_splits(config: TrainConfig, manifest: Manifest) -> None:
+    num_train, num_val = len(manifest.indices("train")), len(manifest.indices("val"))
+    if not num_val:
+        raise DataError(
+            "there are no val images to choose the best epoch by", "set data.split.val above 0, or add a val/ folder"
+        )
+    if config.data.batch_size != AUTO:
+        check_rank_shares(config.data.batch_size, num_train, num_val)
+
+
+def _validated(resume: ResumePoint | None, config: TrainConfig, manifest: Manifest) -> ResumePoint | None:
+    flat = config.flat()
+    return validate_resume(resume, run_fingerprint(manifest, flat), flat) if resume else None
+
+
+def _save_config(config: TrainConfig, run: RunDir) -> None:
+    if is_rank_zero():
+        write_text(run.directory / "config.yaml", config.yaml)
+
+
+def _train_in(
+    run: RunDir, config: TrainConfig, manifest: Manifest, resume: ResumePoint | None, signals: SignalHandler
+) -> TrainResult | None:
+    if is_rank_zero() and resume:
+        prune_later_checkpoints(resume)
+    pl.seed_everything(config.run.seed, workers=True, verbose=False)
+
+    # What the training is made from: pixels, number format, and the values that are found by trying.
+    inputs = autotune(_inputs(config, manifest), run.plots)
+    config = inputs.config
+    _save_config(config, run)  # with the values found, so that a resumed run need not find them again
+
+    # The objects of the training, in the order in which they draw random numbers.
+    datamodule = build_datamodule(inputs)
+    module = build_module(inputs)
+    baselines = from_rank_zero(lambda: baselines_of_run(inputs, module.classifier, run))
+    seed_per_rank(config.run.seed)
+    throughput = Throughput()
+    history = CSVMetrics(run.directory / "metrics.csv", throughput)
+    state = ExactResume(run_fingerprint(manifest, config.flat()), resume is not None and resume.longer)
+    guard = NanGuard(config.trainer.on_nan, run.directory)
+    trainer = build_trainer(config, inputs.hardware, throughput, history, state, StopOnSignal(signals), guard)
+
+    with _logged_run(RunLoggers(trainer.loggers), config, manifest, run) as loggers:
+        with signals.deferred():
+            fit(trainer, module, datamodule, resume.checkpoint if resume else None)
+
+        # The finished model: best weights, detector of unlike images, predictions.
+        classifier = best_classifier(trainer, module)
+        detector = from_rank_zero(lambda: fit_detector(classifier, manifest, inputs.cache, config.decision))
+        splits = _evaluated_splits(config, manifest)
+        tables = {split: predict_split(classifier, detector, datamodule, manifest, split) for split in splits}
+        if not is_rank_zero():
+            return None
+
+        tables = calibrate(tables)
+        decision = fit_decision(tables["val"], config.decision)
+        calibration = {"temperature": tables["val"].temperature, "decision": decision.as_dict()}
+        trained = TrainedRun(
+            run=run,
+            inputs=inputs,
+            classifier=classifier,
+            blueprint={**module.hparams["blueprint"], **calibration},
+            tables=tables,
+            decision=decision,
+            detector=detector,
+            baselines=baselines,
+            history=history,
+            images_per_second=throughput.images_per_second,
+            epochs=trainer.current_epoch,
+            steps=trainer.global_step,
+        )
+        return _finish(trained, loggers)
+
+
+def _inputs(config: TrainConfig, manifest: Manifest) -> TrainingInputs:
+    data, hardware = config.data, choose_hardware(config.trainer.speed)
     cache = first_on_each_node(
         lambda: open_cache(manifest, data.preprocess, data.cache, data.limits, progress=sys.stderr.isatty())
     )
-    data, hardware = autotune(config, manifest, data, cache, hardware, run.plots)
-    if is_rank_zero():
-        hydra_app.save(
-            config, run.directory / "config.yaml"
-        )  # with what was found, so that a resumed run need not look again
-    datamodule = build_datamodule(config, manifest, data, cache, hardware)
-    module = build_module(config, manifest, data, cache, hardware)
-    baselines = from_rank_zero(
-        lambda: baselines_of_run(config, module.classifier, manifest, data, cache, hardware, run.plots, run.resumed)
-    )
-    seed_per_rank(config.seed)
-    throughput = Throughput()
-    history = CSVMetrics(run.directory / "metrics.csv", throughput)
-    state = ExactResume(run_fingerprint(manifest, _flat(config)), going is not None and going.longer)
-    trainer = build_trainer(
-        config,
-        hardware,
-        throughput,
-        history,
-        state,
-        StopOnSignal(signals),
-        NanGuard(config.trainer.on_nan, run.directory),
-    )
-    loggers = RunLoggers(trainer.loggers)
+    return TrainingInputs(config, manifest, cache, hardware)
+
+
+@contextmanager
+def _logged_run(loggers: RunLoggers, config: TrainConfig, manifest: Manifest, run: RunDir) -> Iterator[RunLoggers]:
+    """Begin the run in every logger; an error in the block ends it there as FAILED or KILLED."""
     loggers.go_on_as(run.key, run.resumed)
+    tags = {"manifest_sha256": manifest.sha256, "run_folder": str(run.directory)}
+    if manifest.corrected:
+        tags["corrected"] = issue_counts_text(manifest.corrected)
     try:
-        corrected = {"corrected": issue_counts_text(manifest.corrected)} if manifest.corrected else {}
-        loggers.begin(
-            _flat(config), {"manifest_sha256": manifest.sha256, "run_folder": str(run.directory), **corrected}
-        )
-        with signals.deferred():
-            _fit(trainer, module, datamodule, going.checkpoint if going else None)
-        classifier = _best_classifier(trainer, module)
-        asked = decision_settings(config)
-        detector = from_rank_zero(lambda: fit_detector(classifier, manifest, cache, asked))
-        tables = {
-            split: _predict(classifier, detector, datamodule, manifest, split)
-            for split in _judged_parts(config, manifest)
-        }
-        if not is_rank_zero():
-            return None
-        tables = calibrate(tables)
-        decision = fit_decision(tables["val"], asked)
-        results = write_results(
-            run, manifest, tables, history, baselines, decision, _run_settings(config).plots, data.limits
-        )
-        judged, seen = tables[results.judged], trainer.current_epoch * len(manifest.indices("train"))
-        run_diagnostics(
-            classifier, judged, manifest.part(results.judged), run, data, diagnostics_settings(config), seen
-        )
-        blueprint = {
-            **module.hparams["blueprint"],
-            "temperature": tables["val"].temperature,
-            "decision": decision.as_dict(),
-        }
-        facts = write_bundle(
-            classifier,
-            blueprint,
-            run,
-            manifest,
-            cache,
-            results,
-            baselines,
-            config,
-            throughput.images_per_second,
-            decision,
-            detector,
-        )
-        mark_finished(run, results.score, training_length(_flat(config)))
-        log_outcome(loggers, run, results, tables, baselines, facts, trainer)
+        loggers.begin(config.flat(), tags)
+        yield loggers
     except BaseException as error:
         loggers.finish("KILLED" if isinstance(error, KeyboardInterrupt | SystemExit) else "FAILED")
         raise
-    summarise(run, results, baselines, throughput, loggers.where(), has_test_part=bool(len(manifest.indices("test"))))
-    return results.score
 
 
-def _judged_parts(config: Any, manifest: Manifest) -> list[str]:
-    return [split for split in SPLITS[1:] if len(manifest.indices(split)) and (split == "val" or config.test)]
+def _evaluated_splits(config: TrainConfig, manifest: Manifest) -> list[str]:
+    return [split for split in SPLITS[1:] if len(manifest.indices(split)) and (split == "val" or config.run.test)]
 
 
-def _flat(config: Any) -> dict[str, Any]:
-    """All settings by dotted key, for logs and comparisons."""
-    return hydra_app.flatten(hydra_app.without_passwords(hydra_app.to_plain(config)))
-
-
-def _fit(trainer: pl.Trainer, module: ClassifierModule, datamodule: ImageDataModule, start: Path | None) -> None:
-    try:
-        trainer.fit(module, datamodule=datamodule, ckpt_path=start, weights_only=True)
-    except (MisconfigurationException, RuntimeError, ValueError) as error:
-        raise _explained(error, trainer) from error
-    if trainer.interrupted:
-        raise KeyboardInterrupt
-
-
-def _explained(error: Exception, trainer: pl.Trainer) -> Exception:
-    """A wrong setting that shows only while training, as one line; anything else is a bug and stays as it is."""
-    if "conditioned on metric" in str(error) and "val/loss" not in trainer.callback_metrics:
-        return ConfigError(
-            "the run ended before its first validation",
-            "let it train a whole epoch, or set callbacks.early_stopping=null",
-        )
-    if isinstance(error, MisconfigurationException) or "conditioned on metric" in str(error):
-        return ConfigError(str(error))
-    if isinstance(error, torch.OutOfMemoryError):
-        return ConfigError(
-            "the memory of the GPU is full", "lower data.batch_size, or let it be found with data.batch_size=auto"
-        )
-    if "does not have a deterministic implementation" in str(error):
-        return ConfigError(str(error).partition(".")[0], "set trainer.deterministic=warn, or choose another network")
-    if "Expected more than 1 value per channel" in str(error):
-        return ConfigError(
-            "batch normalisation needs more than one value a channel", "raise data.batch_size or data.image_size"
-        )
-    return error
-
-
-def _best_classifier(trainer: pl.Trainer, module: ClassifierModule) -> Classifier:
-    """The classifier with the weights of the best epoch (else the newest), in float32 on the training device."""
-    path, classifier = from_rank_zero(lambda: final_checkpoint(trainer)), module.whole_classifier()
-    if path:
-        state = from_rank_zero(lambda: torch.load(path, map_location="cpu", weights_only=True)["state_dict"])
-        prefix = "classifier."
-        classifier.load_state_dict(
-            {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
-        )
-    return classifier.eval().float().to(trainer.strategy.root_device)
-
-
-def _predict(
-    classifier: Classifier, detector: Detector | None, datamodule: ImageDataModule, manifest: Manifest, split: str
-) -> PredictionTable:
-    device, logits, scores = classifier.scale.device, [], []
-    with torch.inference_mode():
-        parts = (
-            part
-            for pixels, _ in datamodule.in_order(split)
-            for part in pixels.split(-(-len(pixels) // classifier.num_views))
-        )
-        for part in parts:
-            answers, embeddings = classifier.answer(part.to(device))
-            logits.append(answers.cpu())
-            scores.append(
-                torch.from_numpy(detector.scores(embeddings.cpu().numpy(), looks(part.cpu().numpy())))
-                if detector
-                else torch.zeros(len(answers))
-            )
-        whole, unlike = gather_rows(logits).numpy(), gather_rows(scores).numpy()
-    rows = manifest.indices(split)
-    paths = tuple(manifest.paths[row] for row in rows)
-    return PredictionTable(
-        paths, manifest.targets[rows], whole, manifest.classes, ood_scores=unlike if detector else None
+def _finish(trained: TrainedRun, loggers: RunLoggers) -> TrainResult:
+    """Write metrics, figures and the bundle of a trained model, tell the loggers, and return the result."""
+    run, config = trained.run, trained.config
+    results = write_results(trained)
+    split = results.reported_split
+    run_diagnostics(
+        trained.classifier,
+        trained.tables[split],
+        trained.manifest.part(split),
+        run,
+        config.data,
+        config.diagnostics,
+        trained.images_seen,
+    )
+    provenance = write_bundle(trained, results)
+    mark_finished(run, results.score, training_length(config.flat()))
+    log_outcome(loggers, trained, results, provenance)
+    return TrainResult(
+        name=run.name,
+        score=results.score,
+        split=split,
+        metrics=results.scores,
+        bundle_dir=run.bundle,
+        run_dir=run.directory,
+        plots_dir=run.plots,
+        images_per_second=trained.images_per_second,
+        summary=tuple(summary_lines(trained, results, loggers.where())),
     )

@@ -1,7 +1,8 @@
-"""A run's name and folders, and the facts that say where its result came from."""
+"""A run's name and folders, and where its result came from."""
 
 from __future__ import annotations
 
+import itertools
 import json
 import logging
 import os
@@ -28,7 +29,7 @@ _PACKAGES = ("torch", "torchvision", "pytorch-lightning", "timm", "onnx", "onnxr
 
 @dataclass(frozen=True)
 class RunDir:
-    """Where one run keeps its files: `directory` while it lives, `bundle` and `plots` when it is done; `key` is its alone."""
+    """Where one run keeps its files: `directory` while it trains, `bundle` and `plots` when it is finished; `key` is unique."""
 
     name: str
     directory: Path
@@ -40,7 +41,10 @@ class RunDir:
 
 @dataclass(frozen=True)
 class PlotSettings:
-    """The keys of `plots`: whether figures are drawn, and in how many parts learning curves, too (None: the loss in four, from 40 epochs)."""
+    """The keys of `plots`: whether figures are drawn, and in how many parts learning curves are drawn too.
+
+    With `parts` None the loss is drawn in four, from 40 epochs.
+    """
 
     figures: bool = True
     parts: int | None = None
@@ -71,12 +75,12 @@ class RunSettings:
         if name is not None and (not re.fullmatch(r"[^/\\\0]{1,150}", name) or name.startswith(".")):
             raise ConfigError(f"name={name!r} cannot be the name of a folder", "use letters, digits, '-', '_' or '.'")
         if isinstance(self.seed, int) and not 0 <= self.seed < 2**32:
-            raise ConfigError(f"seed={self.seed} cannot be", "use a whole number from 0 to 4294967295")
+            raise ConfigError(f"invalid seed={self.seed}", "use a whole number from 0 to 4294967295")
 
 
 @contextmanager
 def buffered_log() -> Iterator[list[logging.LogRecord]]:
-    """What is logged in the block, for a run that has no folder yet; `claim_run` writes it to train.log."""
+    """Collect what is logged in the block, for a run that has no folder yet; `acquire_run_dir` writes it to train.log."""
     handler = _LogBuffer()
     logging.getLogger().addHandler(handler)
     try:
@@ -96,27 +100,34 @@ class _LogBuffer(logging.Handler):
 
 @contextmanager
 def acquire_run_dir(
-    asked: RunSettings,
+    settings: RunSettings,
     default: str,
     early: Sequence[logging.LogRecord] = (),
     notes: dict[str, Any] | None = None,
-    going_on: Path | None = None,
+    resumed: Path | None = None,
 ) -> Iterator[RunDir]:
-    """Claim a name and its run folder; a run that fails before it has a checkpoint leaves no folder behind.
+    """Take a name and its run folder for the block; a run that fails before it has a checkpoint leaves no folder behind.
 
-    Without a name the run is called `default`, numbered when that is taken. With `overwrite` the old run folder is put aside until
-    the new run has succeeded, and comes back if that fails before it has a checkpoint of its own. `going_on` is the folder of a run
-    to go on with, which is taken as it is. `notes` are kept in the folder's run.json.
+    With `overwrite` the old run folder is put aside until the new run has succeeded, and comes back if that fails before it has
+    a checkpoint.
+
+    Args:
+        settings: Name and folders.
+        default: The name where the settings have none, numbered when it is taken.
+        early: Log records from before there was a folder.
+        notes: Kept in the folder's run.json.
+        resumed: The folder of a run to resume, which is used as it is.
 
     Raises:
-        StorageError: The name is taken and neither `overwrite` nor `going_on` is given, the run is under way, or a folder may not be written.
+        StorageError: The name is taken and neither `overwrite` nor `resumed` is given, the run is in progress, or a folder
+            is not writable.
     """
-    for directory in (asked.runs_dir, asked.models_dir, asked.plots_dir):
+    for directory in (settings.runs_dir, settings.models_dir, settings.plots_dir):
         _check_writable(Path(directory))
-    with _alone(asked), _old_run_aside(asked, going_on), ExitStack() as held:
-        with storage_errors(asked.runs_dir):
-            run = _taken_up(asked, going_on) if going_on else _claim(asked, default.replace("/", "-").lstrip("."))
-            held.enter_context(_held(run.directory))
+    with _name_lock(settings), _old_run_aside(settings, resumed), ExitStack() as held:
+        with storage_errors(settings.runs_dir):
+            run = _reopened(settings, resumed) if resumed else _new(settings, default.replace("/", "-").lstrip("."))
+            held.enter_context(_folder_lock(run.directory))
             from image_classifier.training.checkpoint_io import sweep  # torch, which `tune` does without
 
             sweep(run.directory)
@@ -138,40 +149,42 @@ def acquire_run_dir(
 
 
 @contextmanager
-def _alone(asked: RunSettings) -> Iterator[None]:
-    """Refuse a second run under a name that was asked for while the first is under way: `overwrite` would pull its folder away."""
-    if asked.name is None:
+def _name_lock(settings: RunSettings) -> Iterator[None]:
+    """Refuse a second run under a given name while the first is in progress: `overwrite` would move its folder away."""
+    if settings.name is None:
         yield
         return
     with ExitStack() as stack:
         try:
-            stack.enter_context(file_lock(Path(asked.runs_dir) / f".{asked.name}.lock", wait=False))
+            stack.enter_context(file_lock(Path(settings.runs_dir) / f".{settings.name}.lock", wait=False))
         except BlockingIOError:
             raise StorageError(
-                f"a run named {asked.name!r} is under way", "wait for it, or choose another name="
+                f"a run named {settings.name!r} is in progress", "wait for it, or choose another name="
             ) from None
         yield
 
 
 @contextmanager
-def _held(directory: Path) -> Iterator[None]:
-    """Refuse to work in a run folder in which another process works."""
+def _folder_lock(directory: Path) -> Iterator[None]:
+    """Refuse a run folder in which another process works."""
     with ExitStack() as stack:
         try:
             stack.enter_context(file_lock(directory / ".lock", wait=False))
         except BlockingIOError:
-            raise StorageError(f"the run in {str(directory)!r} is under way", "wait for it, or stop it first") from None
+            raise StorageError(
+                f"the run in {str(directory)!r} is in progress", "wait for it, or stop it first"
+            ) from None
         yield
 
 
 @contextmanager
-def _old_run_aside(asked: RunSettings, going_on: Path | None) -> Iterator[None]:
-    """With `overwrite`, put the old run folder aside; it goes when the block ends well and comes back when no checkpoint took its place."""
-    directory = Path(asked.runs_dir) / (asked.name or "")
-    if not (asked.name and asked.overwrite):
+def _old_run_aside(settings: RunSettings, resumed: Path | None) -> Iterator[None]:
+    """With `overwrite`, put the old run folder aside: removed when the block succeeds, restored when it fails without a checkpoint."""
+    directory = Path(settings.runs_dir) / (settings.name or "")
+    if not (settings.name and settings.overwrite):
         yield
         return
-    aside = directory.with_name(f".{directory.name}.old") if going_on else _put_aside(directory)
+    aside = directory.with_name(f".{directory.name}.old") if resumed else _put_aside(directory)
     try:
         yield
     except BaseException:
@@ -183,12 +196,12 @@ def _old_run_aside(asked: RunSettings, going_on: Path | None) -> Iterator[None]:
 
 
 def _is_worth_keeping(directory: Path) -> bool:
-    """Whether a run that failed left something to go on from, or to find out why."""
+    """Return whether a run that failed left something to resume from, or that shows why it failed."""
     return any(directory.glob("checkpoints/*.ckpt")) or any(directory.glob("bad_batch*.txt"))
 
 
 def read_notes(directory: Path) -> dict[str, Any]:
-    """What a run wrote down about itself in run.json; nothing where it is missing or damaged."""
+    """Return what a run keeps about itself in run.json; nothing where it is missing or damaged."""
     try:
         notes = json.loads((directory / "run.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -197,28 +210,28 @@ def read_notes(directory: Path) -> dict[str, Any]:
 
 
 def _note(directory: Path, notes: dict[str, Any]) -> dict[str, Any]:
-    """Add to run.json, with a key for the run that no other has."""
+    """Add to run.json, with a unique key for the run."""
     notes = {"key": uuid.uuid4().hex[:16], **read_notes(directory), **notes}
     write_text(directory / "run.json", json.dumps(notes, indent=2) + "\n")
     return notes
 
 
 def mark_finished(run: RunDir, score: float, length: Mapping[str, Any]) -> None:
-    """Write down that a run has done all it was to do, how much that was (`resume.length_of`), and the value that a sweep compares."""
+    """Note in run.json that a run is finished, with its length (`resume.training_length`) and the score that a sweep compares."""
     _note(run.directory, {"finished": True, "score": score, "length": length})
 
 
 class _LogFile(logging.FileHandler):
-    """A log that a full disk ends quietly: the terminal still shows each line."""
+    """A log file whose errors, such as a full disk, are ignored: the terminal still shows each line."""
 
     def handleError(self, record: logging.LogRecord) -> None: ...  # noqa: N802
 
 
 def _put_aside(directory: Path) -> Path:
-    """Rename a run folder out of the way; an older one that is still aside is the last that succeeded, and stays."""
+    """Rename a run folder out of the way; an older one that was put aside is the last that succeeded, and stays."""
     aside = directory.with_name(f".{directory.name}.old")
     if directory.exists():
-        with _held(directory):
+        with _folder_lock(directory):
             pass
         if aside.exists():
             shutil.rmtree(directory)
@@ -227,36 +240,42 @@ def _put_aside(directory: Path) -> Path:
     return aside
 
 
-def _folders(asked: RunSettings, name: str) -> RunDir:
-    return RunDir(name, Path(asked.runs_dir) / name, Path(asked.models_dir) / name, Path(asked.plots_dir) / name)
+def _folders(settings: RunSettings, name: str) -> RunDir:
+    return RunDir(
+        name,
+        directory=Path(settings.runs_dir) / name,
+        bundle=Path(settings.models_dir) / name,
+        plots=Path(settings.plots_dir) / name,
+    )
 
 
-def _taken_up(asked: RunSettings, directory: Path) -> RunDir:
-    return replace(_folders(asked, directory.name), directory=directory, resumed=True)
+def _reopened(settings: RunSettings, directory: Path) -> RunDir:
+    return replace(_folders(settings, directory.name), directory=directory, resumed=True)
 
 
-def _claim(asked: RunSettings, default: str) -> RunDir:
-    number = 1
-    while True:
-        run = _folders(asked, asked.name or (default if number == 1 else f"{default}-{number}"))
+def _new(settings: RunSettings, default: str) -> RunDir:
+    for number in itertools.count(1):
+        run = _folders(settings, settings.name or (default if number == 1 else f"{default}-{number}"))
         try:
-            if run.bundle.exists() and not (asked.name and asked.overwrite):
+            if run.bundle.exists() and not (settings.name and settings.overwrite):
                 raise FileExistsError
-            run.directory.mkdir(parents=True)  # one winner where two runs start at once
-            return run
+            run.directory.mkdir(parents=True)  # only one succeeds where two runs start at once
         except FileExistsError:
-            if asked.name:
-                taken = run.directory if run.directory.exists() else run.bundle
-                goes_on = (
-                    "pass resume=last to go on with it, "
-                    if taken == run.directory and not read_notes(taken).get("finished")
-                    else ""
-                )
-                raise StorageError(
-                    f"the name {asked.name!r} is taken: {str(taken)!r} exists",
-                    f"{goes_on}choose another name=, or pass overwrite=true",
-                ) from None
-        number += 1
+            if settings.name:
+                raise _name_is_taken(run) from None
+        else:
+            return run
+    raise AssertionError("itertools.count never ends")
+
+
+def _name_is_taken(run: RunDir) -> StorageError:
+    taken = run.directory if run.directory.exists() else run.bundle
+    can_resume = taken == run.directory and not read_notes(taken).get("finished")
+    resume = "pass resume=last to resume it, " if can_resume else ""
+    return StorageError(
+        f"the name {run.name!r} is taken: {str(taken)!r} exists",
+        f"{resume}choose another name=, or pass overwrite=true",
+    )
 
 
 def _check_writable(directory: Path) -> None:
@@ -268,7 +287,7 @@ def _check_writable(directory: Path) -> None:
 
 
 def provenance(seed: int, **facts: Any) -> dict[str, Any]:
-    """Where a result came from: versions, code, command, machine and time, beside the facts given."""
+    """Return where a result came from: versions, code, command and time, and the given facts."""
     versions = {name: metadata.version(name) for name in _PACKAGES}
     return {
         "version": __version__,
@@ -283,7 +302,7 @@ def provenance(seed: int, **facts: Any) -> dict[str, Any]:
 
 
 def git_commit() -> str | None:
-    """The commit of the code, with `-dirty` where files differ from it; None outside a repository."""
+    """Return the commit of the code, with `-dirty` where files differ from it; None outside a repository."""
     root = Path(__file__).resolve().parents[2]
     try:
         done = subprocess.run(

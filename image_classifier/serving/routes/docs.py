@@ -48,7 +48,9 @@ def rendered(description: Mapping[str, Any], needs_key: bool) -> str:
 def _operations(description: Mapping[str, Any]) -> Iterator[tuple[str, Operation]]:
     for path, methods in description["paths"].items():
         for method, told in methods.items():
-            command = _COMMANDS.get(path, "").replace("{program}", program()) or (f"curl '{ORIGIN}{path}'" if method == "get" else "")
+            command = _COMMANDS.get(path, "").replace("{program}", program()) or (
+                f"curl '{ORIGIN}{path}'" if method == "get" else ""
+            )
             if "security" in told:
                 command = command.replace("curl ", 'curl -H "X-API-Key: $KEY" ', 1)
             answers = [(code, str(answer.get("description") or "")) for code, answer in told["responses"].items()]

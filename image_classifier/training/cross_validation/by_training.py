@@ -11,9 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from image_classifier.atomic_io import file_lock, write_text
-from image_classifier.cli.options import quoted
 from image_classifier.errors import TrainingError
 from image_classifier.manifest import Manifest
+from image_classifier.override_grammar import quoted
 from image_classifier.program import child_command
 from image_classifier.training.run_dir import read_notes
 from image_classifier.training.tuning.subprocess_run import TrialOutcome, TrialProcess, sigterm_stops

@@ -9,8 +9,8 @@ from typing import Any
 
 from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
 
-from image_classifier.cli.options import quoted
 from image_classifier.errors import ConfigError
+from image_classifier.override_grammar import quoted
 from image_classifier.text import did_you_mean
 
 KINDS = ("float", "int", "categorical")

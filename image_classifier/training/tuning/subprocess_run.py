@@ -16,8 +16,8 @@ from pathlib import Path
 from types import FrameType
 from typing import IO, Any
 
-from image_classifier.cli.options import quoted
 from image_classifier.cpu import usable_cores
+from image_classifier.override_grammar import quoted
 
 MARK = "\x1etrial "  # starts a line of the child's standard output that is a report: [number of the validation, value]
 GO_ON, STOP = "go", "stop"

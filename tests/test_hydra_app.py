@@ -15,9 +15,10 @@ from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 from omegaconf import DictConfig, OmegaConf
 
-from image_classifier.cli import hydra_app
-from image_classifier.cli.options import literal, quoted, requoted, translate
+from image_classifier.cli import completion, hydra_app
+from image_classifier.cli.options import translate
 from image_classifier.errors import ClassifierError, ConfigError, DataError
+from image_classifier.override_grammar import literal, quoted, requoted
 from image_classifier.text import nearest
 
 HYDRA = "defaults: [override hydra_logging: none, override job_logging: none]\noutput_subdir: null\nrun: {dir: .}\n"
@@ -397,6 +398,7 @@ def test_completion_offers_verbs_groups_choices_and_keys(
     conf: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(hydra_app, "CONF_DIR", conf)
+    monkeypatch.setattr(completion, "CONF_DIR", conf)
     monkeypatch.setattr(sys, "argv", ["commands.py", "-sc"])
     expected = {
         "": "train infer",
@@ -408,5 +410,5 @@ def test_completion_offers_verbs_groups_choices_and_keys(
     expected |= {"train --model large model.d": "model.depth=", "infer --che": "--checkpoint_name=", "nope x": ""}
     for line, answer in expected.items():
         monkeypatch.setitem(os.environ, "COMP_LINE", f"python commands.py {line}")
-        hydra_app.complete(["query=bash"], ["train", "infer"])
+        completion.complete(["query=bash"], ["train", "infer"])
         assert capsys.readouterr().out.strip() == answer, line

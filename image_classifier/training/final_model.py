@@ -1,0 +1,60 @@
+"""The finished model of a training: the best epoch's weights, and its predictions for a split."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytorch_lightning as pl
+import torch
+
+from image_classifier.evaluation.reliability.ood import Detector, looks
+from image_classifier.manifest import Manifest
+from image_classifier.modeling.classifier import Classifier
+from image_classifier.predictions import PredictionTable
+from image_classifier.training.callbacks.checkpoints import final_checkpoint
+from image_classifier.training.datamodule import ImageDataModule
+from image_classifier.training.distributed import from_rank_zero, gather_rows
+from image_classifier.training.module import ClassifierModule
+
+_PREFIX = "classifier."  # of the classifier's weights in a checkpoint
+
+
+def best_classifier(trainer: pl.Trainer, module: ClassifierModule) -> Classifier:
+    """Return the classifier with the weights of the best epoch (else the newest), in float32 on the training device."""
+    path = from_rank_zero(lambda: final_checkpoint(trainer))
+    classifier = module.whole_classifier()
+    if path:
+        state = from_rank_zero(lambda: torch.load(path, map_location="cpu", weights_only=True)["state_dict"])
+        weights = {name.removeprefix(_PREFIX): value for name, value in state.items() if name.startswith(_PREFIX)}
+        classifier.load_state_dict(weights)
+    return classifier.eval().float().to(trainer.strategy.root_device)
+
+
+def predict_split(
+    classifier: Classifier, detector: Detector | None, datamodule: ImageDataModule, manifest: Manifest, split: str
+) -> PredictionTable:
+    """Return the predictions for a split in manifest order, on every rank; without a detector there are no ood scores."""
+    device = classifier.scale.device
+    logits: list[torch.Tensor] = []
+    scores: list[torch.Tensor] = []
+    with torch.inference_mode():
+        for pixels in _view_sized_batches(datamodule, split, classifier.num_views):
+            batch_logits, embeddings = classifier.answer(pixels.to(device))
+            logits.append(batch_logits.cpu())
+            if detector:
+                unlike = detector.scores(embeddings.cpu().numpy(), looks(pixels.cpu().numpy()))
+                scores.append(torch.from_numpy(unlike))
+            else:
+                scores.append(torch.zeros(len(batch_logits)))
+        all_logits, all_scores = gather_rows(logits).numpy(), gather_rows(scores).numpy()
+    rows = manifest.indices(split)
+    paths = tuple(manifest.paths[row] for row in rows)
+    return PredictionTable(
+        paths, manifest.targets[rows], all_logits, manifest.classes, ood_scores=all_scores if detector else None
+    )
+
+
+def _view_sized_batches(datamodule: ImageDataModule, split: str, num_views: int) -> Iterator[torch.Tensor]:
+    """Yield pixels uint8 [n, 3, S, S], n so small that all views of a batch need the memory of one validation batch."""
+    for pixels, _ in datamodule.in_order(split):
+        yield from pixels.split(-(-len(pixels) // num_views))
