@@ -12,7 +12,9 @@ import numpy as np
 from image_classifier.atomic_io import write_text
 from image_classifier.evaluation.leaks import LeakScore
 from image_classifier.evaluation.metrics.compute import ClassificationMetrics, Interval
-from image_classifier.evaluation.plots.run_plots import plot_class_scores, plot_confusion_matrix, plot_samples
+from image_classifier.evaluation.plots.class_scores import plot_class_scores
+from image_classifier.evaluation.plots.confusion_matrix import plot_confusion_matrix
+from image_classifier.evaluation.plots.samples import plot_samples
 from image_classifier.images import DecodeLimits, decode
 from image_classifier.manifest import Manifest
 from image_classifier.predictions import PredictionTable

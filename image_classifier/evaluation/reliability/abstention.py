@@ -13,7 +13,12 @@ from typing import Any
 import numpy as np
 
 from image_classifier.errors import CheckpointError, ConfigError
-from image_classifier.evaluation.reliability.selective import RiskLevel, choose_level, lowest_risk, risk_levels
+from image_classifier.evaluation.reliability.selective_prediction import (
+    RiskLevel,
+    choose_level,
+    lowest_risk,
+    risk_levels,
+)
 from image_classifier.predictions import PredictionTable
 from image_classifier.sampling import evenly_spaced
 

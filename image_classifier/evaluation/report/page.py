@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from image_classifier.evaluation.reliability.calibration import GOAL, Reliability
-from image_classifier.evaluation.reliability.selective import RiskCurve, risk_curve
+from image_classifier.evaluation.reliability.selective_prediction import RiskCurve, risk_curve
 from image_classifier.evaluation.report.charts import Scale, line_chart
 from image_classifier.evaluation.report.confusions import frequent, matrix
 from image_classifier.evaluation.report.gallery import cell_images, worst

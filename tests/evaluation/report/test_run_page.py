@@ -16,8 +16,8 @@ from hypothesis import strategies as st
 
 from image_classifier.bundle import read_bundle
 from image_classifier.evaluation.reliability.abstention import Decision, DecisionSettings, Evidence
-from image_classifier.evaluation.reliability.results import write_trust
-from image_classifier.evaluation.reliability.selective import risk_curve
+from image_classifier.evaluation.reliability.selective_prediction import risk_curve
+from image_classifier.evaluation.reliability_results import write_trust
 from image_classifier.evaluation.report.charts import Scale
 from image_classifier.evaluation.report.confusions import frequent, images_of_cells, matrix
 from image_classifier.evaluation.report.locate import limits_of

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from image_classifier.bundle import read_bundle
 from image_classifier.errors import ClassifierError
 from image_classifier.evaluation.reliability.abstention import Decision, DecisionSettings, Evidence
-from image_classifier.evaluation.reliability.results import write_trust
+from image_classifier.evaluation.reliability_results import write_trust
 from image_classifier.evaluation.report.page import run_page
 from image_classifier.evaluation.report.run_data import RunPaths, gather
 from image_classifier.predictions import PredictionTable

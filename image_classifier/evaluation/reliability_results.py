@@ -15,7 +15,7 @@ from image_classifier.atomic_io import write_text
 from image_classifier.evaluation.plots.reliability import plot_reliability, plot_risk_coverage
 from image_classifier.evaluation.reliability.abstention import Decision
 from image_classifier.evaluation.reliability.calibration import CalibrationScore, Reliability, calibration_score
-from image_classifier.evaluation.reliability.selective import RiskCurve, risk_curve
+from image_classifier.evaluation.reliability.selective_prediction import RiskCurve, risk_curve
 from image_classifier.predictions import PredictionTable
 
 
