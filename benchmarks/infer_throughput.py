@@ -26,9 +26,9 @@ from PIL import Image
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from image_classifier.images import Preprocess  # noqa: E402
-from image_classifier.inference.load import load_predictor  # noqa: E402
-from image_classifier.inference.predictor import Predictor  # noqa: E402
+from image_classifier.images import Preprocess
+from image_classifier.inference.load import load_predictor
+from image_classifier.inference.predictor import Predictor
 
 # Runs commands.py and says on the last line of stderr how much memory it took at most, in MiB.
 PEAK = """
@@ -69,7 +69,7 @@ def _speed(predictor: Predictor, paths: list[Path], rounds: int, model: Path) ->
     pixels = [predictor.preprocess.read(path) for path in paths[: predictor.batch_size]]
     sides: dict[str, Callable[[], object]] = {
         "decode alone": lambda: _decode(predictor, paths),
-        "backend alone": lambda: [predictor.judge(pixels) for _ in range(len(paths) // len(pixels))],
+        "backend alone": lambda: [predictor.logits_and_scores(pixels) for _ in range(len(paths) // len(pixels))],
         "infer": lambda: sum(1 for _ in predictor.predict(paths)),
         "plain loop": lambda: _plain(
             model / "model.onnx" if model.is_dir() else model, predictor.preprocess.size, paths

@@ -21,15 +21,15 @@ import torch
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from image_classifier.dataset.pixel_cache import open_cache  # noqa: E402
-from image_classifier.dataset.run import prepare_from  # noqa: E402
-from image_classifier.training.builders import build_datamodule, build_module, build_trainer, speed_settings  # noqa: E402
-from image_classifier.training.callbacks.csv_metrics import CSVMetrics  # noqa: E402
-from image_classifier.training.callbacks.exact_resume import ExactResume  # noqa: E402
-from image_classifier.training.callbacks.nan_guard import NanGuard  # noqa: E402
-from image_classifier.training.callbacks.throughput import Throughput  # noqa: E402
-from image_classifier.training.datamodule import ImageDataModule  # noqa: E402
-from image_classifier.training.hardware import Hardware, choose_hardware  # noqa: E402
+from image_classifier.dataset.pixel_cache import open_cache
+from image_classifier.dataset.run import prepare_from
+from image_classifier.training.builders import build_datamodule, build_module, build_trainer, speed_settings
+from image_classifier.training.callbacks.csv_metrics import CSVMetrics
+from image_classifier.training.callbacks.exact_resume import ExactResume
+from image_classifier.training.callbacks.nan_guard import NanGuard
+from image_classifier.training.callbacks.throughput import Throughput
+from image_classifier.training.datamodule import ImageDataModule
+from image_classifier.training.hardware import Hardware, choose_hardware
 
 
 def main() -> None:

@@ -48,7 +48,7 @@ def test_a_job_of_a_sweep_knows_the_line_that_runs_it_alone(
     command: Command, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     lines = []
-    monkeypatch.setattr("image_classifier.dataset.run.prepare_from", lambda config: lines.append(sys.argv[1:]))
+    monkeypatch.setattr("image_classifier.cli.verbs.prepare.prepare", lambda config: lines.append(sys.argv[1:]))
     assert (
         command(
             "prepare", "-m", "data=folder", "--data.dir", "a tree", "data.split.val=0.1,0.2", "hydra.sweep.dir=x"

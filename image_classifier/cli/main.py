@@ -19,19 +19,19 @@ from image_classifier.text import did_you_mean
 # verb: (the function that runs it, one line for the help pages)
 VERBS: dict[str, tuple[str, str]] = {
     "prepare": (
-        "image_classifier.dataset.run:prepare_from",
+        "image_classifier.cli.verbs.prepare:prepare",
         "Find the images of a data set, check and split them, and write manifest.csv.",
     ),
     "audit": (
-        "image_classifier.dataset.run:audit",
+        "image_classifier.cli.verbs.audit:audit",
         "Check every image for problems: duplicates, leaks between splits, unreadable files.",
     ),
     "show": (
-        "image_classifier.training.show:show",
+        "image_classifier.cli.verbs.show:show",
         "Write a sheet of augmented training images to look at.",
     ),
     "baseline": (
-        "image_classifier.training.baseline:baseline",
+        "image_classifier.cli.verbs.baseline:baseline",
         "Score what a model must beat: the most frequent class, and logistic regression on embeddings.",
     ),
     "suspects": (
@@ -39,7 +39,7 @@ VERBS: dict[str, tuple[str, str]] = {
         "Find the images that are probably labelled wrong, and propose a correction for each in fix.csv.",
     ),
     "train": (
-        "image_classifier.training.run:train",
+        "image_classifier.cli.verbs.train:train",
         "Train a classifier and write a bundle to models/NAME/.",
     ),
     "tune": (
@@ -55,11 +55,11 @@ VERBS: dict[str, tuple[str, str]] = {
         "Write one page about a run, or compare two runs and tell whether the second is really better.",
     ),
     "export": (
-        "image_classifier.exporting.export:export",
+        "image_classifier.cli.verbs.export:export",
         "Convert a bundle's model (sealed, int8, OpenVINO, TensorRT, Triton, MLflow) and compare it with the checkpoint.",
     ),
     "verify": (
-        "image_classifier.inference.verify:verify",
+        "image_classifier.cli.verbs.verify:verify",
         "Check a bundle: every file's hash, and the golden images on every backend.",
     ),
     "promote": (
@@ -71,7 +71,7 @@ VERBS: dict[str, tuple[str, str]] = {
         "Start a Triton server on a bundle's model repository, wait until it answers, and stop it.",
     ),
     "infer": (
-        "image_classifier.inference.infer:infer",
+        "image_classifier.cli.verbs.infer:infer",
         "Classify images with a bundle, a checkpoint or an ONNX file.",
     ),
     "serve": (

@@ -11,9 +11,9 @@ from itertools import pairwise
 from operator import attrgetter
 from pathlib import Path
 
-from image_classifier.dataset.workers import with_bar
 from image_classifier.errors import ConfigError, DataError, UnreadableImage
 from image_classifier.images import is_image_name
+from image_classifier.progress import with_bar
 from image_classifier.sources.table import SPLIT_NAMES, TableRow, is_table, read_table
 
 log = logging.getLogger(__name__)

@@ -1,4 +1,7 @@
-"""Clusters dealt into parts: whole, stratified by class, in an order that only content and seed decide. Knows numbers, no files."""
+"""A stratified group split: groups of images assigned to splits, class by class, in an order that content and seed decide.
+
+This module knows numbers only, no files.
+"""
 
 from __future__ import annotations
 
@@ -10,157 +13,202 @@ import numpy as np
 from image_classifier.dataset.duplicates import clusters
 from image_classifier.manifest import SPLITS
 
-UNDEALT, TRAIN, VAL, TEST = -1, *range(len(SPLITS))
+UNASSIGNED, TRAIN, VAL, TEST = -1, *range(len(SPLITS))
 
 
 class StratifiedGroupSplitter:
-    """Images by the cluster that must stay whole, and the part that each cluster goes to.
+    """Images in groups that must not be torn, and the split of each group.
 
-    A *cell* is what one cluster holds of one class; a *bunch* is the classes that share clusters, however indirectly: of
-    them only the sum can be held to a ratio, of a class that shares none its own count.
+    A *cell* is the images of one class in one group. *Linked classes* share groups, directly or through other classes.
+    Of linked classes only the sum can be held to a ratio; a class that shares no group is held to its own count.
+
+    Attributes:
+        names: Name of each group, uint64 [K], sorted.
+        group_of: Group of each image, int64 [N].
+        sizes: Images in each group, int64 [K].
+        splits: Split of each group, int8 [K]; UNASSIGNED at first.
+        cell_groups, cell_labels, cell_counts: Group, class and images of each cell, int64 [M], ordered by group.
+        linked_classes: For each class the smallest class it is linked to, int64 [C].
+        order: The groups in the order in which they are assigned, int64 [K].
 
     Args:
-        groups: Name of each image's cluster, uint64 [N].
+        groups: Name of each image's group, uint64 [N].
         targets: Class of each image, int64 [N].
-        num_classes: How many classes there are, C.
-        seed: Decides the order in which clusters are dealt.
+        num_classes: Number of classes, C.
+        seed: Decides the order in which groups are assigned.
     """
 
     def __init__(self, groups: np.ndarray, targets: np.ndarray, num_classes: int, seed: int) -> None:
-        self.names, self.of = np.unique(groups, return_inverse=True)  # uint64 [K]; the images' clusters, int64 [N]
-        self.sizes = np.bincount(self.of, minlength=len(self.names))
-        self.parts = np.full(len(self.names), UNDEALT, dtype=np.int8)
-        cells, self.counts = np.unique(self.of * num_classes + targets, return_counts=True)
-        self.owners, self.labels = np.divmod(cells, max(1, num_classes))
-        self.starts = np.searchsorted(self.owners, np.arange(len(self.names) + 1))
-        shared = np.flatnonzero(self.owners[1:] == self.owners[:-1])
-        self.bunches = clusters(num_classes, self.labels[shared], self.labels[shared + 1])
+        self.names, self.group_of = np.unique(groups, return_inverse=True)
+        self.sizes = np.bincount(self.group_of, minlength=len(self.names))
+        self.splits = np.full(len(self.names), UNASSIGNED, dtype=np.int8)
+        # One code for each (group, class) that occurs: sorted by group, then by class.
+        cells, self.cell_counts = np.unique(self.group_of * num_classes + targets, return_counts=True)
+        self.cell_groups, self.cell_labels = np.divmod(cells, max(1, num_classes))
+        self.starts = np.searchsorted(self.cell_groups, np.arange(len(self.names) + 1))
+        # Neighbouring cells of one group link their classes.
+        shared = np.flatnonzero(self.cell_groups[1:] == self.cell_groups[:-1])
+        self.linked_classes = clusters(num_classes, self.cell_labels[shared], self.cell_labels[shared + 1])
         self.order = np.argsort(ranks((f"{name:016x}" for name in self.names.tolist()), seed), kind="stable")
 
     @property
-    def trained(self) -> np.ndarray:
-        """How many clusters of each class are trained on as it stands, int64 [C]; what is not dealt is."""
-        return np.asarray(np.bincount(self.labels[self.parts[self.owners] <= TRAIN], minlength=len(self.bunches)))
+    def train_groups(self) -> np.ndarray:
+        """Number of groups of each class in train or not yet assigned, int64 [C]."""
+        in_train = self.splits[self.cell_groups] <= TRAIN
+        return np.asarray(np.bincount(self.cell_labels[in_train], minlength=len(self.linked_classes)))
 
-    def images(self, among: np.ndarray) -> np.ndarray:
-        """How many images the clusters `among`, bool [K], hold of each class and of each class's bunch, float64 [2, C]."""
-        of_class = np.bincount(self.labels, weights=self.counts * among[self.owners], minlength=len(self.bunches))
-        return np.stack(
-            [of_class, np.bincount(self.bunches, weights=of_class, minlength=len(self.bunches))[self.bunches]]
-        )
+    def images(self, chosen: np.ndarray) -> np.ndarray:
+        """Return the images in the chosen groups (bool [K]) of each class and of its linked classes, float64 [2, C]."""
+        count, links = len(self.linked_classes), self.linked_classes
+        of_class = np.bincount(self.cell_labels, weights=self.cell_counts * chosen[self.cell_groups], minlength=count)
+        of_linked = np.bincount(links, weights=of_class, minlength=count)[links]
+        return np.stack([of_class, of_linked])
 
-    def deal(self, part: int, ratio: float, leave: int) -> None:
-        """Hold out `ratio` of each class for `part`, from what is not dealt yet; `leave` clusters of a class always stay.
+    def assign(self, split: int, ratio: float, min_train_groups: int) -> None:
+        """Hold out `ratio` of each class for `split`, from groups that are not assigned yet.
 
-        The clusters of several images fill their own share first, so that a part is made neither of them nor without
-        them; single images then fill each class to the count.
+        Args:
+            split: VAL or TEST.
+            ratio: Share of the images of each class.
+            min_train_groups: So many groups of each class stay unassigned.
         """
         several = self.sizes > 1
-        self._fill(part, leave, several, np.minimum(self._lack(part, ratio, several), self._lack(part, ratio)))
-        self._fill(part, leave, ~several, self._lack(part, ratio))
-        self._fill(part, leave, several, self._lack(part, ratio))
-        self._fill(part, leave, several, self._lack(part, ratio), bunch_only=True)
-        self._show_every_class(part, leave)
+        # Groups of several images fill their own share first: a split is neither made of them nor without them.
+        own_share = np.minimum(self._deficit(split, ratio, several), self._deficit(split, ratio))
+        self._fill(split, min_train_groups, several, own_share)
+        # Single images then fill each class to the count.
+        self._fill(split, min_train_groups, ~several, self._deficit(split, ratio))
+        # What is still missing can come only from groups of several images.
+        self._fill(split, min_train_groups, several, self._deficit(split, ratio))
+        self._fill(split, min_train_groups, several, self._deficit(split, ratio), linked_only=True)
+        self._show_every_class(split, min_train_groups)
 
-    def _lack(self, part: int, ratio: float, among: np.ndarray | None = None) -> np.ndarray:
-        """Images that the part lacks of each class and bunch, float64 [2, C]: of all, at least one; of the clusters `among`, the bare share."""
-        chosen = np.ones(len(self.parts), dtype=bool) if among is None else among
-        images = self.images(chosen)
-        wanted = ratio * images
-        if among is None:
-            wanted = np.where(images > 0, np.maximum(1, np.floor(wanted + 0.5)), 0)
-        return np.asarray(wanted - self.images(chosen & (self.parts == part)))
+    def _deficit(self, split: int, ratio: float, chosen: np.ndarray | None = None) -> np.ndarray:
+        """Return how many images the split lacks of each class and of its linked classes, float64 [2, C].
 
-    def _fill(self, part: int, leave: int, among: np.ndarray, lack: np.ndarray, bunch_only: bool = False) -> None:
-        """Put each cluster that brings its bunch, and its classes taken together, nearer to what they lack.
-
-        A cluster goes in only where its size is at most twice the lack: so it is never overdone by more than half a
-        cluster, and where a cluster was refused less than half of it is lacking.
+        Over all groups the share is rounded and is one image at least; over the `chosen` groups, bool [K], it is not.
         """
-        trained, bunches = self.trained.tolist(), self.bunches.tolist()
-        starts, labels, counts, sizes = (
-            self.starts.tolist(),
-            self.labels.tolist(),
-            self.counts.tolist(),
-            self.sizes.tolist(),
-        )
-        need, room = lack.tolist()
-        for cluster in self._undealt(among).tolist():
-            start, size = starts[cluster], sizes[cluster]
-            bunch = bunches[labels[start]]
-            if size > 2 * room[bunch]:
-                continue
-            cells = range(start, starts[cluster + 1])
-            nearer = (
-                bunch_only
-                or sum(abs(need[labels[cell]] - counts[cell]) - abs(need[labels[cell]]) for cell in cells) <= 0
-            )
-            if nearer and all(trained[labels[cell]] > leave for cell in cells):
-                self.parts[cluster] = part
-                room[bunch] -= size
-                for cell in cells:
-                    need[labels[cell]] -= counts[cell]
-                    trained[labels[cell]] -= 1
+        groups = np.ones(len(self.splits), dtype=bool) if chosen is None else chosen
+        images = self.images(groups)
+        wanted = ratio * images
+        if chosen is None:
+            wanted = np.where(images > 0, np.maximum(1, np.floor(wanted + 0.5)), 0)
+        return np.asarray(wanted - self.images(groups & (self.splits == split)))
 
-    def _undealt(self, among: np.ndarray) -> np.ndarray:
-        return np.asarray(self.order[among[self.order] & (self.parts[self.order] == UNDEALT)])
+    def _fill(
+        self, split: int, min_train_groups: int, chosen: np.ndarray, deficit: np.ndarray, linked_only: bool = False
+    ) -> None:
+        """Assign each chosen group that reduces the deficit, in the splitter's order.
 
-    def _show_every_class(self, part: int, leave: int) -> None:
-        """Put the smallest cluster of each class that the part does not show, where there are clusters enough."""
-        trained = self.trained
-        position = np.empty_like(self.order)
-        position[self.order] = np.arange(len(self.order))
-        cells = np.lexsort((position[self.owners], self.sizes[self.owners], self.labels))
-        bounds = np.searchsorted(self.labels[cells], np.arange(len(self.bunches) + 1))
-        for label in np.flatnonzero(self.images(self.parts == part)[0] == 0):
-            owners = self.owners[cells[bounds[label] : bounds[label + 1]]]
-            if (self.parts[owners] == part).any():  # another class's cluster brought it
+        A group is assigned only if its size is at most twice the deficit of its linked classes. So the count is
+        exceeded by half a group at most, and where a group was refused less than half of it is lacking.
+
+        Args:
+            split: VAL or TEST.
+            min_train_groups: So many groups of each class stay unassigned.
+            chosen: The groups to take from, bool [K].
+            deficit: Images lacking of each class and of its linked classes, float64 [2, C].
+            linked_only: Ignore the deficit of the single classes.
+        """
+        # Lists: this loop reads single numbers, which is much faster than from arrays.
+        train_groups = self.train_groups.tolist()
+        linked_classes = self.linked_classes.tolist()
+        starts = self.starts.tolist()
+        labels = self.cell_labels.tolist()
+        counts = self.cell_counts.tolist()
+        sizes = self.sizes.tolist()
+        of_class, of_linked = deficit.tolist()
+        for group in self._unassigned(chosen).tolist():
+            start, size = starts[group], sizes[group]
+            linked = linked_classes[labels[start]]  # all classes of a group are linked
+            # 1. Too large for what its linked classes lack.
+            if size > 2 * of_linked[linked]:
                 continue
-            for cluster in owners[self.parts[owners] == UNDEALT]:
-                shown = self.labels[self.starts[cluster] : self.starts[cluster + 1]]
-                if (trained[shown] > leave).all():
-                    self.parts[cluster] = part
-                    trained[shown] -= 1
+            # 2. Its classes, taken together, must not end further from their counts.
+            cells = range(start, starts[group + 1])
+            change = sum(abs(of_class[labels[cell]] - counts[cell]) - abs(of_class[labels[cell]]) for cell in cells)
+            if not linked_only and change > 0:
+                continue
+            # 3. Every class of it must keep enough groups to train on.
+            if any(train_groups[labels[cell]] <= min_train_groups for cell in cells):
+                continue
+            self.splits[group] = split
+            of_linked[linked] -= size
+            for cell in cells:
+                of_class[labels[cell]] -= counts[cell]
+                train_groups[labels[cell]] -= 1
+
+    def _unassigned(self, chosen: np.ndarray) -> np.ndarray:
+        """Return the chosen groups that have no split yet, in the splitter's order, int64."""
+        return np.asarray(self.order[chosen[self.order] & (self.splits[self.order] == UNASSIGNED)])
+
+    def _show_every_class(self, split: int, min_train_groups: int) -> None:
+        """Assign the smallest group of each class that the split lacks, if the class has groups enough."""
+        train_groups = self.train_groups
+        # The cells of each class, smallest group first, equal sizes in the splitter's order.
+        cells = np.lexsort((self._positions()[self.cell_groups], self.sizes[self.cell_groups], self.cell_labels))
+        bounds = np.searchsorted(self.cell_labels[cells], np.arange(len(self.linked_classes) + 1))
+        for label in np.flatnonzero(self.images(self.splits == split)[0] == 0):
+            groups = self.cell_groups[cells[bounds[label] : bounds[label + 1]]]
+            if (self.splits[groups] == split).any():  # assigned for another class, a moment ago
+                continue
+            for group in groups[self.splits[groups] == UNASSIGNED]:
+                shown = self.cell_labels[self.starts[group] : self.starts[group + 1]]
+                if (train_groups[shown] > min_train_groups).all():
+                    self.splits[group] = split
+                    train_groups[shown] -= 1
                     break
 
     def train_on_every_class(self) -> np.ndarray:
-        """Take a cluster back, from val rather than test, for each class that is held out whole; returns these classes."""
-        position = np.empty_like(self.order)
-        position[self.order] = np.arange(len(self.order))
-        bare = np.flatnonzero((self.trained == 0) & (self.images(self.sizes > 0)[0] > 0))
-        for label in bare:
-            owners = self.owners[self.labels == label]
-            if (self.parts[owners] > TRAIN).all():
-                self.parts[owners[np.lexsort((-position[owners], self.parts[owners]))[0]]] = TRAIN
-        return bare
+        """Move one group back to train, from val rather than test, for each class without any; return these classes."""
+        positions = self._positions()
+        missing = np.flatnonzero((self.train_groups == 0) & (self.images(self.sizes > 0)[0] > 0))
+        for label in missing:
+            groups = self.cell_groups[self.cell_labels == label]
+            if (self.splits[groups] > TRAIN).all():
+                # Val is smaller than test; of one split the last group in the splitter's order.
+                self.splits[groups[np.lexsort((-positions[groups], self.splits[groups]))[0]]] = TRAIN
+        return missing
+
+    def _positions(self) -> np.ndarray:
+        """Return the position of each group in the splitter's order, int64 [K]."""
+        positions = np.empty_like(self.order)
+        positions[self.order] = np.arange(len(self.order))
+        return positions
 
     def folds(self, count: int) -> np.ndarray:
-        """The fold of each cluster, int64 [K]: large ones first, each where its classes are fewest.
+        """Return the fold of each group, int64 [K]: large groups first, each to the fold with the fewest of its classes.
 
-        So no two folds differ by more than one cluster in a class that shares none.
+        So no two folds differ by more than one group in a class that shares no group with others.
         """
-        folds = np.zeros(len(self.parts), dtype=np.int64)
+        folds = np.zeros(len(self.splits), dtype=np.int64)
         totals = self.images(self.sizes > 0)[0].tolist()
-        held = [[0] * count for _ in totals]
-        load = [0] * count
-        starts, labels, counts = self.starts.tolist(), self.labels.tolist(), self.counts.tolist()
-        for cluster in self.order[np.argsort(-self.sizes[self.order], kind="stable")].tolist():
-            cells = range(starts[cluster], starts[cluster + 1])
-            crowd: list[float] = list(held[labels[cells.start]])
+        in_fold = [[0] * count for _ in totals]  # images of each class in each fold
+        load = [0] * count  # images in each fold
+        starts, labels, counts = self.starts.tolist(), self.cell_labels.tolist(), self.cell_counts.tolist()
+        for group in self.order[np.argsort(-self.sizes[self.order], kind="stable")].tolist():
+            cells = range(starts[group], starts[group + 1])
+            # How full each fold is: of one class its images, of several the sum of shares, weighted by the group's images.
+            fullness: list[float] = list(in_fold[labels[cells.start]])
             if len(cells) > 1:
-                crowd = [
-                    sum(counts[cell] * held[labels[cell]][fold] / totals[labels[cell]] for cell in cells)
+                fullness = [
+                    sum(counts[cell] * in_fold[labels[cell]][fold] / totals[labels[cell]] for cell in cells)
                     for fold in range(count)
                 ]
-            fold = min(zip(crowd, load, range(count), strict=True))[2]
-            folds[cluster] = fold
+            # The emptiest fold; of equal ones the one with fewer images, then the first.
+            fold = min(zip(fullness, load, range(count), strict=True))[2]
+            folds[group] = fold
             for cell in cells:
-                held[labels[cell]][fold] += counts[cell]
+                in_fold[labels[cell]][fold] += counts[cell]
                 load[fold] += counts[cell]
         return folds
 
 
 def ranks(names: Iterable[str], seed: int) -> np.ndarray:
-    """Where each name stands in an order that only content and seed decide, uint64 [K]: the start of sha256("seed:name")."""
+    """Return a sort key for each name that only name and seed decide, uint64 [K]: the start of sha256("seed:name").
+
+    >>> ranks(["a", "b"], seed=0).tolist() == ranks(["b", "a"], seed=0).tolist()[::-1]
+    True
+    """
     digests = b"".join(hashlib.sha256(f"{seed}:{name}".encode()).digest()[:8] for name in names)
     return np.frombuffer(digests, dtype=">u8").astype(np.uint64)

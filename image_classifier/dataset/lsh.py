@@ -14,6 +14,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from image_classifier.progress import with_bar
+
 RECALL = 0.99  # of pairs exactly at the threshold
 WINDOW = 32  # neighbours, by the bits that follow, that a thumbnail is compared with where more share a table's bits
 MAX_BITS = 1024  # of a signature
@@ -40,7 +42,10 @@ def propose(
     words = _signatures(thumbnails, rows, max(_NEAR, plan.bits * plan.tables // 64 + 2), mirrored)
     differ = math.acos(threshold) / math.pi
     limit = 64 * _NEAR * differ + 3.5 * math.sqrt(64 * _NEAR * differ * (1 - differ))
-    for table in _shown(range(plan.tables), progress):
+    tables: Iterable[int] = range(plan.tables)
+    if progress:
+        tables = with_bar(tables, "looking for near-duplicates", plan.tables)
+    for table in tables:
         for one, other in _table(words, table * plan.bits, plan.bits, int(limit)):
             first, second = rows[one % len(rows)], rows[other % len(rows)]
             apart = first != second  # an image and its own mirror image
@@ -123,12 +128,3 @@ def _table(words: np.ndarray, start: int, bits: int, limit: int) -> Iterator[tup
             apart += np.bitwise_count(column[at] ^ column[at + step])
         close = at[apart <= limit]
         yield order[close], order[close + step]
-
-
-def _shown(tables: Iterable[int], progress: bool) -> Iterable[int]:
-    if not progress:
-        return tables
-    from rich.console import Console
-    from rich.progress import track
-
-    return track(tables, "looking for near-duplicates", transient=True, console=Console(stderr=True))

@@ -1,4 +1,4 @@
-"""The verbs `prepare` and `audit`, and the first step of `train`: from the config group `data` to a manifest."""
+"""The data stage as one call: fetch the images, audit and split them, write manifest and audit."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from image_classifier.cli import hydra_app
 from image_classifier.dataset.audit.html_report import write_audit
 from image_classifier.dataset.audit.issues import AuditSettings
 from image_classifier.dataset.prepare import DatasetScan, DataSettings, prepare, scan_dataset
@@ -20,64 +19,60 @@ from image_classifier.program import program
 log = logging.getLogger(__name__)
 
 
+def prepare_dataset(
+    data: DataSettings, audit: AuditSettings, trusted: Sequence[str] = ()
+) -> tuple[Manifest, DatasetScan]:
+    """Fetch the images of `data.source`, audit and split them, and write manifest.csv, exclude.csv and audit.json.
+
+    Args:
+        data: The config group `data`.
+        audit: The config group `audit`.
+        trusted: Packages whose classes `data.source` may name besides this one's.
+
+    Raises:
+        ConfigError: `data.source` is invalid.
+        DataError: The images cannot be found or trained on, or the audit found issues of `audit.fail_on` or above.
+    """
+    manifest, scan = prepare(fetch_images(data, trusted), data, audit, sys.stderr.isatty())
+    report = write_audit(scan.audit, scan.directory, page=False)
+    for line in scan.audit.summary():
+        log.info("%s", line)
+    log.info("audit: %s; for a page to look at: %s audit with the same data.*", report, program())
+    if scan.audit.exceeds(audit.fail_on):
+        raise DataError(
+            f"the audit found issues of level {audit.fail_on!r} or above", f"see {report}, or set audit.fail_on=null"
+        )
+    return manifest, scan
+
+
+def audit_dataset(data: DataSettings, audit: AuditSettings, trusted: Sequence[str] = ()) -> DatasetScan:
+    """Fetch the images, look at every one, and write audit.json, audit.html and exclude.csv.
+
+    Raises:
+        ConfigError: `data.source` is invalid.
+        DataError: The images cannot be found, or exclude.csv or fix.csv is damaged.
+    """
+    scan = scan_dataset(fetch_images(data, trusted), data, audit, sys.stderr.isatty())
+    write_audit(scan.audit, scan.directory, True, data.limits, data.background)
+    return scan
+
+
+def fetch_images(data: DataSettings, trusted: Sequence[str] = ()) -> list[Path]:
+    """Return the folders and tables of `data.source`, which is downloaded and unpacked first where it has to be."""
+    paths = instantiate(data.source, trusted=trusted)()
+    return [Path(path) for path in paths] if isinstance(paths, list | tuple) else [Path(paths)]
+
+
 def prepare_from(config: Any) -> tuple[Manifest, DataSettings]:
-    """As `examined`, without what was found on the way."""
+    """Return the manifest and the settings for an untyped configuration; new code calls `prepare_dataset`."""
     manifest, data, _ = audited(config)
     return manifest, data
 
 
 def audited(config: Any) -> tuple[Manifest, DataSettings, DatasetScan]:
-    """Fetch the images that `config.data` describes, audit and split them and write the manifest; says the counts and the paths.
+    """Return manifest, settings and scan for an untyped configuration; new code calls `prepare_dataset`."""
+    from image_classifier.cli.verbs.prepare import typed_settings
 
-    Raises:
-        ConfigError: A key of `data` or `audit` that cannot be.
-        DataError: Images that cannot be found or trained on, or findings above `audit.fail_on`.
-    """
-    data, settings = _settings(config)
-    manifest, scan = prepare_dataset(data, settings, config.get("trusted_packages") or ())
+    data, audit, trusted = typed_settings(config)
+    manifest, scan = prepare_dataset(data, audit, trusted)
     return manifest, data, scan
-
-
-def prepare_dataset(
-    data: DataSettings, audit: AuditSettings, trusted: Sequence[str] = ()
-) -> tuple[Manifest, DatasetScan]:
-    """Fetch the images that `data` describes, audit and split them, and write the manifest; the log names counts and paths.
-
-    Raises:
-        DataError: Images cannot be found or trained on, or the audit found issues at or above `audit.fail_on`.
-    """
-    manifest, found = prepare(_fetched(data, trusted), data, audit, sys.stderr.isatty())
-    report = write_audit(found.audit, found.directory, page=False)
-    for line in found.audit.summary():
-        log.info("%s", line)
-    log.info("audit: %s; a page to look at: %s audit with the same data.*", report, program())
-    if found.audit.exceeds(audit.fail_on):
-        raise DataError(
-            f"the audit found problems of level {audit.fail_on!r} or above",
-            f"see {report}, or set audit.fail_on=null",
-        )
-    return manifest, found
-
-
-def audit(config: Any) -> None:
-    """Look at every image, print what is wrong, write audit.json, audit.html and exclude.csv; exit code 1 for findings above `audit.fail_on`."""
-    data, asked = _settings(config)
-    found = scan_dataset(_fetched(data, config.get("trusted_packages") or ()), data, asked, sys.stderr.isatty())
-    write_audit(found.audit, found.directory, True, data.limits, data.background)
-    print("\n".join(found.audit.table()))
-    print(
-        f"page     {found.directory / 'audit.html'}\nfacts    {found.directory / 'audit.json'}\nexclude  {found.exclusions.path}"
-    )
-    if found.audit.exceeds(audit.fail_on):
-        raise SystemExit(1)
-
-
-def _settings(config: Any) -> tuple[DataSettings, AuditSettings]:
-    return hydra_app.typed(DataSettings, config.data, "data"), hydra_app.typed(AuditSettings, config.audit, "audit")
-
-
-def _fetched(data: DataSettings, trusted: Sequence[str]) -> Sequence[Path]:
-    """Return the folders and tables that the source names."""
-    source = instantiate(data.source, key="data.source", trusted=trusted)
-    paths = source()
-    return [Path(path) for path in paths] if isinstance(paths, list | tuple) else [Path(paths)]

@@ -20,8 +20,8 @@ from PIL import Image
 
 from image_classifier.atomic_io import link_or_copy
 from image_classifier.dataset.discovery import list_folder
-from image_classifier.dataset.workers import with_bar
 from image_classifier.errors import ConfigError, SourceError
+from image_classifier.progress import with_bar
 from image_classifier.sources.download import Download, is_of_the_disk, shown
 from image_classifier.sources.dvc import pull_missing
 from image_classifier.sources.hub import fetch_from_hub, folder_name, is_hub_name

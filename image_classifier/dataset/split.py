@@ -1,4 +1,4 @@
-"""Dealing images into train, val and test or folds: clusters stay whole, and what was dealt once is never dealt again."""
+"""Assign images to train, val and test or to folds: groups stay together, and an image keeps the split it once had."""
 
 from __future__ import annotations
 
@@ -10,24 +10,26 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from image_classifier.dataset.duplicates import clusters
-from image_classifier.dataset.group_split import TEST, TRAIN, UNDEALT, VAL, StratifiedGroupSplitter
+from image_classifier.dataset.group_split import TEST, TRAIN, UNASSIGNED, VAL, StratifiedGroupSplitter
 from image_classifier.errors import ConfigError, DataError
 from image_classifier.manifest import SPLITS, Manifest
+from image_classifier.text import listed
 
 log = logging.getLogger(__name__)
 
-_UNKNOWN = len(SPLITS)  # comes after every part, so that the smallest is the earliest known one
+_UNKNOWN = len(SPLITS)  # greater than every split, so that a minimum is the earliest known one
+_LISTED = 10  # classes that a message names
 
 
 @dataclass(frozen=True)
 class SplitSettings:
-    """Parts of each class to hold out, used where the tree does not give the split itself.
+    """Shares of each class to hold out, used where the folder does not give the split itself.
 
-    `group` keeps images of one key in one part: a regular expression on the path (its first group, else the whole match,
-    is the key), or the name of a table's column.
+    `group` keeps images of one key in one split: a regular expression on the path (its first group, else the match as a
+    whole, is the key), or the name of a table's column.
 
     Raises:
-        ConfigError: A part below 0, or nothing left to train on.
+        ConfigError: A share below 0, or nothing left to train on.
     """
 
     val: float = 0.2
@@ -49,7 +51,7 @@ class SplitSettings:
 
 
 def check_folds(fold: int | None, folds: int | None) -> None:
-    """ConfigError where `data.fold` and `data.folds` do not name one of two or more folds."""
+    """Check that `data.fold` and `data.folds` name one of two or more folds; ConfigError if they do not."""
     if fold is None and folds is None:
         return
     if folds is None:
@@ -65,17 +67,22 @@ def check_folds(fold: int | None, folds: int | None) -> None:
 
 
 def group_keys(paths: Sequence[str], pattern: str) -> list[str]:
-    """The key of each path under `data.split.group`: the first group of its first match, else the whole match; "" where there is none.
+    """Return the key of each path under `data.split.group`, "" for none.
+
+    The key is the first group of the first match, or the match itself if the pattern has no groups.
+
+    >>> group_keys(["cat/tom_1.png", "cat/tom_2.png", "dog/rex_1.png"], r"([^/]+)_\\d+")
+    ['tom', 'tom', 'rex']
 
     Raises:
-        ConfigError: The pattern is no regular expression, or finds nothing.
+        ConfigError: The pattern is not a regular expression, or matches no path.
     """
     try:
         regex = re.compile(pattern)
     except re.error as error:
         raise ConfigError(
             f"data.split.group={pattern!r} is not a regular expression ({error})",
-            "'([^/]+)_\\d+' takes what stands before _12",
+            "'([^/]+)_\\d+' takes the text before _12",
         ) from error
     keys = [(match[1 if regex.groups else 0] or "") if (match := regex.search(path)) else "" for path in paths]
     alone = keys.count("")
@@ -88,41 +95,45 @@ def group_keys(paths: Sequence[str], pattern: str) -> list[str]:
 
 
 def content_names(digests: np.ndarray) -> np.ndarray:
-    """The group of an image that is like no other, uint64 [N]: the first eight bytes of its sha256, of uint8 [N, 32]."""
+    """Return the group names of images without duplicates, uint64 [N]: the first eight bytes of sha256, uint8 [N, 32]."""
     return np.ascontiguousarray(digests[:, :8]).view(">u8").ravel().astype(np.uint64)
 
 
 def join_groups(
     manifest: Manifest, first: np.ndarray, second: np.ndarray, keys: Sequence[str] | None = None
 ) -> Manifest:
-    """The manifest with each record's group set to its cluster: what equal content, twins and equal keys link, however indirectly.
+    """Return the manifest with the group of each record set to its cluster.
 
-    A cluster is called after the smallest content name of its members, so neither order nor names of files matter.
+    Records are in one cluster if equal content, near-duplicates or equal keys link them, directly or through others. A
+    cluster is named after the smallest content name of its members, so neither order nor file names matter.
 
     Args:
         manifest: N records.
-        first: Row of one of each pair of twins, int64 [P].
+        first: Row of one image of each near-duplicate pair, int64 [P].
         second: Row of the other, int64 [P].
-        keys: Key of each record, "" where it has none.
+        keys: Key of each record, "" for none.
     """
     names = content_names(manifest.digests)
+    # Pairs of rows from all three kinds of links.
     copies = _chains(names)
-    sharers = _key_chains(keys) if keys is not None else (np.empty(0, np.int64),) * 2
-    links = [np.concatenate(ends) for ends in zip((first, second), copies, sharers, strict=True)]
-    member_of = clusters(len(manifest), links[0].astype(np.int64), links[1].astype(np.int64))
+    same_key = _key_chains(keys) if keys is not None else (np.empty(0, np.int64),) * 2
+    links = [np.concatenate(ends) for ends in zip((first, second), copies, same_key, strict=True)]
+    cluster_of = clusters(len(manifest), links[0].astype(np.int64), links[1].astype(np.int64))
+    # The smallest name of each cluster, kept in the row that the cluster is numbered by; other rows are not read.
     groups = names.copy()
-    np.minimum.at(groups, member_of, names)  # right where a cluster's own row stands, which is all that is read
-    return replace(manifest, groups=groups[member_of])
+    np.minimum.at(groups, cluster_of, names)
+    return replace(manifest, groups=groups[cluster_of])
 
 
 def _chains(names: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Pairs of rows that link all rows of one name, each with the next."""
+    """Return pairs of rows that link all rows of one name, each with the next, int64 [P] twice."""
     order = np.argsort(names, kind="stable")
     same = names[order[1:]] == names[order[:-1]]
     return order[:-1][same], order[1:][same]
 
 
 def _key_chains(keys: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
+    """Return pairs of rows that link all rows of one key, int64 [P] twice; rows without a key are in no pair."""
     codes: dict[str, int] = {}
     numbered = np.array([codes.setdefault(key, len(codes)) if key else -1 for key in keys], dtype=np.int64)
     rows = np.flatnonzero(numbered >= 0)
@@ -137,141 +148,171 @@ def assign_splits(
     fold: int | None = None,
     folds: int | None = None,
 ) -> Manifest:
-    """The manifest with every record in a split, no cluster (`groups`) in two.
+    """Return the manifest with every record in a split and no group in two.
 
-    Splits given by the tree stay, also where they tear a cluster: that is a leak to report. Every other image of such a
-    cluster goes with the given ones, and none of it is carved out of train. What the tree does not give is carved out of
-    the rest by ratio, class by class, in the order of sha256("seed:group"). Images that `previous` knows, by content or
-    by path, keep their split; only new ones are dealt. With `folds` the test part is held out as ever, all the rest, a
-    given val part too, is dealt into so many folds, and number `fold` is val: that depends on the data and the seed only,
-    never on `previous`, so that the folds of one data set agree.
+    Splits that the folder gives stay, also where they tear a group: that is a leak to report. Every other image of such
+    a group follows the given ones, and none of it is taken out of train. Splits that the folder does not give are taken
+    out of the rest by ratio, class by class, in the order of sha256("seed:group"). Images that `previous` knows, by
+    content or by path, keep their split; only new ones are assigned. With `folds` the test split is held out as before.
+    The rest, a given val split included, is divided into that many folds, and fold number `fold` is val. Folds depend
+    on data and seed only, never on `previous`, so the folds of one data set agree.
 
     Raises:
-        ConfigError: A fold that cannot be.
-        DataError: A class has one distinct image where a part of it must be held out.
+        ConfigError: An invalid fold.
+        DataError: A class has one distinct image only, but images of it must be held out.
     """
     check_folds(fold, folds)
+    # 1. Which splits are not given and must be taken out of train.
     given = set(np.unique(manifest.splits).tolist())
     ratios = {TEST: settings.test, VAL: settings.val if folds is None else 0.0}
-    pending = {part: ratio for part, ratio in ratios.items() if ratio > 0 and part not in given}
-    splits = _with_what_is_given(manifest)
-    rows, pool = _pool(manifest, splits <= TRAIN, settings.seed)
-    pool.parts[np.isin(pool.names, manifest.groups[splits > TRAIN])] = TRAIN
+    pending = {split: ratio for split, ratio in ratios.items() if ratio > 0 and split not in given}
+    # 2. Images without a given split follow their group.
+    splits = _with_given_groups(manifest)
+    # 3. All groups in train or without a split; those that also have held-out images stay in train.
+    rows, splitter = _splitter(manifest, splits <= TRAIN, settings.seed)
+    splitter.splits[np.isin(splitter.names, manifest.groups[splits > TRAIN])] = TRAIN
     if pending:
-        _check(pool, manifest.classes)
+        _check_single_groups(splitter, manifest.classes)
+    # 4. Groups that the previous manifest knows keep their split.
     if previous is not None and folds is None:
-        _remember(pool, manifest, rows, previous, {TRAIN, *pending})
-    for part, ratio in pending.items():
-        # While val is still to come, test leaves one cluster for it.
-        pool.deal(part, ratio, leave=2 if part == TEST and (VAL in pending or folds) else 1)
-        _tell_of_lacking(pool, part, manifest.classes)
-    splits[rows] = np.maximum(pool.parts, TRAIN)[pool.of]
+        _keep_previous(splitter, manifest, rows, previous, {TRAIN, *pending})
+    # 5. Test first, then val, out of the groups that are left; what nobody took is train.
+    for split, ratio in pending.items():
+        # While val is still to come, test keeps one more group of each class for it.
+        splitter.assign(split, ratio, min_train_groups=2 if split == TEST and (VAL in pending or folds) else 1)
+        _warn_of_missing(splitter, split, manifest.classes)
+    splits[rows] = np.maximum(splitter.splits, TRAIN)[splitter.group_of]
+    # 6. With folds, everything but test is divided again.
     if fold is not None and folds is not None:
-        splits = _fold(manifest, splits, settings.seed, fold, folds)
+        splits = _fold_splits(manifest, splits, settings.seed, fold, folds)
     return replace(manifest, splits=splits)
 
 
-def _with_what_is_given(manifest: Manifest) -> np.ndarray:
-    """The splits, where an image that none is given goes with the earliest part given to its cluster, int8 [N]."""
+def _with_given_groups(manifest: Manifest) -> np.ndarray:
+    """Return the splits, int8 [N], with images that have none in the earliest split given to their group."""
     splits = manifest.splits.copy()
-    given = splits != UNDEALT
+    given = splits != UNASSIGNED
     if given.all() or not given.any():
         return splits
-    _, cluster = np.unique(manifest.groups, return_inverse=True)
+    _, group = np.unique(manifest.groups, return_inverse=True)
     earliest = np.full(len(splits), _UNKNOWN, dtype=np.int8)
-    np.minimum.at(earliest, cluster[given], splits[given])
-    follows = ~given & (earliest[cluster] != _UNKNOWN)
-    splits[follows] = earliest[cluster[follows]]
+    np.minimum.at(earliest, group[given], splits[given])
+    follows = ~given & (earliest[group] != _UNKNOWN)
+    splits[follows] = earliest[group[follows]]
     return splits
 
 
-def _pool(manifest: Manifest, chosen: np.ndarray, seed: int) -> tuple[np.ndarray, StratifiedGroupSplitter]:
+def _splitter(manifest: Manifest, chosen: np.ndarray, seed: int) -> tuple[np.ndarray, StratifiedGroupSplitter]:
+    """Return the chosen rows, int64, and a splitter over them."""
     rows = np.flatnonzero(chosen)
     return rows, StratifiedGroupSplitter(manifest.groups[rows], manifest.targets[rows], len(manifest.classes), seed)
 
 
-def _check(pool: StratifiedGroupSplitter, classes: Sequence[str]) -> None:
-    """Raise DataError for a class that has nothing to hold out."""
-    single = np.flatnonzero(np.bincount(pool.labels, minlength=len(classes)) == 1)
+def _check_single_groups(splitter: StratifiedGroupSplitter, classes: Sequence[str]) -> None:
+    """Raise DataError for a class with one group, which leaves nothing to hold out."""
+    single = np.flatnonzero(np.bincount(splitter.cell_labels, minlength=len(classes)) == 1)
     if len(single):
-        fact = f"the class {classes[single[0]]!r} has one distinct image, or one group of them, which cannot be both trained on and held out"
-        hint = "add images of it, leave it out, loosen data.duplicates.threshold or data.split.group, or give val/ and test/ folders"
+        fact = (
+            f"the class {classes[single[0]]!r} has one distinct image, or one group of them, "
+            "which cannot be both trained on and held out"
+        )
+        hint = (
+            "add images of it, leave it out, loosen data.duplicates.threshold or data.split.group, "
+            "or give val/ and test/ folders"
+        )
         raise DataError(fact, hint)
 
 
-def _remember(
-    pool: StratifiedGroupSplitter, manifest: Manifest, rows: np.ndarray, previous: Manifest, allowed: Collection[int]
+def _keep_previous(
+    splitter: StratifiedGroupSplitter,
+    manifest: Manifest,
+    rows: np.ndarray,
+    previous: Manifest,
+    allowed: Collection[int],
 ) -> None:
-    """Decide the clusters that `previous` knows.
+    """Assign the groups that `previous` knows to the split they had.
 
-    One whose members were dealt apart goes where the earliest of train, val and test is: what a model has learnt from is
-    not to test its successor, while an image less in test harms no figure.
+    A group whose members were in different splits goes to the earliest of train, val and test: an image that a model
+    was trained on must not test its successor, while one image less in test does no harm.
     """
-    known = _earlier_parts(manifest, rows, previous, allowed)
-    earliest = np.full(len(pool.parts), _UNKNOWN, dtype=np.int8)
-    latest = np.full(len(pool.parts), UNDEALT, dtype=np.int8)
-    np.minimum.at(earliest, pool.of, known)
-    np.maximum.at(latest, pool.of, np.where(known == _UNKNOWN, UNDEALT, known).astype(np.int8))
-    free = (pool.parts == UNDEALT) & (earliest != _UNKNOWN)
-    pool.parts[free] = earliest[free]
+    known = _previous_splits(manifest, rows, previous, allowed)
+    # The earliest and the latest split that the members of each group had.
+    earliest = np.full(len(splitter.splits), _UNKNOWN, dtype=np.int8)
+    latest = np.full(len(splitter.splits), UNASSIGNED, dtype=np.int8)
+    np.minimum.at(earliest, splitter.group_of, known)
+    np.maximum.at(latest, splitter.group_of, np.where(known == _UNKNOWN, UNASSIGNED, known).astype(np.int8))
+    free = (splitter.splits == UNASSIGNED) & (earliest != _UNKNOWN)
+    splitter.splits[free] = earliest[free]
     torn = int(np.count_nonzero(free & (latest > earliest)))
     if torn:
         log.warning(
-            "%d clusters join images that were in different parts: each is now whole in the earliest of train, val, test",
-            torn,
+            "%d groups join images that were in different splits: each is now in the earliest of train, val, test", torn
         )
-    bare = pool.train_on_every_class()
-    if len(bare):
-        log.warning("held-out images go back to train, which would have none of %s", _listed(bare, manifest.classes))
+    missing = splitter.train_on_every_class()
+    if len(missing):
+        log.warning(
+            "held-out images move back to train, which would have none of %s", _class_names(missing, manifest.classes)
+        )
 
 
-def _earlier_parts(manifest: Manifest, rows: np.ndarray, previous: Manifest, allowed: Collection[int]) -> np.ndarray:
-    """The part each of the rows had in `previous`, int8, by content first: a file that moved is still the same picture."""
-    parts = np.full(len(rows), _UNKNOWN, dtype=np.int8)
+def _previous_splits(manifest: Manifest, rows: np.ndarray, previous: Manifest, allowed: Collection[int]) -> np.ndarray:
+    """Return the split that each of the rows had in `previous`, int8; _UNKNOWN for none.
+
+    Content decides before the path: a file that was moved still shows the same image.
+    """
+    splits = np.full(len(rows), _UNKNOWN, dtype=np.int8)
     usable = np.flatnonzero(np.isin(previous.splits, list(allowed)))
+    # By content; of copies in several splits the earliest comes first.
     names = content_names(previous.digests[usable])
-    order = np.lexsort((previous.splits[usable], names))  # of copies in several parts the earliest is found
-    mine = content_names(manifest.digests[rows])
-    place = np.searchsorted(names[order], mine)
-    found = np.append(names[order], np.uint64(0))[place] == mine
-    found &= place < len(order)
-    parts[found] = previous.splits[usable[order[place[found]]]]
-    new = {manifest.paths[rows[row]]: row for row in np.flatnonzero(~found).tolist()}
+    order = np.lexsort((previous.splits[usable], names))
+    wanted = content_names(manifest.digests[rows])
+    position = np.searchsorted(names[order], wanted)
+    known = np.append(names[order], np.uint64(0))[position] == wanted
+    known &= position < len(order)
+    splits[known] = previous.splits[usable[order[position[known]]]]
+    # By path, for the rest.
+    new = {manifest.paths[rows[row]]: row for row in np.flatnonzero(~known).tolist()}
     if new:
-        for path, part in zip(previous.paths, previous.splits.tolist(), strict=True):
-            if path in new and part in allowed:
-                parts[new[path]] = part
-    return parts
+        for path, split in zip(previous.paths, previous.splits.tolist(), strict=True):
+            if path in new and split in allowed:
+                splits[new[path]] = split
+    return splits
 
 
-def _tell_of_lacking(pool: StratifiedGroupSplitter, part: int, classes: Sequence[str]) -> None:
-    counts = np.bincount(pool.labels, minlength=len(classes))
-    held = np.bincount(pool.labels[pool.parts[pool.owners] == part], minlength=len(classes))
-    lacking = np.flatnonzero((counts > 0) & (held == 0))
-    if len(lacking):
-        log.warning("too few distinct images to hold any out for %s: %s", SPLITS[part], _listed(lacking, classes))
+def _warn_of_missing(splitter: StratifiedGroupSplitter, split: int, classes: Sequence[str]) -> None:
+    """Warn of classes that have images but none in the split."""
+    counts = np.bincount(splitter.cell_labels, minlength=len(classes))
+    in_split = splitter.splits[splitter.cell_groups] == split
+    held_out = np.bincount(splitter.cell_labels[in_split], minlength=len(classes))
+    missing = np.flatnonzero((counts > 0) & (held_out == 0))
+    if len(missing):
+        log.warning("too few distinct images to hold any out for %s: %s", SPLITS[split], _class_names(missing, classes))
 
 
-def _fold(manifest: Manifest, splits: np.ndarray, seed: int, fold: int, folds: int) -> np.ndarray:
-    """The splits with all that is not test dealt into folds, of which one is val, int8 [N]."""
+def _fold_splits(manifest: Manifest, splits: np.ndarray, seed: int, fold: int, folds: int) -> np.ndarray:
+    """Return the splits, int8 [N], with everything but test divided into folds, one of which is val."""
     classes = manifest.classes
     if (manifest.splits == VAL).any():
-        log.info("data.folds: the given val part is dealt into the folds with train")
-    rows, pool = _pool(manifest, splits != TEST, seed)
-    _check(pool, classes)
-    fold_of = pool.folds(folds)
-    spread = np.bincount(np.unique(pool.labels * folds + fold_of[pool.owners]) // folds, minlength=len(classes))
+        log.info("data.folds: the given val split is divided into the folds together with train")
+    rows, splitter = _splitter(manifest, splits != TEST, seed)
+    _check_single_groups(splitter, classes)
+    fold_of = splitter.folds(folds)
+    # The number of folds that each class is in.
+    in_folds = np.unique(splitter.cell_labels * folds + fold_of[splitter.cell_groups]) // folds
+    spread = np.bincount(in_folds, minlength=len(classes))
     if (spread == 1).any():
-        fact = f"all images of the class {classes[np.flatnonzero(spread == 1)[0]]!r} fall into one fold of data.folds={folds}"
-        raise DataError(fact, "its groups are bound to those of other classes: take fewer folds or looser groups")
+        name = classes[np.flatnonzero(spread == 1)[0]]
+        fact = f"all images of the class {name!r} are in one fold of data.folds={folds}"
+        raise DataError(fact, "its groups are linked to those of other classes: take fewer folds or looser groups")
     thin = np.flatnonzero((spread > 0) & (spread < folds))
     if len(thin):
-        log.warning("data.folds=%d: not in every fold, for want of distinct images: %s", folds, _listed(thin, classes))
-    dealt = splits.copy()
-    dealt[rows] = np.where(fold_of == fold, VAL, TRAIN)[pool.of]
-    return dealt
+        log.warning(
+            "data.folds=%d: too few distinct images to be in every fold: %s", folds, _class_names(thin, classes)
+        )
+    divided = splits.copy()
+    divided[rows] = np.where(fold_of == fold, VAL, TRAIN)[splitter.group_of]
+    return divided
 
 
-def _listed(labels: np.ndarray, classes: Sequence[str], most: int = 10) -> str:
-    names = ", ".join(classes[label] for label in labels[:most].tolist())
-    return f"{names} and {len(labels) - most} more" if len(labels) > most else names
+def _class_names(labels: np.ndarray, classes: Sequence[str]) -> str:
+    return listed([classes[label] for label in labels.tolist()], _LISTED)

@@ -13,7 +13,7 @@ import signal
 import subprocess
 import sys
 from collections import deque
-from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing, suppress
 from queue import SimpleQueue
@@ -21,6 +21,7 @@ from typing import Any, TypeVar
 
 from image_classifier.cpu import usable_cores
 from image_classifier.errors import DataError
+from image_classifier.progress import with_bar
 
 Block = TypeVar("Block")
 Result = TypeVar("Result")
@@ -59,14 +60,6 @@ def map_blocks(
     )
     with closing(results):
         yield from with_bar(results, progress, len(blocks)) if progress else results
-
-
-def with_bar(items: Iterable[Result], text: str, total: int) -> Iterator[Result]:
-    """The items, with a progress bar on standard error where that is a terminal."""
-    from rich.console import Console  # here, or every worker would load rich
-    from rich.progress import track
-
-    yield from track(items, text, total=total, transient=True, console=Console(stderr=True))
 
 
 def _in_order(

@@ -1,1 +1,1 @@
-"""Delivery: a trained classifier becomes files that answer the same elsewhere. Torch."""
+"""Export: other forms of a trained model, each compared with the checkpoint. Needs torch."""

@@ -1,27 +1,35 @@
-"""The classifier as one ONNX file: pixels uint8 [batch, 3, H, W] -> logits float32 [batch, C] and embedding [batch, D], weights inside."""
+"""Export to one ONNX file: pixels uint8 [batch, 3, H, W] -> logits float32 [batch, C] and embedding [batch, D], weights inside."""
 
 from __future__ import annotations
 
 import json
 import logging
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
+from image_classifier.exporting.parity import TOLERANCE, Parity, check_embeddings
+from image_classifier.exporting.parity_data import ParitySet, answers_of
+from image_classifier.inference.onnx_runtime import OnnxBackend
 from image_classifier.modeling.classifier import Classifier
+from image_classifier.predictions import softmax
 
+NAME = "model.onnx"
 OPSET = 20
+_METADATA = ("classes", "preprocess", "normalise", "temperature", "decision")
+_EXPORTER_LOGGERS = ("torch.onnx", "onnxscript", "onnx_ir", "torch.export")
 
 
 def export_onnx(classifier: Classifier, image_size: int, metadata: Mapping[str, Any], path: Path) -> None:
-    """Write `classifier` (on the CPU, in float32) to `path`; `metadata` goes into the file as JSON values."""
+    """Write `classifier` (on the CPU, in float32) to `path`, with `metadata` as JSON values in the file."""
     classifier.eval()
     example = torch.zeros(2, 3, image_size, image_size, dtype=torch.uint8)
-    with _QuietExport(), torch.inference_mode(mode=False):
+    with _quiet_exporter(), torch.inference_mode(mode=False):
         program = torch.onnx.export(
             _EmbeddingAndLogits(classifier),
             (example,),
@@ -37,8 +45,27 @@ def export_onnx(classifier: Classifier, image_size: int, metadata: Mapping[str, 
     program.save(str(path), external_data=False)
 
 
+def re_export(parity_set: ParitySet, directory: Path) -> dict[str, Any]:
+    """Write model.onnx again from the checkpoint, compare it with that, and return its metadata for bundle.json.
+
+    For another version of the exporter, or a file that was lost.
+
+    Raises:
+        ParityError: It answers differently.
+    """
+    info = parity_set.bundle.info
+    path = directory / NAME
+    metadata = {key: getattr(info, key) for key in _METADATA}
+    export_onnx(parity_set.checkpoint.classifier, parity_set.preprocess.size, metadata, path)
+    logits, embeddings = answers_of(OnnxBackend(path), parity_set.pixels)
+    probabilities = softmax(logits, info.temperature)
+    parity = Parity.of(parity_set.probabilities, probabilities, parity_set.paths, NAME).check(NAME)
+    check_embeddings(parity_set.embeddings, embeddings, parity_set.paths, NAME)
+    return {**parity.as_dict(), "tolerance": TOLERANCE, "opset": OPSET}
+
+
 class _EmbeddingAndLogits(nn.Module):
-    """Both outputs of a classifier as the forward pass, which is what is exported."""
+    """A classifier whose forward pass returns both outputs: the exporter exports the forward pass."""
 
     def __init__(self, classifier: Classifier) -> None:
         super().__init__()
@@ -49,20 +76,16 @@ class _EmbeddingAndLogits(nn.Module):
         return self.classifier.answer(pixels)
 
 
-class _QuietExport:
-    """The exporter warns about its own internals; what matters here, parity, is measured afterwards."""
-
-    def __enter__(self) -> None:
-        self._warnings = warnings.catch_warnings()
-        self._warnings.__enter__()
+@contextmanager
+def _quiet_exporter() -> Iterator[None]:
+    """Hide the exporter's warnings about its own internals; parity is measured afterwards."""
+    levels = {name: logging.getLogger(name).level for name in _EXPORTER_LOGGERS}
+    with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        self._levels = {
-            name: logging.getLogger(name).level for name in ("torch.onnx", "onnxscript", "onnx_ir", "torch.export")
-        }
-        for name in self._levels:
+        for name in levels:
             logging.getLogger(name).setLevel(logging.ERROR)
-
-    def __exit__(self, *error: object) -> None:
-        for name, level in self._levels.items():
-            logging.getLogger(name).setLevel(level)
-        self._warnings.__exit__(None, None, None)
+        try:
+            yield
+        finally:
+            for name, level in levels.items():
+                logging.getLogger(name).setLevel(level)

@@ -1,4 +1,4 @@
-"""OpenVINO's own files, model.xml and model.bin, which load faster than ONNX and hold half the bytes."""
+"""Export to OpenVINO's files, model.xml and model.bin, which load faster than ONNX."""
 
 from __future__ import annotations
 
@@ -15,12 +15,14 @@ NAME = "openvino/model.xml"
 TOLERANCE = 1e-3
 
 
-def export_openvino(reference: ParitySet, directory: Path) -> dict[str, Any]:
-    """Write openvino/model.xml and .bin, weights in float32, and hold them against the checkpoint; what was found, in float32 and in bfloat16.
+def export_openvino(parity_set: ParitySet, directory: Path) -> dict[str, Any]:
+    """Write openvino/model.xml and .bin, weights in float32, compare them with the checkpoint, and return the metadata.
+
+    The metadata has the parity in float32, and under `bf16` that in bfloat16.
 
     Raises:
         ConfigError: The package is not installed.
-        ParityError: It answers otherwise.
+        ParityError: It answers differently.
     """
     try:
         import openvino
@@ -28,22 +30,22 @@ def export_openvino(reference: ParitySet, directory: Path) -> dict[str, Any]:
         raise ConfigError("--to openvino needs a package that is not installed", "pip install openvino") from error
     (directory / NAME).parent.mkdir()
     openvino.save_model(
-        openvino.convert_model(str(reference.bundle.path("model.onnx"))), str(directory / NAME), compress_to_fp16=False
+        openvino.convert_model(str(parity_set.bundle.path("model.onnx"))), str(directory / NAME), compress_to_fp16=False
     )
-    found = {
-        precision: _parity(reference, OpenVinoBackend(directory / NAME, precision)) for precision in ("f32", "bf16")
+    parities = {
+        precision: _parity(parity_set, OpenVinoBackend(directory / NAME, precision)) for precision in ("f32", "bf16")
     }
-    found["f32"].check("OpenVINO", TOLERANCE)
+    parities["f32"].check("OpenVINO", TOLERANCE)
     return {
-        **found["f32"].as_dict(),
+        **parities["f32"].as_dict(),
         "tolerance": TOLERANCE,
-        "bf16": found["bf16"].as_dict(),
+        "bf16": parities["bf16"].as_dict(),
         "version": openvino.__version__,
     }
 
 
-def _parity(reference: ParitySet, backend: OpenVinoBackend) -> Parity:
-    logits, _ = answers_of(backend, reference.pixels)
+def _parity(parity_set: ParitySet, backend: OpenVinoBackend) -> Parity:
+    logits, _ = answers_of(backend, parity_set.pixels)
     return Parity.of(
-        reference.probabilities, softmax(logits, reference.bundle.info.temperature), reference.paths, "OpenVINO"
+        parity_set.probabilities, softmax(logits, parity_set.bundle.info.temperature), parity_set.paths, "OpenVINO"
     )

@@ -1,4 +1,4 @@
-"""The gate of every export: the same images must get the same answers."""
+"""The parity gate of every export: the same images must get the same answers as from the checkpoint."""
 
 from __future__ import annotations
 
@@ -12,17 +12,18 @@ from image_classifier.errors import ParityError
 from image_classifier.predictions import softmax
 
 TOLERANCE = 1e-4
+_NOT_EXPORTED = "nothing was exported"
 
 
 @dataclass(frozen=True)
 class Parity:
-    """How two backends' probabilities compare on the same images.
+    """The comparison of two backends' probabilities on the same images. Its fields are in bundle.json.
 
     Args:
-        images: How many.
-        agreement: Share of them that get the same class.
-        largest_difference: Of a probability; infinite where one is no number.
-        worst_image: Where that is.
+        images: Number of images.
+        agreement: Share of them that get the same class, 0..1.
+        largest_difference: Of a probability; infinite where one is not a number.
+        worst_image: The image with the largest difference, among those with another class where there are any.
     """
 
     images: int
@@ -32,52 +33,66 @@ class Parity:
 
     @classmethod
     def of(cls, expected: np.ndarray, actual: np.ndarray, paths: Sequence[str], backend: str) -> Parity:
-        """Compare probabilities [N, C]; ParityError where their shapes differ."""
+        """Compare probabilities [N, C]; ParityError where their shapes differ.
+
+        >>> import numpy as np
+        >>> Parity.of(np.array([[0.9, 0.1]]), np.array([[0.4, 0.6]]), ["a.png"], "onnx")
+        Parity(images=1, agreement=0.0, largest_difference=0.5, worst_image='a.png')
+        """
         if expected.shape != actual.shape:
             raise ParityError(
-                f"{backend} answers in the shape {actual.shape} instead of {expected.shape}", "nothing was exported"
+                f"{backend} answers in the shape {actual.shape} instead of {expected.shape}", _NOT_EXPORTED
             )
+        # The largest difference of each image, [N]; what is not a number counts as infinite.
         differences = np.abs(expected - actual).max(axis=1)
         differences = np.where(np.isfinite(differences), differences, np.inf)
+        # An image agrees where both give it the same class.
         same = (expected.argmax(axis=1) == actual.argmax(axis=1)) & np.isfinite(differences)
-        worst = int(
-            np.where(same, differences, differences + 2).argmax()
-        )  # of those with another class, if there are any
+        # Probabilities differ by at most 1: adding 2 puts images with another class first.
+        worst = int(np.where(same, differences, differences + 2).argmax())
         return cls(len(paths), float(same.mean()), float(differences.max()), paths[worst])
 
     def check(self, backend: str, tolerance: float = TOLERANCE, agreement: float = 1.0) -> Parity:
-        """Itself.
+        """Return itself.
 
         Raises:
-            ParityError: Fewer than that share get the same class, or a probability differs by more than `tolerance`; the worst image is named.
+            ParityError: Too few images get the same class, or a probability differs by more than `tolerance`; it names
+                the worst image.
         """
         if self.agreement < agreement:
             wrong = round((1 - self.agreement) * self.images)
             raise ParityError(
                 f"{backend} gives another class on {wrong} of {self.images} images, worst on {self.worst_image!r}",
-                "nothing was exported",
+                _NOT_EXPORTED,
             )
         if not self.largest_difference <= tolerance:
-            fact = f"{backend} differs by {self.largest_difference:.2g} in a probability on {self.worst_image!r} (allowed {tolerance:g})"
-            raise ParityError(fact, "nothing was exported")
+            raise ParityError(
+                f"{backend} differs by {self.largest_difference:.2g} in a probability on {self.worst_image!r} "
+                f"(allowed {tolerance:g})",
+                _NOT_EXPORTED,
+            )
         return self
 
     def as_dict(self) -> dict[str, Any]:
-        """Plain values, ready for JSON."""
+        """Return plain values, ready for JSON."""
         return asdict(self)
 
     def __str__(self) -> str:
-        difference = f"largest difference of a probability {self.largest_difference:.1e} ({self.worst_image})"
+        difference = f"probabilities differ by at most {self.largest_difference:.1e} ({self.worst_image})"
         return f"{self.agreement:.2%} of {self.images} images get the same class, {difference}"
 
 
 def check_parity(
     expected: np.ndarray, actual: np.ndarray, paths: Sequence[str], backend: str, tolerance: float = TOLERANCE
 ) -> float:
-    """The largest difference of a probability between two backends' logits [N, C] on the same images; ParityError as `Parity.check`."""
+    """Return the largest difference of a probability between two backends' logits [N, C] on the same images.
+
+    Raises:
+        ParityError: As `Parity.check`.
+    """
     if expected.shape != actual.shape:
         raise ParityError(
-            f"{backend} returns logits of shape {actual.shape} instead of {expected.shape}", "nothing was exported"
+            f"{backend} returns logits of shape {actual.shape} instead of {expected.shape}", _NOT_EXPORTED
         )
     return Parity.of(softmax(expected), softmax(actual), paths, backend).check(backend, tolerance).largest_difference
 
@@ -85,21 +100,22 @@ def check_parity(
 def check_embeddings(
     expected: np.ndarray, actual: np.ndarray, paths: Sequence[str], backend: str, tolerance: float = 10 * TOLERANCE
 ) -> float:
-    """The largest distance between two backends' embeddings [N, D] of the same images, as a share of the longest.
+    """Return the largest distance between two backends' embeddings [N, D] of the same images, relative to the longest.
 
     Raises:
         ParityError: It is more than `tolerance`; it names the worst image.
     """
     if expected.shape != actual.shape:
         raise ParityError(
-            f"{backend} returns embeddings of shape {actual.shape} instead of {expected.shape}", "nothing was exported"
+            f"{backend} returns embeddings of shape {actual.shape} instead of {expected.shape}", _NOT_EXPORTED
         )
-    distances = np.linalg.norm(expected - actual, axis=1) / max(float(np.linalg.norm(expected, axis=1).max()), 1e-12)
+    longest = max(float(np.linalg.norm(expected, axis=1).max()), 1e-12)
+    distances = np.linalg.norm(expected - actual, axis=1) / longest
     distances = np.where(np.isfinite(distances), distances, np.inf)
     worst = int(distances.argmax())
     if distances[worst] > tolerance:
         raise ParityError(
             f"{backend} differs by {distances[worst]:.2g} in the embedding of {paths[worst]!r} (allowed {tolerance:g})",
-            "nothing was exported",
+            _NOT_EXPORTED,
         )
     return float(distances[worst])

@@ -1,4 +1,4 @@
-"""What every export is held against: real validation images, and what the checkpoint answers for them."""
+"""The images for the parity gate of every export: real validation images, and the checkpoint's answers for them."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ BATCH = 32
 
 @dataclass
 class ParitySet:
-    """Images of the val part as they lie on the disk, their class indices int64 [N], and the checkpoint that answers for them."""
+    """Files of validation images, their class indices int64 [N], and the checkpoint that answers for them."""
 
     bundle: Bundle
     files: tuple[Path, ...]
@@ -41,35 +41,36 @@ class ParitySet:
         cls,
         bundle: Bundle,
         data_dir: Path | None,
-        most: int,
+        limit: int,
         trusted: Sequence[str],
         limits: DecodeLimits,
         dvc: bool | None = None,
     ) -> ParitySet:
-        """At most so many images, every class in its share, from the folder the bundle was trained on, or `data_dir` in its place.
+        """Return at most `limit` images, stratified by class, from the folder of the training, or from `data_dir`.
 
         Raises:
-            DataError: The images are not there.
-            CheckpointError: model.onnx, of which other forms are made, cannot be run, or its weights lie in another file.
+            DataError: The images are missing.
+            CheckpointError: model.onnx, from which other forms are made, cannot be run.
         """
         if "model.onnx" in bundle.info.files:
             open_backend(bundle, "onnx")
         root = data_dir or Path(str(bundle.info.provenance.get("data_root", "")))
         manifest = Manifest.read(bundle.path("manifest.csv"), root)
-        val, codes = manifest.part("val"), {label: code for code, label in enumerate(bundle.info.classes)}
+        val = manifest.part("val")
+        codes = {label: code for code, label in enumerate(bundle.info.classes)}
         if not len(val):
             raise DataError(
-                "the model was trained without a val part, and exports are held against its images",
+                "the model was trained without a validation split, which exports are compared on",
                 "train with data.split.val above 0",
             )
         targets = np.array([codes[record.label] for record in val], dtype=np.int64)
-        rows = stratified(targets, most).tolist()
+        rows = stratified(targets, limit).tolist()
         files = tuple(val.file(val[row]) for row in rows)
-        gone = next((file for file in files if not file.is_file() and not pull_missing(file, dvc)), None)
-        if gone:
+        missing = next((file for file in files if not file.is_file() and not pull_missing(file, dvc)), None)
+        if missing:
             raise DataError(
-                f"{str(gone)!r} is gone, and exports are held against the validation images",
-                "give the folder they lie in: --data_dir PATH",
+                f"{str(missing)!r} is missing, and exports are compared on the validation images",
+                "give the folder that holds them: --data_dir PATH",
             )
         classifier, _ = load_classifier(bundle.path("model.ckpt"), trusted)
         paths = tuple(val.paths[row] for row in rows)
@@ -77,7 +78,7 @@ class ParitySet:
 
     @cached_property
     def preprocess(self) -> Preprocess:
-        """How files become pixels."""
+        """The preprocessing that turns files into pixels."""
         return Preprocess.from_dict(self.bundle.info.preprocess)
 
     @cached_property
@@ -86,7 +87,7 @@ class ParitySet:
         return self.read(self.files)
 
     def read(self, files: Sequence[Path]) -> np.ndarray:
-        """Files as the network sees them, uint8 [N, 3, S, S]; UnreadableImage for the first that cannot be read."""
+        """Return files as the network sees them, uint8 [N, 3, S, S]; UnreadableImage for the first that cannot be read."""
         with ThreadPoolExecutor(2) as pool:
             squares = list(pool.map(lambda file: self.preprocess.read(file, self.limits), files))
         return np.ascontiguousarray(np.stack(squares).transpose(0, 3, 1, 2))
@@ -97,7 +98,7 @@ class ParitySet:
 
     @property
     def logits(self) -> np.ndarray:
-        """What the checkpoint answers, float32 [N, C]."""
+        """The checkpoint's logits, float32 [N, C]."""
         return self._answers[0]
 
     @property
@@ -111,11 +112,11 @@ class ParitySet:
         return softmax(self.logits, self.bundle.info.temperature)
 
     def answers(self, pixels: np.ndarray) -> np.ndarray:
-        """The checkpoint's calibrated probabilities, float64 [N, C], of other pixels, uint8 [N, 3, S, S]."""
+        """Return the checkpoint's calibrated probabilities, float64 [N, C], of other pixels, uint8 [N, 3, S, S]."""
         return softmax(answers_of(self.checkpoint, pixels)[0], self.bundle.info.temperature)
 
 
 def answers_of(backend: EmbeddingBackend, pixels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Logits [N, C] and embeddings [N, D] of pixels uint8 [N, 3, S, S], a batch at a time."""
+    """Return logits [N, C] and embeddings [N, D] of pixels uint8 [N, 3, S, S], computed in batches."""
     answers = [backend.logits_and_embeddings(pixels[start : start + BATCH]) for start in range(0, len(pixels), BATCH)]
     return np.concatenate([logits for logits, _ in answers]), np.concatenate([embeddings for _, embeddings in answers])

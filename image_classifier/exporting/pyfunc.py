@@ -1,6 +1,6 @@
-"""What MLflow runs of a bundle: pictures as bytes, base64, arrays or paths in, the answers of `infer` out. Loads no torch.
+"""The code that MLflow runs: images as bytes, base64, arrays or paths in, the answers of `infer` out. Loads no torch.
 
-MLflow keeps this file as the model's code, beside a copy of the package (`exporting/mlflow_model.py` puts both together).
+MLflow keeps this file as the model's code, with a copy of the package (`exporting/mlflow_model.py` writes both).
 """
 
 from __future__ import annotations
@@ -20,13 +20,15 @@ from mlflow.pyfunc.model import PythonModel
 from image_classifier.errors import UnreadableImage
 from image_classifier.inference.load import load_predictor
 
-_ACCEPTED = "give a picture as bytes, as base64 text, as an array of whole numbers 0 to 255 [height, width, 3], or as a pathlib.Path"
+_ACCEPTED = (
+    "give an image as bytes, as base64 text, as an array of integers 0 to 255 [height, width, 3], or as a pathlib.Path"
+)
 
 
 class ServedClassifier(PythonModel):
     """A bundle behind MLflow's pyfunc.
 
-    `model_config={"allow_paths": True}` lets text under `path` name files of this machine, which a server must not do.
+    `model_config={"allow_paths": True}` lets text under `path` name files of this machine; a server must not set it.
     """
 
     def load_context(self, context: Any) -> None:
@@ -36,25 +38,25 @@ class ServedClassifier(PythonModel):
     def predict(
         self, context: Any, model_input: np.ndarray, params: Mapping[str, Any] | None = None
     ) -> list[dict[str, object]]:
-        """A list with the JSON object of `infer` for each picture.
+        """Return the JSON object of `infer` for each image.
 
         Raises:
-            MlflowException: An input is no picture, which a server answers with 400.
+            MlflowException: An input is not an image; a server answers it with 400.
         """
         squares = [self._square(number, _plain(item)) for number, item in enumerate(_items(model_input))]
         names = [f"input {number}" for number in range(len(squares))]
         return [answer.answer() for answer in self.predictor.predictions(names, squares)]
 
     def _square(self, number: int, item: Any) -> np.ndarray:
-        """The pixels uint8 [S, S, 3] of one input."""
+        """Return the pixels uint8 [S, S, 3] of one input."""
         if isinstance(item, np.ndarray):
-            if item.ndim != 3 or item.shape[2] != 3 or not item.size or not _are_grey_levels(item):
-                raise _refused(number, f"is an array {item.dtype} of the shape {item.shape}")
+            if item.ndim != 3 or item.shape[2] != 3 or not item.size or not _are_bytes(item):
+                raise _refused(number, f"is an array {item.dtype} of shape {item.shape}")
             return self.predictor.preprocess(np.ascontiguousarray(item, dtype=np.uint8))
-        found = self.predictor.read(self._source(number, item))
-        if isinstance(found, UnreadableImage):
-            raise _refused(number, f"cannot be read ({found.reason})")
-        return found
+        pixels = self.predictor.read(self._source(number, item))
+        if isinstance(pixels, UnreadableImage):
+            raise _refused(number, f"cannot be read ({pixels.reason})")
+        return pixels
 
     def _source(self, number: int, item: Any) -> Path | bytes:
         if isinstance(item, Mapping) and set(item) == {"path"} and isinstance(item["path"], str):
@@ -76,7 +78,7 @@ class ServedClassifier(PythonModel):
 
 
 def _items(model_input: Any) -> Iterator[Any]:
-    """One item a picture, of a list, an array uint8 [H, W, 3] or [N, H, W, 3], or a table with the column `image` or `path`."""
+    """Yield one item an image, from a list, an array uint8 [H, W, 3] or [N, H, W, 3], or a table with the column `image` or `path`."""
     if isinstance(model_input, np.ndarray):
         yield from (model_input[None] if model_input.ndim in (0, 3) else model_input)
     elif hasattr(model_input, "to_dict"):  # a table of pandas
@@ -94,15 +96,15 @@ def _is_column(value: Any) -> bool:
     return isinstance(value, list) or (isinstance(value, np.ndarray) and value.ndim == 1)
 
 
-def _are_grey_levels(values: np.ndarray) -> bool:
-    """Whether all are whole numbers from 0 to 255; a server makes int64 of those in JSON."""
+def _are_bytes(values: np.ndarray) -> bool:
+    """Return whether all values are integers from 0 to 255; a server turns those in JSON into int64."""
     return values.dtype == np.uint8 or (
         values.dtype.kind in "iu" and int(values.min()) >= 0 and int(values.max()) <= 255
     )
 
 
 def _plain(item: Any) -> Any:
-    """An input without what a server or a table wraps around it: arrays of no dimension, and the column `image`."""
+    """Return an input without the wrapping of a server or a table: arrays without dimensions, and the column `image`."""
     if isinstance(item, Mapping):
         item = {key: _plain(value) for key, value in item.items()}
         return item["image"] if set(item) == {"image"} else item

@@ -1,1 +1,1 @@
-"""Images to answers: one predictor, and a short file for each backend behind it."""
+"""Inference: a predictor, and one module for each backend that it can run."""

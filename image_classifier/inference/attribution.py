@@ -1,4 +1,7 @@
-"""Where in an image the evidence for a class lies: gradients of its logit at a layer of the network that knows places."""
+"""Attribution maps by gradients: where in an image the evidence for a class lies. Needs torch.
+
+The gradients of the class's logit are taken at a layer whose output still has positions.
+"""
 
 from __future__ import annotations
 
@@ -16,14 +19,10 @@ from torch.nn import functional
 from image_classifier.modeling.attribution_rules import DetachedAttention
 from image_classifier.modeling.classifier import Classifier, in_evaluation
 
-_SMALLEST = 4  # places a side: a coarser map says nothing of where
-_MOST_EXTRA = 16  # tokens before those of the image: class, distillation, registers
-_POOLS = (
-    nn.MaxPool2d,
-    nn.AvgPool2d,
-    nn.AdaptiveMaxPool2d,
-    nn.AdaptiveAvgPool2d,
-)  # the map before one is finer and says the same
+_MIN_SIDE = 4  # positions a side: a coarser map does not locate anything
+_MAX_EXTRA_TOKENS = 16  # tokens before those of the image: class, distillation, registers
+# The map before a pooling layer is finer and contains the same.
+_POOLS = (nn.MaxPool2d, nn.AvgPool2d, nn.AdaptiveMaxPool2d, nn.AdaptiveAvgPool2d)
 
 # A layer's output [1, ...] -> planes [C, h, w].
 Arrange = Callable[[torch.Tensor], torch.Tensor]
@@ -31,60 +30,71 @@ Arrange = Callable[[torch.Tensor], torch.Tensor]
 
 @dataclass(frozen=True)
 class Attribution:
-    """`heat` float32 [H, W] in 0..1, its largest value 1, or all 0 where nothing speaks for the class; `method` is how it was found."""
+    """A heat map of the evidence for a class.
+
+    Args:
+        heat: float32 [H, W] in 0..1 with the maximum 1, or all 0 where nothing speaks for the class.
+        method: The name of the method.
+    """
 
     heat: np.ndarray
     method: str
 
 
-def explain(classifier: Classifier, pixels: np.ndarray, target: int) -> Attribution:
-    """What of an image, pixels uint8 [3, H, W], speaks for the class `target`; the classifier is left as it was.
+def attribution_map(classifier: Classifier, pixels: np.ndarray, target: int) -> Attribution:
+    """Return where in an image, pixels uint8 [3, H, W], the evidence for the class `target` lies.
 
-    Convolutional networks: Grad-CAM (Selvaraju et al., 2017). Transformers: the relevance of each token as it enters (Ali et al., 2022).
-    Networks without places: gradients of the pixels. Of a classifier with test-time augmentation the plain view is explained.
+    Convolutional networks: Grad-CAM (Selvaraju et al., 2017). Transformers: the relevance of each token at the input
+    (Ali et al., 2022). Networks without positions: gradients of the pixels (Simonyan et al., 2014). With test-time
+    augmentation the plain view is explained. The classifier is not changed.
     """
     with in_evaluation(classifier), torch.inference_mode(False), torch.enable_grad():
         images = torch.tensor(pixels[None], dtype=torch.float32, device=classifier.scale.device, requires_grad=True)
-        places, slopes = _found(classifier, images, target)
+        layers, pixel_gradient = _gradients(classifier, images, target)
         convolves = _convolves(classifier.backbone)
-        if not places:
-            heat, method = _of_pixels(slopes), "input gradient"
-        elif convolves and not places[-1].tokens:
-            heat, method = _evidence(places[-1].values, places[-1].slopes.mean(dim=(1, 2), keepdim=True)), "Grad-CAM"
+        if not layers:
+            heat = _of_pixels(pixel_gradient)
+            method = "input gradient"
+        elif convolves and not layers[-1].is_tokens:
+            # Grad-CAM: the last map, its channels weighted by their mean gradient, [C, 1, 1].
+            heat = _evidence(layers[-1].values, layers[-1].gradient.mean(dim=(1, 2), keepdim=True))
+            method = "Grad-CAM"
         else:
+            # Token relevance: gradient times value at the first layer of tokens, with attention weights held fixed.
             with DetachedAttention():
-                held, _ = _found(classifier, images, target)
-            first = next((one for one in held if one.tokens or not convolves), places[-1])
-            heat, method = _evidence(first.values, first.slopes), "token relevance"
+                detached, _ = _gradients(classifier, images, target)
+            first = next((layer for layer in detached if layer.is_tokens or not convolves), layers[-1])
+            heat = _evidence(first.values, first.gradient)
+            method = "token relevance"
     return Attribution(_scaled(heat, pixels.shape[1:]), method)
 
 
 def _convolves(backbone: nn.Module) -> bool:
-    """Whether a convolution reaches beyond its own patch; those of a transformer's patches do not."""
+    """Return whether a convolution reaches beyond its own patch; those of a transformer's patches do not."""
     sizes = [(module.kernel_size, module.stride) for module in backbone.modules() if isinstance(module, nn.Conv2d)]
     return any(size > stride for kernel, strides in sizes for size, stride in zip(kernel, strides, strict=True))
 
 
 def _evidence(values: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-    """What speaks for the class at each place, [h, w], of values and their weights [C, h, w]."""
+    """Return the positive evidence at each position, [h, w], of values and their weights [C, h, w]."""
     return (values * weights).sum(dim=0).relu()
 
 
 @dataclass(frozen=True)
 class _Layer:
-    """One output in which places can be told apart."""
+    """One output whose positions can be arranged as a map."""
 
     output: torch.Tensor
     arrange: Arrange
-    tokens: bool
+    is_tokens: bool
 
 
 class _Watch:
-    """A forward hook that keeps the outputs with places, in the order they are computed."""
+    """A forward hook that keeps the outputs with positions, in the order they are computed."""
 
     def __init__(self, images: torch.Tensor) -> None:
         self.layers: list[_Layer] = []
-        self._seen = {id(images): images}  # the tensors too, so that no id is given twice
+        self._seen = {id(images): images}  # the tensors too, so that no id is used twice
         self._grids: list[tuple[int, int]] = []
         self._lengths: set[int] = set()
 
@@ -92,9 +102,9 @@ class _Watch:
         if not isinstance(output, torch.Tensor) or id(output) in self._seen:
             return  # a container's output is that of its last module
         self._seen[id(output)] = output
-        found = self._arranged(output) if output.requires_grad and len(output) == 1 else None
-        if found and not isinstance(module, _POOLS):
-            self.layers.append(found)
+        layer = self._arranged(output) if output.requires_grad and len(output) == 1 else None
+        if layer and not isinstance(module, _POOLS):
+            self.layers.append(layer)
 
     def _arranged(self, output: torch.Tensor) -> _Layer | None:
         if output.ndim == 4:
@@ -102,30 +112,32 @@ class _Watch:
         return self._tokens(output) if output.ndim == 3 else None
 
     def _map(self, output: torch.Tensor) -> _Layer | None:
-        """Channels first or last; images are square, so the two equal sides are height and width."""
-        first = output.shape[2] == output.shape[3]
-        side = output.shape[2] if first else output.shape[1]
-        if side < _SMALLEST or side in self._lengths or not (first or side == output.shape[2]):
-            return None  # too coarse, or attention's own table of tokens by tokens, or no map
+        """Return a map [1, C, h, w] or [1, h, w, C]: images are square, so the two equal sides are height and width."""
+        channels_first = output.shape[2] == output.shape[3]
+        side = output.shape[2] if channels_first else output.shape[1]
+        if side < _MIN_SIDE or side in self._lengths or not (channels_first or side == output.shape[2]):
+            return None  # too coarse, or attention's table of tokens by tokens, or not a map
         self._grids.append((side, side))
-        return _Layer(
-            output, (lambda tensor: tensor[0]) if first else (lambda tensor: tensor[0].permute(2, 0, 1)), tokens=False
-        )
+        arrange: Arrange = (lambda tensor: tensor[0]) if channels_first else (lambda tensor: tensor[0].permute(2, 0, 1))
+        return _Layer(output, arrange, is_tokens=False)
 
     def _tokens(self, output: torch.Tensor) -> _Layer | None:
-        """Tokens [1, T, D] of which the last are those of an image's grid, known from the maps before them or else square."""
+        """Return tokens [1, T, D] whose last ones form the image's grid: that of a map before them, or a square."""
         length = output.shape[1]
         square = (isqrt(length), isqrt(length))
+        # Grids that the tokens can hold, the latest first; a square without extra tokens is the last resort.
         grids = [
             grid
             for grid in (*reversed(self._grids), square)
-            if 0 <= length - grid[0] * grid[1] <= (0 if grid is square else _MOST_EXTRA)
+            if 0 <= length - grid[0] * grid[1] <= (0 if grid is square else _MAX_EXTRA_TOKENS)
         ]
-        if not grids or grids[0][0] < _SMALLEST:
+        if not grids or grids[0][0] < _MIN_SIDE:
             return None
         self._lengths.add(length)
-        grid, extra = grids[0], length - grids[0][0] * grids[0][1]
-        return _Layer(output, lambda tensor: tensor[0, extra:].T.unflatten(1, grid), tokens=True)
+        grid = grids[0]
+        extra = length - grid[0] * grid[1]
+        # [1, T, D] -> [T', D] -> [D, h, w]
+        return _Layer(output, lambda tensor: tensor[0, extra:].T.unflatten(1, grid), is_tokens=True)
 
 
 @contextmanager
@@ -140,43 +152,41 @@ def _watched(backbone: nn.Module, images: torch.Tensor) -> Iterator[_Watch]:
 
 
 @dataclass(frozen=True)
-class _Places:
-    """What a layer holds at each place, and the slopes of the logit there, both [C, h, w]."""
+class _LayerGradient:
+    """A layer's values at each position and the gradient of the logit there, both [C, h, w]."""
 
     values: torch.Tensor
-    slopes: torch.Tensor
-    tokens: bool
+    gradient: torch.Tensor
+    is_tokens: bool
 
 
-def _found(classifier: Classifier, images: torch.Tensor, target: int) -> tuple[list[_Places], torch.Tensor]:
-    """Of images [1, 3, H, W] the layers whose places reach the answer, first to last, and the slopes of the pixels.
+def _gradients(classifier: Classifier, images: torch.Tensor, target: int) -> tuple[list[_LayerGradient], torch.Tensor]:
+    """Return the layers on which the logit depends, first to last, and the gradient of the pixels [1, 3, H, W].
 
-    Behind a class token's last attention the patches do not reach it.
+    Behind the last attention of a class token the logit does not depend on the patches: such layers are left out.
     """
     with _watched(classifier.backbone, images) as watch:
         logit = classifier.classify(classifier.embed(images))[0, target]
-    of_images, *gradients = torch.autograd.grad(
-        logit, [images, *(layer.output for layer in watch.layers)], allow_unused=True
-    )
-    reached = [
-        (layer, gradient) for layer, gradient in zip(watch.layers, gradients, strict=True) if gradient is not None
+    outputs = [layer.output for layer in watch.layers]
+    of_pixels, *gradients = torch.autograd.grad(logit, [images, *outputs], allow_unused=True)
+    layers = [
+        _LayerGradient(layer.arrange(layer.output.detach()), layer.arrange(gradient), layer.is_tokens)
+        for layer, gradient in zip(watch.layers, gradients, strict=True)
+        if gradient is not None
     ]
-    places = [
-        _Places(layer.arrange(layer.output.detach()), layer.arrange(gradient), layer.tokens)
-        for layer, gradient in reached
-    ]
-    return [one for one in places if one.slopes.any()], of_images
+    return [layer for layer in layers if layer.gradient.any()], of_pixels
 
 
 def _of_pixels(gradient: torch.Tensor) -> torch.Tensor:
-    """The largest slope of a pixel's channels (Simonyan et al., 2014), evened out a little, [H, W]."""
+    """Return the largest slope among a pixel's channels (Simonyan et al., 2014), smoothed a little, [H, W]."""
     slopes = gradient[0].abs().amax(dim=0, keepdim=True)
     reach = max(1, slopes.shape[1] // 32)
     return functional.avg_pool2d(slopes, 2 * reach + 1, stride=1, padding=reach, count_include_pad=False)[0]
 
 
 def _scaled(heat: torch.Tensor, shape: tuple[int, ...]) -> np.ndarray:
-    """Evidence [h, w] as float32 [H, W] with the largest value 1, or all 0."""
-    spread = functional.interpolate(heat[None, None].float(), size=shape, mode="bilinear", align_corners=False)[0, 0]
-    top = float(spread.max())
-    return (spread / top if top > 0 else torch.zeros_like(spread)).clamp(0, 1).cpu().numpy()
+    """Return evidence [h, w] as float32 [H, W] with the maximum 1, or all 0."""
+    resized = functional.interpolate(heat[None, None].float(), size=shape, mode="bilinear", align_corners=False)[0, 0]
+    maximum = float(resized.max())
+    scaled = resized / maximum if maximum > 0 else torch.zeros_like(resized)
+    return scaled.clamp(0, 1).cpu().numpy()

@@ -1,4 +1,4 @@
-"""A Lightning checkpoint behind the seam: the only file of this room that needs torch."""
+"""The backend `checkpoint`: a Lightning checkpoint, run by torch."""
 
 from __future__ import annotations
 
@@ -10,20 +10,28 @@ from typing import Any
 import numpy as np
 import torch
 
-from image_classifier.cli import hydra_app
 from image_classifier.errors import CheckpointError, ClassifierError
+from image_classifier.inference.backends import OpenOptions
+from image_classifier.instantiate import NETWORKS, instantiate
 from image_classifier.modeling.classifier import Classifier, build_classifier
 
-# Arguments by which a network gets weights from elsewhere: the checkpoint's own would replace them at once, and a file must not make us load another.
+# Arguments by which a network loads weights from elsewhere. The checkpoint's weights would replace them at once, and a file
+# must not make us load another file.
 _FETCHING = {"pretrained": False, "weights": None, "weights_backbone": None}
 _LOADING = ("checkpoint_path", "pretrained_cfg", "pretrained_cfg_overlay", "cache_dir")
 _FETCHERS = {"timm.create_model": "pretrained", "image_classifier.modeling.backbones.torchvision_backbone": "weights"}
 
 
-def load_classifier(path: Path, trusted: Sequence[str] = ()) -> tuple[Classifier, dict[str, Any]]:
-    """The classifier of a `.ckpt` in evaluation mode, and its blueprint; nothing in the file is executed.
+def open_checkpoint(path: Path, options: OpenOptions) -> tuple[CheckpointBackend, Mapping[str, Any]]:
+    """Return a backend over a `.ckpt`, and its blueprint; see `backends.Opener`."""
+    classifier, blueprint = load_classifier(path, options.trusted)
+    return CheckpointBackend(classifier), blueprint
 
-    `trusted` names packages of the user's own that the network may come from: the file itself cannot say so.
+
+def load_classifier(path: Path, trusted: Sequence[str] = ()) -> tuple[Classifier, dict[str, Any]]:
+    """Return the classifier of a `.ckpt` in evaluation mode, and its blueprint; nothing in the file is executed.
+
+    `trusted` names packages of the user that the network may come from: the file itself cannot allow that.
 
     Raises:
         CheckpointError: The file is damaged, or was not written by this package.
@@ -43,18 +51,19 @@ def load_classifier(path: Path, trusted: Sequence[str] = ()) -> tuple[Classifier
             blueprint["normalise"]["mean"],
             blueprint["normalise"]["std"],
         )
-        dropout, tta = blueprint["head_dropout"], blueprint.get("tta", "none")
+        dropout = blueprint["head_dropout"]
+        tta = blueprint.get("tta", "none")
     except Exception as error:  # a damaged file makes torch raise anything, assertions too
         raise CheckpointError(
-            f"{str(path)!r} is damaged, or no checkpoint of this package ({type(error).__name__})",
+            f"{str(path)!r} is damaged, or not a checkpoint of this package ({type(error).__name__})",
             "give another, or train again",
         ) from error
     try:
-        backbone = hydra_app.instantiate(network_of(blueprint), trusted=trusted, known=hydra_app.NETWORKS)
+        backbone = instantiate(network_of(blueprint), trusted=trusted, known=NETWORKS)
         classifier = build_classifier(backbone, *shape, dropout, tta)
     except ClassifierError:
         raise
-    except Exception as error:  # what a stranger asks of a library makes it raise anything
+    except Exception as error:  # a library may raise anything for the arguments of a strange file
         reason = f"{type(error).__name__}: {str(error)[:160]}"
         raise CheckpointError(
             f"the network that {str(path)!r} describes cannot be built ({reason})", "give another, or train again"
@@ -63,18 +72,18 @@ def load_classifier(path: Path, trusted: Sequence[str] = ()) -> tuple[Classifier
         classifier.load_state_dict(weights)
     except RuntimeError as error:
         raise CheckpointError(
-            f"the weights of {str(path)!r} do not fit its own network", "was timm or torchvision changed since?"
+            f"the weights of {str(path)!r} do not fit its network", "was timm or torchvision changed since?"
         ) from error
     return classifier.eval(), blueprint
 
 
 def network_of(blueprint: Mapping[str, Any]) -> dict[str, Any]:
-    """The node that builds a blueprint's network, all that would open another file or fetch one taken out.
+    """Return the node that builds a blueprint's network, without arguments that would open or download a file.
 
     Raises:
-        CheckpointError: It asks for a network by an address, or in words that training never writes.
+        CheckpointError: It names a network by an address, or contains what training never writes.
     """
-    node = _alone(blueprint["backbone"])
+    node = _without_loading(blueprint["backbone"])
     if not isinstance(node, dict):
         raise CheckpointError(
             f"a checkpoint describes its network as {type(node).__name__}", "give another, or train again"
@@ -83,32 +92,37 @@ def network_of(blueprint: Mapping[str, Any]) -> dict[str, Any]:
     return {**node, key: _FETCHING[key]} if key else node
 
 
-def _alone(node: Any) -> Any:
-    """A node without arguments that load something, on every level."""
+def _without_loading(node: Any) -> Any:
+    """Return a node without arguments that load something, on every level."""
     if isinstance(node, str) and "${" in node:
-        raise _refused(node)  # which could read this machine's environment
+        raise _refused(node)  # an interpolation could read this machine's environment
     if isinstance(node, list | tuple):
-        return [_alone(value) for value in node]
+        return [_without_loading(value) for value in node]
     if not isinstance(node, dict):
         return node
     if "_args_" in node:
-        raise _refused("_args_")  # arguments without a name could not be told from each other
+        raise _refused("_args_")  # arguments without a name cannot be checked
     for value in (node.get("model_name"), node.get("name")):
         if re.search("[:/]", str(value)):
-            raise _refused(str(value))  # of timm: an address at Hugging Face, or a folder
+            raise _refused(str(value))  # in timm this is an address at Hugging Face, or a folder
     return {
-        key: _FETCHING[key] if key in _FETCHING else _alone(value) for key, value in node.items() if key not in _LOADING
+        key: _FETCHING[key] if key in _FETCHING else _without_loading(value)
+        for key, value in node.items()
+        if key not in _LOADING
     }
 
 
-def _refused(words: str) -> CheckpointError:
+def _refused(text: str) -> CheckpointError:
     return CheckpointError(
-        f"a checkpoint asks for {words[:100]!r}, and a file may not make us read others", "give another, or train again"
+        f"a checkpoint refers to {text[:100]!r}, and may not make us read other files", "give another, or train again"
     )
 
 
 class CheckpointBackend:
-    """Runs a `.ckpt` with torch, where its weights lie: pixels uint8 [N, 3, H, W] -> logits float32 [N, C], and embeddings [N, D]."""
+    """Runs a `.ckpt` with torch, on the device of its weights.
+
+    Pixels uint8 [N, 3, H, W] -> logits float32 [N, C], and embeddings [N, D].
+    """
 
     def __init__(self, classifier: Classifier) -> None:
         self.classifier = classifier.eval()

@@ -56,12 +56,12 @@ def explainer_with(
     classifier: Classifier, classes: Sequence[str], preprocess: Preprocess, limits: DecodeLimits
 ) -> Explainer:
     """What explains images with a classifier at hand."""
-    from image_classifier.inference.attribution import explain  # torch
+    from image_classifier.inference.attribution import attribution_map  # torch
 
     codes = {label: code for code, label in enumerate(classes)}
 
     def explain_image(image: Content, label: str) -> Explained:
-        found = explain(classifier, preprocess.read(image, limits).transpose(2, 0, 1), codes[label])
+        found = attribution_map(classifier, preprocess.read(image, limits).transpose(2, 0, 1), codes[label])
         return Explained(*over_picture(image, found.heat, preprocess, limits), found.method)
 
     return explain_image

@@ -1,4 +1,4 @@
-"""The golden images that a bundle keeps, and whether a backend still answers them as the checkpoint did."""
+"""The golden images of a bundle, and the comparison of a backend's answers for them with the checkpoint's."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from image_classifier.errors import CheckpointError
 from image_classifier.inference.predictor import Backend
 from image_classifier.predictions import softmax
 
-_MOST_IMAGES = 64  # a backend answers all of them at once; training keeps 8
+_MAX_IMAGES = 64  # a backend answers all of them in one batch; training keeps 8
 
 
 @dataclass(frozen=True)
 class Golden:
-    """Preprocessed images uint8 [N, 3, S, S] that a bundle keeps, and the checkpoint's logits [N, C] and embeddings [N, D] for them."""
+    """Preprocessed images uint8 [N, 3, S, S] of a bundle, and the checkpoint's logits [N, C] and embeddings [N, D]."""
 
     pixels: np.ndarray
     logits: np.ndarray
@@ -25,30 +25,38 @@ class Golden:
 
     @classmethod
     def of(cls, bundle: Bundle) -> Golden:
-        """Those of a bundle; CheckpointError where golden.npz is damaged, or of another model."""
+        """Return those of a bundle; CheckpointError where golden.npz is damaged, or of another model."""
         golden = cls(
             **read_arrays(
                 bundle.path("golden.npz"),
                 {"pixels": ("uint8", 4), "logits": ("float32", 2), "embeddings": ("float32", 2)},
             )
         )
-        count, classes, side = len(golden.pixels), len(bundle.info.classes), bundle.info.preprocess.get("size")
+        count = len(golden.pixels)
+        classes = len(bundle.info.classes)
+        side = bundle.info.preprocess.get("size")
         if (
-            count > _MOST_IMAGES
+            count > _MAX_IMAGES
             or golden.pixels.shape[1:] != (3, side, side)
             or golden.logits.shape != (count, classes)
             or len(golden.embeddings) != count
         ):
-            shapes = f"pixels {list(golden.pixels.shape)}, logits {list(golden.logits.shape)}, embeddings {list(golden.embeddings.shape)}"
+            shapes = ", ".join(f"{name} {list(array.shape)}" for name, array in vars(golden).items())
             raise CheckpointError(
-                f"golden.npz of {str(bundle.directory)!r} is of another model ({shapes})", "copy the bundle anew"
+                f"golden.npz of {str(bundle.directory)!r} is of another model ({shapes})", "copy the bundle again"
             )
         return golden
 
 
 @dataclass(frozen=True)
 class Check:
-    """What one backend answers for the golden images: share of equal classes, largest difference of a probability, milliseconds an image."""
+    """A backend's answers for the golden images, compared with the checkpoint's.
+
+    Args:
+        agreement: Share of images that get the same class, 0..1.
+        largest_difference: Of a probability; infinite where one is not a number or the shapes differ.
+        milliseconds: For one image, in a batch of all golden images.
+    """
 
     backend: str
     images: int
@@ -56,13 +64,17 @@ class Check:
     largest_difference: float
     milliseconds: float
 
-    def fails(self, tolerance: float, least_agreement: float = 1.0) -> bool:
-        """Whether fewer images get the checkpoint's class than must, or a probability differs by more than `tolerance`."""
-        return self.agreement < least_agreement or not self.largest_difference <= tolerance
+    def fails(self, tolerance: float, min_agreement: float = 1.0) -> bool:
+        """Return whether too few images get the checkpoint's class, or a probability differs by more than `tolerance`.
+
+        >>> Check("onnx", 8, 1.0, 1e-5, 0.3).fails(1e-4), Check("onnx", 8, 1.0, float("inf"), 0.3).fails(1e-4)
+        (False, True)
+        """
+        return self.agreement < min_agreement or not self.largest_difference <= tolerance
 
 
-def checked(name: str, backend: Backend, golden: Golden, temperature: float) -> Check:
-    """What a backend answers for the golden images, and how fast, once warm."""
+def check_golden(name: str, backend: Backend, golden: Golden, temperature: float) -> Check:
+    """Compare a backend's answers for the golden images with the checkpoint's, and time it once it is warm."""
     actual = backend.logits(golden.pixels)
     start = time.perf_counter()
     backend.logits(golden.pixels)

@@ -1,37 +1,48 @@
-"""Answers as a table, JSON, JSONL, CSV or Parquet, each written as it comes: no format needs to know them all."""
+"""Writers of answers as a table, JSON, JSONL, CSV or Parquet, one answer at a time, and the check of where they may write."""
 
 from __future__ import annotations
 
+import glob
 import io
 import json
+import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from importlib.util import find_spec
 from itertools import chain, islice
+from pathlib import Path
 from typing import IO, Any
 
-from image_classifier.errors import ConfigError
+from image_classifier.atomic_io import is_replaceable
+from image_classifier.errors import ConfigError, storage_errors
+from image_classifier.images import is_image_name
 from image_classifier.manifest import csv_writer
+from image_classifier.sources.image_source import ImageSource
 from image_classifier.text import printable
 
 Answer = Mapping[str, Any]  # `Prediction.answer()`
 _COLUMNS = ("path", "predicted_class", "confidence", "error", "all_predictions", "decision", "reason", "prediction_set")
-_SEEN = 64  # answers by which a table's first column is made wide enough
-_WIDEST = 60
+_MEASURED = 64  # answers by which the width of a table's first column is chosen
+_MAX_WIDTH = 60
 _ROW_GROUP = 4096
 
 
-def line_of(answer: Answer) -> str:
-    """One answer as a line of JSON, UTF-8: the bytes of a file name that are not become escapes, so that it can be parsed."""
+def json_line(answer: Answer) -> str:
+    r"""Return one answer as a line of JSON that UTF-8 can hold; bytes of a file name that are not UTF-8 become escapes.
+
+    >>> print(json_line({"path": "caf\u00e9 \udcff.png"}))
+    {"path": "café \udcff.png"}
+    """
     text = json.dumps(answer, ensure_ascii=False)
     return "".join(f"\\u{ord(letter):04x}" if "\ud800" <= letter <= "\udfff" else letter for letter in text)
 
 
 def _table(answers: Iterable[Answer], top_k: int | None) -> Iterator[str]:
+    """Yield a header and one line an answer: image, class, confidence, the next classes, and why it abstains."""
     stream = iter(answers)
-    first = list(islice(stream, _SEEN))
-    width = min(_WIDEST, max(5, *(len(printable(answer["path"])) for answer in first), 5))
-    yield f"{'image':<{width}}  {'class':<24}  confidence  next"
+    first = list(islice(stream, _MEASURED))
+    width = min(_MAX_WIDTH, max(5, *(len(printable(answer["path"])) for answer in first), 5))
+    yield f"{'image':<{width}}  {'class':<24}  confidence  next classes"
     for answer in chain(first, stream):
         name = f"{printable(answer['path']):<{width}}"
         if "error" in answer:
@@ -39,17 +50,17 @@ def _table(answers: Iterable[Answer], top_k: int | None) -> Iterator[str]:
             continue
         ranked = list(answer["all_predictions"].items())[1 : top_k or 3]
         others = ", ".join(f"{label} {probability:.1%}" for label, probability in ranked)
-        why = f"; abstain, {answer['reason']}" if answer["reason"] else ""
-        yield printable(f"{name}  {answer['predicted_class']:<24}  {answer['confidence']:>10.1%}  {others}{why}")
+        reason = f"; abstains: {answer['reason']}" if answer["reason"] else ""
+        yield printable(f"{name}  {answer['predicted_class']:<24}  {answer['confidence']:>10.1%}  {others}{reason}")
 
 
 def _jsonl(answers: Iterable[Answer], top_k: int | None) -> Iterator[str]:
-    return map(line_of, answers)
+    return map(json_line, answers)
 
 
 def _json(answers: Iterable[Answer], top_k: int | None) -> Iterator[str]:
     before = "["
-    for line in map(line_of, answers):
+    for line in map(json_line, answers):
         yield before + line
         before = ","
     yield "]"
@@ -68,20 +79,18 @@ def _csv(answers: Iterable[Answer], top_k: int | None) -> Iterator[str]:
 
 
 def _row(answer: Answer) -> list[Any]:
-    """The values of `_COLUMNS`; nested ones as JSON, and nothing but the reason for an image without an answer."""
+    """Return the values of `_COLUMNS`, nested ones as JSON; for an image without an answer only its error."""
     if "error" in answer:
         return [answer["path"], "", None, answer["error"], "{}", "", "", ""]
-    nested = (json.dumps(answer[key], ensure_ascii=False) for key in ("all_predictions", "prediction_set"))
-    probabilities, may_be = nested
     return [
         answer["path"],
         answer["predicted_class"],
         answer["confidence"],
         "",
-        probabilities,
+        json.dumps(answer["all_predictions"], ensure_ascii=False),
         answer["decision"],
         answer["reason"],
-        may_be,
+        json.dumps(answer["prediction_set"], ensure_ascii=False),
     ]
 
 
@@ -95,7 +104,7 @@ FORMATS = (*_LINES, "parquet")
 
 
 def write_answers(answers: Iterable[Answer], form: str, top_k: int | None, file: IO[bytes]) -> None:
-    """Write answers to a file as they come; `top_k` is how many classes a table shows."""
+    """Write answers to a file as they come; a table shows `top_k` classes of each."""
     if form == "parquet":
         _write_parquet(answers, file)
     else:
@@ -105,8 +114,8 @@ def write_answers(answers: Iterable[Answer], form: str, top_k: int | None, file:
 
 
 def _write_parquet(answers: Iterable[Answer], file: IO[bytes]) -> None:
-    """The columns of the CSV in row groups of 4096; `confidence` a number, null where there is no answer."""
-    import pyarrow  # type: ignore[import-untyped]  # here, as it takes half a second
+    """Write the columns of the CSV in row groups of 4096; `confidence` is a number, null where there is no answer."""
+    import pyarrow  # type: ignore[import-untyped]  # takes half a second to import
     import pyarrow.parquet as parquet  # type: ignore[import-untyped]
 
     types = [pyarrow.float64() if name == "confidence" else pyarrow.string() for name in _COLUMNS]
@@ -122,30 +131,30 @@ def _write_parquet(answers: Iterable[Answer], file: IO[bytes]) -> None:
 
 
 def _utf8(value: Any) -> Any:
-    """Text that UTF-8 can hold: the bytes of a file name that are not become escapes."""
+    """Return text that UTF-8 can hold: bytes of a file name that are not UTF-8 become escapes."""
     return value.encode("utf-8", "backslashreplace").decode() if isinstance(value, str) else value
 
 
 def check_format(form: str, to_a_file: bool) -> None:
-    """ConfigError for a format that there is none of, or that standard output cannot take."""
+    """Raise ConfigError for an unknown format, or one that standard output cannot take."""
     if form not in FORMATS:
         raise ConfigError(f"there is no format {form!r}", f"use one of {', '.join(FORMATS)}")
     if form == "parquet" and not to_a_file:
-        raise ConfigError("format=parquet is written to a file", "add --output FILE")
+        raise ConfigError("format=parquet needs a file to write to", "add --output FILE")
     if form == "parquet" and find_spec("pyarrow") is None:
         raise ConfigError("format=parquet needs a package that is not installed", "pip install pyarrow")
 
 
 @dataclass
 class AnswerCounter:
-    """How many answers went by, how many of them are errors, and the first of those."""
+    """A count of answers and of the errors among them, and the first of these. Its fields are in .FILE.run."""
 
     count: int = 0
     failed: int = 0
     first: str = ""
 
     def of(self, answers: Iterable[Answer]) -> Iterator[Answer]:
-        """The answers, counted as they go by."""
+        """Yield the answers and count them."""
         for answer in answers:
             self.count += 1
             if "error" in answer:
@@ -154,9 +163,55 @@ class AnswerCounter:
             yield answer
 
     def add(self, later: AnswerCounter) -> None:
-        """Count what was counted elsewhere, of answers behind these."""
-        self.count, self.failed, self.first = (
-            self.count + later.count,
-            self.failed + later.failed,
-            self.first or later.first,
-        )
+        """Add the counts of answers that come after these."""
+        self.count += later.count
+        self.failed += later.failed
+        self.first = self.first or later.first
+
+
+def check_output_path(output: Path, items: Iterable[str]) -> None:
+    """Raise ConfigError where a file of answers would replace a folder, a device or one of the images named by `items`."""
+    with storage_errors(output):
+        if output.is_dir():
+            raise ConfigError(f"output={str(output)!r} is a folder", "name a file in it")
+        if not is_replaceable(output):
+            raise ConfigError(
+                f"output={str(output)!r} is not a regular file", "leave --output out to write to standard output"
+            )
+    resolved = output.resolve()
+    is_output = _same_file(output)
+    for item in items:
+        # A new image in a folder of images would be taken for one of them in the next run.
+        within = is_image_name(output.name) and os.path.isdir(item) and resolved.is_relative_to(Path(item).resolve())
+        named = [item] if os.path.exists(item) else glob.iglob(item, recursive=True)
+        if within or (output.exists() and any(map(is_output, named))):
+            raise _among_images(output)
+
+
+def refuse_output(items: Iterable[ImageSource], output: Path) -> Iterator[ImageSource]:
+    """Yield the images, also those named by a table or standard input; ConfigError for one that is the output file."""
+    is_output = _same_file(output)
+    for item in items:
+        if isinstance(item.source, Path) and is_output(item.source):
+            raise _among_images(output)
+        yield item
+
+
+def _same_file(output: Path) -> Callable[[str | Path], bool]:
+    """Return a test whether a path is the output file, by whatever name; always false where that does not exist yet."""
+    try:
+        known = output.stat()
+    except OSError:
+        return lambda path: False
+
+    def is_output(path: str | Path) -> bool:
+        try:
+            return os.path.samestat(os.stat(path), known)
+        except (OSError, ValueError):  # the row of the image will have the reason
+            return False
+
+    return is_output
+
+
+def _among_images(output: Path) -> ConfigError:
+    return ConfigError(f"output={str(output)!r} is among the images", "choose another --output")

@@ -75,7 +75,7 @@ class ServeSettings:
     def __post_init__(self) -> None:
         if self.backend not in (None, "auto", *NAMES):
             raise ConfigError(f"there is no backend {self.backend!r}", f"use one of {', '.join((*NAMES, 'auto'))}")
-        ServerAddress(self.url, self.server_timeout_s).fits(self.backend)
+        ServerAddress(self.url, self.server_timeout_s).check(self.backend)
         if not 0 <= self.port <= 65535:
             raise ConfigError(f"port={self.port} cannot be", "it is a number from 0 (any that is free) to 65535")
         if not 0 <= self.threshold <= 1:

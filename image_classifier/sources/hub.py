@@ -12,9 +12,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from image_classifier.dataset.workers import with_bar
 from image_classifier.errors import ConfigError, SourceError, UnreadableImage, storage_errors
 from image_classifier.images import is_image_name, read_header
+from image_classifier.progress import with_bar
 from image_classifier.sources.unpack import new_tree
 
 log = logging.getLogger(__name__)

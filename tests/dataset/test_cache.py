@@ -250,7 +250,7 @@ def test_mean_and_std_of_a_full_cache_are_of_a_sample(tree, tmp_path, monkeypatc
 
 _KILLED = """
 import sys
-from image_classifier.dataset import cache
+from image_classifier.dataset import pixel_cache as cache
 from tests.conftest import listed
 from pathlib import Path
 from image_classifier.images import Preprocess

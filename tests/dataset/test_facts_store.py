@@ -29,10 +29,10 @@ def test_long_scans_are_kept_in_pieces_and_end_as_one(make_tree, facts_store, tm
 KILLED = """
 import os, sys
 from pathlib import Path
-from image_classifier.dataset import facts, facts_store
-from image_classifier.dataset.discovery import find
+from image_classifier.dataset import scan, scan_cache
+from image_classifier.dataset.discovery import discover
 from image_classifier.images import DecodeLimits
-facts._BLOCK_FILES, facts._COMMIT_FILES, facts._TICK_NS = 4, 8, 0
+scan._BLOCK_FILES, scan._COMMIT_FILES, scan._TICK_NS = 4, 8, 0
 module, name, left = {place}
 real = getattr(module, name)
 def die(*arguments, **options):
@@ -42,18 +42,18 @@ def die(*arguments, **options):
         os.kill(os.getpid(), 9)
     return real(*arguments, **options)
 setattr(module, name, die)
-facts.read_facts(find([Path(sys.argv[1])]), Path(sys.argv[2]), DecodeLimits(), (255, 255, 255), 2)
+scan.scan_files(discover([Path(sys.argv[1])]), Path(sys.argv[2]), DecodeLimits(), (255, 255, 255), 2)
 """
 
 
 @pytest.mark.parametrize(
     ("place", "kept"),
     [
-        ("facts, 'load_bytes', 30", 8),
-        ("facts_store, '_read', 2", 8),
-        ("facts_store.np, 'save', 3", 16),
-        ("facts_store, '_errors', 6", 40),
-        ("facts_store.shutil, 'rmtree', 9", 40),
+        ("scan, 'load_bytes', 30", 8),
+        ("scan_cache, '_read', 2", 8),
+        ("scan_cache.np, 'save', 3", 16),
+        ("scan_cache, '_errors', 6", 40),
+        ("scan_cache.shutil, 'rmtree', 9", 40),
     ],
 )
 def test_a_killed_scan_goes_on_where_it_was(make_tree, facts_store, tmp_path, opened, fine_clock, place, kept):
@@ -94,12 +94,12 @@ def test_ctrl_c_keeps_what_was_read(make_tree, facts_store, tmp_path, opened, fi
 TWO = """
 import sys
 from pathlib import Path
-from image_classifier.dataset import facts
-from image_classifier.dataset.discovery import find
+from image_classifier.dataset import scan
+from image_classifier.dataset.discovery import discover
 from image_classifier.images import DecodeLimits
-facts._BLOCK_FILES, facts._COMMIT_FILES = 4, 8
+scan._BLOCK_FILES, scan._COMMIT_FILES = 4, 8
 for _ in range(5):
-    found = facts.read_facts(find([Path(sys.argv[1])]), Path(sys.argv[2]), DecodeLimits(), (255, 255, 255), 2)
+    found = scan.scan_files(discover([Path(sys.argv[1])]), Path(sys.argv[2]), DecodeLimits(), (255, 255, 255), 2)
 print(found.digests.tobytes().hex() + found.thumbnails.tobytes().hex())
 """
 
@@ -118,7 +118,7 @@ def test_two_scans_at_once(make_tree, facts_store, tmp_path):
 @pytest.mark.parametrize(
     "damage", [lambda path: path.unlink(), lambda path: path.write_bytes(b""), lambda path: os.truncate(path, 150)]
 )
-def test_a_damaged_store_is_built_anew(make_tree, facts_store, tmp_path, name, damage, fine_clock, caplog):
+def test_a_damaged_cache_is_built_again(make_tree, facts_store, tmp_path, name, damage, fine_clock, caplog):
     root = make_tree(cat=30)
     (root / "cat" / "000.png").write_bytes(b"x")
     before = scanned(root, facts_store)[1]
@@ -175,21 +175,21 @@ def test_a_full_disk_is_told_and_leaves_the_old_store(tree, facts_store, monkeyp
 _REFUSED = """
 import resource, signal, sys
 from pathlib import Path
-from image_classifier.dataset.scan import read_facts
-from image_classifier.dataset.discovery import find
+from image_classifier.dataset.scan import scan_files
+from image_classifier.dataset.discovery import discover
 from image_classifier.errors import StorageError
 from image_classifier.images import DecodeLimits
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-tree, store = find([Path(sys.argv[1])]), Path(sys.argv[2])
+tree, store = discover([Path(sys.argv[1])]), Path(sys.argv[2])
 refused = 0
 for most in (1, 100, 500, 2000, 5000, 10_000, 15_000):  # bytes a file may have: at each the system refuses another write
     resource.setrlimit(resource.RLIMIT_FSIZE, (most, resource.RLIM_INFINITY))
     try:
-        read_facts(tree, store, DecodeLimits(), (255, 255, 255))
+        scan_files(tree, store, DecodeLimits(), (255, 255, 255))
     except StorageError:
         refused += 1
 resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
-print(refused, len(read_facts(tree, store, DecodeLimits(), (255, 255, 255)).errors))
+print(refused, len(scan_files(tree, store, DecodeLimits(), (255, 255, 255)).errors))
 """
 
 

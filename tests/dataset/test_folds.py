@@ -44,7 +44,7 @@ def test_folds_take_the_given_val_part_in_and_forget_what_was(caplog):
     )
     first = assign_splits(manifest, SplitSettings(), fold=0, folds=5)
     assert Counter(record.split for record in first) == {"train": 24, "val": 6, "test": 10}
-    assert "the given val part is dealt into the folds" in caplog.text
+    assert "the given val split is divided into the folds" in caplog.text
     undealt = manifest_of({"ant": [1] * 20})
     first = assign_splits(undealt, SplitSettings(test=0.2), fold=0, folds=5)
     assert (
@@ -73,7 +73,7 @@ def test_a_test_part_leaves_two_clusters_for_the_folds():
 
 def test_a_class_with_fewer_groups_than_folds_is_named(caplog):
     assign_splits(manifest_of({"ant": [1] * 9, "bee": [4, 4]}), SplitSettings(), fold=0, folds=3)
-    assert caplog.text.strip().endswith("not in every fold, for want of distinct images: bee")
+    assert caplog.text.strip().endswith("too few distinct images to be in every fold: bee")
 
 
 @pytest.mark.parametrize(

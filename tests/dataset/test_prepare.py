@@ -78,7 +78,7 @@ def test_test_images_that_were_trained_on_are_said(tmp_path, caplog):
         write_image(tmp_path / "pets" / path, seed)
     shutil.copy("pets/train/cat/a.png", "pets/test/dog/b.png")
     prepare(Path("pets"), DataSettings())
-    assert "1 of 2 test images have a copy, a twin or one of their group in the train part" in caplog.text
+    assert "1 of 2 test images have a copy, a near-duplicate or an image of their group in train" in caplog.text
 
 
 def spoil(path: Path) -> None:
@@ -92,7 +92,7 @@ def test_unreadable_images_are_left_out_with_a_reason_until_the_row_is_gone(tree
     assert len(manifest) == 19
     assert "cat/003.png" not in list(manifest.paths)
     assert Path("exclude.csv").read_text().splitlines()[1].startswith("cat/003.png,audit: truncated")
-    assert "1 image left out by exclude.csv" in caplog.text
+    assert "1 image excluded by exclude.csv" in caplog.text
     write_image(tree / "cat" / "003.png", 3)  # mended
     assert len(prepare(tree, settings)) == 20
     assert Path("exclude.csv").read_text() == "path,reason\n"
@@ -228,7 +228,7 @@ def test_one_class_is_no_data_set(make_tree):
 
 def test_a_class_that_only_the_test_part_knows_is_refused(make_tree):
     root = make_tree(**{"train/cat": 3, "train/dog": 3, "test/cat": 1, "test/bird": 1})
-    with pytest.raises(DataError, match=r"the test part .* has the class 'bird', which the train part lacks"):
+    with pytest.raises(DataError, match=r"the test split .* has the class 'bird', which the train split lacks"):
         prepare(root, DataSettings())
 
 

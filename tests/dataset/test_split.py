@@ -183,7 +183,7 @@ def test_joining_clusters_of_different_parts_is_told(caplog):
     ends = np.array([first.indices("test")[0]]), np.array([first.indices("val")[0]])
     undealt = replace(first, splits=np.full(len(first), -1, np.int8))
     again = assign_splits(join_groups(undealt, *ends), SplitSettings(val=0.2, test=0.2), previous=first)
-    assert "1 clusters join images that were in different parts" in caplog.text
+    assert "1 groups join images that were in different splits" in caplog.text
     assert Counter(record.split for record in again) == {"train": 6, "val": 3, "test": 1}
 
 

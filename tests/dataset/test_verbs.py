@@ -67,7 +67,7 @@ def test_a_pattern_of_keys_is_taken_to_the_letter(tree: Path, command: Command, 
 
 def test_a_row_that_names_no_image_is_said(tree: Path, command: Command) -> None:
     Path("exclude.csv").write_text("path,reason\ncat/typo.png,blurred\n")
-    assert "no image is called 'cat/typo.png'" in command("prepare", *LINE, "data.exclude_path=exclude.csv").err
+    assert "there is no image 'cat/typo.png'" in command("prepare", *LINE, "data.exclude_path=exclude.csv").err
 
 
 def test_a_warning_is_no_error(tree: Path, command: Command) -> None:
@@ -135,7 +135,7 @@ def test_clean_leaves_a_folder_alone_that_is_no_cache(tree: Path, command: Comma
     before = files(tree)
     answer = command("clean", "--cache_dir", "tree")
     assert answer.code == 2
-    assert "no cache" in answer.err
+    assert "not a cache" in answer.err
     assert files(tree) == before
 
 

@@ -12,7 +12,7 @@ import yaml
 
 from image_classifier import __version__
 from image_classifier.exporting.triton import TritonSettings
-from image_classifier.inference.triton.flags import FLAGS
+from image_classifier.inference.triton.server import FLAGS
 from image_classifier.paths import CONF_DIR
 from tests.conftest import ROOT
 from tests.deploy.dockerfile import sent_to_the_builder, stages, the

@@ -21,7 +21,7 @@ from image_classifier.exporting.int8 import Drop
 from image_classifier.exporting.parity import Parity
 from image_classifier.inference import verify
 from image_classifier.inference.golden import Golden
-from image_classifier.inference.verify import checkable, verified
+from image_classifier.inference.verify import checkable, verify_backend
 from image_classifier.predictions import softmax
 from tests.conftest import Command, run_apart
 
@@ -186,10 +186,10 @@ def test_each_backend_has_its_own_limit_and_its_own_way_out(
     monkeypatch.setattr(verify, "open_backend", lambda *_: Fake())
     monkeypatch.setattr(verify, "SealedSquares", lambda _: Fake())
     if not mend:
-        assert verified(known, [name])[0].agreement == 1
+        assert verify_backend(known, name).agreement == 1
         return
     with pytest.raises(ParityError, match=mend):
-        verified(known, [name])
+        verify_backend(known, name)
 
 
 def test_a_sealed_model_that_crops_is_not_asked_for_golden_squares(bundle: Path) -> None:

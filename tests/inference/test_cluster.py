@@ -24,7 +24,7 @@ from image_classifier.errors import CheckpointError, ConfigError, StorageError
 from image_classifier.inference.cluster import ShardPlan
 from image_classifier.inference.cluster_worker import ShardJob, WorkerModel, answer
 from image_classifier.inference.load import load_predictor
-from image_classifier.inference.onnx_runtime import session_of
+from image_classifier.inference.onnx_runtime import open_session
 from image_classifier.inference.shards import Shards
 from image_classifier.sources.inputs import Inputs
 from image_classifier.sources.object_store import Storage
@@ -226,7 +226,7 @@ def test_a_process_takes_the_threads_that_it_was_given(monkeypatch: pytest.Monke
         monkeypatch.setenv("OMP_NUM_THREADS", told)
         assert usable_cores() == threads
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    options = session_of(Path("models/digits/model.onnx")).get_session_options()
+    options = open_session(Path("models/digits/model.onnx")).get_session_options()
     assert options.intra_op_num_threads == (1 if (os.cpu_count() or 1) > 1 else 0)
 
 

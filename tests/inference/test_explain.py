@@ -18,7 +18,7 @@ from torch import nn
 from torchvision.models.swin_transformer import SwinTransformer
 from torchvision.models.vision_transformer import VisionTransformer as TorchvisionTransformer
 
-from image_classifier.inference.attribution import Attribution, explain
+from image_classifier.inference.attribution import Attribution, attribution_map
 from image_classifier.modeling.backbones import torchvision_backbone
 from image_classifier.modeling.classifier import Classifier, build_classifier
 from image_classifier.modeling.convnet import MLP, ConvNet
@@ -102,12 +102,12 @@ def test_every_network_has_a_heat_map_and_is_left_as_it_was(name: str) -> None:
         parameter.requires_grad_(False)
     before = {key: value.clone() for key, value in classifier.state_dict().items()}
     modes = [module.training for module in classifier.modules()]
-    found = [explain(classifier, pixels, target) for target in (0, 1, 2, 3)]
+    found = [attribution_map(classifier, pixels, target) for target in (0, 1, 2, 3)]
     for one in found:
         assert_heat(one, pixels.shape[1])
         assert one.method == NETWORKS[name][2]
     assert any(one.heat.any() for one in found)
-    again = explain(classifier, pixels, 3)
+    again = attribution_map(classifier, pixels, 3)
     assert np.array_equal(again.heat, found[3].heat)
     assert [module.training for module in classifier.modules()] == modes
     assert all(torch.equal(value, before[key]) for key, value in classifier.state_dict().items())
@@ -121,22 +121,22 @@ def test_another_head_gives_another_map(name: str) -> None:
     classifier, pixels = classifier_of(name)
     with torch.no_grad():
         nn.init.normal_(classifier.head.weight)
-        before = explain(classifier, pixels, 1).heat
+        before = attribution_map(classifier, pixels, 1).heat
         nn.init.normal_(classifier.head.weight)
-    after = explain(classifier, pixels, 1).heat
+    after = attribution_map(classifier, pixels, 1).heat
     assert np.abs(after - before).mean() > 0.01
 
 
 def test_the_plain_view_is_explained_whatever_is_averaged() -> None:
     plain, pixels = classifier_of("convnet")
     averaged, _ = classifier_of("convnet", tta="flip_shift")
-    assert np.array_equal(explain(plain, pixels, 2).heat, explain(averaged, pixels, 2).heat)
+    assert np.array_equal(attribution_map(plain, pixels, 2).heat, attribution_map(averaged, pixels, 2).heat)
 
 
 def test_hooks_go_when_the_network_fails() -> None:
     classifier, _ = classifier_of("mlp")
     with pytest.raises(RuntimeError):
-        explain(classifier, np.zeros((3, 5, 5), np.uint8), 0)
+        attribution_map(classifier, np.zeros((3, 5, 5), np.uint8), 0)
     assert not any(module._forward_hooks for module in classifier.modules())
     assert all(module.training for module in classifier.modules())
 
@@ -161,7 +161,7 @@ def test_grad_cam_is_the_patch_that_decides(top: int, left: int, seed: int) -> N
         np.random.default_rng(seed).integers(0, 256, (1, 24, 24), dtype=np.uint8), 3, axis=0
     )  # grey: speaks for no class
     pixels[:, top : top + 6, left : left + 6] = np.array([250, 10, 10]).reshape(3, 1, 1)
-    red, green = (explain(red_detector(), pixels, target).heat for target in (1, 0))
+    red, green = (attribution_map(red_detector(), pixels, target).heat for target in (1, 0))
     inside = np.zeros((24, 24), dtype=bool)
     inside[top : top + 6, left : left + 6] = True
     assert red[inside].min() > 0.99 and red[~inside].max() == 0
@@ -175,7 +175,7 @@ def test_pixels_that_an_mlp_does_not_weigh_stay_cold() -> None:
         weights[:, :, :, :10] = 0
         weights[:, :, :4] = 0
     classifier = Classifier(network, nn.Linear(8, 2), MEAN, STD)
-    heat = explain(classifier, np.random.default_rng(0).integers(0, 256, (3, 16, 16), dtype=np.uint8), 0).heat
+    heat = attribution_map(classifier, np.random.default_rng(0).integers(0, 256, (3, 16, 16), dtype=np.uint8), 0).heat
     assert heat[5:, 11:].max() == 1 and heat[:3].max() == 0 and heat[:, :9].max() == 0
 
 
@@ -212,7 +212,7 @@ def share_of_hits(name: str, steps: int, count: int) -> float:
     assert (classifier(torch.from_numpy(pixels)).argmax(1).numpy() == targets).mean() > 0.95
     hits = 0
     for image, target, (top, left) in zip(pixels, targets, corners, strict=True):
-        heat = explain(classifier, image, int(target)).heat
+        heat = attribution_map(classifier, image, int(target)).heat
         row, column = np.unravel_index(heat.argmax(), heat.shape)
         hits += top - 2 <= row < top + 10 and left - 2 <= column < left + 10  # two pixels of grace: maps are coarse
     return hits / count
@@ -249,12 +249,12 @@ def test_fused_and_explicit_attention_have_the_same_map(name: str) -> None:
     for fused in (True, False):
         for module in attentions:
             module.fused_attn = fused
-        heats.append(explain(classifier, pixels, 1).heat)
+        heats.append(attribution_map(classifier, pixels, 1).heat)
     assert len(attentions) == 2 and np.allclose(*heats, atol=1e-4)
 
 
 def test_a_map_is_the_same_under_inference_mode() -> None:
     classifier, pixels = classifier_of("timm vit, class token")
-    heat = explain(classifier, pixels, 1).heat
+    heat = attribution_map(classifier, pixels, 1).heat
     with torch.inference_mode():
-        assert np.array_equal(explain(classifier, pixels, 1).heat, heat)
+        assert np.array_equal(attribution_map(classifier, pixels, 1).heat, heat)

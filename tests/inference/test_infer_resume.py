@@ -83,7 +83,7 @@ def test_killed_at_any_moment_and_resumed_the_answers_are_the_same_to_the_byte(
 def broken_off(output: Path, command: Command, monkeypatch: pytest.MonkeyPatch, share: float = 0.5) -> None:
     """What a kill leaves when this share was written."""
     with monkeypatch.context() as patch:
-        patch.setattr("image_classifier.inference.infer.whole_file", lambda path: 1 / 0)
+        patch.setattr("image_classifier.inference.infer.atomic_file", lambda path: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             command(*line(output))
     content = ResumeLog.of(output).path.read_bytes()

@@ -22,10 +22,10 @@ from image_classifier.inference.backend_selection import candidates
 from image_classifier.inference.backends import fitting, open_backend, takes_minutes
 from image_classifier.inference.onnx_runtime import OnnxBackend
 from image_classifier.inference.tensorrt import cuda
-from image_classifier.inference.tensorrt.backend import TensorRtBackend, opened
+from image_classifier.inference.tensorrt.backend import TensorRtBackend, open_engine
 from image_classifier.inference.tensorrt.cache import PLACE, EngineCache
 from image_classifier.inference.tensorrt.engine import EngineSettings, build, is_installed, logger_of, package
-from image_classifier.inference.verify import verified
+from image_classifier.inference.verify import verify_backend
 from tests.conftest import Command
 from tests.inference.fake_tensorrt import Cuda, TensorRt
 
@@ -55,7 +55,7 @@ def engines() -> list[str]:
 
 
 def engine_of(bundle: Bundle, **asked: object) -> TensorRtBackend:
-    return opened(bundle, bundle.path("model.onnx"), EngineSettings(**asked))[0]  # type: ignore[arg-type]
+    return open_engine(bundle, bundle.path("model.onnx"), EngineSettings(**asked))[0]  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(
@@ -98,7 +98,7 @@ def test_an_export_is_held_against_the_checkpoint_and_infer_runs_its_engine(
     for row, exact in zip(rows, plain, strict=True):
         assert row["all_predictions"] == pytest.approx(exact["all_predictions"], abs=facts["tolerance"])
     assert max(trt.cuda.batches) <= 24 < sum(trt.cuda.batches) and len(trt.built) == 1
-    assert "tensorrt" in candidates(found) and [check.backend for check in verified(found, ["tensorrt"])] == [
+    assert "tensorrt" in candidates(found) and [check.backend for check in [verify_backend(found, "tensorrt")]] == [
         "tensorrt"
     ]
 
@@ -190,7 +190,7 @@ def test_an_engine_is_of_one_gpu_version_precision_batch_and_model(bundle: Bundl
 
 @pytest.mark.parametrize("damage", ["flip", "cut", "gone", "note", "note gone"])
 def test_a_damaged_engine_is_never_loaded_but_built_anew(bundle: Bundle, trt: TensorRt, damage: str) -> None:
-    _, kept = opened(bundle, bundle.path("model.onnx"), EngineSettings())
+    _, kept = open_engine(bundle, bundle.path("model.onnx"), EngineSettings())
     plan, note = kept._path("engine"), kept._path("json")
     whole = plan.read_bytes()
     if damage in ("flip", "cut"):
@@ -433,7 +433,7 @@ def test_a_gpu_gives_the_golden_answers(bundle: Bundle, command: Command, precis
     place = str(bundle.directory)
     answer = command("export", place, "--to", "tensorrt", "--images", "200", "--tensorrt.precision", precision)
     assert answer.code == 0, answer.err
-    (check,) = verified(read_bundle(bundle.directory), ["tensorrt"])
+    check = verify_backend(read_bundle(bundle.directory), "tensorrt")
     assert check.agreement == 1 and engines() == [".engine", ".json"]
     pixels = np.random.default_rng(0).integers(0, 256, (150, 3, 32, 32), dtype=np.uint8)
     logits = open_backend(read_bundle(bundle.directory), "tensorrt").logits(pixels)

@@ -31,7 +31,7 @@ def images(number: int, seed: int = 0) -> TensorDataset:
 
 def small_module(
     make_optimizer: Any = SGD,
-    scheduler: SchedulerSettings = SchedulerSettings(),  # noqa: B008 (frozen)
+    scheduler: SchedulerSettings = SchedulerSettings(),
     norm: bool = True,
     **arguments: Any,
 ) -> ClassifierModule:

@@ -197,15 +197,15 @@ def test_more_time_given_on_resume_is_planned_anew(in_a_folder_with_a_tree: None
 
 
 def test_trials_leave_every_random_state_as_it_was() -> None:
-    random.seed(5), np.random.seed(5), torch.manual_seed(5)  # noqa: NPY002
-    expected = (random.random(), np.random.random(), torch.rand(3))  # noqa: NPY002
-    random.seed(5), np.random.seed(5), torch.manual_seed(5)  # noqa: NPY002
+    random.seed(5), np.random.seed(5), torch.manual_seed(5)
+    expected = (random.random(), np.random.random(), torch.rand(3))
+    random.seed(5), np.random.seed(5), torch.manual_seed(5)
     level = logging.getLogger("image_classifier").level
     with pytest.raises(KeyError), autotune._unnoticed():
-        random.random(), np.random.random(9), torch.rand(7)  # noqa: NPY002
+        random.random(), np.random.random(9), torch.rand(7)
         raise KeyError
     assert logging.getLogger("image_classifier").level == level
-    assert (random.random(), np.random.random()) == expected[:2] and torch.equal(torch.rand(3), expected[2])  # noqa: NPY002
+    assert (random.random(), np.random.random()) == expected[:2] and torch.equal(torch.rand(3), expected[2])
 
 
 @pytest.mark.parametrize(

@@ -1,1 +1,1 @@
-"""TensorRT behind the seam: an engine is built from a bundle's ONNX for this machine's GPU, and kept outside the bundle."""
+"""TensorRT as a backend: engines are built from a bundle's ONNX file for this machine's GPU and cached outside the bundle."""

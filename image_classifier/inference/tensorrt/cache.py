@@ -1,4 +1,7 @@
-"""Engines that were built here. One is native code for one GPU: none is ever read from a bundle, or from a folder that others may write."""
+"""The cache of engines built on this machine.
+
+An engine is native code for one GPU: none is ever read from a bundle, or from a folder that other users may write.
+"""
 
 from __future__ import annotations
 
@@ -20,78 +23,81 @@ from image_classifier.inference.tensorrt.engine import EngineSettings, package
 
 log = logging.getLogger(__name__)
 
-PLACE = ".cache/image_classifier/tensorrt"  # in the home folder: the current one may be a stranger's
+PLACE = ".cache/image_classifier/tensorrt"  # in the home folder: the current folder may be another user's
 
 
 @dataclass(frozen=True)
 class EngineCache:
-    """Where an engine is kept, and what it is the engine of: model, precision, batch, GPU, driver and version."""
+    """The files of one engine, and the key they are stored under: model, precision, batch size, GPU, driver and version."""
 
     folder: Path
-    facts: Mapping[str, Any]
+    key: Mapping[str, Any]
 
     @classmethod
-    def of(cls, model: Path, asked: EngineSettings) -> EngineCache:
-        """The place of a model's engine for this GPU.
+    def of(cls, model: Path, settings: EngineSettings) -> EngineCache:
+        """Return the entry for a model on this GPU.
 
         Raises:
             ConfigError: TensorRT or a GPU is missing.
         """
-        version, gpu = package().__version__, this_gpu()
-        return cls(
-            Path.home() / PLACE, {"model_sha256": sha256_of(model), **asdict(asked), **asdict(gpu), "tensorrt": version}
-        )
+        version = package().__version__
+        key = {"model_sha256": sha256_of(model), **asdict(settings), **asdict(this_gpu()), "tensorrt": version}
+        return cls(Path.home() / PLACE, key)
 
     def read(self) -> bytes | None:
-        """The engine, under the lock; None where it is not there, or is not what was written."""
-        if not self.is_there:
+        """Return the engine; None where there is none, or it is damaged. Call it under the lock."""
+        if not self.exists:
             return None
         try:
             plan = self._path("engine").read_bytes()
             note = json.loads(self._path("json").read_bytes())
         except (OSError, ValueError) as error:
-            log.warning("an engine of TensorRT cannot be read and is built anew (%s)", error)
+            log.warning("a TensorRT engine cannot be read and is built again (%s)", error)
             return None
         if note != self._note(plan):
-            log.warning("an engine of TensorRT is damaged and is built anew (%s)", self._path("engine"))
+            log.warning("a TensorRT engine is damaged and is built again (%s)", self._path("engine"))
             return None
         return plan
 
     @property
-    def is_there(self) -> bool:
-        """Whether an engine was written."""
+    def exists(self) -> bool:
+        """True where an engine was written."""
         return self._path("json").is_file()
 
     def write(self, plan: bytes) -> None:
-        """Keep an engine; StorageError where the disk refuses."""
+        """Write an engine; StorageError where the disk refuses."""
         write_bytes(self._path("engine"), plan)
-        write_text(self._path("json"), json.dumps(self._note(plan), indent=2) + "\n")  # last: what it tells of is there
+        write_text(self._path("json"), json.dumps(self._note(plan), indent=2) + "\n")  # last, so that its engine exists
 
-    def forget(self) -> None:
+    def remove(self) -> None:
         """Remove the engine."""
         for kind in ("json", "engine"):
             self._path(kind).unlink(missing_ok=True)
 
     def locked(self) -> AbstractContextManager[None]:
-        """One process at a time reads or builds this engine; StorageError where others may write there, or this user may not."""
+        """Return a lock: one process at a time reads or builds this engine.
+
+        Raises:
+            StorageError: Other users may write to the folder, or this one may not.
+        """
         _make_private(self.folder)
         return file_lock(self._path("lock"))
 
     def _note(self, plan: bytes) -> dict[str, Any]:
-        return {**self.facts, "sha256": hashlib.sha256(plan).hexdigest()}
+        return {**self.key, "sha256": hashlib.sha256(plan).hexdigest()}
 
     def _path(self, kind: str) -> Path:
-        key = hashlib.sha256(json.dumps(dict(self.facts), sort_keys=True).encode()).hexdigest()
-        return self.folder / f"{key[:32]}.{kind}"
+        digest = hashlib.sha256(json.dumps(dict(self.key), sort_keys=True).encode()).hexdigest()
+        return self.folder / f"{digest[:32]}.{kind}"
 
 
 def _make_private(folder: Path) -> None:
-    """Make a folder that this user alone may write; StorageError where others may."""
+    """Make a folder that only this user may write to; StorageError where others may."""
     with storage_errors(folder):
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         state = folder.stat()
     if hasattr(os, "getuid") and (state.st_uid != os.getuid() or state.st_mode & 0o022):
         raise StorageError(
-            f"others may write into {str(folder)!r}, and an engine is code",
-            "make it yours alone: chmod 700, or remove it",
+            f"other users may write to {str(folder)!r}, and an engine is code",
+            "chmod 700 it, or remove it",
         )

@@ -1,4 +1,4 @@
-"""The GPU through NVIDIA's `cuda-bindings` and nothing else: which one it is, memory on it, copies to it and from it."""
+"""The GPU, through NVIDIA's `cuda-bindings` alone: its properties, memory on it, and copies to and from it."""
 
 from __future__ import annotations
 
@@ -23,26 +23,27 @@ class Gpu:
 
 
 def this_gpu() -> Gpu:
-    """The GPU of this process; ConfigError where there is none, or its driver or the package cuda-bindings is missing."""
-    _asked("cudaGetDeviceCount")
-    facts = _asked("cudaGetDeviceProperties", _asked("cudaGetDevice"))
-    name = bytes(facts.name).split(b"\0")[0].decode("utf-8", "replace")
-    return Gpu(name, f"{facts.major}.{facts.minor}", int(_asked("cudaDriverGetVersion")))
+    """Return the GPU of this process; ConfigError where there is none, or its driver or cuda-bindings is missing."""
+    _cuda("cudaGetDeviceCount")
+    properties = _cuda("cudaGetDeviceProperties", _cuda("cudaGetDevice"))
+    name = bytes(properties.name).split(b"\0")[0].decode("utf-8", "replace")
+    return Gpu(name, f"{properties.major}.{properties.minor}", int(_cuda("cudaDriverGetVersion")))
 
 
 class DeviceMemory:
-    """So many bytes on the GPU, given back with the object; ConfigError where it has no room."""
+    """Memory of `num_bytes` on the GPU, freed with the object; ConfigError where the GPU has too little."""
 
     def __init__(self, num_bytes: int) -> None:
-        self.address, self.num_bytes = int(_asked("cudaMalloc", num_bytes)), num_bytes
+        self.address = int(_cuda("cudaMalloc", num_bytes))
+        self.num_bytes = num_bytes
         weakref.finalize(self, _runtime().cudaFree, self.address)
 
 
 class Stream:
-    """What the GPU does one after the other; ConfigError where a part of it fails."""
+    """A CUDA stream: operations that the GPU does one after the other; ConfigError where one fails."""
 
     def __init__(self) -> None:
-        self.handle = int(_asked("cudaStreamCreate"))
+        self.handle = int(_cuda("cudaStreamCreate"))
         weakref.finalize(self, _runtime().cudaStreamDestroy, self.handle)
 
     def upload(self, source: np.ndarray, target: DeviceMemory) -> None:
@@ -50,23 +51,23 @@ class Stream:
         self._copy(target.address, source.ctypes.data, source.nbytes, "cudaMemcpyHostToDevice")
 
     def download(self, source: DeviceMemory, target: np.ndarray) -> None:
-        """Fill an array, contiguous and no larger than the memory, from the GPU; it is full after `wait`."""
+        """Fill an array, contiguous and no larger than the memory, from the GPU; it is complete after `wait`."""
         self._copy(target.ctypes.data, source.address, target.nbytes, "cudaMemcpyDeviceToHost")
 
     def wait(self) -> None:
-        """Until all of it is done."""
-        _asked("cudaStreamSynchronize", self.handle)
+        """Wait until all operations are done."""
+        _cuda("cudaStreamSynchronize", self.handle)
 
-    def _copy(self, target: int, source: int, num_bytes: int, way: str) -> None:
-        _asked("cudaMemcpyAsync", target, source, num_bytes, getattr(_runtime().cudaMemcpyKind, way), self.handle)
+    def _copy(self, target: int, source: int, num_bytes: int, direction: str) -> None:
+        _cuda("cudaMemcpyAsync", target, source, num_bytes, getattr(_runtime().cudaMemcpyKind, direction), self.handle)
 
 
-def _asked(function: str, *arguments: object) -> Any:
-    """What a function of the CUDA runtime gives; ConfigError with its own word where it refuses."""
+def _cuda(function: str, *arguments: object) -> Any:
+    """Return the first result of a CUDA runtime function; ConfigError with the name of its error where it fails."""
     code, *values = getattr(_runtime(), function)(*arguments)
     if int(code):
         raise ConfigError(
-            f"TensorRT needs an NVIDIA GPU, and here is none that can be used ({code.name})",
+            f"TensorRT needs an NVIDIA GPU, and there is no usable one here ({code.name})",
             f"look at nvidia-smi, {INSTEAD}",
         )
     return values[0] if values else None

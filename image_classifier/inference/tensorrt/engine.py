@@ -1,4 +1,4 @@
-"""From an ONNX file to an engine: TensorRT times kernels on this machine's GPU and keeps the fastest, which takes minutes."""
+"""Building an engine from an ONNX file: TensorRT times kernels on this GPU and takes the fastest, which takes minutes."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from image_classifier.inference.tensorrt.cuda import INSTEAD, this_gpu
 log = logging.getLogger(__name__)
 
 NAME = "tensorrt"
-TOLERANCE = {"fp32": 1e-3, "tf32": 1e-2, "fp16": 2e-2}  # by which a probability may differ
-FILES = ("model.fp16.onnx", "model.onnx")  # an engine of the first is of half precision
-_MAJORS = ("10", "11")  # 11 knows none but strongly typed networks, 10 knows them too
+TOLERANCE = {"fp32": 1e-3, "tf32": 1e-2, "fp16": 2e-2}  # allowed difference of a probability
+FILES = ("model.fp16.onnx", "model.onnx")  # an engine of the first computes in half precision
+_MAJORS = ("10", "11")  # 11 has only strongly typed networks, 10 has them too
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,7 @@ class EngineSettings:
 
     Args:
         precision: Of the arithmetic: fp32, tf32 (products rounded to 10 bits, on GPUs since Ampere) or fp16.
-        max_batch_size: The most images in one execution; more are cut into such batches.
+        max_batch_size: Largest number of images in one execution; more are split into such batches.
     """
 
     precision: str = "fp32"
@@ -41,33 +41,34 @@ class EngineSettings:
 
     @classmethod
     def of(cls, bundle: Bundle) -> EngineSettings:
-        """Those with which the bundle was exported, or the usual ones; CheckpointError where bundle.json says what cannot be."""
-        facts = bundle.info.exports.get(NAME, {})
+        """Return the settings of the bundle's export, or the defaults; CheckpointError where bundle.json has invalid ones."""
+        export = bundle.info.exports.get(NAME, {})
         try:
-            return cls(**{key: facts[key] for key in ("precision", "max_batch_size") if key in facts})
+            return cls(**{key: export[key] for key in ("precision", "max_batch_size") if key in export})
         except (ConfigError, TypeError) as error:
             raise CheckpointError(
-                f"bundle.json describes no engine that can be ({error})", f"export it again: --to {NAME}"
+                f"bundle.json describes an invalid engine ({error})", f"export it again: --to {NAME}"
             ) from error
 
     @property
     def file(self) -> str:
-        """The file of a bundle from which such an engine is built: half precision lies in the graph itself."""
+        """The file of a bundle from which the engine is built: half precision is in the graph itself."""
         return FILES[0] if self.precision == "fp16" else FILES[1]
 
     @property
     def tolerance(self) -> float:
-        """By how much a probability may differ from the checkpoint's."""
+        """Allowed difference of a probability from the checkpoint's."""
         return TOLERANCE[self.precision]
 
 
 def is_installed() -> bool:
-    """Whether the package `tensorrt` is there, which a folder of that name is not."""
-    return (found := find_spec(NAME)) is not None and found.origin is not None
+    """Return whether the package `tensorrt` is installed; a folder of that name is not the package."""
+    spec = find_spec(NAME)
+    return spec is not None and spec.origin is not None
 
 
 def package() -> Any:
-    """The module `tensorrt`; ConfigError where it is not installed, does not load, or is of another generation."""
+    """Return the module `tensorrt`; ConfigError where it is not installed, does not load, or has an unsupported version."""
     if not is_installed():
         hint = f"pip install tensorrt-cu13 cuda-bindings on a machine with an NVIDIA GPU, {INSTEAD}"
         raise ConfigError("TensorRT needs the package tensorrt, which is not installed", hint)
@@ -76,24 +77,25 @@ def package() -> Any:
     except (ImportError, OSError) as error:
         reason = " ".join(str(error).split())[:200]
         raise ConfigError(
-            f"the package tensorrt cannot be loaded ({reason})", f"pip install tensorrt-cu13 anew, {INSTEAD}"
+            f"the package tensorrt cannot be loaded ({reason})",
+            f"pip install --force-reinstall tensorrt-cu13, {INSTEAD}",
         ) from error
     if tensorrt.__version__.partition(".")[0] not in _MAJORS:
         raise ConfigError(
-            f"the package tensorrt is {tensorrt.__version__}",
+            f"the package tensorrt {tensorrt.__version__} is not supported",
             f"install 10 or 11: pip install 'tensorrt-cu13>=10.13,<12', {INSTEAD}",
         )
     return tensorrt
 
 
 def require() -> None:
-    """ConfigError where the package or a GPU is missing."""
+    """Raise ConfigError where the package or a GPU is missing."""
     package()
     this_gpu()
 
 
 def usable() -> bool:
-    """Whether the package and a GPU are here."""
+    """Return whether the package and a GPU are present."""
     try:
         require()
     except ConfigError:
@@ -102,9 +104,9 @@ def usable() -> bool:
 
 
 def logger_of(trt: Any) -> Any:
-    """A logger for TensorRT that keeps its errors, as `errors`, in place of printing them."""
+    """Return a logger for TensorRT that collects its errors in `errors` instead of printing them."""
 
-    class Logger(trt.ILogger):  # type: ignore[misc]  # known when it is loaded
+    class Logger(trt.ILogger):  # type: ignore[misc]  # the base class is known only at run time
         def __init__(self) -> None:
             trt.ILogger.__init__(self)
             self.errors: list[str] = []
@@ -116,8 +118,8 @@ def logger_of(trt: Any) -> Any:
     return Logger()
 
 
-def build(model: Path, asked: EngineSettings) -> bytes:
-    """The engine of an ONNX file for batches of 1 to `max_batch_size`, fastest at that.
+def build(model: Path, settings: EngineSettings) -> bytes:
+    """Return the engine of an ONNX file for batches of 1 to `max_batch_size`, tuned for the largest.
 
     Raises:
         CheckpointError: TensorRT refuses the model.
@@ -126,17 +128,17 @@ def build(model: Path, asked: EngineSettings) -> bytes:
     require()
     trt = package()
     logger = logger_of(trt)
-    builder = _made(trt.Builder, logger)
+    builder = _create(trt.Builder, logger)
     network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
     shape = _parsed(trt, network, logger, model)
     config = builder.create_builder_config()
-    if asked.precision != "tf32":
-        config.clear_flag(trt.BuilderFlag.TF32)  # which is on by itself
+    if settings.precision != "tf32":
+        config.clear_flag(trt.BuilderFlag.TF32)  # on by default
     profile = builder.create_optimization_profile()
-    profile.set_shape("pixels", (1, *shape), (asked.max_batch_size, *shape), (asked.max_batch_size, *shape))
+    profile.set_shape("pixels", (1, *shape), (settings.max_batch_size, *shape), (settings.max_batch_size, *shape))
     config.add_optimization_profile(profile)
     log.info(
-        "TensorRT %s builds an engine of %s (%s), which takes minutes", trt.__version__, model.name, asked.precision
+        "TensorRT %s builds an engine of %s (%s), which takes minutes", trt.__version__, model.name, settings.precision
     )
     plan = builder.build_serialized_network(network, config)
     if plan is None:
@@ -144,24 +146,31 @@ def build(model: Path, asked: EngineSettings) -> bytes:
     return bytes(plan)
 
 
-def _made(kind: Any, logger: Any) -> Any:
-    """A part of TensorRT; ConfigError where it cannot be, as with a driver that is too old."""
+def _create(kind: Any, logger: Any) -> Any:
+    """Return an object of a TensorRT class; ConfigError where that fails, as with a driver that is too old."""
     try:
         return kind(logger)
-    except (TypeError, RuntimeError) as error:  # its constructors give nothing, which pybind11 calls a TypeError
+    except (
+        TypeError,
+        RuntimeError,
+    ) as error:  # a constructor that fails returns nothing, which pybind11 reports as a TypeError
         reason = (logger.errors or [str(error)])[0][:200]
         raise ConfigError(f"TensorRT cannot be used here ({reason})", f"look at nvidia-smi, {INSTEAD}") from error
 
 
 def _parsed(trt: Any, network: Any, logger: Any, model: Path) -> tuple[int, ...]:
-    """Fill a network from an ONNX file; the shape of one image's pixels (3, S, S). CheckpointError where it cannot be one of ours."""
+    """Fill a network from an ONNX file, and return the shape of one image's pixels, (3, S, S).
+
+    Raises:
+        CheckpointError: The file is not a model exported by this package.
+    """
     content = model.read_bytes()
     try:
-        whole = is_self_contained(content)
+        self_contained = is_self_contained(content)
     except ValueError as error:
-        raise _refused(model, [f"it is no ONNX model: {error}"]) from error
-    if not whole:
-        raise _refused(model, ["its weights lie in another file"])
+        raise _refused(model, [f"it is not an ONNX model: {error}"]) from error
+    if not self_contained:
+        raise _refused(model, ["its weights are in another file"])
     parser = trt.OnnxParser(network, logger)
     if not parser.parse(content):
         raise _refused(model, [" ".join(parser.get_error(0).desc().split())] if parser.num_errors else logger.errors)
@@ -173,7 +182,7 @@ def _parsed(trt: Any, network: Any, logger: Any, model: Path) -> tuple[int, ...]
         or "logits" not in outputs
     ):
         raise CheckpointError(
-            f"{str(model)!r} does not take pixels uint8 and answer with logits", "use a model exported by this package"
+            f"{str(model)!r} does not take pixels uint8 and return logits", "use a model exported by this package"
         )
     return tuple(inputs[0].shape)[1:]
 

@@ -1,1 +1,1 @@
-"""A Triton server behind the seam, and the verb that starts and stops one."""
+"""A Triton server as a backend, and a server of this machine, started and stopped."""

@@ -1,4 +1,11 @@
-"""A Triton server over gRPC: the V2 protocol's messages, described here, so that `grpcio` alone is needed."""
+"""A Triton server over gRPC, with `grpcio` and no generated code: the messages that are used are described here.
+
+Specification: Triton's `grpc_service.proto`, package `inference`, service `GRPCInferenceService`, and `model_config.proto`
+(https://github.com/triton-inference-server/common/tree/main/protobuf), which implement KServe's Open Inference Protocol
+V2 over gRPC (https://github.com/kserve/open-inference-protocol/blob/main/specification/protocol/inference_grpc.md).
+The encoding, "Encoding" of Protocol Buffers (https://protobuf.dev/programming-guides/encoding/), is left to
+`google.protobuf`. Only field numbers and types are on the wire: the names of messages may differ from the specification.
+"""
 
 from __future__ import annotations
 
@@ -9,9 +16,11 @@ from typing import Any
 import numpy as np
 
 from image_classifier.errors import ConfigError
-from image_classifier.inference.triton.protocol import MOST_BYTES, Address, Outputs, Refused, tensor
+from image_classifier.inference.triton.protocol import MAX_ANSWER_BYTES, Address, Outputs, Refused, tensor
 
-# The fields that are used of each message: name, number, type; `*` for many, a type with a capital is a message.
+# The fields that are used of each message: name, number, type; `*` is `repeated`, a type with a capital is a message.
+# Tensor stands for ModelInferRequest.InferInputTensor and ModelInferResponse.InferOutputTensor, which share these fields;
+# RequestedOutput for ModelInferRequest.InferRequestedOutputTensor; ModelConfig is that of model_config.proto.
 _MESSAGES = {
     "ServerReadyRequest": (),
     "ServerReadyResponse": (("ready", 1, "bool"),),
@@ -30,15 +39,15 @@ _MESSAGES = {
     ),
     "ModelInferResponse": (("outputs", 5, "Tensor*"), ("raw_output_contents", 6, "bytes*")),
 }
-_UNLIMITED = [
+_CHANNEL_OPTIONS = [
     ("grpc.max_send_message_length", -1),
-    ("grpc.max_receive_message_length", MOST_BYTES),
+    ("grpc.max_receive_message_length", MAX_ANSWER_BYTES),
     ("grpc.enable_http_proxy", 0),
 ]
 
 
 class GrpcChannel:
-    """Speaks gRPC to the server at an address; ConfigError where the package is not installed."""
+    """A client over gRPC; ConfigError where the package is not installed."""
 
     def __init__(self, address: Address) -> None:
         try:
@@ -47,22 +56,25 @@ class GrpcChannel:
             raise ConfigError(
                 f"{address} needs a package that is not installed", "pip install grpcio, or use http://"
             ) from error
-        self.grpc, self.messages = grpc, _messages()
+        self.grpc = grpc
+        self.messages = _messages()
         secure = address.scheme == "grpcs"
         self.channel = (
-            grpc.secure_channel(address.target, grpc.ssl_channel_credentials(), _UNLIMITED)
+            grpc.secure_channel(address.target, grpc.ssl_channel_credentials(), _CHANNEL_OPTIONS)
             if secure
-            else grpc.insecure_channel(address.target, _UNLIMITED)
+            else grpc.insecure_channel(address.target, _CHANNEL_OPTIONS)
         )
 
     def ready(self, model: str, timeout_s: float) -> bool:
-        return bool(self._ask("ServerReady", timeout_s).ready and self._ask("ModelReady", timeout_s, name=model).ready)
+        if not self._call("ServerReady", timeout_s).ready:
+            return False
+        return bool(self._call("ModelReady", timeout_s, name=model).ready)
 
     def max_batch_size(self, model: str, timeout_s: float) -> int:
-        return int(self._ask("ModelConfig", timeout_s, name=model).config.max_batch_size)
+        return int(self._call("ModelConfig", timeout_s, name=model).config.max_batch_size)
 
     def infer(self, model: str, pixels: np.ndarray, outputs: Sequence[str], timeout_s: float) -> Outputs:
-        answer = self._ask(
+        answer = self._call(
             "ModelInfer",
             timeout_s,
             model_name=model,
@@ -77,24 +89,29 @@ class GrpcChannel:
         pairs = zip(answer.outputs, answer.raw_output_contents, strict=True)
         return {item.name: tensor(item.name, item.datatype, list(item.shape), content) for item, content in pairs}
 
-    def _ask(self, method: str, timeout_s: float, **values: Any) -> Any:
-        serialise, parse = (
-            self.messages[f"{method}Request"].SerializeToString,
-            self.messages[f"{method}Response"].FromString,
+    def _call(self, method: str, timeout_s: float, **values: Any) -> Any:
+        """Return the response message of a method, called with a request message of these fields."""
+        request = self.messages[f"{method}Request"]
+        response = self.messages[f"{method}Response"]
+        call = self.channel.unary_unary(
+            f"/inference.GRPCInferenceService/{method}", request.SerializeToString, response.FromString
         )
-        call = self.channel.unary_unary(f"/inference.GRPCInferenceService/{method}", serialise, parse)
         try:
-            return call(self.messages[f"{method}Request"](**values), timeout=timeout_s)
+            return call(request(**values), timeout=timeout_s)
         except self.grpc.RpcError as error:
-            code, codes = error.code(), self.grpc.StatusCode
+            code = error.code()
+            codes = self.grpc.StatusCode
             if code == codes.DEADLINE_EXCEEDED:
                 raise Refused(f"no answer within {timeout_s:g} s") from error
-            raise Refused(f"{error.details()} (gRPC {code.name})", again=code == codes.UNAVAILABLE) from error
+            raise Refused(f"{error.details()} (gRPC {code.name})", retryable=code == codes.UNAVAILABLE) from error
 
 
 @cache
 def _messages() -> dict[str, Any]:
-    """The classes of the messages, in a pool of their own: another client of the protocol in this process describes them too."""
+    """Return the classes of the messages by name.
+
+    They are in a separate descriptor pool, as another client of the protocol in this process may describe them too.
+    """
     from google.protobuf import descriptor_pb2, descriptor_pool, message_factory
 
     file = descriptor_pb2.FileDescriptorProto(

@@ -1,4 +1,4 @@
-"""What the two ways to a Triton server share: its address, what is asked and answered, and how an answer may fail."""
+"""The common part of the HTTP and gRPC clients of a Triton server: addresses, channels, tensors and refusals."""
 
 from __future__ import annotations
 
@@ -13,38 +13,38 @@ import numpy as np
 from image_classifier.errors import ConfigError, ServerError
 
 PORTS = {"http": 8000, "https": 443, "grpc": 8001, "grpcs": 443}
-MOST_BYTES = 256 * 2**20  # of one answer
+MAX_ANSWER_BYTES = 256 * 2**20
 
 Outputs = Mapping[str, np.ndarray]
 
 
-class Refused(Exception):  # it is an answer
-    """The server, or the network before it, said no; `again` where the same request may succeed a little later."""
+class Refused(Exception):  # not an error of this program
+    """A refusal by the server or the network; `retryable` where the same request may succeed a little later."""
 
-    def __init__(self, reason: str, again: bool = False) -> None:
+    def __init__(self, reason: str, retryable: bool = False) -> None:
         super().__init__(" ".join(reason.split())[:300])
-        self.again = again
+        self.retryable = retryable
 
 
 class Channel(Protocol):
-    """One way to a server; each method raises Refused."""
+    """A connection to a server over one protocol; each method raises Refused."""
 
     def ready(self, model: str, timeout_s: float) -> bool:
-        """Whether server and model say that they are ready."""
+        """Return whether server and model report that they are ready."""
         ...
 
     def max_batch_size(self, model: str, timeout_s: float) -> int:
-        """The most images in a request; 0: the model knows no batches."""
+        """Return the largest number of images in a request; 0: the model takes no batches."""
         ...
 
     def infer(self, model: str, pixels: np.ndarray, outputs: Sequence[str], timeout_s: float) -> Outputs:
-        """The named outputs, float32, for pixels uint8 [N, 3, S, S]."""
+        """Return the named outputs, float32 [N, ...], for pixels uint8 [N, 3, S, S]."""
         ...
 
 
 @dataclass(frozen=True)
 class Address:
-    """Where a server listens."""
+    """The address of a server."""
 
     scheme: str
     host: str
@@ -53,14 +53,16 @@ class Address:
 
     @classmethod
     def of(cls, url: str) -> Address:
-        """That of `http://host:port`, `https://…`, `grpc://…` or `grpcs://…`; ConfigError for anything else."""
+        """Parse `http://host:port`, `https://…`, `grpc://…` or `grpcs://…`; ConfigError for anything else.
+
+        >>> Address.of("grpc://localhost").target, str(Address.of("http://[::1]:9000/triton/"))
+        ('localhost:8001', 'http://[::1]:9000/triton')
+        """
         try:
             parts = urlsplit(url)
             scheme, host, port = parts.scheme, parts.hostname, parts.port
         except ValueError as error:
-            raise ConfigError(
-                f"url={url!r} is no address ({error})", "write http://HOST:8000 or grpc://HOST:8001"
-            ) from error
+            raise ConfigError(f"invalid url {url!r}: {error}", "write http://HOST:8000 or grpc://HOST:8001") from error
         if (
             scheme not in PORTS
             or not host
@@ -70,13 +72,13 @@ class Address:
             or (scheme.startswith("grpc") and parts.path.strip("/"))
         ):
             raise ConfigError(
-                f"url={url!r} is no address of a Triton server", "write http://HOST:8000 or grpc://HOST:8001"
+                f"invalid url {url!r}: not the address of a Triton server", "write http://HOST:8000 or grpc://HOST:8001"
             )
         return cls(scheme, host, PORTS[scheme] if port is None else port, parts.path.rstrip("/"))
 
     @property
     def target(self) -> str:
-        """Host and port in one."""
+        """Host and port, separated by a colon."""
         return f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}"
 
     def __str__(self) -> str:
@@ -84,17 +86,21 @@ class Address:
 
 
 def tensor(name: str, datatype: object, shape: Sequence[int], content: bytes) -> np.ndarray:
-    """One output of an answer, a writable float32 array; Refused where its bytes are not what is said of them."""
+    """Return one output of an answer as a writable float32 array; Refused where its bytes do not have this type and shape.
+
+    >>> tensor("logits", "FP32", [1, 2], bytes(8))
+    array([[0., 0.]], dtype=float32)
+    """
     if datatype != "FP32":
         raise Refused(f"its {name} is {datatype}, not FP32")
     if min(shape, default=0) < 0 or len(content) != 4 * math.prod(shape):
         raise Refused(f"its {name} of shape {list(shape)} has {len(content)} bytes")
     try:
         return np.frombuffer(content, "<f4").astype(np.float32).reshape(shape)
-    except ValueError as error:  # more sides than numpy knows
-        raise Refused(f"its {name} have {len(shape)} sides") from error
+    except ValueError as error:  # more dimensions than numpy supports
+        raise Refused(f"its {name} have {len(shape)} dimensions") from error
 
 
 def unusable(address: object, model: str, reason: object, hint: str = "") -> ServerError:
-    """The one line for a server that cannot be used."""
+    """Return the error for a server that cannot be used."""
     return ServerError(f"the model {model!r} at {address} cannot be used: {reason}", hint)

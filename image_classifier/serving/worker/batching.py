@@ -140,7 +140,7 @@ class DynamicBatcher:
                 if self._ended:
                     return
                 if not self._waiting["urgent"]:
-                    enough = lambda: self._ended or not self._coming or _rows(self._waiting["next"]) >= self.most()  # noqa: E731
+                    enough = lambda: self._ended or not self._coming or _rows(self._waiting["next"]) >= self.most()
                     self._changed.wait_for(enough, self._asked.wait_ms / 1000)
                 kind = next((kind for kind, queue in self._waiting.items() if queue), None)
                 if kind is None or not self._due():

@@ -65,7 +65,7 @@ class Worker:
     ) -> None:
         self.model, self.predictor, self._send, self._errors = model, model.predictor, send, errors
         self._judge = None if self.predictor.detector is None else self.predictor.detector.scores
-        runners = getattr(self.predictor.backend, "callers", 1)
+        runners = getattr(self.predictor.backend, "concurrent_runs", 1)
         self.batches = DynamicBatcher(
             self._run, order.batch, self._judge, lambda: send(framing.encode({"id": _NOBODY})), runners
         )  # a sign of life
@@ -175,7 +175,7 @@ class Worker:
         try:
             if found.error is not None or found.logits is None:
                 raise found.error or RuntimeError("no logits")
-            (prediction,) = self.predictor.named([name], found.logits, found.scores)
+            (prediction,) = self.predictor.to_predictions([name], found.logits, found.scores)
             if prediction.error:
                 raise FloatingPointError(prediction.error)
             score = None if found.scores is None else float(found.scores[0])

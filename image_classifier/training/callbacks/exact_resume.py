@@ -193,7 +193,7 @@ def _place_between_steps(loop: dict[str, Any], pending: bool) -> None:
 def random_state() -> dict[str, Any]:
     """The states of all generators that a training may draw from, as plain values and tensors."""
     version, words, gauss = random.getstate()
-    _, keys, place, has_gauss, cached = cast(tuple[Any, ...], np.random.get_state())  # noqa: NPY002 (others draw from it)
+    _, keys, place, has_gauss, cached = cast(tuple[Any, ...], np.random.get_state())
     state: dict[str, Any] = {
         "python": [version, torch.tensor(words), gauss],
         "numpy": [torch.from_numpy(keys.astype(np.int64)), int(place), int(has_gauss), float(cached)],
@@ -209,7 +209,7 @@ def set_random_state(state: dict[str, Any]) -> None:
     version, words, gauss = state["python"]
     random.setstate((version, tuple(words.tolist()), gauss))
     keys, *rest = state["numpy"]
-    np.random.set_state(("MT19937", keys.numpy().astype(np.uint32), *rest))  # noqa: NPY002
+    np.random.set_state(("MT19937", keys.numpy().astype(np.uint32), *rest))
     torch.set_rng_state(state["torch"].cpu())
     if "cuda" in state and torch.cuda.is_available():
         torch.cuda.set_rng_state(state["cuda"].cpu())

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from image_classifier.dataset.audit.fix import Correction, Fix, Fixes, read_fixes
 from image_classifier.dataset.audit.issues import AuditSettings
 from image_classifier.dataset.discovery import FileTree, ImageFile
-from image_classifier.dataset.left_out import excluded_records_path, split_excluded, with_excluded
+from image_classifier.dataset.excluded_records import excluded_records_path, split_excluded, with_excluded
 from image_classifier.dataset.prepare import DatasetScan, DataSettings, all_folds, manifest_path
 from image_classifier.dataset.prepare import prepare as prepare_and_examine
 from image_classifier.dataset.split import SplitSettings, assign_splits
@@ -189,7 +189,7 @@ def test_folds_are_those_that_each_run_deals(tree: Path) -> None:
 def test_a_settled_conflict_is_not_reported_again(tree: Path) -> None:
     write_image(tree / "cat" / "twin.png", 77)
     shutil.copy(tree / "cat/twin.png", tree / "dog/twin.png")
-    kinds = lambda: {finding.kind for finding in prepared(tree)[1].audit.findings}  # noqa: E731
+    kinds = lambda: {finding.kind for finding in prepared(tree)[1].audit.findings}
     assert "label_conflict" in kinds()
     fixes("dog/twin.png,dog,relabel,cat,same picture")
     assert "label_conflict" not in kinds() and "exact_duplicates" in kinds()

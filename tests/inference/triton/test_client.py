@@ -50,12 +50,12 @@ def test_batches_fit_the_server_and_keep_the_order(server: V2Server, count: int,
     server.most, server.batches = max(1, most), []
     pixels = images(count, count)
     asked = backend(server)
-    assert asked.most == max(1, most)
+    assert asked.max_batch_size == max(1, most)
     logits, embeddings = asked.logits_and_embeddings(pixels)
     np.testing.assert_array_equal(logits, brightness(pixels)["logits"])
     np.testing.assert_array_equal(embeddings, brightness(pixels)["embedding"])
     assert logits.dtype == np.float32 and logits.flags.writeable
-    assert max(server.batches) <= asked.most and sum(server.batches) == count
+    assert max(server.batches) <= asked.max_batch_size and sum(server.batches) == count
 
 
 def test_pixels_in_any_memory_order(server: V2Server) -> None:

@@ -116,9 +116,9 @@ def test_golden_images_get_the_same_answers(server: Running, scheme: int) -> Non
 def test_batches_over_the_servers_limit_are_split(server: Running, scheme: int) -> None:
     backend, golden = TritonBackend.of(server.bundle, server.urls[scheme]), Golden.of(server.bundle)
     pixels = np.random.default_rng(0).integers(0, 256, (101, *golden.pixels.shape[1:]), dtype=np.uint8)
-    assert backend.most == 16
+    assert backend.max_batch_size == 16
     np.testing.assert_array_equal(backend.logits(pixels), whole(server, pixels))
-    backend.most = 17
+    backend.max_batch_size = 17
     with pytest.raises(ServerError, match="batch-size must be <= 16"):
         backend.logits(pixels)
 

@@ -15,10 +15,10 @@ import numpy as np
 import pytest
 
 from image_classifier.bundle import BundleInfo, seal
-from image_classifier.cli.verbs.test import TestSettings
-from image_classifier.cli.verbs.triton import ServerSettings
 from image_classifier.errors import ConfigError
+from image_classifier.inference.evaluate import TestSettings
 from image_classifier.inference.infer import InferSettings
+from image_classifier.inference.triton.server import ServerSettings
 from image_classifier.inference.verify import VerifySettings
 from tests.conftest import PROGRAM, ROOT, Answer, Command
 
