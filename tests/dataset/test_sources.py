@@ -19,7 +19,7 @@ from image_classifier.dataset.sources import Digits, Folder, Hub, TorchvisionDat
 from image_classifier.errors import ConfigError, SourceError
 from tests.conftest import ROOT
 from tests.dataset.fetch.test_archive import packed
-from tests.dataset.fetch.test_download import Server, server
+from tests.dataset.fetch.test_download import Server
 
 DOWNLOADED = ("cifar10", "flowers102", "oxford_pets")
 

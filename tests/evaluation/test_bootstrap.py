@@ -141,7 +141,7 @@ def test_a_class_that_is_absent_or_never_predicted_is_said() -> None:
     logits = np.array([[2.0, 0, 0], [2, 0, 0], [2, 0, 0], [2, 0, 0]], dtype=np.float32)
     metrics = compute_metrics(PredictionTable(("",) * 4, np.array([0, 0, 0, 1]), logits, ("cat", "dog", "emu")))
     lines = list(metrics_lines(metrics, "val"))
-    assert "no image in this part: emu" in lines and "never predicted: dog" in lines
+    assert "no image in this split: emu" in lines and "never predicted: dog" in lines
     cat, dog, emu = metrics.per_class
     assert (
         cat.intervals["precision"] is not None

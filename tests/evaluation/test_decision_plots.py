@@ -13,7 +13,7 @@ from PIL import Image
 from image_classifier.evaluation.reliability.abstention import Decision, DecisionSettings, Evidence
 from image_classifier.evaluation.reliability_results import write_trust
 from image_classifier.predictions import PredictionTable, softmax
-from tests.evaluation.test_plots import assert_legible, drawn  # a fixture
+from tests.evaluation.test_plots import assert_legible  # a fixture
 
 
 def table(num_images: int, spread: float) -> PredictionTable:

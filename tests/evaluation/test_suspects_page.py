@@ -14,7 +14,7 @@ from image_classifier.dataset.audit.fix import Fix, read_fixes
 from image_classifier.evaluation.label_issues.html_report import Gallery, Row, render
 from image_classifier.evaluation.label_issues.ranking import Suspect
 from image_classifier.html import thumbnails
-from tests.dataset.audit.test_audit_page import Browser, browser
+from tests.dataset.audit.test_audit_page import Browser
 
 EVIL = '"><script>alert(1)</script>.png'
 

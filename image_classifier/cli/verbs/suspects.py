@@ -21,7 +21,7 @@ from image_classifier.dataset.split import content_names
 from image_classifier.errors import ConfigError, DataError
 from image_classifier.evaluation.label_issues.html_report import Gallery, Row, render
 from image_classifier.evaluation.label_issues.out_of_fold import OutOfFoldPredictions, out_of_fold
-from image_classifier.evaluation.label_issues.proposals import accepted, lines, merged, worst_answers, write_csv
+from image_classifier.evaluation.label_issues.proposals import accepted, lines, merged, worst_predictions, write_csv
 from image_classifier.evaluation.label_issues.ranking import Suspect, find_suspects
 from image_classifier.inference.load import pulled_checkpoint
 from image_classifier.manifest import SPLITS, Manifest
@@ -181,8 +181,8 @@ def _conflicts(found: DatasetScan) -> list[list[tuple[str, str]]]:
     """The audit's groups of one picture under several labels, paths and labels as fix.csv has left them."""
     return [
         [(item.path, item.label) for item in finding.items]
-        for finding in found.audit.findings
-        if finding.kind == "label_conflict"
+        for finding in found.audit.issues
+        if finding.issue_type == "label_conflict"
     ]
 
 
@@ -202,7 +202,7 @@ def _of_bundle(name: str, run: RunSettings, manifest: Manifest, share: float) ->
             rows = [row for row, path in enumerate(table.paths) if path in targets]
             part = [table.paths[row] for row in rows]
             codes = np.array([targets[path] for path in part], dtype=np.int64)
-            found += worst_answers(
+            found += worst_predictions(
                 OutOfFoldPredictions(part, codes, table.probabilities[rows], manifest.classes, [split] * len(rows)),
                 share,
                 name,

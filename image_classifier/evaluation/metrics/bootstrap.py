@@ -1,4 +1,4 @@
-"""95 % intervals by bootstrap: how far a figure would move with other images of the same kind. See docs/evaluation.md."""
+"""95 % intervals by bootstrap: how far a metric would move with other images of the same kind (docs/evaluation.md)."""
 
 from __future__ import annotations
 

@@ -92,7 +92,7 @@ def _judge(table: PredictionTable, rows: slice) -> np.ndarray:
 
 
 def _rank_of_truth(logits: np.ndarray, truth: np.ndarray, targets: np.ndarray) -> np.ndarray:
-    """Return how many classes precede the true one, int64 [M]; among equal logits the first class precedes, as in argmax."""
+    """Return how many classes precede the true one, int64 [M]; of equal logits the first precedes, as in argmax."""
     before = np.count_nonzero(logits > truth[:, None], axis=1)
     # Only rows with ties need a comparison of class numbers.
     tied = np.flatnonzero(np.count_nonzero(logits >= truth[:, None], axis=1) > before + 1)

@@ -36,7 +36,7 @@ class Ranking:
 
 
 def rank_classes(table: PredictionTable, images: PerImage, threads: int | None = None) -> Ranking:
-    """Return both metrics of every class, ranked by log-probability in float32, which is finer near 1 than probability."""
+    """Return both metrics of every class, ranked by log-probability in float32: near 1 it is finer than probability."""
     num_images = len(table.targets)
     num_classes = len(table.classes)
     scores = np.full((2, num_classes), np.nan)

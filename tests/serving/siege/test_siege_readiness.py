@@ -26,7 +26,7 @@ from image_classifier.serving.worker.handle import WorkerHandle, WorkerProcess
 from image_classifier.serving.worker.main import Worker
 from image_classifier.serving.worker.spec import LoadedModel, ModelSpec
 from tests.serving.siege.attackers import Victim, until, victim
-from tests.serving.siege.test_siege_process import _fake, run  # the fixture that starts the stand-in
+from tests.serving.siege.test_siege_process import run  # the fixture that starts the stand-in
 
 ORDER: Any = SimpleNamespace(name="fake", path="nowhere")
 

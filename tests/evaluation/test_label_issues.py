@@ -22,13 +22,13 @@ from image_classifier.evaluation.label_issues.proposals import (
     decision,
     lines,
     merged,
-    worst_answers,
+    worst_predictions,
     write_csv,
 )
 from image_classifier.evaluation.label_issues.ranking import (
     CONFIDENT,
+    DUPLICATES,
     LOSS,
-    TWINS,
     confident_errors,
     find_suspects,
     highest_losses,
@@ -177,7 +177,7 @@ def test_twins_under_two_labels_lower_the_score_of_the_less_probable() -> None:
         suspect.path: suspect for suspect in find_suspects(found, [[("0000.png", "ant"), ("0001.png", "bee")]], share=0)
     }
     right, wrong = suspects["0000.png"], suspects["0001.png"]
-    assert TWINS in right.reasons and TWINS in wrong.reasons
+    assert DUPLICATES in right.reasons and DUPLICATES in wrong.reasons
     assert right.score == pytest.approx(0.7 / 0.9) and right.suggested == ""
     assert wrong.score == pytest.approx(0.2 / 0.9) and wrong.suggested == "ant"
     assert (
@@ -187,7 +187,7 @@ def test_twins_under_two_labels_lower_the_score_of_the_less_probable() -> None:
     )
     settled = replace(found, targets=np.zeros_like(found.targets))
     assert not any(
-        TWINS in suspect.reasons
+        DUPLICATES in suspect.reasons
         for suspect in find_suspects(settled, [[("0000.png", "ant"), ("0001.png", "ant")]], share=0)
     )
     alone = {
@@ -248,9 +248,9 @@ def test_accepting_takes_the_worst_and_never_a_test_image() -> None:
     assert not accepted([replace(suspect, split="test") for suspect in suspects], True)
 
 
-def test_a_bundles_worst_answers_join_the_list_and_the_table_holds_all(tmp_path: Path) -> None:
+def test_a_bundles_worst_predictions_join_the_list_and_the_table_holds_all(tmp_path: Path) -> None:
     found, _ = planted(4)
-    worst = worst_answers(replace(found, splits=["val"] * len(found.paths)), 0.05, "mine")
+    worst = worst_predictions(replace(found, splits=["val"] * len(found.paths)), 0.05, "mine")
     suspects = find_suspects(found, share=0)
     both = merged(suspects, worst)
     assert len(worst) == 20 and {suspect.path for suspect in both} == {suspect.path for suspect in (*suspects, *worst)}
