@@ -20,7 +20,7 @@ from image_classifier.evaluation.baselines import Baseline
 from image_classifier.evaluation.leaks import LeakScore, leak_score
 from image_classifier.evaluation.metrics.compute import ClassificationMetrics, compute_metrics
 from image_classifier.evaluation.reliability.abstention import DecisionSettings
-from image_classifier.evaluation.reliability.results import Trust, write_trust
+from image_classifier.evaluation.reliability_results import Trust, write_trust
 from image_classifier.evaluation.results import metrics_dict, metrics_lines, write_evaluation
 from image_classifier.images import DecodeLimits
 from image_classifier.inference.labelled_images import read_labelled

@@ -147,9 +147,7 @@ def newest_readable(directory: Path) -> Path | None:
         reason = damage(path)
         if not reason:
             return path
-        log.warning(
-            "the checkpoint %s%s is damaged (%s): using the one before", path, _also_last(path, last), reason
-        )
+        log.warning("the checkpoint %s%s is damaged (%s): using the one before", path, _also_last(path, last), reason)
     if order:
         raise CheckpointError(f"every checkpoint in {str(directory)!r} is damaged", "start again with overwrite=true")
     return None

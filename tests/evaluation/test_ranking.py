@@ -11,11 +11,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from sklearn.metrics import average_precision_score, roc_auc_score
 
-from image_classifier.evaluation.blocks import parallel_map, slices
-from image_classifier.evaluation.metrics.bootstrap import resample, spread
-from image_classifier.evaluation.metrics.compute import compute_metrics, ranking
+from image_classifier.evaluation.metrics import ranking
+from image_classifier.evaluation.metrics.bootstrap import percentile_interval, resample
+from image_classifier.evaluation.metrics.compute import compute_metrics
 from image_classifier.evaluation.metrics.per_image import judge_images
 from image_classifier.evaluation.metrics.ranking import rank_classes
+from image_classifier.parallel import parallel_map, slices
 from image_classifier.predictions import PredictionTable
 
 LOG_PROBABILITIES = st.floats(-(2.0**127), 0.0, width=32)
@@ -67,8 +68,8 @@ def test_intervals_of_the_derivative_are_those_of_ranking_every_resample_anew(si
         return ranked.influence @ weights
 
     value = np.array([ranked.roc_auc.mean(), ranked.average_precision.mean()])
-    linear = spread(value, value + resample(changes, 150, 80, threads=1))
-    exact = spread(value, np.array([weighted(table, weights) for weights in drawn]))
+    linear = percentile_interval(value, value + resample(changes, 150, 80, threads=1))
+    exact = percentile_interval(value, np.array([weighted(table, weights) for weights in drawn]))
     width = exact[1] - exact[0]
     np.testing.assert_array_less(np.abs(linear - exact) / width, 0.15)
 

@@ -21,7 +21,7 @@ from image_classifier.dataset.audit import html_report as audit_page
 from image_classifier.dataset.audit.checks import Audit, AuditSettings
 from image_classifier.dataset.audit.exclude import Exclusions, merge
 from image_classifier.dataset.audit.html_report import render, write_audit
-from image_classifier.dataset.audit.issue_types import KINDS
+from image_classifier.dataset.audit.issue_types import ISSUE_TYPES
 from image_classifier.dataset.audit.issues import Issue, IssueItem
 from image_classifier.errors import StorageError
 from image_classifier.html import document, thumbnails
@@ -140,7 +140,7 @@ def test_the_page_is_bounded_whatever_the_data_set(
     paths = [f"{number}/{'long ' * 50}.png" for number in range(per_kind)]
     findings = [
         Issue(kind, f"reason {path}", (IssueItem(path, "cat"), IssueItem(path + "2", "cat")))
-        for kind in KINDS
+        for kind in ISSUE_TYPES
         for path in paths
     ]
     classes = {f"class {number}": {"images": 1} for number in range(per_kind)}
@@ -152,7 +152,7 @@ def test_the_page_is_bounded_whatever_the_data_set(
     )
     html = render(audit)
     assert len(html.encode()) < 10_000_000
-    assert all(f'id="{kind}"' in html for kind in KINDS)
+    assert all(f'id="{kind}"' in html for kind in ISSUE_TYPES)
     assert "shown; all are in audit.json" in html
 
 
@@ -293,7 +293,7 @@ TYPE = "(text) => { const s = document.getElementById('search'); s.value = text;
 def test_the_page_works_in_a_browser(messy: Audit, browser: Browser, tmp_path: Path) -> None:
     page = write_audit(messy, tmp_path / "out").with_name("audit.html")
     browser.show(page, width=1280)
-    kinds = list(messy.by_kind)
+    kinds = list(messy.by_type)
     assert browser.run(VISIBLE) == kinds
     assert {"empty_file", "leak", "exact_duplicates", "wrong_extension", "extreme_aspect"} <= set(kinds)
     assert browser.run("window.hacked") is None
@@ -306,7 +306,7 @@ def test_the_page_works_in_a_browser(messy: Audit, browser: Browser, tmp_path: P
     assert browser.run(VISIBLE) == [] and not browser.run("document.getElementById('nothing').hidden")
     browser.run(f"({TYPE})('')")
     browser.run("document.querySelector('button[data-severity=error]').click()")
-    assert browser.run(VISIBLE) == [kind for kind in kinds if KINDS[kind].severity != "error"]
+    assert browser.run(VISIBLE) == [kind for kind in kinds if ISSUE_TYPES[kind].severity != "error"]
     assert browser.complaints == []
     assert [url for url in browser.requests if not url.startswith("data:")] == [page.as_uri()]
 

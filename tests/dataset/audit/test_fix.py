@@ -159,7 +159,7 @@ def test_applying_and_taking_back_gives_the_same_manifest(tree: Path, caplog: py
     assert next(record for record in corrected if record.path == held[0]).label == "dog"
     assert "fix.csv: 1 label changed, 2 images left out" in caplog.text
     assert "audit: after fix.csv: 1 label changed, 2 images left out" in found.audit.summary()
-    assert found.audit.left_out[held[1]] == "fix.csv: blurred"
+    assert found.audit.excluded[held[1]] == "fix.csv: blurred"
     path = manifest_path(tree, [tree], DataSettings(fix_path="fix.csv", exclude_path="exclude.csv"))
     assert {record.path for record in Manifest.read(excluded_records_path(path), tree)} == {held[1], "dog/003.png"}
     memory = with_excluded(Manifest.read(path, tree), path)
@@ -174,7 +174,7 @@ def test_an_unreadable_image_may_be_left_out_by_either_file(tree: Path) -> None:
     fixes("cat/000.png,cat,exclude,,broken")
     manifest, found = prepared(tree)
     assert len(manifest) == 19 and dict(manifest.corrected) == {"relabelled": 0, "excluded": 1}
-    assert not found.exclusions.lines and "not_an_image" not in found.audit.by_kind
+    assert not found.exclusions.lines and "not_an_image" not in found.audit.by_type
 
 
 def test_folds_are_those_that_each_run_deals(tree: Path) -> None:
@@ -189,7 +189,7 @@ def test_folds_are_those_that_each_run_deals(tree: Path) -> None:
 def test_a_settled_conflict_is_not_reported_again(tree: Path) -> None:
     write_image(tree / "cat" / "twin.png", 77)
     shutil.copy(tree / "cat/twin.png", tree / "dog/twin.png")
-    kinds = lambda: {finding.kind for finding in prepared(tree)[1].audit.findings}  # noqa: E731
+    kinds = lambda: {finding.issue_type for finding in prepared(tree)[1].audit.issues}  # noqa: E731
     assert "label_conflict" in kinds()
     fixes("dog/twin.png,dog,relabel,cat,same picture")
     assert "label_conflict" not in kinds() and "exact_duplicates" in kinds()
