@@ -27,7 +27,7 @@ from image_classifier.serving.worker.main import Worker
 from image_classifier.serving.worker.model import LoadedModel
 from image_classifier.serving.worker.spec import ModelSpec
 from tests.serving.siege.attackers import Victim, until, victim
-from tests.serving.siege.test_siege_process import _fake, run  # the fixture that starts the stand-in
+from tests.serving.siege.test_siege_process import _fake, run  # noqa: F401  # the fixture that starts the stand-in
 
 SPEC: Any = SimpleNamespace(name="fake", path="nowhere")
 
@@ -154,7 +154,7 @@ def test_a_decoder_or_a_model_that_hangs_ends_its_process(hangs: str, ended: thr
         go_on.wait(30)
         return np.zeros((8, 8, 3), np.uint8)
 
-    quick = lambda *_: np.zeros((8, 8, 3), np.uint8)
+    quick = lambda *_: np.zeros((8, 8, 3), np.uint8)  # noqa: E731
     preprocess = SimpleNamespace(read=wait if hangs == "decoder" else quick)
     backend = SimpleNamespace(logits=wait)
     predictor = SimpleNamespace(detector=None, limits=DecodeLimits(), backend=backend, preprocess=preprocess)
