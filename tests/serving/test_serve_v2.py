@@ -1,4 +1,4 @@
-"""The V2 protocol: our Triton client, tested on a real Triton, works unchanged; invalid input is refused, never cast."""
+"""The V2 protocol: our Triton client, tested on Triton, works unchanged; invalid input is refused, never cast."""
 
 from __future__ import annotations
 
