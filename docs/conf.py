@@ -15,7 +15,7 @@ from sphinx.builders.html import StandaloneHTMLBuilder
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from image_classifier import __version__
+from image_classifier import __version__  # noqa: E402
 
 project = "image_classifier"
 author = "The image_classifier authors"

@@ -75,7 +75,7 @@ VERBS: dict[str, tuple[str, str]] = {
         "Classify images with a bundle, a checkpoint or an ONNX file.",
     ),
     "serve": (
-        "image_classifier.serving.settings:serve",
+        "image_classifier.cli.verbs.serve:serve",
         "Serve models over HTTP: a web page, a REST API and the V2 protocol.",
     ),
     "drift": (

@@ -6,7 +6,6 @@ import logging
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from image_classifier.dataset.audit.html_report import write_audit
 from image_classifier.dataset.audit.issues import AuditSettings
@@ -59,20 +58,5 @@ def audit_dataset(data: DataSettings, audit: AuditSettings, trusted: Sequence[st
 
 def fetch_images(data: DataSettings, trusted: Sequence[str] = ()) -> list[Path]:
     """Return the folders and tables of `data.source`, which is downloaded and unpacked first where it has to be."""
-    paths = instantiate(data.source, trusted=trusted)()
+    paths = instantiate(data.source, key="data.source", trusted=trusted)()
     return [Path(path) for path in paths] if isinstance(paths, list | tuple) else [Path(paths)]
-
-
-def prepare_from(config: Any) -> tuple[Manifest, DataSettings]:
-    """Return the manifest and the settings for an untyped configuration; new code calls `prepare_dataset`."""
-    manifest, data, _ = audited(config)
-    return manifest, data
-
-
-def audited(config: Any) -> tuple[Manifest, DataSettings, DatasetScan]:
-    """Return manifest, settings and scan for an untyped configuration; new code calls `prepare_dataset`."""
-    from image_classifier.cli.verbs.prepare import typed_settings
-
-    data, audit, trusted = typed_settings(config)
-    manifest, scan = prepare_dataset(data, audit, trusted)
-    return manifest, data, scan

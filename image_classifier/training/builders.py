@@ -29,9 +29,7 @@ from image_classifier.modeling.weights import last_linear
 from image_classifier.sampling import evenly_spaced
 from image_classifier.training.balance import class_weights
 from image_classifier.training.balance import describe as describe_balance
-from image_classifier.training.callbacks.checkpoints import BestCheckpoint, LastCheckpoint
-from image_classifier.training.callbacks.exact_resume import ExactResume
-from image_classifier.training.callbacks.preemption import StopOnSignal
+from image_classifier.training.callbacks.order import in_hook_order
 from image_classifier.training.callbacks.throughput import Throughput
 from image_classifier.training.callbacks.torch_compile import TorchCompile
 from image_classifier.training.checkpoint_io import SafeCheckpointIO
@@ -199,7 +197,7 @@ def build_trainer(
     _check_precision(hardware.precision)
     has_bar = sys.stderr.isatty() and is_rank_zero()
     ours = [throughput, *callbacks, *([ImagesProgressBar(throughput)] if has_bar else [])]
-    everyone = sorted([*ours, *_configured_callbacks(config), *_extra_callbacks(hardware)], key=_turn)
+    everyone = in_hook_order([*ours, *_configured_callbacks(config), *_extra_callbacks(hardware)])
     _quiet_lightning()
     trainer: pl.Trainer = instantiate(
         config.trainer.node,
@@ -243,12 +241,6 @@ def _configured_callbacks(config: TrainConfig) -> list[pl.Callback]:
 def _extra_callbacks(hardware: Hardware) -> list[pl.Callback]:
     compiling: list[pl.Callback] = [TorchCompile(at_once=hardware.compile is True)] if hardware.compile else []
     return [*compiling, *([SyncCallback()] if world_size() > 1 else [])]
-
-
-def _turn(callback: pl.Callback) -> int:
-    """Return a callback's place in the order: checkpoints are taken before the others do anything at a hook."""
-    first = (ExactResume, StopOnSignal, LastCheckpoint, BestCheckpoint)
-    return next((turn for turn, kind in enumerate(first) if isinstance(callback, kind)), len(first))
 
 
 def _scale(trainer: TrainerConfig) -> dict[str, Any]:

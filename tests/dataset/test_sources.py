@@ -19,7 +19,7 @@ from image_classifier.dataset.sources import Digits, Folder, Hub, TorchvisionDat
 from image_classifier.errors import ConfigError, SourceError
 from tests.conftest import ROOT
 from tests.dataset.fetch.test_archive import packed
-from tests.dataset.fetch.test_download import Server, server
+from tests.dataset.fetch.test_download import Server, server  # noqa: F401  (a fixture)
 
 DOWNLOADED = ("cifar10", "flowers102", "oxford_pets")
 
@@ -107,7 +107,7 @@ def test_each_archive_may_have_its_sha256(here, make_tree):
         Folder(dir=str(here / "first"), sha256=sums[0])()
 
 
-def test_an_archive_on_the_web(here, tree, server: Server):
+def test_an_archive_on_the_web(here, tree, server: Server):  # noqa: F811
     content = packed(tree, here / "set.zip").read_bytes()
     server.content = content
     digest = hashlib.sha256(content).hexdigest()
@@ -119,7 +119,7 @@ def test_an_archive_on_the_web(here, tree, server: Server):
         Folder(archive=f"{server.url}.exe")()
 
 
-def test_a_damaged_archive_from_the_web_says_what_to_delete(here, server: Server):
+def test_a_damaged_archive_from_the_web_says_what_to_delete(here, server: Server):  # noqa: F811
     server.content = b"no archive"
     with pytest.raises(
         SourceError, match=r"damaged or encrypted: get it again; delete 'data/downloads/set-\w{8}\.zip'"
@@ -222,7 +222,7 @@ def pets(folder: Path) -> dict[str, Path]:
     return archives
 
 
-def test_torchvision_unpacks_what_was_downloaded(here, server: Server, monkeypatch):
+def test_torchvision_unpacks_what_was_downloaded(here, server: Server, monkeypatch):  # noqa: F811
     from torchvision.datasets import OxfordIIITPet
 
     archives = pets(here / "made")

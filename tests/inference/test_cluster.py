@@ -155,7 +155,7 @@ def job(trained: Path, tmp_path: Path) -> ShardJob:
 
 def do(job: ShardJob, images: ShardPlan) -> list[object]:
     return [
-        pickle.loads(answer({"shard": [number], "items": [items]}, job)["told"][0])
+        pickle.loads(answer({"shard": [number], "items": [items]}, job)["result"][0])
         for number, items in enumerate(images.shards)
     ]
 

@@ -102,7 +102,7 @@ def test_every_format_says_the_decision(command: Command, noise: Path) -> None:
     rows = list(csv.DictReader(io.StringIO(command(*line, "format=csv").out)))
     assert all(row["decision"] == "abstain" and row["reason"].startswith("unlike") for row in rows)
     assert all(isinstance(json.loads(row["prediction_set"]), list) for row in rows)
-    assert command(*line, "format=table").out.count("; abstain, unlike the training images") == 20
+    assert command(*line, "format=table").out.count("; abstains: unlike the training images") == 20
 
 
 def test_a_bundle_of_an_older_version_still_answers(command: Command, tmp_path: Path) -> None:

@@ -76,7 +76,7 @@ def test_a_field_whose_number_others_cut_off_is_refused() -> None:
     field = bytes([7 << 3 | 2])  # `graph`, which readers with 32 bits see in a number of 33 too
     assert content.count(field) >= 1
     start = content.index(field)
-    with pytest.raises(ValueError, match="a field that cannot be"):
+    with pytest.raises(ValueError, match="invalid field"):
         is_self_contained(content[:start] + bytes([field[0] | 128, 128, 128, 128, 16]) + content[start + 1 :])
 
 
