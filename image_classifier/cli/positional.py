@@ -1,4 +1,4 @@
-"""Plain words of the command line: `train photos/`, `infer NAME photos/`, `test NAME`. Loads neither Hydra nor torch."""
+"""Plain words of the command line: `train photos/`, `infer NAME photos/`, `test NAME`. Loads no Hydra."""
 
 from __future__ import annotations
 
