@@ -144,7 +144,7 @@ class Model:
 
         Args:
             images: One image (file, address, bytes, PIL image, pixels uint8 [H, W, 3]); or several: a list of these,
-                a folder, a pattern such as "photos/*.jpg", an archive, or pixels uint8 [N, H, W, 3].
+                a folder, a pattern such as ``photos/*.jpg``, an archive, or pixels uint8 [N, H, W, 3].
 
         Returns:
             One prediction for one image, else a list. An unreadable image in a list has an `error` in place of a label.

@@ -165,10 +165,11 @@ def _processor() -> str:
 
 
 def main(request: str) -> None:
-    """Measure one backend in this process and print its figures as a line of JSON, for `_in_a_process`."""
+    """Measure one backend in this process and write its figures as a line of JSON, for `_in_a_process`."""
     path, backend, batch_size, trusted = json.loads(request)
     predictor = load_predictor(Path(path), backend, trusted=trusted)
-    print(json.dumps(measure_backend(predictor.backend, predictor.preprocess.size, batch_size)))
+    figures = measure_backend(predictor.backend, predictor.preprocess.size, batch_size)
+    sys.stdout.write(json.dumps(figures) + "\n")
 
 
 if __name__ == "__main__":
