@@ -38,7 +38,7 @@ class FetchSettings:
         self.url_limits()
 
     def url_limits(self) -> UrlLimits:
-        """Return the limits of one download; raise ConfigError where they are invalid."""
+        """Return the limits of one download; the size of an image has a limit of its own."""
         return UrlLimits(timeout_s=self.timeout_s, total_s=self.total_s, max_redirects=self.max_redirects)
 
 
