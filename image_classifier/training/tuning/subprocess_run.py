@@ -136,7 +136,7 @@ def tracking_words(config: Mapping[str, Any], group: str) -> list[str]:
     `config` are the plain settings. A study has no limit of trials, so copies of all bundles would fill the disk.
 
     >>> tracking_words({"logger": {"_target_": "image_classifier.training.loggers.MLflowLogger"}}, "study")
-    ['++logger.tags.study=study', 'logger.artifacts=false']
+    ["++logger.tags.study='study'", 'logger.artifacts=false']
     """
     logger = config.get("logger") or {}
     nodes = {"logger": logger}
