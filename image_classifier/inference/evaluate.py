@@ -115,7 +115,7 @@ class EvaluationResult:
 
 @dataclass(frozen=True)
 class _LabelledImages:
-    """Images to evaluate on, which of them the model has seen in training (bool [N]), and the manifest of its training."""
+    """Images to evaluate on, which of them were seen in training (bool [N]), and the manifest of the training."""
 
     manifest: Manifest
     leaked: np.ndarray
@@ -191,7 +191,7 @@ def _name_of_folder(folder: Path) -> str:
 
 
 def _extras_directory(settings: TestSettings, directory: Path) -> Path:
-    """Return where robustness and latency go: next to the splits of the model's own data, else into the folder's results."""
+    """Return where robustness and latency go: next to the splits of the bundle's data, else to the other results."""
     return directory if settings.test_dir or settings.output_dir else directory.parent
 
 

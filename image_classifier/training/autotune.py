@@ -76,7 +76,7 @@ class TrialTrainer:
 
     def fit(self, values: Values, *callbacks: pl.Callback, hardware: Hardware | None = None) -> None:
         """Train a fresh network with these values in the configuration, and forget it."""
-        fixed = {
+        fixed: Values = {
             "callbacks": {},
             "logger": None,
             "trainer.max_time": None,

@@ -6,7 +6,7 @@ import inspect
 import logging
 import sys
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -174,8 +174,9 @@ def build_network(inputs: NetworkInputs) -> tuple[Classifier, dict[str, Any]]:
     classes = inputs.manifest.classes
     classifier = build_classifier(backbone, len(classes), data.image_size, mean, std, model.head_dropout, model.tta)
     check_sizes(backbone, data.progressive_sizes or ())
-    if hasattr(backbone, "fit_to"):  # its first layer is computed from images
-        backbone.fit_to(_some_images(inputs.cache, rows, mean, std))
+    # A whitened network computes its first layer from images.
+    if fit_to := getattr(backbone, "fit_to", None):
+        fit_to(_some_images(inputs.cache, rows, mean, std))
     initial_weights(model, classifier, classes)
     if inputs.hardware.channels_last:
         classifier = classifier.to(memory_format=torch.channels_last)
@@ -257,7 +258,7 @@ def _scale(trainer: TrainerConfig) -> dict[str, Any]:
     return {**strategy, "devices": devices, "num_nodes": here.nodes, "sync_batchnorm": synced}
 
 
-def as_fast_as(hardware: Hardware, make_optimizer: OptimizerFactory) -> OptimizerFactory:
+def as_fast_as(hardware: Hardware, make_optimizer: Callable[..., torch.optim.Optimizer]) -> OptimizerFactory:
     """Return the optimizer's factory with `fused` or `exact` set, where it takes them and the user set nothing else.
 
     `fused` updates all parameters in one pass over memory; `exact` keeps a float32 run's products in float32.
@@ -341,7 +342,7 @@ def _weigh(criterion: nn.Module, node: Node, weights: np.ndarray) -> None:
             f"loss: {node['_target_']} takes no class weights, which data.balance=weights needs",
             "use data.balance=sampler",
         )
-    if criterion.weight is not None:
+    if getattr(criterion, "weight", None) is not None:
         raise ConfigError("loss.weight is given, and data.balance=weights would replace it", "leave one of them out")
     criterion.weight = torch.from_numpy(weights)
 

@@ -77,7 +77,7 @@ def test_warmup_multiplies_what_any_scheduler_says_and_leaves_it_alone(name: str
 
 def test_the_rate_that_is_told_is_the_one_that_steps(tmp_path: Path) -> None:
     class Told(pl.Callback):
-        rates: list[float] = []
+        rates: list[float] = []  # noqa: RUF012
 
         def on_train_batch_start(self, trainer: pl.Trainer, pl_module: Any, *rest: Any) -> None:
             self.rates.append(pl_module.learning_rate)

@@ -269,5 +269,5 @@ def by_detail(kind: str, found: Iterable[tuple[str, IssueItem]]) -> list[Issue]:
 def in_order(findings: Iterable[Issue]) -> tuple[Issue, ...]:
     """Worst first; one kind after the other, each by first path."""
     ranks = {kind: (SEVERITIES.index(KINDS[kind].severity), place) for place, kind in enumerate(KINDS)}
-    key: Callable[[Issue], Any] = lambda finding: (*ranks[finding.kind], finding.paths[:1], finding.detail)
+    key: Callable[[Issue], Any] = lambda finding: (*ranks[finding.kind], finding.paths[:1], finding.detail)  # noqa: E731
     return tuple(sorted(findings, key=key))

@@ -46,7 +46,7 @@ class DecisionSettings:
                 value is None or (max(low, 0) < value < high) or (value == 1 and end == "]") or (value == 0 and low < 0)
             )
             if not inside:
-                raise ConfigError(f"decision.{name}={value} cannot be", "it is a share between 0 and 1, such as 0.05")
+                raise ConfigError(f"invalid decision.{name} {value}", "expected a share between 0 and 1, such as 0.05")
 
     def or_else(self, other: DecisionSettings) -> DecisionSettings:
         """These settings, each that is null taken from the other."""

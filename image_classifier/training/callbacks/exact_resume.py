@@ -232,7 +232,8 @@ def _place_between_steps(loop: dict[str, Any], pending: bool) -> None:
 def random_state() -> dict[str, Any]:
     """Return the states of all generators that a training may draw from, as plain values and tensors."""
     version, words, gauss = random.getstate()
-    _, keys, position, has_gauss, cached_gauss = cast(tuple[Any, ...], np.random.get_state())
+    numpy_state = cast(tuple[Any, ...], np.random.get_state())  # noqa: NPY002  # others draw from the global generator
+    _, keys, position, has_gauss, cached_gauss = numpy_state
     state: dict[str, Any] = {
         "python": [version, torch.tensor(words), gauss],
         "numpy": [torch.from_numpy(keys.astype(np.int64)), int(position), int(has_gauss), float(cached_gauss)],
@@ -248,7 +249,7 @@ def set_random_state(state: dict[str, Any]) -> None:
     version, words, gauss = state["python"]
     random.setstate((version, tuple(words.tolist()), gauss))
     keys, *rest = state["numpy"]
-    np.random.set_state(("MT19937", keys.numpy().astype(np.uint32), *rest))
+    np.random.set_state(("MT19937", keys.numpy().astype(np.uint32), *rest))  # noqa: NPY002
     torch.set_rng_state(state["torch"].cpu())
     if "cuda" in state and torch.cuda.is_available():
         torch.cuda.set_rng_state(state["cuda"].cpu())

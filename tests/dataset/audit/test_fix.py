@@ -189,7 +189,7 @@ def test_folds_are_those_that_each_run_deals(tree: Path) -> None:
 def test_a_settled_conflict_is_not_reported_again(tree: Path) -> None:
     write_image(tree / "cat" / "twin.png", 77)
     shutil.copy(tree / "cat/twin.png", tree / "dog/twin.png")
-    kinds = lambda: {finding.kind for finding in prepared(tree)[1].audit.findings}
+    kinds = lambda: {finding.kind for finding in prepared(tree)[1].audit.findings}  # noqa: E731
     assert "label_conflict" in kinds()
     fixes("dog/twin.png,dog,relabel,cat,same picture")
     assert "label_conflict" not in kinds() and "exact_duplicates" in kinds()
