@@ -42,7 +42,7 @@ def test_names_are_shown_and_never_run(tmp_path: Path) -> None:
     assert html.count("<script>") == 1 and "alert(1)</script>" not in html
     assert not re.findall(r'(?:src|href)="(?!data:)', html)
     assert html.count('class="pixels"') == 1 and html.count('src="data:image/webp') == 3
-    assert "Its name is no plain text" in html and "no picture: " in html
+    assert "Its name is not plain text" in html and "no image: " in html
     assert EVIL in map(unescape, re.findall(r'data-path="([^"]*)"', html))
 
 

@@ -203,7 +203,7 @@ def test_the_checks_of_classes_and_names(tmp_path: Path) -> None:
     audit = audited(tmp_path / "tree", tmp_path / "store")
     details = {kind: [finding.detail for finding in group] for kind, group in audit.by_type.items()}
     assert details["imbalance"] == ["'dog' has 130 training images, 'cat ' has 3: 43.3 to 1"]
-    assert details["few_images"] == ["'cat ' has 3 training images that can be read"]
+    assert details["few_images"] == ["'cat ' has 3 readable training images"]
     assert details["class_name_variants"] == ["'Cat' (12 images), 'cat ' (3 images)"]
     assert details["missing_in_train"] == ["'owl' is in test and not in train"]
     assert details["missing_in_test"] == ["'Cat' is in train and not in test", "'cat ' is in train and not in test"]

@@ -91,7 +91,7 @@ def test_decisions_stay_letter_by_letter_and_proposals_are_renewed() -> None:
     ("row", "words"),
     [
         ("a.png,cat,relable,dog,", "use one of relabel, exclude, keep"),
-        ("a.png,cat,relabel,,", "does not say to what"),
+        ("a.png,cat,relabel,,", "without a new label"),
         ("a.png,cat,exclude", "has 3 columns"),
         ("a.png,cat,exclude,,\na.png,cat,keep,,", "decides twice on 'a.png'"),
     ],
@@ -114,14 +114,14 @@ def test_labels_change_and_what_does_not_fit_is_said_once(caplog: pytest.LogCapt
     assert [image.label for image in correction.tree.images] == ["dog", "cat", "dog", "dog", "dog"]
     assert correction.excluded == {"c.png": "blurred"} and correction.counts == {"relabelled": 1, "excluded": 1}
     assert [record.message for record in caplog.records] == [
-        "fix.csv: 1 row passed over, as the image is not there: 'gone.png'",
-        "fix.csv: 1 row passed over, as the image has another label by now than the row says: 'd.png'",
+        "fix.csv: 1 row skipped, the image does not exist: 'gone.png'",
+        "fix.csv: 1 row skipped, the image has another label now: 'd.png'",
     ]
     assert fixes("a.png,cat,,dog,only proposed").applied(tree) == Correction(tree)
 
 
 def test_a_label_that_is_no_class_is_refused_with_the_nearest() -> None:
-    with pytest.raises(DataError, match=r"'dgo', which is no class: did you mean dog\?"):
+    with pytest.raises(DataError, match=r"'dgo', which is not a class: did you mean dog\?"):
         fixes("a.png,cat,relabel,dgo,").applied(tree_of(a="cat", b="dog"))
 
 
@@ -157,8 +157,8 @@ def test_applying_and_taking_back_gives_the_same_manifest(tree: Path, caplog: py
     assert len(corrected) == 18 and dict(corrected.corrected) == {"relabelled": 1, "excluded": 2}
     assert {record.path: record.split for record in corrected}.items() <= parts.items()
     assert next(record for record in corrected if record.path == held[0]).label == "dog"
-    assert "fix.csv: 1 label changed, 2 images left out" in caplog.text
-    assert "audit: after fix.csv: 1 label changed, 2 images left out" in found.audit.summary()
+    assert "fix.csv: 1 label changed, 2 images excluded" in caplog.text
+    assert "audit: after fix.csv: 1 label changed, 2 images excluded" in found.audit.summary()
     assert found.audit.excluded[held[1]] == "fix.csv: blurred"
     path = manifest_path(tree, [tree], DataSettings(fix_path="fix.csv", exclude_path="exclude.csv"))
     assert {record.path for record in Manifest.read(excluded_records_path(path), tree)} == {held[1], "dog/003.png"}
