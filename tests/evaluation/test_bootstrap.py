@@ -1,4 +1,4 @@
-"""Intervals: each resample is what judging its images anew would give; reproducible; honest where resampling says nothing."""
+"""Intervals: each resample equals an evaluation of its images; reproducible; no false certainty."""
 
 from __future__ import annotations
 

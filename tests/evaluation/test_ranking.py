@@ -1,4 +1,4 @@
-"""ROC-AUC and average precision by cells: the scikit-learn values, and derivatives that are those of the weighted figures."""
+"""ROC-AUC and average precision by cells equal those of scikit-learn, and their derivatives the weighted ones."""
 
 from __future__ import annotations
 

@@ -97,7 +97,7 @@ def _leak_sentence(split: str, numbers: Mapping[str, float]) -> str:
 
 @dataclass(frozen=True, eq=False)
 class _Dataset:
-    """The part of a data set that is checked: the rows of `kept`, bool [N]."""
+    """The images that are checked: the rows of `kept`, bool [N]."""
 
     tree: FileTree
     metadata: FileMetadata

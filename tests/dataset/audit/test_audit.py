@@ -1,4 +1,4 @@
-"""Findings are facts: what is said of a data set is so, of files that are there, and of the real ones what is known to be wrong with them."""
+"""Every issue of an audit is true and about existing files; known problems of real data sets are found."""
 
 from __future__ import annotations
 
@@ -97,7 +97,8 @@ def test_findings_are_facts(data: tuple[list[tuple[str, str, int, str]], list[tu
         assert all(
             (item.label, item.split) == (images[item.path].label, images[item.path].split) for item in finding.items
         )
-    ranks = [(SEVERITIES.index(finding.severity), list(ISSUE_TYPES).index(finding.issue_type)) for finding in audit.issues]
+    order = list(ISSUE_TYPES)
+    ranks = [(SEVERITIES.index(issue.severity), order.index(issue.issue_type)) for issue in audit.issues]
     assert ranks == sorted(ranks)
     assert json.loads(json.dumps(audit.as_dict())) == audit.as_dict()
     named = kinds_of(audit)
@@ -154,8 +155,7 @@ def test_an_audit_repeats_itself_and_only_the_hand_silences_a_finding(
     assert exclusions.updated(again) == exclusions
     by_hand = merge(Exclusions(), dict.fromkeys(first.proposed, "no good"))
     assert not any(
-        set(finding.paths) & first.proposed.keys()
-        for finding in find_issues(tree, facts, twins, asked, by_hand).issues
+        set(finding.paths) & first.proposed.keys() for finding in find_issues(tree, facts, twins, asked, by_hand).issues
     )
     assert not find_issues(tree, facts, twins, asked, by_hand).proposed.keys() & first.proposed.keys()
 

@@ -184,12 +184,13 @@ def test_every_text_has_contrast(theme: int) -> None:
 
 
 class Browser:
-    """A headless Chromium, spoken to over a pipe; `complaints` is all that the page made it say, `requests` all it asked for."""
+    """A headless Chromium, controlled over a pipe; it records the page's `complaints` and `requests`."""
 
     def __init__(self, binary: str, profile: Path) -> None:
         ours_out, theirs_in = self._pipe()
         theirs_out, ours_in = self._pipe()
-        line = f'exec "$0" --headless --no-sandbox --disable-gpu --user-data-dir="$1" --remote-debugging-pipe 3<&{ours_out} 4>&{ours_in}'
+        options = '--headless --no-sandbox --disable-gpu --user-data-dir="$1" --remote-debugging-pipe'
+        line = f'exec "$0" {options} 3<&{ours_out} 4>&{ours_in}'
         self.process = subprocess.Popen(
             ["bash", "-c", line, binary, str(profile)],
             pass_fds=(ours_out, ours_in),

@@ -1,4 +1,4 @@
-"""fix.csv: labels are corrected and images left out as its rows say, what a person wrote stays, and a row that is gone leaves no trace."""
+"""fix.csv: its rows correct labels and exclude images, a person's text stays, and a deleted row has no effect."""
 
 from __future__ import annotations
 
@@ -130,7 +130,7 @@ def test_a_label_that_is_no_class_is_refused_with_the_nearest() -> None:
 def test_what_was_left_out_and_relabelled_comes_back_to_its_part(
     sizes: dict[str, list[int]], settings: SplitSettings, draw: int, grown: dict[str, list[int]]
 ) -> None:
-    """The splits of all images after a correction was taken back are those before it, however the data set had grown."""
+    """After a correction is undone, the splits of all images are those before it, even if the data set has grown."""
     old = manifest_of(sizes)
     before = deal(joined(old, manifest_of(grown, "new")), settings, previous=deal(old, settings))
     undealt = replace(before, splits=np.full(len(before), -1, np.int8))
@@ -189,7 +189,10 @@ def test_folds_are_those_that_each_run_deals(tree: Path) -> None:
 def test_a_settled_conflict_is_not_reported_again(tree: Path) -> None:
     write_image(tree / "cat" / "twin.png", 77)
     shutil.copy(tree / "cat/twin.png", tree / "dog/twin.png")
-    kinds = lambda: {finding.issue_type for finding in prepared(tree)[1].audit.issues}
+
+    def kinds() -> set[str]:
+        return {issue.issue_type for issue in prepared(tree)[1].audit.issues}
+
     assert "label_conflict" in kinds()
     fixes("dog/twin.png,dog,relabel,cat,same picture")
     assert "label_conflict" not in kinds() and "exact_duplicates" in kinds()

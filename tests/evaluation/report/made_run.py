@@ -25,7 +25,7 @@ HOSTILE = "<img src=x onerror=window.hacked=1>"
 def make_run(
     home: Path, num_classes: int = 5, each: int = 12, accuracy: float = 0.7, pictures: bool = True
 ) -> PredictionTable:
-    """models/run, plots/run/test, runs/run and data/audit under `home`; the images of its test part lie in `home`/images."""
+    """Write models/run, plots/run/test, runs/run and data/audit under `home`, and the test images into images."""
     classes = tuple(sorted([f"class_{code:03d}" for code in range(num_classes - 1)] + [HOSTILE]))
     manifest = Manifest.of(home / "images", list(_records(classes, each)))
     if pictures:
