@@ -1,12 +1,12 @@
 # The server without torch: docker build -t image-classifier:0.1.0 .
 #   docker run --rm --init --read-only --tmpfs /tmp --cap-drop ALL -p 127.0.0.1:8080:8080 -v "$PWD/models:/models:ro" image-classifier:0.1.0 --checkpoint_name NAME
-# More: docs/deployment.md. To pin the base to the byte, add @sha256:… of `docker buildx imagetools inspect` here.
+# More: docs/deployment.md. To pin the base image, add the @sha256:… that `docker buildx imagetools inspect` prints.
 ARG PYTHON_IMAGE=python:3.13-slim-trixie
 
 FROM ${PYTHON_IMAGE} AS build
 ENV PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_NO_CACHE_DIR=1 PIP_NO_INPUT=1
 WORKDIR /src
-# Everything by its hash: first what builds wheels, then the wheels of what serves (one dependency is delivered as source only).
+# Everything is pinned by hash: first the build tools, then the wheels of the server (one dependency is source only).
 COPY deploy/requirements-build.txt deploy/requirements-serve.txt deploy/
 RUN python -m venv /opt/build \
  && /opt/build/bin/pip install --require-hashes --only-binary=:all: -r deploy/requirements-build.txt \
@@ -14,7 +14,7 @@ RUN python -m venv /opt/build \
 COPY pyproject.toml README.md LICENSE commands.py ./
 COPY conf conf
 COPY image_classifier image_classifier
-# The environment that is served from has no pip, and is looked at before it is handed on.
+# The environment of the server has no pip, and is checked before it is copied.
 RUN /opt/build/bin/pip wheel --no-deps --no-index --no-build-isolation --wheel-dir /wheels . \
  && python -m venv --without-pip /opt/venv \
  && /opt/build/bin/pip --python /opt/venv/bin/python install --no-deps --no-index --compile /wheels/*.whl \
@@ -24,19 +24,19 @@ RUN /opt/build/bin/pip wheel --no-deps --no-index --no-build-isolation --wheel-d
 
 FROM ${PYTHON_IMAGE}
 LABEL org.opencontainers.image.title="image-classifier" \
-      org.opencontainers.image.description="HTTP server of image_classifier: answers from a bundle, without torch" \
+      org.opencontainers.image.description="HTTP server of image_classifier: serves a bundle, without torch" \
       org.opencontainers.image.version="0.1.0" \
       org.opencontainers.image.licenses="Apache-2.0" \
       org.opencontainers.image.authors="The image_classifier authors"
-# Nothing here installs packages any more. What drift.enabled=true writes needs a volume there; a new one takes the folder's owner.
+# This stage installs no packages. The log of drift.enabled=true needs a volume there; a new one takes the folder's owner.
 RUN python -m pip uninstall --yes pip \
  && python -c "import pathlib, shutil, sysconfig; shutil.rmtree(pathlib.Path(sysconfig.get_path('stdlib')) / 'ensurepip')" \
  && install -d -o 10001 -g 10001 /runs/serve
 COPY --from=build /opt/venv /opt/venv
-# ONNX Runtime tells its makers about each process unless it is told not to.
+# ONNX Runtime sends usage data of each process to Microsoft unless this is set.
 ENV PATH=/opt/venv/bin:$PATH HOME=/tmp PYTHONDONTWRITEBYTECODE=1 PYTHONUNBUFFERED=1 ORT_DISABLE_TELEMETRY=1
 WORKDIR /
-# A number, so that Kubernetes can see that it is not root; it needs to write nothing but /tmp, and /runs/serve for drift.enabled=true.
+# A number, so that Kubernetes sees that it is not root. It writes only to /tmp, and to /runs/serve with drift.enabled=true.
 USER 10001:10001
 EXPOSE 8080
 STOPSIGNAL SIGTERM

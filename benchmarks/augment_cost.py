@@ -21,8 +21,8 @@ from torch.nn import functional
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from image_classifier.cli import hydra_app
-from image_classifier.training.hardware import Hardware, SpeedSettings, choose_hardware
+from image_classifier.cli import hydra_app  # noqa: E402
+from image_classifier.training.hardware import Hardware, SpeedSettings, choose_hardware  # noqa: E402
 
 _CLASSES = 10
 

@@ -22,9 +22,9 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from image_classifier.cpu import usable_cores
-from image_classifier.inference.load import load_predictor
-from image_classifier.inference.predictor import Predictor
+from image_classifier.cpu import usable_cores  # noqa: E402
+from image_classifier.inference.load import load_predictor  # noqa: E402
+from image_classifier.inference.predictor import Predictor  # noqa: E402
 
 
 def main() -> None:

@@ -26,9 +26,9 @@ from PIL import Image
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from image_classifier.images import Preprocess
-from image_classifier.inference.load import load_predictor
-from image_classifier.inference.predictor import Predictor
+from image_classifier.images import Preprocess  # noqa: E402
+from image_classifier.inference.load import load_predictor  # noqa: E402
+from image_classifier.inference.predictor import Predictor  # noqa: E402
 
 # Runs commands.py and says on the last line of stderr how much memory it took at most, in MiB.
 PEAK = """

@@ -31,12 +31,12 @@ from torchvision.models import resnet18
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from image_classifier.dataset.audit.checks import AuditSettings
-from image_classifier.dataset.pixel_cache import CacheSettings, PixelCache, open_cache
-from image_classifier.dataset.prepare import DataSettings, prepare
-from image_classifier.images import Preprocess
-from image_classifier.manifest import Manifest, Record
-from image_classifier.training.datamodule import ImageDataModule
+from image_classifier.dataset.audit.checks import AuditSettings  # noqa: E402
+from image_classifier.dataset.pixel_cache import CacheSettings, PixelCache, open_cache  # noqa: E402
+from image_classifier.dataset.prepare import DataSettings, prepare  # noqa: E402
+from image_classifier.images import Preprocess  # noqa: E402
+from image_classifier.manifest import Manifest, Record  # noqa: E402
+from image_classifier.training.datamodule import ImageDataModule  # noqa: E402
 
 
 def main() -> None:

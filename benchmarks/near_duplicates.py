@@ -28,8 +28,8 @@ from PIL import Image, UnidentifiedImageError
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from image_classifier.dataset.duplicates import DuplicateSettings, find_near_duplicates
-from image_classifier.dataset.lsh import propose
+from image_classifier.dataset.duplicates import DuplicateSettings, find_near_duplicates  # noqa: E402
+from image_classifier.dataset.lsh import propose  # noqa: E402
 
 BASE = 40  # side of the pictures that crops are cut from, pixels
 EVERY = 50  # thumbnails to one planted twin

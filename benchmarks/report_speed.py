@@ -25,11 +25,11 @@ from PIL import Image
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from image_classifier.bundle import BundleInfo, seal
-from image_classifier.evaluation.metrics.compute import compute_metrics
-from image_classifier.evaluation.results import metrics_dict
-from image_classifier.manifest import Manifest, Record
-from image_classifier.predictions import PredictionTable
+from image_classifier.bundle import BundleInfo, seal  # noqa: E402
+from image_classifier.evaluation.metrics.compute import compute_metrics  # noqa: E402
+from image_classifier.evaluation.results import metrics_dict  # noqa: E402
+from image_classifier.manifest import Manifest, Record  # noqa: E402
+from image_classifier.predictions import PredictionTable  # noqa: E402
 
 _DIFFERENT = 200
 

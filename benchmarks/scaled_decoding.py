@@ -22,7 +22,7 @@ import numpy as np
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from image_classifier.images import Preprocess, is_image_name, read_size
+from image_classifier.images import Preprocess, is_image_name, read_size  # noqa: E402
 
 
 def main() -> None:

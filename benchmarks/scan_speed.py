@@ -21,10 +21,10 @@ from typing import TypeVar
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from image_classifier.dataset import workers
-from image_classifier.dataset.discovery import discover
-from image_classifier.dataset.scan import scan_files
-from image_classifier.images import DecodeLimits
+from image_classifier.dataset import workers  # noqa: E402
+from image_classifier.dataset.discovery import discover  # noqa: E402
+from image_classifier.dataset.scan import scan_files  # noqa: E402
+from image_classifier.images import DecodeLimits  # noqa: E402
 
 Result = TypeVar("Result")
 WAYS = {"threads": 10**12, "processes": 0}  # from how many files on processes are used

@@ -32,10 +32,10 @@ import onnxruntime
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from image_classifier.errors import ClassifierError
-from image_classifier.images import IMAGE_SUFFIXES, Preprocess
-from image_classifier.inference.load import load_predictor
-from image_classifier.inference.predictor import Predictor
+from image_classifier.errors import ClassifierError  # noqa: E402
+from image_classifier.images import IMAGE_SUFFIXES, Preprocess  # noqa: E402
+from image_classifier.inference.load import load_predictor  # noqa: E402
+from image_classifier.inference.predictor import Predictor  # noqa: E402
 
 _WARM_S = 3.0
 _LOAD = 0.7

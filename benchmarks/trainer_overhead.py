@@ -13,23 +13,26 @@ import tempfile
 import time
 from itertools import islice
 from pathlib import Path
-from typing import Any
 
-import hydra
 import torch
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from image_classifier.dataset.pixel_cache import open_cache
-from image_classifier.dataset.run import prepare_from
-from image_classifier.training.builders import build_datamodule, build_module, build_trainer, speed_settings
-from image_classifier.training.callbacks.csv_metrics import CSVMetrics
-from image_classifier.training.callbacks.exact_resume import ExactResume
-from image_classifier.training.callbacks.nan_guard import NanGuard
-from image_classifier.training.callbacks.throughput import Throughput
-from image_classifier.training.datamodule import ImageDataModule
-from image_classifier.training.hardware import Hardware, choose_hardware
+from image_classifier.cli.train_config import compose_train_config  # noqa: E402
+from image_classifier.dataset.pixel_cache import open_cache  # noqa: E402
+from image_classifier.dataset.run import prepare_dataset  # noqa: E402
+from image_classifier.training.builders import (  # noqa: E402
+    TrainingInputs,
+    build_datamodule,
+    build_module,
+    build_trainer,
+)
+from image_classifier.training.callbacks.csv_metrics import CSVMetrics  # noqa: E402
+from image_classifier.training.callbacks.exact_resume import ExactResume  # noqa: E402
+from image_classifier.training.callbacks.nan_guard import NanGuard  # noqa: E402
+from image_classifier.training.callbacks.throughput import Throughput  # noqa: E402
+from image_classifier.training.hardware import choose_hardware  # noqa: E402
 
 
 def main() -> None:
@@ -37,14 +40,11 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     options, overrides = parser.parse_known_args()
     with tempfile.TemporaryDirectory() as folder:
-        with hydra.initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
-            config = hydra.compose("train", ["logger=none", f"run_dir={folder}", *overrides])
-        manifest, data = prepare_from(config)
-        cache = open_cache(manifest, data.preprocess, data.cache)
-        pairs = [
-            (_bare(config, manifest, data, cache), _lightning(config, manifest, data, cache, Path(folder)))
-            for _ in range(options.rounds)
-        ]
+        config = compose_train_config(["logger=none", f"run_dir={folder}", *overrides])
+        manifest, _ = prepare_dataset(config.data, config.audit)
+        cache = open_cache(manifest, config.data.preprocess, config.data.cache)
+        inputs = TrainingInputs(config, manifest, cache, choose_hardware(config.trainer.speed))
+        pairs = [(_bare(inputs), _lightning(inputs, Path(folder))) for _ in range(options.rounds)]
     ratios = [ours / bare for bare, ours in pairs]
     print(
         f"bare loop images/s {statistics.median(pair[0] for pair in pairs):.1f}, train images/s {statistics.median(pair[1] for pair in pairs):.1f}"
@@ -54,24 +54,16 @@ def main() -> None:
     )
 
 
-def _parts(config: Any, manifest: Any, data: Any, cache: Any) -> tuple[Any, ImageDataModule, Hardware]:
-    hardware = choose_hardware(speed_settings(config))
-    return (
-        build_module(config, manifest, data, cache, hardware),
-        build_datamodule(config, manifest, data, cache, hardware),
-        hardware,
-    )
-
-
-def _bare(config: Any, manifest: Any, data: Any, cache: Any) -> float:
-    module, datamodule, hardware = _parts(config, manifest, data, cache)
+def _bare(inputs: TrainingInputs) -> float:
+    module, datamodule = build_module(inputs), build_datamodule(inputs)
+    config, hardware = inputs.config, inputs.hardware
     loader, step = datamodule.train_dataloader(), 0
     optimizer = module.make_optimizer(module.classifier.parameters())
     images, seconds, warmup = 0, 0.0, 3
-    for epoch in range(config.trainer.max_epochs):
+    for epoch in range(config.trainer.max_epochs or 1):
         loader.sampler.set_epoch(epoch)
         start = time.perf_counter()
-        for pixels, targets in islice(loader, config.trainer.get("limit_train_batches")):
+        for pixels, targets in islice(loader, config.trainer.node.get("limit_train_batches")):
             step += 1
             pixels, targets = datamodule.augmented((pixels, targets), step)
             with torch.autocast("cpu", torch.bfloat16, enabled=hardware.precision == "bf16-mixed"):
@@ -88,12 +80,12 @@ def _bare(config: Any, manifest: Any, data: Any, cache: Any) -> float:
     return images / seconds
 
 
-def _lightning(config: Any, manifest: Any, data: Any, cache: Any, folder: Path) -> float:
-    module, datamodule, hardware = _parts(config, manifest, data, cache)
+def _lightning(inputs: TrainingInputs, folder: Path) -> float:
+    module, datamodule = build_module(inputs), build_datamodule(inputs)
     throughput = Throughput()
     trainer = build_trainer(
-        config,
-        hardware,
+        inputs.config,
+        inputs.hardware,
         throughput,
         CSVMetrics(folder / "metrics.csv", throughput),
         ExactResume({}, False),

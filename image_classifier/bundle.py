@@ -159,7 +159,7 @@ def _check(info: BundleInfo) -> None:
         not all(isinstance(number, int | float) and math.isfinite(number) for number in numbers)
         or not 1e-6 <= info.temperature <= 1e6
     ):
-        raise ValueError("a number that cannot be")
+        raise ValueError("an invalid number")
     _check_figures(info)
     for name, digest in info.files.items():
         place = PurePosixPath(name)
@@ -189,13 +189,13 @@ def _check_figures(info: BundleInfo) -> None:
             or not all(isinstance(file, str) for file in files)
             or not (_is_number(tolerance) and 0 <= tolerance <= 1)
         ):
-            raise ValueError(f"an export {name!r} that cannot be")
+            raise ValueError(f"invalid export {name!r}")
         if not all(
             isinstance(row, dict) and _is_number(row.get(key, 0))
             for row in found
             for key in ("agreement", "largest_difference", "golden_agreement")
         ):
-            raise ValueError(f"an export {name!r} that found what cannot be")
+            raise ValueError(f"invalid results of the export {name!r}")
 
 
 def _is_number(value: Any) -> bool:

@@ -52,6 +52,28 @@ NETWORKS = (
     "image_classifier.modeling.convnet.MLP",
     "image_classifier.modeling.whitened.WhitenedNet",
 )
+# Classes that moved or were renamed, old dotted path to new: configurations, run folders, bundles and checkpoints that
+# were saved before name the old one.
+ALIASES = {
+    f"image_classifier.{old}": f"image_classifier.{new}"
+    for old, new in {
+        "modeling.features.EmbeddingStore": "modeling.embeddings.EmbeddingStore",
+        "modeling.held.Held": "modeling.attribution_rules.DetachedAttention",
+        "training.augment.mix.Mix": "training.augment.mixup_cutmix.Mix",
+        "training.augment.operations.Draw": "training.augment.rand_augment.Draw",
+        "training.augment.operations.RandomOperations": "training.augment.rand_augment.RandomOperations",
+        "training.callbacks.bad_loss.BadLoss": "training.callbacks.nan_guard.NanGuard",
+        "training.callbacks.compiling.Compiling": "training.callbacks.torch_compile.TorchCompile",
+        "training.callbacks.history.RunHistory": "training.callbacks.csv_metrics.CSVMetrics",
+        "training.callbacks.rehearsing.Stopwatch": "training.callbacks.lr_sweep.StepTimer",
+        "training.callbacks.rehearsing.Sweep": "training.callbacks.lr_sweep.LearningRateSweep",
+        "training.callbacks.signals.Signals": "training.callbacks.preemption.SignalHandler",
+        "training.callbacks.signals.StopOnSignal": "training.callbacks.preemption.StopOnSignal",
+        "training.callbacks.state.ExactState": "training.callbacks.exact_resume.ExactResume",
+        "training.callbacks.tuner.ReportToTuner": "training.callbacks.optuna_pruning.OptunaPruning",
+        "training.optimizers.schedules.Moves": "training.optimizers.schedules.OptimizerAndSchedule",
+    }.items()
+}
 _HOMES = (
     "timm.models.",
     "image_classifier.modeling.",
@@ -100,6 +122,7 @@ def instantiate(
         return None
     if isinstance(node, Mapping) and not OmegaConf.is_config(node):
         node = _at_key(node, key)
+    node = _with_new_names(node)
     allowed = _allowed(trusted, known)
     check_targets(node, trusted, known)
     for key, target, given in _targets(node):
@@ -122,6 +145,23 @@ def _at_key(node: Mapping[str, Any], key: str) -> Any:
     return config
 
 
+def _with_new_names(node: Any) -> Any:
+    """Return the node, resolved and with new dotted paths where it names classes by old ones."""
+    if not isinstance(node, DictConfig):
+        return node
+    plain = _plain(node)
+    renamed = _renamed(plain)
+    return node if renamed == plain else _at_key(renamed, str(node._get_full_key(None) or ""))
+
+
+def _renamed(plain: Any) -> Any:
+    if isinstance(plain, dict):
+        node = {name: _renamed(value) for name, value in plain.items()}
+        target = node.get("_target_")
+        return node | {"_target_": ALIASES[target]} if isinstance(target, str) and target in ALIASES else node
+    return [_renamed(value) for value in plain] if isinstance(plain, (list, tuple)) else plain
+
+
 def _allowed(trusted: Iterable[str], known: tuple[str, ...]) -> tuple[str, ...]:
     return (*known, *(f"{package.rstrip('.')}." for package in trusted))
 
@@ -131,18 +171,24 @@ def _is_trusted(name: str, allowed: tuple[str, ...]) -> bool:
 
 
 def _targets(node: Any) -> Iterator[tuple[str, str, dict[str, Any]]]:
-    """Every node of the tree that has a `_target_`: its key, the target and the whole plain node."""
+    """Yield each node of the tree that has a `_target_`: its key, the target by its new name, and the plain node."""
+    key = str(node._get_full_key(None) or "") if isinstance(node, DictConfig) else ""
+    yield from _walk(_plain(node), key)
+
+
+def _plain(node: Any) -> Any:
+    """Return a node of OmegaConf as plain containers with its interpolations resolved."""
     try:
-        plain = OmegaConf.to_container(node, resolve=True) if OmegaConf.is_config(node) else node
+        return OmegaConf.to_container(node, resolve=True) if OmegaConf.is_config(node) else node
     except OmegaConfBaseException as error:
         raise ConfigError(f"cannot resolve {error.full_key}", str(error).partition("\n")[0]) from error
-    yield from _walk(plain, str(node._get_full_key(None) or "") if isinstance(node, DictConfig) else "")
 
 
 def _walk(plain: Any, key: str) -> Iterator[tuple[str, str, dict[str, Any]]]:
     if isinstance(plain, dict):
         if plain.get("_target_") is not None:
-            yield key, str(plain["_target_"]), plain
+            target = str(plain["_target_"])
+            yield key, ALIASES.get(target, target), plain
         for name, value in plain.items():
             yield from _walk(value, _join(key, str(name)))
     elif isinstance(plain, (list, tuple)):

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import ast
 import os
 import subprocess
 import sys
 import tomllib
+from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 
@@ -40,6 +42,8 @@ except SystemExit as stop:
 print("loaded:", *(name for name in zone if name in sys.modules), file=sys.stderr)
 sys.exit(code)
 """
+
+LINT_IMPORTS = "import sys; from importlinter.cli import lint_imports; sys.exit(lint_imports(no_cache=True))"
 
 
 def assert_torch_free(cwd: Path, *line: str, timeout_s: float = 120) -> str:
@@ -93,6 +97,45 @@ def test_a_source_file_is_short_and_named_after_what_it_holds(path: Path) -> Non
     assert path.stem not in {"utils", "util", "helpers", "helper", "common", "misc"}
 
 
+PACKAGE = sorted((ROOT / "image_classifier").rglob("*.py"))
+# Their standard output is read by the process that started them.
+READ_BY_A_PROGRAM = {"training/callbacks/optuna_pruning.py", "inference/latency.py"}
+
+
+def _prints(tree: ast.AST) -> Iterator[int]:
+    """Yield the lines that write to standard output or standard error by hand."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "print":
+            yield node.lineno
+        elif isinstance(node, ast.Attribute) and node.attr in ("write", "buffer"):
+            value = node.value
+            if isinstance(value, ast.Attribute) and value.attr in ("stdout", "stderr"):
+                yield node.lineno
+
+
+def test_only_the_command_line_prints() -> None:
+    found = []
+    for path in PACKAGE:
+        name = path.relative_to(ROOT / "image_classifier").as_posix()
+        if not name.startswith("cli/") and name not in READ_BY_A_PROGRAM:
+            found += [f"{name}:{line}" for line in _prints(ast.parse(path.read_text(encoding="utf-8")))]
+    assert found == []
+
+
+def test_public_class_names_are_unique() -> None:
+    places: dict[str, list[str]] = {}
+    for path in PACKAGE:
+        for node in ast.parse(path.read_text(encoding="utf-8")).body:
+            if isinstance(node, ast.ClassDef) and not node.name.startswith("_"):
+                places.setdefault(node.name, []).append(path.relative_to(ROOT).as_posix())
+    assert {name: paths for name, paths in places.items() if len(paths) > 1} == {}
+
+
+def test_import_contracts() -> None:
+    done = subprocess.run([sys.executable, "-c", LINT_IMPORTS], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stdout
+
+
 def test_the_changelog_knows_this_version() -> None:
     changelog = (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
     assert f"\n## [{image_classifier.__version__}] - " in changelog
@@ -112,6 +155,7 @@ def test_every_config_composes(path: Path) -> None:
     from omegaconf import OmegaConf
     from omegaconf.errors import InterpolationToMissingValueError
 
+    import image_classifier.cli.hydra_app  # noqa: F401  (registers what the files may refer to)
 
     with initialize_config_dir(str(CONF), version_base="1.3"):
         if path.parent == CONF:

@@ -115,6 +115,7 @@ SMALL: dict[str, list[str]] = {
 def composed(name: str) -> Any:
     from hydra import compose, initialize_config_dir
 
+    import image_classifier.cli.hydra_app  # noqa: F401  (registers what the files may refer to)
 
     with initialize_config_dir(str(CONF), version_base="1.3"):
         return compose("train", [f"experiment={name}"])

@@ -69,10 +69,6 @@ def run_verb(verb: str, arguments: list[str], task: Task) -> None:
         ClassifierError: The command line or the task is refused; other errors of the task pass unchanged.
     """
     line = translate(verb, arguments)
-    if line.has("--shell-completion"):
-        from image_classifier.cli.completion import complete
-
-        return complete(list(line.overrides), [verb])
     argv = list(sys.argv)
 
     def checked(config: DictConfig) -> object:
@@ -179,12 +175,15 @@ def _compose(verb: str, root: str, overrides: list[str], extra: list[str], with_
 
 
 def composed(verb: str, overrides: Iterable[str]) -> DictConfig:
-    """Return the configuration of another verb, composed from the files that the running verb uses.
+    """Return the configuration of a verb, composed from the files that the running verb uses.
 
     Raises:
-        ConfigError: The other verb would refuse these overrides.
+        ConfigError: The verb would refuse these overrides.
     """
-    extra = [override for override in HydraConfig.get().overrides.hydra if override.startswith("hydra.searchpath=")]
+    if HydraConfig.initialized():
+        extra = [item for item in HydraConfig.get().overrides.hydra if item.startswith("hydra.searchpath=")]
+    else:  # called from Python
+        extra = _search_path(with_own_conf(CommandLine()).value("--config-dir"))
     config = _compose(verb, verb, [parse(override).input_line or "" for override in overrides], extra)
     check_complete(config, verb)
     check_targets(config, config.get("trusted_packages") or ())

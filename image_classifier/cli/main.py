@@ -75,7 +75,7 @@ VERBS: dict[str, tuple[str, str]] = {
         "Classify images with a bundle, a checkpoint or an ONNX file.",
     ),
     "serve": (
-        "image_classifier.serving.settings:serve",
+        "image_classifier.cli.verbs.serve:serve",
         "Serve models over HTTP: a web page, a REST API and the V2 protocol.",
     ),
     "drift": (
@@ -110,12 +110,14 @@ def main() -> None:
         print(overview(program(), summaries()))
     elif verb == "--version":
         print(f"image_classifier {__version__}")
-    elif verb in ("-sc", "--shell-completion"):
+    elif {verb, *arguments} & {"-sc", "--shell-completion"}:
         from image_classifier.cli.completion import complete
 
-        complete(arguments, list(VERBS))
+        complete(arguments, [verb] if verb in VERBS else list(VERBS))
     elif verb not in VERBS:
         raise _unknown(verb)
+    elif {"--help", "-h"} & set(arguments):
+        print(verb_help(program(), verb, VERBS[verb][1], CONF_DIR))
     else:
         import fire
 
@@ -143,13 +145,9 @@ def _unknown(verb: str) -> ConfigError:
 
 
 def _run(verb: str, arguments: list[str]) -> None:
-    function, text = VERBS[verb]
-    if {"--help", "-h"} & set(arguments):
-        print(verb_help(program(), verb, text, CONF_DIR))
-    else:
-        from image_classifier.cli.hydra_app import run_verb
+    from image_classifier.cli.hydra_app import run_verb
 
-        run_verb(verb, arguments, _imported(function))
+    run_verb(verb, arguments, _imported(VERBS[verb][0]))
 
 
 def _imported(name: str) -> Callable[[Any], object]:

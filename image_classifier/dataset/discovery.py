@@ -1,4 +1,4 @@
-"""Finding the images of folder-per-class trees, of trees in parts (train/ [val/] test/) and of tables; no file is opened."""
+"""Finding the images of folder-per-class trees, of trees with train/ [val/] test/ and of tables; no file is opened."""
 
 from __future__ import annotations
 
@@ -10,15 +10,16 @@ from dataclasses import dataclass, replace
 from itertools import pairwise
 from operator import attrgetter
 from pathlib import Path
+from typing import NoReturn
 
 from image_classifier.errors import ConfigError, DataError, UnreadableImage
 from image_classifier.images import is_image_name
 from image_classifier.progress import with_bar
+from image_classifier.sources.folders import is_folder, visible_entries, walk
 from image_classifier.sources.table import SPLIT_NAMES, TableRow, is_table, read_table
 
 log = logging.getLogger(__name__)
 
-_JUNK = frozenset({"__MACOSX", "__pycache__", "lost+found", "Thumbs.db", "desktop.ini"})
 _TREE_HINT = "give each class its own sub-folder: FOLDER/cat/1.jpg, FOLDER/dog/2.jpg"
 _GONE = -1  # size and times of a file that cannot be looked at, such as a link to nowhere
 
@@ -130,32 +131,25 @@ def unreadable(root: Path, failures: Sequence[UnreadableImage]) -> DataError:
 def list_folder(folder: Path) -> Listing:
     """What `folder` itself shows; DataError where it cannot be read."""
     listing = Listing([], [], [])
-    for entry in _entries(folder):
-        names = (
-            listing.folders if _is_folder(entry) else listing.images if is_image_name(entry.name) else listing.others
-        )
-        names.append(entry.name)
+    try:
+        entries = visible_entries(folder)
+    except OSError as error:
+        raise _unreadable_folder(folder, error) from error
+    for entry in entries:
+        if is_folder(entry):
+            listing.folders.append(entry.name)
+        elif is_image_name(entry.name):
+            listing.images.append(entry.name)
+        else:
+            listing.others.append(entry.name)
     for names in (listing.folders, listing.images, listing.others):
         names.sort()
     return listing
 
 
-def _entries(folder: str | Path) -> list[os.DirEntry[str]]:
-    """Visible entries of a folder, in any order."""
-    try:
-        with os.scandir(folder) as entries:
-            return [entry for entry in entries if not entry.name.startswith(".") and entry.name not in _JUNK]
-    except OSError as error:
-        raise DataError(
-            f"cannot read the folder {str(folder)!r} ({error.strerror})", "check the path and its permissions"
-        ) from error
-
-
-def _is_folder(entry: os.DirEntry[str]) -> bool:
-    try:
-        return entry.is_dir()
-    except OSError:  # a link to itself or into a forbidden folder
-        return False
+def _unreadable_folder(folder: str | Path, error: OSError) -> DataError:
+    fact = f"cannot read the folder {str(folder)!r} ({error.strerror})"
+    return DataError(fact, "check the path and its permissions")
 
 
 def _parts(folder: Path) -> Parts:
@@ -270,33 +264,20 @@ class _Finder:
         return [self.sources.relative(os.path.join(folder, name)) for name in names]
 
     def _add_class(self, folder: str, label: str, split: str) -> None:
-        before = len(self.images)
-        relative = self.sources.relative(folder)
-        self._walk(folder, relative, label, split, _above(folder))
-        if len(self.images) == before:
-            self.empty.append(relative)
+        """Add everything below one class folder."""
 
-    def _walk(self, folder: str, relative: str, label: str, split: str, above: tuple[tuple[int, int], ...]) -> None:
-        """Everything below one folder of a class; links are followed, but never in a circle."""
-        entries = _entries(folder)
-        status = os.stat(folder)
-        identity = (status.st_dev, status.st_ino)
-        if identity in above:
-            return
-        for entry in entries:
-            path = f"{relative}/{entry.name}"
-            if _is_folder(entry):
-                self._walk(f"{folder}/{entry.name}", path, label, split, (*above, identity))
-            elif is_image_name(entry.name):
+        def refuse(path: str, error: OSError) -> NoReturn:
+            raise _unreadable_folder(path, error) from error
+
+        before = len(self.images)
+        for entry in walk(folder, refuse):
+            path = self.sources.relative(entry.path)
+            if is_image_name(entry.name):
                 self.images.append(_image(path, label, split, _status(entry)))
             else:
                 self.strays.append(path)
-
-
-def _above(folder: str) -> tuple[tuple[int, int], ...]:
-    """What identifies the folders above this one: a link to one of them would bring in all other classes."""
-    found = (os.stat(parent) for parent in Path(os.path.abspath(folder)).parents)
-    return tuple((status.st_dev, status.st_ino) for status in found)
+        if len(self.images) == before:
+            self.empty.append(self.sources.relative(folder))
 
 
 def _status(entry: os.DirEntry[str]) -> os.stat_result | None:

@@ -72,7 +72,7 @@ class ExportSettings(CheckpointReference):
 
 @dataclass(frozen=True)
 class ExportResult:
-    """One form of the model that was written, and its metadata in bundle.json: agreement, largest difference and more."""
+    """A form of the model that was written, and its metadata in bundle.json."""
 
     form: str
     metadata: dict[str, Any]
@@ -113,7 +113,10 @@ def export(
 
 
 def _added(bundle: Bundle, name: str, write: Export, parity_set: ParitySet) -> dict[str, Any]:
-    """Add a form to the bundle and return its metadata: a new folder replaces the old one and shares its other files."""
+    """Add a form to the bundle and return its metadata.
+
+    A new folder replaces the old one and shares its other files.
+    """
     with tempfile.TemporaryDirectory() as folder:
         written = Path(folder)
         metadata = write(parity_set, written)

@@ -41,8 +41,8 @@ class Int8Settings:
     """The keys of `int8` in conf/export.yaml.
 
     Args:
-        max_drop: Points of accuracy, 0..100, that may be lost, overall and by each class; a small class may always lose one
-            image.
+        max_drop: Points of accuracy, 0..100, that may be lost, overall and by each class; a small class may always lose
+            one image.
         min_speedup: Required speed relative to model.onnx, in batches of 16 on this machine.
         images: Training images, stratified by class, from which the ranges of the integers are calibrated.
     """
@@ -106,6 +106,22 @@ class Drop:
         return cls(float(after.mean()), overall, classes[worst], float(by_class), breach)
 
 
+@dataclass(frozen=True)
+class _Trial:
+    """One quantised model, and how it keeps the contract."""
+
+    backend: OnnxBackend
+    probabilities: np.ndarray
+    drop: Drop
+    speedup: float
+    slow: str
+
+    @property
+    def breach(self) -> str:
+        """The part of the contract that it breaks, or ""."""
+        return self.drop.breach or self.slow
+
+
 def export_int8(parity_set: ParitySet, directory: Path, settings: Int8Settings) -> dict[str, Any]:
     """Write model.int8.onnx and return the metadata.
 
@@ -115,13 +131,12 @@ def export_int8(parity_set: ParitySet, directory: Path, settings: Int8Settings) 
     Raises:
         ParityError: No choice of layers keeps the contract.
     """
-    bundle = parity_set.bundle
-    float_model = bundle.path("model.onnx")
+    float_model = parity_set.bundle.path("model.onnx")
     path = directory / NAME
     # Read the training images on which the ranges are calibrated, uint8 [M, 3, S, S].
     rows = stratified(parity_set.train.targets, settings.images)
     calibration = parity_set.read([parity_set.train.file(parity_set.train[row]) for row in rows.tolist()])
-    # Let ONNX Runtime fold and infer shapes once, before the trials.
+    # Let ONNX Runtime fold constants and infer shapes once, before the trials.
     prepared = directory / "prepared.onnx"
     quant_pre_process(str(float_model), str(prepared), skip_symbolic_shape=True)
     float_backend = OnnxBackend(float_model)
@@ -129,44 +144,50 @@ def export_int8(parity_set: ParitySet, directory: Path, settings: Int8Settings) 
     for float_layers in _float_layers(prepared, calibration, path):
         # Quantise all other layers, and measure what the contract is about.
         _quantise(prepared, path, calibration, float_layers)
-        backend = OnnxBackend(path)
-        probabilities = softmax(answers_of(backend, parity_set.pixels)[0], bundle.info.temperature)
-        drop = Drop.of(
-            parity_set.targets, parity_set.probabilities, probabilities, bundle.info.classes, settings.max_drop
-        )
-        speedup = _speedup(float_backend, backend, parity_set.pixels[:_SPEED_BATCH])
-        slow = ""
-        if speedup < settings.min_speedup:
-            slow = f"it is {speedup:.2f} times as fast as model.onnx, {settings.min_speedup:g} are required"
-        breach = drop.breach or slow
+        trial = _measured(parity_set, path, float_backend, settings)
+        breach = trial.breach
         log.info(
             "int8, %d layers in float32: %.2f points lost, %.2f times as fast. %s",
-            len(float_layers),
-            drop.overall,
-            speedup,
-            breach,
+            *(len(float_layers), trial.drop.overall, trial.speedup, breach),
         )
         if not breach:
             prepared.unlink()
             _copy_metadata(float_model, path)
-            parity = Parity.of(parity_set.probabilities, probabilities, parity_set.paths, NAME)
-            golden = check_golden(NAME, backend, Golden.of(bundle), bundle.info.temperature)
-            return {
-                **parity.as_dict(),
-                "golden_agreement": golden.agreement,
-                "drop": drop.overall,
-                "worst_class": drop.worst_class,
-                "worst_class_drop": drop.by_class,
-                "speedup": round(speedup, 2),
-                "tolerance": 1.0,
-                "float_layers": list(float_layers),
-            }
-        if slow:
+            return {**_metadata(parity_set, trial), "float_layers": list(float_layers)}
+        if trial.slow:
             break  # with more layers in float32 it only gets slower
     raise ParityError(
         f"int8 breaks its contract: {breach}",
         "model.onnx is still what is served; to allow more, change int8.max_drop or int8.min_speedup",
     )
+
+
+def _measured(parity_set: ParitySet, path: Path, float_backend: OnnxBackend, settings: Int8Settings) -> _Trial:
+    """Compare the quantised model at `path` with the checkpoint, and its speed with model.onnx."""
+    info = parity_set.bundle.info
+    backend = OnnxBackend(path)
+    probabilities = softmax(answers_of(backend, parity_set.pixels)[0], info.temperature)
+    drop = Drop.of(parity_set.targets, parity_set.probabilities, probabilities, info.classes, settings.max_drop)
+    speedup = _speedup(float_backend, backend, parity_set.pixels[:_SPEED_BATCH])
+    slow = ""
+    if speedup < settings.min_speedup:
+        slow = f"it is {speedup:.2f} times as fast as model.onnx, {settings.min_speedup:g} are required"
+    return _Trial(backend, probabilities, drop, speedup, slow)
+
+
+def _metadata(parity_set: ParitySet, trial: _Trial) -> dict[str, Any]:
+    bundle = parity_set.bundle
+    parity = Parity.of(parity_set.probabilities, trial.probabilities, parity_set.paths, NAME)
+    golden = check_golden(NAME, trial.backend, Golden.of(bundle), bundle.info.temperature)
+    return {
+        **parity.as_dict(),
+        "golden_agreement": golden.agreement,
+        "drop": trial.drop.overall,
+        "worst_class": trial.drop.worst_class,
+        "worst_class_drop": trial.drop.by_class,
+        "speedup": round(trial.speedup, 2),
+        "tolerance": 1.0,
+    }
 
 
 class _CalibrationReader(CalibrationDataReader):

@@ -1,4 +1,7 @@
-"""Export to one ONNX file: pixels uint8 [batch, 3, H, W] -> logits float32 [batch, C] and embedding [batch, D], weights inside."""
+"""Export to one ONNX file with its weights.
+
+Pixels uint8 [batch, 3, H, W] -> logits float32 [batch, C] and embedding float32 [batch, D].
+"""
 
 from __future__ import annotations
 

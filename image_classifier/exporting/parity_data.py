@@ -87,7 +87,7 @@ class ParitySet:
         return self.read(self.files)
 
     def read(self, files: Sequence[Path]) -> np.ndarray:
-        """Return files as the network sees them, uint8 [N, 3, S, S]; UnreadableImage for the first that cannot be read."""
+        """Return files as pixels uint8 [N, 3, S, S]; UnreadableImage for the first that cannot be read."""
         with ThreadPoolExecutor(2) as pool:
             squares = list(pool.map(lambda file: self.preprocess.read(file, self.limits), files))
         return np.ascontiguousarray(np.stack(squares).transpose(0, 3, 1, 2))

@@ -1,4 +1,4 @@
-"""Promotion of a bundle: after a last check MLflow's registry gets its model as a new version, and an alias points to it."""
+"""Promotion of a bundle: a last check, a new version in MLflow's registry, and an alias that points to it."""
 
 from __future__ import annotations
 

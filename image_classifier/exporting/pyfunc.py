@@ -78,7 +78,10 @@ class ServedClassifier(PythonModel):
 
 
 def _items(model_input: Any) -> Iterator[Any]:
-    """Yield one item an image, from a list, an array uint8 [H, W, 3] or [N, H, W, 3], or a table with the column `image` or `path`."""
+    """Yield one item an image.
+
+    The input is a list, an array uint8 [H, W, 3] or [N, H, W, 3], or a table with the column `image` or `path`.
+    """
     if isinstance(model_input, np.ndarray):
         yield from (model_input[None] if model_input.ndim in (0, 3) else model_input)
     elif hasattr(model_input, "to_dict"):  # a table of pandas
@@ -104,7 +107,7 @@ def _are_bytes(values: np.ndarray) -> bool:
 
 
 def _plain(item: Any) -> Any:
-    """Return an input without the wrapping of a server or a table: arrays without dimensions, and the column `image`."""
+    """Return an input without what a server or a table adds: arrays without dimensions, and the column `image`."""
     if isinstance(item, Mapping):
         item = {key: _plain(value) for key, value in item.items()}
         return item["image"] if set(item) == {"image"} else item

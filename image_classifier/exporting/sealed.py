@@ -156,7 +156,7 @@ def _squaring_graph(preprocess: Preprocess) -> onnx.GraphProto:
 def _resized(graph: _GraphBuilder, planes: str, image_size: str, target: str, preprocess: Preprocess) -> str:
     """Resize planes uint8 [1, 3, H, W] to `target` as Pillow does: one pass an axis, rounded to grey levels in between.
 
-    The order of the axes matters where a kernel overshoots: it is that of Pillow 13 (ImagingResampleInner in Resample.c).
+    The order of the axes matters where a kernel overshoots: it is that of Pillow 13 (Resample.c, ImagingResampleInner).
     """
     kernel: dict[str, Any] = (
         {"mode": "cubic", "cubic_coeff_a": -0.5} if preprocess.interpolation == "bicubic" else {"mode": "linear"}

@@ -52,7 +52,8 @@ class TritonSettings:
 
     Args:
         max_batch_size: Largest number of images in one execution, and in one request.
-        preferred_batch_sizes: Batch sizes to which the server collects requests; sizes above `max_batch_size` are left out.
+        preferred_batch_sizes: Batch sizes that the server collects requests for; larger ones than
+            `max_batch_size` are left out.
         max_queue_delay_us: Microseconds that a request may wait for others.
         max_queue_size: Requests that may wait; the next is refused with 503.
         queue_timeout_ms: Milliseconds that a request may wait before it is refused; 0: no limit.

@@ -15,8 +15,8 @@ from image_classifier.inference.backends import OpenOptions
 from image_classifier.instantiate import NETWORKS, instantiate
 from image_classifier.modeling.classifier import Classifier, build_classifier
 
-# Arguments by which a network loads weights from elsewhere. The checkpoint's weights would replace them at once, and a file
-# must not make us load another file.
+# Arguments by which a network loads weights from elsewhere. The checkpoint's weights would replace them at once, and a
+# file must not make us load another file.
 _FETCHING = {"pretrained": False, "weights": None, "weights_backbone": None}
 _LOADING = ("checkpoint_path", "pretrained_cfg", "pretrained_cfg_overlay", "cache_dir")
 _FETCHERS = {"timm.create_model": "pretrained", "image_classifier.modeling.backbones.torchvision_backbone": "weights"}
@@ -37,30 +37,10 @@ def load_classifier(path: Path, trusted: Sequence[str] = ()) -> tuple[Classifier
         CheckpointError: The file is damaged, or was not written by this package.
         ConfigError: Its network comes from a package that is not trusted, or takes other arguments.
     """
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-        blueprint = content["hyper_parameters"]["blueprint"]
-        weights = {
-            key.removeprefix("classifier."): value
-            for key, value in content["state_dict"].items()
-            if key.startswith("classifier.")
-        }
-        shape = (
-            len(blueprint["classes"]),
-            blueprint["preprocess"]["size"],
-            blueprint["normalise"]["mean"],
-            blueprint["normalise"]["std"],
-        )
-        dropout = blueprint["head_dropout"]
-        tta = blueprint.get("tta", "none")
-    except Exception as error:  # a damaged file makes torch raise anything, assertions too
-        raise CheckpointError(
-            f"{str(path)!r} is damaged, or not a checkpoint of this package ({type(error).__name__})",
-            "give another, or train again",
-        ) from error
+    blueprint, weights, arguments = _read(path)
     try:
         backbone = instantiate(network_of(blueprint), trusted=trusted, known=NETWORKS)
-        classifier = build_classifier(backbone, *shape, dropout, tta)
+        classifier = build_classifier(backbone, *arguments)
     except ClassifierError:
         raise
     except Exception as error:  # a library may raise anything for the arguments of a strange file
@@ -75,6 +55,32 @@ def load_classifier(path: Path, trusted: Sequence[str] = ()) -> tuple[Classifier
             f"the weights of {str(path)!r} do not fit its network", "was timm or torchvision changed since?"
         ) from error
     return classifier.eval(), blueprint
+
+
+def _read(path: Path) -> tuple[dict[str, Any], dict[str, torch.Tensor], tuple[Any, ...]]:
+    """Return a checkpoint's blueprint, its weights, and the arguments of `build_classifier` behind the backbone."""
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+        blueprint = content["hyper_parameters"]["blueprint"]
+        weights = {
+            key.removeprefix("classifier."): value
+            for key, value in content["state_dict"].items()
+            if key.startswith("classifier.")
+        }
+        arguments = (
+            len(blueprint["classes"]),
+            blueprint["preprocess"]["size"],
+            blueprint["normalise"]["mean"],
+            blueprint["normalise"]["std"],
+            blueprint["head_dropout"],
+            blueprint.get("tta", "none"),
+        )
+    except Exception as error:  # a damaged file makes torch raise anything, assertions too
+        raise CheckpointError(
+            f"{str(path)!r} is damaged, or not a checkpoint of this package ({type(error).__name__})",
+            "give another, or train again",
+        ) from error
+    return blueprint, weights, arguments
 
 
 def network_of(blueprint: Mapping[str, Any]) -> dict[str, Any]:

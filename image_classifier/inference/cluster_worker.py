@@ -1,4 +1,4 @@
-"""What one worker of a cluster does: it unpacks the model that it was sent, loads it once, and answers and writes one shard after the other."""
+"""A worker of a cluster: it unpacks the model that it was sent, loads it once, and answers and writes shards."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ _loaded: dict[str, Predictor] = {}  # of this process, which answers many shards
 
 @dataclass(frozen=True)
 class WorkerModel:
-    """A bundle, or a lone file, on its way to other machines: its name, the hash that it must have there, and its files."""
+    """A bundle or a lone file to send to other machines: its name, its hash, and the content of its files."""
 
     name: str
     sha256: str
@@ -34,7 +34,7 @@ class WorkerModel:
 
     @classmethod
     def of(cls, path: Path) -> WorkerModel:
-        """What lies there, every file of a bundle compared with its hash."""
+        """Read the model at a path; every file of a bundle is compared with its hash."""
         if not path.is_dir():
             return cls(path.name, sha256_of(path), {path.name: path.read_bytes()})
         bundle = read_bundle(path)
@@ -45,14 +45,18 @@ class WorkerModel:
         )
 
     def unpacked(self, root: Path) -> Path:
-        """Where it lies below `root`, once for all workers of a machine; CheckpointError where that is not what was sent."""
+        """Write the model below `root`, once for all workers of a machine, and return its path.
+
+        Raises:
+            CheckpointError: What is there is not what was sent.
+        """
         with file_lock(root / f"{self.sha256}.lock"):
             folder = root / self.sha256
             if not folder.exists():
-                with atomic_directory(folder) as part:
+                with atomic_directory(folder) as unfinished:
                     for name, content in self.files.items():
-                        (part / name).parent.mkdir(parents=True, exist_ok=True)
-                        (part / name).write_bytes(content)
+                        (unfinished / name).parent.mkdir(parents=True, exist_ok=True)
+                        (unfinished / name).write_bytes(content)
             try:
                 return self._checked(folder)
             except CheckpointError as error:
@@ -61,22 +65,27 @@ class WorkerModel:
                 ) from error
 
     def _checked(self, folder: Path) -> Path:
-        lone = self.files.keys() != {INFO_NAME} | self.files.keys()
-        path = folder / self.name if lone else folder
-        if sha256_of(path if lone else path / INFO_NAME) != self.sha256:
+        is_bundle = INFO_NAME in self.files
+        path = folder if is_bundle else folder / self.name
+        if sha256_of(path / INFO_NAME if is_bundle else path) != self.sha256:
             raise CheckpointError(f"the copy of the model in {str(folder)!r} is another one")
-        if not lone:
+        if is_bundle:
             read_bundle(path).verify()
         return path
 
 
 @dataclass(frozen=True)
 class ShardJob:
-    """What every worker is told: `load` gives a Predictor over the model of this hash when it lies at a path.
+    """The instructions for every worker.
 
     Args:
-        fetch: Gives the Model, where it is to come from.
-        folder: Where models are unpacked; None: below the machine's own folder for temporary files.
+        sha256: Hash of the model.
+        load: Returns a Predictor over the model at a path.
+        shards: Where the answers go.
+        cpus: Processors of each worker.
+        fetch: Returns the model.
+        folder: Folder in which models are unpacked; None: below the machine's folder for temporary files.
+        version: Version of this package, which all machines must have.
     """
 
     sha256: str
@@ -89,43 +98,48 @@ class ShardJob:
     version: str = __version__
 
     def answer(self, number: int, items: Sequence[ImageSource]) -> AnswerCounter:
-        """Answer a shard and write it, unless it was written before."""
+        """Answer a shard and write it, unless it was written before, and return the counts of its answers."""
         self.shards.check_shared(socket.gethostname())
-        told = AnswerCounter()
+        counter = AnswerCounter()
         known = self.shards.answers(number)
         if known is None:
             answers = (prediction.answer(self.top_k) for prediction, _ in self._predictor().answers(items))
-            self.shards.write(number, told.of(answers), self.top_k)
+            self.shards.write(number, counter.of(answers), self.top_k)
         else:
-            deque(told.of(known), maxlen=0)
-        return told
+            deque(counter.of(known), maxlen=0)
+        return counter
 
     def _predictor(self) -> Predictor:
         if self.sha256 not in _loaded:
             if self.version != __version__:
                 fact = f"{socket.gethostname()} has image_classifier {__version__}, and this machine {self.version}"
                 raise ConfigError(fact, "install the same one everywhere")
-            os.environ["OMP_NUM_THREADS"] = str(self.cpus)  # what `predictor.cores` and torch go by
+            os.environ["OMP_NUM_THREADS"] = str(self.cpus)  # read by `cpu.usable_cores` and torch
             assert self.fetch is not None
-            _loaded[self.sha256] = self.load(self.fetch().unpacked(Path(self.folder) if self.folder else _own_folder()))
+            root = Path(self.folder) if self.folder else _private_folder()
+            _loaded[self.sha256] = self.load(self.fetch().unpacked(root))
         return _loaded[self.sha256]
 
 
 def answer(batch: dict[str, Any], job: ShardJob) -> dict[str, Any]:
-    """One row of Ray Data, a shard, to one row: what is told of it, or what no other try would mend."""
-    told: AnswerCounter | ClassifierError
+    """Answer one row of Ray Data, a shard.
+
+    Returns a row with the counts of its answers, or with an error that a retry would not cure.
+    """
+    number = int(batch["shard"][0])
+    result: AnswerCounter | ClassifierError
     try:
-        told = job.answer(int(batch["shard"][0]), pickle.loads(batch["items"][0]))
+        result = job.answer(number, pickle.loads(batch["items"][0]))
     except ClassifierError as error:
-        told = error
-    return {"shard": [int(batch["shard"][0])], "told": [pickle.dumps(told)]}
+        result = error
+    return {"shard": [number], "result": [pickle.dumps(result)]}
 
 
-def _own_folder() -> Path:
-    """A folder for models that nobody else may write to."""
+def _private_folder() -> Path:
+    """Return a folder for models that no other user may write to."""
     folder = Path(tempfile.gettempdir()) / f"image-classifier-{os.getuid()}"
     with storage_errors(folder):
         folder.mkdir(mode=0o700, exist_ok=True)
         if folder.is_symlink() or folder.stat().st_uid != os.getuid():
-            raise StorageError(f"{str(folder)!r} on {socket.gethostname()} is someone else's", "remove it")
+            raise StorageError(f"{str(folder)!r} on {socket.gethostname()} belongs to another user", "remove it")
     return folder

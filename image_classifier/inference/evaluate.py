@@ -95,7 +95,9 @@ class EvaluationResult:
 
     def as_dict(self) -> dict[str, Any]:
         """Return plain values, ready for JSON."""
-        values: dict[str, Any] = metrics_dict(self.metrics, self.leak, baselines.beside(self.baselines, self.split))
+        values: dict[str, Any] = metrics_dict(
+            self.metrics, self.leak, baselines.baseline_scores(self.baselines, self.split)
+        )
         if self.robustness is not None:
             values["robustness"] = self.robustness.as_dict()
         if self.latency is not None:
@@ -115,7 +117,7 @@ class EvaluationResult:
 
 @dataclass(frozen=True)
 class _LabelledImages:
-    """Images to evaluate on, which of them the model has seen in training (bool [N]), and the manifest of its training."""
+    """Images to evaluate on, which of them were seen in training (bool [N]), and the manifest of the training."""
 
     manifest: Manifest
     leaked: np.ndarray
@@ -149,7 +151,7 @@ def evaluate(settings: TestSettings, predictor: Predictor | None = None, progres
     # Write what the report reads.
     directory = _output_directory(settings, path)
     title = f"{path.name}, {'folder ' + settings.test_dir if settings.test_dir else settings.split}"
-    comparison = baselines.beside(simple, settings.split)
+    comparison = baselines.baseline_scores(simple, settings.split)
     write_evaluation(table, metrics, manifest, directory, title, settings.limits, leak, comparison)
     trust = write_trust(table, predictor.decision, directory, title)
     baselines.warn_if_not_better(simple, settings.split, metrics.scalars())
@@ -191,7 +193,7 @@ def _name_of_folder(folder: Path) -> str:
 
 
 def _extras_directory(settings: TestSettings, directory: Path) -> Path:
-    """Return where robustness and latency go: next to the splits of the model's own data, else into the folder's results."""
+    """Return where robustness and latency go: next to the splits of the bundle's data, else to the other results."""
     return directory if settings.test_dir or settings.output_dir else directory.parent
 
 

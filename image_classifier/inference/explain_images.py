@@ -1,4 +1,4 @@
-"""`infer --explain`: beside each answer a figure of what in the image speaks for it."""
+"""Heat maps of the evidence for an answer, drawn over the image: `infer --explain` and the report."""
 
 from __future__ import annotations
 
@@ -23,26 +23,32 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-_SHOWN = 480  # longest side of a picture in a figure, pixels
+_SHOWN_SIDE = 480  # pixels of the longer side of an image in a figure
 
 
 class Explained(NamedTuple):
-    """A picture as it is shown, uint8 [H, W, 3], the heat over it, float32 [H, W], NaN where the network did not look, and how it was found."""
+    """An image and its heat map.
+
+    Args:
+        picture: The image as it is shown, uint8 [H, W, 3].
+        heat: The heat over it, float32 [H, W], NaN where the network saw nothing.
+        method: The name of the method.
+    """
 
     picture: np.ndarray
     heat: np.ndarray
     method: str
 
 
-# An image's file or bytes and a class -> what in it speaks for that class; UnreadableImage where it cannot be read.
+# An image's file or bytes and a class -> the evidence for that class; UnreadableImage where it cannot be read.
 Explainer = Callable[[Content, str], Explained]
 
 
 def explainer_of(path: Path, trusted: Sequence[str] = (), limits: DecodeLimits = DEFAULT_LIMITS) -> Explainer:
-    """What explains images with the checkpoint behind what `bundle.find_checkpoint` found; a bundle's exports answer as it does.
+    """Return an explainer that uses the checkpoint of a bundle, or a `.ckpt`; a bundle's exports answer as it does.
 
     Raises:
-        ConfigError: There is only an ONNX file, through which no gradient flows.
+        ConfigError: It is an ONNX file, which has no gradients.
         CheckpointError: The checkpoint is missing or damaged.
     """
     checkpoint = checkpoint_of(path)
@@ -55,14 +61,15 @@ def explainer_of(path: Path, trusted: Sequence[str] = (), limits: DecodeLimits =
 def explainer_with(
     classifier: Classifier, classes: Sequence[str], preprocess: Preprocess, limits: DecodeLimits
 ) -> Explainer:
-    """What explains images with a classifier at hand."""
+    """Return an explainer that uses a loaded classifier."""
     from image_classifier.inference.attribution import attribution_map  # torch
 
     codes = {label: code for code, label in enumerate(classes)}
 
     def explain_image(image: Content, label: str) -> Explained:
-        found = attribution_map(classifier, preprocess.read(image, limits).transpose(2, 0, 1), codes[label])
-        return Explained(*over_picture(image, found.heat, preprocess, limits), found.method)
+        pixels = preprocess.read(image, limits).transpose(2, 0, 1)
+        attribution = attribution_map(classifier, pixels, codes[label])
+        return Explained(*over_picture(image, attribution.heat, preprocess, limits), attribution.method)
 
     return explain_image
 
@@ -70,41 +77,45 @@ def explainer_with(
 def explained(
     answers: Iterable[tuple[Prediction, Content]], explainer: Explainer, directory: Path
 ) -> Iterator[tuple[Prediction, Content]]:
-    """The answers as they come, the figure of each one that is an answer written to `directory`."""
+    """Yield the answers as they come, after the figure of each was written to `directory`."""
     count = 0
     for prediction, content in answers:
         if not prediction.error:
-            found = explainer(content, prediction.label)
-            write_explanation(found, prediction.label, prediction.confidence, Path(prediction.path), directory)
+            explanation = explainer(content, prediction.label)
+            write_explanation(explanation, prediction.label, prediction.confidence, Path(prediction.path), directory)
             count += 1
         yield prediction, content
     log.info("explanations of %d images: %s", count, directory)
 
 
-def write_explanation(found: Explained, label: str, confidence: float, file: Path, directory: Path) -> None:
-    """Write the figure of one answer to the directory, under the name by which the report looks for the explanation of the file."""
+def write_explanation(explanation: Explained, label: str, confidence: float, file: Path, directory: Path) -> None:
+    """Write the figure of one answer, under the name by which the report finds the explanation of the file."""
     plot_explanation(
-        *found[:2],
+        explanation.picture,
+        explanation.heat,
         f"{label} {confidence:.1%}",
-        found.method,
+        explanation.method,
         directory / explanation_name(file),
         "/".join(file.parts[-2:]),
     )
 
 
 def checkpoint_of(path: Path) -> Path:
-    """The `.ckpt` of what `bundle.find_checkpoint` found, its hash checked where a bundle knows it; errors as `explainer_of`."""
+    """Return the `.ckpt` of a bundle, its hash checked, or the lone `.ckpt`; raises as `explainer_of`."""
     if path.suffix == ".onnx":
         raise ConfigError(
-            f"{path.name} is an ONNX file, through which no gradient flows",
+            f"{path.name} is an ONNX file, which has no gradients to explain an answer",
             "give its bundle or its .ckpt: --checkpoint_name NAME",
         )
     if not (path / INFO_NAME).is_file():
         return path
     bundle = read_bundle(path)
     if not (path / "model.ckpt").is_file():
-        hint = f"copy it from the machine that trained, or leave --explain out ({program()} infer --checkpoint_name {path.name} --images PATH)"
-        raise CheckpointError(f"the bundle {str(path)!r} has no model.ckpt, which explanations need", hint)
+        raise CheckpointError(
+            f"the bundle {str(path)!r} has no model.ckpt, which explanations need",
+            "copy it from the machine that trained, or leave --explain out "
+            f"({program()} infer --checkpoint_name {path.name} --images PATH)",
+        )
     bundle.verify(["model.ckpt"])
     return bundle.path("model.ckpt")
 
@@ -112,12 +123,15 @@ def checkpoint_of(path: Path) -> Path:
 def over_picture(
     image: Content, heat: np.ndarray, preprocess: Preprocess, limits: DecodeLimits
 ) -> tuple[np.ndarray, np.ndarray]:
-    """The picture at the size it is shown, uint8 [H, W, 3], and the square's heat over it, float32 [H, W], NaN where the network did not look."""
-    header, pixels = inspect(image, limits, preprocess.background, at_least=(_SHOWN, _SHOWN))
-    whole = (header.width, header.height)
-    scale = _SHOWN / max(whole)
-    shape = max(1, round(whole[0] * scale)), max(1, round(whole[1] * scale))
-    sampling = (
-        Image.Resampling.NEAREST if scale > 3 else Image.Resampling.BICUBIC
-    )  # pixels that can be counted stay squares
-    return np.array(Image.fromarray(pixels).resize(shape, sampling)), preprocess.laid_back(heat, whole, shape)
+    """Return the image at the size it is shown, uint8 [H, W, 3], and the heat over it, float32 [H, W].
+
+    `heat` is that of the network's square, float32 [S, S]; over parts that the network did not see it is NaN.
+    """
+    header, pixels = inspect(image, limits, preprocess.background, at_least=(_SHOWN_SIDE, _SHOWN_SIDE))
+    size = (header.width, header.height)
+    scale = _SHOWN_SIDE / max(size)
+    shown = max(1, round(size[0] * scale)), max(1, round(size[1] * scale))
+    # Enlarged pixels stay sharp squares.
+    resampling = Image.Resampling.NEAREST if scale > 3 else Image.Resampling.BICUBIC
+    picture = np.array(Image.fromarray(pixels).resize(shown, resampling))
+    return picture, preprocess.laid_back(heat, size, shown)

@@ -1,4 +1,4 @@
-"""A folder of the user's own to test on: its images with their classes, or what else to do with it, as a command to copy."""
+"""A labelled folder of the user to test on; an error for another folder has the command that fits it."""
 
 from __future__ import annotations
 
@@ -15,17 +15,18 @@ from image_classifier.images import DecodeLimits, is_image_name
 from image_classifier.manifest import Manifest
 from image_classifier.program import program
 from image_classifier.sources.table import is_table
+from image_classifier.text import listed
 
-_SHOWN = 10  # classes in a message
+_MAX_LISTED = 10  # classes in a message
 
 
 def read_labelled(
     folder: Path, checkpoint_name: str, classes: Sequence[str], limits: DecodeLimits, cache_dir: Path, progress: bool
 ) -> Manifest:
-    """The images of a folder with one sub-folder per class, or of a table.
+    """Return the images of a folder with one sub-folder per class, or of a table.
 
     Raises:
-        DataError: It is missing, empty, without labels or of classes that the model does not know; the hint is the command that fits.
+        DataError: It is missing, empty, without labels or has classes that the model does not know.
         UnreadableImage: One of its images cannot be read.
     """
     _check_labelled(folder, checkpoint_name, classes)
@@ -57,11 +58,13 @@ def _check_labelled(folder: Path, checkpoint_name: str, classes: Sequence[str]) 
             "give a folder with one sub-folder per class: FOLDER/cat/1.jpg, FOLDER/dog/2.jpg",
         )
     if not listing.folders:
-        own = folder.resolve()
-        if own.name in classes:
-            fact = f"the images lie directly in {os.fspath(folder)!r}, which is the one class {own.name!r}"
-            instead = _command("test", checkpoint_name, "--test_dir", _shown(own.parent))
-            raise DataError(fact, f"test the folder that holds it: {instead} (or {_infer(folder, checkpoint_name)})")
+        resolved = folder.resolve()
+        if resolved.name in classes:
+            command = _command("test", checkpoint_name, "--test_dir", _short(resolved.parent))
+            raise DataError(
+                f"the images are directly in {os.fspath(folder)!r}, which is the single class {resolved.name!r}",
+                f"test its parent folder: {command} (or {_infer(folder, checkpoint_name)})",
+            )
         raise DataError(
             f"the images in {os.fspath(folder)!r} have no labels: no class folders", _infer(folder, checkpoint_name)
         )
@@ -71,29 +74,33 @@ def _check_classes(folder: Path, manifest: Manifest, checkpoint_name: str, class
     unknown = [label for label in manifest.classes if label not in set(classes)]
     if not unknown:
         return
-    named = ", ".join(map(repr, unknown[:5])) + (f" and {len(unknown) - 5} more" if len(unknown) > 5 else "")
-    known = f"{', '.join(classes[:_SHOWN])}{' …' if len(classes) > _SHOWN else ''}"
+    named = listed([repr(label) for label in unknown])
+    known = listed(classes, _MAX_LISTED)
     if len(unknown) == len(manifest.classes):
-        fact = f"no folder in {os.fspath(folder)!r} is a class of the model ({named})"
-        raise DataError(fact, f"its classes are {known}. Unlabelled images? {_infer(folder, checkpoint_name)}")
+        raise DataError(
+            f"no folder in {os.fspath(folder)!r} is a class of the model ({named})",
+            f"its classes are {known}. Unlabelled images? {_infer(folder, checkpoint_name)}",
+        )
     lower = {label.lower(): label for label in classes}
     near = difflib.get_close_matches(unknown[0].lower(), lower, n=1)
     guess = f"is {unknown[0]!r} {lower[near[0]]!r}? " if near else ""
-    fact = f"{os.fspath(folder)!r} has classes that the model does not know ({named})"
-    raise DataError(fact, f"{guess}rename or move them; its classes are {known}")
+    raise DataError(
+        f"{os.fspath(folder)!r} has classes that the model does not know ({named})",
+        f"{guess}rename or move them; its classes are {known}",
+    )
 
 
 def _infer(path: Path, checkpoint_name: str) -> str:
-    return f"ask what they show: {_command('infer', checkpoint_name, '--images', os.fspath(path))}"
+    return f"classify them with: {_command('infer', checkpoint_name, '--images', os.fspath(path))}"
 
 
 def _command(verb: str, checkpoint_name: str, option: str, value: str) -> str:
-    """A line to copy into a shell; a value that begins with a dash needs the equals sign."""
+    """Return a line to copy into a shell; a value that begins with a dash needs the equals sign."""
     joined = [f"{option}={shlex.quote(value)}"] if value.startswith("-") else [option, shlex.quote(value)]
     return " ".join([program(), verb, "--checkpoint_name", shlex.quote(checkpoint_name), *joined])
 
 
-def _shown(path: Path) -> str:
-    """As short as it is true: from the current folder where it lies below."""
+def _short(path: Path) -> str:
+    """Return the path relative to the current folder where it lies below that."""
     here = Path.cwd().resolve()
     return os.fspath(path.relative_to(here)) if path.is_relative_to(here) else os.fspath(path)

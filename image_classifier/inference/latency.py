@@ -1,4 +1,4 @@
-"""How fast and how large each form of a model is on this machine, every one measured in a process of its own."""
+"""Latency, throughput and size of each form of a model on this machine, each measured in a separate process."""
 
 from __future__ import annotations
 
@@ -23,27 +23,35 @@ from image_classifier.inference.backends import BACKENDS, fitting, takes_minutes
 from image_classifier.inference.load import load_predictor
 from image_classifier.inference.predictor import Backend
 
-_WARM_UP, _FEWEST, _MOST, _SECONDS = 3, 10, 200, 4.0  # calls, and how long they may take
-_SMALL_BATCH, _HURRY = 16, 0.5
+_WARM_UP = 3  # calls that are not counted
+_MIN_CALLS = 10
+_MAX_CALLS = 200
+_MAX_SECONDS = 4.0  # for one measurement
+# For the measurement at the end of a training:
+_SMALL_BATCH = 16
+_SHORT_SECONDS = 0.5
 
 
 @dataclass(frozen=True)
 class Latency:
-    """What was measured of each backend, and on which machine."""
+    """The figures of each backend, and of the machine they were measured on."""
 
     backends: Mapping[str, Mapping[str, Any]]
     hardware: Mapping[str, Any]
 
     def as_dict(self) -> dict[str, Any]:
-        """Plain values, ready for JSON."""
+        """Return plain values, ready for JSON."""
         return {"backends": {name: dict(row) for name, row in self.backends.items()}, "hardware": dict(self.hardware)}
 
     def lines(self) -> Iterator[str]:
-        """For a terminal."""
+        """Yield the lines for a terminal."""
         for name, row in self.backends.items():
-            times = f"p50 {row['p50_ms']:.1f} ms, p95 {row['p95_ms']:.1f} ms, {row['images_per_s']:.0f} images/s at {row['batch_size']}"
-            yield f"latency {name}: {times}, {row['megabytes']:.1f} MB"
-        yield f"on {self.hardware['processor']}, {self.hardware['cores']} cores, load {self.hardware['load']:.1f} while measured"
+            yield (
+                f"latency {name}: p50 {row['p50_ms']:.1f} ms, p95 {row['p95_ms']:.1f} ms, "
+                f"{row['images_per_s']:.0f} images/s at {row['batch_size']}, {row['megabytes']:.1f} MB"
+            )
+        machine = self.hardware
+        yield f"on {machine['processor']}, {machine['cores']} cores, load {machine['load']:.1f} while measured"
 
     def write(self, directory: Path) -> None:
         """Write latency.json; StorageError where the disk refuses."""
@@ -51,9 +59,10 @@ class Latency:
 
 
 def measure_latency(path: Path, batch_size: int = 64, trusted: Sequence[str] = ()) -> Latency:
-    """Latency of every backend, but one that must build first, of what `bundle.find_checkpoint` found, pixels in memory to logits.
+    """Measure each backend of a bundle or file, from pixels in memory to logits.
 
-    A fresh process for each: none warms the other up or shares its memory, and the caller loads no torch.
+    A backend that must build an engine first is left out.
+    Each has a fresh process: none shares memory or warm caches with another, and the caller loads no torch.
 
     Raises:
         CheckpointError: A backend cannot be loaded or fails.
@@ -63,7 +72,7 @@ def measure_latency(path: Path, batch_size: int = 64, trusted: Sequence[str] = (
 
 
 def hardware() -> dict[str, Any]:
-    """The processor's name, the cores this process may use, and how many processes wanted one in the last minute."""
+    """Return the processor's name, the cores this process may use, and the load average of the last minute."""
     load = os.getloadavg()[0] if hasattr(os, "getloadavg") else float("nan")
     return {
         "processor": _processor(),
@@ -74,24 +83,27 @@ def hardware() -> dict[str, Any]:
 
 
 def timed(
-    logits: Callable[[], object], fewest: int = _FEWEST, most: int = _MOST, seconds: float = _SECONDS
+    call: Callable[[], object], min_calls: int = _MIN_CALLS, max_calls: int = _MAX_CALLS, seconds: float = _MAX_SECONDS
 ) -> np.ndarray:
-    """Seconds of each call, float64 [n], the first ones left out: `most` calls, or as many as fit into the time, at least `fewest`."""
+    """Return the seconds of each call, float64 [n], after a warm-up.
+
+    There are `max_calls`, or as many as fit into `seconds`, but at least `min_calls`.
+    """
     for _ in range(_WARM_UP):
-        logits()
+        call()
     spent: list[float] = []
-    while len(spent) < most and (len(spent) < fewest or sum(spent) < seconds):
+    while len(spent) < max_calls and (len(spent) < min_calls or sum(spent) < seconds):
         start = time.perf_counter()
-        logits()
+        call()
         spent.append(time.perf_counter() - start)
     return np.array(spent)
 
 
-def measured(backend: Backend, size: int, batch_size: int, seconds: float = _SECONDS) -> dict[str, float]:
-    """Milliseconds for one image (median and 95th percentile) and images a second in batches, from preprocessed pixels to logits."""
+def measure_backend(backend: Backend, size: int, batch_size: int, seconds: float = _MAX_SECONDS) -> dict[str, float]:
+    """Return milliseconds for one image (median, 95th percentile) and images a second in batches, pixels to logits."""
     pixels = np.random.default_rng(0).integers(0, 256, (batch_size, 3, size, size), dtype=np.uint8)
     single = timed(lambda: backend.logits(pixels[:1]), seconds=seconds)
-    batches = timed(lambda: backend.logits(pixels), fewest=3, seconds=seconds)
+    batches = timed(lambda: backend.logits(pixels), min_calls=3, seconds=seconds)
     p50, p95 = np.percentile(1000 * single, (50, 95))
     return {
         "p50_ms": float(p50),
@@ -135,8 +147,8 @@ def _in_a_process(path: Path, backend: str, batch_size: int, trusted: Sequence[s
 
 
 def in_this_process(backend: Backend, file: Path, size: int) -> dict[str, Any]:
-    """What was measured of one backend in a second or two, beside whatever else this process holds: for the end of a training."""
-    return _row(measured(backend, size, _SMALL_BATCH, _HURRY), _SMALL_BATCH, file)
+    """Return the figures of one backend, measured in this process in a second or two: for the end of a training."""
+    return _row(measure_backend(backend, size, _SMALL_BATCH, _SHORT_SECONDS), _SMALL_BATCH, file)
 
 
 def _row(figures: Mapping[str, float], batch_size: int, file: Path) -> dict[str, Any]:
@@ -153,10 +165,11 @@ def _processor() -> str:
 
 
 def main(request: str) -> None:
-    """Measure one backend in this process and print its figures as a line of JSON."""
+    """Measure one backend in this process and write its figures as a line of JSON, for `_in_a_process`."""
     path, backend, batch_size, trusted = json.loads(request)
     predictor = load_predictor(Path(path), backend, trusted=trusted)
-    print(json.dumps(measured(predictor.backend, predictor.preprocess.size, batch_size)))
+    figures = measure_backend(predictor.backend, predictor.preprocess.size, batch_size)
+    sys.stdout.write(json.dumps(figures) + "\n")
 
 
 if __name__ == "__main__":

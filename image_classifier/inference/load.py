@@ -58,15 +58,18 @@ def load_predictor(
     batch_size: int = 64,
     trusted: Sequence[str] = (),
     limits: DecodeLimits = DEFAULT_LIMITS,
-    decision: DecisionSettings = DecisionSettings(),  # frozen
-    server: ServerAddress = ServerAddress(),  # frozen
+    decision: DecisionSettings = DecisionSettings(),  # noqa: B008  # frozen
+    server: ServerAddress = ServerAddress(),  # noqa: B008  # frozen
     concurrent_runs: int = 1,
 ) -> Predictor:
     """Return a predictor over the bundle or file that `bundle.find_checkpoint` found.
 
     Args:
+        path: The bundle or file.
         backend: None: ONNX for a bundle, else by the kind of file; auto: as `backend_selection.fastest_backend`.
+        batch_size: Images in one run of the backend.
         trusted: Packages of the user that a checkpoint's network may come from.
+        limits: Limits of one file, checked before it is decoded.
         decision: Limits that replace those the model was delivered with.
         server: The server that the backend `triton` calls.
         concurrent_runs: Batches that will run at the same time.
@@ -87,14 +90,21 @@ def load_predictor(
             name = backend or "onnx"
             runner = open_backend(bundle, name, trusted, server, concurrent_runs)
         return _with_decision(_of_bundle(bundle, name, runner, batch_size, limits), decision, path)
+    predictor = _of_file(path, backend, batch_size, trusted, limits, concurrent_runs)
+    return _with_decision(predictor, decision, path)
+
+
+def _of_file(
+    path: Path, backend: str | None, batch_size: int, trusted: Sequence[str], limits: DecodeLimits, concurrent_runs: int
+) -> Predictor:
+    """Return the predictor of a lone `.ckpt` or `.onnx`, which only one backend can run."""
     only = "checkpoint" if path.suffix == ".ckpt" else "onnx"
     if backend not in (None, AUTO, only):
         raise ConfigError(
             f"the backend {backend!r} cannot run {path.name}", f"leave --backend out, or use --backend {only}"
         )
     runner, metadata = BACKENDS[only].open(path, OpenOptions(_read, trusted, concurrent_runs))
-    predictor = _predictor(runner, metadata, batch_size, path, limits)
-    return _with_decision(replace(predictor, backend_name=only), decision, path)
+    return replace(_predictor(runner, metadata, batch_size, path, limits), backend_name=only)
 
 
 def _read(path: Path) -> bytes:

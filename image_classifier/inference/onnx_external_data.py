@@ -60,7 +60,10 @@ def is_self_contained(content: bytes) -> bool:
 
 
 def _records(view: memoryview, start: int, end: int) -> Iterator[tuple[int, int, int, int]]:
-    """Yield each record of a message: field number, wire type, and start (of a varint its value) and end of the payload."""
+    """Yield each record of a message: field number, wire type, start and end of the payload.
+
+    For a varint its value takes the place of the start.
+    """
     while start < end:
         tag, start = _varint(view, start, end)
         wire_type = tag & 7

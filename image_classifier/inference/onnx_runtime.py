@@ -119,7 +119,7 @@ def _session(content: bytes, wanted: list[str], concurrent_runs: int) -> onnxrun
 
 
 def one_line_reason(error: Exception) -> str:
-    """Return the message of another package's error, shortened to one line.
+    r"""Return the message of another package's error, shortened to one line.
 
     >>> one_line_reason(ValueError("two\\n   lines"))
     'two lines'
@@ -137,7 +137,7 @@ def session_metadata(session: onnxruntime.InferenceSession) -> dict[str, Any]:
 
 
 class OnnxBackend:
-    """Runs a `model.onnx`: pixels uint8 [N, 3, H, W] -> logits float32 [N, C], and embeddings [N, D] in files with them."""
+    """Runs a `model.onnx`: pixels uint8 [N, 3, H, W] -> logits float32 [N, C], and embeddings [N, D] if it has them."""
 
     def __init__(
         self, path: Path, tensorrt: bool = False, content: bytes | None = None, concurrent_runs: int = 1

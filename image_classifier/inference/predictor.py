@@ -61,7 +61,9 @@ def check_shapes(shapes: Mapping[str, Sequence[object]], size: int, num_classes:
 
 @dataclass(frozen=True)
 class Predictor:
-    """From images to Predictions: decode, preprocess, batch, run the backend, softmax(logits / temperature), label or abstain.
+    """From images to Predictions.
+
+    Decode, preprocess, batch, run the backend, softmax(logits / temperature), label or abstain.
 
     Args:
         workers: Threads that decode.
@@ -88,7 +90,10 @@ class Predictor:
         return (prediction for prediction, _ in self.answers(map(ImageSource.file, paths)))
 
     def answers(self, items: Iterable[ImageSource], keep: bool = False) -> Iterator[tuple[Prediction, Content]]:
-        """Yield the Prediction of each item, in order, and its file or, with `keep`, the bytes of an item without one (else b"")."""
+        """Yield the Prediction of each item, in order, and its content.
+
+        The content is the file; of an item without one its bytes with `keep`, else b"".
+        """
         for batch in self._batches(items, keep):
             readable = [(name, pixels) for name, _, pixels in batch if isinstance(pixels, np.ndarray)]
             answered = iter(self.predictions([name for name, _ in readable], [pixels for _, pixels in readable]))
@@ -103,7 +108,7 @@ class Predictor:
         return self.to_predictions(names, *self.logits_and_scores(pixels))
 
     def to_predictions(self, names: Sequence[str], logits: np.ndarray, scores: np.ndarray | None) -> list[Prediction]:
-        """Return the Predictions for logits [N, C] and, with a detector, out-of-distribution scores [N] of named images."""
+        """Return the Predictions for logits [N, C] and, with a detector, out-of-distribution scores [N]."""
         probabilities = softmax(logits, self.temperature) if len(logits) else logits
         ood_scores = [None] * len(logits) if scores is None else scores.tolist()
         rows = zip(names, probabilities, ood_scores, strict=True)
@@ -145,7 +150,7 @@ class Predictor:
         return self.backend.logits(_batch(pixels)) if pixels else np.empty((0, len(self.classes)), np.float32)
 
     def read(self, source: Content) -> np.ndarray | UnreadableImage:
-        """Return the preprocessed pixels uint8 [S, S, 3] of one file or its bytes, or the reason why it cannot be read."""
+        """Return the preprocessed pixels uint8 [S, S, 3] of a file or its bytes, or why it cannot be read."""
         try:
             return self.preprocess.read(source, self.limits)
         except UnreadableImage as error:

@@ -1,4 +1,4 @@
-"""The files by which a run into FILE can be resumed: FILE.part holds the answers so far, .FILE.run identifies a finished run.
+"""The files by which a run into FILE can be resumed: FILE.part has the answers so far, .FILE.run is of a finished run.
 
 FILE.part has a first line of JSON that identifies the run, then one answer a line. A run that was killed at any moment
 leaves a file whose complete lines are valid.
@@ -39,7 +39,7 @@ class ResumeLog:
         return cls(output.with_name(f"{output.name}.part"))
 
     def run(self) -> Mapping[str, Any] | None:
-        """Return the fingerprint of the run, None where there is no run to resume; StorageError where the file cannot be read."""
+        """Return the fingerprint of the run, None where there is none; StorageError where the file cannot be read."""
         with self._errors():
             if not self.path.is_file():
                 return None
@@ -69,13 +69,12 @@ class ResumeLog:
         with self._errors(), self.path.open("rb+") as file:
             # `position` is the end of the last complete line, `end` the end of the last complete batch.
             end = position = len(file.readline())
-            count = kept = 0
-            for line in file:
+            kept = 0
+            for count, line in enumerate(file, 1):
                 # Only the last line can be incomplete.
                 if _parsed(line) is None:
                     break
                 position += len(line)
-                count += 1
                 if count % batch_size == 0:
                     end = position
                     kept = count
@@ -96,7 +95,7 @@ class ResumeLog:
                 file.flush()  # to the operating system, where a kill of this process cannot lose it
 
     def skip(self, items: Iterator[ImageSource], count: int) -> None:
-        """Skip the first `count` items, which are answered; ConfigError where they are not the images of the answers."""
+        """Skip the first `count` items, which are answered; ConfigError where the answers are for other images."""
         for number, answer in zip_longest(range(count), self.answers()):
             item = next(items, None)
             if item is None or answer is None or item.name != answer["path"]:

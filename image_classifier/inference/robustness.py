@@ -1,4 +1,4 @@
-"""Accuracy on pictures made worse: through the predictor, so that every backend is judged by the same code."""
+"""Accuracy on corrupted images, measured through the predictor, so that the same code evaluates every backend."""
 
 from __future__ import annotations
 
@@ -27,7 +27,14 @@ _SEED = 0
 
 @dataclass(frozen=True)
 class Robustness:
-    """Accuracy 0..1 by corruption and severity ("0" is the picture as it is) on `images` of the `of` images that the `part` has."""
+    """Accuracy under corruptions. Its fields are in robustness.json.
+
+    Args:
+        accuracy: 0..1 by corruption and severity; severity "0" is the image as it is.
+        images: Number of images it was measured on.
+        of: Number of images of the split or folder.
+        part: Name of the split or folder.
+    """
 
     accuracy: Mapping[str, Mapping[str, float]]
     images: int
@@ -36,25 +43,26 @@ class Robustness:
 
     @property
     def clean(self) -> float:
+        """Accuracy on the images as they are, 0..1."""
         return next(iter(self.accuracy.values()))["0"]
 
     def as_dict(self) -> dict[str, dict[str, Any]]:
-        """{corruption: {severity: accuracy}}, ready for JSON, and under `about` what it rests on."""
+        """Return {corruption: {severity: accuracy}}, ready for JSON, and under `about` the images behind it."""
         return {
             **{name: dict(row) for name, row in self.accuracy.items()},
             "about": {"part": self.part, "images": self.images, "of": self.of, "seed": _SEED},
         }
 
     def lines(self, split: str) -> Iterator[str]:
-        """For a terminal, under names that a script may look for."""
+        """Yield the lines for a terminal, under names that a script may look for."""
         for name, row in self.accuracy.items():
             yield f"{split} accuracy_{name} {' '.join(f'{row[str(severity)]:.4f}' for severity in SEVERITIES)}"
         chosen = (
-            f"{self.images} of the {self.of} images, every class in its share"
+            f"{self.images} of the {self.of} images, stratified by class"
             if self.images < self.of
             else f"{self.images} images"
         )
-        yield f"the {len(self.accuracy)} corruptions at severities 1 to 3 on {chosen}; uncorrupted {self.clean:.4f}"
+        yield f"{len(self.accuracy)} corruptions, severities 1 to 3, measured on {chosen}; uncorrupted {self.clean:.4f}"
 
     def write(self, directory: Path, title: str) -> None:
         """Write robustness.json and robustness.png; StorageError where the disk refuses."""
@@ -63,16 +71,17 @@ class Robustness:
 
 
 def measure_robustness(
-    predictor: Predictor, paths: Sequence[Path], targets: np.ndarray, most: int, part: str = ""
+    predictor: Predictor, paths: Sequence[Path], targets: np.ndarray, limit: int, part: str = ""
 ) -> Robustness:
-    """Accuracy of the predictor on at most `most` of the images of a part, class indices [N], under each corruption.
+    """Measure the accuracy under each corruption on at most `limit` of the images, class indices `targets` [N].
 
-    Each image has random numbers of its own, so neither batches nor the other images change the figures.
+    `part` is the name of the split or folder. Each image has its own random numbers, so that the figures depend neither
+    on the batches nor on the other images.
 
     Raises:
         UnreadableImage: The first image that cannot be read.
     """
-    rows = stratified(targets, most)
+    rows = stratified(targets, limit)
     hits = dict.fromkeys([("", 0), *product(CORRUPTIONS, SEVERITIES)], 0)
     log.info("robustness: %d passes over %d images", len(hits), len(rows))
     with ThreadPoolExecutor(predictor.workers) as pool:
@@ -80,8 +89,8 @@ def measure_robustness(
             batch = rows[start : start + predictor.batch_size]
             pixels = [_readable(item) for item in pool.map(predictor.read, [paths[row] for row in batch])]
             for name, severity in hits:
-                seen = list(pool.map(partial(_corrupted, name, severity), pixels, batch.tolist()))
-                hits[name, severity] += int((predictor.logits(seen).argmax(axis=1) == targets[batch]).sum())
+                corrupted = list(pool.map(partial(_corrupted, name, severity), pixels, batch.tolist()))
+                hits[name, severity] += int((predictor.logits(corrupted).argmax(axis=1) == targets[batch]).sum())
     clean = hits["", 0] / len(rows)
     accuracy = {
         name: {"0": clean, **{str(step): hits[name, step] / len(rows) for step in SEVERITIES}} for name in CORRUPTIONS
@@ -89,17 +98,27 @@ def measure_robustness(
     return Robustness(accuracy, len(rows), len(targets), part)
 
 
-def stratified(targets: np.ndarray, most: int) -> np.ndarray:
-    """Positions int64, ascending, of at most `most` images of class indices [N]: every class in its share, which ones by a fixed seed."""
-    if len(targets) <= most:
+def stratified(targets: np.ndarray, limit: int) -> np.ndarray:
+    """Return the rows, int64 ascending, of at most `limit` of the class indices [N], each class in proportion.
+
+    A fixed seed chooses them.
+
+    >>> import numpy as np
+    >>> rows = stratified(np.array([0] * 80 + [1] * 20), 10)
+    >>> int((rows < 80).sum()), int((rows >= 80).sum())
+    (8, 2)
+    """
+    if len(targets) <= limit:
         return np.arange(len(targets))
     random = np.random.default_rng(_SEED)
     shuffled = random.permutation(len(targets))
-    place = np.empty(len(targets), dtype=np.float64)
+    # Give each row a quantile within its class: the k-th of n shuffled rows gets (k + offset) / n.
+    quantile = np.empty(len(targets), dtype=np.float64)
     for code in np.unique(targets):
-        mine = shuffled[targets[shuffled] == code]
-        place[mine] = (np.arange(len(mine)) + random.random()) / len(mine)  # its share of the class comes before it
-    return np.sort(np.argsort(place, kind="stable")[:most])
+        rows = shuffled[targets[shuffled] == code]
+        quantile[rows] = (np.arange(len(rows)) + random.random()) / len(rows)
+    # The lowest quantiles hold the same share of every class.
+    return np.sort(np.argsort(quantile, kind="stable")[:limit])
 
 
 def _readable(item: np.ndarray | UnreadableImage) -> np.ndarray:
@@ -109,5 +128,5 @@ def _readable(item: np.ndarray | UnreadableImage) -> np.ndarray:
 
 
 def _corrupted(name: str, severity: int, pixels: np.ndarray, row: int) -> np.ndarray:
-    """One image made worse, by random numbers that are its own: the same sign at each severity."""
+    """Return one corrupted image; its random numbers are the same at each severity, so that signs stay the same."""
     return CORRUPTIONS[name](pixels, severity, np.random.default_rng([_SEED, row])) if name else pixels

@@ -1,4 +1,4 @@
-"""A sealed model in ONNX Runtime: one decoded image in, probabilities out; to run it elsewhere takes none of this code."""
+"""A sealed model in ONNX Runtime: one decoded image in, probabilities out. Other programs run it without this code."""
 
 from __future__ import annotations
 

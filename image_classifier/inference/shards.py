@@ -1,4 +1,4 @@
-"""Answers as a folder of numbered Parquet files, each written whole by whoever answered it: doing one again neither repeats nor loses a row."""
+"""Answers as a folder of numbered Parquet files, each written in one step: a retry neither repeats nor loses a row."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from image_classifier.inference.resume_log import check_same_run
 from image_classifier.inference.writers import Answer, write_answers
 from image_classifier.sources.object_store import Prefix, Storage, is_stored
 
-RUN = "_run.json"  # readers of Parquet folders pass over names that begin so
+RUN = "_run.json"  # readers of Parquet folders skip names that begin with _
 DONE = "_SUCCESS"
 _DIGITS = 5
 
 
 class ShardStore(Protocol):
-    """A folder in which a file appears whole or not at all."""
+    """A folder in which a file appears completely or not at all."""
 
     def names(self) -> set[str]: ...
 
@@ -54,10 +54,10 @@ class ShardFolder:
 
 @dataclass(frozen=True)
 class Shards:
-    """The answers of one run: `count` files, in the order of the images, and before them which run it is.
+    """The answers of one run: `count` files in the order of the images, and `_run.json`, which identifies the run.
 
-    On a disk they lie in OUTPUT.part until the last is there, when that takes the name OUTPUT; in S3-like storage, where nothing can be renamed,
-    they lie in OUTPUT, and `_SUCCESS` is written last.
+    On a disk they are in OUTPUT.part, which is renamed to OUTPUT when the last is written. In S3-like storage, where
+    nothing can be renamed, they are in OUTPUT, and `_SUCCESS` is written last.
     """
 
     output: str
@@ -66,8 +66,8 @@ class Shards:
     count: int
 
     @property
-    def place(self) -> ShardStore:
-        """Where the files lie until all are there."""
+    def store(self) -> ShardStore:
+        """The folder of the files until all are written."""
         return Prefix(self.output, self.storage) if is_stored(self.output) else ShardFolder(Path(f"{self._path}.part"))
 
     @property
@@ -75,83 +75,82 @@ class Shards:
         return Path(os.path.abspath(self.output))
 
     def name(self, number: int) -> str:
-        """The file of a shard, such that names are in the order of numbers."""
+        """Return the file name of a shard; names sort in the order of the numbers."""
         return f"part-{number:0{max(_DIGITS, len(str(self.count - 1)))}d}.parquet"
 
     def check(self, resume: bool) -> int:
-        """Whether this run may write there, of which `resume` may go on with what it left: how many shards are there already.
+        """Check that this run may write there, and return the number of shards that exist already.
 
         Raises:
-            ConfigError: Something else lies there.
+            ConfigError: Other files are there, or files of this run and `resume` is false.
         """
         if not is_stored(self.output) and (self._path.is_file() or ShardFolder(self._path).names()):
             raise ConfigError(f"{self.output!r} exists", "choose another --output, or remove it")
-        names = {name for name in self.place.names() if not name.startswith(".")}  # killed workers leave such
+        names = {name for name in self.store.names() if not name.startswith(".")}  # left by killed workers
         if DONE in names or (names and RUN not in names):
-            raise ConfigError(
-                f"{self._left} holds {'answers that are whole' if DONE in names else 'other files'}",
-                "choose another --output",
-            )
+            content = "complete answers" if DONE in names else "other files"
+            raise ConfigError(f"{self._unfinished} holds {content}", "choose another --output")
         done = len({self.name(number) for number in range(self.count)} & names)
         if names - {RUN} and not resume:
             raise ConfigError(
-                f"{self._left} is of a run that was stopped",
-                "add --resume to go on with it, remove it, or choose another --output",
+                f"{self._unfinished} is of a run that was stopped",
+                "add --resume to continue it, remove it, or choose another --output",
             )
         if names - {RUN}:
-            check_same_run(self._known(), self.run, self._left, "ask as then, or choose another --output")
+            hint = "repeat the settings of that run, or choose another --output"
+            check_same_run(self._known(), self.run, self._unfinished, hint)
         return done
 
     def begin(self) -> None:
-        """Say which run this is."""
-        self.place.write(RUN, json.dumps(self.run, indent=1).encode())
+        """Write `_run.json`, which identifies the run."""
+        self.store.write(RUN, json.dumps(self.run, indent=1).encode())
 
     def check_shared(self, machine: str) -> None:
-        """StorageError where this machine does not see what the one that began wrote, or another run began there meanwhile."""
+        """Raise StorageError where this machine does not see the driver's files, or another run began there since."""
         if dict(self._known()) != dict(self.run):
             raise StorageError(
-                f"{self._left} is another place on {machine}",
+                f"{self._unfinished} is another folder on {machine}",
                 "give a folder that all machines share, or s3://BUCKET/FOLDER",
             )
 
     def answers(self, number: int) -> list[Answer] | None:
-        """The path of each row of a shard, and the error of those that have one; None where the shard is not there yet."""
+        """Return path and error, where there is one, of each row of a shard; None for a shard that is not written."""
         import pyarrow.parquet as parquet  # type: ignore[import-untyped]
 
-        content = self.place.read(self.name(number))
+        content = self.store.read(self.name(number))
         if content is None:
             return None
         rows = parquet.read_table(io.BytesIO(content), columns=["path", "error"]).to_pylist()
         return [row if row["error"] else {"path": row["path"]} for row in rows]
 
     def write(self, number: int, answers: Iterable[Answer], top_k: int | None) -> None:
-        """Write a shard whole; once more is the same bytes."""
+        """Write a shard in one step; writing it again gives the same bytes."""
         file = io.BytesIO()
         write_answers(answers, "parquet", top_k, file)
-        self.place.write(self.name(number), file.getvalue())
+        self.store.write(self.name(number), file.getvalue())
 
     def finish(self, images: int, failed: int) -> None:
-        """Make it OUTPUT; StorageError where a shard is missing."""
-        missing = sorted({self.name(number) for number in range(self.count)} - self.place.names())
+        """Rename the folder to OUTPUT, or mark it as complete; StorageError where a shard is missing."""
+        missing = sorted({self.name(number) for number in range(self.count)} - self.store.names())
         if missing:
             raise StorageError(
-                f"{missing[0]} was written and is not in {self._left}", "give a folder that all machines share"
+                f"{missing[0]} was written and is not in {self._unfinished}", "give a folder that all machines share"
             )
-        self.place.write(DONE, json.dumps({"images": images, "errors": failed, "shards": self.count}).encode())
-        if isinstance(self.place, ShardFolder):
+        self.store.write(DONE, json.dumps({"images": images, "errors": failed, "shards": self.count}).encode())
+        if isinstance(self.store, ShardFolder):
             with storage_errors(self._path):
-                for left in self.place.path.glob(".*.part"):  # of workers that were killed
-                    left.unlink(missing_ok=True)
-                os.replace(self.place.path, self._path)
+                for partial in self.store.path.glob(".*.part"):  # of workers that were killed
+                    partial.unlink(missing_ok=True)
+                os.replace(self.store.path, self._path)
 
     @property
-    def _left(self) -> str:
+    def _unfinished(self) -> str:
         return repr(self.output if is_stored(self.output) else f"{self._path}.part")
 
     def _known(self) -> Mapping[str, Any]:
-        content = self.place.read(RUN)
+        content = self.store.read(RUN)
         try:
-            found = json.loads(content or b"{}")
+            run = json.loads(content or b"{}")
         except ValueError:
-            found = {}
-        return found if isinstance(found, dict) else {}
+            run = {}
+        return run if isinstance(run, dict) else {}

@@ -1,4 +1,4 @@
-"""`infer --sort_into DIR`: a copy of each image in the folder of its class, those without an answer in `_abstain`."""
+"""`infer --sort_into DIR`: a copy of each image in the folder of its class, abstentions in `_abstain`."""
 
 from __future__ import annotations
 
@@ -17,27 +17,27 @@ from image_classifier.sources.web import file_name, is_url
 
 ABSTAIN = "_abstain"
 _UNSAFE = re.compile(r'[\x00-\x1f\x7f/\\:*?"<>|%\ud800-\udfff]')
-_LONGEST = 120  # letters of a name; a file system takes 255 bytes
+_MAX_BYTES = 120  # of a name; a file system allows 255
 
 
 @dataclass(frozen=True)
 class Sorter:
-    """Copies images into `directory`; nothing that lies there is overwritten, and nothing is written outside it."""
+    """Copies images into `directory`: no file there is overwritten, and nothing is written outside it."""
 
     directory: Path
     limits: DecodeLimits
 
     def check(self, items: Iterable[str]) -> None:
-        """ConfigError where the copies would come to lie among the images that are asked about."""
-        own = self.directory.resolve()
+        """Raise ConfigError where the copies would be written into a folder of the images."""
+        target = self.directory.resolve()
         for item in items:
-            if os.path.isdir(item) and own.is_relative_to(Path(item).resolve()):
+            if os.path.isdir(item) and target.is_relative_to(Path(item).resolve()):
                 raise ConfigError(
-                    f"sort_into={str(self.directory)!r} lies within the images in {item!r}", "choose a folder elsewhere"
+                    f"sort_into={str(self.directory)!r} is within the images in {item!r}", "choose a folder elsewhere"
                 )
 
     def sorted(self, answers: Iterable[tuple[Prediction, Content]]) -> Iterator[tuple[Prediction, Content]]:
-        """The answers as they come, each image copied first; one that is gone meanwhile becomes a row with an error."""
+        """Yield the answers after copying each image; one that disappeared since becomes an answer with an error."""
         for prediction, content in answers:
             if prediction.error:
                 yield prediction, content
@@ -55,6 +55,7 @@ class Sorter:
             if not folder.resolve().is_relative_to(self.directory.resolve()):
                 raise StorageError(f"{str(folder)!r} leads out of {str(self.directory)!r}", "remove the link")
             name = _file_name(prediction.path)
+            # The name itself, then with a few and with all digits of the content's hash: the last cannot be taken.
             digest = hashlib.sha256(content).hexdigest()
             targets = [folder / name, *(folder / _with(name, digest[:length]) for length in (8, 64))]
             if not any(_holds(target, content) for target in targets):
@@ -66,7 +67,10 @@ def _holds(target: Path, content: bytes) -> bool:
 
 
 def _write(target: Path, content: bytes) -> None:
-    """Whole or not at all, though after a power cut it may be missing: a sync for each of 100 000 files would take longer than answering."""
+    """Write a file completely or not at all.
+
+    It is not synced: after a power cut it may be missing, but 100 000 syncs would take longer than the answers.
+    """
     part = target.with_name(f".{target.name}.part")
     part.unlink(missing_ok=True)  # left by a kill
     try:
@@ -79,21 +83,25 @@ def _write(target: Path, content: bytes) -> None:
 
 
 def folder_name(label: str) -> str:
-    """A class as the name of a folder: what a file system could take for something else is escaped as %XX, and no two classes meet."""
+    """Return a folder name for a class; characters that a file system could misread become %XX, no two names are equal.
+
+    >>> folder_name("cat"), folder_name("a/b"), folder_name("..")
+    ('cat', 'a%2Fb', '%2E%2E')
+    """
     return _safe(label, reserved=(ABSTAIN,))
 
 
 def _safe(name: str, reserved: tuple[str, ...] = ()) -> str:
-    text = _UNSAFE.sub(lambda found: _escaped(found.group()), name)
+    text = _UNSAFE.sub(lambda match: _escaped(match.group()), name)
     if not text:
-        return "%"  # which nothing else is, as each % is escaped
+        return "%"  # no other name is this, as each % is escaped
     if text.startswith(".") or text in reserved:
         text = _escaped(text[0]) + text[1:]
     if text[-1] in " .":
         text = text[:-1] + _escaped(text[-1])
-    if len(text.encode()) > _LONGEST:
+    if len(text.encode()) > _MAX_BYTES:
         digest = hashlib.sha256(name.encode("utf-8", "surrogatepass")).hexdigest()[:8]
-        text = f"{text.encode()[:_LONGEST].decode('utf-8', 'ignore')}%{digest}"
+        text = f"{text.encode()[:_MAX_BYTES].decode('utf-8', 'ignore')}%{digest}"
     return text
 
 

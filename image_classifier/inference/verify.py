@@ -39,7 +39,7 @@ def verify_backend(
     bundle: Bundle,
     name: str,
     trusted: Sequence[str] = (),
-    server: ServerAddress = ServerAddress(),  # frozen
+    server: ServerAddress = ServerAddress(),  # noqa: B008  # frozen
 ) -> Check:
     """Return what one backend answers for the golden images.
 
@@ -57,7 +57,8 @@ def verify_backend(
     if check.fails(tolerance, min_agreement):
         raise ParityError(
             f"the backend {name} of {bundle.info.name!r} gives {check.agreement:.0%} of {check.images} golden images "
-            f"the right class, and probabilities differ by up to {check.largest_difference:.2g} (allowed {tolerance:g})",
+            f"the right class, and probabilities differ by up to {check.largest_difference:.2g} "
+            f"(allowed {tolerance:g})",
             spec.remedy if spec else f"export it again: --to {name}",
         )
     return check

@@ -1,4 +1,4 @@
-"""Writers of answers as a table, JSON, JSONL, CSV or Parquet, one answer at a time, and the check of where they may write."""
+"""Writers of answers as a table, JSON, JSONL, CSV or Parquet, one answer at a time, and a check of the output path."""
 
 from __future__ import annotations
 
@@ -170,7 +170,7 @@ class AnswerCounter:
 
 
 def check_output_path(output: Path, items: Iterable[str]) -> None:
-    """Raise ConfigError where a file of answers would replace a folder, a device or one of the images named by `items`."""
+    """Raise ConfigError where a file of answers would replace a folder, a device or an image named by `items`."""
     with storage_errors(output):
         if output.is_dir():
             raise ConfigError(f"output={str(output)!r} is a folder", "name a file in it")

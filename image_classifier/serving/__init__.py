@@ -1,1 +1,1 @@
-"""The HTTP server: `run` is the verb, `app` the routes, `process` and `model_process` the two ends of the process that holds a model."""
+"""The HTTP server: `launch` starts it, `app` and `routes` answer, `worker` is the process that holds a model."""

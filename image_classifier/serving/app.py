@@ -1,4 +1,4 @@
-"""The routes, as a FastAPI application; what stands around them is `fence`."""
+"""The FastAPI application: all routes, the page and the format of errors. `middleware` wraps it."""
 
 from __future__ import annotations
 
@@ -15,43 +15,38 @@ from starlette.exceptions import HTTPException
 
 from image_classifier import __version__
 from image_classifier.serving import schemas
+from image_classifier.serving.app_state import AppState
 from image_classifier.serving.auth import is_open
-from image_classifier.serving.middleware import FAILED, is_v2, problem_body
+from image_classifier.serving.middleware import INTERNAL_ERROR, is_v2, problem_response
 from image_classifier.serving.request_limits import Refusal
 from image_classifier.serving.routes import docs, info, predict, v2
-from image_classifier.serving.routes.predict import AppState
 
 PAGE = Path(__file__).with_name("page")
 _CODES = {400: "bad_request", 401: "unauthorized", 403: "forbidden", 404: "not_found", 405: "method_not_allowed"}
 
 
-def make_app(parts: AppState, needs_key: bool = False) -> FastAPI:
-    """The routes over these parts."""
+def make_app(state: AppState, needs_key: bool = False) -> FastAPI:
+    """Return the application over this state."""
     app = FastAPI(
         title="image_classifier", version=__version__, description=schemas.ABOUT, docs_url=None, redoc_url=None
     )
-    app.add_exception_handler(Refusal, _refused)
-    app.add_exception_handler(HTTPException, _http)
-    app.add_exception_handler(RequestValidationError, _invalid)
-    app.add_exception_handler(Exception, _failed)
-    for router in (
-        predict.make_router(parts),
-        info.make_cards(parts),
-        info.make_probes(parts),
-        v2.make_router(parts),
-    ):
+    app.add_exception_handler(Refusal, _on_refusal)
+    app.add_exception_handler(HTTPException, _on_http_exception)
+    app.add_exception_handler(RequestValidationError, _on_invalid_request)
+    app.add_exception_handler(Exception, _on_exception)
+    for router in (predict.make_router(state), info.make_cards(state), info.make_probes(state), v2.make_router(state)):
         app.include_router(router)
-    mimetypes.add_type("text/javascript", ".js")  # what Windows' registry says may be another
+    mimetypes.add_type("text/javascript", ".js")  # the registry of Windows may name another type
     app.mount("/page", StaticFiles(directory=PAGE, check_dir=False), name="page")
 
     _add_pages(app, needs_key)
     if needs_key:
-        schemas.tell_of_keys(app.openapi(), is_open)
+        schemas.document_keys(app.openapi(), is_open)
     return app
 
 
 def _add_pages(app: FastAPI, needs_key: bool) -> None:
-    documented = cache(lambda: docs.rendered(app.openapi(), needs_key))
+    rendered = cache(lambda: docs.render_docs(app.openapi(), needs_key))
 
     @app.get("/", include_in_schema=False)
     async def page() -> FileResponse:
@@ -59,36 +54,37 @@ def _add_pages(app: FastAPI, needs_key: bool) -> None:
 
     @app.get("/docs", include_in_schema=False)
     async def documentation(request: Request) -> HTMLResponse:
-        return HTMLResponse(documented().replace(docs.ORIGIN, escape(str(request.base_url).rstrip("/"))))
+        return HTMLResponse(rendered().replace(docs.ORIGIN, escape(str(request.base_url).rstrip("/"))))
 
     @app.get("/favicon.ico", include_in_schema=False)
     async def icon() -> FileResponse:
         return FileResponse(PAGE / "icon.svg", media_type="image/svg+xml")
 
 
-def _error(request: Request, refusal: Refusal) -> Response:
-    content, headers = problem_body(refusal, request.state.request_id, is_v2(request.url.path))
+def _problem(request: Request, refusal: Refusal) -> Response:
+    content, headers = problem_response(refusal, request.state.request_id, is_v2(request.url.path))
     return Response(content, refusal.status, {name.decode(): value.decode() for name, value in headers})
 
 
-async def _refused(request: Request, error: Exception) -> Response:
+async def _on_refusal(request: Request, error: Exception) -> Response:
     assert isinstance(error, Refusal)
-    return _error(request, error)
+    return _problem(request, error)
 
 
-async def _failed(request: Request, error: Exception) -> Response:
-    return _error(request, FAILED)  # `Fence` logs the error
+async def _on_exception(request: Request, error: Exception) -> Response:
+    return _problem(request, INTERNAL_ERROR)  # Starlette raises it again, and the middleware logs it
 
 
-async def _http(request: Request, error: Exception) -> Response:
+async def _on_http_exception(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
-    answer = _error(request, Refusal(error.status_code, _CODES.get(error.status_code, "error"), str(error.detail)))
-    answer.headers.update(error.headers or {})
-    return answer
+    code = _CODES.get(error.status_code, "error")
+    response = _problem(request, Refusal(error.status_code, code, str(error.detail)))
+    response.headers.update(error.headers or {})
+    return response
 
 
-async def _invalid(request: Request, error: Exception) -> Response:
+async def _on_invalid_request(request: Request, error: Exception) -> Response:
     assert isinstance(error, RequestValidationError)
     first = error.errors()[0]
-    place = ".".join(map(str, first["loc"]))
-    return _error(request, Refusal(422, "invalid", f"{place}: {first['msg']}"))
+    where = ".".join(map(str, first["loc"]))
+    return _problem(request, Refusal(422, "invalid", f"{where}: {first['msg']}"))

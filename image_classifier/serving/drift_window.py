@@ -1,4 +1,4 @@
-"""What the drift check keeps of each answer: confidence, distance from the training's embeddings, class. No image, no name, no client."""
+"""The recent answers of each model, compared with the validation split. No image, file name or client is kept."""
 
 from __future__ import annotations
 
@@ -6,15 +6,16 @@ import json
 import os
 import time
 from collections import deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from image_classifier.errors import ConfigError
-from image_classifier.evaluation.drift import DriftReference
+from image_classifier.evaluation.drift import DriftReference, Shift
 from image_classifier.serving.async_log import AsyncLineWriter
+from image_classifier.serving.drift_log import Row, columns
 
 
 @dataclass(frozen=True)
@@ -22,10 +23,10 @@ class DriftSettings:
     """The keys of `drift`.
 
     Args:
-        enabled: Whether answers are compared with those that val got.
-        window: How many of the last answers are.
-        log_dir: Where they are kept for the verb `drift`, a line each in NAME.jsonl; null: nowhere.
-        max_log_bytes: A longer file becomes NAME.jsonl.1, in place of the one before.
+        enabled: Whether answers are compared with those for the validation split.
+        window: Number of recent answers that are compared.
+        log_dir: Folder of NAME.jsonl, a line for each answer, which the verb `drift` reads; null writes no log.
+        max_log_bytes: A longer log is renamed to NAME.jsonl.1, which replaces the previous one.
     """
 
     enabled: bool = False
@@ -39,65 +40,55 @@ class DriftSettings:
 
 
 class DriftWindow:
-    """The last answers of each model's version, compared with val when they are asked for."""
+    """The recent answers of the current version of each model."""
 
-    def __init__(self, asked: DriftSettings) -> None:
-        self.asked = asked
-        self._last: dict[str, deque[tuple[float, float | None]]] = {}
+    def __init__(self, settings: DriftSettings) -> None:
+        self._settings = settings
+        self._recent: dict[str, deque[Row]] = {}
         self._references: dict[str, tuple[str, DriftReference | None]] = {}
-        self._lines: dict[str, AsyncLineWriter] = {}
+        self._writers: dict[str, AsyncLineWriter] = {}
 
     def close(self) -> None:
-        """Write what waits."""
-        for lines in self._lines.values():
-            lines.close()
+        """Write the lines that wait."""
+        for writer in self._writers.values():
+            writer.close()
 
-    def seen(self, facts: Mapping[str, Any], answer: Mapping[str, Any], ood_score: float | None) -> None:
-        """One image has its answer."""
-        if not self.asked.enabled or "error" in answer:
+    def record(self, metadata: Mapping[str, Any], answer: Mapping[str, Any], ood_score: float | None) -> None:
+        """Add the answer for one image."""
+        if not self._settings.enabled or "error" in answer:
             return
-        name, version = facts["name"], facts["version"]
-        if self._references.get(name, ("", None))[0] != version:  # another model: its answers are another traffic
-            self._references[name] = version, DriftReference.of(facts["reference"])
-            self._last[name] = deque(maxlen=self.asked.window)
-        self._last[name].append((answer["confidence"], ood_score))
-        if self.asked.log_dir is not None:
-            self._keep(Path(self.asked.log_dir, f"{name}.jsonl"), version, answer, ood_score)
+        name = metadata["name"]
+        version = metadata["version"]
+        # A new version starts with an empty window: its answers follow another distribution.
+        if self._references.get(name, ("", None))[0] != version:
+            self._references[name] = version, DriftReference.of(metadata["reference"])
+            self._recent[name] = deque(maxlen=self._settings.window)
+        self._recent[name].append((answer["confidence"], ood_score))
+        if self._settings.log_dir is not None:
+            self._append_log(Path(self._settings.log_dir, f"{name}.jsonl"), version, answer, ood_score)
 
-    def figures(self, name: str) -> Iterator[tuple[str, float, float, int]]:
-        """For each figure of a model its distance from val, the limit, and of how many images."""
+    def shifts(self, name: str) -> list[Shift]:
+        """Return the shift of each figure of a model; an empty list where it has no reference or no answers."""
         _, reference = self._references.get(name, ("", None))
-        if reference is None:
-            return
-        for shift in reference.shifts(columns(self._last[name])):
-            yield shift.figure, shift.distance, shift.limit, shift.images
+        return [] if reference is None else reference.shifts(columns(self._recent[name]))
 
-    def _keep(self, path: Path, version: str, answer: Mapping[str, Any], ood_score: float | None) -> None:
+    def _append_log(self, path: Path, version: str, answer: Mapping[str, Any], ood_score: float | None) -> None:
         line = {
             "time": round(time.time(), 3),
             "version": version,
             "label": answer["predicted_class"],
             "decision": answer["decision"],
-        }
-        line |= {
             "confidence": round(answer["confidence"], 6),
             "ood_score": None if ood_score is None else round(ood_score, 4),
         }
-        if path.name not in self._lines:
-            self._lines[path.name] = AsyncLineWriter(f"drift: {path}", partial(self._write, path))
-        self._lines[path.name].put(json.dumps(line, ensure_ascii=False))
+        if path.name not in self._writers:
+            self._writers[path.name] = AsyncLineWriter(f"drift: {path}", partial(self._write, path))
+        self._writers[path.name].put(json.dumps(line, ensure_ascii=False))
 
     def _write(self, path: Path, line: str) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         with path.open("a", encoding="utf-8") as file:
             file.write(line + "\n")
             size = file.tell()
-        if size > self.asked.max_log_bytes:
+        if size > self._settings.max_log_bytes:
             os.replace(path, path.with_name(f"{path.name}.1"))
-
-
-def columns(rows: deque[tuple[float, float | None]]) -> dict[str, list[float]]:
-    """The figures of answers, each a list; scores only where all have one."""
-    found = {"confidence": [confidence for confidence, _ in rows]}
-    scores = [score for _, score in rows if score is not None]
-    return {**found, "ood_score": scores} if len(scores) == len(rows) else found

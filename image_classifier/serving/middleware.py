@@ -1,4 +1,4 @@
-"""What stands around every route: request id, who may ask, limits on the body, headers for browsers, one shape of errors, the log."""
+"""The outermost layer: request ids, access control, body limits, headers for browsers, error format, request log."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ import math
 import re
 import time
 import uuid
-from collections.abc import Awaitable, Callable, Iterable
+from collections.abc import Callable, Iterable
 from contextlib import suppress
-from dataclasses import dataclass
 from typing import Any
 
+from starlette.middleware.cors import CORSMiddleware
 from starlette.routing import compile_path
 
-from image_classifier.serving.auth import AccessPolicy, preflight
+from image_classifier.serving.auth import AccessPolicy
 from image_classifier.serving.request_limits import (
     App,
     BodyReader,
@@ -29,16 +29,19 @@ from image_classifier.serving.request_limits import (
     Scope,
     Send,
 )
+from image_classifier.serving.request_log import RequestRecord
 from image_classifier.text import printable
 
 log = logging.getLogger(__name__)
 
-_POLICY = (
-    "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' blob: data:; media-src 'self' blob:; connect-src 'self'; "
-    "manifest-src 'self'; form-action 'none'; base-uri 'none'; frame-ancestors 'none'"
+Headers = list[tuple[bytes, bytes]]
+
+_CONTENT_POLICY = (
+    "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' blob: data:; media-src 'self' blob:; "
+    "connect-src 'self'; manifest-src 'self'; form-action 'none'; base-uri 'none'; frame-ancestors 'none'"
 )
-HEADERS = [
-    (b"content-security-policy", _POLICY.encode()),
+HEADERS: Headers = [
+    (b"content-security-policy", _CONTENT_POLICY.encode()),
     (b"x-content-type-options", b"nosniff"),
     (b"x-frame-options", b"DENY"),
     (b"referrer-policy", b"no-referrer"),
@@ -46,31 +49,24 @@ HEADERS = [
     (b"cross-origin-opener-policy", b"same-origin"),
     (b"cross-origin-resource-policy", b"same-origin"),
 ]
-_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
-FAILED = Refusal(500, "internal", "the server failed at this request; its log says why")
-_CLIENT_CHARACTERS = 64  # a proxy may say any name
-
-
-@dataclass(frozen=True)
-class RequestRecord:
-    """What one request was, for the log and the metrics; nothing of its content."""
-
-    request_id: str
-    client: str
-    method: str
-    path: str
-    route: str
-    status: int
-    bytes: int
-    seconds: float
-    images: int
-    key: str
+_REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
+_MAX_CLIENT_LENGTH = 64  # a proxy may send any name
+_MAX_LOGGED_PATH = 200
+_CLIENT_CLOSED = 499  # status in the log where the client went away first, as nginx has it
+INTERNAL_ERROR = Refusal(500, "internal", "the server failed on this request; see its log")
+_STOPPING = Refusal(503, "stopping", "the server is shutting down", 1.0)
 
 
 class GatewayMiddleware:
-    """An ASGI application around another, whose routes have these `paths`.
+    """An ASGI application around another one.
 
-    `tell` hears of each request when it is over, and `stopping` says whether new ones are refused.
+    Args:
+        app: The routes. They find the body in `request.state.body`.
+        access: Decides who may send requests.
+        bodies: Reads request bodies.
+        on_done: Called with the record of each finished request.
+        stopping: Returns whether the server is shutting down; then new requests are refused.
+        paths: Returns the patterns of all routes.
     """
 
     def __init__(
@@ -78,125 +74,129 @@ class GatewayMiddleware:
         app: App,
         access: AccessPolicy,
         bodies: BodyReader,
-        tell: Callable[[RequestRecord], object],
+        on_done: Callable[[RequestRecord], object],
         stopping: Callable[[], bool],
         paths: Callable[[], Iterable[str]],
     ) -> None:
-        self.app, self.access, self.bodies, self.tell, self.stopping, self.paths = (
-            app,
-            access,
-            bodies,
-            tell,
-            stopping,
-            paths,
-        )
+        self.app = app
+        self.access = access
+        self.bodies = bodies
+        self.on_done = on_done
+        self.stopping = stopping
+        self.paths = paths
+        self._handler: App = self._handle
+        if access.cors_origins:
+            # It answers preflights, which carry no key, before `access` is asked.
+            self._handler = CORSMiddleware(
+                self._handle,
+                allow_origins=sorted(access.cors_origins),
+                allow_methods=["GET", "POST"],
+                allow_headers=["content-type", "x-api-key", "authorization", "x-request-id"],
+                expose_headers=["x-request-id", "retry-after"],
+            )
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """One request, or the server's own start and end."""
+        """Handle one request, or the server's startup and shutdown."""
         if scope["type"] != "http":
             return await self.app(scope, receive, send) if scope["type"] == "lifespan" else None
-        method, headers = scope["method"], dict(scope["headers"])
+        method = scope["method"]
         if method == "HEAD":
-            scope = {**scope, "method": "GET"}  # uvicorn leaves the content out
-        given = headers.get(b"x-request-id", b"").decode("latin-1")
+            scope = {**scope, "method": "GET"}  # uvicorn sends no content then
+        given_id = dict(scope["headers"]).get(b"x-request-id", b"").decode("latin-1")
         state = scope.setdefault("state", {})
         state.update(
-            request_id=given if _ID.fullmatch(given) else uuid.uuid4().hex,
+            request_id=given_id if _REQUEST_ID.fullmatch(given_id) else uuid.uuid4().hex,
+            client=(scope.get("client") or ("unknown", 0))[0][:_MAX_CLIENT_LENGTH],
             images=0,
             received=0,
             key="",
-            share=MemoryLease(self.bodies.memory),
+            lease=MemoryLease(self.bodies.budget),
         )
-        answer = _Answer(send, state["request_id"], self.access.cors(headers), is_v2(scope["path"]))
-        client = (scope.get("client") or ("unknown", 0))[0][:_CLIENT_CHARACTERS]
+        state["sent"] = sent = _SentResponse(send, state["request_id"])
         start = time.monotonic()
         try:
-            await self._answered(self._take(scope, method, client, receive, answer), answer)
+            await self._handler(scope, receive, sent)
         finally:
-            state["share"].end()
-            seconds = time.monotonic() - start
-            path = printable(scope["path"])[:200]
-            self.tell(
+            state["lease"].end()
+            self.on_done(
                 RequestRecord(
-                    state["request_id"],
-                    client,
-                    method,
-                    path,
-                    self._route(scope),
-                    answer.status,
-                    state["received"],
-                    seconds,
-                    state["images"],
-                    state["key"],
+                    request_id=state["request_id"],
+                    client=state["client"],
+                    method=method,
+                    path=printable(scope["path"])[:_MAX_LOGGED_PATH],
+                    route=self._route_of(scope),
+                    status=sent.status,
+                    bytes=state["received"],
+                    seconds=time.monotonic() - start,
+                    images=state["images"],
+                    key=state["key"],
                 )
             )
         return None
 
-    def _route(self, scope: Scope) -> str:
-        """The route's pattern, "" where there is none; of a request that was refused before it was looked up too."""
+    def _route_of(self, scope: Scope) -> str:
+        """Return the pattern of the route, "" where there is none; also for requests refused before routing."""
         if "route" in scope:
             return str(getattr(scope["route"], "path", ""))
-        return next((path for path in self.paths() if _pattern(path).match(scope["path"])), "")
+        return next((path for path in self.paths() if _compiled(path).match(scope["path"])), "")
 
-    async def _take(self, scope: Scope, method: str, client: str, receive: Receive, answer: _Answer) -> None:
-        """Whoever may not ask is refused before the body is read."""
-        if self.stopping():
-            raise _stopping()
-        headers = dict(scope["headers"])
-        if method == "OPTIONS" and b"access-control-request-method" in headers and answer.cors_allowed:
-            return await answer.plain(204, b"", preflight(["GET", "POST"]))
-        scope["state"]["key"] = self.access.check(method, scope["path"], headers, client)
-        body = await self.bodies.read(scope, receive, scope["state"]["share"])
-        scope["state"].update(received=len(body), body=body)
-        return await self._run(scope, receive, answer)
-
-    async def _answered(self, work: Awaitable[None], answer: _Answer) -> None:
-        """Whatever becomes of the work, there is an answer."""
+    async def _handle(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer a request in any case: with the routes, or with an error."""
+        state = scope["state"]
+        sent: _SentResponse = state["sent"]
+        respond = functools.partial(_send_problem, send, state["request_id"], is_v2(scope["path"]))
         try:
-            await work
+            await self._admit(scope, receive, send)
         except Refusal as refusal:
-            await answer.refuse(refusal)
+            await respond(refusal)
         except Disconnected:
-            answer.status = 499
+            sent.status = _CLIENT_CLOSED
         except asyncio.CancelledError:
-            if not self.stopping() or (answer.status and not answer.complete):
+            if not self.stopping() or sent.is_partial:
                 raise
-            if not answer.status:
-                await answer.refuse(_stopping())  # there is no more time to finish it
+            if not sent.status:
+                await respond(_STOPPING)  # the time for unfinished requests is over
         except Exception:
-            log.exception("the request %s failed", answer.request_id)
-            if answer.status and not answer.complete:
-                raise  # the answer has begun: the connection must break
-            if not answer.status:
-                await answer.refuse(FAILED)
+            log.exception("the request %s failed", state["request_id"])
+            if sent.is_partial:
+                raise  # the connection must break: the client has a part of the answer
+            if not sent.status:
+                await respond(INTERNAL_ERROR)
 
-    async def _run(self, scope: Scope, receive: Receive, answer: _Answer) -> None:
-        """The application, with a body that is there already; ended when the client goes away."""
+    async def _admit(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Check access before the body is read, read it, and run the routes."""
+        if self.stopping():
+            raise _STOPPING
+        state = scope["state"]
+        state["key"] = self.access.check(scope["method"], scope["path"], dict(scope["headers"]), state["client"])
+        state["body"] = await self.bodies.read(scope, receive, state["lease"])
+        state["received"] = len(state["body"])
+        await self._run_app(scope, receive, send)
+
+    async def _run_app(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Run the routes, and cancel them when the client closes the connection."""
         gone = asyncio.Event()
         delivered = False
 
         async def replay() -> Event:
+            # An empty body: the routes take it from the state, without a copy.
             nonlocal delivered
             if not delivered:
                 delivered = True
-                return {
-                    "type": "http.request",
-                    "body": b"",
-                    "more_body": False,
-                }  # routes take it from the state, without a copy
+                return {"type": "http.request", "body": b"", "more_body": False}
             await gone.wait()
             return {"type": "http.disconnect"}
 
-        async def leave() -> None:
+        async def wait_for_disconnect() -> None:
             while (await receive())["type"] != "http.disconnect":
                 pass
             gone.set()
 
-        app = asyncio.ensure_future(self.app(scope, replay, answer))
-        leaving = asyncio.ensure_future(leave())
+        app = asyncio.ensure_future(self.app(scope, replay, send))
+        leaving = asyncio.ensure_future(wait_for_disconnect())
         try:
             await asyncio.wait({app, leaving}, return_when=asyncio.FIRST_COMPLETED)
-            if not app.done() and not answer.status:
+            if not app.done() and not scope["state"]["sent"].status:
                 app.cancel()
                 with suppress(asyncio.CancelledError):
                     await app
@@ -209,67 +209,67 @@ class GatewayMiddleware:
 
 
 @functools.cache
-def _pattern(path: str) -> re.Pattern[str]:
+def _compiled(path: str) -> re.Pattern[str]:
     return compile_path(path)[0]
 
 
 def is_v2(path: str) -> bool:
-    """Whether a path is one of the V2 protocol, whose errors look different."""
+    """Check whether a path belongs to the V2 protocol, whose errors have another format.
+
+    >>> is_v2("/v2/models/cats"), is_v2("/predict")
+    (True, False)
+    """
     return path == "/v2" or path.startswith("/v2/")
 
 
-def _stopping() -> Refusal:
-    return Refusal(503, "stopping", "the server is being stopped", 1.0)
-
-
-def problem_body(refusal: Refusal, request_id: str, is_v2: bool) -> tuple[bytes, list[tuple[bytes, bytes]]]:
-    """Content and headers: one shape for every error, but for those of the V2 protocol, which has its own."""
-    words: dict[str, Any] = {"error": {"code": refusal.code, "message": refusal.message}, "request_id": request_id}
+def problem_response(refusal: Refusal, request_id: str, v2: bool) -> tuple[bytes, Headers]:
+    """Return the content and the headers of an error, in the format of this API or of the V2 protocol."""
+    content: dict[str, Any] = {
+        "error": {"code": refusal.code, "message": refusal.message},
+        "request_id": request_id,
+    }
     headers = [(b"content-type", b"application/json")]
-    if refusal.after_s is not None:
-        headers.append((b"retry-after", str(max(1, math.ceil(refusal.after_s))).encode()))
+    if refusal.retry_after_s is not None:
+        headers.append((b"retry-after", str(max(1, math.ceil(refusal.retry_after_s))).encode()))
     if refusal.status == 401:
         headers.append((b"www-authenticate", b'Bearer realm="image_classifier"'))
     if refusal.status in (408, 413) or refusal.code == "stopping":
         headers.append((b"connection", b"close"))
-    return json.dumps({"error": refusal.message} if is_v2 else words).encode(), headers
+    return json.dumps({"error": refusal.message} if v2 else content).encode(), headers
 
 
-class _Answer:
-    """Sends one answer with what every answer carries, and remembers its status (0 while there is none) and its end."""
+async def _send_problem(send: Send, request_id: str, v2: bool, refusal: Refusal) -> None:
+    content, headers = problem_response(refusal, request_id, v2)
+    headers.append((b"content-length", str(len(content)).encode()))
+    await send({"type": "http.response.start", "status": refusal.status, "headers": headers})
+    await send({"type": "http.response.body", "body": content})
 
-    def __init__(self, send: Send, request_id: str, cors: list[tuple[bytes, bytes]], is_v2: bool) -> None:
-        self._send, self.request_id, self._cors, self._is_v2 = send, request_id, cors, is_v2
-        self.status, self.complete = 0, False
-        self.cors_allowed = any(name == b"access-control-allow-origin" for name, _ in cors)
+
+class _SentResponse:
+    """Sends a response with the headers that every response carries; `status` is 0 until it starts."""
+
+    def __init__(self, send: Send, request_id: str) -> None:
+        self._send = send
+        self._request_id = request_id
+        self.status = 0
+        self.complete = False
+
+    @property
+    def is_partial(self) -> bool:
+        """Whether the response has started and is not complete."""
+        return bool(self.status) and not self.complete
 
     async def __call__(self, event: Event) -> None:
         if event["type"] == "http.response.start":
             self.status = event["status"]
-            own = {name for name, _ in event["headers"]}
-            fixed = [pair for pair in HEADERS if pair[0] not in own]
-            stored = [] if b"cache-control" in own else [(b"cache-control", b"no-store")]
-            event = {
-                **event,
-                "headers": [
-                    *event["headers"],
-                    *fixed,
-                    *stored,
-                    *self._cors,
-                    (b"x-request-id", self.request_id.encode()),
-                ],
-            }
+            event = {**event, "headers": self._complete_headers(event["headers"])}
         await self._send(event)
         self.complete = event["type"] == "http.response.body" and not event.get("more_body", False)
 
-    async def refuse(self, refusal: Refusal) -> None:
-        """The one shape of errors."""
-        content, headers = problem_body(refusal, self.request_id, self._is_v2)
-        await self.plain(refusal.status, content, headers)
-
-    async def plain(self, status: int, content: bytes, headers: list[tuple[bytes, bytes]]) -> None:
-        """A whole answer."""
-        length = [] if status == 204 else [(b"content-length", str(len(content)).encode())]
-        start: dict[str, Any] = {"type": "http.response.start", "status": status, "headers": [*headers, *length]}
-        await self(start)
-        await self({"type": "http.response.body", "body": content})
+    def _complete_headers(self, headers: Iterable[tuple[bytes, bytes]]) -> Headers:
+        """Add the headers for browsers, where the route has not set them, and the request id."""
+        headers = list(headers)
+        names = {name for name, _ in headers}
+        defaults = [*HEADERS, (b"cache-control", b"no-store")]
+        missing = [(name, value) for name, value in defaults if name not in names]
+        return [*headers, *missing, (b"x-request-id", self._request_id.encode())]

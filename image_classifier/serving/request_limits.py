@@ -1,4 +1,4 @@
-"""What one request may ask of the server, and what reads a body within that."""
+"""Limits of one request, and the reader of request bodies that keeps them."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ Receive = Callable[[], Awaitable[Event]]
 Send = Callable[[Event], Awaitable[None]]
 App = Callable[[Scope, Receive, Send], Awaitable[None]]
 
-_STALLED_S = 2.0  # a body of which less than _STEP came in so long gives way where others need its place
-_STEP = 2**14  # bytes
-_LINGER_S = 2.0  # a body that is refused is read for so long: whoever closes at once cuts off its own answer
+_PROGRESS_BYTES = 2**14  # an upload that receives this many bytes is not stalled
+_STALLED_S = 2.0  # a stalled upload is dropped when other requests need its memory
+_DRAIN_S = 2.0  # how long a refused body is read: a client whose connection closes at once never sees the answer
 
 
 @dataclass(frozen=True)
@@ -28,17 +28,17 @@ class RequestLimits:
     """The keys of `request`.
 
     Args:
-        max_bytes: Of a body.
-        max_images: In one request.
-        body_s: Seconds in which a body must arrive.
-        headers_s: Seconds in which the head of a request must arrive, and that a connection may be idle before its first.
+        max_bytes: Maximum size of a body.
+        max_images: Maximum number of images in one request.
+        body_s: Seconds until a body must be complete.
+        headers_s: Seconds until the head of a request must be complete; also how long a new connection may be idle.
         keep_alive_s: Seconds that a connection may be idle between two requests.
         answer_s: Seconds that an answer may take.
-        max_memory: Bytes of all bodies, and of what is fetched for them, that are held at once.
-        max_connections: Open at once; more are closed as they come.
+        max_memory: Maximum bytes of all bodies and fetched images at the same time.
+        max_connections: Maximum number of open connections; more are closed at once.
 
     Raises:
-        ConfigError: A value that cannot be.
+        ConfigError: A value is out of range.
     """
 
     max_bytes: int = 64 * 2**20
@@ -53,142 +53,161 @@ class RequestLimits:
     def __post_init__(self) -> None:
         for name, value in vars(self).items():
             if not 0 < value < float("inf"):
-                raise ConfigError(f"request.{name} must be above 0, not {value}")
+                raise ConfigError(f"invalid request.{name} {value}", "expected a number above 0")
         if self.max_memory < self.max_bytes:
             raise ConfigError(
-                f"request.max_memory={self.max_memory} is less than one body of request.max_bytes={self.max_bytes}"
+                f"request.max_memory={self.max_memory} is less than request.max_bytes={self.max_bytes}",
+                "it must hold at least one body",
             )
 
 
 class Refusal(Exception):  # it is an answer
-    """An answer that is no: its status, its code for programs and its words for people."""
+    """A refused request: the HTTP status, a code for programs and a message for people."""
 
-    def __init__(self, status: int, code: str, message: str, after_s: float | None = None) -> None:
+    def __init__(self, status: int, code: str, message: str, retry_after_s: float | None = None) -> None:
         super().__init__(message)
-        self.status, self.code, self.message, self.after_s = status, code, message, after_s
+        self.status = status
+        self.code = code
+        self.message = message
+        self.retry_after_s = retry_after_s
 
 
-class Disconnected(Exception):  # it is no error of ours
-    """The client is gone."""
+class Disconnected(Exception):  # not an error of the server
+    """The client has closed the connection."""
 
 
 class MemoryBudget:
-    """What all requests hold together: a number of bytes that has a limit."""
+    """The bytes that all requests together may hold."""
 
-    def __init__(self, most: int) -> None:
-        self.most, self.held, self.lock = most, 0, threading.Lock()
-        self.coming: set[MemoryLease] = set()  # whose bodies are not there yet
+    def __init__(self, limit: int) -> None:
+        self.limit = limit
+        self.used = 0
+        self.lock = threading.Lock()
+        self.uploads: set[MemoryLease] = set()  # requests whose body is still coming in
 
 
 class MemoryLease:
-    """What one request holds of it, counted from any thread until the request is over."""
+    """The memory that one request holds. It may be counted from any thread, and is returned when the request ends."""
 
-    def __init__(self, memory: MemoryBudget) -> None:
-        self._memory, self._count, self._over = memory, 0, False
-        self._since, self._new, self._limit = 0.0, 0, asyncio.timeout(None)
+    def __init__(self, budget: MemoryBudget) -> None:
+        self._budget = budget
+        self._held = 0
+        self._ended = False
+        self._last_progress = 0.0
+        self._new_bytes = 0  # since the last progress
+        self._timeout = asyncio.timeout(None)
 
     def take(self, count: int) -> None:
-        """Count so many bytes more; Refusal where there is no room for them, or the request is over."""
-        with self._memory.lock:
-            if self._over or self._memory.held + count > self._memory.most:
-                raise Refusal(503, "queue_full", "the server holds as many bytes of bodies and images as it may", 1.0)
-            self._memory.held += count
-            self._count += count
+        """Add bytes; raise Refusal where they do not fit, or the request has ended."""
+        with self._budget.lock:
+            if self._ended or self._budget.used + count > self._budget.limit:
+                raise Refusal(503, "queue_full", "the memory for request bodies and images is full", 1.0)
+            self._budget.used += count
+            self._held += count
 
     @asynccontextmanager
-    async def of_body(self, seconds: float) -> AsyncIterator[None]:
-        """The time of a body; TimeoutError where it is over, or where others need the place of one that does not go on."""
-        self._since = time.monotonic()
+    async def upload(self, seconds: float) -> AsyncIterator[None]:
+        """Limit the time of an upload; raise TimeoutError where it is over, or where the upload was evicted."""
+        self._last_progress = time.monotonic()
         try:
-            async with asyncio.timeout(seconds) as self._limit:
-                self._memory.coming.add(self)
+            async with asyncio.timeout(seconds) as self._timeout:
+                self._budget.uploads.add(self)
                 yield
         finally:
-            self._memory.coming.discard(self)
+            self._budget.uploads.discard(self)
 
-    def take_for_body(self, count: int) -> None:
-        """As `take`, in the place of bodies that do not go on where there is no other."""
-        self._new += count
-        if self._new >= _STEP:
-            self._since, self._new = time.monotonic(), 0
+    def take_for_upload(self, count: int) -> None:
+        """Add bytes of a body. Where they do not fit, evict stalled uploads until they do."""
+        # Every _PROGRESS_BYTES the upload counts as alive again.
+        self._new_bytes += count
+        if self._new_bytes >= _PROGRESS_BYTES:
+            self._last_progress = time.monotonic()
+            self._new_bytes = 0
         while True:
             try:
                 return self.take(count)
             except Refusal:
-                slowest = min(self._memory.coming, key=lambda share: share._since, default=self)
-                if self._over or slowest is self or time.monotonic() - slowest._since < _STALLED_S:
+                # Evict the upload that made no progress for the longest time, unless that is this one or it is not
+                # stalled: then this request is refused.
+                slowest = min(self._budget.uploads, key=lambda lease: lease._last_progress, default=self)
+                stalled = time.monotonic() - slowest._last_progress >= _STALLED_S
+                if self._ended or slowest is self or not stalled:
                     raise
-                slowest._give_way()
+                slowest._evict()
 
-    def _give_way(self) -> None:
-        self._memory.coming.discard(self)
+    def _evict(self) -> None:
+        """Return the memory of a stalled upload and let its time be over."""
+        self._budget.uploads.discard(self)
         self.end()
-        if not self._limit.expired():
-            self._limit.reschedule(0)
+        if not self._timeout.expired():
+            self._timeout.reschedule(0)
 
     def end(self) -> None:
-        """Give all of it back: the request is over."""
-        with self._memory.lock:
-            self._memory.held -= self._count
-            self._count, self._over = 0, True
+        """Return all memory: the request has ended."""
+        with self._budget.lock:
+            self._budget.used -= self._held
+            self._held = 0
+            self._ended = True
 
 
 class BodyReader:
-    """Reads bodies, each within its limits and all together within the memory that they may take."""
+    """Reads request bodies, each within its limits and all together within the memory budget."""
 
     def __init__(self, limits: RequestLimits) -> None:
-        self.limits, self.memory = limits, MemoryBudget(limits.max_memory)
+        self.limits = limits
+        self.budget = MemoryBudget(limits.max_memory)
 
-    async def read(self, scope: Scope, receive: Receive, share: MemoryLease) -> bytearray:
-        """The body of a request, counted in its share.
+    async def read(self, scope: Scope, receive: Receive, lease: MemoryLease) -> bytearray:
+        """Return the body of a request and count it in its lease.
 
         Raises:
-            Refusal: It is too large, takes too long, or there is no room for it.
-            Disconnected: The client went away.
+            Refusal: The body is too large or too slow, or there is no memory for it.
+            Disconnected: The client has closed the connection.
         """
-        parts = bytearray()
         headers = dict(scope["headers"])
-        if headers.get(b"content-encoding", b"identity").lower() != b"identity":  # what it would unpack to has no limit
-            raise Refusal(415, "unsupported_media_type", "send the body as it is: compressed ones are not unpacked")
+        # A compressed body could unpack to any size.
+        if headers.get(b"content-encoding", b"identity").lower() != b"identity":
+            raise Refusal(415, "unsupported_media_type", "compressed bodies are not supported: send it uncompressed")
         length = headers.get(b"content-length", b"0")
         if not length.isdigit() or int(length) > self.limits.max_bytes:
-            await self._linger(receive)
+            await self._drain(receive)
             raise self._too_large()
+        body = bytearray()
         try:
-            async with share.of_body(self.limits.body_s):
-                whole = await self._read(receive, share, parts)
+            async with lease.upload(self.limits.body_s):
+                fits = await self._read_into(body, receive, lease)
         except TimeoutError:
-            words = f"longer than {self.limits.body_s:g} s, or too long while others needed its place in memory"
-            raise Refusal(408, "timeout", f"the body took {words}") from None
-        if not whole:
-            await self._linger(receive)
+            reason = f"it took longer than {self.limits.body_s:g} s, or stalled while others needed the memory"
+            raise Refusal(408, "timeout", f"the body came too slowly: {reason}") from None
+        if not fits:
+            await self._drain(receive)
             raise self._too_large()
-        return parts
+        return body
 
-    async def _read(self, receive: Receive, share: MemoryLease, parts: bytearray) -> bool:
-        """Whether the body fits into its limit."""
+    async def _read_into(self, body: bytearray, receive: Receive, lease: MemoryLease) -> bool:
+        """Read all blocks; return whether the body stays within its limit."""
         more = True
         while more:
             event = await receive()
             if event["type"] == "http.disconnect":
                 raise Disconnected
             block = event.get("body", b"")
-            if len(parts) + len(block) > self.limits.max_bytes:
+            if len(body) + len(block) > self.limits.max_bytes:
                 return False
-            share.take_for_body(len(block))
-            parts += block
+            lease.take_for_upload(len(block))
+            body += block
             more = event.get("more_body", False)
         return True
 
     def _too_large(self) -> Refusal:
         return Refusal(413, "too_large", f"the body is larger than {self.limits.max_bytes / 2**20:.3g} MiB")
 
-    async def _linger(self, receive: Receive) -> None:
-        """Read on for a moment and keep nothing."""
-        end = time.monotonic() + _LINGER_S
+    async def _drain(self, receive: Receive) -> None:
+        """Read and discard for a short time, so that the client can read the refusal (RFC 9112, section 9.6)."""
+        end = time.monotonic() + _DRAIN_S
         try:
-            while (left := end - time.monotonic()) > 0:
-                event = await asyncio.wait_for(receive(), left)
+            while (left_s := end - time.monotonic()) > 0:
+                event = await asyncio.wait_for(receive(), left_s)
                 if event["type"] == "http.disconnect" or not event.get("more_body", False):
                     return
         except TimeoutError:

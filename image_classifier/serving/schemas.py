@@ -1,4 +1,4 @@
-"""What the API's answers look like, for its documentation and its clients."""
+"""The models of the API's answers and the OpenAPI documentation of its requests."""
 
 from __future__ import annotations
 
@@ -7,9 +7,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-ABOUT = (
-    "What images show. Send pictures, get their class, how sure that is, and whether the answer should be held back."
-)
+ABOUT = "Image classification. Send images and get the class of each, its confidence, and whether the model abstains."
 
 
 class _Schema(BaseModel):
@@ -23,55 +21,55 @@ class LivenessResponse(_Schema):
 
 
 class ReadinessResponse(_Schema):
-    """Whether every model answered a known image as it should, at most a second ago; where one did not, its words."""
+    """Whether each model answered an image with a known answer correctly, at most a second ago; if not, why."""
 
     status: Literal["ready", "not ready"]
     models: dict[str, str]
 
 
-class Complaint(_Schema):
-    """A code for programs and words for people."""
+class ProblemDetail(_Schema):
+    """A code for programs and a message for people."""
 
     code: str
     message: str
 
 
 class Problem(_Schema):
-    """An answer that is no."""
+    """A refused request."""
 
-    error: Complaint
+    error: ProblemDetail
     request_id: str
 
 
 class V2Problem(_Schema):
-    """An answer of the V2 protocol that is no."""
+    """A refused request of the V2 protocol."""
 
     error: str
 
 
 class PredictionResponse(_Schema):
-    """The answer for one image; `decision` is abstain where the label should not be relied on, and `reason` says why."""
+    """The answer for one image. `decision` is abstain where the class is not reliable, and `reason` explains it."""
 
-    path: str = Field(description="The client's own name for the image.")
+    path: str = Field(description="The client's name for the image.")
     predicted_class: str
     confidence: float = Field(ge=0, le=1)
     all_predictions: dict[str, float] = Field(description="Probability of each class, the most probable first.")
     decision: Literal["label", "abstain"]
     reason: str
     prediction_set: list[str] | None = Field(
-        description="The classes that it may be; null where the model does not know that of itself."
+        description="The classes that are likely enough; null where the model has no such rule."
     )
 
 
 class Unreadable(_Schema):
-    """An image without an answer."""
+    """An image that cannot be read."""
 
     path: str
     error: str
 
 
 class PredictResponse(_Schema):
-    """One answer an image, in their order."""
+    """An answer for each image, in order."""
 
     model: str
     model_version: str
@@ -80,7 +78,7 @@ class PredictResponse(_Schema):
 
 
 class ExplainResponse(_Schema):
-    """What in the image speaks for a class: rows from top to bottom over the whole picture, 0 to 1, null where the network does not look."""
+    """A heat map: how much each region supports the class, 0 to 1, row by row; null outside the model's view."""
 
     model: str
     model_version: str
@@ -106,7 +104,7 @@ class ModelList(_Schema):
 
 
 class Card(_Schema):
-    """What is known of a model."""
+    """The model card."""
 
     name: str
     version: str
@@ -124,38 +122,38 @@ class Card(_Schema):
     urls: bool
 
 
-_WORDS = {
+_ERRORS = {
     400: "The request cannot be read",
-    401: "It needs an API key",
-    403: "It may not be asked from there",
+    401: "An API key is needed",
+    403: "This host name or site is not allowed",
     404: "There is no such model or class",
     408: "The body came too slowly",
-    413: "Too large, or too many images",
-    415: "Neither a form nor JSON",
-    422: "The image cannot be read, or the request is not as it should be",
-    429: "Too many requests; Retry-After says when to come back",
+    413: "The body is too large, or has too many images",
+    415: "The body is neither a form nor JSON",
+    422: "The image cannot be read, or the request is invalid",
+    429: "Too many requests; Retry-After gives the seconds to wait",
     500: "The model failed",
-    503: "The queue is full or the server is being stopped; Retry-After says when to come back",
+    503: "The queue is full, or the server is shutting down; Retry-After gives the seconds to wait",
 }
 
 
 def answer(example: dict[str, Any]) -> dict[int | str, dict[str, Any]]:
-    """The documentation of an answer of 200; an example of the model itself would lose its order."""
+    """Document an answer of status 200. An example in the model itself would lose its order."""
     return {200: {"content": {"application/json": {"example": example}}}}
 
 
 def errors(*codes: int) -> dict[int | str, dict[str, Any]]:
-    """The documentation of these answers."""
-    return {code: {"model": Problem, "description": _WORDS[code]} for code in codes}
+    """Document these errors."""
+    return {code: {"model": Problem, "description": _ERRORS[code]} for code in codes}
 
 
 def v2_errors(*codes: int) -> dict[int | str, dict[str, Any]]:
-    """The same for the V2 protocol."""
-    return {code: {"model": V2Problem, "description": _WORDS[code]} for code in codes}
+    """Document these errors of the V2 protocol."""
+    return {code: {"model": V2Problem, "description": _ERRORS[code]} for code in codes}
 
 
-def tell_of_keys(description: dict[str, Any], is_open: Callable[[str], bool]) -> None:
-    """Write into an OpenAPI description that requests must bring a key, wherever a path is not open."""
+def document_keys(description: dict[str, Any], is_open: Callable[[str], bool]) -> None:
+    """Add to an OpenAPI description that all paths but the open ones need a key."""
     description["components"]["securitySchemes"] = {
         "key": {"type": "apiKey", "in": "header", "name": "X-API-Key"},
         "bearer": {"type": "http", "scheme": "bearer", "description": "The same key."},
@@ -164,7 +162,7 @@ def tell_of_keys(description: dict[str, Any], is_open: Callable[[str], bool]) ->
         for operation in operations.values():
             if not is_open(path):
                 operation["security"] = [{"key": []}, {"bearer": []}]
-                operation["responses"].setdefault("401", {"description": _WORDS[401]})
+                operation["responses"].setdefault("401", {"description": _ERRORS[401]})
 
 
 _JSON: dict[str, Any] = {
@@ -190,23 +188,23 @@ _JSON: dict[str, Any] = {
 }
 
 
-def _body(images: dict[str, Any], example: dict[str, Any], of_form: dict[str, Any]) -> dict[str, Any]:
+def _body(images: dict[str, Any], example: dict[str, Any], form_example: dict[str, Any]) -> dict[str, Any]:
     known = _JSON["properties"] if "top_k" in example else {"images": _JSON["properties"]["images"]}
-    form = {"schema": {**_JSON, "properties": {**known, "images": images}}, "example": of_form}
+    form = {"schema": {**_JSON, "properties": {**known, "images": images}}, "example": form_example}
     plain = {"schema": {**_JSON, "properties": known}, "example": example}
     return {"requestBody": {"required": True, "content": {"multipart/form-data": form, "application/json": plain}}}
 
 
 _FILE = {"type": "string", "format": "binary"}
 _PNG = "iVBORw0KGgoAAAANSUhEUgAAAAgAAAAICAIAAABLbSncAAAAFUlEQVR42mM8UaHBgA0wMeAAg1MCAB4nAXgllso1AAAAAElFTkSuQmCC"
-_ONE = {"images": [{"name": "garden.png", "base64": _PNG}]}
+_ONE_IMAGE = {"images": [{"name": "garden.png", "base64": _PNG}]}
 IMAGES_BODY = _body(
     {"type": "array", "minItems": 1, "items": _FILE},
-    {**_ONE, "top_k": 3},
+    {**_ONE_IMAGE, "top_k": 3},
     {"images": ["(a file)", "(another)"], "top_k": 3},
 )
-IMAGE_BODY = _body(_FILE, _ONE, {"images": "(a file)"})
-_WHOSE = {"model": "flowers", "model_version": "3fa9c1d2b04e", "request_id": "0b0c6f7e5a1d4d0c9d3a1f2b3c4d5e6f"}
+IMAGE_BODY = _body(_FILE, _ONE_IMAGE, {"images": "(a file)"})
+_PROVENANCE = {"model": "flowers", "model_version": "3fa9c1d2b04e", "request_id": "0b0c6f7e5a1d4d0c9d3a1f2b3c4d5e6f"}
 _PREDICTION = {
     "path": "garden.jpg",
     "predicted_class": "tulip",
@@ -216,6 +214,6 @@ _PREDICTION = {
     "reason": "",
     "prediction_set": ["tulip"],
 }
-ANSWERS = answer({**_WHOSE, "predictions": [_PREDICTION]})
+ANSWERS = answer({**_PROVENANCE, "predictions": [_PREDICTION]})
 _HEAT = [[None, 0.0, 0.12, None], [None, 0.31, 1.0, None], [None, 0.05, 0.4, None]]
-EXPLANATION = answer({**_WHOSE, "path": "garden.jpg", "class": "tulip", "heat": _HEAT})
+EXPLANATION = answer({**_PROVENANCE, "path": "garden.jpg", "class": "tulip", "heat": _HEAT})

@@ -1,4 +1,7 @@
-"""The images of a request: parts of a form, base64 in JSON, or addresses where those are allowed. Kept in memory; no name of a client's is a path."""
+"""The images of a request: files of a form, base64 in JSON, or URLs where those are allowed.
+
+All of it stays in memory, and a client's file name is never used as a path.
+"""
 
 from __future__ import annotations
 
@@ -19,15 +22,14 @@ from image_classifier.serving.request_limits import MemoryLease, Refusal, Reques
 from image_classifier.sources.web import ALLOWING, WebClient, file_name, is_url
 from image_classifier.text import printable
 
-_NAME_CHARACTERS = 200
-_FETCHES = 32  # at once, of all requests: so that one of them, of slow addresses, takes not all
-_MOST_ADDRESSES = 8  # in one request, each of which may bring as much as an image may
-_STEP = 2**16  # bytes of a body that are looked at before others have their turn
+_MAX_NAME_LENGTH = 200
+_MAX_REASON_LENGTH = 200
+_FETCH_THREADS = 32  # shared by all requests
+_MAX_URLS = 8  # in one request, so that slow URLs of one client cannot take all threads
+_STEP_BYTES = 2**16  # of a body that is handled before other requests have their turn
 _URL_SAFE = bytes.maketrans(b"-_", b"+/")
-_WRAPS = b" \t\r\n"  # what base64 may be wrapped with
-_COMMAS = (
-    32  # of one image in JSON, more than it can need: a list of millions takes gigabytes and a minute to be refused
-)
+_LINE_BREAKS = b" \t\r\n"  # base64 may be wrapped with these
+_MAX_COMMAS = 32  # per image in JSON, more than it needs: refusing a list of millions would take gigabytes and a minute
 
 
 TopK = Annotated[int, Field(ge=1)]
@@ -35,7 +37,7 @@ _TOP_K: TypeAdapter[int] = TypeAdapter(TopK)
 
 
 class ImageInput(BaseModel):
-    """One image of a JSON request: its bytes as base64 (also as a data: URL), or where it lies."""
+    """One image of a JSON request: its bytes as base64 (also as a data: URL), or its URL."""
 
     model_config = ConfigDict(extra="forbid")
     name: Annotated[str, Field(max_length=1000)] = ""
@@ -52,16 +54,18 @@ class PredictRequest(BaseModel):
 
 
 class Upload:
-    """One image as it came: the client's name for it, and its bytes or the words why there are none."""
+    """One image: the client's name for it, and its bytes or the reason why there are none."""
 
     __slots__ = ("content", "error", "name")
 
     def __init__(self, name: str, content: bytes = b"", error: str = "") -> None:
-        self.name, self.content, self.error = name, content, error
+        self.name = name
+        self.content = content
+        self.error = error
 
 
-class _InMemory(MultiPartParser):
-    """Files of a form stay in memory: the body, which has a limit, is there already."""
+class _InMemoryParser(MultiPartParser):
+    """Starlette's form parser without temporary files: the body, which has a limit, is in memory already."""
 
     spool_max_size: ClassVar[int] = 2**62  # type: ignore[misc]
 
@@ -70,122 +74,121 @@ class Uploads:
     """Reads the images of requests."""
 
     def __init__(self, limits: RequestLimits, web: WebClient | None, max_image_bytes: int) -> None:
-        self._limits, self._web, self._max_image_bytes = limits, web, max_image_bytes
-        self._fetchers = ThreadPoolExecutor(_FETCHES, "fetch")
+        self._limits = limits
+        self._web = web
+        self._max_image_bytes = max_image_bytes
+        self._fetchers = ThreadPoolExecutor(_FETCH_THREADS, "fetch")
 
-    async def of(self, headers: Headers, body: bytearray, share: MemoryLease) -> tuple[list[Upload], int | None]:
-        """The images of a body, at least one, and how many classes an answer is to list where it says so; Refusal where it holds none.
+    async def parse(self, headers: Headers, body: bytearray, lease: MemoryLease) -> tuple[list[Upload], int | None]:
+        """Return the images of a body, at least one, and its `top_k`, if any; fetched bytes are counted in the lease.
 
-        What is fetched for it is counted in its share.
+        Raises:
+            Refusal: The body holds no image or cannot be read.
         """
         kind = headers.get("content-type", "").partition(";")[0].strip().lower()
         if kind == "multipart/form-data":
-            return await self._of_form(headers, body)
+            return await self._parse_form(headers, body)
         if kind == "application/json":
-            return await self._of_json(body, share)
+            return await self._parse_json(body, lease)
         raise Refusal(
             415, "unsupported_media_type", "send multipart/form-data with files named images, or application/json"
         )
 
-    async def _of_form(self, headers: Headers, body: bytearray) -> tuple[list[Upload], int | None]:
+    async def _parse_form(self, headers: Headers, body: bytearray) -> tuple[list[Upload], int | None]:
         async def stream() -> AsyncGenerator[bytes, None]:
-            for start in range(0, len(body), _STEP):
-                yield bytes(memoryview(body)[start : start + _STEP])
+            for start in range(0, len(body), _STEP_BYTES):
+                yield bytes(memoryview(body)[start : start + _STEP_BYTES])
                 await asyncio.sleep(0)
             body.clear()
 
-        most = self._limits.max_images
+        max_images = self._limits.max_images
+        parser = _InMemoryParser(headers, stream(), max_files=max_images + 1, max_fields=8, max_part_size=1000)
         try:
-            form = await _InMemory(headers, stream(), max_files=most + 1, max_fields=8, max_part_size=1000).parse()
+            form = await parser.parse()
         except MultiPartException as error:
             if "Too many files" in error.message:
                 raise self._too_many() from None
-            raise Refusal(400, "bad_request", f"the form cannot be read ({printable(error.message)[:200]})") from None
-        except (
-            ValueError,
-            KeyError,
-            LookupError,
-        ) as error:  # what parts of forms can hold that the parser does not expect
-            raise Refusal(400, "bad_request", f"the form cannot be read ({printable(str(error))[:200]})") from None
+            raise _bad_form(error.message) from None
+        except (ValueError, LookupError) as error:  # raised for parts that the parser does not expect
+            raise _bad_form(str(error)) from None
         top_k = _top_k_of([(name, value) for name, value in form.multi_items() if isinstance(value, str)])
         files = [value for _, value in form.multi_items() if isinstance(value, UploadFile)]
         if not files:
-            raise Refusal(400, "bad_request", "the form holds no file: send images=@FILE")
-        if len(files) > most:
+            raise Refusal(400, "bad_request", "the form has no file: send images=@FILE")
+        if len(files) > max_images:
             raise self._too_many()
-        return [
-            self._upload(_name(file.filename, place), file.file.read()) for place, file in enumerate(files, 1)
-        ], top_k
+        images = [
+            self._checked(_display_name(file.filename, number), file.file.read())
+            for number, file in enumerate(files, 1)
+        ]
+        return images, top_k
 
-    async def _of_json(self, body: bytearray, share: MemoryLease) -> tuple[list[Upload], int | None]:
-        most = _COMMAS * (1 + self._limits.max_images)
-        if _commas(body, most) > most:
-            raise Refusal(413, "too_large", "the JSON has more values than a request can have")
-        try:
-            asked = PredictRequest.model_validate_json(body)
-            body.clear()
-        except ValidationError as error:
-            first = error.errors(include_url=False, include_context=False, include_input=False)[0]
-            place = ".".join(map(str, first["loc"]))
-            raise Refusal(
-                422,
-                "invalid",
-                f"the JSON is not as it should be: {place or 'all of it'}: {printable(first['msg'])[:200]}",
-            ) from None
-        if len(asked.images) > self._limits.max_images:
+    async def _parse_json(self, body: bytearray, lease: MemoryLease) -> tuple[list[Upload], int | None]:
+        request = self._validated(body)
+        body.clear()
+        if len(request.images) > self._limits.max_images:
             raise self._too_many()
-        if sum(item.url is not None for item in asked.images) > _MOST_ADDRESSES:
-            raise Refusal(413, "too_large", f"more than {_MOST_ADDRESSES} addresses in one request")
-        web = None if self._web is None else replace(self._web)  # of its own, to end with this request
+        if sum(item.url is not None for item in request.images) > _MAX_URLS:
+            raise Refusal(413, "too_large", f"more than {_MAX_URLS} URLs in one request")
+        # A client of this request's own: it is stopped when the request ends.
+        web = None if self._web is None else replace(self._web)
         try:
             async with asyncio.timeout(self._limits.answer_s), asyncio.TaskGroup() as group:
                 tasks = [
-                    group.create_task(self._of_item(item, place, web, share))
-                    for place, item in enumerate(asked.images, 1)
+                    group.create_task(self._load(item, number, web, lease))
+                    for number, item in enumerate(request.images, 1)
                 ]
         except TimeoutError:
-            raise Refusal(
-                503, "too_late", f"the images were not there within {self._limits.answer_s:g} s", 1.0
-            ) from None
+            reason = f"the images could not be fetched within {self._limits.answer_s:g} s"
+            raise Refusal(503, "too_late", reason, 1.0) from None
         except ExceptionGroup as error:
             raise error.exceptions[0] from None
         finally:
             if web is not None:
                 web.stop()
-        return [task.result() for task in tasks], asked.top_k
+        return [task.result() for task in tasks], request.top_k
 
-    async def _of_item(self, item: ImageInput, place: int, web: WebClient | None, share: MemoryLease) -> Upload:
+    def _validated(self, body: bytearray) -> PredictRequest:
+        max_commas = _MAX_COMMAS * (1 + self._limits.max_images)
+        if _count_commas(body, max_commas) > max_commas:
+            raise Refusal(413, "too_large", "the JSON has more values than a request needs")
+        try:
+            return PredictRequest.model_validate_json(body)
+        except ValidationError as error:
+            first = error.errors(include_url=False, include_context=False, include_input=False)[0]
+            where = ".".join(map(str, first["loc"]))
+            reason = printable(first["msg"])[:_MAX_REASON_LENGTH]
+            raise Refusal(422, "invalid", f"invalid JSON: {f'{where}: ' if where else ''}{reason}") from None
+
+    async def _load(self, item: ImageInput, number: int, web: WebClient | None, lease: MemoryLease) -> Upload:
+        """Return one image of a JSON request, the `number`-th from 1."""
         if (item.base64 is None) == (item.url is None):
-            raise Refusal(422, "invalid", f"images.{place - 1} must have either base64 or url")
-        if item.base64 is not None:
-            name = _name(item.name, place)
-            text = item.base64.partition(",")[2] if item.base64.startswith("data:") else item.base64
-            try:
-                return self._upload(
-                    name, await asyncio.to_thread(_decoded, text) if len(text) > _STEP else _decoded(text)
-                )
-            except (binascii.Error, ValueError) as error:
-                return Upload(name, error=f"not base64 ({error})")
-        return await self._fetched(item.name, str(item.url), place, web, share)
+            raise Refusal(422, "invalid", f"images.{number - 1} needs either base64 or url")
+        if item.base64 is None:
+            return await self._fetch(item.name, str(item.url), number, web, lease)
+        name = _display_name(item.name, number)
+        text = item.base64.partition(",")[2] if item.base64.startswith("data:") else item.base64
+        try:
+            content = await asyncio.to_thread(_decode_base64, text) if len(text) > _STEP_BYTES else _decode_base64(text)
+        except (binascii.Error, ValueError) as error:
+            return Upload(name, error=f"invalid base64 ({error})")
+        return self._checked(name, content)
 
-    async def _fetched(self, given: str, url: str, place: int, web: WebClient | None, share: MemoryLease) -> Upload:
-        name = _name(given or file_name(url), place)
+    async def _fetch(self, given: str, url: str, number: int, web: WebClient | None, lease: MemoryLease) -> Upload:
+        name = _display_name(given or file_name(url), number)
         if web is None:
-            raise Refusal(
-                403, "forbidden", "this server fetches no addresses (its owner may allow it: fetch.enabled=true)"
-            )
+            raise Refusal(403, "forbidden", "this server does not fetch URLs (fetch.enabled=true allows it)")
         if not is_url(url):
             return Upload(name, error="not an http:// or https:// address")
         loop = asyncio.get_running_loop()
         try:
-            return Upload(
-                name, await loop.run_in_executor(self._fetchers, web.image, url, self._max_image_bytes, share.take)
-            )
+            content = await loop.run_in_executor(self._fetchers, web.image, url, self._max_image_bytes, lease.take)
         except UnreadableImage as error:
             return Upload(name, error=error.reason.removesuffix(ALLOWING))
+        return Upload(name, content)
 
-    def _upload(self, name: str, content: bytes) -> Upload:
-        """The image, unless it is larger than the model's process would look at."""
+    def _checked(self, name: str, content: bytes) -> Upload:
+        """Return the image, without its bytes where it is larger than the worker process would accept."""
         if len(content) > self._max_image_bytes:
             return Upload(name, error=f"larger than {self._max_image_bytes / 2**20:.3g} MiB")
         return Upload(name, content)
@@ -194,48 +197,60 @@ class Uploads:
         return Refusal(413, "too_large", f"more than {self._limits.max_images} images in one request")
 
 
-def _commas(body: bytearray, most: int) -> int:
-    """How many there are, or as many as are too many."""
-    found = 0
-    for start in range(0, len(body), _STEP):
-        found += body.count(b",", start, start + _STEP)
-        if found > most:
+def _bad_form(reason: str) -> Refusal:
+    return Refusal(400, "bad_request", f"the form cannot be read ({printable(reason)[:_MAX_REASON_LENGTH]})")
+
+
+def _count_commas(body: bytearray, limit: int) -> int:
+    """Return the number of commas; stop counting above the limit."""
+    count = 0
+    for start in range(0, len(body), _STEP_BYTES):
+        count += body.count(b",", start, start + _STEP_BYTES)
+        if count > limit:
             break
-    return found
+    return count
 
 
-def _top_k_of(texts: list[tuple[str, str]]) -> int | None:
-    """The one text that a form may hold beside its files."""
+def _top_k_of(fields: list[tuple[str, str]]) -> int | None:
+    """Return top_k, the only text field of a form."""
     top_k = None
-    for name, text in texts:
+    for name, text in fields:
         if name != "top_k":
             raise Refusal(
-                422, "invalid", f"the form has the text {name[:100]!r}: it takes files (images=@FILE) and top_k"
+                422, "invalid", f"unknown form field {name[:100]!r}: a form has files (images=@FILE) and the text top_k"
             )
         try:
             top_k = _TOP_K.validate_python(text)
         except ValidationError:
-            raise Refusal(422, "invalid", "top_k must be a whole number from 1") from None
+            raise Refusal(422, "invalid", "top_k must be a whole number, at least 1") from None
     return top_k
 
 
-def _decoded(text: str) -> bytes:
-    """The bytes that base64 stands for, in either alphabet, wrapped or not; in steps, between which other threads run."""
+def _decode_base64(text: str) -> bytes:
+    """Decode base64 of either alphabet, wrapped or not, in steps, so that other threads can run in between.
+
+    Raises:
+        ValueError: It is not valid base64.
+    """
     if ("-" in text or "_" in text) and ("+" in text or "/" in text):
-        raise ValueError("two alphabets")
-    parts, rest, ended = [], b"", False
-    for start in range(0, len(text), _STEP):
-        plain = rest + text[start : start + _STEP].encode("ascii").translate(_URL_SAFE, _WRAPS)
-        if (ended and plain) or plain.endswith(b"==="):
-            raise ValueError("padding inside")
-        whole = len(plain) - len(plain) % 4
-        parts.append(base64.b64decode(plain[:whole], validate=True))
-        rest, ended = plain[whole:], ended or plain[:whole].endswith(b"=")
-    return b"".join([*parts, base64.b64decode(rest, validate=True)])
+        raise ValueError("it mixes two alphabets")
+    decoded = []
+    rest = b""
+    padded = False
+    for start in range(0, len(text), _STEP_BYTES):
+        plain = rest + text[start : start + _STEP_BYTES].encode("ascii").translate(_URL_SAFE, _LINE_BREAKS)
+        if (padded and plain) or plain.endswith(b"==="):
+            raise ValueError("padding before the end")
+        # Decode groups of four characters, and keep the rest for the next step.
+        end = len(plain) - len(plain) % 4
+        decoded.append(base64.b64decode(plain[:end], validate=True))
+        padded = padded or plain[:end].endswith(b"=")
+        rest = plain[end:]
+    return b"".join([*decoded, base64.b64decode(rest, validate=True)])
 
 
-def _name(given: str | None, place: int) -> str:
-    """The client's name for an image, for its eyes only: no folders, nothing that moves a terminal's cursor."""
+def _display_name(given: str | None, number: int) -> str:
+    """Return the client's name for an image, to show it: without folders and control characters."""
     last = (given or "").replace("\\", "/").rpartition("/")[2]
-    clean = printable(last.encode("utf-8", "replace").decode()).strip()[:_NAME_CHARACTERS]
-    return clean or f"image-{place}"
+    clean = printable(last.encode("utf-8", "replace").decode()).strip()[:_MAX_NAME_LENGTH]
+    return clean or f"image-{number}"

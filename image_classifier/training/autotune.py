@@ -37,6 +37,7 @@ from image_classifier.training.config import AUTO, TrainConfig
 from image_classifier.training.distributed import broadcast, is_rank_zero, world_size
 from image_classifier.training.hardware import Hardware
 from image_classifier.training.launch import device_count, uses_gpu
+from image_classifier.training.lightning_compat import time_limit_s
 from image_classifier.training.memory import free_memory, memory_used, reset_peak
 
 log = logging.getLogger(__name__)
@@ -75,7 +76,7 @@ class TrialTrainer:
 
     def fit(self, values: Values, *callbacks: pl.Callback, hardware: Hardware | None = None) -> None:
         """Train a fresh network with these values in the configuration, and forget it."""
-        fixed = {
+        fixed: Values = {
             "callbacks": {},
             "logger": None,
             "trainer.max_time": None,
@@ -347,7 +348,9 @@ def seconds_of(max_time: Any) -> float:
     (1800.0, 120.0)
     """
     try:
-        duration = Timer(duration=dict(max_time) if not isinstance(max_time, str | timedelta) else max_time)._duration
+        duration = time_limit_s(
+            Timer(duration=dict(max_time) if not isinstance(max_time, str | timedelta) else max_time)
+        )
     except (MisconfigurationException, ValueError, TypeError, AttributeError) as error:
         raise ConfigError(
             f"trainer.max_time={max_time} is not a time", 'write "days:hours:minutes:seconds", such as "00:00:30:00"'

@@ -6,7 +6,7 @@ import inspect
 import logging
 import sys
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -29,9 +29,7 @@ from image_classifier.modeling.weights import last_linear
 from image_classifier.sampling import evenly_spaced
 from image_classifier.training.balance import class_weights
 from image_classifier.training.balance import describe as describe_balance
-from image_classifier.training.callbacks.checkpoints import BestCheckpoint, LastCheckpoint
-from image_classifier.training.callbacks.exact_resume import ExactResume
-from image_classifier.training.callbacks.preemption import StopOnSignal
+from image_classifier.training.callbacks.order import in_hook_order
 from image_classifier.training.callbacks.throughput import Throughput
 from image_classifier.training.callbacks.torch_compile import TorchCompile
 from image_classifier.training.checkpoint_io import SafeCheckpointIO
@@ -176,8 +174,9 @@ def build_network(inputs: NetworkInputs) -> tuple[Classifier, dict[str, Any]]:
     classes = inputs.manifest.classes
     classifier = build_classifier(backbone, len(classes), data.image_size, mean, std, model.head_dropout, model.tta)
     check_sizes(backbone, data.progressive_sizes or ())
-    if hasattr(backbone, "fit_to"):  # its first layer is computed from images
-        backbone.fit_to(_some_images(inputs.cache, rows, mean, std))
+    # A whitened network computes its first layer from images.
+    if fit_to := getattr(backbone, "fit_to", None):
+        fit_to(_some_images(inputs.cache, rows, mean, std))
     initial_weights(model, classifier, classes)
     if inputs.hardware.channels_last:
         classifier = classifier.to(memory_format=torch.channels_last)
@@ -199,7 +198,7 @@ def build_trainer(
     _check_precision(hardware.precision)
     has_bar = sys.stderr.isatty() and is_rank_zero()
     ours = [throughput, *callbacks, *([ImagesProgressBar(throughput)] if has_bar else [])]
-    everyone = sorted([*ours, *_configured_callbacks(config), *_extra_callbacks(hardware)], key=_turn)
+    everyone = in_hook_order([*ours, *_configured_callbacks(config), *_extra_callbacks(hardware)])
     _quiet_lightning()
     trainer: pl.Trainer = instantiate(
         config.trainer.node,
@@ -245,12 +244,6 @@ def _extra_callbacks(hardware: Hardware) -> list[pl.Callback]:
     return [*compiling, *([SyncCallback()] if world_size() > 1 else [])]
 
 
-def _turn(callback: pl.Callback) -> int:
-    """Return a callback's place in the order: checkpoints are taken before the others do anything at a hook."""
-    first = (ExactResume, StopOnSignal, LastCheckpoint, BestCheckpoint)
-    return next((turn for turn, kind in enumerate(first) if isinstance(callback, kind)), len(first))
-
-
 def _scale(trainer: TrainerConfig) -> dict[str, Any]:
     """Return the Trainer's arguments that depend on the number of processes, which the launcher decided."""
     here, on_gpu = rank_info(), uses_gpu(trainer.accelerator)
@@ -265,7 +258,7 @@ def _scale(trainer: TrainerConfig) -> dict[str, Any]:
     return {**strategy, "devices": devices, "num_nodes": here.nodes, "sync_batchnorm": synced}
 
 
-def as_fast_as(hardware: Hardware, make_optimizer: OptimizerFactory) -> OptimizerFactory:
+def as_fast_as(hardware: Hardware, make_optimizer: Callable[..., torch.optim.Optimizer]) -> OptimizerFactory:
     """Return the optimizer's factory with `fused` or `exact` set, where it takes them and the user set nothing else.
 
     `fused` updates all parameters in one pass over memory; `exact` keeps a float32 run's products in float32.
@@ -349,7 +342,7 @@ def _weigh(criterion: nn.Module, node: Node, weights: np.ndarray) -> None:
             f"loss: {node['_target_']} takes no class weights, which data.balance=weights needs",
             "use data.balance=sampler",
         )
-    if criterion.weight is not None:
+    if getattr(criterion, "weight", None) is not None:
         raise ConfigError("loss.weight is given, and data.balance=weights would replace it", "leave one of them out")
     criterion.weight = torch.from_numpy(weights)
 

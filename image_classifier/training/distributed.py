@@ -33,6 +33,7 @@ from torch import distributed, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from image_classifier.errors import ClassifierError, ConfigError, DataError, TrainingError
+from image_classifier.training.lightning_compat import skip_sigterm_broadcast
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -325,7 +326,7 @@ class SyncCallback(pl.Callback):
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         # It waits for the device in every step to hear of the main rank's signals; StopOnSignal hears of all ranks', and seldom.
-        trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = lambda: None  # type: ignore[method-assign]
+        skip_sigterm_broadcast(trainer)
         normed = any(
             isinstance(part, _BatchNorm) and not isinstance(part, nn.SyncBatchNorm) for part in pl_module.modules()
         )

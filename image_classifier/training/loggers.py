@@ -14,6 +14,7 @@ from pytorch_lightning.utilities.rank_zero import rank_zero_only
 
 from image_classifier.errors import ConfigError
 from image_classifier.mlflow_tracking import Tracker
+from image_classifier.training.lightning_compat import resume_wandb_run, wandb_has_id, wandb_has_started
 
 
 class MLflowLogger(Logger):
@@ -72,9 +73,8 @@ class RunLoggers:
         for logger in self.loggers:
             if isinstance(logger, MLflowLogger):
                 logger.tracker.go_on_as(key, resumed)
-            elif isinstance(logger, WandbLogger) and not logger._wandb_init.get("id"):
-                logger._wandb_init.update(id=key, resume="allow")
-                logger._id = key
+            elif isinstance(logger, WandbLogger) and not wandb_has_id(logger):
+                resume_wandb_run(logger, key)
 
     @rank_zero_only
     def begin(self, parameters: Mapping[str, Any], facts: Mapping[str, str]) -> None:
@@ -119,7 +119,7 @@ class RunLoggers:
         for logger in self.loggers:
             if isinstance(logger, MLflowLogger):
                 logger.tracker.finish(status)
-            elif isinstance(logger, WandbLogger) and logger._experiment is not None:
+            elif isinstance(logger, WandbLogger) and wandb_has_started(logger):
                 logger.experiment.summary["status"] = status
                 logger.experiment.finish(exit_code=0 if status == "FINISHED" else 1)
             elif isinstance(logger, TensorBoardLogger):

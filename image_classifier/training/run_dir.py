@@ -224,7 +224,7 @@ def mark_finished(run: RunDir, score: float, length: Mapping[str, Any]) -> None:
 class _LogFile(logging.FileHandler):
     """A log file whose errors, such as a full disk, are ignored: the terminal still shows each line."""
 
-    def handleError(self, record: logging.LogRecord) -> None: ...
+    def handleError(self, record: logging.LogRecord) -> None: ...  # noqa: N802
 
 
 def _put_aside(directory: Path) -> Path:

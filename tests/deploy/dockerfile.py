@@ -1,4 +1,4 @@
-"""A Dockerfile as words, and its steps done in a folder: what can be proven of an image where no container engine runs."""
+"""Parse a Dockerfile, and run its steps in a folder: a test of an image without a container engine."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the Dockerfile, docker-compose.yml, deploy/ and the program say of one another must be the same."""
+"""The Dockerfile, docker-compose.yml, deploy/ and the program agree on ports, users, paths, versions and flags."""
 
 from __future__ import annotations
 
@@ -167,7 +167,7 @@ def test_the_probes_ask_what_the_server_serves() -> None:
         "liveness": "/healthz",
     }
     assert {probe["port"] for probe in paths.values()} == {"http"}
-    source = "".join(path.read_text(encoding="utf-8") for path in (ROOT / "image_classifier").glob("serving/*.py"))
+    source = "".join(path.read_text(encoding="utf-8") for path in (ROOT / "image_classifier").glob("serving/**/*.py"))
     if not source:
         pytest.skip("image_classifier/serving is not here yet")
     assert [path for path in ("/readyz", "/healthz", "/metrics") if f'"{path}"' not in source] == []

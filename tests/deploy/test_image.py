@@ -1,4 +1,4 @@
-"""An image of the Dockerfile where no container engine runs: its steps done in a folder, its ENTRYPOINT started, its HEALTHCHECK asked."""
+"""The Dockerfile without a container engine: run its steps in a folder, start the ENTRYPOINT, run the HEALTHCHECK."""
 
 from __future__ import annotations
 

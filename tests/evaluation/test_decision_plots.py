@@ -13,7 +13,7 @@ from PIL import Image
 from image_classifier.evaluation.reliability.abstention import Decision, DecisionSettings, Evidence
 from image_classifier.evaluation.reliability_results import write_trust
 from image_classifier.predictions import PredictionTable, softmax
-from tests.evaluation.test_plots import assert_legible  # a fixture
+from tests.evaluation.test_plots import assert_legible, drawn  # noqa: F401  # a fixture
 
 
 def table(num_images: int, spread: float) -> PredictionTable:
@@ -29,7 +29,7 @@ def table(num_images: int, spread: float) -> PredictionTable:
 @pytest.mark.parametrize("risk", [None, 0.2])
 def test_pictures_are_legible_and_the_numbers_are_beside_them(
     tmp_path: Path,
-    drawn: list[Figure],
+    drawn: list[Figure],  # noqa: F811
     num_images: int,
     spread: float,
     risk: float | None,

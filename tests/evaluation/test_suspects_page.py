@@ -14,7 +14,7 @@ from image_classifier.dataset.audit.fix import Fix, read_fixes
 from image_classifier.evaluation.label_issues.html_report import Gallery, Row, render
 from image_classifier.evaluation.label_issues.ranking import Suspect
 from image_classifier.html import thumbnails
-from tests.dataset.audit.test_audit_page import Browser
+from tests.dataset.audit.test_audit_page import Browser, browser  # noqa: F401
 
 EVIL = '"><script>alert(1)</script>.png'
 
@@ -74,7 +74,7 @@ def test_the_page_is_bounded_and_says_so(tmp_path: Path, monkeypatch) -> None:
 
 @pytest.mark.browser
 @pytest.mark.parametrize("width", [390, 1280])
-def test_decisions_are_saved_as_a_fix_csv(browser: Browser, width: int, tmp_path: Path) -> None:
+def test_decisions_are_saved_as_a_fix_csv(browser: Browser, width: int, tmp_path: Path) -> None:  # noqa: F811
     Image.new("RGB", (60, 40), "red").save(tmp_path / "c.png")
     names = ('a "quoted", b.png', "#b.png", "c.png")
     decided = "path,label,action,new_label,reason\nz.png,cat,keep,,before\n"

@@ -119,7 +119,7 @@ def test_int8_and_openvino_are_made_of_real_images_and_keep_their_contract(bundl
     [
         (("--to", "gguf"), "there is no format 'gguf'"),
         (("--to", "sealed", "--images", "0"), "images must be at least 1"),
-        (("--to", "sealed", "--data_dir", "nowhere"), "give the folder they lie in"),
+        (("--to", "sealed", "--data_dir", "nowhere"), "give the folder that holds them"),
         (("--to", "int8", "int8.max_drop=-1"), "int8.max_drop must be"),
         ((), "to"),
     ],
@@ -153,14 +153,14 @@ def test_another_models_weights_do_not_pass_for_the_golden_answers(bundle: Path,
     content["files"]["golden.npz"] = hashlib.sha256((bundle / "golden.npz").read_bytes()).hexdigest()
     (bundle / "bundle.json").write_text(json.dumps(content))
     answer = command("verify", str(bundle))
-    assert answer.code == 2 and "agrees on 0% of 8 golden images" in answer.err
+    assert answer.code == 2 and "0% of 8 golden images the right class" in answer.err
 
 
 @pytest.mark.parametrize(
     ("name", "off", "mend"),
     [
         ("onnx", 1e-3, "export it again: --to onnx"),
-        ("checkpoint", 1e-3, "copy the bundle anew"),
+        ("checkpoint", 1e-3, "copy the bundle again"),
         ("openvino", 1e-3, "--to openvino"),
         ("openvino-bf16", 1e-3, ""),
         ("openvino-bf16", 0.1, "use --backend openvino, which computes in float32"),

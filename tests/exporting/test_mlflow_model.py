@@ -81,7 +81,7 @@ def test_every_way_to_give_a_picture_has_the_answer_of_infer(exported: Path) -> 
         ([{"path": "/etc/passwd"}], "names a file, which is off"),
         ([np.zeros((8, 8, 3), np.float32)], "is an array float32"),
         ([np.full((8, 8, 3), 256)], "is an array int64"),
-        ([np.zeros((8, 8), np.uint8)], "is an array uint8 of the shape (8, 8)"),
+        ([np.zeros((8, 8), np.uint8)], "is an array uint8 of shape (8, 8)"),
         (["not base64!"], "is text but not base64"),
         ([b"half a picture"], "cannot be read"),
         ([0.5], "is of the type float"),

@@ -68,13 +68,13 @@ def test_the_configuration_is_what_tritons_own_message_reads(asked: TritonSettin
 @pytest.mark.parametrize(
     ("changed", "words"),
     [
-        ({"device": "tpu"}, "triton.device='tpu' is no device: use cpu or gpu"),
+        ({"device": "tpu"}, "there is no triton.device 'tpu': use cpu or gpu"),
         ({"max_batch_size": 0}, "at least 1"),
         ({"preferred_batch_sizes": [0, 8]}, "at least 1"),
         ({"instances": 0}, "at least 1"),
         ({"max_queue_size": 0}, "at least 1"),
-        ({"max_queue_delay_us": -1}, "cannot be negative"),
-        ({"queue_timeout_ms": -1}, "cannot be negative"),
+        ({"max_queue_delay_us": -1}, "must be at least 0"),
+        ({"queue_timeout_ms": -1}, "must be at least 0"),
     ],
 )
 def test_settings_that_cannot_be(changed: dict[str, object], words: str) -> None:

@@ -88,19 +88,19 @@ def expected(command: Command, tmp_path: Path, photos: list[str]) -> pyarrow.Tab
             ("--engine", "ray", "--format", "csv"),
             "engine=ray writes a folder of Parquet files: add --format parquet --output DIR",
         ),
-        (("--engine", "ray", "--explain"), "engine=ray cannot do --explain: leave it out"),
+        (("--engine", "ray", "--explain"), "engine=ray does not support --explain: leave it out"),
         (
             ("--engine", "ray", "--sort_into", "x", "--images", "-"),
-            "engine=ray cannot do --sort_into and --images -: leave it out",
+            "engine=ray does not support --sort_into and --images -: leave it out",
         ),
         (("--engine", "ray", "--ray.cpus", "0"), "must be at least 1"),
         (("--engine", "ray", "--ray.workers", "-1"), "must be at least 1"),
         (("--engine", "ray", "--ray.retries", "many"), "ray.retries"),
         (("--engine", "ray", "--ray.worker", "1"), "did you mean ray.workers"),
-        (("--engine", "ray", "--ray.address", "ray://h:1"), "run this on a machine of the cluster"),
+        (("--engine", "ray", "--ray.address", "ray://h:1"), "on a machine of the cluster"),
         (("--engine", "ray", "--backend", "none"), "there is no backend 'none'"),
         (("--engine", "ray", "--images", "data/digits/nothing*"), "holds no image"),
-        (("--output", "s3://b/x"), "is written by a cluster only: add --engine ray"),
+        (("--output", "s3://b/x"), "only a cluster can write to output='s3://b/x': add --engine ray"),
     ],
 )
 def test_what_cannot_be_is_one_line_before_anything_starts(
@@ -135,10 +135,10 @@ def test_images_are_dealt_in_order_and_any_machine_finds_them(tmp_path: Path) ->
 
 
 def test_an_archive_is_refused(tmp_path: Path) -> None:
-    from tests.inference.test_find_images import as_zip
+    from tests.sources.test_inputs import as_zip
 
     as_zip(tmp_path / "a.zip", [("1.png", b"x")])
-    with pytest.raises(ConfigError, match="read by one process only"):
+    with pytest.raises(ConfigError, match="only this process can read"):
         dealt(str(tmp_path / "a.zip"))
 
 
@@ -155,7 +155,7 @@ def job(trained: Path, tmp_path: Path) -> ShardJob:
 
 def do(job: ShardJob, images: ShardPlan) -> list[object]:
     return [
-        pickle.loads(answer({"shard": [number], "items": [items]}, job)["told"][0])
+        pickle.loads(answer({"shard": [number], "items": [items]}, job)["result"][0])
         for number, items in enumerate(images.shards)
     ]
 
@@ -186,7 +186,7 @@ def test_what_lies_in_the_way_is_never_touched(job: ShardJob, tmp_path: Path) ->
     shards.begin()
     assert shards.check(resume=False) == 0  # a run that ended before its first answer
     (part / "part-00001.parquet").write_bytes(b"")
-    with pytest.raises(ConfigError, match="add --resume to go on"):
+    with pytest.raises(ConfigError, match="add --resume to continue"):
         shards.check(resume=False)
     assert shards.check(resume=True) == 1
     with pytest.raises(ConfigError, match="the images are others"):
@@ -283,7 +283,7 @@ def test_a_killed_driver_leaves_nothing_that_looks_whole_and_is_gone_on_with(
     wait_for(lambda: not any(Path(f"/proc/{pid}").exists() for pid in below))
     left = {path: path.stat().st_mtime_ns for path in written(tmp_path / "o")}
     assert 10 < len(left) < 133 and not (tmp_path / "o").exists() and not (tmp_path / "o.part/_SUCCESS").exists()
-    assert "add --resume to go on with it" in ended(started(*on_ray(tmp_path / "o", photos))).err
+    assert "add --resume to continue it" in ended(started(*on_ray(tmp_path / "o", photos))).err
     assert "the images are others" in ended(started(*on_ray(tmp_path / "o", photos[1:], "--resume"))).err
     found = ended(started(*on_ray(tmp_path / "o", photos, "--resume")))
     assert (
@@ -411,7 +411,7 @@ def test_a_cluster_reads_and_writes_a_bucket(bucket: Storage, command: Command, 
     files = S3FileSystem(endpoint_override=os.environ["AWS_ENDPOINT_URL"])
     assert pyarrow.parquet.read_table("photos/answers", filesystem=files).equals(rows(tmp_path / "local.parquet"))
     again = ended(started(*on_ray("s3://photos/answers", ["s3://photos/new"], "--resume")))
-    assert again.code == 2 and "'s3://photos/answers' holds answers that are whole" in again.err
+    assert again.code == 2 and "'s3://photos/answers' holds complete answers" in again.err
 
 
 # Processes

@@ -78,7 +78,7 @@ def test_folders_devices_and_pipes_are_not_replaced(place: Path, command: Comman
 @pytest.mark.parametrize("content", ["my notes", '{"model": 1}\n'])
 def test_a_part_of_somebody_else_is_not_replaced(place: Path, command: Command, content: str) -> None:
     (place / "o.csv.part").write_text(content)
-    assert "is no run that was stopped" in refused(command, place / "o.csv", place / "pic.png")
+    assert "was not written by a stopped run" in refused(command, place / "o.csv", place / "pic.png")
     assert (place / "o.csv.part").read_text() == content and sorted(os.listdir(place)) == ["o.csv.part", "pic.png"]
 
 

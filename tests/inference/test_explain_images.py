@@ -113,7 +113,7 @@ def test_an_onnx_file_alone_cannot_be_explained(command: Command, trained: Path,
     shutil.copy("models/digits/model.onnx", tmp_path / "alone.onnx")
     shutil.copytree("models/digits", tmp_path / "bundle")
     (tmp_path / "bundle/model.ckpt").unlink()
-    for source, says in ((tmp_path / "alone.onnx", "no gradient flows"), (tmp_path / "bundle", "no model.ckpt")):
+    for source, says in ((tmp_path / "alone.onnx", "has no gradients"), (tmp_path / "bundle", "no model.ckpt")):
         answer = command(
             "infer",
             "--checkpoint_name",

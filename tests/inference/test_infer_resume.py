@@ -146,7 +146,7 @@ def test_a_finished_run_is_not_answered_again(
         assert more.code == 2 and "holds the answers for other images" in more.err
     assert output.read_bytes() == content
     output.write_text("changed by hand")
-    assert "no run was stopped here" in command(*base, *few).err and output.read_bytes() == content
+    assert "there is no stopped run to resume" in command(*base, *few).err and output.read_bytes() == content
 
 
 def test_another_model_and_other_images_are_refused(
@@ -184,7 +184,8 @@ def test_without_resume_a_run_starts_over_and_says_so(
     answer = command(*line(output))
     command(*line(tmp_path / "other.jsonl"))
     assert (
-        "--resume would have gone on" in answer.err and output.read_bytes() == (tmp_path / "other.jsonl").read_bytes()
+        "--resume would have continued it" in answer.err
+        and output.read_bytes() == (tmp_path / "other.jsonl").read_bytes()
     )
 
 

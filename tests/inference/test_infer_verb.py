@@ -12,7 +12,7 @@ import pyarrow.parquet
 import pytest
 
 from tests.conftest import ROOT, Command
-from tests.inference.test_find_images import as_tar, as_zip
+from tests.sources.test_inputs import as_tar, as_zip
 
 
 @pytest.fixture(autouse=True)
@@ -94,11 +94,11 @@ def test_images_of_an_archive_can_be_explained(command: Command, tmp_path: Path)
 @pytest.mark.parametrize(
     ("line", "says"),
     [
-        (("--threshold", "2"), "it is a confidence from 0 to 1"),
+        (("--threshold", "2"), "expected a confidence from 0 to 1"),
         (("--format", "parquet"), "--output FILE"),
         (("--fetch.timeout_s", "0"), "fetch.timeout_s"),
         (("--archive.max_members", "0"), "archive.max_members"),
-        (("--sort_into", "data"), "lies within the images"),
+        (("--sort_into", "data"), "is within the images"),
         (("--backend", "tensorrt"), "TensorRT needs"),
     ],
 )

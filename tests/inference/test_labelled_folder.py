@@ -71,10 +71,10 @@ def test_a_folder_that_is_one_class_is_tested_by_the_folder_that_holds_it(
     fill(Path("mine/7"), digits(trained, "7"))
     line = refused(
         command("test", "--checkpoint_name", "digits", "--test_dir", "mine/7/"),
-        "is the one class '7'",
+        "is the single class '7'",
         "--test_dir mine",
     )
-    assert f"(or ask what they show: {PROGRAM} infer --checkpoint_name digits --images mine/7)" in line
+    assert f"(or classify them with: {PROGRAM} infer --checkpoint_name digits --images mine/7)" in line
     assert command(*shlex.split(line[line.index(PROGRAM) : line.index(" (or")])[2:]).code == 0
     answer = command(
         "test", "--checkpoint_name", "digits", "--test_dir", name.format(tmp_path.name), "--format", "json"

@@ -12,7 +12,15 @@ import pytest
 from image_classifier.bundle import read_bundle
 from image_classifier.errors import CheckpointError
 from image_classifier.inference.backends import fitting
-from image_classifier.inference.latency import _FEWEST, _WARM_UP, Latency, hardware, measure_latency, measured, timed
+from image_classifier.inference.latency import (
+    _MIN_CALLS,
+    _WARM_UP,
+    Latency,
+    hardware,
+    measure_backend,
+    measure_latency,
+    timed,
+)
 from tests.conftest import Command
 
 
@@ -30,7 +38,7 @@ class Sleeper:
 
 def test_the_first_calls_do_not_count_and_times_are_what_they_are() -> None:
     sleeper = Sleeper()
-    found = measured(sleeper, 8, 4)
+    found = measure_backend(sleeper, 8, 4)
     assert 2 <= found["p50_ms"] <= found["p95_ms"]
     assert found["p50_ms"] < 250  # half a second was the first call's alone
     assert found["images_per_s"] <= 500
@@ -40,7 +48,7 @@ def test_the_first_calls_do_not_count_and_times_are_what_they_are() -> None:
 def test_a_slow_model_is_called_a_few_times_only() -> None:
     calls: list[int] = []
     spent = timed(lambda: (calls.append(1), time.sleep(0.01)), seconds=0.0)
-    assert len(spent) == _FEWEST and len(calls) == _FEWEST + _WARM_UP
+    assert len(spent) == _MIN_CALLS and len(calls) == _MIN_CALLS + _WARM_UP
     assert len(timed(lambda: None, seconds=60, most=25)) == 25
 
 

@@ -77,7 +77,7 @@ def test_a_high_temperature_is_less_sure(greys: list[Path]) -> None:
 
 
 def test_no_more_bytes_of_archives_are_read_ahead_than_may_lie_in_memory(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(predictor_module, "_AHEAD_BYTES", 2500)
+    monkeypatch.setattr(predictor_module, "_MAX_UNDECODED_BYTES", 2500)
     read, most = [0], [0]
     own = predictor(batch_size=8)
 

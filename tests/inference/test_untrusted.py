@@ -246,7 +246,7 @@ def test_an_onnx_file_reads_no_other_file(bundle: Path, command: Command, digits
     resealed(bundle, "model.onnx", model.SerializeToString())
     answer = command("infer", "--checkpoint_name", str(bundle), "--images", str(image(digits_bundle)))
     assert answer.code == 2 and answer.out == "" and len(answer.err.strip().splitlines()) == 1
-    with pytest.raises(ClassifierError, match="weights of it lie in another file"):
+    with pytest.raises(ClassifierError, match="its weights are in another file"):
         ParitySet.of(read_bundle(bundle), None, 5, (), DEFAULT_LIMITS)  # what every export begins with
 
 

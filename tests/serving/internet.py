@@ -1,6 +1,6 @@
-"""An internet for a server under test: names and a public address that lead to a web server of the test's own, and to nothing else.
+"""A fake internet for a server under test: names and a public address that lead only to a web server of the test.
 
-Nothing of the program is replaced but what it asks the system for: the look-up of a name, and the connection to an address that was allowed.
+Only system calls are replaced: the name look-up, and the connection to an allowed address.
 """
 
 from __future__ import annotations

@@ -11,14 +11,15 @@ _REFUSED = re.compile(
     r"Failed to load resource: the server responded with a status of (401|422|503)"
 )  # the browser's own line for each
 
-FOCUSED = """((e) => e === document.body ? "BODY" : e.dataset.key ?? e.dataset.language ?? e.dataset.filter ?? (e.id || e.className || e.tagName))(
-    document.activeElement)"""
+FOCUSED = """((e) => e === document.body ? "BODY" : e.dataset.key ?? e.dataset.language ?? e.dataset.filter
+    ?? (e.id || e.className || e.tagName))(document.activeElement)"""
 # What a finger cannot hit. A link within a line of text may be as low as the line.
 SMALL = """[...document.querySelectorAll("button, select, input")]
     .filter((e) => e.checkVisibility() && e.getBoundingClientRect().height < 32).map((e) => e.outerHTML)"""
-# Texts whose contrast to what is behind them is below 4.5; those of controls that cannot be used are left out, as WCAG does.
+# Texts whose contrast to their background is below 4.5. As in WCAG, disabled controls are exempt.
 UNREADABLE = """() => {
-    const canvas = Object.assign(document.createElement("canvas"), { width: 1, height: 1 }).getContext("2d", { willReadFrequently: true });
+    const canvas = Object.assign(document.createElement("canvas"), { width: 1, height: 1 })
+        .getContext("2d", { willReadFrequently: true });
     const rgba = (text) => {
         canvas.clearRect(0, 0, 1, 1);
         canvas.fillStyle = text;

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from image_classifier.serving import uploads
-from image_classifier.serving.uploads import _decoded
+from image_classifier.serving.uploads import _decode_base64
 
 WRAPS = " \t\r\n"
 INSIDE = st.lists(st.tuples(st.integers(0, 10**6), st.text(WRAPS, min_size=1, max_size=3)), max_size=8)
@@ -20,7 +20,7 @@ INSIDE = st.lists(st.tuples(st.integers(0, 10**6), st.text(WRAPS, min_size=1, ma
 def _small_steps():
     """Several steps for every text, their borders anywhere."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(uploads, "_STEP", 8)
+        patch.setattr(uploads, "_STEP_BYTES", 8)
         yield
 
 
@@ -36,7 +36,7 @@ def test_either_alphabet_is_read_wherever_it_is_wrapped(
     content: bytes, url_safe: bool, places: list[tuple[int, str]]
 ) -> None:
     text = (base64.urlsafe_b64encode if url_safe else base64.b64encode)(content).decode()
-    assert _decoded(wrapped(text, places)) == content
+    assert _decode_base64(wrapped(text, places)) == content
 
 
 @given(st.text("AQgw+/-_=\n", max_size=40))
@@ -52,9 +52,9 @@ def test_groups_of_four_of_one_alphabet_are_read_and_nothing_else(text: str) -> 
     )
     if alphabet is None:
         with pytest.raises(ValueError, match="."):
-            _decoded(text)
+            _decode_base64(text)
     else:
-        assert _decoded(text) == base64.b64decode(plain, altchars=b"-_" if set(plain) & set("-_") else None)
+        assert _decode_base64(text) == base64.b64decode(plain, altchars=b"-_" if set(plain) & set("-_") else None)
 
 
 @given(st.binary(min_size=1, max_size=100), st.integers(0, 10**6), st.characters(exclude_characters=WRAPS))
@@ -62,4 +62,4 @@ def test_one_strange_character_anywhere_is_refused(content: bytes, place: int, c
     text = base64.b64encode(content).decode()
     cut = place % (len(text) + 1)
     with pytest.raises(ValueError, match="."):
-        _decoded(text[:cut] + character + text[cut:])
+        _decode_base64(text[:cut] + character + text[cut:])

@@ -1,4 +1,4 @@
-"""Dynamic batching: each gets its own rows back, whatever was run together with them, and no batch is longer than it may be."""
+"""Dynamic batching: every request gets its own rows, and no batch takes longer than its limit."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class Model:
         time.sleep(self.row_s * len(pixels))
         self.running -= 1
         if pixels.max() == 255:
-            raise ValueError("a row that cannot be")
+            raise ValueError("an invalid row")
         found = pixels[:, 0, 0, 0].astype(np.float32)[:, None]
         return found, 2 * found if embeddings else None
 
@@ -145,7 +145,7 @@ def test_an_error_reaches_all_of_its_batch_and_no_other(model: Model, make: Call
         batches.put(BatchRequest(rows(value), answers.append))
     model.open.set()
     found: list[BatchResult] = answers.of(5)
-    assert [str(one.error or "") for one in found] == ["", *["a row that cannot be"] * 2, "", ""]
+    assert [str(one.error or "") for one in found] == ["", *["an invalid row"] * 2, "", ""]
 
 
 def test_two_run_batches_beside_each_other_where_rows_take_long(
@@ -204,13 +204,13 @@ def test_urgent_work_waits_for_no_batch_where_another_runner_is_free(
 
 def test_it_waits_a_little_for_images_that_are_being_decoded(model: Model, make: Callable[..., DynamicBatcher]) -> None:
     batches, answers = make(wait_ms=1000), Answers()
-    batches.coming(2)
+    batches.expect(2)
     batches.put(BatchRequest(rows(1), answers.append))
-    batches.coming(-1)
+    batches.expect(-1)
     time.sleep(0.05)
     assert model.sizes == []
     batches.put(BatchRequest(rows(2), answers.append))
-    batches.coming(-1)
+    batches.expect(-1)
     answers.of(2)
     assert model.sizes == [2]
 

@@ -1,4 +1,4 @@
-"""Lines that are written aside: in their order, and whatever takes them never stops whoever gives them."""
+"""Asynchronous log lines: written in order, and a slow reader never blocks the writer."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def test_all_is_written_in_its_order(texts: list[str]) -> None:
 def test_what_nobody_takes_is_left_out_and_told(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(async_log, "_MOST", 5)
+    monkeypatch.setattr(async_log, "_MAX_WAITING", 5)
     taken, written = threading.Event(), []
 
     def write(line: str) -> None:
@@ -46,7 +46,7 @@ def test_what_nobody_takes_is_left_out_and_told(
     made.close()
     left_out = 100 - len(written)
     assert 5 <= len(written) <= 7 and written == sorted(written, key=int)
-    assert f"{left_out} lines were left out" in caplog.text
+    assert f"{left_out} lines were dropped" in caplog.text
 
 
 def test_an_error_is_said_once(caplog: pytest.LogCaptureFixture) -> None:
@@ -57,11 +57,11 @@ def test_an_error_is_said_once(caplog: pytest.LogCaptureFixture) -> None:
     for _ in range(3):
         made.put("")
     made.close()
-    assert caplog.text.count("a line cannot be written (No space left on device)") == 1
+    assert caplog.text.count("cannot write a line (No space left on device)") == 1
 
 
 def test_a_pipe_that_nobody_reads_holds_nobody_up(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(async_log, "_LAST_S", 0.1)
+    monkeypatch.setattr(async_log, "_FLUSH_S", 0.1)
     reading, writing = os.pipe()
     stream = AsyncStream(writing)
     logger = logging.Logger("aside")

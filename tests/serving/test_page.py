@@ -73,7 +73,7 @@ def test_a_file_asks_nobody_else_and_runs_nothing_inline(file: Any) -> None:
 
 def test_what_the_page_names_is_there() -> None:
     html = (PAGE / "index.html").read_text("utf-8")
-    documentation = PAGE.with_name("docs.html.j2").read_text("utf-8")
+    documentation = PAGE.with_name("routes").joinpath("docs.html.j2").read_text("utf-8")
     named = set(re.findall(r'(?:href|src)="page/([^"]+)"', html + documentation))
     scripts = {file.name: file.read_text("utf-8") for file in FILES if file.suffix == ".js"}
     imported = {name for text in scripts.values() for name in re.findall(r'from "\./([^"]+)"', text)}

@@ -15,7 +15,8 @@ from tests.serving.page_tab import UNREADABLE, Open
 
 pytestmark = pytest.mark.browser
 WORDS = re.compile(
-    r"Larger than the server takes, so it was sent as ([\d,]+)\s×\s([\d,]+) pixels \((.+)\) instead of ([\d,]+)\s×\s([\d,]+) \((.+)\)\."
+    r"Too large for the server, so a smaller copy was sent: "
+    r"([\d,]+)\s×\s([\d,]+) pixels \((.+)\) instead of ([\d,]+)\s×\s([\d,]+) \((.+)\)\."
 )
 
 
@@ -72,7 +73,7 @@ def test_too_many_pixels_become_fewer_and_stay_upright_and_white_behind(
     assert above[0] > 200 > 60 > above[2] and below[2] > 200 > 60 > below[0]
     assert min(white.getpixel((70, 70))) > 250
     for words, size in zip(tab.texts(".shrunk"), ("150\u00a0×\u00a0300", "200\u00a0×\u00a0200"), strict=True):
-        assert words.startswith("Больше, чем принимает сервер") and size in words
+        assert words.startswith("Файл слишком велик для сервера") and size in words
 
 
 def test_what_fits_is_sent_to_the_byte(opened: Open, stub: StubServer, tmp_path: Path) -> None:
@@ -92,4 +93,4 @@ def test_a_server_without_jpeg_gets_no_jpeg(opened: Open, stub: StubServer, tmp_
     noise(300, 200).save(tmp_path / "roses.png")
     tab = opened()
     tab.send(tmp_path / "roses.png")
-    assert "the server takes up to" in tab.wait(".entry.error", 1).text_content() and stub.stub.contents == {}
+    assert "the server accepts up to" in tab.wait(".entry.error", 1).text_content() and stub.stub.contents == {}

@@ -1,4 +1,4 @@
-"""Who may ask: keys that change while the server runs, clients that try many, and what proxies say."""
+"""Access control: keys that change while the server runs, clients that guess keys, headers of proxies."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def asked(access: AccessPolicy, key: str = "", client: str = "192.0.2.1", path: 
 @pytest.fixture
 def keys(tmp_path: Path) -> Path:
     file = tmp_path / "keys.txt"
-    file.write_text(f"# who\nthe lab  {OLD}\n{NEW}\n")
+    file.write_text(f"# who\nthe lab  {OLD}\n\n{NEW}\n")
     return file
 
 
@@ -44,17 +44,17 @@ def test_a_key_has_the_name_before_it_or_one_that_does_not_tell_it(keys: Path) -
 def test_keys_are_exchanged_while_the_server_runs(keys: Path, caplog: pytest.LogCaptureFixture) -> None:
     access = AccessPolicy(AccessSettings(keys_file=str(keys)), "127.0.0.1")
     keys.write_text(f"the lab {NEW}\n")
-    access.reread()
+    access.reload_keys()
     assert asked(access, NEW) == "the lab" and asked(access, OLD) == 401
     for broken in ("", "short\n"):
         keys.write_text(broken)
-        access.reread()
-        access.reread()
+        access.reload_keys()
+        access.reload_keys()
         assert asked(access, NEW) == "the lab"
     keys.unlink()
-    access.reread()
+    access.reload_keys()
     assert asked(access, NEW) == "the lab" and access.needs_key
-    assert caplog.text.count("the keys stay as they are") == 3 and NEW not in caplog.text
+    assert caplog.text.count("the API keys were not changed") == 3 and NEW not in caplog.text
 
 
 def test_whoever_tries_keys_is_stopped_and_nobody_else(keys: Path) -> None:
@@ -95,7 +95,7 @@ def test_a_running_server_looks_at_its_keys_again(digits_bundle: Path, tmp_path:
         file.write_text(f"new\t{NEW}\n")
         assert server.ask("GET", "/models", headers={"X-API-Key": OLD}).status == 200
         server.process.send_signal(signal.SIGHUP)
-        _log_of(server.log, "there are other keys now", 1)
+        _log_of(server.log, "the API keys have changed", 1)
         assert server.ask("GET", "/models", headers={"X-API-Key": OLD}).status == 401
         assert server.ask("GET", "/models", headers={"X-API-Key": NEW}).status == 200
         assert '"key": "new"' in _log_of(server.log, '"path": "/models"', 3)

@@ -12,7 +12,8 @@ import pytest
 
 from image_classifier.bundle import read_bundle
 from image_classifier.errors import ConfigError
-from image_classifier.serving.drift_window import DriftSettings, DriftWindow, columns
+from image_classifier.serving.drift_log import columns
+from image_classifier.serving.drift_window import DriftSettings, DriftWindow
 from image_classifier.serving.model_sources import RegisteredModel
 from image_classifier.serving.worker.spec import version_of
 from tests.conftest import Command
@@ -20,7 +21,7 @@ from tests.conftest import Command
 ANSWER = {"path": "secret.png", "predicted_class": "7", "confidence": 0.75, "decision": "label"}
 
 
-def facts(digits_bundle: Path) -> dict[str, object]:
+def metadata(digits_bundle: Path) -> dict[str, object]:
     return {
         "name": "digits",
         "version": version_of(digits_bundle),
@@ -31,13 +32,13 @@ def facts(digits_bundle: Path) -> dict[str, object]:
 def test_what_is_kept_is_figures_only_and_the_verb_reads_it(
     digits_bundle: Path, tmp_path: Path, command: Command
 ) -> None:
-    traffic, known = DriftWindow(DriftSettings(enabled=True, log_dir=str(tmp_path))), facts(digits_bundle)
+    window, known = DriftWindow(DriftSettings(enabled=True, log_dir=str(tmp_path))), metadata(digits_bundle)
     for score in np.linspace(50, 60, 80):
-        traffic.seen(known, ANSWER, float(score))
-    traffic.seen(known, {"path": "secret.png", "error": "not an image"}, None)
-    traffic.close()
-    shown = {figure: (distance, limit, images) for figure, distance, limit, images in traffic.figures("digits")}
-    assert shown["ood_score"][0] == 1.0 and shown["ood_score"][2] == 80
+        window.record(known, ANSWER, float(score))
+    window.record(known, {"path": "secret.png", "error": "not an image"}, None)
+    window.close()
+    shown = {shift.figure: shift for shift in window.shifts("digits")}
+    assert shown["ood_score"].distance == 1.0 and shown["ood_score"].images == 80
     log = tmp_path / "digits.jsonl"
     assert "secret" not in log.read_text() and len(log.read_text().splitlines()) == 80
     with log.open("a") as file:
@@ -57,9 +58,9 @@ def test_a_log_is_found_by_the_name_under_which_the_model_was_served(
     digits_bundle: Path, tmp_path: Path, command: Command, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    traffic = DriftWindow(DriftSettings(enabled=True))
+    window = DriftWindow(DriftSettings(enabled=True))
     for _ in range(60):
-        traffic.seen({**facts(digits_bundle), "name": "cats"}, ANSWER, 0.5)
+        window.record({**metadata(digits_bundle), "name": "cats"}, ANSWER, 0.5)
     line = ("drift", str(digits_bundle))
     assert "the last 60 answers" in command(*line, "--name", "cats").out
     assert "the last 60 answers" in command(*line, "--name", "cats", "--log", "runs/serve").out
@@ -88,9 +89,9 @@ def test_an_alias_is_compared_too(
     registered.mkdir()
     shutil.copyfile(digits_bundle / "bundle.json", registered / "bundle.json")
     monkeypatch.setattr(RegisteredModel, "find", lambda place: asked.append(place) or registered)
-    traffic = DriftWindow(DriftSettings(enabled=True))
+    window = DriftWindow(DriftSettings(enabled=True))
     for _ in range(60):
-        traffic.seen({**facts(digits_bundle), "name": "flowers"}, ANSWER, 0.5)
+        window.record({**metadata(digits_bundle), "name": "flowers"}, ANSWER, 0.5)
     answer = command("drift", "models:/flowers@champion", "--tracking_uri", "sqlite:///other.db")
     assert answer.code == 0 and "the last 60 answers" in answer.out, answer.err
     (place,) = asked
@@ -98,28 +99,28 @@ def test_an_alias_is_compared_too(
 
 
 def test_off_means_nothing_is_kept(digits_bundle: Path, tmp_path: Path) -> None:
-    traffic = DriftWindow(DriftSettings(log_dir=str(tmp_path)))
-    traffic.seen(facts(digits_bundle), ANSWER, 1.0)
-    assert list(traffic.figures("digits")) == [] and list(tmp_path.iterdir()) == []
+    window = DriftWindow(DriftSettings(log_dir=str(tmp_path)))
+    window.record(metadata(digits_bundle), ANSWER, 1.0)
+    assert window.shifts("digits") == [] and list(tmp_path.iterdir()) == []
 
 
 def test_another_version_begins_anew_and_the_window_is_bounded(digits_bundle: Path) -> None:
-    traffic, known = DriftWindow(DriftSettings(enabled=True, window=60, log_dir=None)), facts(digits_bundle)
+    window, known = DriftWindow(DriftSettings(enabled=True, window=60, log_dir=None)), metadata(digits_bundle)
     for _ in range(100):
-        traffic.seen(known, ANSWER, 0.0)
-    assert {images for *_, images in traffic.figures("digits")} == {60}
-    traffic.seen({**known, "version": "next"}, ANSWER, 0.0)
-    assert {images for *_, images in traffic.figures("digits")} == {1}
+        window.record(known, ANSWER, 0.0)
+    assert {shift.images for shift in window.shifts("digits")} == {60}
+    window.record({**known, "version": "next"}, ANSWER, 0.0)
+    assert {shift.images for shift in window.shifts("digits")} == {1}
 
 
 def test_a_long_log_is_put_aside_once(digits_bundle: Path, tmp_path: Path, command: Command) -> None:
-    traffic, known = (
+    window, known = (
         DriftWindow(DriftSettings(enabled=True, log_dir=str(tmp_path), max_log_bytes=2000)),
-        facts(digits_bundle),
+        metadata(digits_bundle),
     )
     for _ in range(100):
-        traffic.seen(known, ANSWER, 0.5)
-    traffic.close()
+        window.record(known, ANSWER, 0.5)
+    window.close()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["digits.jsonl", "digits.jsonl.1"]
     assert all(path.stat().st_size < 2500 for path in tmp_path.iterdir())
     images = sum(len(path.read_text().splitlines()) for path in tmp_path.iterdir())
@@ -133,11 +134,11 @@ def test_a_log_that_cannot_be_written_costs_no_request(
     digits_bundle: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     (tmp_path / "file").write_text("")
-    traffic = DriftWindow(DriftSettings(enabled=True, log_dir=str(tmp_path / "file")))
+    window = DriftWindow(DriftSettings(enabled=True, log_dir=str(tmp_path / "file")))
     for _ in range(3):
-        traffic.seen(facts(digits_bundle), ANSWER, 0.5)
-    traffic.close()
-    assert caplog.text.count("cannot be written") == 1
+        window.record(metadata(digits_bundle), ANSWER, 0.5)
+    window.close()
+    assert caplog.text.count("cannot write a line") == 1
 
 
 def test_scores_are_compared_only_where_all_have_one() -> None:
@@ -152,7 +153,7 @@ def test_what_cannot_be_is_one_line(
     for line, words in (
         (("drift", str(digits_bundle)), "drift.enabled=true"),
         (("drift", str(digits_bundle), "--format", "xml"), "use table or json"),
-        (("drift", str(digits_bundle), "--last", "0"), "at least 1"),
+        (("drift", str(digits_bundle), "--last", "0"), "expected at least 1"),
         (("drift", "nothing"), "nothing"),
         (("drift", str(digits_bundle / "model.onnx")), "is not a bundle"),
         (("drift", "models:/digits"), "write models:/NAME@ALIAS"),

@@ -1,4 +1,4 @@
-"""Images named by their address: fetched from public ones only, within limits, and nothing of it is held when the request is over."""
+"""Images by URL: fetched from public addresses only, within limits, and freed when the request ends."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def ask(server: Server, *urls: str, path: str = "/predict") -> Reply:
 
 
 def words_of(reply: Reply) -> str:
-    """Why a request of one image has no answer: in words of that image, which tell nothing of whoever was asked or of this server's keys."""
+    """Return the error of the only image; check that it reveals nothing of the fetched site or the settings."""
     assert reply.status == 422, reply.content
     (only,) = reply.json["predictions"]
     assert sorted(only) == ["error", "path"]

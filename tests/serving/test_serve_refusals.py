@@ -85,8 +85,8 @@ def test_a_refusal_has_one_shape(server: Server, method, path, body, headers, st
 @pytest.mark.parametrize(
     ("name", "text", "words"),
     [
-        ("topk", "3", "the text 'topk': it takes files (images=@FILE) and top_k"),
-        ("images", "photo.jpg", "the text 'images'"),
+        ("topk", "3", "unknown form field 'topk': a form has files (images=@FILE) and the text top_k"),
+        ("images", "photo.jpg", "unknown form field 'images'"),
         ("a\x1b[2J", "3", "a\\x1b[2J"),
         ("top_k", "0", "top_k must be"),
         ("top_k", "many", "top_k must be"),
@@ -108,8 +108,8 @@ def test_a_key_of_a_query_that_is_not_known_is_named_with_those_that_are(server:
         for path in ("/predict?top_k=3&topk=3", "/explain?Class=7")
     ]
     assert said == [
-        "the query has 'topk': here it can have model and top_k",
-        "the query has 'Class': here it can have model and class",
+        "unknown query parameter 'topk': this path has model and top_k",
+        "unknown query parameter 'Class': this path has model and class",
     ]
     assert server.ask("GET", "/healthz?now=1").status == server.ask("GET", "/?from=mail").status == 200
 
@@ -167,7 +167,7 @@ def test_a_key_is_needed_where_there_are_keys(strict: Server, digit: bytes) -> N
 def test_an_allowed_site_may_ask_and_no_other(strict: Server, digit: bytes) -> None:
     asked = {"Access-Control-Request-Method": "POST", "Access-Control-Request-Headers": "x-api-key"}
     allowed = strict.ask("OPTIONS", "/predict", None, {"Origin": "https://example.org", **asked})
-    assert allowed.status == 204 and allowed.headers["access-control-allow-origin"] == "https://example.org"
+    assert allowed.status == 200 and allowed.headers["access-control-allow-origin"] == "https://example.org"
     assert (
         "access-control-allow-origin"
         not in strict.ask("OPTIONS", "/predict", None, {"Origin": "https://evil.example", **asked}).headers
@@ -175,6 +175,10 @@ def test_an_allowed_site_may_ask_and_no_other(strict: Server, digit: bytes) -> N
     site = {"Sec-Fetch-Site": "cross-site", **WITH_KEY}
     assert strict.send("/predict", ("7.png", digit), headers={"Origin": "https://example.org", **site}).status == 200
     assert strict.send("/predict", ("7.png", digit), headers={"Origin": "https://evil.example", **site}).status == 403
+    refused = strict.send("/predict", ("7.png", digit), headers={"Origin": "https://example.org"})
+    assert refused.status == 401  # its page may read why
+    assert refused.headers["access-control-allow-origin"] == "https://example.org"
+    assert "retry-after" in refused.headers["access-control-expose-headers"]
 
 
 def test_too_much_is_refused_before_it_is_taken(strict: Server, digit: bytes) -> None:

@@ -1,4 +1,4 @@
-"""The V2 protocol: our own client, which was tested on a real Triton, works unchanged; what is not right is refused, never cast."""
+"""The V2 protocol: our Triton client, tested on a real Triton, works unchanged; invalid input is refused, never cast."""
 
 from __future__ import annotations
 
@@ -155,5 +155,5 @@ def test_nothing_but_a_refusal_comes_of_nonsense(value: object, tail: bytes) -> 
         (tail, "x"),
     ):
         with suppress(Refusal):
-            asked = v2._understood(content, length, FACTS)
+            asked = v2._parse(content, length, FACTS)
             assert len(asked.content) == np.prod(asked.shape)

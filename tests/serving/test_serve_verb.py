@@ -1,4 +1,4 @@
-"""The verb itself: several models by name, the registry's aliases, and what cannot be served said in one line before anything listens."""
+"""The verb: several models by name, aliases of the registry, and errors in one line before the server listens."""
 
 from __future__ import annotations
 
@@ -47,16 +47,16 @@ def test_models_answer_by_their_names(digits_bundle: Path, tmp_path: Path, digit
     ("line", "words"),
     [
         (("nothing",), "nothing"),
-        (("{bundle}", "--port", "70000"), "from 0 (any that is free) to 65535"),
+        (("{bundle}", "--port", "70000"), "invalid port 70000: expected 0 to 65535"),
         (("{bundle}", "--host", "no.such.host.invalid"), "no address of this machine"),
         (("{bundle}", "--backend", "magic"), "there is no backend 'magic'"),
         (("{bundle}", "--backend", "triton"), "needs the server's address"),
         (("{bundle}", "models={digits: {bundle}}"), "two models would be served as 'digits'"),
         (("{bundle}", "access.keys_file=missing.txt"), "cannot be read"),
         (("{bundle}", "access.cors_origins=['*']"), "write an origin"),
-        (("{bundle}", "queue=1"), "less than one request"),
+        (("{bundle}", "queue=1"), "less than request.max_images"),
         (("{bundle}", "batch.max_images=0"), "batch.max_images"),
-        (("{bundle}", "request.body_s=0"), "request.body_s must be above 0"),
+        (("{bundle}", "request.body_s=0"), "invalid request.body_s"),
         (("{bundle}", "hang_s=1"), "must be above canary_s"),
         (("{bundle}", "decision.risk=2"), "decision.risk"),
         (("models:/digits",), "models:/NAME@ALIAS"),

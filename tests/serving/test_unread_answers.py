@@ -1,4 +1,4 @@
-"""A connection whose client reads no more is gone in time, however much of the answer is left and whether or not the server is closing it."""
+"""A connection whose client stops reading is closed in time, however much of the answer is left."""
 
 from __future__ import annotations
 
@@ -25,11 +25,14 @@ def app_of(size: int) -> Any:
 @pytest.mark.parametrize("size", [40_000, 60_000, 400_000])
 @pytest.mark.parametrize("more", [b"Connection: close\r\n", b""])
 def test_it_is_gone_in_time(monkeypatch: pytest.MonkeyPatch, size: int, more: bytes) -> None:
-    monkeypatch.setattr(http_protocol, "_UNREAD_S", 0.1)
+    monkeypatch.setattr(http_protocol, "_READ_S", 0.1)
 
     async def scenario() -> int:
         config = uvicorn.Config(
-            app_of(size), lifespan="off", log_config=None, **http_protocol.arguments(RequestLimits(keep_alive_s=1))
+            app_of(size),
+            lifespan="off",
+            log_config=None,
+            **http_protocol.uvicorn_options(RequestLimits(keep_alive_s=1)),
         )
         config.load()
         state = ServerState()
@@ -57,12 +60,12 @@ def test_it_is_gone_in_time(monkeypatch: pytest.MonkeyPatch, size: int, more: by
 
 
 def test_a_client_that_goes_on_reading_gets_all(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(http_protocol, "_UNREAD_S", 0.2)
+    monkeypatch.setattr(http_protocol, "_READ_S", 0.2)
     size = 3_000_000
 
     async def scenario() -> int:
         config = uvicorn.Config(
-            app_of(size), lifespan="off", log_config=None, **http_protocol.arguments(RequestLimits())
+            app_of(size), lifespan="off", log_config=None, **http_protocol.uvicorn_options(RequestLimits())
         )
         config.load()
         make: Any = config.http_protocol_class

@@ -132,7 +132,12 @@ def train(
     manifest, cache = data()
     classifier = build_classifier(network(), CLASSES, SIZE, [0.5] * 3, [0.25] * 3, 0.2)
     module = ClassifierModule(
-        classifier, nn.CrossEntropyLoss(), options.optimizer, schedule(options.scheduler), manifest.classes, {}
+        classifier,
+        criterion=nn.CrossEntropyLoss(),
+        make_optimizer=options.optimizer,
+        scheduler=schedule(options.scheduler),
+        classes=manifest.classes,
+        blueprint={},
     )
     datamodule = ImageDataModule(
         cache, manifest, BATCH, BatchAugment(mix=Mix()), 3, channels_last=False, balanced=False

@@ -31,7 +31,7 @@ def images(number: int, seed: int = 0) -> TensorDataset:
 
 def small_module(
     make_optimizer: Any = SGD,
-    scheduler: SchedulerSettings = SchedulerSettings(),
+    scheduler: SchedulerSettings = SchedulerSettings(),  # noqa: B008 (frozen)
     norm: bool = True,
     **arguments: Any,
 ) -> ClassifierModule:
@@ -41,7 +41,15 @@ def small_module(
     backbone = ConvNet(SIZE, (4, 6, 8), order)
     classifier = build_classifier(backbone, CLASSES, SIZE, (0.5, 0.5, 0.5), (0.25, 0.25, 0.25))
     names = tuple(str(number) for number in range(CLASSES))
-    return ClassifierModule(classifier, nn.CrossEntropyLoss(), make_optimizer, scheduler, names, {}, **arguments)
+    return ClassifierModule(
+        classifier,
+        criterion=nn.CrossEntropyLoss(),
+        make_optimizer=make_optimizer,
+        scheduler=scheduler,
+        classes=names,
+        blueprint={},
+        **arguments,
+    )
 
 
 def fit(

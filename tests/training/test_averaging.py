@@ -59,10 +59,10 @@ def test_ema_is_the_moving_average_that_starts_warm_and_it_is_what_is_judged_and
 
 def test_the_decay_holds_in_the_long_run_and_the_first_weights_are_soon_forgotten() -> None:
     ema = EMA(decay=0.99)
-    assert ema.share(10_000) == pytest.approx(0.01)
+    assert ema.weight_of_newest(10_000) == pytest.approx(0.01)
     kept = 1.0
     for number in range(1, 100):
-        kept *= 1 - ema.share(number)
+        kept *= 1 - ema.weight_of_newest(number)
     assert kept < 1e-6
 
 
@@ -193,7 +193,7 @@ def test_an_error_within_a_validation_leaves_the_learning_weights_to_be_saved(tm
 def test_with_accumulated_gradients_the_average_moves_once_a_step(tmp_path: Path) -> None:
     ema = EMA(every_n_steps=2)
     fit(small_module(), tmp_path, [ema], accumulate_grad_batches=2, max_epochs=2)
-    assert int(ema._average_model.n_averaged) == 2
+    assert ema.num_averaged == 2
 
 
 @pytest.mark.slow

@@ -8,9 +8,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from omegaconf import OmegaConf
 
-from image_classifier.dataset.prepare import DataSettings
 from image_classifier.errors import ConfigError
 from image_classifier.training.balance import balanced_rows, class_weights, describe
 from image_classifier.training.builders import build_criteria
@@ -77,10 +75,7 @@ def test_the_log_names_the_choice_and_both_extremes() -> None:
 
 
 def criteria(loss: dict[str, Any], balance: str = "none", mix: bool = False) -> tuple[torch.nn.Module, torch.nn.Module]:
-    config = OmegaConf.create(
-        {"loss": loss, "augment": {"mix": {"probability": 1.0} if mix else None}, "trusted_packages": []}
-    )
-    return build_criteria(config, sized([3, 9, 6])[1], 3, DataSettings(balance=balance))
+    return build_criteria(loss, sized([3, 9, 6])[1], 3, balance=balance, is_mixed=mix)
 
 
 def test_only_the_training_loss_is_weighted() -> None:

@@ -6,7 +6,6 @@ import json
 import re
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -15,6 +14,7 @@ from sklearn.linear_model import LogisticRegression
 from torch import nn
 
 from image_classifier.bundle import read_bundle
+from image_classifier.cli.train_config import compose_train_config
 from image_classifier.dataset.pixel_cache import CacheSettings, PixelCache
 from image_classifier.dataset.prepare import DataSettings
 from image_classifier.manifest import Manifest, Record
@@ -22,7 +22,9 @@ from image_classifier.modeling.classifier import Classifier
 from image_classifier.modeling.embeddings import EmbeddingStore
 from image_classifier.training import baseline as baseline_module
 from image_classifier.training.baseline import baselines_of_run, fit_logistic
+from image_classifier.training.builders import TrainingInputs
 from image_classifier.training.hardware import Hardware
+from image_classifier.training.run_dir import RunDir
 from tests.conftest import QUICK, Command, MakeTree
 
 LINE = ("data=folder", "data.dir=tree", "data.image_size=16", "model.backbone.channels=[4,8]", "data.split.test=0.2")
@@ -77,7 +79,7 @@ def test_more_features_than_memory_is_meant_to_hold_are_sampled_with_every_class
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     store, manifest, embeddings = stored(tmp_path, 5, 200)
-    monkeypatch.setattr(baseline_module, "_MOST_NUMBERS", 12 * embeddings.shape[1])
+    monkeypatch.setattr(baseline_module, "_MAX_NUMBERS", 12 * embeddings.shape[1])
     with caplog.at_level("INFO"):
         models = fit_logistic(store, manifest, 0)
     assert "fitted to 12 of the 200 training images" in caplog.text
@@ -146,10 +148,10 @@ def test_a_run_that_asks_for_the_regression_learns_the_same(tmp_path: Path) -> N
     manifest = replace(manifest, splits=np.where(np.arange(30) % 5 == 4, 1, 0).astype(np.int8))
     pixels = np.random.default_rng(0).integers(0, 256, (30, 16, 16, 3), dtype=np.uint8)
     data = DataSettings(image_size=16, cache=CacheSettings(str(tmp_path / "cache")))
-    model = {"name": "net", "backbone": {"pretrained": True}}
-    config = SimpleNamespace(
-        baselines=True, seed=0, plots_dir=str(tmp_path), trainer=SimpleNamespace(accelerator="cpu"), model=model
+    config = compose_train_config(
+        ["data.image_size=16", "trainer.accelerator=cpu", "baselines=true", f"plots_dir={tmp_path}", "model.name=net"]
     )
+    config = replace(config, data=data, model=replace(config.model, backbone={"pretrained": True}))
     torch.manual_seed(0)
     classifier = Classifier(
         nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Dropout(0.5), nn.Flatten()),
@@ -159,20 +161,18 @@ def test_a_run_that_asks_for_the_regression_learns_the_same(tmp_path: Path) -> N
     )
     weights, numbers = {key: value.clone() for key, value in classifier.state_dict().items()}, torch.get_rng_state()
     cache = PixelCache(pixels, np.arange(30))
-    found = baselines_of_run(
-        config, classifier, manifest, data, cache, Hardware("32-true", False), tmp_path / "run", False
-    )
+    inputs = TrainingInputs(config, manifest, cache, Hardware("32-true", False))
+    run = RunDir("run", tmp_path, tmp_path, tmp_path / "run")
+    found = baselines_of_run(inputs, classifier, run)
     assert [baseline.name for baseline in found] == ["most_frequent", "logistic"]
     assert "784 features of net (pretrained) at 16 px" in found[1].about
     assert torch.equal(torch.get_rng_state(), numbers) and all(module.training for module in classifier.modules())
     assert all(torch.equal(value, weights[key]) for key, value in classifier.state_dict().items())
-    config.baselines = False
-    later = baselines_of_run(
-        config, classifier, manifest, data, cache, Hardware("32-true", False), tmp_path / "later", False
-    )
+    inputs = replace(inputs, config=replace(config, run=replace(config.run, baselines=False)))
+    later = baselines_of_run(inputs, classifier, replace(run, plots=tmp_path / "later"))
     assert later == found  # by the manifest
 
 
 def test_a_baseline_needs_a_val_part(command: Command) -> None:
     answer = command("baseline", *LINE, "data.split.val=0")
-    assert answer.code == 2 and "no val part" in answer.err
+    assert answer.code == 2 and "no val images" in answer.err

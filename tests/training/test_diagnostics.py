@@ -26,10 +26,10 @@ from tests.conftest import QUICK, Command, MakeTree, listed
 
 @given(st.integers(0, 10**9))
 def test_the_longer_a_training_the_more_images_tell_its_robustness(seen: int) -> None:
-    most = DiagnosticsSettings().most_images(seen)
-    assert 50 <= most <= 500 and most <= DiagnosticsSettings().most_images(seen + 10_000)
+    most = DiagnosticsSettings().max_images(seen)
+    assert 50 <= most <= 500 and most <= DiagnosticsSettings().max_images(seen + 10_000)
     assert most in (50, 500) or 19 * most == pytest.approx(seen / 10, rel=0.02)
-    assert DiagnosticsSettings(robustness_images=7).most_images(seen) == 7
+    assert DiagnosticsSettings(robustness_images=7).max_images(seen) == 7
 
 
 @pytest.mark.parametrize(

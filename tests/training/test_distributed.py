@@ -21,9 +21,11 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from image_classifier.cli.train_config import compose_train_config
 from image_classifier.errors import ConfigError, DataError
 from image_classifier.training import distributed, launch
 from image_classifier.training.datamodule import BalancedBatches, ShuffledBatches
+from image_classifier.training.run import train
 from tests.conftest import QUICK, write_image
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -133,15 +135,15 @@ def test_devices_that_cannot_be_are_refused(devices: object) -> None:
         launch.device_count("cpu", devices)
 
 
-def test_only_train_starts_processes_and_only_on_this_machine(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert not launch.run_ranks("cpu", 1, 1)
+def test_only_the_verb_starts_processes_and_only_on_this_machine() -> None:
+    assert not launch.needs_ranks("cpu", 1, 1) and launch.needs_ranks("cpu", 2, 1)
     with pytest.raises(ConfigError, match="torchrun"):
-        launch.run_ranks("cpu", 2, 2)
-    monkeypatch.setattr(sys, "argv", ["commands.py", "tune"])
-    with pytest.raises(ConfigError, match=r"trainer\.devices=1"):
-        launch.run_ranks("cpu", 2, 1)
+        launch.needs_ranks("cpu", 2, 2)
     with as_rank(0, 2):
-        assert not launch.run_ranks("cpu", 2, 1)  # a rank starts no others
+        assert not launch.needs_ranks("cpu", 2, 1)  # a rank starts no others
+    config = compose_train_config(["trainer=ddp", "trainer.devices=2", "trainer.accelerator=cpu"])
+    with pytest.raises(ConfigError, match=r"trainer\.devices=1"):
+        train(config)  # from Python
 
 
 @pytest.mark.parametrize(

@@ -5,19 +5,18 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-import hydra
 import numpy as np
 import pytest
 import timm
 import torch
 
 from image_classifier.bundle import read_bundle
-from image_classifier.dataset.prepare import DataSettings
+from image_classifier.cli.train_config import compose_train_config
 from image_classifier.inference.checkpoint import load_classifier
 from image_classifier.modeling.losses import BinaryCrossEntropy, CrossEntropy, FocalLoss
 from image_classifier.modeling.weights import last_linear
 from image_classifier.training.builders import build_criteria
-from tests.conftest import QUICK, ROOT, Answer, Command, MakeTree
+from tests.conftest import QUICK, Answer, Command, MakeTree
 
 SMALL = (
     "data=folder",
@@ -226,15 +225,14 @@ def test_a_loss_that_cannot_be_is_refused(command: Command, line: tuple[str, ...
     ("loss", "criterion"), [("focal", FocalLoss), ("bce", BinaryCrossEntropy), ("cross_entropy", CrossEntropy)]
 )
 def test_these_losses_take_mixed_images_and_class_weights(loss: str, criterion: type[torch.nn.Module]) -> None:
-    with hydra.initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
-        config = hydra.compose("train", [f"loss={loss}", "augment=mix"])
-    built, validation = build_criteria(config, np.array([0, 0, 1]), 2, DataSettings(balance="weights"))
+    config = compose_train_config([f"loss={loss}", "augment=mix"])
+    built, validation = build_criteria(config.loss, np.array([0, 0, 1]), 2, balance="weights", is_mixed=True)
     assert (
         isinstance(built, criterion)
         and torch.allclose(built.weight, torch.tensor([0.75, 1.5]))
         and validation.weight is None
     )
     assert torch.isfinite(built(torch.zeros(2, 2), torch.full((2, 2), 0.5)))
-    config.loss.weight = [1.0, 3.0]
-    built, validation = build_criteria(config, np.array([0, 0, 1]), 2, DataSettings())
+    weighted = config.with_values({"loss.weight": [1.0, 3.0]})
+    built, validation = build_criteria(weighted.loss, np.array([0, 0, 1]), 2)
     assert built.weight.tolist() == [1.0, 3.0] and validation.weight is None  # val/loss compares runs

@@ -4,6 +4,7 @@ import csv
 import logging
 import random
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -101,8 +102,8 @@ class FakeTrials:
 
     def __init__(self, images: int, speeds: dict[int, float | None]) -> None:
         self.speeds, self.tried = speeds, list[int]()
-        self.config = type("Config", (), {"optimizer": {"lr": 1e-3}})
-        self.manifest = type("Images", (), {"indices": lambda self, split: np.arange(images)})()
+        self.config = SimpleNamespace(optimizer=SimpleNamespace(lr=1e-3))
+        self.num_train = images
 
 
 def found_with(
@@ -110,16 +111,14 @@ def found_with(
 ) -> int:
     trials = FakeTrials(images, speeds)
 
-    def speed(trials: Any, data: Any) -> tuple[float, float] | None:
-        rate = trials.speeds[data.batch_size]
-        return None if rate is None else (rate, (peaks or {}).get(data.batch_size, 1e6))
+    def speed(trials: Any, batch_size: int) -> tuple[float, float] | None:
+        rate = trials.speeds[batch_size]
+        return None if rate is None else (rate, (peaks or {}).get(batch_size, 1e6))
 
     monkeypatch.setattr(autotune, "_speed", speed)
     monkeypatch.setattr(autotune, "memory_used", lambda on_gpu: 0.0)
     monkeypatch.setattr(autotune, "free_memory", lambda on_gpu: 1e9)
-    from image_classifier.dataset.prepare import DataSettings
-
-    return find_batch_size(trials, DataSettings(batch_size="auto"))  # type: ignore[arg-type]
+    return find_batch_size(trials)  # type: ignore[arg-type]
 
 
 def test_the_batch_grows_while_that_pays(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -197,15 +196,15 @@ def test_more_time_given_on_resume_is_planned_anew(in_a_folder_with_a_tree: None
 
 
 def test_trials_leave_every_random_state_as_it_was() -> None:
-    random.seed(5), np.random.seed(5), torch.manual_seed(5)
-    expected = (random.random(), np.random.random(), torch.rand(3))
-    random.seed(5), np.random.seed(5), torch.manual_seed(5)
+    random.seed(5), np.random.seed(5), torch.manual_seed(5)  # noqa: NPY002
+    expected = (random.random(), np.random.random(), torch.rand(3))  # noqa: NPY002
+    random.seed(5), np.random.seed(5), torch.manual_seed(5)  # noqa: NPY002
     level = logging.getLogger("image_classifier").level
-    with pytest.raises(KeyError), autotune._unnoticed():
-        random.random(), np.random.random(9), torch.rand(7)
+    with pytest.raises(KeyError), autotune._without_trace():
+        random.random(), np.random.random(9), torch.rand(7)  # noqa: NPY002
         raise KeyError
     assert logging.getLogger("image_classifier").level == level
-    assert (random.random(), np.random.random()) == expected[:2] and torch.equal(torch.rand(3), expected[2])
+    assert (random.random(), np.random.random()) == expected[:2] and torch.equal(torch.rand(3), expected[2])  # noqa: NPY002
 
 
 @pytest.mark.parametrize(

@@ -16,13 +16,10 @@ import torch
 
 from image_classifier.evaluation.metrics.compute import compute_metrics
 from image_classifier.evaluation.reliability.calibration import calibration_score
-from image_classifier.evaluation.reliability.selective_prediction import risk_curve
 from image_classifier.evaluation.reliability_results import Trust
-from image_classifier.modeling.classifier import Classifier
-from image_classifier.predictions import PredictionTable
+from image_classifier.evaluation.reliability.selective_prediction import risk_curve
 from image_classifier.training.callbacks.csv_metrics import CSVMetrics
-from image_classifier.training.reporting import Results
-from image_classifier.training.run_dir import RunDir
+from image_classifier.training.reporting import Results, TrainedRun
 from tests.conftest import QUICK, Answer, Command, MakeTree, write_image
 
 SMALL = (
@@ -41,7 +38,7 @@ def in_a_folder_with_a_tree(tmp_path: Path, make_tree: MakeTree, monkeypatch: py
     make_tree(cat=10, dog=10)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(
-        "image_classifier.training.run.deliver", weights_only
+        "image_classifier.training.run.write_bundle", weights_only
     )  # ONNX and figures take most of so short a run
     monkeypatch.setattr("image_classifier.training.run.write_results", answers_only)
     threads = torch.get_num_threads()
@@ -50,15 +47,16 @@ def in_a_folder_with_a_tree(tmp_path: Path, make_tree: MakeTree, monkeypatch: py
     torch.set_num_threads(threads)
 
 
-def weights_only(classifier: Classifier, blueprint: Any, run: RunDir, *more: Any) -> dict[str, Any]:
-    run.bundle.mkdir(parents=True, exist_ok=True)
-    torch.save(classifier.state_dict(), run.bundle / "weights.pt")
+def weights_only(trained: TrainedRun, results: Results) -> dict[str, Any]:
+    trained.run.bundle.mkdir(parents=True, exist_ok=True)
+    torch.save(trained.classifier.state_dict(), trained.run.bundle / "weights.pt")
     return {"git": ""}
 
 
-def answers_only(run: RunDir, manifest: Any, tables: dict[str, PredictionTable], *more: Any) -> Results:
-    run.plots.mkdir(parents=True, exist_ok=True)
-    np.save(run.plots / "logits.npy", tables["val"].logits)
+def answers_only(trained: TrainedRun) -> Results:
+    tables = trained.tables
+    trained.run.plots.mkdir(parents=True, exist_ok=True)
+    np.save(trained.run.plots / "logits.npy", tables["val"].logits)
     metrics = {split: compute_metrics(table) for split, table in tables.items()}
     trusts = {split: Trust(calibration_score(table), risk_curve(table), None, None) for split, table in tables.items()}
     return Results(metrics, dict.fromkeys(tables), {split: found.scalars() for split, found in metrics.items()}, trusts)
@@ -145,7 +143,7 @@ def test_a_run_is_found_by_folder_and_by_checkpoint_and_what_is_none_is_refused(
     assert stopped(*SHORT).code == 143
     Path("empty").mkdir()
     Path("empty/text.ckpt").write_text("hello")
-    assert refused(command("train", "resume=empty"), "not the folder of a run")
+    assert refused(command("train", "resume=empty"), "not a run folder")
     assert refused(command("train", "resume=empty/text.ckpt"), "damaged")
     path = next(Path("runs/tree-convnet/checkpoints").glob("step-*.ckpt"))
     answer = command("train", f"resume={path}")
@@ -167,7 +165,7 @@ def test_a_run_that_died_before_its_first_checkpoint_begins_again(command: Comma
 def test_a_longer_schedule_is_refused_where_it_is_laid_out_for_the_run(command: Command, stopped: Any) -> None:
     line = (*SHORT, "scheduler=one_cycle", "name=cut")
     assert stopped(*line).code == 143
-    assert refused(command("train", *line, "resume=last", "trainer.max_epochs=9"), "laid out for 3")
+    assert refused(command("train", *line, "resume=last", "trainer.max_epochs=9"), "planned for 3")
     assert refused(command("train", *line, "resume=last", "trainer.max_epochs=0"), "trainer.max_epochs=0")
 
 

@@ -75,7 +75,7 @@ def test_an_impossible_seed_is_refused(seed: int) -> None:
 
 def test_a_run_that_is_under_way_cannot_be_overwritten(tmp_path: Path) -> None:
     with claim(tmp_path, "mine") as run:
-        with pytest.raises(StorageError, match="under way"), claim(tmp_path, "mine", overwrite=True):
+        with pytest.raises(StorageError, match="in progress"), claim(tmp_path, "mine", overwrite=True):
             pass
         assert (run.directory / "train.log").exists()
         run.bundle.mkdir()

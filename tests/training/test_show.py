@@ -66,7 +66,7 @@ def test_a_sheet_shows_every_pixel_unchanged(size: int) -> None:
 def test_a_sheet_of_nothing_is_refused(key: str) -> None:
     with pytest.raises(ConfigError, match=f"{key} must be at least 1"):
         ShowSettings(**{key: 0})
-    with pytest.raises(ConfigError, match="does not end so: write output=NAME.png"):
+    with pytest.raises(ConfigError, match="does not end with .png: write output=NAME.png"):
         ShowSettings(output="sheet.jpg")
 
 

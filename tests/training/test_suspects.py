@@ -16,12 +16,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from image_classifier.cli.verbs.suspects import SuspectSettings
 from image_classifier.dataset.split import SplitSettings, assign_splits
 from image_classifier.errors import ConfigError, TrainingError
 from image_classifier.evaluation.label_issues.out_of_fold import out_of_fold
 from image_classifier.manifest import Manifest
-from image_classifier.training.cross_validation.by_training import FoldRun, answer_by_training, fold_runs
+from image_classifier.training.cross_validation.by_training import FoldRun, fold_runs, predict_by_training
+from image_classifier.training.suspects import SuspectSettings
 from tests.conftest import ROOT, Command
 from tests.dataset.manifests import manifest_of
 
@@ -78,39 +78,41 @@ def calls() -> list[str]:
 
 def test_each_fold_is_trained_once_and_all_images_are_answered() -> None:
     dealt = folds()
-    places = answer_by_training(runs(dealt))
+    places = predict_by_training(runs(dealt))
     assert calls() == [f"study-fold-{number} anew" for number in range(3)]
     labels = dict(zip(dealt[0].paths, dealt[0].targets.tolist(), strict=True))
     assert list(out_of_fold(places, labels, {}, dealt[0].classes).paths) == list(dealt[0].paths)
-    answer_by_training(runs(dealt))
+    predict_by_training(runs(dealt))
     assert calls() == []
     shutil.rmtree(places[1])
-    answer_by_training(runs(dealt))
+    predict_by_training(runs(dealt))
     assert calls() == ["study-fold-1 anew"]
 
 
 def test_other_images_or_settings_are_trained_anew() -> None:
-    answer_by_training(runs(folds()))
+    predict_by_training(runs(folds()))
     calls()
-    answer_by_training(runs(folds(), "", "seed=1"))
+    predict_by_training(runs(folds(), "", "seed=1"))
     assert len(calls()) == 3
-    answer_by_training(runs(folds(seed=1), "", "seed=1"))
+    predict_by_training(runs(folds(seed=1), "", "seed=1"))
     assert len(calls()) == 3
 
 
 def test_a_failed_fold_says_why_and_goes_on_from_its_checkpoint() -> None:
     dealt = folds()
     with pytest.raises(TrainingError, match="the training of study-fold-1 failed: too warm"):
-        answer_by_training(runs(dealt, "if 'fold-1' in str(run): sys.exit('error: too warm')"))
+        predict_by_training(runs(dealt, "if 'fold-1' in str(run): sys.exit('error: too warm')"))
     assert calls() == ["study-fold-0 anew", "study-fold-1 anew"]
-    answer_by_training(runs(dealt, "if 'fold-1' in str(run): sys.exit('error: too warm')".replace("sys.exit", "print")))
+    predict_by_training(
+        runs(dealt, "if 'fold-1' in str(run): sys.exit('error: too warm')".replace("sys.exit", "print"))
+    )
     assert calls() == ["study-fold-1 last", "study-fold-2 anew"]
 
 
 def test_a_signal_stops_the_fold_under_way_and_nothing_is_left_running() -> None:
     folds()
     code = (
-        "from tests.training.test_suspects import *; answer_by_training(runs(folds(), 'import time; time.sleep(60)'))"
+        "from tests.training.test_suspects import *; predict_by_training(runs(folds(), 'import time; time.sleep(60)'))"
     )
     process = subprocess.Popen(
         [sys.executable, "-c", code], env={**os.environ, "PYTHONPATH": str(ROOT)}, stderr=subprocess.DEVNULL
@@ -132,8 +134,8 @@ def test_a_setting_that_cannot_be_is_named(key: str, value: object) -> None:
 @pytest.mark.parametrize(
     ("word", "words"),
     [
-        ("data.folds=3", "deals all folds itself"),
-        ("overwrite=true", "goes on by itself"),
+        ("data.folds=3", "makes all folds itself"),
+        ("overwrite=true", "resumes by itself"),
         ("apply=often", "accepts what"),
         ("suspects.folds=40", "folds would hold no image: take at most"),
     ],

@@ -246,7 +246,7 @@ def claimed_or_none(trials: Trials) -> int | None:
 
 @pytest.mark.slow
 def test_four_processes_make_one_database_at_once_and_load_no_torch(tmp_path: Path) -> None:
-    code = "import sys; from image_classifier.cli.verbs.tune import TuneSettings, open_study\n"
+    code = "import sys; from image_classifier.training.tuning.study import TuneSettings, open_study\n"
     code += "trials = open_study(TuneSettings(), 'study', 0, {}); trials.study.ask(); sys.exit('torch' in sys.modules)"
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     started = [

@@ -8,8 +8,7 @@ from omegaconf import DictConfig
 
 from image_classifier.cli import hydra_app
 from image_classifier.cli.train_config import model_config
-from image_classifier.dataset.audit.issues import AuditSettings
-from image_classifier.dataset.prepare import DataSettings
+from image_classifier.cli.verbs.prepare import typed_settings
 from image_classifier.evaluation.baselines import lines
 from image_classifier.manifest import SPLITS
 from image_classifier.training.baseline import BaselineSettings, evaluate_baselines
@@ -18,8 +17,7 @@ from image_classifier.training.baseline import BaselineSettings, evaluate_baseli
 def baseline(config: DictConfig) -> Path:
     """Evaluate the baselines, and print their scores and the path of baselines.json."""
     settings = hydra_app.selected(BaselineSettings, config)
-    data = hydra_app.typed(DataSettings, config.data, "data")
-    audit = hydra_app.typed(AuditSettings, config.audit, "audit")
+    data, audit, _ = typed_settings(config)
     scores = evaluate_baselines(settings, model_config(config), data, audit)
     for split in SPLITS[1:]:
         print("\n".join(lines(scores.baselines, split)))

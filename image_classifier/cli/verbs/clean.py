@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ class CleanSettings:
 
     cache_dir: str = "data/cache"
     dry_run: bool = False
-    trusted_packages: Any = None
+    trusted_packages: list[str] = field(default_factory=list)
 
 
 def clean(config: Any) -> None:

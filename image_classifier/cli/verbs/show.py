@@ -7,16 +7,14 @@ from pathlib import Path
 from omegaconf import DictConfig
 
 from image_classifier.cli import hydra_app
-from image_classifier.dataset.audit.issues import AuditSettings
-from image_classifier.dataset.prepare import DataSettings
+from image_classifier.cli.verbs.prepare import typed_settings
 from image_classifier.training.show import ShowSettings, show_augmentation
 
 
 def show(config: DictConfig) -> Path:
     """Write the sheet, and print where it is."""
     settings = hydra_app.selected(ShowSettings, config)
-    data = hydra_app.typed(DataSettings, config.data, "data")
-    audit = hydra_app.typed(AuditSettings, config.audit, "audit")
+    data, audit, _ = typed_settings(config)
     path = show_augmentation(settings, data, audit, hydra_app.to_plain(config.augment))
     print(f"sheet    {path}")
     return path

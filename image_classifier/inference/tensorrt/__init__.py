@@ -1,1 +1,1 @@
-"""TensorRT as a backend: engines are built from a bundle's ONNX file for this machine's GPU and cached outside the bundle."""
+"""TensorRT as a backend: engines are built from a bundle's ONNX file for this GPU and cached outside the bundle."""

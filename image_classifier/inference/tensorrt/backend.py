@@ -1,4 +1,4 @@
-"""The backend `tensorrt`: an engine, from the cache or built now; a new one must pass the golden images to be cached."""
+"""The backend `tensorrt`: an engine, from the cache or built now; a new one must pass the golden images first."""
 
 from __future__ import annotations
 

@@ -28,7 +28,7 @@ PLACE = ".cache/image_classifier/tensorrt"  # in the home folder: the current fo
 
 @dataclass(frozen=True)
 class EngineCache:
-    """The files of one engine, and the key they are stored under: model, precision, batch size, GPU, driver and version."""
+    """The files of one engine, and their key: model, precision, batch size, GPU, driver and version."""
 
     folder: Path
     key: Mapping[str, Any]

@@ -1,4 +1,4 @@
-"""Building an engine from an ONNX file: TensorRT times kernels on this GPU and takes the fastest, which takes minutes."""
+"""Building an engine from an ONNX file: TensorRT times kernels on this GPU for minutes and takes the fastest."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ class EngineSettings:
 
     @classmethod
     def of(cls, bundle: Bundle) -> EngineSettings:
-        """Return the settings of the bundle's export, or the defaults; CheckpointError where bundle.json has invalid ones."""
+        """Return the settings of the bundle's export, or the defaults; CheckpointError for invalid ones."""
         export = bundle.info.exports.get(NAME, {})
         try:
             return cls(**{key: export[key] for key in ("precision", "max_batch_size") if key in export})
@@ -68,7 +68,7 @@ def is_installed() -> bool:
 
 
 def package() -> Any:
-    """Return the module `tensorrt`; ConfigError where it is not installed, does not load, or has an unsupported version."""
+    """Return the module `tensorrt`; ConfigError where it is missing, does not load, or has an unsupported version."""
     if not is_installed():
         hint = f"pip install tensorrt-cu13 cuda-bindings on a machine with an NVIDIA GPU, {INSTEAD}"
         raise ConfigError("TensorRT needs the package tensorrt, which is not installed", hint)

@@ -1,10 +1,11 @@
 """A Triton server over gRPC, with `grpcio` and no generated code: the messages that are used are described here.
 
-Specification: Triton's `grpc_service.proto`, package `inference`, service `GRPCInferenceService`, and `model_config.proto`
-(https://github.com/triton-inference-server/common/tree/main/protobuf), which implement KServe's Open Inference Protocol
-V2 over gRPC (https://github.com/kserve/open-inference-protocol/blob/main/specification/protocol/inference_grpc.md).
+Specification: Triton's `grpc_service.proto` (package `inference`, service `GRPCInferenceService`) and
+`model_config.proto`, in https://github.com/triton-inference-server/common/tree/main/protobuf. They implement KServe's
+Open Inference Protocol V2 over gRPC
+(https://github.com/kserve/open-inference-protocol/blob/main/specification/protocol/inference_grpc.md).
 The encoding, "Encoding" of Protocol Buffers (https://protobuf.dev/programming-guides/encoding/), is left to
-`google.protobuf`. Only field numbers and types are on the wire: the names of messages may differ from the specification.
+`google.protobuf`. Only field numbers and types are sent: names of messages may differ from the specification.
 """
 
 from __future__ import annotations
@@ -19,8 +20,8 @@ from image_classifier.errors import ConfigError
 from image_classifier.inference.triton.protocol import MAX_ANSWER_BYTES, Address, Outputs, Refused, tensor
 
 # The fields that are used of each message: name, number, type; `*` is `repeated`, a type with a capital is a message.
-# Tensor stands for ModelInferRequest.InferInputTensor and ModelInferResponse.InferOutputTensor, which share these fields;
-# RequestedOutput for ModelInferRequest.InferRequestedOutputTensor; ModelConfig is that of model_config.proto.
+# Tensor stands for ModelInferRequest.InferInputTensor and ModelInferResponse.InferOutputTensor, which share these
+# fields; RequestedOutput for ModelInferRequest.InferRequestedOutputTensor; ModelConfig is that of model_config.proto.
 _MESSAGES = {
     "ServerReadyRequest": (),
     "ServerReadyResponse": (("ready", 1, "bool"),),

@@ -86,7 +86,7 @@ class Address:
 
 
 def tensor(name: str, datatype: object, shape: Sequence[int], content: bytes) -> np.ndarray:
-    """Return one output of an answer as a writable float32 array; Refused where its bytes do not have this type and shape.
+    """Return one output of an answer as a writable float32 array; Refused where its bytes do not fit type and shape.
 
     >>> tensor("logits", "FP32", [1, 2], bytes(8))
     array([[0., 0.]], dtype=float32)

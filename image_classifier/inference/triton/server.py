@@ -77,7 +77,7 @@ class ServerSettings(CheckpointReference):
 
 @dataclass(frozen=True)
 class StartedServer:
-    """A server that answers: the name of its model, its address, and the seconds from start to the first correct answer."""
+    """A server that answers: its model, its address, and the seconds from start to the first correct answer."""
 
     model: str
     url: str
@@ -301,7 +301,7 @@ def _read(folder: Path) -> _Server | None:
 def _began(pid: int) -> str | None:
     """Return when a process began, in clock ticks after the boot; None where it has ended.
 
-    proc_pid_stat(5): behind the name in parentheses come the state (field 3) and, 19 fields later, starttime (field 22).
+    proc_pid_stat(5): behind the name in parentheses come state (field 3) and, 19 fields later, starttime (field 22).
     """
     try:
         fields = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace").rpartition(")")[2].split()

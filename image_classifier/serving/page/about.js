@@ -1,4 +1,4 @@
-// The model's card: what it is, how good it was found to be, and what it takes.
+// The model card: name, accuracy, and what images it accepts.
 import { at, foreign, h } from "./dom.js";
 import { bytes, moment, number, percent, t } from "./words.js";
 
@@ -26,9 +26,9 @@ export function showAbout(model) {
   );
 }
 
-/** The server's own threshold and the model's: the higher one decides. */
-function threshold({ threshold: asked, decision }) {
-  const value = Math.max(asked ?? 0, decision?.threshold ?? 0);
+/** The higher of the server's threshold and the model's. */
+function threshold({ threshold: configured, decision }) {
+  const value = Math.max(configured ?? 0, decision?.threshold ?? 0);
   return value > 0 ? t("about_threshold_value", { value: percent(value) }) : t("about_threshold_none");
 }
 
@@ -40,7 +40,7 @@ function accuracy({ metrics, intervals }) {
   return typeof low === "number" ? t("about_measured", { value, low: percent(low), high: percent(high), part }) : t("about_measured_alone", { value, part });
 }
 
-/** The words above the zone: which model, how many classes, what it takes. */
+/** The text above the drop zone: model, number of classes, accepted files. */
 export function showLead(model) {
   at("brand").textContent = model.name;
   at("lead").replaceChildren(foreign(t("lead", { model: model.name, classes: t("classes_n", { n: model.classes.length }) })));

@@ -1,4 +1,4 @@
-// Requests to the server: the key, patience with a server that is busy or away, and errors as codes.
+// Requests to the server: API key, retries while the server is busy or unreachable, errors as codes.
 
 const ATTEMPTS = 40; // about ten minutes at the longest pauses
 const LONGEST_PAUSE_S = 20;
@@ -6,7 +6,7 @@ const LONGEST_ANSWER_S = 180;
 const PASSING = new Set(["network", "timeout", "rate_limited", "queue_full", "not_ready", "stopping"]);
 const KEY = "image-classifier-key";
 
-/** Says "pause" {error, seconds} when a request waits, and "clear" once the server answers and none does. */
+/** Sends "pause" {error, seconds} when a request waits for a retry, and "clear" once none waits any more. */
 export const line = new EventTarget();
 
 let key = stored();
@@ -22,7 +22,7 @@ function stored() {
   }
 }
 
-/** `ask(wrong)` resolves to a key or null. */
+/** Set how to ask for a key: `ask(wrong)` resolves to a key or null. */
 export const onKey = (ask) => { askForKey = ask; };
 
 export const retryNow = () => [...waking].forEach((wake) => wake());
@@ -43,12 +43,12 @@ const address = (path, query) => {
 export const models = () => request("models");
 export const model = (name) => request(address("model", { model: name }));
 
-/** Asks about files, or about addresses; the answer's predictions are in their order. */
+/** Classify files or URLs; the predictions come in their order. */
 export async function predict(entries, query, signal) {
   try {
     return await request(address("predict", query), { method: "POST", signal, ...body(entries) });
   } catch (error) {
-    if (error.body?.predictions) return error.body; // none of them is a readable image; each says why
+    if (error.body?.predictions) return error.body; // no readable image: each prediction has its error
     throw error;
   }
 }
@@ -69,7 +69,7 @@ async function request(path, options = {}) {
     const used = key;
     try {
       const answer = await once(path, options);
-      if (!waking.size) line.dispatchEvent(new Event("clear")); // nobody waits any more
+      if (!waking.size) line.dispatchEvent(new Event("clear")); // no request waits any more
       return answer;
     } catch (error) {
       if (error.code === "unauthorized") {
@@ -125,14 +125,14 @@ function pause(error, attempt, signal) {
     };
     const wake = end(resolve);
     const stop = end(reject, new DOMException("cancelled", "AbortError"));
-    const timer = setTimeout(wake, 1000 * seconds + 300 * Math.random()); // not all tabs at the same moment
+    const timer = setTimeout(wake, 1000 * seconds + 300 * Math.random()); // random, so that tabs do not retry together
     waking.add(wake);
     signal?.addEventListener("abort", stop);
     if (signal?.aborted) stop();
   });
 }
 
-/** True where there is another key than the one that was refused; all requests wait for one dialog. */
+/** True if there is another key than the refused one. All requests share one dialog. */
 async function renewKey(refused) {
   if (key !== refused) return true;
   asking ??= askForKey(Boolean(refused)).finally(() => { asking = null; });

@@ -1,4 +1,4 @@
-// The page: what comes in goes to the server, what the server says goes to the list.
+// The page: images go to the server, its answers go to the list.
 import { model as askModel, models as askModels, onKey } from "./api.js";
 import { showAbout, showLead } from "./about.js";
 import { hideBanner, refuse, wireBanner } from "./banner.js";
@@ -13,15 +13,15 @@ import { List } from "./list.js";
 import { Sender, heatOf, wordOf } from "./sender.js";
 import { onLanguage, percent, speak, t, writePage } from "./words.js";
 
-const asked = new Map(); // name of a model ("" is the default one) -> promise of what the server says of it
-let known = null; // of the chosen model, once it is here
+const asked = new Map(); // name of a model ("" is the default one) -> promise of its card
+let known = null; // card of the chosen model, once it has arrived
 let listed = [];
 let numbers = 0;
 
 const list = new List({ remove, again, explain, expand });
 const sender = new Sender(changed);
 
-/** What the server says of the chosen model; asked once, and again after it failed. */
+/** The card of the chosen model; requested once, and again after a failure. */
 function modelNow() {
   const name = at("model").value;
   if (!asked.has(name)) {
@@ -56,7 +56,7 @@ async function showModels() {
 function receive(found) {
   hideBanner();
   const entries = found.map(({ name, file = null, url = null }) => ({ id: (numbers += 1), name, file, url, size: file?.size ?? 0, state: "waiting" }));
-  list.add(entries); // drawn as waiting before anything is asked
+  list.add(entries); // shown as waiting before the first request
   send(entries);
   const { top } = at("history").getBoundingClientRect();
   if (top < 0 || top > 0.7 * innerHeight) at("history").scrollIntoView();
@@ -67,10 +67,10 @@ function send(entries) {
   showProgress();
 }
 
-/** The same promise for the same model: what is of one model flies together. */
+/** The same promise for the same model, so that its images share requests. */
 function modelPromise() {
   const promise = listed.length ? modelNow() : ready.then(modelNow);
-  promise.catch(() => {}); // each entry says it
+  promise.catch(() => {}); // each entry shows the error
   return promise;
 }
 

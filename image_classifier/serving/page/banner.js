@@ -1,4 +1,4 @@
-// What everyone must know now: the server is away, or nothing came of what was dropped.
+// The banner: the server is unreachable, or the dropped files held no image.
 import { line, retryNow } from "./api.js";
 import { at } from "./dom.js";
 import { t } from "./words.js";
@@ -11,7 +11,7 @@ function show(text, button, deed) {
   clearInterval(counting);
   at("banner").hidden = false;
   at("banner").classList.toggle("waiting", deed === retryNow);
-  if (at("banner-text").textContent !== text) at("banner-text").textContent = text; // said again only when it is something else
+  if (at("banner-text").textContent !== text) at("banner-text").textContent = text; // screen readers repeat it only when it changes
   at("banner-count").textContent = "";
   at("banner-button").textContent = button;
   press = deed;

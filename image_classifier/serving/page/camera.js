@@ -1,4 +1,4 @@
-// A photo: on telephones their own camera, elsewhere a dialog with the picture of the camera.
+// Take a photo: with the camera app on phones, else in a dialog.
 import { timeName } from "./intake.js";
 import { at } from "./dom.js";
 import { t } from "./words.js";
@@ -31,7 +31,7 @@ export async function openCamera(receive) {
   await look();
 }
 
-/** None where the browser has none, and on pages that are not secure. */
+/** Undefined where the browser has none, and on insecure pages. */
 const videoInputs = async () => ((await navigator.mediaDevices?.enumerateDevices().catch(() => [])) ?? []).filter(({ kind }) => kind === "videoinput");
 
 async function start() {

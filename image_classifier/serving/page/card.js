@@ -1,4 +1,4 @@
-// One image and its answer, as an element. All of it is made anew when something about the entry changes, but for the picture.
+// One image and its answer as an element. It is rebuilt when the entry changes, except for the picture.
 import { foreign, h, icon } from "./dom.js";
 import { hasUnseen, isEmpty, overlay } from "./heat.js";
 import { frameOf } from "./pictures.js";
@@ -6,7 +6,7 @@ import { bytes, languageNow, percent, t } from "./words.js";
 
 const FEW = 5;
 
-/** The element of an entry; `actions` has remove, again, explain(entry, class), expand. */
+/** Return the element of an entry; `actions` has remove, again, explain(entry, class), expand. */
 export function cardOf(entry, actions) {
   const frame = frameOf(entry);
   const shown = entry.heats?.get(entry.explained) ?? null;
@@ -24,7 +24,7 @@ export function cardOf(entry, actions) {
   return card;
 }
 
-/** That another picture was sent than the one that was chosen. */
+/** The note that a smaller copy was sent. */
 function shrunkWords({ old, width, height, size }) {
   const holes = { width, height, size: bytes(size), old_width: old.width, old_height: old.height, old_size: bytes(old.size) };
   return h("p", { className: "small soft shrunk", textContent: t("shrunk", holes) });
@@ -50,7 +50,7 @@ function failed(entry, actions) {
   ];
 }
 
-/** What went wrong: the page's own words, and the server's line in the language it speaks. */
+/** The error: in the page's language, then the server's message in English. */
 function errorWords({ words, text }) {
   return [
     words ? h("p", { textContent: t(...words) }) : null,
@@ -93,9 +93,10 @@ function others({ predicted_class: label, prediction_set: set }) {
   return rest.length ? h("div", { className: "small others" }, h("span", { className: "soft", textContent: t("may_also") }), chips(rest)) : null;
 }
 
+// The server's reasons are English: those with these words are shown in the page's language, others as they are.
 const REASONS = [
-  ["reason_unlike", /^unlike the training images: score (\S+), the limit is (\S+)$/, Number],
-  ["reason_low", /^not sure enough: confidence (\S+), the limit is (\S+)$/, (text) => percent(Number(text))],
+  ["reason_unlike", /^unlike the training images\D*?(-?[\d.]*\d)\D+?(-?[\d.]*\d)/, Number],
+  ["reason_low", /confidence\D*([\d.]*\d)\D+([\d.]*\d)/, (text) => percent(Number(text))],
 ];
 
 function reasonWords(reason) {

@@ -1,8 +1,8 @@
-// The answers as a table that a spreadsheet opens, and runs nothing of.
+// The answers as CSV, safe to open in a spreadsheet.
 
 const COLUMNS = ["path", "predicted_class", "confidence", "decision", "reason", "model", "model_version", "sent_as"];
 
-/** A cell: what a spreadsheet would run as a formula becomes text, what would break the row is quoted. */
+/** A cell: formulas become text, special characters are quoted. */
 function cell(value) {
   if (typeof value === "number") return String(value);
   const text = String(value ?? "").replace(/^(?=\s*[=+\-@\t\r])/, "'");
@@ -23,7 +23,7 @@ export function table(entries) {
   return `\ufeff${[[...COLUMNS, ...classes], ...rows].map((row) => row.map(cell).join(",")).join("\r\n")}\r\n`;
 }
 
-/** The size of the picture that was sent where it was made smaller. */
+/** The size of the copy that was sent, if it was made smaller. */
 const sentAs = (shrunk) => (shrunk ? `${shrunk.width} x ${shrunk.height}` : "");
 
 export function save(text, name) {

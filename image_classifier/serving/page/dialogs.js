@@ -1,15 +1,15 @@
-// The dialogs of the page: how they close, and the one that asks for the key.
+// The dialogs of the page: closing them, and the one for the API key.
 import { at } from "./dom.js";
 import { t } from "./words.js";
 
 export function wireDialogs() {
   for (const dialog of document.querySelectorAll("dialog")) {
     dialog.querySelector(".close").addEventListener("click", () => dialog.close());
-    dialog.addEventListener("click", (event) => { if (event.target === dialog) dialog.close(); }); // beside it
+    dialog.addEventListener("click", (event) => { if (event.target === dialog) dialog.close(); }); // a click outside
   }
 }
 
-/** Resolves to the key that is typed, or null where the dialog is closed. */
+/** Resolves to the typed key, or null if the dialog is closed. */
 export function askForKey(wrong) {
   const dialog = at("key-dialog");
   const form = dialog.querySelector("form");

@@ -1,4 +1,4 @@
-// Elements made in one line. Texts only ever become text nodes: the names of files and classes are foreign.
+// Short helpers for elements. Texts become text nodes only: names of files and classes are untrusted.
 
 /** An element with properties (or, with a dash in the name, attributes) and children. */
 export function h(tag, properties = {}, ...children) {
@@ -26,12 +26,12 @@ export function icon(name) {
 
 export const at = (id) => document.getElementById(id);
 
-/** A foreign text whose writing direction cannot spill over. */
+/** An untrusted text whose writing direction cannot affect its surroundings. */
 export const foreign = (text, properties = {}) => h("bdi", { textContent: text, ...properties });
 
 let speaking = null;
 
-/** Said aloud by a screen reader, once for many calls in a row. */
+/** Announce a text to screen readers; many calls in a row make one announcement. */
 export function say(text) {
   clearTimeout(speaking);
   speaking = setTimeout(() => { at("live").textContent = text; }, 150);

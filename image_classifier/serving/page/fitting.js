@@ -1,16 +1,16 @@
-// Pictures that are larger than the server takes, made smaller before they are sent: telephones' are, and models look at far fewer pixels.
+// Images larger than the server accepts (photos of phones often are) are made smaller before they are sent.
 
-const DRAWABLE = 2 ** 24; // pixels that every browser has room for
+const DRAWABLE = 2 ** 24; // pixels that every browser can draw
 const QUALITY = 0.92;
 const ATTEMPTS = 8;
 
-/** A smaller file and what became of what: {file, width, height, size, old}; null where it fits as it is, or cannot be drawn. */
+/** A smaller copy: {file, width, height, size, old}; null if the file fits or cannot be drawn. */
 export async function fitted(file, limits) {
   if (limits.formats.length && !limits.formats.includes("JPEG")) return null;
   const old = { ...(await sidesOf(file)), size: file.size };
   const pixels = old.width * old.height;
   if (!pixels || (file.size <= limits.max_bytes && pixels <= limits.max_pixels)) return null;
-  const bitmap = await createImageBitmap(file).catch(() => null); // upright, as EXIF says
+  const bitmap = await createImageBitmap(file).catch(() => null); // rotated by EXIF
   if (!bitmap) return null;
   try {
     let scale = Math.min(1, Math.sqrt(Math.min(limits.max_pixels, DRAWABLE) / pixels));
@@ -27,7 +27,7 @@ export async function fitted(file, limits) {
   }
 }
 
-/** The sides of a picture by its head, without its pixels; zeros where the browser cannot read it. */
+/** Width and height by the file's header, without decoding; zeros if the browser cannot read it. */
 async function sidesOf(file) {
   const image = new Image();
   image.src = URL.createObjectURL(file);
@@ -41,7 +41,7 @@ async function sidesOf(file) {
   }
 }
 
-/** A JPEG of this size, white where the picture is transparent, as the server sees it. */
+/** A JPEG of this size; transparent areas become white, as on the server. */
 function drawn(bitmap, width, height) {
   const canvas = Object.assign(document.createElement("canvas"), { width, height });
   const context = canvas.getContext("2d");

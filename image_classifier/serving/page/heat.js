@@ -1,9 +1,9 @@
-// A heat map over a picture: the values are made smooth first and coloured then, so that no colour lies between two others by accident.
+// A heat map over an image. Values are interpolated first and coloured then, so that no wrong colours appear.
 import { h } from "./dom.js";
 import { t } from "./words.js";
 
 const LONGEST_SIDE = 320;
-// Inferno, its lightness rises evenly: read alike in every colour vision, and in grey. The reports use it too.
+// Inferno: its lightness rises evenly, so it works in grey and for colour-blind readers. The reports use it too.
 const STOPS = [[0, 0, 4], [27, 12, 65], [74, 12, 107], [120, 28, 109], [165, 44, 96], [207, 68, 70], [237, 105, 37], [251, 155, 6], [247, 209, 61], [252, 255, 164]];
 
 function colour(value) {
@@ -14,10 +14,10 @@ function colour(value) {
 
 const clamp = (value, most) => Math.min(Math.max(value, 0), most);
 
-/** Cubic B-spline: the weights of the four cells around a place that lies so far beyond the second. Its hills have no edges. */
+/** Cubic B-spline: weights of the four cells around a point, by its distance from the second cell. */
 const weights = (part) => [(1 - part) ** 3, 3 * part ** 3 - 6 * part ** 2 + 4, -3 * part ** 3 + 3 * part ** 2 + 3 * part + 1, part ** 3];
 
-/** The value at a place between the cells, of those that are known; null in the middle of one that is not. */
+/** The value at a point, interpolated from known cells; null inside an unknown cell. */
 function between(rows, up, across) {
   const [lowest, last] = [rows.length - 1, rows[0].length - 1];
   if (rows[clamp(Math.round(up), lowest)][clamp(Math.round(across), last)] === null) return null;
@@ -36,7 +36,7 @@ function between(rows, up, across) {
   return sum / all;
 }
 
-/** The rows as smooth values for a picture of this size, the highest of them as high as the highest cell. */
+/** The rows as smooth values of this size, scaled so that the maximum stays the same. */
 function smooth(rows, width, height) {
   const values = [];
   for (let y = 0; y < height; y += 1) {
@@ -48,7 +48,7 @@ function smooth(rows, width, height) {
   return values.map((value) => (value === null ? null : value * scale));
 }
 
-/** Paint rows of 0..1 or null on a canvas that lies over a picture of this shape. */
+/** Draw rows of 0..1 or null on a canvas over an image of this shape. */
 export function paint(canvas, rows, aspect) {
   canvas.width = Math.round(aspect >= 1 ? LONGEST_SIDE : LONGEST_SIDE * aspect) || 1;
   canvas.height = Math.round(aspect >= 1 ? LONGEST_SIDE / aspect : LONGEST_SIDE) || 1;
@@ -60,7 +60,7 @@ export function paint(canvas, rows, aspect) {
   context.putImageData(picture, 0, 0);
 }
 
-/** Where the most is, as one of nine places of the picture. */
+/** The position of the maximum, as one of nine areas. */
 export function placeOfMost(rows) {
   let most = [-1, 0, 0];
   rows.forEach((row, y) => row.forEach((value, x) => { if (value !== null && value > most[0]) most = [value, y, x]; }));
@@ -71,7 +71,7 @@ export function placeOfMost(rows) {
 export const isEmpty = (rows) => rows.every((row) => row.every((value) => !value));
 export const hasUnseen = (rows) => rows.some((row) => row.some((value) => value === null));
 
-/** Lay the map over the frame of a picture, or take it away (rows null). */
+/** Show the map over the frame of an image, or remove it (rows null). */
 export function overlay(frame, rows, { name, className, aspect }) {
   frame.querySelector("canvas")?.remove();
   frame.classList.toggle("heated", Boolean(rows));

@@ -1,4 +1,4 @@
-// Where images come from: files, folders, what is dropped and what is pasted. Each ends as `receive([{name, file | url}])`.
+// Input: chosen files and folders, drag and drop, paste. All of it ends in `receive([{name, file | url}])`.
 import { at, say } from "./dom.js";
 import { looksLikeImage } from "./pictures.js";
 import { t } from "./words.js";
@@ -7,7 +7,7 @@ const NO_TIME = /[:/]/g;
 
 export const timeName = () => new Date().toLocaleTimeString("sv").replace(NO_TIME, ".");
 
-/** Wire the page; `receive` takes what comes, `refuse` a word that says why nothing did, `fetchesAddresses()` whether the server does. */
+/** Set up the page; `receive` takes images, `refuse` the key of an error text; `fetchesAddresses()`: does the server open URLs? */
 export function openDoors({ receive, refuse, fetchesAddresses }) {
   const take = (found) => {
     const images = found.filter(({ file, inFolder }) => !inFolder || looksLikeImage(file)).filter(({ name }) => !/(^|\/)(\.|Thumbs\.db$)/.test(name));
@@ -37,7 +37,7 @@ function chosenFiles(take) {
   for (const input of [at("files"), at("tree"), at("capture")]) {
     input.addEventListener("change", () => {
       take([...input.files].map((file) => ({ file, name: file.webkitRelativePath || file.name, inFolder: input === at("tree") })));
-      input.value = ""; // the same file may be chosen again
+      input.value = ""; // allows choosing the same file again
     });
   }
   at("folder").hidden = !("webkitdirectory" in at("tree")) || matchMedia("(pointer: coarse)").matches;
@@ -49,7 +49,7 @@ function dropped(take, takeAddresses) {
   const veil = (shown) => {
     clearTimeout(hiding);
     at("veil").hidden = !shown;
-    if (shown) hiding = setTimeout(() => veil(false), 400); // dragover comes again and again while something is held over the page
+    if (shown) hiding = setTimeout(() => veil(false), 400); // dragover repeats while something is dragged over the page
   };
   addEventListener("dragover", (event) => {
     if (!carries(event)) return;
@@ -70,7 +70,7 @@ function dropped(take, takeAddresses) {
   });
 }
 
-/** All files below an entry of the file system; one that cannot be opened is left out. */
+/** All files below an entry of the file system, without those that cannot be opened. */
 async function walk(entry, inFolder) {
   if (entry.isFile) {
     const file = await new Promise((resolve) => entry.file(resolve, () => resolve(null)));
@@ -79,7 +79,7 @@ async function walk(entry, inFolder) {
   const reader = entry.createReader();
   const found = [];
   for (;;) {
-    const some = await new Promise((resolve) => reader.readEntries(resolve, () => resolve([]))); // a hundred at a time
+    const some = await new Promise((resolve) => reader.readEntries(resolve, () => resolve([]))); // at most a hundred per call
     if (!some.length) break;
     for (const each of some) found.push(...(await walk(each, true)));
   }
@@ -88,7 +88,7 @@ async function walk(entry, inFolder) {
 
 function pasted(take, takeAddresses, refuse) {
   document.addEventListener("paste", (event) => {
-    if (event.target.closest?.("input, textarea")) return; // typed into a field
+    if (event.target.closest?.("input, textarea")) return; // pasted into a text field
     const { files } = event.clipboardData;
     const text = event.clipboardData.getData("text/plain");
     event.preventDefault();
@@ -98,7 +98,7 @@ function pasted(take, takeAddresses, refuse) {
   });
 }
 
-/** Browsers name every pasted picture image.png; the time tells them apart. */
+/** Browsers name every pasted image image.png: add the time. */
 function pastedName(file) {
   if (!/^(image|unnamed)?(\.\w+)?$/.test(file.name)) return file.name;
   return t("pasted_name", { time: timeName(), suffix: file.type.split("/")[1]?.split("+")[0] || "png" });

@@ -1,14 +1,14 @@
-// The answers survive a reload of the tab, and end with it. The files do not: a page may not keep them open, so no heat maps of these.
+// Answers survive a reload, until the tab is closed. Files do not (a page cannot keep them), so these have no heat maps.
 
 import { barsOf } from "./sender.js";
 
 const PLACE = "image-classifier-answers";
 const MOST = 120;
-const SIDE = 240; // of a kept preview, some 8 kB
+const SIDE = 240; // of a saved preview, about 8 kB
 
 let soon = null;
 
-/** Keep the newest entries, soon: many changes in a row cost one writing. */
+/** Save the newest entries soon: many changes in a row are written once. */
 export function keep(entries) {
   clearTimeout(soon);
   soon = setTimeout(() => write(entries), 800);
@@ -16,11 +16,11 @@ export function keep(entries) {
 
 function write(entries) {
   const kept = entries.filter(({ state }) => state === "done" || state === "error").slice(0, MOST).map(plain);
-  for (let most = kept.length; ; most = Math.floor(most / 2)) { // half of them, where the browser gives no more room
+  for (let most = kept.length; ; most = Math.floor(most / 2)) { // save fewer if the browser has no more space
     try {
       return most ? sessionStorage.setItem(PLACE, JSON.stringify(kept.slice(0, most))) : sessionStorage.removeItem(PLACE);
     } catch {
-      if (!most) return undefined; // a browser that keeps nothing for pages
+      if (!most) return undefined; // this browser stores nothing
     }
   }
 }
@@ -44,7 +44,7 @@ function smaller({ frame, preview }) {
   return { url: canvas.toDataURL("image/jpeg", 0.75), width, height, kept: true };
 }
 
-/** What was kept before the reload, newest first. */
+/** Entries saved before the reload, newest first. */
 export function kept() {
   try {
     const entries = JSON.parse(sessionStorage.getItem(PLACE) ?? "[]");

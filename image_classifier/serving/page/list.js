@@ -1,4 +1,4 @@
-// The session's entries, newest first, and the list that shows them: filtered, a page at a time, made anew only where something changed.
+// The list of entries, newest first: filtered, in pages, and redrawn only where something changed.
 import { cardOf, isUnsure } from "./card.js";
 import { at } from "./dom.js";
 import { forget } from "./pictures.js";
@@ -54,7 +54,7 @@ export class List {
     this.draw();
   }
 
-  /** The card of an entry is made anew, soon: many at once cost one drawing. */
+  /** Redraw the card of an entry soon: many changes are drawn once. */
   changed(entry) {
     this.#changed.add(entry);
     this.#cards.delete(entry);
@@ -68,7 +68,7 @@ export class List {
     }, 40);
   }
 
-  /** All that the filter lets through; cards of entries that did not change stay what they are, unless all are wanted `anew`. */
+  /** Show the filtered entries; unchanged cards stay, unless all are redrawn (`anew`). */
   draw({ anew = false } = {}) {
     if (anew) this.#cards = new WeakMap();
     const matching = this.entries.filter(FILTERS[this.#filter]);

@@ -1,10 +1,10 @@
-// Files before they are sent: what cannot be answered is said here; and their small previews, made one at a time when they come into view.
+// Checks of files before they are sent, and small previews, made one at a time when they scroll into view.
 import { icon } from "./dom.js";
 import { differing, t } from "./words.js";
 
-const LONGEST_SIDE = 640; // of a preview: sharp on a telephone, some 50 kB each
-const TINY = 100; // such a picture is shown pixel by pixel
-const UNREAD = [ // what people have that servers do not read: [name, offset, bytes]
+const LONGEST_SIDE = 640; // of a preview: sharp on a phone, about 50 kB each
+const TINY = 100; // smaller images are shown without smoothing
+const UNREAD = [ // common formats that the server does not read: [name, offset, bytes]
   ["HEIC", 4, "ftyphei"], ["HEIC", 4, "ftyphev"], ["HEIC", 4, "ftypmif1"], ["HEIC", 4, "ftypmsf1"], ["AVIF", 4, "ftypavi"], ["MP4", 4, "ftyp"], ["PDF", 0, "%PDF"],
   ["SVG", 0, "<svg"], ["XML", 0, "<?xml"], ["HTML", 0, "<!"], ["ZIP", 0, "PK\u0003\u0004"], ["Photoshop", 0, "8BPS"], ["JPEG XL", 0, "\u00ff\u000a"],
 ];
@@ -15,7 +15,7 @@ const SUFFIX = /\.(jpe?g|jpe|jfif|png|webp|gif|bmp|tiff?)$/i;
 
 export const looksLikeImage = (file) => SUFFIX.test(file.name) || (/^image\//.test(file.type) && !SUFFIX.test(file.name));
 
-/** Why a file cannot be sent, as a word of the dictionary and its holes; null where it can. */
+/** Why a file cannot be sent, as a dictionary key and its values; null if it can. */
 export async function obstacle(file, limits) {
   if (file.size === 0) return ["empty_file"];
   let start;
@@ -28,7 +28,7 @@ export async function obstacle(file, limits) {
   const format = known(READ) ?? known(UNREAD);
   if (format && limits.formats.length && !limits.formats.includes(format)) return ["wrong_format", { format, formats: limits.formats.join(", ") }];
   if (file.size > limits.max_bytes) return ["too_large", differing(file.size, limits.max_bytes)];
-  return null; // what it is besides, the server says
+  return null; // the server checks the rest
 }
 
 const jobs = [];
@@ -50,7 +50,7 @@ async function work() {
   working = false;
 }
 
-/** The frame of an entry's picture, made once; its preview appears when it comes into view. */
+/** The frame of an entry's image, made once; the preview appears when it scrolls into view. */
 export function frameOf(entry) {
   if (entry.frame) return entry.frame;
   const frame = document.createElement("div");
@@ -94,7 +94,7 @@ async function previewOf(file) {
   try {
     bitmap = await createImageBitmap(file);
   } catch {
-    return null; // TIFF, or no picture at all
+    return null; // TIFF, or not an image
   }
   const scale = Math.min(1, LONGEST_SIDE / Math.max(bitmap.width, bitmap.height));
   const [width, height] = [bitmap.width, bitmap.height].map((side) => Math.max(1, Math.round(side * scale)));
@@ -109,7 +109,7 @@ async function previewOf(file) {
   return small && { url: URL.createObjectURL(small), width, height };
 }
 
-/** Give back what an entry holds. */
+/** Free the memory of an entry. */
 export function forget(entry) {
   entry.removed = true;
   if (entry.frame) watcher.unobserve(entry.frame);

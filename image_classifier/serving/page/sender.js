@@ -1,21 +1,21 @@
-// Entries to the server, a few at a time: the first answers come soon, and a busy server is not flooded.
+// Sends entries in small batches, so that the first answers come soon and a busy server is not flooded.
 import { ApiError, explain, predict } from "./api.js";
 import { fitted } from "./fitting.js";
 import { obstacle } from "./pictures.js";
 
 const IN_FLIGHT = 2;
 const MOST_IMAGES = 8;
-const MOST_BYTES = 4 * 2 ** 20; // half a minute on a slow line
+const MOST_BYTES = 4 * 2 ** 20; // half a minute on a slow connection
 
 export class Sender {
   #waiting = [];
   #flying = 0;
   #stop = new AbortController();
 
-  /** `changed(entry)` is called whenever an entry has another state. */
+  /** `changed(entry)` is called when the state of an entry changes. */
   constructor(changed) {
     this.changed = changed;
-    this.run = []; // all since the sender was last at rest
+    this.run = []; // all entries since the sender was idle
     this.answered = this.flights = 0;
   }
 
@@ -23,7 +23,7 @@ export class Sender {
     return this.answered < this.run.length;
   }
 
-  /** `model` is a promise of what `GET /model` says. */
+  /** `model` is a promise of the answer of `GET /model`. */
   send(entries, model) {
     if (!this.busy) Object.assign(this, { run: [], answered: 0, flights: 0 });
     this.run.push(...entries);
@@ -46,12 +46,12 @@ export class Sender {
         this.#flying -= 1;
         this.#fly();
       });
-      await null; // the batch is taken before the next one looks
+      await null; // this batch is taken before the next one is chosen
     }
   }
 
   async #one(model, signal) {
-    const first = this.#waiting.shift(); // taken at once, before anything is waited for
+    const first = this.#waiting.shift(); // taken before the first await
     let batch = [first];
     try {
       const info = await Promise.race([model, abortion(signal)]);
@@ -65,7 +65,7 @@ export class Sender {
     }
   }
 
-  /** What flies along: of the same model and kind, within the limits; the first flight is small. */
+  /** The rest of the batch: same model and kind, within the limits; the first batch is small. */
   #fellows(first, limits) {
     const most = Math.min(limits.max_images, this.flights ? MOST_IMAGES : MOST_IMAGES / 2);
     this.flights += 1;
@@ -104,7 +104,7 @@ export class Sender {
     } catch (error) {
       const alone = ["too_large", "timeout", "bad_request", "unreadable", "unsupported_media_type"].includes(error.code) && batch.length > 1;
       if (!alone) throw error;
-      for (const entry of batch) { // one of them spoils it for all
+      for (const entry of batch) { // the request failed for all of them
         await this.#ask([entry], query, signal).catch((cause) => this.#settle(entry, failure(cause)));
       }
     }
@@ -129,7 +129,7 @@ export class Sender {
   }
 }
 
-/** What is too large is made smaller, if the server reads its kind; where the browser cannot, it stays what it is. */
+/** Make a large image smaller, if the server reads its format; if the browser cannot, it stays as it is. */
 async function fit(entry, limits) {
   const original = entry.file; // the entry may be removed meanwhile
   if (await obstacle(original, { ...limits, max_bytes: Infinity })) return;
@@ -143,7 +143,7 @@ const abortion = (signal) => new Promise((_, reject) => {
   signal.addEventListener("abort", () => reject(signal.reason), { once: true });
 });
 
-/** An error as a card shows it: words of the dictionary, the server's own line, and whether trying again may help. */
+/** An error as a card shows it: a dictionary key, the server's message, and whether a retry may help. */
 function failure(error) {
   if (error.name === "AbortError") return { words: ["cancelled"], again: true };
   if (error.code === "unauthorized") return { words: ["no_key"], again: true };
@@ -156,10 +156,10 @@ const KNOWN = ["network", "bad_request", "forbidden", "not_found", "timeout", "t
   "not_ready", "stopping"];
 export const wordOf = (error) => `e_${KNOWN.includes(error.code) ? error.code : "other"}`;
 
-/** [class, share], most probable first: an object alone would put classes named 0, 1, 2 before all others. */
+/** [class, probability], most probable first: an object would sort classes named 0, 1, 2 to the front. */
 export const barsOf = ({ all_predictions: shares }) => Object.entries(shares).sort(([, one], [, other]) => other - one);
 
-/** What speaks for a class; rows of numbers, null where the model does not look. */
+/** The heat map of a class: rows of numbers, null outside the model's view. */
 export async function heatOf(entry, className) {
   const answer = await explain(entry, { model: entry.modelName, class: className });
   return answer.heat;

@@ -1,4 +1,4 @@
-// The page's language: which one it is, its words, and its way to write numbers.
+// The page's language: its texts and number formats.
 import { DICTIONARY } from "./dictionary.js";
 
 const LANGUAGES = ["en", "ru"];
@@ -12,7 +12,7 @@ function remembered() {
     const kept = localStorage.getItem(REMEMBERED);
     return LANGUAGES.includes(kept) ? kept : null;
   } catch {
-    return null; // a browser that keeps nothing for pages
+    return null; // this browser stores nothing
   }
 }
 
@@ -22,14 +22,14 @@ export function speak(tag) {
   language = tag;
   try {
     localStorage.setItem(REMEMBERED, tag);
-  } catch { /* then it is forgotten with the tab */ }
+  } catch { /* then it is forgotten when the tab is closed */ }
   writePage();
   changed.dispatchEvent(new Event("change"));
 }
 
 export const onLanguage = (listener) => changed.addEventListener("change", listener);
 
-/** The word for `key`, its {holes} filled; `n` chooses the plural form. */
+/** The text for `key` with its {holes} filled; `n` chooses the plural form. */
 export function t(key, holes = {}) {
   const entry = DICTIONARY[key][LANGUAGES.indexOf(language)];
   const text = typeof entry === "string" ? entry : entry[formOf(holes.n)];
@@ -45,7 +45,7 @@ const written = (value) => (typeof value === "number" ? number(value) : String(v
 
 export const number = (value, digits = 0) => new Intl.NumberFormat(language, { maximumFractionDigits: digits }).format(value);
 
-/** A share as a person reads it. Never 100 % or 0 % for what is not. */
+/** A probability as a percentage, never rounded to 100 % or 0 %. */
 export function percent(share) {
   const format = (value, digits = 1) => new Intl.NumberFormat(language, { style: "percent", minimumFractionDigits: digits, maximumFractionDigits: digits }).format(value);
   if (share === 1 || share === 0) return format(share, 0);
@@ -59,7 +59,7 @@ export function bytes(size, digits = size < 10 * 2 ** 20 ? 1 : 0) {
   return new Intl.NumberFormat(language, { style: "unit", unit, maximumFractionDigits: digits }).format(value).replace(/\s/g, "\u00a0");
 }
 
-/** A size above its limit, both with as many digits as it takes to see that. */
+/** A size and its limit, with enough digits to tell them apart. */
 export function differing(size, limit) {
   const digits = [0, 1, 2, 3, 4, 5, 6].find((some) => bytes(size, some) !== bytes(limit, some)) ?? 7;
   return { size: bytes(size, digits), limit: bytes(limit, digits) };
@@ -67,7 +67,7 @@ export function differing(size, limit) {
 
 export const moment = (when) => new Intl.DateTimeFormat(language, { dateStyle: "medium" }).format(when);
 
-/** All that stands in index.html itself. */
+/** Write the texts of index.html. */
 export function writePage() {
   document.documentElement.lang = language;
   document.title = t("page");

@@ -1,4 +1,4 @@
-"""The routes that tell of the server and its models: probes, figures, cards."""
+"""The routes about the server and its models: probes, metrics, model cards."""
 
 from __future__ import annotations
 
@@ -8,58 +8,63 @@ from fastapi import APIRouter
 from fastapi.responses import JSONResponse, Response
 
 from image_classifier.serving import schemas
-from image_classifier.serving.routes.predict import KNOWN_KEYS, AppState, ModelName
+from image_classifier.serving.app_state import AppState
+from image_classifier.serving.routes.common import ONLY_KNOWN_QUERY, ModelName
 
 _FORM_BYTES = 1024  # of a form around one image
 
 
-def make_probes(parts: AppState) -> APIRouter:
-    """What orchestrators and Prometheus ask."""
+def make_probes(state: AppState) -> APIRouter:
+    """Return the routes for orchestrators and Prometheus."""
     router = APIRouter(tags=["probes"])
 
-    @router.get("/healthz", summary="Whether the server is alive")
+    @router.get("/healthz", summary="Check whether the server is alive")
     async def healthz() -> schemas.LivenessResponse:
         return schemas.LivenessResponse(status="alive")
 
     @router.get(
-        "/readyz", summary="Whether every model really answers", responses={503: {"model": schemas.ReadinessResponse}}
+        "/readyz",
+        summary="Check whether every model answers correctly",
+        responses={503: {"model": schemas.ReadinessResponse}},
     )
     async def readyz() -> Response:
-        troubles = await asyncio.gather(*(parts.models.trouble(served) for served in parts.models))
-        states = {served.order.name: trouble or "ready" for served, trouble in zip(parts.models, troubles, strict=True)}
-        ready = not any(troubles)
+        problems = await asyncio.gather(*(state.models.probe(served) for served in state.models))
+        states = {served.spec.name: problem or "ready" for served, problem in zip(state.models, problems, strict=True)}
+        ready = not any(problems)
         return JSONResponse({"status": "ready" if ready else "not ready", "models": states}, 200 if ready else 503)
 
-    @router.get("/metrics", summary="Figures for Prometheus", response_class=Response)
+    @router.get("/metrics", summary="Metrics for Prometheus", response_class=Response)
     async def metrics() -> Response:
-        return Response(parts.metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
+        return Response(state.metrics.render(), media_type="text/plain; version=0.0.4; charset=utf-8")
 
     return router
 
 
-def make_cards(parts: AppState) -> APIRouter:
-    """What clients ask of the models."""
+def make_cards(state: AppState) -> APIRouter:
+    """Return the routes about the models."""
     router = APIRouter(tags=["models"])
 
-    @router.get("/models", summary="The models that are served")
+    @router.get("/models", summary="List the models")
     async def models() -> schemas.ModelList:
-        first = parts.models.first
-        found = [
+        states = [
             schemas.ModelState(
-                name=one.order.name,
-                version=one.handle.facts["version"],
-                ready=not one.known_trouble,
-                default=one.order.name == first,
+                name=served.spec.name,
+                version=served.handle.metadata["version"],
+                ready=not served.last_problem,
+                default=served.spec.name == state.models.default,
             )
-            for one in parts.models
+            for served in state.models
         ]
-        return schemas.ModelList(models=found)
+        return schemas.ModelList(models=states)
 
-    @router.get("/model", summary="A model's card", dependencies=KNOWN_KEYS, responses=schemas.errors(404, 422))
+    @router.get(
+        "/model", summary="Show a model card", dependencies=ONLY_KNOWN_QUERY, responses=schemas.errors(404, 422)
+    )
     async def model(name: ModelName = None) -> schemas.Card:
-        facts = parts.models.get(name).facts
-        most = min(facts["limits"]["max_bytes"], max(1, parts.limits.max_bytes - _FORM_BYTES))
-        limits = {**facts["limits"], "max_bytes": most, "max_images": parts.limits.max_images}
-        return schemas.Card(**{**facts, "limits": limits, "explain": True, "urls": parts.urls})
+        metadata = state.models.get(name).metadata
+        # An image must also fit into a request: subtract the form around it.
+        max_bytes = min(metadata["limits"]["max_bytes"], max(1, state.limits.max_bytes - _FORM_BYTES))
+        limits = {**metadata["limits"], "max_bytes": max_bytes, "max_images": state.limits.max_images}
+        return schemas.Card(**{**metadata, "limits": limits, "explain": True, "urls": state.urls})
 
     return router

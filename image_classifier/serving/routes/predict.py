@@ -1,197 +1,153 @@
-"""The routes that answer: /predict and /explain."""
+"""The routes /predict and /explain."""
 
 from __future__ import annotations
 
 import asyncio
 import itertools
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Sequence
 from typing import Annotated, Any
 
 import numpy as np
-from fastapi import APIRouter, Depends, Query, Request
+from fastapi import APIRouter, Query, Request
 from fastapi.responses import JSONResponse, Response
 
-from image_classifier.errors import ClassifierError
 from image_classifier.serving import schemas
-from image_classifier.serving.drift_window import DriftWindow
-from image_classifier.serving.metrics import ServerMetrics
-from image_classifier.serving.registry import ModelRegistry
-from image_classifier.serving.request_limits import Refusal, RequestLimits
-from image_classifier.serving.uploads import Upload, Uploads
-from image_classifier.serving.worker.handle import DeadlineExceeded, QueueFull, WorkerCrash, WorkerEnded, WorkerHandle
+from image_classifier.serving.app_state import AppState
+from image_classifier.serving.request_limits import Refusal
+from image_classifier.serving.routes.common import ONLY_KNOWN_QUERY, ModelName, ask_worker, queue_slots
+from image_classifier.serving.uploads import Upload
+from image_classifier.serving.worker.handle import WorkerCrash, WorkerHandle
 
-_EXPLANATIONS = 4  # at once: each asks the model more than a hundred times
-_DEADLY = "the process that reads images ended over it, more than once"
+_MAX_EXPLANATIONS = 4  # at the same time: each runs the model more than a hundred times
+_CRASHED = "the process that reads images crashed on it repeatedly"
 _REFUSALS = (400, 401, 403, 404, 408, 413, 415, 422, 429, 500, 503)
+_NOTHING_READABLE: dict[str, Any] = {
+    "model": schemas.PredictResponse | schemas.Problem,
+    "description": "No image can be read, or the request is invalid",
+}
 
-ModelName = Annotated[
-    str | None,
-    Query(alias="model", description="One of GET /models; the first of them where none is named.", max_length=300),
-]
 TopK = Annotated[
     int | None,
-    Query(ge=1, description="How many classes all_predictions lists, the most probable ones; all where left out."),
+    Query(ge=1, description="How many classes all_predictions lists, the most probable first. The default is all."),
 ]
 Label = Annotated[
-    str | None, Query(alias="class", description="The class to explain; the most probable one where left out.")
+    str | None, Query(alias="class", description="The class to explain. The default is the most probable one.")
 ]
 
 
-async def _known_keys(request: Request) -> None:
-    """Refusal where the query has a key that the route does not know: a word mistyped would change the answer unseen."""
-    known = [field.alias for field in request.scope["route"].dependant.query_params]  # codespell:ignore dependant
-    for key in request.query_params:
-        if key not in known:
-            raise Refusal(422, "invalid", f"the query has {key[:100]!r}: here it can have {' and '.join(known)}")
-
-
-KNOWN_KEYS = [Depends(_known_keys)]
-
-
-@dataclass
-class AppState:
-    """What the routes share."""
-
-    models: ModelRegistry
-    uploads: Uploads
-    metrics: ServerMetrics
-    traffic: DriftWindow
-    limits: RequestLimits
-    urls: bool
-    explaining: int = 0
-
-
-def make_router(parts: AppState) -> APIRouter:
-    """The routes."""
+def make_router(state: AppState) -> APIRouter:
+    """Return the routes."""
     router = APIRouter(tags=["answers"])
-    unread = {
-        "model": schemas.PredictResponse | schemas.Problem,
-        "description": "No image can be read, or the request is not as it should be",
-    }
 
     @router.post(
         "/predict",
-        summary="What images show",
+        summary="Classify images",
         response_model=schemas.PredictResponse,
-        dependencies=KNOWN_KEYS,
-        responses={**schemas.ANSWERS, **schemas.errors(*_REFUSALS), 422: unread},
+        dependencies=ONLY_KNOWN_QUERY,
+        responses={**schemas.ANSWERS, **schemas.errors(*_REFUSALS), 422: _NOTHING_READABLE},
         openapi_extra=schemas.IMAGES_BODY,
     )
     async def predict(request: Request, name: ModelName = None, top_k: TopK = None) -> Response:
-        with parts.models.held(name) as handle:
-            images, own_top_k = await parts.uploads.of(request.headers, request.state.body, request.state.share)
+        with state.models.acquire(name) as handle:
+            images, body_top_k = await state.uploads.parse(request.headers, request.state.body, request.state.lease)
             request.state.images = len(images)
-            answers, shown = await _predicted(parts, handle, images), top_k or own_top_k
-        for answer in answers:
-            if shown is not None and "all_predictions" in answer:
-                probabilities = answer["all_predictions"]
-                answer["all_predictions"] = dict(
-                    itertools.islice(probabilities.items(), min(shown, len(probabilities)))
-                )
-        content = {**_of(handle, request), "predictions": answers}
+            answers = await _predict_all(state, handle, images)
+        limit = top_k or body_top_k
+        if limit is not None:
+            _limit_classes(answers, limit)
+        content = {**_provenance(handle, request), "predictions": answers}
         return JSONResponse(content, 422 if all("error" in answer for answer in answers) else 200)
 
     @router.post(
         "/explain",
-        summary="What in an image speaks for a class",
+        summary="Show which parts of an image support a class",
         response_model=schemas.ExplainResponse,
-        dependencies=KNOWN_KEYS,
+        dependencies=ONLY_KNOWN_QUERY,
         responses={**schemas.EXPLANATION, **schemas.errors(*_REFUSALS)},
         openapi_extra=schemas.IMAGE_BODY,
     )
     async def explain(request: Request, name: ModelName = None, label: Label = None) -> Response:
-        with parts.models.held(name) as handle:
-            images, top_k = await parts.uploads.of(request.headers, request.state.body, request.state.share)
+        with state.models.acquire(name) as handle:
+            images, top_k = await state.uploads.parse(request.headers, request.state.body, request.state.lease)
             request.state.images = len(images)
             if top_k is not None:
                 raise Refusal(422, "invalid", "an explanation has no top_k")
             if len(images) != 1:
-                raise Refusal(400, "bad_request", "send one image to be explained")
-            if images[0].error:
-                raise Refusal(422, "unreadable", images[0].error)
-            if label is not None and label not in handle.facts["classes"]:
+                raise Refusal(400, "bad_request", "send exactly one image to explain")
+            (image,) = images
+            if image.error:
+                raise Refusal(422, "unreadable", image.error)
+            if label is not None and label not in handle.metadata["classes"]:
                 raise Refusal(404, "not_found", "the model has no such class: GET /model lists them")
-            found, heat = await _explained(parts, handle, images[0], label)
-        return JSONResponse({**_of(handle, request), "path": images[0].name, "class": found, "heat": heat})
+            explained, heat = await _explain(state, handle, image, label)
+        return JSONResponse({**_provenance(handle, request), "path": image.name, "class": explained, "heat": heat})
 
     return router
 
 
-def _of(handle: WorkerHandle, request: Request) -> dict[str, str]:
-    """Whose answer it is."""
+def _provenance(handle: WorkerHandle, request: Request) -> dict[str, str]:
+    """Return which model answered which request."""
     return {
-        "model": handle.facts["name"],
-        "model_version": handle.facts["version"],
+        "model": handle.metadata["name"],
+        "model_version": handle.metadata["version"],
         "request_id": request.state.request_id,
     }
 
 
-async def _explained(
-    parts: AppState, handle: WorkerHandle, image: Upload, label: str | None
+def _limit_classes(answers: Sequence[dict[str, Any]], limit: int) -> None:
+    """Keep the most probable classes of each answer, which come first."""
+    for answer in answers:
+        if "all_predictions" in answer:
+            probabilities = answer["all_predictions"]
+            # islice takes no number above sys.maxsize.
+            shown = itertools.islice(probabilities.items(), min(limit, len(probabilities)))
+            answer["all_predictions"] = dict(shown)
+
+
+async def _explain(
+    state: AppState, handle: WorkerHandle, image: Upload, label: str | None
 ) -> tuple[str, list[list[float | None]]]:
-    if parts.explaining >= _EXPLANATIONS:
-        raise Refusal(503, "queue_full", "other explanations are being made", 5.0)
-    parts.explaining += 1
+    """Return the explained class and its heat map, [H][W] from 0 to 1, None where the model does not look."""
+    if state.explaining >= _MAX_EXPLANATIONS:
+        raise Refusal(503, "queue_full", "too many explanations are being computed", 5.0)
+    state.explaining += 1
     try:
-        head, body = await ask(handle, {"do": "explain", "class": label}, image.content, 2 * parts.limits.answer_s)
+        message = {"do": "explain", "class": label}
+        header, body = await ask_worker(handle, message, image.content, 2 * state.limits.answer_s)
     except WorkerCrash:
-        raise Refusal(422, "unreadable", _DEADLY) from None
+        raise Refusal(422, "unreadable", _CRASHED) from None
     finally:
-        parts.explaining -= 1
-    if "unreadable" in head:
-        raise Refusal(422, "unreadable", head["unreadable"])
-    grid = np.frombuffer(body, np.float32).reshape(head["shape"]).astype(np.float64).round(3)
-    return head["class"], [[None if np.isnan(value) else float(value) for value in row] for row in grid]
+        state.explaining -= 1
+    if "unreadable" in header:
+        raise Refusal(422, "unreadable", header["unreadable"])
+    grid = np.frombuffer(body, np.float32).reshape(header["shape"]).astype(np.float64).round(3)
+    return header["class"], [[None if np.isnan(value) else float(value) for value in row] for row in grid]
 
 
-async def _predicted(parts: AppState, handle: WorkerHandle, images: Sequence[Upload]) -> list[dict[str, Any]]:
-    """The answer of each image, in order."""
+async def _predict_all(state: AppState, handle: WorkerHandle, images: Sequence[Upload]) -> list[dict[str, Any]]:
+    """Return the answer for each image, in order."""
     try:
-        with room(handle, len(images)):
+        with queue_slots(handle, len(images)):
             async with asyncio.TaskGroup() as group:
-                tasks = [group.create_task(_one(parts, handle, image)) for image in images]
+                tasks = [group.create_task(_predict(state, handle, image)) for image in images]
     except ExceptionGroup as group_error:
         raise group_error.exceptions[0] from None
     return [task.result() for task in tasks]
 
 
-async def _one(parts: AppState, handle: WorkerHandle, image: Upload) -> dict[str, Any]:
+async def _predict(state: AppState, handle: WorkerHandle, image: Upload) -> dict[str, Any]:
     if image.error:
-        unread = {"path": image.name, "error": image.error}
-        parts.metrics.answered(handle.facts, unread, 0)
-        return unread
-    head: dict[str, Any]
+        unreadable = {"path": image.name, "error": image.error}
+        state.metrics.count_answer(handle.metadata, unreadable, 0)
+        return unreadable
+    header: dict[str, Any]
     try:
-        head, _ = await ask(handle, {"do": "image", "name": image.name}, image.content, parts.limits.answer_s)
-        answer = head["answer"]
+        message = {"do": "image", "name": image.name}
+        header, _ = await ask_worker(handle, message, image.content, state.limits.answer_s)
+        answer = header["answer"]
     except WorkerCrash:
-        head, answer = {}, {"path": image.name, "error": _DEADLY}
-    parts.metrics.answered(handle.facts, answer, head.get("batch", 0))
-    parts.traffic.seen(handle.facts, answer, head.get("ood_score"))
+        header = {}
+        answer = {"path": image.name, "error": _CRASHED}
+    state.metrics.count_answer(handle.metadata, answer, header.get("batch", 0))
+    state.drift_window.record(handle.metadata, answer, header.get("ood_score"))
     return dict(answer)
-
-
-@contextmanager
-def room(handle: WorkerHandle, images: int) -> Iterator[None]:
-    """Places in the queue for so many; Refusal at once where there are not enough."""
-    try:
-        with handle.room_for(images):
-            yield
-    except QueueFull as error:
-        raise Refusal(503, "queue_full", str(error), error.after_s) from None
-
-
-async def ask(
-    handle: WorkerHandle, head: Mapping[str, Any], content: bytes, timeout_s: float
-) -> tuple[dict[str, Any], bytes]:
-    """What the model's process answers, its troubles as refusals, but for `Deadly`."""
-    try:
-        return await handle.ask(head, content, timeout_s)
-    except DeadlineExceeded as error:
-        raise Refusal(503, "too_late", str(error), 1.0) from None
-    except WorkerEnded as error:
-        raise Refusal(503, "stopping", str(error), 1.0) from None
-    except ClassifierError as error:
-        raise Refusal(500, "model_failed", str(error)) from None

@@ -1,4 +1,7 @@
-"""The V2 inference protocol (Open Inference Protocol) with Triton's binary tensors: pixels in, logits out, so that its clients work unchanged."""
+"""The V2 inference protocol (Open Inference Protocol) with Triton's binary tensors: pixels in, logits out.
+
+Its clients, such as Triton's, work unchanged.
+"""
 
 from __future__ import annotations
 
@@ -17,23 +20,23 @@ from fastapi.responses import JSONResponse, Response
 
 from image_classifier import __version__
 from image_classifier.serving import schemas
+from image_classifier.serving.app_state import AppState
 from image_classifier.serving.registry import ServedModel
 from image_classifier.serving.request_limits import Refusal
-from image_classifier.serving.routes.predict import AppState, ask, room
+from image_classifier.serving.routes.common import ask_worker, queue_slots
 from image_classifier.serving.worker.handle import WorkerCrash, WorkerHandle
 
 _HEADER = "inference-header-content-length"
-_MOST_JSON = (
-    4 * 2**20
-)  # bytes of numbers written out: nothing else runs while they are read; binary tensors have the limit of all bodies
+# Parsing JSON blocks the server, so pixels in JSON have a lower limit than binary ones (the limit of a body).
+_MAX_JSON_BYTES = 4 * 2**20
 _REFUSALS = schemas.v2_errors(401, 403, 404, 422, 429)
 _ALL_REFUSALS = schemas.v2_errors(400, 401, 403, 404, 408, 413, 415, 422, 429, 500, 503)
 _EXTENSIONS = ["binary_tensor_data", "model_configuration"]
 
 
 @dataclass(frozen=True)
-class Asked:
-    """A request that was understood: pixels uint8 [N, 3, S, S] as bytes, and for each output whether it goes back as bytes."""
+class V2Request:
+    """A parsed request: pixels uint8 [N, 3, S, S] as bytes; each output and whether to return it as binary data."""
 
     shape: list[int]
     content: bytes
@@ -41,33 +44,35 @@ class Asked:
     id: str | None
 
 
-def make_router(parts: AppState) -> APIRouter:
-    """The routes under /v2."""
+def make_router(state: AppState) -> APIRouter:
+    """Return the routes under /v2."""
     router = APIRouter(prefix="/v2", tags=["V2 inference protocol"])
-    _add_metadata(router, parts)
+    _add_metadata(router, state)
 
-    @router.get("/health/live", summary="Whether the server is alive")
+    @router.get("/health/live", summary="Check whether the server is alive")
     async def live() -> Response:
         return JSONResponse({"live": True})
 
     @router.get(
-        "/health/ready", summary="Whether every model really answers", responses={503: {"description": "One does not"}}
+        "/health/ready",
+        summary="Check whether every model answers correctly",
+        responses={503: {"description": "A model does not"}},
     )
     async def ready() -> Response:
-        troubles = await asyncio.gather(*(parts.models.trouble(served) for served in parts.models))
-        return JSONResponse({"ready": not any(troubles)}, 503 if any(troubles) else 200)
+        problems = await asyncio.gather(*(state.models.probe(served) for served in state.models))
+        return JSONResponse({"ready": not any(problems)}, 503 if any(problems) else 200)
 
     @router.get(
         "/models/{name}/ready",
-        summary="Whether a model really answers",
-        responses=_REFUSALS | {503: {"description": "It does not"}},
+        summary="Check whether a model answers correctly",
+        responses=_REFUSALS | {503: {"description": "The model does not"}},
     )
     @router.get("/models/{name}/versions/{version}/ready", include_in_schema=False)
     async def model_ready(request: Request, name: str) -> Response:
-        _handle(parts, request)
-        (served,) = (served for served in parts.models if served.order.name == name)
-        trouble = await parts.models.trouble(served)
-        return JSONResponse({"name": name, "ready": not trouble}, 503 if trouble else 200)
+        _handle(state, request)
+        (served,) = (served for served in state.models if served.spec.name == name)
+        problem = await state.models.probe(served)
+        return JSONResponse({"name": name, "ready": not problem}, 503 if problem else 200)
 
     @router.post(
         "/models/{name}/infer",
@@ -77,14 +82,14 @@ def make_router(parts: AppState) -> APIRouter:
     )
     @router.post("/models/{name}/versions/{version}/infer", include_in_schema=False)
     async def infer(request: Request, name: str) -> Response:
-        _handle(parts, request)
-        with parts.models.held(name) as handle:
-            body, length = bytes(request.state.body), request.headers.get(_HEADER)
-            asked = await asyncio.to_thread(_understood, body, length, handle.facts)
+        _handle(state, request)
+        with state.models.acquire(name) as handle:
+            body = bytes(request.state.body)
+            parsed = await asyncio.to_thread(_parse, body, request.headers.get(_HEADER), handle.metadata)
             request.state.body.clear()
-            request.state.images = asked.shape[0]
-            head, content = await _answered(parts, handle, asked)
-        return _response(handle, asked, head["shapes"], content)
+            request.state.images = parsed.shape[0]
+            header, content = await _run(state, handle, parsed)
+        return _response(handle, parsed, header["shapes"], content)
 
     return router
 
@@ -123,7 +128,7 @@ _OUTPUTS = [
     {"name": "embedding", "datatype": "FP32", "shape": [1, 4], "data": [0.8, 0.0, 1.5, 0.1]},
 ]
 _ANSWER = {
-    "description": "The outputs; as binary data behind the JSON where that was asked for",
+    "description": "The outputs; where binary data was requested, it follows the JSON",
     "content": {
         "application/json": {
             "example": {"model_name": "flowers", "model_version": "1", "outputs": _OUTPUTS, "id": "1"}
@@ -133,175 +138,200 @@ _ANSWER = {
 }
 
 
-def _add_metadata(router: APIRouter, parts: AppState) -> None:
-    @router.get("", summary="The server")
+def _add_metadata(router: APIRouter, state: AppState) -> None:
+    @router.get("", summary="Describe the server")
     async def server() -> Response:
         return JSONResponse({"name": "image_classifier", "version": __version__, "extensions": _EXTENSIONS})
 
-    @router.post("/repository/index", summary="The models, as Triton lists them")
+    @router.post("/repository/index", summary="List the models, as Triton does")
     async def index() -> Response:
-        return JSONResponse([_state(one) for one in parts.models])
+        return JSONResponse([_index_entry(served) for served in state.models])
 
-    @router.get("/models/{name}", summary="A model's tensors", responses=_REFUSALS)
+    @router.get("/models/{name}", summary="Describe the tensors of a model", responses=_REFUSALS)
     @router.get("/models/{name}/versions/{version}", include_in_schema=False)
     async def metadata(request: Request, name: str) -> Response:
-        facts = _handle(parts, request).facts
-        side, classes = facts["image_size"], len(facts["classes"])
-        outputs = [{"name": "logits", "datatype": "FP32", "shape": [-1, classes]}]
-        if facts["embeddings"]:
+        model = _handle(state, request).metadata
+        side = model["image_size"]
+        outputs = [{"name": "logits", "datatype": "FP32", "shape": [-1, len(model["classes"])]}]
+        if model["embeddings"]:
             outputs.append({"name": "embedding", "datatype": "FP32", "shape": [-1, -1]})
-        inputs = [{"name": "pixels", "datatype": "UINT8", "shape": [-1, 3, side, side]}]
-        own = {"classes": facts["classes"], "version": facts["version"]}
         content = {
             "name": name,
             "versions": ["1"],
-            "platform": facts["backend"],
-            "inputs": inputs,
+            "platform": model["backend"],
+            "inputs": [{"name": "pixels", "datatype": "UINT8", "shape": [-1, 3, side, side]}],
             "outputs": outputs,
-            "parameters": own,
+            "parameters": {"classes": model["classes"], "version": model["version"]},
         }
         return JSONResponse(content)
 
-    @router.get("/models/{name}/config", summary="A model's configuration, as Triton tells it", responses=_REFUSALS)
+    @router.get(
+        "/models/{name}/config", summary="Show the configuration of a model, as Triton does", responses=_REFUSALS
+    )
     @router.get("/models/{name}/versions/{version}/config", include_in_schema=False)
     async def config(request: Request, name: str) -> Response:
-        handle = _handle(parts, request)
-        side = handle.facts["image_size"]
-        inputs = [{"name": "pixels", "data_type": "TYPE_UINT8", "dims": [3, side, side]}]
-        outputs = [{"name": "logits", "data_type": "TYPE_FP32", "dims": [len(handle.facts["classes"])]}]
-        if handle.facts["embeddings"]:
+        handle = _handle(state, request)
+        model = handle.metadata
+        side = model["image_size"]
+        outputs = [{"name": "logits", "data_type": "TYPE_FP32", "dims": [len(model["classes"])]}]
+        if model["embeddings"]:
             outputs.append({"name": "embedding", "data_type": "TYPE_FP32", "dims": [-1]})
-        return JSONResponse(
-            {
-                "name": name,
-                "platform": handle.facts["backend"],
-                "max_batch_size": _most(handle),
-                "input": inputs,
-                "output": outputs,
-            }
-        )
+        content = {
+            "name": name,
+            "platform": model["backend"],
+            "max_batch_size": _max_rows(handle),
+            "input": [{"name": "pixels", "data_type": "TYPE_UINT8", "dims": [3, side, side]}],
+            "output": outputs,
+        }
+        return JSONResponse(content)
 
 
-def _state(served: ServedModel) -> dict[str, str]:
+def _index_entry(served: ServedModel) -> dict[str, str]:
     return {
-        "name": served.order.name,
+        "name": served.spec.name,
         "version": "1",
-        "state": "UNAVAILABLE" if served.known_trouble else "READY",
-        "reason": served.known_trouble,
+        "state": "UNAVAILABLE" if served.last_problem else "READY",
+        "reason": served.last_problem,
     }
 
 
-def _handle(parts: AppState, request: Request) -> WorkerHandle:
-    """The model that a path names, whose version may be left out."""
+def _handle(state: AppState, request: Request) -> WorkerHandle:
+    """Return the model that a path names; the only version is 1, which may be left out."""
     name = request.path_params["name"]
     if request.path_params.get("version", "1") != "1":
-        raise Refusal(404, "not_found", f"the model {name[:100]!r} has no version but 1")
-    return parts.models.get(name)
+        raise Refusal(404, "not_found", f"the model {name[:100]!r} has only the version 1")
+    return state.models.get(name)
 
 
-def _most(handle: WorkerHandle) -> int:
-    return int(handle.started.order["batch"]["max_images"])
+def _max_rows(handle: WorkerHandle) -> int:
+    """Return how many images the model takes in one request."""
+    return int(handle.worker.spec["batch"]["max_images"])
 
 
-async def _answered(parts: AppState, handle: WorkerHandle, asked: Asked) -> tuple[dict[str, Any], bytes]:
-    rows = asked.shape[0]
-    if rows > _most(handle):
-        raise Refusal(400, "bad_request", f"a batch of {rows} is more than the {_most(handle)} that this model takes")
-    message = {"do": "pixels", "shape": asked.shape, "embeddings": "embedding" in asked.outputs}
+async def _run(state: AppState, handle: WorkerHandle, parsed: V2Request) -> tuple[dict[str, Any], bytes]:
+    """Return the shapes of the outputs and their values, float32 one after the other."""
+    rows = parsed.shape[0]
+    max_rows = _max_rows(handle)
+    if rows > max_rows:
+        raise _bad_request(f"a batch of {rows} is more than the {max_rows} that this model takes")
+    message = {"do": "pixels", "shape": parsed.shape, "embeddings": "embedding" in parsed.outputs}
     try:
-        with room(handle, rows):
-            head, content = await ask(handle, message, asked.content, parts.limits.answer_s)
+        with queue_slots(handle, rows):
+            header, content = await ask_worker(handle, message, parsed.content, state.limits.answer_s)
     except WorkerCrash as error:
         raise Refusal(500, "model_failed", str(error)) from None
     if not np.isfinite(np.frombuffer(content, "<f4")).all():
-        raise Refusal(500, "model_failed", "the model answers with numbers that are not finite")
-    parts.metrics.batch.labels(handle.name).observe(head["batch"])
-    return head, content
+        raise Refusal(500, "model_failed", "the model's outputs are not finite")
+    state.metrics.batch.labels(handle.name).observe(header["batch"])
+    return header, content
 
 
-def _understood(body: bytes, length: str | None, facts: Mapping[str, Any]) -> Asked:
-    """The request; Refusal with what is wrong about it. Nothing is made of a size that a client only says."""
-    start = len(body) if length is None else int(length) if length.isdecimal() and len(length) < 12 else -1
-    if not 0 <= start <= len(body):
-        raise _bad(f"{_HEADER} is {length!r}, the body has {len(body)} bytes")
-    if start > _MOST_JSON:
-        raise Refusal(413, "too_large", f"more than {_MOST_JSON} bytes of JSON: send the pixels as binary data")
+def _parse(body: bytes, json_length: str | None, model: Mapping[str, Any]) -> V2Request:
+    """Parse a request; raise Refusal where it is invalid. No memory is allocated by a size that is only claimed."""
+    # Without the header the body is JSON alone.
+    length = len(body) if json_length is None else _parse_length(json_length)
+    if not 0 <= length <= len(body):
+        raise _bad_request(f"{_HEADER} is {json_length!r}, but the body has {len(body)} bytes")
+    if length > _MAX_JSON_BYTES:
+        raise Refusal(413, "too_large", f"more than {_MAX_JSON_BYTES} bytes of JSON: send the pixels as binary data")
     try:
-        head = json.loads(body[:start])
-        if not isinstance(head, dict) or not isinstance(head.get("id", ""), str):
-            raise _bad("the body is no V2 request")
-        (tensor,) = head["inputs"]
-        shape = _shape(tensor, facts["image_size"])
-        return Asked(shape, _content(tensor, shape, body[start:]), _outputs(head, facts), head.get("id"))
+        header = json.loads(body[:length])
+        if not isinstance(header, dict) or not isinstance(header.get("id", ""), str):
+            raise _bad_request("this is not a V2 request")
+        (tensor,) = header["inputs"]
+        shape = _parse_shape(tensor, model["image_size"])
+        content = _parse_pixels(tensor, shape, body[length:])
+        return V2Request(shape, content, _parse_outputs(header, model), header.get("id"))
     except (KeyError, TypeError, ValueError, AttributeError, RecursionError, OverflowError) as error:
-        raise _bad(f"the body is no V2 request with the one input pixels ({type(error).__name__}: {error})") from None
+        reason = f"{type(error).__name__}: {error}"
+        raise _bad_request(f"this is not a V2 request with one input named pixels ({reason})") from None
 
 
-def _bad(message: str) -> Refusal:
+def _parse_length(text: str) -> int:
+    """Return a length of up to 11 digits, else -1.
+
+    >>> _parse_length("120"), _parse_length("-1"), _parse_length("9" * 20)
+    (120, -1, -1)
+    """
+    return int(text) if text.isdecimal() and len(text) < 12 else -1
+
+
+def _bad_request(message: str) -> Refusal:
     return Refusal(400, "bad_request", message[:300])
 
 
-def _shape(tensor: Mapping[str, Any], side: int) -> list[int]:
+def _parse_shape(tensor: Mapping[str, Any], side: int) -> list[int]:
     if tensor["name"] != "pixels" or tensor["datatype"] != "UINT8":
-        raise _bad("the input must be named pixels and be UINT8: pixels from 0 to 255, as the page's and Triton's")
+        raise _bad_request("the input must be named pixels and have the datatype UINT8 (0 to 255)")
     shape = tensor["shape"]
-    whole = isinstance(shape, list) and all(type(value) is int for value in shape)
-    if not whole or len(shape) != 4 or shape[1:] != [3, side, side] or shape[0] < 1:
-        raise _bad(f"pixels must have the shape [N, 3, {side}, {side}], not {shape}")
+    integers = isinstance(shape, list) and all(type(value) is int for value in shape)
+    if not integers or len(shape) != 4 or shape[1:] != [3, side, side] or shape[0] < 1:
+        raise _bad_request(f"pixels must have the shape [N, 3, {side}, {side}], not {shape}")
     return list(shape)
 
 
-def _content(tensor: Mapping[str, Any], shape: Sequence[int], binary: bytes) -> bytes:
-    """The bytes of the pixels; numbers that are no whole ones from 0 to 255 are refused, never rounded."""
+def _parse_pixels(tensor: Mapping[str, Any], shape: Sequence[int], binary: bytes) -> bytes:
+    """Return the bytes of the pixels. Numbers that are no integers from 0 to 255 are refused, never rounded."""
     size = math.prod(shape)
-    told = (tensor.get("parameters") or {}).get("binary_data_size")
-    if told is not None:
-        if type(told) is not int or told != len(binary) or told != size:
-            raise _bad(
-                f"pixels of the shape {list(shape)} are {size} bytes; binary_data_size says {told}, {len(binary)} came"
+    claimed = (tensor.get("parameters") or {}).get("binary_data_size")
+    if claimed is not None:
+        if type(claimed) is not int or claimed != len(binary) or claimed != size:
+            raise _bad_request(
+                f"pixels of the shape {list(shape)} have {size} bytes, but binary_data_size is {claimed} "
+                f"and {len(binary)} bytes were sent"
             )
         return binary
     if binary:
-        raise _bad("binary data came, but pixels has no binary_data_size")
+        raise _bad_request("there is binary data, but pixels has no binary_data_size")
+    # The numbers are a flat list, or nested like the shape: flatten one level for each dimension.
     values = tensor["data"]
-    for _ in shape:  # flat, or nested as the shape is
+    for _ in shape:
         if isinstance(values, list) and values and isinstance(values[0], list):
             values = list(itertools.chain.from_iterable(values))
     if isinstance(values, list) and len(values) == size and set(map(type, values)) == {int}:
         with suppress(ValueError):
             return bytes(values)
-    raise _bad(f"the data of pixels must be {size} whole numbers from 0 to 255")
+    raise _bad_request(f"the data of pixels must be {size} integers from 0 to 255")
 
 
-def _outputs(head: Mapping[str, Any], facts: Mapping[str, Any]) -> dict[str, bool]:
-    known = ["logits", "embedding"] if facts["embeddings"] else ["logits"]
-    always = bool((head.get("parameters") or {}).get("binary_data_output", False))
-    chosen = {}
-    for item in head.get("outputs") or [{"name": name} for name in known]:
+def _parse_outputs(header: Mapping[str, Any], model: Mapping[str, Any]) -> dict[str, bool]:
+    """Return each requested output and whether it is returned as binary data."""
+    known = ["logits", "embedding"] if model["embeddings"] else ["logits"]
+    default = bool((header.get("parameters") or {}).get("binary_data_output", False))
+    outputs = {}
+    for item in header.get("outputs") or [{"name": name} for name in known]:
         parameters = item.get("parameters") or {}
         if item["name"] not in known or "classification" in parameters:
-            raise _bad(f"the model gives {' and '.join(known)}, and no classification of them")
-        chosen[str(item["name"])] = bool(parameters.get("binary_data", always))
-    return chosen
+            raise _bad_request(f"the model returns {' and '.join(known)}, without the classification extension")
+        outputs[str(item["name"])] = bool(parameters.get("binary_data", default))
+    return outputs
 
 
-def _response(handle: WorkerHandle, asked: Asked, shapes: Sequence[Sequence[int]], content: bytes) -> Response:
-    tables, start = {}, 0
+def _response(handle: WorkerHandle, parsed: V2Request, shapes: Sequence[Sequence[int]], content: bytes) -> Response:
+    """Return the outputs in the requested order, as JSON or as JSON followed by binary data."""
+    # Split the worker's answer into its tables.
+    tables = {}
+    start = 0
     for name, shape in zip(("logits", "embedding"), shapes, strict=False):
         end = start + 4 * math.prod(shape)
         tables[name] = (list(shape), content[start:end])
         start = end
-    outputs, tail = [], []
-    for name, binary in asked.outputs.items():
+    # Describe each output; binary ones are appended after the JSON.
+    outputs = []
+    binary_data = []
+    for name, binary in parsed.outputs.items():
         shape, values = tables[name]
-        described: dict[str, Any] = {"name": name, "datatype": "FP32", "shape": shape}
+        output: dict[str, Any] = {"name": name, "datatype": "FP32", "shape": shape}
         if binary:
-            tail.append(values)
-            outputs.append({**described, "parameters": {"binary_data_size": len(values)}})
+            binary_data.append(values)
+            outputs.append({**output, "parameters": {"binary_data_size": len(values)}})
         else:
-            outputs.append({**described, "data": np.frombuffer(values, "<f4").tolist()})
-    head: dict[str, Any] = {"model_name": handle.name, "model_version": "1", "outputs": outputs}
-    words = json.dumps(head if asked.id is None else {**head, "id": asked.id}, allow_nan=False).encode()
-    if not tail:
-        return Response(words, media_type="application/json")
-    return Response(b"".join([words, *tail]), media_type="application/octet-stream", headers={_HEADER: str(len(words))})
+            outputs.append({**output, "data": np.frombuffer(values, "<f4").tolist()})
+    header: dict[str, Any] = {"model_name": handle.name, "model_version": "1", "outputs": outputs}
+    if parsed.id is not None:
+        header["id"] = parsed.id
+    text = json.dumps(header, allow_nan=False).encode()
+    if not binary_data:
+        return Response(text, media_type="application/json")
+    headers = {_HEADER: str(len(text))}
+    return Response(b"".join([text, *binary_data]), media_type="application/octet-stream", headers=headers)

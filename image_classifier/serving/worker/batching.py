@@ -1,4 +1,4 @@
-"""Dynamic batching: rows of pixels that wait are run together, as many as the bound on latency allows."""
+"""Dynamic batching: requests that wait are run together, as many as the latency limit allows."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ import numpy as np
 
 from image_classifier.errors import ConfigError
 
-_MEMORY = 0.8  # of what was known of the time a row takes, after one more batch
-_WORTH_S = 0.02  # of work that is worth a batch of its own beside another
+_DECAY = 0.8  # weight of the old estimate of the time per row, after one more batch
+_WORTHWHILE_S = 0.02  # a second batch runs in parallel only if it has this many seconds of work
 
 
 @dataclass(frozen=True)
@@ -23,13 +23,14 @@ class BatchSettings:
     """The keys of `batch`.
 
     Args:
-        max_images: The most in one batch.
-        max_ms: How long a batch may run, milliseconds; as many images are taken as did fit in it lately, at least one.
-        wait_ms: How long an image waits for others that are being decoded, milliseconds.
-        at_once: Batches beside each other on the processor, each with a core less for every other one; on a GPU there is one.
+        max_images: Maximum number of images in one batch.
+        max_ms: Maximum time of a batch in milliseconds. A batch takes as many images as recent batches could run in
+            this time, at least one.
+        wait_ms: How long an image waits for others that are being decoded, in milliseconds.
+        at_once: Parallel batches on the CPU, each with one core less for every other batch. A GPU runs one at a time.
 
     Raises:
-        ConfigError: A value that cannot be.
+        ConfigError: A value is out of range.
     """
 
     max_images: int = 32
@@ -39,18 +40,26 @@ class BatchSettings:
 
     def __post_init__(self) -> None:
         if not 1 <= self.max_images <= 4096:
-            raise ConfigError(f"batch.max_images must be a number from 1 to 4096, not {self.max_images}")
+            raise ConfigError(f"invalid batch.max_images {self.max_images}", "expected 1 to 4096")
         if not 1 <= self.at_once <= 64:
-            raise ConfigError(f"batch.at_once must be a number from 1 to 64, not {self.at_once}")
-        if not 0 < self.max_ms <= 60_000 or not 0 <= self.wait_ms <= 1000:
-            raise ConfigError("batch.max_ms must be above 0 and at most 60000, batch.wait_ms from 0 to 1000")
+            raise ConfigError(f"invalid batch.at_once {self.at_once}", "expected 1 to 64")
+        if not 0 < self.max_ms <= 60_000:
+            raise ConfigError(f"invalid batch.max_ms {self.max_ms}", "expected more than 0 and at most 60000")
+        if not 0 <= self.wait_ms <= 1000:
+            raise ConfigError(f"invalid batch.wait_ms {self.wait_ms}", "expected 0 to 1000")
 
 
 @dataclass
 class BatchRequest:
-    """Pixels uint8 [n, 3, S, S] that belong together, and what is called with their share of the outputs, or with the error.
+    """Images that stay together in one batch, and a callback that gets their outputs or the error.
 
-    `looks` float32 [n, 11] are given where scores are wanted, which need embeddings.
+    Args:
+        pixels: uint8 [n, 3, S, S].
+        finish: Called once with the result for these n rows.
+        embeddings: Whether the model must also return embeddings.
+        wanted: Checked when a batch is filled; a request that returns False is dropped.
+        looks: Brightness and colour statistics float32 [n, 11], given where out-of-distribution scores are wanted.
+        since: When the request was made, by the monotonic clock.
     """
 
     pixels: np.ndarray
@@ -63,7 +72,15 @@ class BatchRequest:
 
 @dataclass(frozen=True)
 class BatchResult:
-    """Logits float32 [n, C] and, where asked for, embeddings float32 [n, D] and scores [n]; or the error. `batch` images were run together."""
+    """The outputs for n rows, or the error.
+
+    Args:
+        logits: float32 [n, C].
+        embeddings: float32 [n, D], where the request asked for them.
+        scores: Out-of-distribution scores [n], where the request has `looks`.
+        error: Why there are no outputs.
+        batch: How many images were run together.
+    """
 
     logits: np.ndarray | None = None
     embeddings: np.ndarray | None = None
@@ -72,154 +89,187 @@ class BatchResult:
     batch: int = 0
 
 
-Run = Callable[[np.ndarray, bool], tuple[np.ndarray, np.ndarray | None]]
-Judge = Callable[[np.ndarray, np.ndarray], np.ndarray]
+RunModel = Callable[[np.ndarray, bool], tuple[np.ndarray, np.ndarray | None]]
+ScoreRows = Callable[[np.ndarray, np.ndarray], np.ndarray]
 
 
 class DynamicBatcher:
-    """Threads that run what waits: urgent work first, then the others in their order, idle work where there is nothing else.
+    """Threads that run waiting requests: urgent ones first, then the others in order, idle ones if nothing else waits.
 
-    Of `runners` each runs a batch of its own, beside each other: while one waits for a core that decodes, the other computes. Another thread hands
-    out the answers, so that the model waits for none of that; it has the scores of a whole batch from `judge`, which takes embeddings [N, D] and
-    looks [N, 11]. `after_idle` is called after each batch of idle work.
+    Each of `runners` threads runs batches of its own: while one waits for a core that decodes, another computes. One
+    more thread computes the scores of finished batches and calls back, so that no runner waits for that.
+
+    Args:
+        run: Takes pixels uint8 [N, 3, S, S] and whether embeddings are wanted; returns logits [N, C] and embeddings
+            [N, D] or None.
+        settings: Limits of a batch.
+        score: Takes embeddings [N, D] and looks [N, 11]; returns scores [N].
+        after_idle: Called after each batch of idle requests.
+        runners: Number of threads that run batches.
     """
 
     def __init__(
         self,
-        run: Run,
-        asked: BatchSettings,
-        judge: Judge | None = None,
+        run: RunModel,
+        settings: BatchSettings,
+        score: ScoreRows | None = None,
         after_idle: Callable[[], None] = lambda: None,
         runners: int = 1,
     ) -> None:
-        self._run, self._asked, self._judge, self._after_idle = run, asked, judge, after_idle
-        self._answers = ThreadPoolExecutor(1, "answers")
-        self._waiting: dict[str, deque[BatchRequest]] = {"urgent": deque(), "next": deque(), "idle": deque()}
-        self._changed = threading.Condition()
-        self._coming = 0
-        self._row_s = 0.0
-        self._free = runners
-        self._ended = False
+        self._run = run
+        self._settings = settings
+        self._score = score
+        self._after_idle = after_idle
+        self._callbacks = ThreadPoolExecutor(1, "callbacks")
+        self._queues: dict[str, deque[BatchRequest]] = {"urgent": deque(), "next": deque(), "idle": deque()}
+        self._changed = threading.Condition()  # guards every field below
+        self._decoding = 0
+        self._row_s = 0.0  # estimated seconds per row; 0 until the first batch
+        self._free_runners = runners
+        self._stopped = False
         self._threads = [
             threading.Thread(target=self._loop, name=f"batches-{number}", daemon=True) for number in range(runners)
         ]
         for thread in self._threads:
             thread.start()
 
-    def put(self, work: BatchRequest, when: str = "next") -> None:
-        """Let the work wait for its turn: urgent, next or idle."""
+    def put(self, request: BatchRequest, queue: str = "next") -> None:
+        """Add a request to a queue: `urgent`, `next` or `idle`."""
         with self._changed:
-            self._waiting[when].append(work)
+            self._queues[queue].append(request)
             self._changed.notify()
 
-    def coming(self, count: int) -> None:
-        """So many more (or, negative, fewer) images are being decoded, for which a batch may wait a little."""
+    def expect(self, count: int) -> None:
+        """Add to the number of images that are being decoded, for which a batch waits a little; negative subtracts."""
         with self._changed:
-            self._coming += count
+            self._decoding += count
             self._changed.notify()
 
     def stop(self) -> None:
         """End the threads after the batches that they are running."""
         with self._changed:
-            self._ended = True
+            self._stopped = True
             self._changed.notify_all()
         for thread in self._threads:
             thread.join()
-        self._answers.shutdown()
+        self._callbacks.shutdown()
 
-    def most(self) -> int:
-        """Images that a batch may have now."""
-        fitting = int(self._asked.max_ms / 1000 / self._row_s) if self._row_s else self._asked.max_images
-        return max(1, min(self._asked.max_images, fitting))
+    def max_rows(self) -> int:
+        """Return how many images a batch may have now."""
+        if not self._row_s:
+            return self._settings.max_images
+        rows_in_time = int(self._settings.max_ms / 1000 / self._row_s)
+        return max(1, min(self._settings.max_images, rows_in_time))
 
     def _loop(self) -> None:
+        """Run batches until the batcher is stopped."""
         while True:
             with self._changed:
-                while not self._due():
-                    self._changed.wait(self._asked.max_ms / 1000 if any(self._waiting.values()) else None)
-                if self._ended:
+                # Sleep until a batch should start. While requests wait, look again after `max_ms`: one may have waited
+                # too long by then.
+                while not self._should_start():
+                    self._changed.wait(self._settings.max_ms / 1000 if any(self._queues.values()) else None)
+                if self._stopped:
                     return
-                if not self._waiting["urgent"]:
-                    enough = lambda: self._ended or not self._coming or _rows(self._waiting["next"]) >= self.most()
-                    self._changed.wait_for(enough, self._asked.wait_ms / 1000)
-                kind = next((kind for kind, queue in self._waiting.items() if queue), None)
-                if kind is None or not self._due():
-                    continue  # another runner took it, or all but a little
-                chosen = self._taken(self._waiting[kind])
-                self._free -= 1
-                self._changed.notify()  # of another runner, where enough is left
+                # Give images that are being decoded a short time to join, unless an urgent request waits.
+                if not self._queues["urgent"]:
+                    self._changed.wait_for(self._is_full, self._settings.wait_ms / 1000)
+                # The lock was free in that time: another runner may have taken the requests.
+                name = next((name for name, queue in self._queues.items() if queue), None)
+                if name is None or not self._should_start():
+                    continue
+                chosen = self._take_batch(self._queues[name])
+                self._free_runners -= 1
+                # Wake another runner: enough requests may be left for it.
+                self._changed.notify()
             try:
                 if chosen:
-                    self._answer(chosen)
-                if kind == "idle":
+                    self._run_batch(chosen)
+                if name == "idle":
                     self._after_idle()
             finally:
                 with self._changed:
-                    self._free += 1
+                    self._free_runners += 1
 
-    def _due(self) -> bool:
-        """Whether to begin a batch now; beside another one where it is worth its price, or what waits has waited long."""
-        queues = [queue for queue in self._waiting.values() if queue]
-        if self._ended or self._waiting["urgent"] or (queues and self._free == len(self._threads)):
+    def _is_full(self) -> bool:
+        """Check whether waiting for more images is pointless."""
+        return self._stopped or not self._decoding or _count_rows(self._queues["next"]) >= self.max_rows()
+
+    def _should_start(self) -> bool:
+        """Check whether to start a batch now.
+
+        A runner starts at once if no other runner is busy. A batch that runs in parallel must be worth its cost, or
+        hold a request that has waited for `max_ms`.
+        """
+        queues = [queue for queue in self._queues.values() if queue]
+        if self._stopped or self._queues["urgent"] or (queues and self._free_runners == len(self._threads)):
             return True
-        latest = time.monotonic() - self._asked.max_ms / 1000
-        return any(_rows(queue) * self._row_s >= _WORTH_S or queue[0].since <= latest for queue in queues)
+        too_old = time.monotonic() - self._settings.max_ms / 1000
+        return any(_count_rows(queue) * self._row_s >= _WORTHWHILE_S or queue[0].since <= too_old for queue in queues)
 
-    def _taken(self, waiting: deque[BatchRequest]) -> list[BatchRequest]:
-        """The works of the next batch, in their order, at least one, together no more rows than `most` and than another free runner leaves."""
+    def _take_batch(self, queue: deque[BatchRequest]) -> list[BatchRequest]:
+        """Remove the next batch from a queue: complete requests in order, at least one, without cancelled ones."""
+        # Leave a fair share of the rows to the other free runners, but never split work below what is worth a batch.
+        fair_share = math.ceil(_count_rows(queue) / self._free_runners)
+        smallest = math.ceil(_WORTHWHILE_S / self._row_s) if self._row_s else self._settings.max_images
+        limit = min(self.max_rows(), max(fair_share, smallest))
+
+        # Take requests until the next one would exceed the limit; a first one that is larger runs alone.
         chosen: list[BatchRequest] = []
-        share = max(
-            math.ceil(_rows(waiting) / self._free),
-            math.ceil(_WORTH_S / self._row_s) if self._row_s else self._asked.max_images,
-        )
-        rows, most = 0, min(self.most(), share)
-        while waiting and (not chosen or rows + len(waiting[0].pixels) <= most):
-            work = waiting.popleft()
-            if work.wanted():
-                chosen.append(work)
-                rows += len(work.pixels)
+        rows = 0
+        while queue and (not chosen or rows + len(queue[0].pixels) <= limit):
+            request = queue.popleft()
+            if request.wanted():
+                chosen.append(request)
+                rows += len(request.pixels)
         return chosen
 
-    def _answer(self, works: Sequence[BatchRequest]) -> None:
-        rows, start = _rows(works), time.monotonic()
+    def _run_batch(self, requests: Sequence[BatchRequest]) -> None:
+        """Run the model once for all requests and update the estimated time per row."""
+        rows = _count_rows(requests)
+        start = time.monotonic()
         try:
-            pixels = works[0].pixels if len(works) == 1 else np.concatenate([work.pixels for work in works])
-            logits, embeddings = self._run(pixels, any(work.embeddings for work in works))
+            # [n, 3, S, S] of each request -> [N, 3, S, S]
+            pixels = requests[0].pixels if len(requests) == 1 else np.concatenate([one.pixels for one in requests])
+            logits, embeddings = self._run(pixels, any(one.embeddings for one in requests))
         except Exception as error:
-            self._answers.submit(_hand_out, works, BatchResult(error=error, batch=rows))
+            self._callbacks.submit(_call_back, requests, BatchResult(error=error, batch=rows))
             return
         row_s = (time.monotonic() - start) / rows
         with self._changed:
-            self._row_s = row_s if not self._row_s else _MEMORY * self._row_s + (1 - _MEMORY) * row_s
-        self._answers.submit(self._judged, works, BatchResult(logits, embeddings, batch=rows))
+            # Exponential moving average; the first batch sets it.
+            self._row_s = row_s if not self._row_s else _DECAY * self._row_s + (1 - _DECAY) * row_s
+        self._callbacks.submit(self._finish_batch, requests, BatchResult(logits, embeddings, batch=rows))
 
-    def _judged(self, works: Sequence[BatchRequest], found: BatchResult) -> None:
-        """Hand out the answers, with scores where there are `looks`."""
-        looks = [
-            work.looks if work.looks is not None else np.zeros((len(work.pixels), 0), np.float32) for work in works
-        ]
+    def _finish_batch(self, requests: Sequence[BatchRequest], result: BatchResult) -> None:
+        """Compute scores where requests have `looks`, then call back."""
+        no_looks = np.zeros((0, 0), np.float32)
+        looks = [no_looks if one.looks is None else one.looks for one in requests]
         width = max(table.shape[1] for table in looks)
         try:
-            if width and self._judge is not None and found.embeddings is not None:
-                seen = np.concatenate(
-                    [table if table.shape[1] else np.zeros((len(table), width), np.float32) for table in looks]
-                )
-                found = replace(found, scores=self._judge(found.embeddings, seen))
+            if width and self._score is not None and result.embeddings is not None:
+                # Rows without looks get zeros, so that the table has a row for each embedding: [N, 11].
+                rows = [
+                    table if table.shape[1] else np.zeros((len(one.pixels), width), np.float32)
+                    for one, table in zip(requests, looks, strict=True)
+                ]
+                result = replace(result, scores=self._score(result.embeddings, np.concatenate(rows)))
         except Exception as error:
-            found = BatchResult(error=error, batch=found.batch)
-        _hand_out(works, found)
+            result = BatchResult(error=error, batch=result.batch)
+        _call_back(requests, result)
 
 
-def _rows(works: Iterable[BatchRequest]) -> int:
-    return sum(len(work.pixels) for work in works)
+def _count_rows(requests: Iterable[BatchRequest]) -> int:
+    return sum(len(request.pixels) for request in requests)
 
 
-def _hand_out(works: Sequence[BatchRequest], found: BatchResult) -> None:
-    """To each work its rows."""
-    first = 0
-    for work in works:
-        own = slice(first, first := first + len(work.pixels))
+def _call_back(requests: Sequence[BatchRequest], result: BatchResult) -> None:
+    """Give each request its rows of the outputs, or the error."""
+    start = 0
+    for request in requests:
+        rows = slice(start, start + len(request.pixels))
+        start = rows.stop
         logits, embeddings, scores = (
-            None if table is None else table[own] for table in (found.logits, found.embeddings, found.scores)
+            None if table is None else table[rows] for table in (result.logits, result.embeddings, result.scores)
         )
-        work.finish(BatchResult(logits, embeddings, scores, found.error, found.batch))
+        request.finish(BatchResult(logits, embeddings, scores, result.error, result.batch))

@@ -1,4 +1,4 @@
-"""The server's end of a model process: what is asked of it, how it is started anew, and that no request is lost when it dies."""
+"""The server's side of a worker process: sends requests, and restarts a process that dies without losing any."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Coroutine, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,65 +21,73 @@ from image_classifier.serving.worker import framing
 
 log = logging.getLogger(__name__)
 
-_PROOF = -1  # the number of the first canary
-_ATTEMPTS = 3  # how often a request may be in a process that dies: in company at first, then alone
-_FIRST_WAIT_S, _LONGEST_WAIT_S = 0.1, 5.0  # before a process that dies at once is started again
-_START_S = 600.0  # an engine for a GPU may take minutes to build
+_CANARY_ID = -1  # id of the canary that a restarted process must answer first
+_MAX_ATTEMPTS = 3  # processes that one request may be sent to: first together with others, then alone
+_MIN_RESTART_S = 0.1  # pause before a process that dies at once is restarted; doubles up to the next constant
+_MAX_RESTART_S = 5.0
+_MAX_START_S = 600.0  # building an engine for a GPU may take minutes
+_IMAGE_S_WEIGHT = 0.05  # weight of a new sample in the average time per image
 _ENVIRONMENT = {
-    "OPENBLAS_NUM_THREADS": "1",  # numpy's threads would take the model's cores
-    "MALLOC_ARENA_MAX": "2",  # what large pictures took goes back to the system: else it stays, in pieces, and there is ever more of it
+    # numpy's threads would take the model's cores.
+    "OPENBLAS_NUM_THREADS": "1",
+    # With more arenas the memory of large images stays with the process in fragments, and grows without limit.
+    "MALLOC_ARENA_MAX": "2",
     "MALLOC_MMAP_THRESHOLD_": "1048576",
 }
 _PACKAGE = Path(__file__).resolve().parents[3]
 
 
 class QueueFull(Exception):  # it is an answer
-    """More images wait than may; `after_s` is when to ask again."""
+    """The queue is full; `retry_after_s` is when to try again."""
 
-    def __init__(self, after_s: float) -> None:
-        super().__init__(f"the queue is full, ask again in {after_s:.0f} s")
-        self.after_s = after_s
+    def __init__(self, retry_after_s: float) -> None:
+        super().__init__(f"the queue is full, try again in {retry_after_s:.0f} s")
+        self.retry_after_s = retry_after_s
 
 
 class WorkerCrash(Exception):  # it is an answer
-    """A request with which the model process died again, alone."""
+    """The worker process died repeatedly while it handled this request alone."""
 
 
 class WorkerEnded(Exception):  # it is an answer
-    """The process was ended before it answered, and no other takes its place."""
+    """The worker process was stopped before it answered, and is not restarted."""
 
 
 class DeadlineExceeded(Exception):  # it is an answer
-    """No answer in time."""
+    """There was no answer in time."""
 
 
 @dataclass
 class _Pending:
+    """A request without an answer; `attempts` counts the processes that it was sent to."""
+
     future: asyncio.Future[framing.Message]
-    head: bytes
+    header: bytes
     body: bytes
-    again: bool
+    retry: bool
     attempts: int = 0
 
 
 class WorkerProcess:
-    """A process that is starting: made before anything slow is imported, so that both start at once."""
+    """A worker process that is starting, before the slow imports of the server, so that both load in parallel."""
 
-    def __init__(self, order: Mapping[str, Any]) -> None:
-        self.order = order
+    def __init__(self, spec: Mapping[str, Any]) -> None:
+        self.spec = spec
         self.connection, other = socket.socketpair()
-        path = os.pathsep.join(filter(None, (str(_PACKAGE), os.environ.get("PYTHONPATH"))))
-        line = [sys.executable, "-m", "image_classifier.serving.worker.main", str(other.fileno())]
-        # A session of its own: Ctrl-C is for the server, which ends it when the last answer is out.
-        environment = {**_ENVIRONMENT, **os.environ, "PYTHONPATH": path}
+        python_path = os.pathsep.join(filter(None, (str(_PACKAGE), os.environ.get("PYTHONPATH"))))
+        # A session of its own: Ctrl-C reaches only the server, which stops the worker after the last answer.
         self.process = subprocess.Popen(
-            line, pass_fds=[other.fileno()], start_new_session=True, stdin=subprocess.DEVNULL, env=environment
+            [sys.executable, "-m", "image_classifier.serving.worker.main", str(other.fileno())],
+            pass_fds=[other.fileno()],
+            start_new_session=True,
+            stdin=subprocess.DEVNULL,
+            env={**_ENVIRONMENT, **os.environ, "PYTHONPATH": python_path},
         )
         other.close()
-        self.connection.sendall(framing.encode(order))
+        self.connection.sendall(framing.encode(spec))
 
     def kill(self) -> None:
-        """End it at once."""
+        """Kill the process and wait for its end."""
         with suppress(ProcessLookupError):
             self.process.send_signal(signal.SIGKILL)
         self.connection.close()
@@ -88,238 +96,243 @@ class WorkerProcess:
 
 @dataclass(eq=False)
 class WorkerHandle:
-    """One model in a process of its own, from the server's side.
+    """One model in a worker process, seen from the server.
 
     Args:
-        started: The process.
-        most: Images that may wait.
-        hang_s: A process that owes answers and gives none for so long is killed.
+        worker: The process.
+        queue_limit: Maximum number of images that wait for an answer.
+        hang_s: A process that sends nothing for this long while answers are due is killed.
     """
 
-    started: WorkerProcess
-    most: int
+    worker: WorkerProcess
+    queue_limit: int
     hang_s: float
-    facts: dict[str, Any] = field(default_factory=dict)
+    metadata: dict[str, Any] = field(default_factory=dict)
     restarts: int = 0
     users: int = 0
     starting: bool = False
     _pending: dict[int, _Pending] = field(default_factory=dict)
-    _rows: int = 0
-    _last: int = 0
-    _silent_since: float | None = None  # while answers are owed
+    _queued: int = 0
+    _last_id: int = 0
+    _silent_since: float | None = None  # set only while answers are due
     _writer: asyncio.StreamWriter | None = None
-    _image_s: float = 0.05
+    _image_s: float = 0.05  # average time per image, for Retry-After
     _tasks: set[asyncio.Task[None]] = field(default_factory=set)
 
     def __post_init__(self) -> None:
-        self._calm = asyncio.Event()  # no request is being tried again
-        self._calm.set()
+        self._no_retries = asyncio.Event()  # set while no request is being sent again
+        self._no_retries.set()
 
     @property
     def name(self) -> str:
-        """The model's."""
-        return str(self.started.order["name"])
+        """The model's name."""
+        return str(self.worker.spec["name"])
 
     @property
-    def waiting(self) -> int:
-        """Images that are not answered yet."""
-        return self._rows
+    def queued(self) -> int:
+        """The number of images without an answer."""
+        return self._queued
 
     async def start(self) -> None:
-        """Wait until the model is loaded; ClassifierError with its own words where it cannot be."""
-        await self._connected()
-        self._spawn(self._watch())
+        """Wait until the model is loaded; raises the ClassifierError that the process reports."""
+        await self._connect()
+        self._spawn(self._supervise())
 
     async def stop(self) -> None:
-        """End the process; what it still owed gets `Ended`."""
+        """Stop the process; requests without an answer get WorkerEnded."""
         for task in list(self._tasks):
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
         await self._kill()
-        self._fail_all(WorkerEnded("the server is being stopped"))
+        self._fail_all(WorkerEnded("the server is shutting down"))
 
-    async def drained(self) -> None:
-        """Wait until nothing is owed and nobody is about to ask."""
+    async def wait_until_idle(self) -> None:
+        """Wait until no answer is due and nobody is about to send a request."""
         while self._pending or self.users:
             await asyncio.sleep(0.02)
 
     @contextmanager
-    def room_for(self, images: int) -> Iterator[None]:
-        """Places in the queue for so many, held while the block runs; QueueFull at once where there are not enough."""
-        if self._rows + images > self.most:
-            raise QueueFull(max(1.0, round(self._rows * self._image_s)))
-        self._rows += images
-        begun, ahead = time.monotonic(), self._rows
+    def queue_slots(self, images: int) -> Iterator[None]:
+        """Reserve room in the queue while the block runs; raise QueueFull at once where there is not enough."""
+        if self._queued + images > self.queue_limit:
+            raise QueueFull(max(1.0, round(self._queued * self._image_s)))
+        self._queued += images
+        start = time.monotonic()
+        ahead = self._queued
         try:
             yield
-            self._image_s += 0.05 * ((time.monotonic() - begun) / max(1, ahead) - self._image_s)
+            image_s = (time.monotonic() - start) / max(1, ahead)
+            self._image_s += _IMAGE_S_WEIGHT * (image_s - self._image_s)
         finally:
-            self._rows -= images
+            self._queued -= images
 
-    async def ask(
-        self, head: Mapping[str, Any], body: bytes = b"", timeout_s: float = 30.0, again: bool = True
+    async def request(
+        self, header: Mapping[str, Any], body: bytes = b"", timeout_s: float = 30.0, retry: bool = True
     ) -> framing.Message:
-        """The answer to one message, which is asked `again` where the process dies before it.
+        """Send one message and return the answer; with `retry` it is sent again where the process dies first.
 
         Raises:
-            Deadly: The process dies of it.
-            Ended: It was stopped.
-            TooLate: There is no answer within `timeout_s`.
-            ServerError: The model cannot answer.
+            WorkerCrash: The process dies of this request.
+            WorkerEnded: The process was stopped.
+            DeadlineExceeded: There is no answer within `timeout_s`.
+            ServerError: The model failed.
         """
-        if self.starting and not again:
-            raise ServerError("its process is being started again")
-        self._last += 1
-        number = self._last
-        pending = _Pending(
-            asyncio.get_running_loop().create_future(), framing.encode_header({**head, "id": number}, body), body, again
-        )
-        self._pending[number] = pending
+        if self.starting and not retry:
+            raise ServerError("the worker process is being restarted")
+        self._last_id += 1
+        request_id = self._last_id
+        encoded = framing.encode_header({**header, "id": request_id}, body)
+        pending = _Pending(asyncio.get_running_loop().create_future(), encoded, body, retry)
+        self._pending[request_id] = pending
         try:
             async with asyncio.timeout(timeout_s):
-                if again:
-                    await self._calm.wait()
-                self._write(pending)
-                found = await asyncio.shield(pending.future)
+                if retry:
+                    # After a crash the suspects run alone: new requests wait until they are done.
+                    await self._no_retries.wait()
+                self._send_request(pending)
+                answer = await asyncio.shield(pending.future)
         except TimeoutError:
             raise DeadlineExceeded(f"no answer within {timeout_s:g} s") from None
         finally:
-            self._pending.pop(number, None)
+            self._pending.pop(request_id, None)
             if not pending.future.done():
                 pending.future.cancel()
-                self._send(framing.encode({"cancel": number}))  # which is answered too, by a sign of life
-        if "failed" in found[0]:
-            raise ServerError(str(found[0]["failed"]))
-        return found
+                # The process acknowledges this: a sign of life.
+                self._send(framing.encode({"cancel": request_id}))
+        if "failed" in answer[0]:
+            raise ServerError(str(answer[0]["failed"]))
+        return answer
 
-    def _spawn(self, work: Any) -> None:
+    def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
         task = asyncio.get_running_loop().create_task(work)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
 
-    async def _connected(self) -> None:
-        self._reader, self._writer = await asyncio.open_connection(sock=self.started.connection, limit=2**20)
+    async def _connect(self) -> None:
+        """Wait for the first message of the process: its metadata, or why the model cannot be loaded."""
+        self._reader, self._writer = await asyncio.open_connection(sock=self.worker.connection, limit=2**20)
         self._silent_since = None
         try:
-            first = await asyncio.wait_for(framing.read_soon(self._reader), _START_S)
+            first = await asyncio.wait_for(framing.read_async(self._reader), _MAX_START_S)
         except TimeoutError:
             first = None
         if first is not None and "ready" in first[0]:
-            self.facts = first[0]["ready"]
+            self.metadata = first[0]["ready"]
             return
         await self._kill()
         if first is None:
-            code = self.started.process.returncode
             raise ServerError(
-                f"the process of the model {self.name!r} ended with {code} before it was ready",
-                "its own words are above",
+                f"the worker process of the model {self.name!r} ended with {self.worker.process.returncode} "
+                "before it was ready",
+                "its error message is above",
             )
         raise ClassifierError(*first[0]["refused"])
 
-    async def _watch(self) -> None:
-        """Hand out answers; when the process dies start another, and ask it again what was owed, one request at a time."""
-        hung = asyncio.get_running_loop().create_task(self._kill_when_hung())
+    async def _supervise(self) -> None:
+        """Deliver answers; when the process dies, restart it and send the unanswered requests again."""
+        watchdog = asyncio.get_running_loop().create_task(self._kill_when_hung())
         try:
             while True:
                 try:
-                    await self._hand_out()
+                    await self._deliver_answers()
                 except (ValueError, KeyError, TypeError, AttributeError):
-                    log.exception("the process of the model %s says what cannot be understood", self.name)
-                await self._replace()
+                    log.exception("the worker process of the model %s sent an invalid message", self.name)
+                await self._restart()
         finally:
-            hung.cancel()
+            watchdog.cancel()
 
-    async def _hand_out(self) -> None:
-        """To whoever waits for each answer, until the process ends."""
-        while (message := await framing.read_soon(self._reader)) is not None:
+    async def _deliver_answers(self) -> None:
+        """Give each answer to the request that waits for it, until the process ends."""
+        while (message := await framing.read_async(self._reader)) is not None:
             pending = self._pending.get(message[0]["id"])
             if pending is not None and not pending.future.done():
                 pending.future.set_result(message)
-            owed = any(other.attempts and not other.future.done() for other in self._pending.values())
-            self._silent_since = time.monotonic() if owed else None
+            answers_due = any(other.attempts and not other.future.done() for other in self._pending.values())
+            self._silent_since = time.monotonic() if answers_due else None
 
     async def _kill(self) -> None:
-        """End the process and what is left of the connection to it, whose number the next one may get."""
+        """Kill the process. Drop the connection first: the next process may get the same file descriptor."""
         if self._writer is not None:
             self._writer.transport.abort()
-        await asyncio.to_thread(self.started.kill)
+        await asyncio.to_thread(self.worker.kill)
 
-    async def _replace(self) -> None:
+    async def _restart(self) -> None:
+        """Restart the process until it answers the canary, then send the unanswered requests again."""
         await self._kill()
         log.error(
-            "the process of the model %s ended with %s, another is started", self.name, self.started.process.returncode
+            "the worker process of the model %s ended with %s and is restarted",
+            self.name,
+            self.worker.process.returncode,
         )
         self.starting = True
-        suspects = [pending for pending in self._pending.values() if pending.again and pending.attempts]
-        self._calm.clear()
-        wait_s = _FIRST_WAIT_S
+        # Any request that was in the process may have killed it. Hold back new requests until all suspects are done.
+        suspects = [pending for pending in self._pending.values() if pending.retry and pending.attempts]
+        self._no_retries.clear()
+        pause_s = _MIN_RESTART_S
         while True:
             try:
-                self.started = await asyncio.to_thread(WorkerProcess, self.started.order)
+                self.worker = await asyncio.to_thread(WorkerProcess, self.worker.spec)
                 self.restarts += 1
-                await self._connected()
-                await asyncio.wait_for(self._proven(), self.hang_s)
+                await self._connect()
+                await asyncio.wait_for(self._check_canary(), self.hang_s)
                 break
             except (ClassifierError, OSError, TimeoutError) as error:
-                log.error("the model %s cannot be started again: %s", self.name, error or "it answers nothing")
+                log.error("the model %s cannot be restarted: %s", self.name, error or "no answer to the canary")
                 await self._kill()
-                await asyncio.sleep(wait_s)
-                wait_s = min(2 * wait_s, _LONGEST_WAIT_S)
-        self.starting, self._silent_since = False, None
-        self._spawn(self._try_again(suspects))
+                await asyncio.sleep(pause_s)
+                pause_s = min(2 * pause_s, _MAX_RESTART_S)
+        self.starting = False
+        self._silent_since = None
+        self._spawn(self._retry_one_by_one(suspects))
 
-    async def _proven(self) -> None:
-        """Ask what lies there now, maybe another version, the known image; ServerError where it answers otherwise."""
-        self._send(framing.encode({"id": _PROOF, "do": "canary"}))
-        while (message := await framing.read_soon(self._reader)) is not None:
-            if message[0].get("id") == _PROOF:
+    async def _check_canary(self) -> None:
+        """Raise ServerError unless the new process answers the golden image correctly; it may hold another version."""
+        self._send(framing.encode({"id": _CANARY_ID, "do": "canary"}))
+        while (message := await framing.read_async(self._reader)) is not None:
+            if message[0].get("id") == _CANARY_ID:
                 if "failed" in message[0]:
                     raise ServerError(str(message[0]["failed"]))
                 return
-        raise ServerError("it died of the known image")
+        raise ServerError("it died while it answered the golden image")
 
-    async def _try_again(self, suspects: list[_Pending]) -> None:
-        """Ask again what was owed, one at a time: what dies alone is guilty."""
+    async def _retry_one_by_one(self, suspects: list[_Pending]) -> None:
+        """Send the suspects again one at a time: a request that kills the process while it is alone is the culprit."""
         for pending in suspects:
             if pending.future.done():
                 continue
-            if pending.attempts >= _ATTEMPTS:
-                pending.future.set_exception(WorkerCrash("the process that holds the model died of this request"))
+            if pending.attempts >= _MAX_ATTEMPTS:
+                pending.future.set_exception(WorkerCrash("the worker process died of this request"))
                 continue
-            process = self.started
-            self._write(pending)
+            worker = self.worker
+            self._send_request(pending)
             while not pending.future.done():
                 await asyncio.sleep(0.005)
-                if self.started is not process or process.process.poll() is not None:
-                    return  # it died again, of this one: `_replace` begins anew with those that are left
-        self._calm.set()
+                # It died again, of this request: `_restart` continues with those that are left.
+                if self.worker is not worker or worker.process.poll() is not None:
+                    return
+        self._no_retries.set()
 
     async def _kill_when_hung(self) -> None:
+        """Kill a process that sends nothing for `hang_s` while answers are due; `_supervise` then restarts it."""
         while True:
             await asyncio.sleep(min(1.0, self.hang_s / 4))
-            if (
-                not self.starting
-                and self._silent_since is not None
-                and time.monotonic() - self._silent_since > self.hang_s
-            ):
-                log.error(
-                    "the process of the model %s owes answers and gave none for %g s: it is killed",
-                    self.name,
-                    self.hang_s,
-                )
+            if self.starting or self._silent_since is None:
+                continue
+            if time.monotonic() - self._silent_since > self.hang_s:
+                log.error("the worker process of the model %s sent nothing for %g s: killed", self.name, self.hang_s)
                 self._silent_since = None
                 with suppress(ProcessLookupError):
-                    self.started.process.kill()
+                    self.worker.process.kill()
 
-    def _write(self, pending: _Pending) -> None:
+    def _send_request(self, pending: _Pending) -> None:
         pending.attempts += 1
         if self._silent_since is None:
             self._silent_since = time.monotonic()
-        self._send(pending.head, pending.body)
+        self._send(pending.header, pending.body)
 
     def _send(self, *parts: bytes) -> None:
         if self._writer is None or self._writer.transport.is_closing():
-            return  # `_watch` sees that it is gone
+            return  # `_supervise` notices that the process is gone
         for part in parts:
             self._writer.write(part)
 
@@ -327,4 +340,5 @@ class WorkerHandle:
         for pending in self._pending.values():
             if not pending.future.done():
                 pending.future.set_exception(error)
-                pending.future.exception()  # whoever asked may be gone: then nobody is to be told
+                # Mark it as seen: the client may be gone, and asyncio would log it as never retrieved.
+                pending.future.exception()

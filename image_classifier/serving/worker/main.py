@@ -1,6 +1,7 @@
-"""The process that holds a model: it decodes, batches and answers what the server sends, and ends when the server is gone.
+"""The worker process: decodes, batches and answers what the server sends, and ends when the server is gone.
 
-Nothing that a client sends is decoded in the server itself: a picture that kills or hangs its decoder costs this process, which is started anew.
+The server itself decodes nothing that a client sends. An image that crashes or hangs its decoder costs only this
+process, which the server restarts.
 """
 
 from __future__ import annotations
@@ -28,257 +29,284 @@ from image_classifier.images import read_size
 from image_classifier.serving.async_log import AsyncStream
 from image_classifier.serving.worker import framing
 from image_classifier.serving.worker.batching import BatchRequest, BatchResult, DynamicBatcher
-from image_classifier.serving.worker.spec import LoadedModel, ModelSpec
+from image_classifier.serving.worker.model import LoadedModel
+from image_classifier.serving.worker.spec import ModelSpec
 
-_NOBODY = 0  # whose messages are signs of life
-_HUNG = 70  # the exit code of a process that ended itself
+_HEARTBEAT_ID = 0  # id of messages that answer no request and only show that the process is alive
+_HUNG_EXIT_CODE = 70
 
 
 class PixelBudget:
-    """How many pixels may be decoded at once: large pictures wait for one another, so that memory has a bound."""
+    """A limit on the pixels that are decoded at the same time: large images wait for each other, to bound memory."""
 
-    def __init__(self, most: int) -> None:
-        self._left = self._most = most
+    def __init__(self, limit: int) -> None:
+        self._limit = limit
+        self._free = limit
         self._changed = threading.Condition()
-        self._turn = threading.Lock()  # small pictures do not overtake a large one for ever
+        self._turn = threading.Lock()  # small images must not overtake a large one for ever
 
     @contextmanager
-    def of(self, pixels: int) -> Iterator[None]:
-        """Hold so many while the block runs."""
-        pixels = min(pixels, self._most)
+    def reserve(self, pixels: int) -> Iterator[None]:
+        """Reserve this many pixels while the block runs; wait until they are free."""
+        pixels = min(pixels, self._limit)
         with self._turn, self._changed:
-            self._changed.wait_for(lambda: self._left >= pixels)
-            self._left -= pixels
+            self._changed.wait_for(lambda: self._free >= pixels)
+            self._free -= pixels
         try:
             yield
         finally:
             with self._changed:
-                self._left += pixels
+                self._free += pixels
                 self._changed.notify_all()
 
 
 class Worker:
-    """Answers messages: `image`, `pixels`, `explain`, `canary`, and `cancel` of one of them."""
+    """Answers the messages `image`, `pixels`, `explain` and `canary`, and `cancel` for one of them."""
 
-    def __init__(
-        self, model: LoadedModel, order: ModelSpec, send: Callable[[bytes], None], errors: AsyncStream
-    ) -> None:
-        self.model, self.predictor, self._send, self._errors = model, model.predictor, send, errors
-        self._judge = None if self.predictor.detector is None else self.predictor.detector.scores
+    def __init__(self, model: LoadedModel, spec: ModelSpec, send: Callable[[bytes], None], errors: AsyncStream) -> None:
+        self.model = model
+        self.predictor = model.predictor
+        self._send = send
+        self._errors = errors
+        self._score = None if self.predictor.detector is None else self.predictor.detector.scores
         runners = getattr(self.predictor.backend, "concurrent_runs", 1)
-        self.batches = DynamicBatcher(
-            self._run, order.batch, self._judge, lambda: send(framing.encode({"id": _NOBODY})), runners
-        )  # a sign of life
+        self.batcher = DynamicBatcher(self._run_model, spec.batch, self._score, self._send_heartbeat, runners)
         self._decoders = ThreadPoolExecutor(usable_cores(), "decode")
         self._explainer = ThreadPoolExecutor(1, "decode-to-explain")
-        self._budget = PixelBudget(order.limits.max_pixels)
-        self._gone: set[int] = set()
-        self._open: set[int] = set()
-        self._bodies: dict[int, bytes] = {}  # of pictures that wait to be decoded
-        self._busy: dict[str, float] = {}  # since when each thread has been at one thing
-        threading.Thread(target=self._watch, args=(order.decode_s, order.hang_s), daemon=True).start()
-        self._do = {"image": self._image, "pixels": self._pixels, "canary": self._canary, "explain": self._explain}
+        self._budget = PixelBudget(spec.limits.max_pixels)
+        self._cancelled: set[int] = set()
+        self._open: set[int] = set()  # ids of requests without an answer
+        self._bodies: dict[int, bytes] = {}  # images that wait to be decoded
+        self._busy_since: dict[str, float] = {}  # by thread name
+        self._handlers = {
+            "image": self._on_image,
+            "pixels": self._on_pixels,
+            "canary": self._on_canary,
+            "explain": self._on_explain,
+        }
+        threading.Thread(target=self._exit_when_hung, args=(spec.decode_s, spec.hang_s), daemon=True).start()
 
-    def _watch(self, decode_s: float, hang_s: float) -> None:
-        """End the process where a decoder or the model hangs: its thread cannot be ended, and the server starts another process."""
+    def take(self, header: dict[str, Any], body: bytes) -> None:
+        """Start to handle one message; its answer is sent when it is ready."""
+        if "cancel" in header:
+            self._cancelled |= {header["cancel"]} & self._open
+            # Free the memory now: the image may have a long wait until its turn to be decoded.
+            self._bodies.pop(header["cancel"], None)
+            return
+        self._open.add(header["id"])
+        self._handlers[header["do"]](header, body)
+
+    def _exit_when_hung(self, decode_s: float, hang_s: float) -> None:
+        """End the process where a decoder or the model hangs: threads cannot be stopped, and the server restarts it."""
         while True:
             time.sleep(min(1.0, decode_s / 4, hang_s / 4))
             now = time.monotonic()
-            for thread, since in list(self._busy.items()):
-                limit = decode_s if thread.startswith("decode") else hang_s
-                if now - since > limit:
-                    self._errors.write(
-                        f"the thread {thread} is at one thing for more than {limit:g} s: the process ends\n"
-                    )
+            for thread, since in list(self._busy_since.items()):
+                limit_s = decode_s if thread.startswith("decode") else hang_s
+                if now - since > limit_s:
+                    self._errors.write(f"the thread {thread} hangs for more than {limit_s:g} s: the process ends\n")
                     self._errors.end()
-                    os._exit(_HUNG)
+                    os._exit(_HUNG_EXIT_CODE)
 
     @contextmanager
-    def _at_one_thing(self) -> Iterator[None]:
+    def _watched(self) -> Iterator[None]:
+        """Let `_exit_when_hung` watch this thread while the block runs."""
         name = threading.current_thread().name
-        self._busy[name] = time.monotonic()
+        self._busy_since[name] = time.monotonic()
         try:
             yield
         finally:
-            del self._busy[name]
+            del self._busy_since[name]
 
-    def take(self, head: dict[str, Any], body: bytes) -> None:
-        """One message; its answer is sent when it is there."""
-        if "cancel" in head:
-            self._gone |= {head["cancel"]} & self._open
-            self._bodies.pop(head["cancel"], None)  # now: its turn to be decoded may come late
+    def _answer(self, request_id: int, header: dict[str, Any], body: bytes = b"") -> None:
+        """Send an answer; for a cancelled request only a heartbeat."""
+        self._open.discard(request_id)
+        if request_id in self._cancelled:
+            self._cancelled.discard(request_id)
+            self._send_heartbeat()
             return
-        self._open.add(head["id"])
-        self._do[head["do"]](head, body)
+        self._send(framing.encode({"id": request_id, **header}, body))
 
-    def _answer(self, number: int, head: dict[str, Any], body: bytes = b"") -> None:
-        self._open.discard(number)
-        if number in self._gone:
-            self._gone.discard(number)
-            head, body, number = {}, b"", _NOBODY
-        self._send(framing.encode({"id": number, **head}, body))
+    def _send_heartbeat(self) -> None:
+        self._send(framing.encode({"id": _HEARTBEAT_ID}))
 
-    def _fail(self, number: int, error: BaseException) -> None:
-        own = isinstance(error, ClassifierError)
-        self._answer(number, {"failed": str(error) if own else f"{type(error).__name__}: {error}"})
+    def _fail(self, request_id: int, error: BaseException) -> None:
+        message = str(error) if isinstance(error, ClassifierError) else f"{type(error).__name__}: {error}"
+        self._answer(request_id, {"failed": message})
 
-    def _wanted(self, number: int) -> Callable[[], bool]:
-        def wanted() -> bool:
-            if number in self._gone:
-                self._answer(number, {})
-                return False
+    def _is_wanted(self, request_id: int) -> bool:
+        """Check whether somebody waits for the answer; acknowledge a cancelled request."""
+        if request_id not in self._cancelled:
             return True
+        self._answer(request_id, {})
+        return False
 
-        return wanted
-
-    def _run(self, pixels: np.ndarray, embeddings: bool) -> tuple[np.ndarray, np.ndarray | None]:
+    def _run_model(self, pixels: np.ndarray, embeddings: bool) -> tuple[np.ndarray, np.ndarray | None]:
+        """Compute logits [N, C] and, if wanted, embeddings [N, D] of pixels uint8 [N, 3, S, S]."""
         backend: Any = self.predictor.backend
-        with self._at_one_thing():
+        with self._watched():
             return backend.logits_and_embeddings(pixels) if embeddings else (backend.logits(pixels), None)
 
-    def _image(self, head: dict[str, Any], body: bytes) -> None:
-        self.batches.coming(1)
-        self._bodies[head["id"]] = body
-        self._decoders.submit(self._decode, head["id"], head["name"])
+    def _on_image(self, header: dict[str, Any], body: bytes) -> None:
+        self.batcher.expect(1)
+        self._bodies[header["id"]] = body
+        self._decoders.submit(self._decode, header["id"], header["name"])
 
-    def _decode(self, number: int, name: str) -> None:
-        body = self._bodies.pop(number, b"")
+    def _decode(self, request_id: int, name: str) -> None:
+        """Decode one image and queue it for the model."""
+        body = self._bodies.pop(request_id, b"")
         try:
-            if not self._wanted(number)():
+            if not self._is_wanted(request_id):
                 return
-            pixels = self._read(body)[None]
-            seen = None if self._judge is None else looks(pixels)
-            self.batches.put(
+            pixels = self._read(body)[None]  # [1, 3, S, S]
+            statistics = None if self._score is None else looks(pixels)
+            self.batcher.put(
                 BatchRequest(
                     pixels,
-                    lambda found: self._predict(number, name, found),
-                    seen is not None,
-                    self._wanted(number),
-                    seen,
+                    finish=lambda result: self._answer_image(request_id, name, result),
+                    embeddings=statistics is not None,
+                    wanted=lambda: self._is_wanted(request_id),
+                    looks=statistics,
                 )
             )
         except UnreadableImage as error:
-            self._answer(number, {"answer": {"path": name, "error": error.reason}})
+            self._answer(request_id, {"answer": {"path": name, "error": error.reason}})
         except Exception as error:
-            self._fail(number, error)
+            self._fail(request_id, error)
         finally:
-            self.batches.coming(-1)
+            self.batcher.expect(-1)
 
     def _read(self, body: bytes) -> np.ndarray:
-        """The pixels uint8 [3, S, S] of a picture."""
+        """Return the pixels uint8 [3, S, S] of an encoded image."""
         limits = self.predictor.limits
         width, height = read_size(body, limits)
-        with self._budget.of(width * height), self._at_one_thing():
+        with self._budget.reserve(width * height), self._watched():
             return np.ascontiguousarray(self.predictor.preprocess.read(body, limits).transpose(2, 0, 1))
 
-    def _predict(self, number: int, name: str, found: BatchResult) -> None:
+    def _answer_image(self, request_id: int, name: str, result: BatchResult) -> None:
         try:
-            if found.error is not None or found.logits is None:
-                raise found.error or RuntimeError("no logits")
-            (prediction,) = self.predictor.to_predictions([name], found.logits, found.scores)
+            (prediction,) = self.predictor.to_predictions([name], _logits_of(result), result.scores)
             if prediction.error:
                 raise FloatingPointError(prediction.error)
-            score = None if found.scores is None else float(found.scores[0])
-            self._answer(number, {"answer": prediction.answer(), "ood_score": score, "batch": found.batch})
+            score = None if result.scores is None else float(result.scores[0])
+            self._answer(request_id, {"answer": prediction.answer(), "ood_score": score, "batch": result.batch})
         except Exception as error:
-            self._fail(number, error)
+            self._fail(request_id, error)
 
-    def _pixels(self, head: dict[str, Any], body: bytes) -> None:
-        number, embeddings = head["id"], bool(head["embeddings"])
-        pixels = np.frombuffer(body, np.uint8).reshape(head["shape"])
+    def _on_pixels(self, header: dict[str, Any], body: bytes) -> None:
+        """Answer pixels with logits and, if wanted, embeddings, as raw float32."""
+        request_id = header["id"]
+        embeddings = bool(header["embeddings"])
+        pixels = np.frombuffer(body, np.uint8).reshape(header["shape"])
 
-        def finish(found: BatchResult) -> None:
-            if found.error is not None or found.logits is None:
-                return self._fail(number, found.error or RuntimeError("no logits"))
-            tables = [found.logits, found.embeddings] if embeddings and found.embeddings is not None else [found.logits]
+        def finish(result: BatchResult) -> None:
+            try:
+                tables = [_logits_of(result)]
+            except Exception as error:
+                return self._fail(request_id, error)
+            if embeddings and result.embeddings is not None:
+                tables.append(result.embeddings)
             content = b"".join(np.ascontiguousarray(table, np.float32).tobytes() for table in tables)
-            return self._answer(
-                number, {"shapes": [list(table.shape) for table in tables], "batch": found.batch}, content
-            )
+            shapes = [list(table.shape) for table in tables]
+            return self._answer(request_id, {"shapes": shapes, "batch": result.batch}, content)
 
-        self.batches.put(BatchRequest(pixels, finish, embeddings, self._wanted(number)))
+        self.batcher.put(BatchRequest(pixels, finish, embeddings, lambda: self._is_wanted(request_id)))
 
-    def _canary(self, head: dict[str, Any], body: bytes) -> None:
-        """A picture through the decoder and golden pixels through the model: {} where both are as they should be, else `failed`."""
-        number, pixels = head["id"], self.model.golden_pixels()
+    def _on_canary(self, header: dict[str, Any], body: bytes) -> None:
+        """Decode an image and run the golden pixels: the answer is {} where both are right, else it has `failed`."""
+        request_id = header["id"]
+        pixels = self.model.golden_pixels()
 
-        def finish(found: BatchResult) -> None:
-            reason = (
-                str(found.error) if found.error is not None or found.logits is None else self.model.wrong(found.logits)
-            )
-            self._answer(number, {"failed": reason} if reason else {})
+        def finish(result: BatchResult) -> None:
+            try:
+                reason = self.model.check_golden(_logits_of(result))
+            except Exception as error:
+                reason = str(error)
+            self._answer(request_id, {"failed": reason} if reason else {})
 
         def decode() -> None:
             try:
-                self.predictor.preprocess.read(
-                    _png(pixels[0]), self.predictor.limits
-                )  # without a budget, which large pictures may hold
-                self.batches.put(BatchRequest(pixels, finish), "urgent")
+                # Without the pixel budget, which large images may hold.
+                self.predictor.preprocess.read(_png(pixels[0]), self.predictor.limits)
+                self.batcher.put(BatchRequest(pixels, finish), "urgent")
             except Exception as error:
-                self._fail(number, error)
+                self._fail(request_id, error)
 
-        threading.Thread(target=decode, daemon=True).start()  # not behind pictures that wait to be decoded
+        # A thread of its own: images that wait to be decoded must not delay the canary.
+        threading.Thread(target=decode, daemon=True).start()
 
-    def _explain(self, head: dict[str, Any], body: bytes) -> None:
-        self._explainer.submit(self._explain_one, head, body)
+    def _on_explain(self, header: dict[str, Any], body: bytes) -> None:
+        self._explainer.submit(self._explain, header, body)
 
-    def _explain_one(self, head: dict[str, Any], body: bytes) -> None:
+    def _explain(self, header: dict[str, Any], body: bytes) -> None:
+        """Answer with a heat map float32 over the image."""
         from image_classifier.inference.occlusion import occlusion_map
 
-        number = head["id"]
+        request_id = header["id"]
         try:
             size = read_size(body, self.predictor.limits)
-            found = occlusion_map(
-                self._read(body), head.get("class"), self.predictor, self._soon, lambda: number in self._gone
+            heat_map = occlusion_map(
+                self._read(body),
+                header.get("class"),
+                self.predictor,
+                self._run_when_idle,
+                lambda: request_id in self._cancelled,
             )
-            grid = found.over(self.predictor.preprocess, size)
-            self._answer(
-                number,
-                {"class": found.label, "shape": list(grid.shape)},
-                np.ascontiguousarray(grid, np.float32).tobytes(),
-            )
+            grid = heat_map.over(self.predictor.preprocess, size)
+            content = np.ascontiguousarray(grid, np.float32).tobytes()
+            self._answer(request_id, {"class": heat_map.label, "shape": list(grid.shape)}, content)
         except UnreadableImage as error:
-            self._answer(number, {"unreadable": error.reason})
+            self._answer(request_id, {"unreadable": error.reason})
         except Exception as error:
-            self._fail(number, error)
+            self._fail(request_id, error)
 
-    def _soon(self, pixels: np.ndarray) -> np.ndarray:
-        """Logits [N, C] of pixels uint8 [N, 3, S, S], computed while no picture waits."""
-        done, outcomes = threading.Event(), []
+    def _run_when_idle(self, pixels: np.ndarray) -> np.ndarray:
+        """Return logits [N, C] of pixels uint8 [N, 3, S, S], computed while no other image waits."""
+        done = threading.Event()
+        results: list[BatchResult] = []
 
-        def finish(found: BatchResult) -> None:
-            outcomes.append(found)
+        def finish(result: BatchResult) -> None:
+            results.append(result)
             done.set()
 
-        self.batches.put(BatchRequest(pixels, finish), "idle")
+        self.batcher.put(BatchRequest(pixels, finish), "idle")
         done.wait()
-        if outcomes[0].error is not None or outcomes[0].logits is None:
-            raise outcomes[0].error or RuntimeError("no logits")
-        return np.asarray(outcomes[0].logits)
+        return np.asarray(_logits_of(results[0]))
+
+
+def _logits_of(result: BatchResult) -> np.ndarray:
+    """Return the logits [n, C] of a batch; raise its error where there are none."""
+    if result.error is not None or result.logits is None:
+        raise result.error or RuntimeError("the model returned no logits")
+    return result.logits
 
 
 def _png(pixels: np.ndarray) -> bytes:
+    """Encode pixels uint8 [3, S, S] as PNG."""
     buffer = io.BytesIO()
     Image.fromarray(np.ascontiguousarray(pixels.transpose(1, 2, 0))).save(buffer, "PNG")
     return buffer.getvalue()
 
 
 def main(descriptor: int) -> None:
-    """Serve the other end of a socket until it is closed; its first message is the order."""
-    for ignored in (signal.SIGINT, signal.SIGTERM):  # the server decides when the last answer is out
+    """Answer the messages of a socket until it is closed; the first one is the model's spec."""
+    # The server decides when the last answer is sent.
+    for ignored in (signal.SIGINT, signal.SIGTERM):
         signal.signal(ignored, signal.SIG_IGN)
-    sys.stderr = errors = AsyncStream(2)  # which nobody may be reading
+    # Nobody may be reading standard error.
+    sys.stderr = errors = AsyncStream(2)
     code = 0
     try:
-        _answer(descriptor, errors)
+        _serve_socket(descriptor, errors)
     except Exception:
         traceback.print_exc()
         code = 1
     errors.end()
-    os._exit(code)  # threads may still be decoding, for nobody
+    # Threads may still be decoding for nobody: do not wait for them.
+    os._exit(code)
 
 
-def _answer(descriptor: int, errors: AsyncStream) -> None:
+def _serve_socket(descriptor: int, errors: AsyncStream) -> None:
     with socket.socket(fileno=descriptor) as connection, connection.makefile("rb") as stream:
         lock = threading.Lock()
 
@@ -287,21 +315,21 @@ def _answer(descriptor: int, errors: AsyncStream) -> None:
                 try:
                     connection.sendall(message)
                 except OSError:
-                    os._exit(0)  # nobody is there to hear it
+                    os._exit(0)  # the server is gone
 
         first = framing.read(stream)
         if first is None:
             return
-        order = ModelSpec.from_dict(first[0])
+        spec = ModelSpec.from_dict(first[0])
         try:
-            model = LoadedModel.loaded(order)
-            process = Worker(model, order, send, errors)
+            model = LoadedModel.load(spec)
+            worker = Worker(model, spec, send, errors)
         except ClassifierError as error:
             send(framing.encode({"refused": [error.fact, error.hint]}))
             return
-        send(framing.encode({"ready": model.facts()}))
+        send(framing.encode({"ready": model.metadata()}))
         while message := framing.read(stream):
-            process.take(*message)
+            worker.take(*message)
 
 
 if __name__ == "__main__":

@@ -1,1 +1,1 @@
-"""What happens around the steps of a training, one file a subject; each class is named by conf/callbacks or built by run.py."""
+"""Callbacks of a training, one file a subject; conf/callbacks or builders.py names each class."""

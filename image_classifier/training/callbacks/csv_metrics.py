@@ -1,4 +1,4 @@
-"""Every epoch's metrics: in the log, and in the run folder's metrics.csv."""
+"""Metrics of every epoch, in the log and in `metrics.csv` of the run folder."""
 
 from __future__ import annotations
 
@@ -22,34 +22,37 @@ log = logging.getLogger(__name__)
 
 
 class CSVMetrics(Callback):
-    """Keeps every epoch's metrics, says them in the log and writes them to `metrics.csv` in the run folder after each one."""
+    """Writer of `metrics.csv`: one row an epoch, rewritten and logged after each epoch."""
 
     def __init__(self, path: Path, throughput: Throughput) -> None:
-        self.path, self.throughput, self.rows = path, throughput, list[dict[str, float]]()
-        self._validated = False
+        self.path = path
+        self.throughput = throughput
+        self.rows: list[dict[str, float]] = []
+        self._has_validated = False
 
     @property
     def state_key(self) -> str:
-        """Return the name under which checkpoints keep the state; older ones know the class by this name."""
+        """The name of the state in checkpoints, which is the class's old name."""
         return "RunHistory"
 
     def state_dict(self) -> dict[str, Any]:
-        return {"rows": self.rows, "validated": self._validated}
+        return {"rows": self.rows, "validated": self._has_validated}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.rows, self._validated = list(state["rows"]), state["validated"]
+        self.rows = list(state["rows"])
+        self._has_validated = state["validated"]
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._validated = True
+        self._has_validated = True
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         module = cast(ClassifierModule, pl_module)
         metrics = module.train_metrics()
-        if self._validated:  # else Lightning still holds the values of an earlier epoch
+        if self._has_validated:  # else Lightning still holds the values of an earlier epoch
             metrics |= {
                 name: float(value) for name, value in trainer.callback_metrics.items() if not name.startswith("train/")
             }
-        self._validated = False
+        self._has_validated = False
         self.rows.append(
             {
                 "epoch": trainer.current_epoch + 1,
@@ -59,7 +62,7 @@ class CSVMetrics(Callback):
             }
         )
         if is_rank_zero():
-            write_text(self.path, self._csv())
+            write_text(self.path, self._as_csv())
         text = "  ".join(f"{name} {value:.4f}" for name, value in metrics.items())
         log.info(
             "epoch %d/%s  %s  images/s %.0f",
@@ -69,7 +72,7 @@ class CSVMetrics(Callback):
             self.throughput.images_per_second,
         )
 
-    def _csv(self) -> str:
+    def _as_csv(self) -> str:
         text = io.StringIO()
         names = list(dict.fromkeys(name for row in self.rows for name in row))
         writer = csv.DictWriter(text, names, lineterminator="\n")
@@ -78,16 +81,14 @@ class CSVMetrics(Callback):
         return text.getvalue()
 
     def curves(self) -> dict[str, Sequence[tuple[float, float]]]:
-        """Each metric's (epoch, value) points."""
+        """Return each metric's (epoch, value) points."""
         names = dict.fromkeys(name for row in self.rows for name in row if name not in ("epoch", "step"))
         return {name: [(row["epoch"], row[name]) for row in self.rows if name in row] for name in names}
 
 
 def planned_epochs(trainer: pl.Trainer) -> str:
-    """How many epochs the run is to have, the last of which may be cut by its steps; `?` where neither bounds it."""
+    """Return the planned number of epochs, the last one perhaps incomplete; `?` where nothing limits the run."""
     steps = float(trainer.estimated_stepping_batches)
-    return (
-        "?"
-        if steps == inf
-        else str(ceil(steps * trainer.accumulate_grad_batches / max(1, trainer.num_training_batches)))
-    )
+    if steps == inf:
+        return "?"
+    return str(ceil(steps * trainer.accumulate_grad_batches / max(1, trainer.num_training_batches)))

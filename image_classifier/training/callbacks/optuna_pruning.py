@@ -1,4 +1,4 @@
-"""A trial of `tune` speaks with the process that started it: one line out after each validation, one word back."""
+"""Pruning of a trial of `tune`: it prints a line after each validation and reads back whether to continue."""
 
 from __future__ import annotations
 
@@ -19,19 +19,22 @@ from image_classifier.training.tuning.subprocess_run import GO_ON, MARK, STOP
 
 
 class OptunaPruning(Callback):
-    """Prints the metric after each validation and ends the run where the tuner says that the trial is not worth more.
+    """Reports the metric after each validation to the tuner, and ends the run where the tuner prunes the trial.
 
-    When the tuner dies, which closes standard input, the run stops as by SIGTERM: it keeps its newest step for whoever takes it up.
+    The tuner started this process: reports go to standard output, answers come from standard input. When the tuner
+    dies, standard input closes, and the run stops as on SIGTERM: it saves its newest step for the worker that resumes
+    it.
     """
 
     def __init__(self, metric: str) -> None:
-        self.metric, self.validations = metric, 0
+        self.metric = metric
+        self.validations = 0
         self._answers: queue.SimpleQueue[str] = queue.SimpleQueue()
         self._listener: threading.Thread | None = None
 
     @property
     def state_key(self) -> str:
-        """Return the name under which checkpoints keep the state; older ones know the class by this name."""
+        """The name of the state in checkpoints, which is the class's old name."""
         return "ReportToTuner"
 
     def state_dict(self) -> dict[str, Any]:
@@ -51,8 +54,8 @@ class OptunaPruning(Callback):
         if self.metric not in trainer.callback_metrics:
             names = [name for name in trainer.callback_metrics if name.startswith("val/")]
             raise ConfigError(
-                f"there is no {self.metric} to tune by",
-                f"{did_you_mean(self.metric, names)}There are {', '.join(names)}",
+                f"tune.metric={self.metric} is not a validation metric",
+                f"{did_you_mean(self.metric, names)}use one of {', '.join(names)}",
             )
         self.validations += 1
         answer = self._ask(float(trainer.callback_metrics[self.metric])) if trainer.is_global_zero else ""
@@ -64,9 +67,10 @@ class OptunaPruning(Callback):
         return self._answers.get()
 
     def _listen(self) -> None:
-        """Pass on the tuner's words; not through sys.stdin, whose lock a thread must not hold when Python ends."""
+        """Queue the tuner's answers; not through sys.stdin, whose lock a thread must not hold when Python exits."""
         while words := os.read(sys.__stdin__.fileno() if sys.__stdin__ else 0, 4096):
             for word in words.decode().split():
                 self._answers.put(word)
-        self._answers.put(GO_ON)  # to a run that waits for a word that will never come
+        # The tuner is gone: the run must not wait for an answer, and must stop.
+        self._answers.put(GO_ON)
         os.kill(os.getpid(), signal.SIGTERM)

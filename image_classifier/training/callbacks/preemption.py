@@ -1,6 +1,7 @@
-"""SIGTERM, Ctrl-C and SLURM's warning: the step under way is finished and saved, then the run ends with 128 + the signal's number.
+"""SIGTERM, Ctrl-C and SLURM's warning: finish the step, save a checkpoint, exit with 128 + the signal's number.
 
-Lightning 2.6 looks at a signal only after some steps, saves nothing by itself, and then ends with 0, as if the work were done.
+Lightning 2.6 looks at a signal only after some steps, saves nothing by itself, and then exits with 0, as if the work
+were done.
 """
 
 from __future__ import annotations
@@ -19,25 +20,32 @@ from typing import Any
 import pytorch_lightning as pl
 from pytorch_lightning.callbacks import WeightAveraging
 
-from image_classifier.training.callbacks.checkpoints import STEPS_BETWEEN_LOOKS, BetweenSteps, last_checkpoint
+from image_classifier.training.callbacks.checkpoints import STEPS_BETWEEN_CHECKS, BetweenSteps, last_checkpoint
 from image_classifier.training.callbacks.exact_resume import is_accumulating
 from image_classifier.training.distributed import gather, is_rank_zero, world_size
+from image_classifier.training.lightning_compat import callbacks_of, keep_signal_handlers
 
 log = logging.getLogger(__name__)
 
-_ECHO_S = 5.0  # launchers, tuners and systemd each pass the same SIGTERM on
+_ECHO_S = 5.0  # launchers, tuners and systemd each pass on the same SIGTERM within this time
+_HOW_TO_RESUME = "run the same command with resume=last to continue"
 
 
 class SignalHandler:
-    """Signals to this process: acted on at once, or, while steps are made, remembered until one is complete."""
+    """Handler of signals to this process: at once, or, during training, after the step under way."""
 
     def __init__(self) -> None:
-        self.received = 0
-        self._deferred, self._owner, self._since = False, os.getpid(), 0.0
+        self.received = 0  # number of the first signal
+        self._is_deferred = False
+        self._pid = os.getpid()
+        self._received_at_s = 0.0
 
     @contextmanager
     def caught(self) -> Iterator[None]:
-        """Turn signals into an orderly end of the block; the second one ends it at once, but for a SIGTERM that several senders pass on."""
+        """End the block in an orderly way at a signal, at once at the second one.
+
+        A repeated SIGTERM soon after the first does not count: several senders may pass it on.
+        """
         if threading.current_thread() is not threading.main_thread():
             yield
             return
@@ -55,49 +63,58 @@ class SignalHandler:
 
     @contextmanager
     def deferred(self) -> Iterator[None]:
-        """Only remember the first signal in this block, which asks for it between its steps."""
-        self._deferred = True
+        """Only remember the first signal in this block, whose code checks `received` between its steps."""
+        self._is_deferred = True
         try:
             yield
         finally:
-            self._deferred = False
-        if self.received:  # after the last step was looked at
-            os.write(
-                2,
-                f"stopped by {signal.Signals(self.received).name} after the last step; the same command with resume=last goes on\n".encode(),
-            )
+            self._is_deferred = False
+        # A signal that came after the last check.
+        if self.received:
+            _write_stderr(f"stopped by {_name_of(self.received)} after the last step; {_HOW_TO_RESUME}")
             raise SystemExit(128 + self.received)
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
-        if os.getpid() != self._owner:  # a worker process that was forked off
+        # A forked worker process inherits this handler: give it the default one.
+        if os.getpid() != self._pid:
             signal.signal(number, signal.SIG_DFL)
             os.kill(os.getpid(), number)
             return
-        first, now = not self.received, time.monotonic()
-        if not first and self._deferred and number == signal.SIGTERM and now - self._since < _ECHO_S:
+        is_first = not self.received
+        now = time.monotonic()
+        # An echo of the first SIGTERM.
+        if not is_first and self._is_deferred and number == signal.SIGTERM and now - self._received_at_s < _ECHO_S:
             return
-        self.received, self._since = number, now
-        if first and self._deferred and not is_rank_zero():
+        self.received = number
+        self._received_at_s = now
+        # The first signal during training: the step under way is finished.
+        if is_first and self._is_deferred:
+            if is_rank_zero():
+                _write_stderr(f"{_name_of(number)}: finishing the step under way; send it again to stop at once")
             return
-        if first and self._deferred:
-            os.write(
-                2, f"{signal.Signals(number).name}: finishing the step under way; once more to stop at once\n".encode()
-            )
-        elif number == signal.SIGINT:
+        if number == signal.SIGINT:
             raise KeyboardInterrupt
-        else:
-            os.write(2, f"stopped by {signal.Signals(number).name}\n".encode())
-            raise SystemExit(128 + number)
+        _write_stderr(f"stopped by {_name_of(number)}")
+        raise SystemExit(128 + number)
+
+
+def _name_of(number: int) -> str:
+    return signal.Signals(number).name
+
+
+def _write_stderr(line: str) -> None:
+    """Write a line without the locks of sys.stderr and logging, which a signal handler must not wait for."""
+    os.write(2, f"{line}\n".encode())
 
 
 def slurm_job() -> str:
-    """The SLURM job this process belongs to, the same after a requeue; empty outside of SLURM."""
+    """Return the SLURM job of this process, the same after a requeue; empty outside of SLURM."""
     array = os.environ.get("SLURM_ARRAY_JOB_ID")
     return f"{array}_{os.environ.get('SLURM_ARRAY_TASK_ID', '0')}" if array else os.environ.get("SLURM_JOB_ID", "")
 
 
 def slurm_warnings() -> list[signal.Signals]:
-    """The signals by which SLURM, or submitit on top of it, says that the job's time is nearly used up."""
+    """Return the signals by which SLURM, or submitit on top of it, warns that the job's time is nearly used up."""
     if not slurm_job():
         return []
     names = {"USR1", os.environ.get("SUBMITIT_PREEMPT_SIGNAL", "USR2")}
@@ -108,61 +125,59 @@ def _requeue() -> None:
     """Ask SLURM to start this job again; it finds its run folder by the job's number."""
     try:
         done = subprocess.run(["scontrol", "requeue", slurm_job()], capture_output=True, text=True, timeout=60)
-        said = "" if done.returncode == 0 else done.stderr.strip() or f"exit code {done.returncode}"
+        reason = "" if done.returncode == 0 else done.stderr.strip() or f"exit code {done.returncode}"
     except (OSError, subprocess.TimeoutExpired) as error:
-        said = str(error)
-    if said:
-        log.error(
-            "SLURM job %s was not put back into the queue (%s); go on by hand with resume=last", slurm_job(), said
-        )
+        reason = str(error)
+    if reason:
+        log.error("SLURM did not requeue job %s (%s); continue by hand with resume=last", slurm_job(), reason)
     else:
-        log.warning("SLURM job %s is back in the queue and will go on by itself", slurm_job())
+        log.warning("SLURM job %s is back in the queue and will continue by itself", slurm_job())
 
 
 class StopOnSignal(BetweenSteps):
-    """Saves and ends the run between two steps when a signal came to any of its processes."""
+    """Saves a checkpoint and ends the run between two steps when a signal has reached any of its processes."""
 
     def __init__(self, signals: SignalHandler) -> None:
         self.signals = signals
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        trainer._signal_connector.register_signal_handlers = lambda: None  # type: ignore[method-assign]
+        keep_signal_handlers(trainer)
 
     def between_steps(self, trainer: pl.Trainer, at_epoch_end: bool) -> None:
-        self._look(trainer, rare=at_epoch_end)
+        self._check(trainer, at_rare_hook=at_epoch_end)
 
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._look(trainer, rare=True)
+        self._check(trainer, at_rare_hook=True)
 
     def on_validation_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
         if world_size() > 1 or is_accumulating(trainer) or trainer.sanity_checking or not self.signals.received:
-            return  # with several processes the validation ends first
-        for callback in trainer.callbacks:  # type: ignore[attr-defined]
-            if isinstance(callback, WeightAveraging):
-                callback.on_validation_epoch_end(trainer, pl_module)  # the averages go back to their place
+            return  # several processes finish the validation first
+        # The checkpoint needs the weights being trained in the module, not the averages.
+        for callback in callbacks_of(trainer, WeightAveraging):
+            callback.on_validation_epoch_end(trainer, pl_module)
         self._stop(trainer, self.signals.received)
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._look(trainer, rare=True)
+        self._check(trainer, at_rare_hook=True)
 
-    def _look(self, trainer: pl.Trainer, rare: bool) -> None:
-        if world_size() > 1 and not rare and trainer.global_step % STEPS_BETWEEN_LOOKS:
+    def _check(self, trainer: pl.Trainer, at_rare_hook: bool) -> None:
+        if world_size() > 1 and not at_rare_hook and trainer.global_step % STEPS_BETWEEN_CHECKS:
             return
-        if asked := max(gather(self.signals.received)):
-            self._stop(trainer, asked)
+        if received := max(gather(self.signals.received)):
+            self._stop(trainer, received)
 
     def _stop(self, trainer: pl.Trainer, number: int) -> None:
-        name = signal.Signals(number).name
         last = last_checkpoint(trainer)
         if last and trainer.global_step:
             last.save(trainer)
             log.warning(
-                "stopped by %s after step %d, which is saved; the same command with resume=last goes on",
-                name,
+                "stopped by %s after step %d, which is saved; %s",
+                _name_of(number),
                 trainer.global_step,
+                _HOW_TO_RESUME,
             )
         else:
-            log.warning("stopped by %s before a step was made", name)
+            log.warning("stopped by %s before the first step was complete", _name_of(number))
         raise SystemExit(128 + number)

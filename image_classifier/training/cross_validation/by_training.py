@@ -1,4 +1,4 @@
-"""Out-of-fold answers by real trainings: one ordinary run a fold, each in a process of its own, resumed where it was stopped and never done twice."""
+"""Out-of-fold predictions by real trainings: one run a fold, each in a process of its own, resumed where it stopped."""
 
 from __future__ import annotations
 
@@ -20,12 +20,20 @@ from image_classifier.training.tuning.subprocess_run import TrialOutcome, TrialP
 
 log = logging.getLogger(__name__)
 
-_PATIENCE_S = 90.0  # for a training that was asked to stop: time to write its checkpoint
+_TIME_TO_SAVE_S = 90.0  # after a training was signalled to stop, for its checkpoint
 
 
 @dataclass(frozen=True)
 class FoldRun:
-    """One fold's training: its run `name` below `directory`, the words of its command line, and what it is to be made from."""
+    """One fold's training.
+
+    Attributes:
+        name: Of its run.
+        directory: The study's folder, in which the run is.
+        words: Of its command line.
+        key: Names the images, labels and settings that it is made from.
+        program: Starts `train`.
+    """
 
     name: str
     directory: Path
@@ -35,17 +43,17 @@ class FoldRun:
 
     @property
     def log(self) -> Path:
-        """What the process said, over all its attempts."""
+        """The output of the process, over all its attempts."""
         return self.directory / f"{self.name}.log"
 
     @property
     def answers(self) -> Path:
-        """The folder of its predictions of the val part."""
+        """The folder of its predictions of the val split."""
         return self.directory / "plots" / self.name / "val"
 
     @property
     def is_ours(self) -> bool:
-        """Whether what lies there was made from the same images, labels and settings."""
+        """Whether the files there were made from the same images, labels and settings."""
         return self._key_path.is_file() and self._key_path.read_text(encoding="utf-8").strip() == self.key
 
     @property
@@ -55,7 +63,7 @@ class FoldRun:
 
     @property
     def is_done(self) -> bool:
-        """Whether its predictions are there."""
+        """Whether its predictions exist."""
         return (
             self.is_ours
             and self.is_finished
@@ -68,20 +76,19 @@ class FoldRun:
         return self.directory / f"{self.name}.key"
 
     def command(self) -> list[str]:
-        """The whole command line: going on from a checkpoint of the same run, else from the start."""
-        places = {
+        """Return the command line: it resumes from a checkpoint of the same run, else it starts again."""
+        folders = {
             "runs_dir": self.directory,
             "models_dir": self.directory / "bundles",
             "plots_dir": self.directory / "plots",
         }
-        own = [f"{key}={quoted(str(value))}" for key, value in {"name": self.name, **places}.items()]
-        goes_on = (
-            self.is_ours and not self.is_finished and any((self.directory / self.name / "checkpoints").glob("*.ckpt"))
-        )
-        return [*self.program, *self.words, *own, "resume=last" if goes_on else "overwrite=true"]
+        overrides = [f"{key}={quoted(str(value))}" for key, value in {"name": self.name, **folders}.items()]
+        checkpoints = (self.directory / self.name / "checkpoints").glob("*.ckpt")
+        resumes = self.is_ours and not self.is_finished and any(checkpoints)
+        return [*self.program, *self.words, *overrides, "resume=last" if resumes else "overwrite=true"]
 
     def train(self) -> None:
-        """Train to the end; on Ctrl-C, SIGTERM or an error the process is asked to keep its newest step.
+        """Train to the end; on Ctrl-C, SIGTERM or an error the process saves its newest step and ends.
 
         Raises:
             TrainingError: The training failed.
@@ -92,35 +99,43 @@ class FoldRun:
         with ThreadPoolExecutor(1) as pool:
             future = pool.submit(process.run, lambda step, value: False)
             try:
-                ending: TrialOutcome = future.result()
+                outcome: TrialOutcome = future.result()
             except BaseException:
                 process.stop()
-                wait([future], timeout=_PATIENCE_S)
+                wait([future], timeout=_TIME_TO_SAVE_S)
                 process.stop(at_once=True)
                 raise
-        if ending.interrupted:
+        if outcome.interrupted:
             raise KeyboardInterrupt
-        if ending.reason:
+        if outcome.reason:
             raise TrainingError(
-                f"the training of {self.name} failed: {ending.reason}",
-                f"see {self.log}; the same command goes on where it stopped",
+                f"the training of {self.name} failed: {outcome.reason}",
+                f"see {self.log}; the same command resumes it",
             )
 
 
 def fold_runs(
     name: str, directory: Path, folds: Sequence[Manifest], words: Sequence[str], program: Sequence[str] | None = None
 ) -> list[FoldRun]:
-    """The runs of all folds, fold i being the val part of `folds[i]`; `words` are those of every training's command line."""
+    """Return the runs of all folds: fold i is the val split of `folds[i]`; `words` are on the command line of each."""
     runs = []
     for number, fold in enumerate(folds):
-        own = (*words, f"data.folds={len(folds)}", f"data.fold={number}", "data.manifest_path=null", "test=false")
-        key = hashlib.sha256(json.dumps([fold.sha256, own]).encode("utf-8", "surrogateescape")).hexdigest()
-        runs.append(FoldRun(f"{name}-fold-{number}", directory, own, key, *([tuple(program)] if program else [])))
+        fold_words = (
+            *words,
+            f"data.folds={len(folds)}",
+            f"data.fold={number}",
+            "data.manifest_path=null",
+            "test=false",
+        )
+        key = hashlib.sha256(json.dumps([fold.sha256, fold_words]).encode("utf-8", "surrogateescape")).hexdigest()
+        runs.append(
+            FoldRun(f"{name}-fold-{number}", directory, fold_words, key, *([tuple(program)] if program else []))
+        )
     return runs
 
 
-def answer_by_training(runs: Sequence[FoldRun]) -> list[Path]:
-    """The folders of each fold's predictions, trained where they are not there yet.
+def predict_by_training(runs: Sequence[FoldRun]) -> list[Path]:
+    """Return the folders of each fold's predictions; folds without any are trained.
 
     Raises:
         TrainingError: A training failed.
@@ -131,6 +146,6 @@ def answer_by_training(runs: Sequence[FoldRun]) -> list[Path]:
                 if run.is_done:
                     log.info("fold %d of %d: %s is trained", number, len(runs), run.name)
                 else:
-                    log.info("fold %d of %d: training %s; what it says: %s", number, len(runs), run.name, run.log)
+                    log.info("fold %d of %d: training %s; its output: %s", number, len(runs), run.name, run.log)
                     run.train()
     return [run.answers for run in runs]

@@ -1,1 +1,1 @@
-"""What the verb `tune` is made of; loads no torch: each trial is a `train` in a process of its own."""
+"""Hyperparameter search of the verb `tune`; loads no torch, as each trial is a `train` process."""

@@ -1,4 +1,4 @@
-"""Figures of a study: how the best value came about, and which keys it depends on."""
+"""Figures of a study: its trials by value, and which keys the metric depends on."""
 
 from __future__ import annotations
 
@@ -22,37 +22,35 @@ from image_classifier.evaluation.plots.figure import (
     text_width,
 )
 
-_LEAST_TRIALS = 6  # below that a forest finds whatever it likes
+_MIN_TRIALS = 6  # for an importance: with fewer, the forest fits noise
 _GRID = "#e3e3e3"
 
 
 def plot_study(study: optuna.Study, metric: str, directory: Path) -> list[str]:
-    """Write history.png and, where there are trials enough to tell, importance.png; returns lines that say so.
+    """Write history.png and, where there are enough trials, importance.png; return lines for a terminal about them.
 
-    Importance is the share of the metric's variance that a key explains (functional ANOVA on a random forest: Hutter et al., 2014).
+    Importance is the share of the metric's variance that a key explains (functional ANOVA on a random forest, Hutter et
+    al., 2014).
     """
     trials = study.get_trials(deepcopy=False)
     complete = [trial for trial in trials if trial.state is TrialState.COMPLETE]
-    lines = [
-        f"plots    {plot_history(trials, metric, study.study_name, study.direction.name == 'MAXIMIZE', directory / 'history.png')}"
-    ]
+    maximise = study.direction.name == "MAXIMIZE"
+    history = plot_history(trials, metric, study.study_name, maximise, directory / "history.png")
+    lines = [f"plots    {history}"]
     keys = {key for trial in complete for key in trial.params}
-    if len(complete) < _LEAST_TRIALS or len(keys) < 2 or len({trial.value for trial in complete}) < 2:
-        need = (
-            f"needs {_LEAST_TRIALS} complete trials of two keys or more, and there are {len(complete)} of {len(keys)}"
-        )
+    if len(complete) < _MIN_TRIALS or len(keys) < 2 or len({trial.value for trial in complete}) < 2:
+        need = f"needs {_MIN_TRIALS} complete trials of two or more keys, there are {len(complete)} of {len(keys)}"
         return [*lines, f"         no importance.png: it {need}"]
-    from optuna import importance  # and with it scikit-learn, which nothing before the end needs
+    # It imports scikit-learn, which nothing before the end of a study needs.
+    from optuna import importance
 
     shares = importance.get_param_importances(study, evaluator=importance.FanovaImportanceEvaluator(seed=0))
-    return [
-        *lines,
-        f"         {plot_importance(shares, len(complete), metric, study.study_name, directory / 'importance.png')}",
-    ]
+    path = plot_importance(shares, len(complete), metric, study.study_name, directory / "importance.png")
+    return [*lines, f"         {path}"]
 
 
 def plot_history(trials: Sequence[FrozenTrial], metric: str, name: str, maximise: bool, path: Path) -> Path:
-    """Write the value of each trial by number, and the best so far."""
+    """Write a figure of each trial's value by number, and of the best so far."""
     complete = sorted(
         (trial.number, trial.value)
         for trial in trials
@@ -112,11 +110,11 @@ def plot_history(trials: Sequence[FrozenTrial], metric: str, name: str, maximise
 
 
 def plot_importance(shares: dict[str, float], num_trials: int, metric: str, name: str, path: Path) -> Path:
-    """Write the share of the metric's variance that each key explains, greatest first."""
+    """Write a figure of the share of the metric's variance that each key explains, the largest first."""
     rows = sorted(shares.items(), key=lambda row: -row[1])
     names = [fit_text(key, 200, 9) for key, _ in rows]
     left, height = max(text_width(key, 9) for key in names) / 72 + 0.3, 0.3 * len(rows)
-    figure = new_figure(left + 5.0, height + 1.35, f"{name}: what {metric} depends on")
+    figure = new_figure(left + 5.0, height + 1.35, f"{name}: importance for {metric}")
     note = f"share of the variance over {num_trials} complete trials (functional ANOVA)"
     figure.text(0.15 / figure.get_figwidth(), 1 - 0.42 / figure.get_figheight(), note, fontsize=9, color=GREY, va="top")
     axes = axes_at(figure, left, 0.6, 4.0, height)

@@ -67,7 +67,9 @@ def _write_part(plots: Path, table: PredictionTable, manifest: Manifest, accurac
     replace(table, temperature=1.5).write(plots / "test")
     found = json.loads(
         json.dumps(
-            metrics_dict(compute_metrics(table), None, baselines.beside([baselines.most_frequent_of(manifest)], "test"))
+            metrics_dict(
+                compute_metrics(table), None, baselines.baseline_scores([baselines.most_frequent_of(manifest)], "test")
+            )
         )
     )
     found["intervals"] = {"accuracy": [accuracy - 0.1, accuracy + 0.1], "f1_macro": [0.5, 0.9], "ece": None}

@@ -215,7 +215,7 @@ def test_a_golden_image_tells_another_model_and_zeros(server: V2Server) -> None:
         lambda given: {"logits": np.full((1, 2), np.nan, "f4")},
     ):
         server.model = wrong
-        with pytest.raises(ServerError, match="answers a golden image otherwise than the bundle"):
+        with pytest.raises(ServerError, match="its answer for a golden image differs from the bundle"):
             backend(server).check_golden(golden, 100.0, 1e-4)
 
 

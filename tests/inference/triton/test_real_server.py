@@ -84,7 +84,7 @@ def started(folder: Path, program: Path, runs: Path) -> Iterator[Running]:
         text=True,
     )
     assert done.returncode == 0, done.stderr
-    assert "a golden image answered right" in done.stdout
+    assert "golden image answered correctly" in done.stdout
     try:
         yield Running(folder, runs, given)
     finally:

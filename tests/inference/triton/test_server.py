@@ -97,10 +97,10 @@ class TestProgram:
         started = start("right")
         assert started.code == 0, started.err
         known = state(tmp_path)
-        assert f"small at {known['url']}" in started.out and "a golden image answered right" in started.out
+        assert f"small at {known['url']}" in started.out and "golden image answered correctly" in started.out
         assert runs(known["pid"])
         again = start("right")
-        assert again.code == 2 and "was started at" in again.err and again.err.count("\n") == 1
+        assert again.code == 2 and "already runs at" in again.err and again.err.count("\n") == 1
         checked = command("verify", "small", "--backend", "triton", "--url", known["url"])
         assert "triton    100% of 3 golden images" in checked.out, checked.err
         stopped = command("triton", "stop", "small")
@@ -114,7 +114,7 @@ class TestProgram:
         done = start(mode)
         assert (
             done.code == 2
-            and "answers a golden image otherwise than the bundle" in done.err
+            and "its answer for a golden image differs from the bundle" in done.err
             and done.err.count("\n") == 1
         )
         assert not (tmp_path / "runs/triton/small/server.json").exists()
@@ -129,13 +129,9 @@ class TestProgram:
         assert not (tmp_path / "runs/triton/small/server.json").exists()
 
     def test_one_that_is_never_ready_is_stopped(self, start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
-        from image_classifier.cli.verbs import triton
-
         pids: list[int] = []
         spawn = os.posix_spawn
-        monkeypatch.setattr(
-            triton.os, "posix_spawn", lambda *line, **more: pids.append(spawn(*line, **more)) or pids[-1]
-        )
+        monkeypatch.setattr(os, "posix_spawn", lambda *line, **more: pids.append(spawn(*line, **more)) or pids[-1])
         done = start("never", "--wait_s", "2")
         assert done.code == 2 and "was not ready within 2 s" in done.err and "server.log" in done.err
         assert len(pids) == 1 and not runs(pids[0])
@@ -163,14 +159,14 @@ class TestProgram:
     def test_what_cannot_be_started(self, start: Start, bundle: Path, tmp_path: Path, command: Command) -> None:
         (tmp_path / "text").write_text("no program")
         (tmp_path / "text").chmod(0o755)
-        for name, words in (("nope", "is no program"), (str(tmp_path / "text"), "cannot be started")):
+        for name, words in (("nope", "is not a program"), (str(tmp_path / "text"), "cannot be started")):
             done = command("triton", "start", "small", "--tritonserver", name, *ports())
             assert done.code == 2 and words in done.err and done.err.count("\n") == 1
         with socket.socket() as taken:
             taken.bind(("127.0.0.1", 0))
             taken.listen()
             done = start("right", "--grpc_port", str(taken.getsockname()[1]))
-            assert done.code == 2 and "something listens on port" in done.err and "--grpc_port" in done.err
+            assert done.code == 2 and "is already in use" in done.err and "--grpc_port" in done.err
         for strange in (bundle / "triton/other/1/model.py", bundle / "triton/linked"):
             strange.parent.mkdir(parents=True, exist_ok=True)
             strange.symlink_to(tmp_path) if strange.name == "linked" else strange.write_text("import os")
@@ -245,17 +241,17 @@ def test_no_docker_no_repository_no_action(
 ) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
     done = command("triton", "start", "small")
-    assert done.code == 2 and "there is no docker on this machine" in done.err and done.err.count("\n") == 1
+    assert done.code == 2 and "docker is not installed" in done.err and done.err.count("\n") == 1
     for changed, words in (
-        ({"action": "begin"}, "'begin' is no action"),
-        ({"http_port": 8001}, "are not three ports"),
+        ({"action": "begin"}, "there is no action 'begin'"),
+        ({"http_port": 8001}, "invalid ports"),
         ({"wait_s": 0}, "wait_s must"),
     ):
         with pytest.raises(ConfigError, match=words):
             ServerSettings(**{"action": "start", "checkpoint_name": "small", **changed})  # type: ignore[arg-type]
     info = json.loads((bundle / "bundle.json").read_text())
     (bundle / "bundle.json").write_text(json.dumps({**info, "exports": {}}))
-    assert f"holds no model repository: {PROGRAM} export small --to triton" in command("triton", "start", "small").err
+    assert f"has no model repository: {PROGRAM} export small --to triton" in command("triton", "start", "small").err
 
 
 @pytest.mark.parametrize("keys", [partial(InferSettings, images=["x.png"]), TestSettings, VerifySettings])
@@ -273,7 +269,7 @@ def test_an_address_and_its_backend_go_together(keys: Callable[..., object]) -> 
 def test_infer_says_what_is_wrong_with_its_server_in_one_line(bundle: Path, command: Command) -> None:
     (bundle.parents[1] / "x.png").write_bytes(b"")
     for url, words in (
-        ("a:8000", "is no address of a Triton server"),
+        ("a:8000", "not the address of a Triton server"),
         ("http://nowhere.invalid", "cannot be used: the connection failed"),
     ):
         done = command("infer", "--checkpoint_name", "small", "--images", "x.png", "--backend", "triton", "--url", url)

@@ -180,7 +180,7 @@ def until(condition: Callable[[], bool], what: str, seconds: float = HANG_S) -> 
 
 
 async def exchange(port: int, request: bytes, timeout_s: float = 2 * HANG_S) -> tuple[int, bytes]:
-    """Status and content of one request on a connection of its own; 0 where the connection ended without an answer, -1 where there was none."""
+    """Return status and content of one request; the status is 0 without an answer, -1 without a connection."""
     try:
         reader, writer = await asyncio.open_connection("127.0.0.1", port, limit=2**24)
     except ConnectionError:

@@ -13,18 +13,18 @@ from image_classifier.serving.worker import framing
 def main(descriptor: int) -> None:
     connection = socket.socket(fileno=descriptor)
     stream = connection.makefile("rb")
-    order, _ = framing.read(stream) or ({}, b"")
+    spec, _ = framing.read(stream) or ({}, b"")
     starts = 0
-    if "starts" in order:  # a file that counts them
-        with open(order["starts"], "a+b") as file:
+    if "starts" in spec:  # a file that counts them
+        with open(spec["starts"], "a+b") as file:
             starts = file.seek(0, os.SEEK_END)
             file.write(b"+")
     if starts:
-        time.sleep(order.get("slow_s", 0))
+        time.sleep(spec.get("slow_s", 0))
     connection.sendall(framing.encode({"ready": {"name": "fake", "version": "1", "classes": ["a"]}}))
     while message := framing.read(stream):
         head, body = message
-        if head.get("do") == "canary" and 0 < starts <= order.get("wrong", 0):
+        if head.get("do") == "canary" and 0 < starts <= spec.get("wrong", 0):
             connection.sendall(framing.encode({"id": head["id"], "failed": "another answer"}))
             continue
         if head.get("do") == "die":

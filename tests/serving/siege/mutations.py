@@ -1,4 +1,4 @@
-"""Images as attackers send them: real ones, mutated, and files that are two things at once. Many of them against a server:
+"""Images as attackers send them: mutated real ones, and files that are two formats at once. Send many to a server:
 
 python -m tests.serving.siege.mutations BUNDLE [COUNT] [SEED]
 """

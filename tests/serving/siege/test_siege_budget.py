@@ -23,7 +23,7 @@ def test_a_large_picture_gets_its_turn_among_small_ones() -> None:
 
     def small() -> None:
         while not ended.is_set():
-            with budget.of(30):
+            with budget.reserve(30):
                 time.sleep(0.001)
 
     with ThreadPoolExecutor(4) as pool:
@@ -33,7 +33,7 @@ def test_a_large_picture_gets_its_turn_among_small_ones() -> None:
         large = threading.Event()
 
         def take() -> None:
-            with budget.of(100):
+            with budget.reserve(100):
                 large.set()
 
         pool.submit(take)
@@ -44,9 +44,9 @@ def test_a_large_picture_gets_its_turn_among_small_ones() -> None:
 
 def test_the_bytes_of_a_picture_that_nobody_wants_are_given_back_before_its_turn() -> None:
     reading, go_on, sent = threading.Event(), threading.Event(), []
-    order: Any = SimpleNamespace(batch=BatchSettings(), limits=DecodeLimits(), decode_s=30.0, hang_s=60.0)
+    spec: Any = SimpleNamespace(batch=BatchSettings(), limits=DecodeLimits(), decode_s=30.0, hang_s=60.0)
     model: Any = SimpleNamespace(predictor=SimpleNamespace(detector=None, limits=DecodeLimits(), backend=None))
-    process = Worker(model, order, lambda message: sent.append(framing.read(io.BytesIO(message))), AsyncStream(2))
+    process = Worker(model, spec, lambda message: sent.append(framing.read(io.BytesIO(message))), AsyncStream(2))
 
     def read(body: bytes) -> np.ndarray:
         reading.set()
@@ -63,6 +63,6 @@ def test_the_bytes_of_a_picture_that_nobody_wants_are_given_back_before_its_turn
     assert not process._bodies
     go_on.set()
     process._decoders.shutdown()
-    process.batches.stop()
+    process.batcher.stop()
     assert [head for head, _ in sent] == [{"id": 0}] * (decoders + 5)  # signs of life, and nothing is left
-    assert not process._gone and not process._open
+    assert not process._cancelled and not process._open

@@ -1,4 +1,4 @@
-"""Bytes that no honest client sends: an answer or a closed connection for them, no word too many in the log, and the next one is served at once."""
+"""Invalid HTTP gets an answer or a closed connection, little log output, and does not delay the next client."""
 
 from __future__ import annotations
 

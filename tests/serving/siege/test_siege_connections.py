@@ -1,4 +1,4 @@
-"""Clients that are slow, silent, gone or too many: none of them holds anything, and the next honest one is served at once."""
+"""Clients that are slow, silent, gone or too many hold no resources and do not delay the next client."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The server's end of a model process that dies, hangs and stops reading: whatever is asked has its answer or its own error."""
+"""A worker process that dies, hangs or stops reading: every request gets its answer or its own error."""
 
 from __future__ import annotations
 
@@ -49,15 +49,17 @@ def run(scenario: Coroutine[Any, Any, None]) -> None:
 
 
 async def pid_of(handle: WorkerHandle) -> int:
-    return int((await handle.ask({"do": "answer"}))[0]["pid"])
+    return int((await handle.request({"do": "answer"}))[0]["pid"])
 
 
 def test_who_kills_the_process_is_told_so_and_the_neighbours_have_their_answers() -> None:
     async def scenario() -> None:
         async with fake() as handle:
             first = await pid_of(handle)
-            deadly = asyncio.create_task(handle.ask({"do": "die"}))
-            neighbours = [asyncio.create_task(handle.ask({"do": "wait"}, b"%d" % number * 100)) for number in range(16)]
+            deadly = asyncio.create_task(handle.request({"do": "die"}))
+            neighbours = [
+                asyncio.create_task(handle.request({"do": "wait"}, b"%d" % number * 100)) for number in range(16)
+            ]
             answers = await asyncio.gather(*neighbours)
             with pytest.raises(WorkerCrash):
                 await deadly
@@ -68,13 +70,13 @@ def test_who_kills_the_process_is_told_so_and_the_neighbours_have_their_answers(
 
 
 def test_what_the_process_had_not_read_when_it_died_is_answered_by_the_next() -> None:
-    """Megabytes were on their way to a process that had stopped reading; its place, and the number of its socket, are taken by the next one."""
+    """Megabytes wait for a process that has stopped reading; the next process gets its file descriptor."""
 
     async def scenario() -> None:
         async with fake() as handle:
             first = await pid_of(handle)
             os.kill(first, signal.SIGSTOP)
-            asked = [asyncio.create_task(handle.ask({"do": "answer"}, bytes(2**21))) for _ in range(8)]
+            asked = [asyncio.create_task(handle.request({"do": "answer"}, bytes(2**21))) for _ in range(8)]
             await asyncio.sleep(0.2)
             os.kill(first, signal.SIGKILL)
             assert [answer["bytes"] for answer, _ in await asyncio.gather(*asked)] == [2**21] * 8
@@ -89,7 +91,7 @@ def test_a_process_that_hangs_is_replaced_also_where_few_ask() -> None:
             os.kill(first, signal.SIGSTOP)
             for _ in range(4):
                 with pytest.raises(DeadlineExceeded):
-                    await handle.ask({"do": "answer"}, timeout_s=0.1)
+                    await handle.request({"do": "answer"}, timeout_s=0.1)
                 await asyncio.sleep(0.1)
             assert await pid_of(handle) != first and handle.restarts == 1
 
@@ -109,10 +111,10 @@ def test_a_process_that_is_asked_nothing_hangs_not() -> None:
 def test_a_request_outlives_processes_that_are_killed_from_outside() -> None:
     async def scenario() -> None:
         async with fake() as handle:
-            asked = [asyncio.create_task(handle.ask({"do": "wait"})) for _ in range(40)]
+            asked = [asyncio.create_task(handle.request({"do": "wait"})) for _ in range(40)]
             for _ in range(2):
                 await asyncio.sleep(0.3)
-                os.kill(handle.started.process.pid, signal.SIGKILL)
+                os.kill(handle.worker.process.pid, signal.SIGKILL)
             assert len(await asyncio.gather(*asked)) == 40
 
     run(scenario())

@@ -1,4 +1,4 @@
-"""Another version put in a bundle's place while many ask: both answer, each for itself, and nobody waits or loses an answer."""
+"""A bundle is replaced under load: both versions answer, and no request is lost or delayed."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def exchange_folders(bundle: Path, fresh: Path) -> None:
 def versions_under_load(
     found: Victim, image: bytes, change: Callable[[], None], done: Callable[[], bool]
 ) -> Counter[str]:
-    """Which versions answered sixteen clients that ask all the time, from before the change until it is done; all were answered."""
+    """Return the versions that answered sixteen busy clients during a change; check that all were answered."""
     body = form(image)
     request = head("POST", "/predict", body, more=b"Connection: close\r\n") + body
 

@@ -1,4 +1,4 @@
-"""The server against its own OpenAPI schema: generated requests, valid and not, get the answers that are documented and nothing else."""
+"""Generated requests, valid and invalid, get only the answers that the OpenAPI description documents."""
 
 from __future__ import annotations
 
