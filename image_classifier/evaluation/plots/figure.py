@@ -50,7 +50,7 @@ def draw_grid(axes: Axes, axis: Literal["both", "x", "y"] = "both") -> None:
 def legend_above(axes: Axes, columns: int, side: Literal["left", "right"] = "right") -> None:
     """Put the legend above the axes, where no curve can pass behind it."""
     axes.legend(
-        loc=f"lower {side}",
+        loc="lower right" if side == "right" else "lower left",
         bbox_to_anchor=(1.0 if side == "right" else 0.0, 1.01),
         ncols=columns,
         fontsize=9,
