@@ -37,7 +37,7 @@ class Baseline:
         return {"about": self.about, "scores": {split: dict(values) for split, values in self.scores.items()}}
 
 
-def judged(name: str, about: str, tables: Mapping[str, PredictionTable]) -> Baseline:
+def evaluated(name: str, about: str, tables: Mapping[str, PredictionTable]) -> Baseline:
     """Return the baseline with these predictions, evaluated by the same code as the model."""
     return Baseline(
         name, about, {split: compute_metrics(table, resamples=0).scalars() for split, table in tables.items()}
@@ -59,7 +59,7 @@ def most_frequent(train: np.ndarray, classes: Sequence[str], splits: Mapping[str
         for split, targets in splits.items()
         if len(targets)
     }
-    return judged(
+    return evaluated(
         MOST_FREQUENT, f"always {classes[int(counts.argmax())]!r}, the class with most training images", tables
     )
 
@@ -70,7 +70,7 @@ def most_frequent_of(manifest: Manifest) -> Baseline:
     return most_frequent(manifest.targets[manifest.indices("train")], manifest.classes, splits)
 
 
-def beside(baselines: Sequence[Baseline], split: str) -> dict[str, dict[str, Any]]:
+def baseline_scores(baselines: Sequence[Baseline], split: str) -> dict[str, dict[str, Any]]:
     """Return the scores for one split by name of the baseline, for JSON."""
     return {
         baseline.name: {"about": baseline.about, **baseline.scores[split]}

@@ -145,8 +145,8 @@ def write_trust(
     write_text(directory / "calibration.json", json.dumps(content, indent=2) + "\n")
     if not figures:
         return trust
-    plot_reliability(before, after, table.temperature, directory / "reliability.png", title)
+    plot_reliability(before, after, table.temperature, directory / "reliability.png", f"Reliability: {title}")
     point = (score.answered, score.risk) if score and score.risk is not None else None
     promised = decision.settings.risk if decision and not decision.note else None
-    plot_risk_coverage(trust.curve, promised, point, directory / "risk_coverage.png", title)
+    plot_risk_coverage(trust.curve, promised, point, directory / "risk_coverage.png", f"Risk and coverage: {title}")
     return trust

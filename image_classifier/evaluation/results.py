@@ -47,8 +47,10 @@ def write_evaluation(
     write_text(directory / "metrics.json", content + "\n")
     if not figures:
         return
-    plot_confusion_matrix(metrics.confusion, table.classes, directory / "confusion_matrix.png", title)
-    plot_class_scores(metrics.per_class, directory / "class_scores.png", title)
+    plot_confusion_matrix(
+        metrics.confusion, table.classes, directory / "confusion_matrix.png", f"Confusion matrix: {title}"
+    )
+    plot_class_scores(metrics.per_class, directory / "class_scores.png", f"F1 per class: {title}")
     predicted, confidence = table.answers()
     rows = _samples(table)
     plot_samples(
@@ -57,7 +59,7 @@ def write_evaluation(
         [table.classes[predicted[row]] for row in rows],
         [float(confidence[row]) for row in rows],
         directory / "samples.png",
-        title,
+        f"Predictions: {title}",
     )
 
 

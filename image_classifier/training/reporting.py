@@ -130,7 +130,7 @@ def write_results(trained: TrainedRun) -> Results:
             f"{run.name}, {split}",
             trained.config.data.limits,
             leaks[split],
-            simple.beside(trained.baselines, split),
+            simple.baseline_scores(trained.baselines, split),
             figures,
         )
     return Results(metrics, leaks, scores, trusts)

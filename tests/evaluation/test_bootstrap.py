@@ -1,4 +1,4 @@
-"""Intervals: each resample is what judging its images anew would give; reproducible; honest where resampling says nothing."""
+"""Intervals: each resample equals an evaluation of its images; reproducible; no false certainty."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from sklearn.metrics import f1_score
 from image_classifier.evaluation.metrics import bootstrap
 from image_classifier.evaluation.metrics.bootstrap import percentile_interval, proportion_interval, resample, wilson
 from image_classifier.evaluation.metrics.compute import ClassificationMetrics, compute_metrics
-from image_classifier.evaluation.metrics.per_image import judge_images
+from image_classifier.evaluation.metrics.per_image import evaluate_images
 from image_classifier.evaluation.metrics.ranking import rank_classes
 from image_classifier.evaluation.metrics.sums import MetricSums
 from image_classifier.evaluation.results import metrics_lines
@@ -23,7 +23,7 @@ from tests.evaluation.test_ranking import made_table
 
 
 def part_of(table: PredictionTable) -> MetricSums:
-    images = judge_images(table)
+    images = evaluate_images(table)
     return MetricSums(table.targets, images, rank_classes(table, images))
 
 

@@ -1,4 +1,4 @@
-"""Suspects from out-of-fold answers: the ranking is what brute force gives, planted errors come first, and nothing depends on order."""
+"""Suspects: the ranking equals brute force, planted errors come first, and the order of images does not matter."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def answers(targets: np.ndarray, probabilities: np.ndarray, split: str = "") -> 
 
 
 def planted(seed: int, count: int = 400, accuracy: float = 0.97) -> tuple[OutOfFoldPredictions, set[str]]:
-    """OutOfFoldPredictions of a model that is mostly right about the true classes, and the images whose label is another."""
+    """Predictions of a model that is mostly right about the true classes, and the images with another label."""
     random = np.random.default_rng(seed)
     truth = random.integers(0, 4, count)
     leaning = np.where(random.random(count) < accuracy, truth, random.integers(0, 4, count))
@@ -82,7 +82,7 @@ def test_the_ranking_is_that_of_brute_force(found: OutOfFoldPredictions, share: 
 
 
 def by_cleanlab(found: OutOfFoldPredictions) -> np.ndarray:
-    """What cleanlab finds, of equals the first: which of them its own sort takes is another one on another processor."""
+    """The errors that cleanlab finds; of equals the first, as the order of its sort depends on the processor."""
     from cleanlab.filter import find_label_issues
 
     present, targets = np.unique(found.targets, return_inverse=True)
@@ -98,7 +98,7 @@ def by_cleanlab(found: OutOfFoldPredictions) -> np.ndarray:
 
 
 def hostile_answers(seed: int) -> OutOfFoldPredictions:
-    """Few or many classes of which labels name some or one; answers that are sure, equal, rounded, all the same or wrong."""
+    """Few or many classes, of which labels name some or one; predictions that are sure, rounded, equal or wrong."""
     random = np.random.default_rng(seed)
     count, number = random.choice([1, 7, 40, 300]), random.choice([2, 3, 5, 30])
     named = random.choice(number, random.choice([1, 2, number, number]), replace=False)
@@ -133,7 +133,7 @@ def test_confident_learning_finds_what_cleanlab_finds(seed: int) -> None:
 def test_confident_learning_names_nobody_whose_label_is_likelier_than_its_class_is_on_average(
     found: OutOfFoldPredictions,
 ) -> None:
-    """Confident joint (Northcutt et al., 2021), by brute force: without an off-diagonal count there is no error to name."""
+    """Confident joint (Northcutt et al., 2021) by brute force: without an off-diagonal count there is no error."""
     present = np.unique(found.targets)
     if len(present) < 2:
         assert not confident_errors(found).any()

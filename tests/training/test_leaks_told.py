@@ -36,7 +36,7 @@ def test_leaked_and_clean_images_are_scored_apart(command: Command) -> None:
         "2 of 8 test images have a duplicate, a near-duplicate or an image of their group in the train split"
         in answer.err
     )
-    assert "on 2 images that have a copy" in answer.out
+    assert "on 2 images that have a duplicate" in answer.out
     assert "on the 6 others: the score to trust" in answer.out
     leak = json.loads(Path("plots/run/test/metrics.json").read_text())["leak"]
     assert (leak["leaked"], leak["clean"]) == (2, 6)

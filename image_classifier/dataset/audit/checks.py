@@ -97,7 +97,7 @@ def _leak_sentence(split: str, numbers: Mapping[str, float]) -> str:
 
 @dataclass(frozen=True, eq=False)
 class _Dataset:
-    """The part of a data set that is checked: the rows of `kept`, bool [N]."""
+    """The images that are checked: the rows of `kept`, bool [N]."""
 
     tree: FileTree
     metadata: FileMetadata
@@ -159,10 +159,10 @@ class _Dataset:
 
 
 def _all_issues(dataset: _Dataset, near_duplicates: NearDuplicates) -> tuple[Issue, ...]:
-    copies = DuplicatePairs.of(dataset.tree.images, dataset.metadata, near_duplicates, dataset.readable)
+    duplicates = DuplicatePairs.of(dataset.tree.images, dataset.metadata, near_duplicates, dataset.readable)
     files = (_unreadable(dataset), _misnamed(dataset), _odd_modes(dataset), _greyscale(dataset), _shapes(dataset))
     classes = (_empty(dataset), _uneven(dataset), _few(dataset), _missing(dataset), _variants(dataset))
-    pairs = (find_duplicates(copies), find_leaks(copies), find_conflicts(copies))
+    pairs = (find_duplicates(duplicates), find_leaks(duplicates), find_conflicts(duplicates))
     return in_order(issue for group in (*files, *classes, *pairs, _strays(dataset)) for issue in group)
 
 
@@ -340,7 +340,7 @@ def _to_exclude(issue: Issue) -> Iterable[tuple[IssueItem, str]]:
 
 
 def _leaking(issue: Issue) -> list[tuple[IssueItem, str]]:
-    """Return the copies in train, and those in val of images in test: the test split stays complete."""
+    """Return the duplicates in train, and those in val of images in test: the test split stays complete."""
     last = "test" if "test" in issue.numbers else "val"
     kept = next(item for item in issue.items if item.split == last)
     return [(item, _like(item, kept)) for item in issue.items if item.split != last]

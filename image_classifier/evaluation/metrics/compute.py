@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from image_classifier.evaluation.metrics.bootstrap import percentile_interval, proportion_interval, resample
-from image_classifier.evaluation.metrics.per_image import TOP, judge_images
+from image_classifier.evaluation.metrics.per_image import TOP, evaluate_images
 from image_classifier.evaluation.metrics.ranking import rank_classes
 from image_classifier.evaluation.metrics.sums import SCALARS, Counts, MetricSums
 from image_classifier.predictions import PredictionTable
@@ -114,7 +114,7 @@ def compute_metrics(table: PredictionTable, resamples: int = 1000, threads: int 
     Raises:
         DataError: There is no row, a logit is not a finite number, or a label is not a class of the table.
     """
-    images = judge_images(table, threads)
+    images = evaluate_images(table, threads)
     split = MetricSums(table.targets, images, rank_classes(table, images, threads))
     # The sums of the split itself, then of its resamples.
     sums = split.sums(np.ones(len(table.targets)))

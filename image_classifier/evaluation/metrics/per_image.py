@@ -39,7 +39,7 @@ class PerImage:
     log_total: np.ndarray
 
 
-def judge_images(table: PredictionTable, threads: int | None = None) -> PerImage:
+def evaluate_images(table: PredictionTable, threads: int | None = None) -> PerImage:
     """Return the predictions of a table row by row.
 
     Raises:
@@ -48,13 +48,13 @@ def judge_images(table: PredictionTable, threads: int | None = None) -> PerImage
     _check(table)
     columns = np.empty((9, len(table.targets)))
     blocks = list(slices(len(table.targets), _BLOCK // len(table.classes)))
-    for rows, values in zip(blocks, parallel_map(lambda rows: _judge(table, rows), blocks, threads), strict=True):
+    for rows, values in zip(blocks, parallel_map(lambda rows: _evaluate(table, rows), blocks, threads), strict=True):
         columns[:, rows] = values
     _check_finite(table, columns[0])
     return PerImage(columns[1].astype(np.int64), *columns[2:])
 
 
-def _judge(table: PredictionTable, rows: slice) -> np.ndarray:
+def _evaluate(table: PredictionTable, rows: slice) -> np.ndarray:
     """Return whether each of M rows is finite, then the columns of PerImage, float64 [9, M]."""
     # A copy of the logits [M, C], scaled by the temperature; it is overwritten below.
     logits = table.block(rows)

@@ -60,35 +60,35 @@ def line_chart(lines: Mapping[str, Points], across: Scale, up: Scale, about: str
 
     `about` describes the chart for screen readers, `guide` is a thin grey line.
     """
-    parts = [f'<svg class="chart" viewBox="0 0 {_WIDTH} {_HEIGHT}" role="img" aria-label="{escape(about)}">']
-    parts += [_grid(across, up)]
+    elements = [f'<svg class="chart" viewBox="0 0 {_WIDTH} {_HEIGHT}" role="img" aria-label="{escape(about)}">']
+    elements += [_grid(across, up)]
     if guide:
-        parts.append(f'<polyline class="guide" points="{_path(guide, across, up)}"/>')
+        elements.append(f'<polyline class="guide" points="{_path(guide, across, up)}"/>')
     for number, (name, points) in enumerate(lines.items()):
         number = _STYLES.get(name, number)
         kept = _thinned(points)
-        parts.append(f'<polyline class="line line{number}" points="{_path(kept, across, up)}"/>')
+        elements.append(f'<polyline class="line line{number}" points="{_path(kept, across, up)}"/>')
         if len(kept) <= 30:
-            parts += [
+            elements += [
                 f'<circle class="dot line{number}" cx="{x}" cy="{y}" r="2.6"/>' for x, y in _positions(kept, across, up)
             ]
-    return "".join([*parts, "</svg>", _legend(list(lines))])
+    return "".join([*elements, "</svg>", _legend(list(lines))])
 
 
 def _grid(across: Scale, up: Scale) -> str:
     right, bottom = _WIDTH - _RIGHT, _HEIGHT - _BOTTOM
-    parts = []
+    elements = []
     for value in up.ticks():
         y = round(up.position(value, bottom, _TOP), 1)
-        parts.append(f'<line class="grid" x1="{_LEFT}" x2="{right}" y1="{y}" y2="{y}"/>')
-        parts.append(f'<text x="{_LEFT - 7}" y="{y + 4}" text-anchor="end">{escape(up.label(value))}</text>')
+        elements.append(f'<line class="grid" x1="{_LEFT}" x2="{right}" y1="{y}" y2="{y}"/>')
+        elements.append(f'<text x="{_LEFT - 7}" y="{y + 4}" text-anchor="end">{escape(up.label(value))}</text>')
     for value in across.ticks():
         x = round(across.position(value, _LEFT, right), 1)
-        parts.append(f'<text x="{x}" y="{bottom + 17}" text-anchor="middle">{escape(across.label(value))}</text>')
-    parts.append(f'<line class="base" x1="{_LEFT}" x2="{right}" y1="{bottom}" y2="{bottom}"/>')
+        elements.append(f'<text x="{x}" y="{bottom + 17}" text-anchor="middle">{escape(across.label(value))}</text>')
+    elements.append(f'<line class="base" x1="{_LEFT}" x2="{right}" y1="{bottom}" y2="{bottom}"/>')
     position = f'x="{(_LEFT + right) / 2}" y="{_HEIGHT - 5}"'
-    parts.append(f'<text class="name" {position} text-anchor="middle">{escape(across.name)}</text>')
-    return "".join(parts)
+    elements.append(f'<text class="name" {position} text-anchor="middle">{escape(across.name)}</text>')
+    return "".join(elements)
 
 
 def _thinned(points: Points) -> Points:

@@ -214,7 +214,7 @@ def _is_about(metrics: dict[str, Any], table: PredictionTable) -> bool:
     size = len(support)
     if [len(row) for row in metrics["confusion"]] != [size] * size:
         return False
-    return bool([sum(row) for row in metrics["confusion"]] == support.tolist())
+    return bool(np.array_equal([sum(row) for row in metrics["confusion"]], support))
 
 
 def read_curves(path: Path, hint: str) -> dict[str, list[tuple[float, float]]]:

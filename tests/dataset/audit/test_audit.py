@@ -1,4 +1,4 @@
-"""Findings are facts: what is said of a data set is so, of files that are there, and of the real ones what is known to be wrong with them."""
+"""Every issue of an audit is true and about existing files; known problems of real data sets are found."""
 
 from __future__ import annotations
 
@@ -97,9 +97,8 @@ def test_findings_are_facts(data: tuple[list[tuple[str, str, int, str]], list[tu
         assert all(
             (item.label, item.split) == (images[item.path].label, images[item.path].split) for item in finding.items
         )
-    ranks = [
-        (SEVERITIES.index(finding.severity), list(ISSUE_TYPES).index(finding.issue_type)) for finding in audit.issues
-    ]
+    order = list(ISSUE_TYPES)
+    ranks = [(SEVERITIES.index(issue.severity), order.index(issue.issue_type)) for issue in audit.issues]
     assert ranks == sorted(ranks)
     assert json.loads(json.dumps(audit.as_dict())) == audit.as_dict()
     named = kinds_of(audit)
@@ -204,7 +203,7 @@ def test_the_checks_of_classes_and_names(tmp_path: Path) -> None:
     audit = audited(tmp_path / "tree", tmp_path / "store")
     details = {kind: [finding.detail for finding in group] for kind, group in audit.by_type.items()}
     assert details["imbalance"] == ["'dog' has 130 training images, 'cat ' has 3: 43.3 to 1"]
-    assert details["few_images"] == ["'cat ' has 3 training images that can be read"]
+    assert details["few_images"] == ["'cat ' has 3 readable training images"]
     assert details["class_name_variants"] == ["'Cat' (12 images), 'cat ' (3 images)"]
     assert details["missing_in_train"] == ["'owl' is in test and not in train"]
     assert details["missing_in_test"] == ["'Cat' is in train and not in test", "'cat ' is in train and not in test"]

@@ -125,7 +125,7 @@ def test_without_a_page_no_picture_is_opened(messy: Audit, tmp_path: Path, monke
 
 def test_a_picture_that_went_away_becomes_a_placeholder(messy: Audit) -> None:
     (messy.root / "train/cat/00.png").unlink()
-    assert "no picture: " in render(messy)
+    assert "no image: " in render(messy)
 
 
 @pytest.mark.parametrize("per_kind", [40, pytest.param(2000, marks=pytest.mark.slow)])
@@ -148,7 +148,7 @@ def test_the_page_is_bounded_whatever_the_data_set(
         tuple(findings),
         DATA | {"root": str(tmp_path), "classes": classes},
         AuditSettings(max_listed=2 * per_kind),
-        left_out=dict.fromkeys(paths, "x"),
+        excluded=dict.fromkeys(paths, "x"),
     )
     html = render(audit)
     assert len(html.encode()) < 10_000_000
@@ -158,7 +158,7 @@ def test_the_page_is_bounded_whatever_the_data_set(
 
 def test_an_audit_of_nothing_has_a_page(tmp_path: Path) -> None:
     html = render(Audit((), DATA | {"root": str(tmp_path), "classes": {}, "images": 0}, AuditSettings()))
-    assert "Nothing found." in html
+    assert "No issues." in html
 
 
 def _luminance(colour: str) -> float:
@@ -184,12 +184,13 @@ def test_every_text_has_contrast(theme: int) -> None:
 
 
 class Browser:
-    """A headless Chromium, spoken to over a pipe; `complaints` is all that the page made it say, `requests` all it asked for."""
+    """A headless Chromium, controlled over a pipe; it records the page's `complaints` and `requests`."""
 
     def __init__(self, binary: str, profile: Path) -> None:
         ours_out, theirs_in = self._pipe()
         theirs_out, ours_in = self._pipe()
-        line = f'exec "$0" --headless --no-sandbox --disable-gpu --user-data-dir="$1" --remote-debugging-pipe 3<&{ours_out} 4>&{ours_in}'
+        options = '--headless --no-sandbox --disable-gpu --user-data-dir="$1" --remote-debugging-pipe'
+        line = f'exec "$0" {options} 3<&{ours_out} 4>&{ours_in}'
         self.process = subprocess.Popen(
             ["bash", "-c", line, binary, str(profile)],
             pass_fds=(ours_out, ours_in),

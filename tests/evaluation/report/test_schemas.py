@@ -1,4 +1,4 @@
-"""Files of another shape around the predictions: a page or one line that names the file, never a traceback, and never the end of a training."""
+"""Odd files next to the predictions give a page or one line that names the file, and never stop a training."""
 
 from __future__ import annotations
 
