@@ -1,4 +1,4 @@
-"""Turns what Hydra composed into the typed configuration of a training."""
+"""The typed configuration of a training, from the one that Hydra composed."""
 
 from __future__ import annotations
 

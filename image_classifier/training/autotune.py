@@ -26,7 +26,7 @@ from pytorch_lightning.utilities.exceptions import MisconfigurationException, SI
 
 from image_classifier.atomic_io import write_text
 from image_classifier.errors import ConfigError, TrainingError
-from image_classifier.evaluation.plots.run_plots import plot_learning_rate_finder
+from image_classifier.evaluation.plots.learning_curves import plot_learning_rate_finder
 from image_classifier.modeling.classifier import TTA
 from image_classifier.training.builders import TrainingInputs, build_datamodule, build_module, build_trainer
 from image_classifier.training.callbacks.exact_resume import random_state, set_random_state

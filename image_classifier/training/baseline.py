@@ -27,7 +27,7 @@ from image_classifier.errors import DataError
 from image_classifier.evaluation.baselines import (
     LOGISTIC,
     Baseline,
-    judged,
+    evaluated,
     known_baseline,
     most_frequent_of,
     write_baselines,
@@ -157,7 +157,7 @@ def logistic(inputs: NetworkInputs, classifier: Classifier) -> Baseline:
     num_features = len(models[strength].mean)
     origin = f"{inputs.model.name} ({_origin(inputs.model, inputs.seed)})"
     features = f"{num_features} features of {origin} at {inputs.data.image_size} px"
-    return judged(LOGISTIC, f"logistic regression (C={strength:g}) on {features}", tables)
+    return evaluated(LOGISTIC, f"logistic regression (C={strength:g}) on {features}", tables)
 
 
 def embeddings_of(inputs: NetworkInputs, classifier: Classifier) -> EmbeddingStore:

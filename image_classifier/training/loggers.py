@@ -72,7 +72,7 @@ class RunLoggers:
         """Give the run a unique key; with `resumed`, each logger that can do so resumes the run with that key."""
         for logger in self.loggers:
             if isinstance(logger, MLflowLogger):
-                logger.tracker.go_on_as(key, resumed)
+                logger.tracker.continue_as(key, resumed)
             elif isinstance(logger, WandbLogger) and not wandb_has_id(logger):
                 resume_wandb_run(logger, key)
 

@@ -12,10 +12,14 @@ from image_classifier.evaluation import baselines as simple
 from image_classifier.evaluation.baselines import Baseline
 from image_classifier.evaluation.leaks import LeakScore, leak_score
 from image_classifier.evaluation.metrics.compute import ClassificationMetrics, compute_metrics
-from image_classifier.evaluation.plots.run_plots import plot_curves_in_parts, plot_learning_curves, plot_loss_in_parts
+from image_classifier.evaluation.plots.learning_curves import (
+    plot_curves_in_parts,
+    plot_learning_curves,
+    plot_loss_in_parts,
+)
 from image_classifier.evaluation.reliability.abstention import Decision
 from image_classifier.evaluation.reliability.ood import Detector
-from image_classifier.evaluation.reliability.results import Trust, write_trust
+from image_classifier.evaluation.reliability_results import Trust, write_trust
 from image_classifier.evaluation.results import answer_columns, class_columns, metrics_lines, scalars, write_evaluation
 from image_classifier.manifest import SPLITS, Manifest
 from image_classifier.modeling.classifier import Classifier
@@ -126,7 +130,7 @@ def write_results(trained: TrainedRun) -> Results:
             f"{run.name}, {split}",
             trained.config.data.limits,
             leaks[split],
-            simple.beside(trained.baselines, split),
+            simple.baseline_scores(trained.baselines, split),
             figures,
         )
     return Results(metrics, leaks, scores, trusts)

@@ -19,7 +19,7 @@ from image_classifier.errors import ConfigError
 from image_classifier.training.run_dir import RunSettings
 from image_classifier.training.tune import run_study
 from image_classifier.training.tuning.results import StudyPaths
-from image_classifier.training.tuning.space import SearchDimension, as_facts, parse_space
+from image_classifier.training.tuning.space import SearchDimension, as_plain, parse_space
 from image_classifier.training.tuning.study import TuneSettings
 from image_classifier.training.tuning.subprocess_run import spared_words, tracking_words
 from image_classifier.training.tuning.worker import TrialPlan
@@ -73,7 +73,7 @@ def _trials_line(space: tuple[SearchDimension, ...]) -> CommandLine:
     searched = {entry.key for entry in space}
     for text in overrides:
         if (key := text.lstrip("+~").partition("=")[0]) in searched:
-            raise ConfigError(f"{key} is given and searched", f"leave {key}= out, or the entry: search.{key}=null")
+            raise ConfigError(f"{key} is both given and searched", f"leave {key}= out, or search.{key}=null")
     flags = tuple((flag, value) for flag, value in line.flags if flag in ("--config-dir", "--config-path"))
     return CommandLine(flags, overrides)
 
@@ -97,7 +97,7 @@ def _facts(settings: TuneSettings, line: CommandLine, space: tuple[SearchDimensi
     """Return what must be equal for trials to be compared; folders and addresses may differ between machines."""
     free = ("logger", "trainer.accelerator", "data.cache", *(f"{key}=" for key in TEXT_KEYS["train"]))
     return {
-        "search": as_facts(space),
+        "search": as_plain(space),
         "metric": settings.metric,
         "mode": "max" if settings.maximise else "min",
         "command": sorted(text for text in line.overrides if not text.startswith(free)),
