@@ -210,7 +210,7 @@ def suggest(rates: np.ndarray, losses: np.ndarray) -> float | None:
     """Return the rate where smoothed losses [S] fall fastest along log(rate), before their minimum; None where they never fall.
 
     >>> suggest(np.array([0.001, 0.01, 0.1, 1.0]), np.array([2.0, 1.9, 1.0, 3.0]))
-    0.1
+    0.01
     """
     lowest = int(losses.argmin())
     if lowest < 2:

@@ -49,8 +49,8 @@ def class_weights(targets: np.ndarray, num_classes: int) -> np.ndarray:
 
     A class without images has the weight 0.
 
-    >>> class_weights(np.array([0, 0, 0, 1]), num_classes=2).round(3).tolist()
-    [0.667, 2.0]
+    >>> class_weights(np.array([0, 0, 0, 1]), num_classes=2).round(3)
+    array([0.667, 2.   ], dtype=float32)
     """
     counts = np.bincount(targets, minlength=num_classes)
     weights = len(targets) / (np.count_nonzero(counts) * np.maximum(counts, 1))
