@@ -20,10 +20,13 @@ from image_classifier.sources.web import UrlLimits
 
 @dataclass(frozen=True)
 class FetchSettings:
-    """The keys of `fetch`: whether the server fetches images by URL (from public addresses only), and limits.
+    """The keys of `fetch`.
 
-    Raises:
-        ConfigError: A limit out of range.
+    Args:
+        enabled: Whether the server fetches images by their URL, from public addresses only.
+        timeout_s: Seconds without data.
+        total_s: Seconds for one image.
+        max_redirects: Redirects of one URL.
     """
 
     enabled: bool = False
