@@ -23,8 +23,8 @@ import numpy as np
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from image_classifier.evaluation.blocks import slices  # noqa: E402
 from image_classifier.evaluation.metrics.compute import compute_metrics  # noqa: E402
+from image_classifier.parallel import slices  # noqa: E402
 from image_classifier.predictions import PredictionTable  # noqa: E402
 
 

@@ -1,6 +1,7 @@
-"""The documentation site: the README and docs/*.md as they lie there, built by `make docs` into site/ (decision 020).
+"""The documentation site: the README and docs/*.md, built by `make docs` into site/ (decision 020).
 
-The pages are written for GitHub and know nothing of Sphinx. What the site needs besides is said here: its order, and a home page called index.html.
+The pages are written for GitHub and know nothing of Sphinx. What the site adds is defined here: the order of the pages,
+a home page called index.html, the reference of the Python API, and the list of the package's files.
 """
 
 from __future__ import annotations
@@ -13,7 +14,9 @@ from sphinx.application import Sphinx
 from sphinx.builders.html import StandaloneHTMLBuilder
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
+sys.path[:0] = [str(ROOT), str(ROOT / "docs")]
+
+from files import file_list  # noqa: E402
 
 from image_classifier import __version__  # noqa: E402
 
@@ -24,15 +27,19 @@ version = release = __version__
 
 # Sphinx starts at the repository's root, as the README is the home page; it looks at nothing else there.
 root_doc = "README"
-include_patterns = ["README.md", "CHANGELOG.md", "docs/**"]
-exclude_patterns = [path.name for path in ROOT.iterdir() if path.name not in ("README.md", "CHANGELOG.md", "docs")]
+include_patterns = ["README.md", "CHANGELOG.md", "CONTRIBUTING.md", "docs/**"]
+_PAGES = ("README.md", "CHANGELOG.md", "CONTRIBUTING.md", "docs")
+exclude_patterns = [path.name for path in ROOT.iterdir() if path.name not in _PAGES]
 
-extensions = ["myst_parser"]
+extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
+autodoc_member_order = "bysource"
+autodoc_typehints = "none"  # the signature has them
 myst_heading_anchors = 4  # GitHub's anchors, so that a link works there and here
 myst_enable_extensions: list[str] = []
 highlight_language = "none"
 smartquotes = False  # `--key` is two hyphens
 nitpicky = True
+nitpick_ignore_regex = [("py:.*", r".*")]  # types of other projects, and of ours that are not on the page
 
 html_theme = "furo"
 html_title = "image_classifier"
@@ -69,6 +76,7 @@ Home <self>
 :hidden:
 :caption: Use
 docs/command_line
+docs/python
 docs/training
 docs/evaluation
 docs/delivery
@@ -78,6 +86,7 @@ docs/deployment
 ```{toctree}
 :hidden:
 :caption: Know
+CONTRIBUTING
 docs/architecture
 docs/decisions/README
 docs/LOG
@@ -91,6 +100,27 @@ DECISIONS = """
 :maxdepth: 1
 [0-9]*
 ```
+"""
+REFERENCE = """
+
+## Reference
+
+```{eval-rst}
+.. automodule:: image_classifier.api
+   :members: train, load, audit, Model
+
+.. automodule:: image_classifier.notebook
+   :members: ImagePrediction, ImagePredictions, ImageExplanation, AuditResult
+   :inherited-members: tuple, list, object
+
+.. automodule:: image_classifier.errors
+   :members:
+```
+"""
+FILES = f"""
+
+## The files
+{file_list()}
 """
 
 
@@ -117,7 +147,13 @@ def _page(name: str) -> str:
 
 
 def _order(_: Sphinx, name: str, source: list[str]) -> None:
-    source[0] += {root_doc: ORDER, "docs/decisions/README": DECISIONS}.get(name, "")
+    added = {
+        root_doc: ORDER,
+        "docs/decisions/README": DECISIONS,
+        "docs/python": REFERENCE,
+        "docs/architecture": FILES,
+    }
+    source[0] += added.get(name, "")
 
 
 def setup(app: Sphinx) -> dict[str, bool]:

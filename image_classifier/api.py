@@ -87,7 +87,7 @@ def audit(data: str | os.PathLike[str] | None = None, /, *, verbose: bool = True
     with _logging_to_stderr(verbose):
         scan = audit_dataset(*audit_settings(data, settings))
     return AuditResult(
-        scan.audit.findings, tuple(scan.audit.table()), scan.directory / "audit.html", scan.exclusions.path
+        scan.audit.issues, tuple(scan.audit.table()), scan.directory / "audit.html", scan.exclusions.path
     )
 
 
@@ -144,7 +144,7 @@ class Model:
 
         Args:
             images: One image (file, address, bytes, PIL image, pixels uint8 [H, W, 3]); or several: a list of these,
-                a folder, a pattern such as "photos/*.jpg", an archive, or pixels uint8 [N, H, W, 3].
+                a folder, a pattern such as ``photos/*.jpg``, an archive, or pixels uint8 [N, H, W, 3].
 
         Returns:
             One prediction for one image, else a list. An unreadable image in a list has an `error` in place of a label.

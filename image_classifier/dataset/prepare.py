@@ -41,6 +41,8 @@ from image_classifier.dataset.split import (
 from image_classifier.errors import ConfigError, DataError, UnreadableImage
 from image_classifier.images import DecodeLimits, Preprocess
 from image_classifier.manifest import SPLITS, Manifest, Texts
+from image_classifier.sources.archive import UnpackLimits
+from image_classifier.sources.download import DownloadSettings
 from image_classifier.text import counted, listed
 
 log = logging.getLogger(__name__)
@@ -76,6 +78,8 @@ class DataSettings:
     exclude_path: str | None = None
     fix_path: str | None = None
     manifest_path: str | None = None
+    unpack: UnpackLimits = field(default_factory=UnpackLimits)
+    download: DownloadSettings = field(default_factory=DownloadSettings)
     limits: DecodeLimits = field(default_factory=DecodeLimits)
     duplicates: DuplicateSettings = field(default_factory=DuplicateSettings)
     split: SplitSettings = field(default_factory=SplitSettings)

@@ -5,11 +5,13 @@ from __future__ import annotations
 import logging
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from image_classifier.dataset.audit.html_report import write_audit
 from image_classifier.dataset.audit.issues import AuditSettings
 from image_classifier.dataset.prepare import DatasetScan, DataSettings, prepare, scan_dataset
+from image_classifier.dataset.sources import Folder, TorchvisionDataset
 from image_classifier.errors import DataError
 from image_classifier.instantiate import instantiate
 from image_classifier.manifest import Manifest
@@ -58,5 +60,8 @@ def audit_dataset(data: DataSettings, audit: AuditSettings, trusted: Sequence[st
 
 def fetch_images(data: DataSettings, trusted: Sequence[str] = ()) -> list[Path]:
     """Return the folders and tables of `data.source`, which is downloaded and unpacked first where it has to be."""
-    paths = instantiate(data.source, key="data.source", trusted=trusted)()
+    source = instantiate(data.source, key="data.source", trusted=trusted)
+    if isinstance(source, Folder | TorchvisionDataset):
+        source = replace(source, unpack=data.unpack, download=data.download)
+    paths = source()
     return [Path(path) for path in paths] if isinstance(paths, list | tuple) else [Path(paths)]

@@ -1,4 +1,4 @@
-"""Where a data set comes from: each source, called, returns the paths of folder-per-class trees or tables and does its work only once."""
+"""Sources of data sets: each one, called, returns folder-per-class trees or tables, and does its work only once."""
 
 from __future__ import annotations
 
@@ -22,19 +22,24 @@ from image_classifier.atomic_io import link_or_copy
 from image_classifier.dataset.discovery import list_folder
 from image_classifier.errors import ConfigError, SourceError
 from image_classifier.progress import with_bar
-from image_classifier.sources.download import Download, is_of_the_disk, shown
+from image_classifier.sources.addresses import shown
+from image_classifier.sources.archive import SUFFIXES, UnpackLimits, is_archive_name, stem
+from image_classifier.sources.download import Download, DownloadSettings, is_of_the_disk
 from image_classifier.sources.dvc import pull_missing
+from image_classifier.sources.folders import expanded
 from image_classifier.sources.hub import fetch_from_hub, folder_name, is_hub_name
 from image_classifier.sources.table import is_table
-from image_classifier.sources.unpack import SUFFIXES, is_archive, new_tree, stem, unpack_once
+from image_classifier.sources.unpack import new_tree, unpack_once
 
 log = logging.getLogger(__name__)
 
 Names = str | Sequence[str] | None  # one, several or none
+_UNPACK = UnpackLimits()
+_DOWNLOAD = DownloadSettings()
 
 
 class IndexedImages(Protocol):
-    """What torchvision's data sets look like: (picture, class index) by number, and the classes' names."""
+    """The interface of torchvision's data sets: (picture, class index) by number, and the names of the classes."""
 
     classes: Sequence[str]
 
@@ -45,24 +50,36 @@ class IndexedImages(Protocol):
 
 @dataclass(frozen=True)
 class Digits:
-    """scikit-learn's 1 797 handwritten digits, 8 x 8 grey PNG, under `dir/{train,test}/{0..9}/`; every fifth of a class is test."""
+    """scikit-learn's 1 797 handwritten digits as 8 x 8 grey PNG under `dir/{train,test}/{0..9}/`.
+
+    Every fifth image of a class is test.
+    """
 
     dir: str
 
     def __call__(self) -> Path:
-        with _written_once(Path(self.dir)) as part:
-            if part:
-                _write_digits(part)
+        with _written_once(Path(self.dir)) as folder:
+            if folder:
+                _write_digits(folder)
         return Path(self.dir)
 
 
 @dataclass(frozen=True)
 class Folder:
-    """Images of one's own: `dir` or `archive` names a folder, a table (.csv, .tsv, .parquet), an archive, its URL, a hub's name, or several.
+    """The user's images: a folder, a table (.csv, .tsv, .parquet), an archive, its URL, a name of a hub, or several.
 
-    Archives are unpacked once under `unpack_dir` and compared with `sha256` (one each) before; URLs go to `downloads_dir`. A relative
-    archive that is not there is looked for in the folders of `search`; `hint` says where to get it. `inner` is the name of the folder
-    below that holds the classes, where there is more beside it. `dvc` is `data.dvc`: see `dvc.pull_missing`.
+    Args:
+        dir: Names any of these.
+        archive: The same; the key for those that have to be unpacked.
+        sha256: Of each archive, compared before it is unpacked.
+        dvc: `data.dvc`, see `dvc.pull_missing`.
+        inner: Name of the folder that holds the classes, if it has neighbours.
+        unpack_dir: Where archives are unpacked, once.
+        downloads_dir: Where URLs are downloaded to.
+        search: Folders in which a relative archive is looked for if it is not in the working directory.
+        hint: Where to get the data set.
+        unpack: Limits of an archive; set from `data.unpack`.
+        download: Rules of a download; set from `data.download`.
     """
 
     dir: Names = None
@@ -74,13 +91,15 @@ class Folder:
     downloads_dir: str = "data/downloads"
     search: Sequence[str] = ()
     hint: str = ""
+    unpack: UnpackLimits = _UNPACK
+    download: DownloadSettings = _DOWNLOAD
 
     def __call__(self) -> Path | list[Path]:
-        """The folder that holds the class (or split) folders, or the table; a list of them where several were named.
+        """Return the folder of class (or split) folders, or the table; a list of them if several were named.
 
         Raises:
             ConfigError: Neither a folder nor an archive was named, or not one sha256 for each.
-            SourceError: It is not there and cannot be fetched, or the archive is damaged or unsafe.
+            SourceError: It does not exist and cannot be fetched, or the archive is damaged, unsafe or too large.
             StorageError: No space or no permission to unpack.
         """
         given = _listed(self.dir) or _listed(self.archive)
@@ -100,11 +119,11 @@ class Folder:
         if "://" in name:
             return self._inside(self._from_web(name, sha256))
         path = self._located(name)
-        if is_archive(path.name) and path.is_file():
-            return self._inside(unpack_once(path, Path(self.unpack_dir), sha256))
+        if is_archive_name(path.name) and path.is_file():
+            return self._inside(unpack_once(path, Path(self.unpack_dir), sha256, self.unpack))
         if sha256:
             raise ConfigError(
-                f"data.sha256 is of an archive, and {str(path)!r} is none",
+                f"data.sha256 is for archives, but {str(path)!r} is not one",
                 f"the suffixes of archives are {', '.join(SUFFIXES)}",
             )
         if path.is_dir():
@@ -116,19 +135,21 @@ class Folder:
 
     def _from_web(self, url: str, sha256: str) -> Path:
         name = PurePosixPath(unquote(urlsplit(url).path)).name
-        if not is_archive(name):
-            raise SourceError(
-                f"{shown(url)!r} is no archive by its name", f"fetch it by hand and pass data.archive=FILE{SUFFIXES[1]}"
-            )
-        name = f"{stem(name)}-{hashlib.sha256(url.encode()).hexdigest()[:8]}{name[len(stem(name)) :]}"  # two hosts may both have a data.zip
-        path = Download(url, Path(self.downloads_dir) / name, f"sha256:{sha256}" if sha256 else "")()
+        if not is_archive_name(name):
+            hint = "download it by hand and pass data.archive=FILE.tar.gz"
+            raise SourceError(f"the name of {shown(url)!r} is not that of an archive", hint)
+        # The URL is part of the name: two hosts may both have a data.zip.
+        name = f"{stem(name)}-{hashlib.sha256(url.encode()).hexdigest()[:8]}{name[len(stem(name)) :]}"
+        checksum = f"sha256:{sha256}" if sha256 else ""
+        allow_private = self.download.allow_private
+        path = Download(url, Path(self.downloads_dir) / name, checksum, allow_private=allow_private)()
         try:
-            return unpack_once(path, Path(self.unpack_dir), sha256)
+            return unpack_once(path, Path(self.unpack_dir), sha256, self.unpack)
         except SourceError as error:
             raise SourceError(error.fact, f"{error.hint}; delete {str(path)!r} to have it fetched again") from error
 
     def _located(self, given: str) -> Path:
-        path = Path(given).expanduser()
+        path = Path(expanded(given))
         candidates = (
             [path] if self.dir or path.is_absolute() else [path, *(Path(folder) / path for folder in self.search)]
         )
@@ -153,7 +174,7 @@ class Folder:
 
 @dataclass(frozen=True)
 class Hub:
-    """A data set of a hub, `kind` hf or kaggle, by its name with or without `kind:` before it; see `hub.fetch_from_hub`."""
+    """A data set of a hub by its name; `kind` is hf or kaggle. See `hub.fetch_from_hub`."""
 
     name: str | None
     kind: str
@@ -163,11 +184,11 @@ class Hub:
     label_column: str | None = None
 
     def __call__(self) -> Path:
-        """The folder of images by class.
+        """Return the folder of images by class.
 
         Raises:
-            ConfigError: The name or a column cannot be.
-            SourceError: The client is not installed, there is no network, or the data set cannot be had.
+            ConfigError: The name or a column is invalid.
+            SourceError: The client is not installed, there is no network, or the data set is not available.
             StorageError: No space or no permission.
         """
         if not self.name:
@@ -180,11 +201,17 @@ class Hub:
 
 @dataclass(frozen=True)
 class TorchvisionDataset:
-    """A data set of torchvision (or anything like one), written once under `dir/{train,val,test}/<class>/`: its files as they are, else PNG.
+    """A data set of torchvision (or one like it), written once under `dir/{train,val,test}/<class>/`.
 
-    `train`, `val` and `test` give the data set when called with `root` and `download`. `files` (url, md5 and `path`, where torchvision
-    looks for it below its root) are fetched to `downloads_dir` first, so that a download can be taken up again; `archive` replaces all by
-    a folder-per-class archive.
+    Its files are kept as they are; images that are not files become PNG.
+
+    Args:
+        dir: Where the images go.
+        train, val, test: Return the data set when called with `root` and `download`.
+        files: Files to download before torchvision looks for them, so that a download can be resumed: url, md5, and
+            path below torchvision's root.
+        archive: A folder-per-class archive that replaces all of it.
+        sha256, dvc, unpack_dir, downloads_dir, search, unpack, download: See `Folder`.
     """
 
     dir: str
@@ -198,9 +225,11 @@ class TorchvisionDataset:
     unpack_dir: str = "data"
     downloads_dir: str = "data/downloads"
     search: Sequence[str] = ()
+    unpack: UnpackLimits = _UNPACK
+    download: DownloadSettings = _DOWNLOAD
 
     def __call__(self) -> Path | list[Path]:
-        """The folder of images, or the unpacked archive.
+        """Return the folder of images, or the unpacked archive.
 
         Raises:
             SourceError: The download failed.
@@ -208,35 +237,41 @@ class TorchvisionDataset:
         """
         if self.archive:
             return Folder(
-                None, self.archive, self.sha256, self.dvc, None, self.unpack_dir, self.downloads_dir, self.search
+                archive=self.archive,
+                sha256=self.sha256,
+                dvc=self.dvc,
+                unpack_dir=self.unpack_dir,
+                downloads_dir=self.downloads_dir,
+                search=self.search,
+                unpack=self.unpack,
+                download=self.download,
             )()
-        with _written_once(Path(self.dir)) as part:
-            if part:
-                with tempfile.TemporaryDirectory(
-                    dir=part, prefix="."
-                ) as scratch:  # torchvision may be killed while it unpacks
-                    self._write(part, Path(scratch))
+        with _written_once(Path(self.dir)) as folder:
+            if folder:
+                # Inside the new folder: torchvision may be killed while it unpacks.
+                with tempfile.TemporaryDirectory(dir=folder, prefix=".") as scratch:
+                    self._write(folder, Path(scratch))
         return Path(self.dir)
 
-    def _write(self, part: Path, scratch: Path) -> None:
+    def _write(self, folder: Path, scratch: Path) -> None:
         for position, file in enumerate(self.files):
-            place = Path(self.downloads_dir) / file["path"]
+            path = Path(self.downloads_dir) / file["path"]
             try:
-                Download(file["url"], place, f"md5:{file['md5']}")()
+                Download(file["url"], path, f"md5:{file['md5']}", allow_private=self.download.allow_private)()
             except SourceError as error:
                 later = [
                     f"{more['url']} to {str(Path(self.downloads_dir) / more['path'])!r}"
                     for more in self.files[position + 1 :]
                 ]
                 raise SourceError(error.fact, "; also ".join([error.hint, *later])) from error
-            link_or_copy(place, scratch / file["path"])
+            link_or_copy(path, scratch / file["path"])
         for name, factory in (("train", self.train), ("val", self.val), ("test", self.test)):
             if factory:
-                _write_images(_built(factory, scratch), part / name)
+                _write_images(_built(factory, scratch), folder / name)
 
 
 def deferred(factory: str, **arguments: Any) -> Callable[..., Any]:
-    """A call of a data set in `torchvision.datasets` for later: naming it in a config then costs no import of torch."""
+    """Return a function that builds a data set of `torchvision.datasets`: naming it in a config imports no torch."""
     if not factory.startswith("torchvision.datasets."):
         raise ConfigError(f"{factory!r} is not in torchvision.datasets", "write factory: torchvision.datasets.NAME")
 
@@ -248,9 +283,9 @@ def deferred(factory: str, **arguments: Any) -> Callable[..., Any]:
 
 
 def unwrapped(root: Path) -> Path:
-    """The folder below single wrapping folders: an archive's `flowers/rose/1.jpg` gives `root/flowers`.
+    """Return the folder below single wrapping folders: `root/flowers` for an archive's `flowers/rose/1.jpg`.
 
-    A folder whose only sub-folder holds images stays: that one is a class.
+    A folder whose only sub-folder holds images is kept: that one is a class.
     """
     while True:
         outer = list_folder(root)
@@ -262,7 +297,7 @@ def unwrapped(root: Path) -> Path:
         root = root / outer.folders[0]
 
 
-def _write_digits(part: Path) -> None:
+def _write_digits(root: Path) -> None:
     from sklearn.datasets import load_digits
 
     digits = load_digits()
@@ -270,7 +305,7 @@ def _write_digits(part: Path) -> None:
     for number, (image, label) in enumerate(zip(digits.images, digits.target.tolist(), strict=True)):
         split = "test" if seen[label] % 5 == 4 else "train"
         seen[label] += 1
-        folder = part / split / str(label)
+        folder = root / split / str(label)
         folder.mkdir(parents=True, exist_ok=True)
         grey = np.rint(image * (255 / 16)).astype(np.uint8)
         Image.fromarray(grey).save(folder / f"{number:04d}.png")
@@ -294,24 +329,21 @@ def _write_images(images: IndexedImages, folder: Path) -> None:
 
 
 def _files_of(images: IndexedImages) -> list[tuple[str | Path, int]]:
-    """Path and class index of each image, if the data set lies on the disk as files: then nothing need be decoded and written anew."""
-    samples = getattr(images, "samples", None)  # ImageFolder and what derives from it
+    """Return path and class index of each image if the data set is files on the disk, which then are not decoded."""
+    samples = getattr(images, "samples", None)  # ImageFolder and its subclasses
     if samples is None:
         paths = getattr(images, "_image_files", None) or getattr(images, "_images", None) or []
         samples = list(zip(paths, getattr(images, "_labels", []), strict=False))
-    whole = len(samples) == len(images) and all(
+    complete = len(samples) == len(images) and all(
         isinstance(path, (str, Path)) and isinstance(label, int) for path, label in samples
     )
-    return list(samples) if whole else []
+    return list(samples) if complete else []
 
 
 def _built(factory: Callable[..., IndexedImages], scratch: Path) -> IndexedImages:
     try:
         return factory(root=str(scratch), download=True)
-    except (
-        OSError,
-        RuntimeError,
-    ) as error:  # urllib's URLError is an OSError; torchvision raises RuntimeError for a damaged file
+    except (OSError, RuntimeError) as error:  # URLError is an OSError; torchvision raises RuntimeError for damage
         if is_of_the_disk(error):
             raise
         hint = "no network? pass data.archive=PATH, a .tar.gz or .zip with one folder a class"
@@ -324,17 +356,17 @@ def _listed(names: Names) -> list[str]:
 
 @contextmanager
 def _written_once(path: Path) -> Iterator[Path | None]:
-    """A new folder that becomes `path` when the block ends well; None where `path` is already there."""
+    """Yield a new folder that becomes `path` if the block succeeds; None if `path` exists already."""
     if path.is_dir() and any(path.iterdir()):
         yield None
         return
     log.info("writing the images once to %s", path)
-    with new_tree(path) as part:
-        yield part
+    with new_tree(path) as folder:
+        yield folder
 
 
 def _nearest(path: Path) -> str:
-    """A hint for a path that is not there: the most alike name beside the first part of `path` that is not there."""
+    """Return a hint for a path that does not exist: the name most like the first part of it that does not exist."""
     while not path.parent.exists():
         path = path.parent
     try:

@@ -1,4 +1,4 @@
-"""Images and models that DVC keeps elsewhere, pulled where they are missing; every file is compared with the hash DVC knows of it."""
+"""Images and models that DVC tracks, pulled if they are missing; every file is compared with DVC's hash."""
 
 from __future__ import annotations
 
@@ -14,12 +14,13 @@ from typing import Any
 
 from image_classifier.atomic_io import file_lock, write_text
 from image_classifier.errors import SourceError, StorageError, storage_errors
-from image_classifier.sources.download import shown
+from image_classifier.sources.addresses import shown
+from image_classifier.text import listed
 
 log = logging.getLogger(__name__)
 
 _LOGGERS = ("dvc", "dvc_data", "dvc_objects")
-_CONNECT_TIMEOUT_S = 10  # and botocore tries five times; its own 60 would keep the user waiting for five minutes
+_CONNECT_TIMEOUT_S = 10  # and botocore tries five times; its default of 60 would take five minutes
 _REFUSALS = {"NoCredentialsError", "PartialCredentialsError", "PermissionError"}
 _UNREACHABLE = {
     "HTTPClientError",
@@ -43,7 +44,7 @@ _REFUSED = (
 
 @dataclass(frozen=True)
 class Tracked:
-    """A path that DVC keeps: `file` (a .dvc file or dvc.lock) says so, in the repository `root`."""
+    """A path that DVC tracks in `file` (a .dvc file or dvc.lock) of the repository `root`."""
 
     path: Path
     file: Path
@@ -51,33 +52,30 @@ class Tracked:
 
     @property
     def marker(self) -> Path:
-        """Stands while the path is being pulled: a kill leaves it, and what lies at the path is then not all of it."""
-        return (
-            self.root
-            / ".dvc"
-            / "tmp"
-            / f"{hashlib.sha256(str(self.path).encode('utf-8', 'surrogateescape')).hexdigest()[:16]}.pulling"
-        )
+        """The file that exists while the path is pulled: after a kill it shows that the path is incomplete."""
+        name = hashlib.sha256(str(self.path).encode("utf-8", "surrogateescape")).hexdigest()[:16]
+        return self.root / ".dvc" / "tmp" / f"{name}.pulling"
 
 
 class _WrongBytes(Exception):
-    """Files whose bytes are not those that DVC knows; `places` are they and what the cache has in their stead."""
+    """Files whose bytes do not have DVC's hash; `paths` are theirs and those of DVC's cache."""
 
-    def __init__(self, names: list[str], places: list[Path]) -> None:
+    def __init__(self, names: list[str], paths: list[Path]) -> None:
         super().__init__(names)
-        self.names, self.places = names, places
+        self.names = names
+        self.paths = paths
 
 
 def pull_missing(path: Path, enabled: bool | None = None) -> bool:
-    """Pull `path` with DVC if it is missing, and say whether that was done.
+    """Pull `path` with DVC if it is missing; return whether it was pulled.
 
     Args:
-        path: What is wanted: a DVC output, or something inside one.
-        enabled: False: never. None: where a .dvc file stands beside it or beside a folder above it, or where a dvc.lock lists it and
-            there is a remote. True: where nothing tracks it, that is an error.
+        path: A DVC output, or something inside one.
+        enabled: False: never. None: if there is a .dvc file next to it or next to a folder above it, or if a dvc.lock
+            lists it and there is a remote. True: the same, but it is an error if nothing tracks the path.
 
     Raises:
-        SourceError: There is no remote, it cannot be reached or refuses, or what it holds is missing or corrupt.
+        SourceError: There is no remote, it cannot be reached or refuses access, or its files are missing or corrupt.
         StorageError: No space or no permission.
     """
     absolute = Path(os.path.abspath(path))
@@ -93,29 +91,29 @@ def pull_missing(path: Path, enabled: bool | None = None) -> bool:
         return False
     if root is None:
         raise SourceError(
-            f"{str(path)!r} is tracked by {str(file)!r}, which lies in no DVC repository",
-            "clone it whole, with its .dvc folder",
+            f"{str(path)!r} is tracked by {str(file)!r}, which is in no DVC repository",
+            "clone the repository with its .dvc folder",
         )
     tracked = Tracked(absolute, file, root)
     return not (path.exists() and not tracked.marker.exists()) and _pull_once(tracked, path, enabled)
 
 
 def _tracking(absolute: Path, root: Path | None) -> Path | None:
-    """The .dvc file beside the path or beside a folder above it, else the dvc.lock that lists one of them."""
-    places = [
-        place
-        for place in (absolute, *absolute.parents)
-        if place.name and (root is None or place.is_relative_to(root)) and place != root
+    """Return the .dvc file next to the path or to a folder above it, else the dvc.lock that lists one of them."""
+    candidates = [
+        path
+        for path in (absolute, *absolute.parents)
+        if path.name and (root is None or path.is_relative_to(root)) and path != root
     ]
-    for place in places:
-        beside = place.with_name(f"{place.name}.dvc")
-        if os.path.isfile(
-            beside
-        ):  # which does not mind a folder that may not be looked into, nor a name that is too long
-            return beside
-    for place in places:
-        lock = place.parent / "dvc.lock"
-        if root and os.path.isfile(lock) and not {str(place) for place in places}.isdisjoint(_outputs(lock)):
+    # os.path.isfile: it raises nothing for a folder without permission or a name that is too long.
+    for path in candidates:
+        dvc_file = path.with_name(f"{path.name}.dvc")
+        if os.path.isfile(dvc_file):
+            return dvc_file
+    names = {str(path) for path in candidates}
+    for path in candidates:
+        lock = path.parent / "dvc.lock"
+        if root and os.path.isfile(lock) and not names.isdisjoint(_outputs(lock)):
             return lock
     return None
 
@@ -133,33 +131,33 @@ def _outputs(lock: Path) -> Iterator[str]:
 
 
 def _pull_once(tracked: Tracked, path: Path, enabled: bool | None) -> bool:
-    """One process at a time; a second one finds the work done."""
+    """Pull in one process at a time; a second one finds the work done."""
     with storage_errors(tracked.marker), file_lock(tracked.root / ".dvc" / "tmp" / "image_classifier.lock"):
         if path.exists() and not tracked.marker.exists():
             return True
         names, default = _remotes(tracked)
         if not names and enabled is None and tracked.file.name == "dvc.lock":
-            return False  # made here by `dvc repro` and never shared: whoever asks knows better what to say
+            return False  # made here by `dvc repro` and never pushed: the caller has the better message
         log.info("pulling %s with DVC", path)
         write_text(tracked.marker, f"{tracked.path}\n")
         try:
-            _pull_whole(tracked, names, default)
+            _pull_verified(tracked, names, default)
         except BaseException:
-            if not path.exists():  # then whatever lies there later was put there by hand
+            if not path.exists():  # whatever appears there later was put there by hand
                 tracked.marker.unlink()
             raise
         tracked.marker.unlink()
         return True
 
 
-def _pull_whole(tracked: Tracked, urls: dict[str, str], default: str) -> None:
+def _pull_verified(tracked: Tracked, urls: dict[str, str], default: str) -> None:
     try:
         _pull(tracked, urls, default)
     except _WrongBytes as wrong:  # an earlier pull without verification left them in DVC's cache
         log.warning("DVC's cache holds wrong bytes for %s: fetching again", _few(wrong.names))
-        for place in wrong.places:
-            if place.is_file() or place.is_symlink():
-                place.unlink()
+        for path in wrong.paths:
+            if path.is_file() or path.is_symlink():
+                path.unlink()
         try:
             _pull(tracked, urls, default)
         except _WrongBytes as again:
@@ -169,7 +167,7 @@ def _pull_whole(tracked: Tracked, urls: dict[str, str], default: str) -> None:
 
 
 def _remotes(tracked: Tracked) -> tuple[dict[str, str], str]:
-    """The URLs of the configured remotes by name, and the name of the one to use."""
+    """Return the URLs of the configured remotes by name, and the name of the one to use."""
     from dvc.config import Config
     from dvc.exceptions import DvcException
 
@@ -189,7 +187,7 @@ def _pull(tracked: Tracked, urls: dict[str, str], default: str) -> None:
     target = str(tracked.file) if tracked.file.name == f"{tracked.path.name}.dvc" else str(tracked.path)
     overrides = {name: _override(url) for name, url in urls.items()}
     config = {"core": {"remote": default, "analytics": False} if default else {"analytics": False}, "remote": overrides}
-    with _heard() as records:
+    with _captured_logs() as records:
         repo = None
         try:
             repo = Repo(str(tracked.root), config=config)
@@ -205,12 +203,15 @@ def _pull(tracked: Tracked, urls: dict[str, str], default: str) -> None:
 
 
 def _override(url: str) -> dict[str, Any]:
-    """Settings of a remote for this one pull: without `verify` DVC hands out whatever bytes the remote has."""
+    """Return settings of a remote for this pull: without `verify` DVC accepts whatever bytes the remote has."""
     return {"verify": True, "connect_timeout": _CONNECT_TIMEOUT_S} if url.startswith("s3://") else {"verify": True}
 
 
 def _entries(repo: Any, tracked: Tracked, store: Any = None) -> list[tuple[Path, Any, Any]]:
-    """Path, hash and cache of each file that is to be at the path; of the folder's list alone where neither cache nor `store` has that."""
+    """Return path, hash and cache of each file that belongs at the path.
+
+    Only the folder's list is returned if neither cache nor `store` has it.
+    """
     from dvc_data.hashfile.transfer import find_tree_by_obj_id
 
     entries = []
@@ -226,7 +227,7 @@ def _entries(repo: Any, tracked: Tracked, store: Any = None) -> list[tuple[Path,
 
 
 def _compare(repo: Any, tracked: Tracked) -> None:
-    """Raise _WrongBytes for files that are not what DVC knows, whatever its cache and its memory of dates and sizes say."""
+    """Raise _WrongBytes for files without DVC's hash; its cache and its record of dates and sizes are not trusted."""
     from dvc.fs import localfs
     from dvc_data.hashfile.hash import hash_file
 
@@ -240,7 +241,7 @@ def _compare(repo: Any, tracked: Tracked) -> None:
     if wrong:
         names = [_relative(tracked, path) for path, _, _ in wrong]
         raise _WrongBytes(
-            names, [Path(place) for path, known, cache in wrong for place in (path, cache.oid_to_path(known.value))]
+            names, [Path(copy) for path, known, cache in wrong for copy in (path, cache.oid_to_path(known.value))]
         )
     if not tracked.path.exists():
         raise SourceError(
@@ -252,7 +253,7 @@ def _compare(repo: Any, tracked: Tracked) -> None:
 def _explained(
     error: Exception, records: list[logging.LogRecord], repo: Any, tracked: Tracked, remote: tuple[str, str]
 ) -> Exception:
-    """What went wrong, as one line; DVC logs the cause and raises only how many files failed."""
+    """Return the error to raise: DVC logs the causes, and raises only how many files failed."""
     if isinstance(error, (SourceError, StorageError)):
         return error
     logged = [record.exc_info[1] for record in records if record.exc_info and record.exc_info[1]]
@@ -268,7 +269,7 @@ def _explained(
 
 
 def _reason(causes: list[BaseException], tracked: Tracked, remote: tuple[str, str]) -> tuple[str, str]:
-    """Fact and hint for what the exceptions alone tell; "" where it takes a look at the remote."""
+    """Return fact and hint as far as the exceptions show them; "" if the remote must be looked at."""
     kinds = {kind.__name__ for cause in causes for kind in type(cause).__mro__}
     text = " ".join(str(cause) for cause in causes)
     scheme, why = remote[1].partition(":")[0], _line(causes[-1])
@@ -289,14 +290,14 @@ def _reason(causes: list[BaseException], tracked: Tracked, remote: tuple[str, st
 
 
 def _lacking(tracked: Tracked, repo: Any, remote: tuple[str, str]) -> tuple[str, str]:
-    """Fact and hint for the files that did not come: those which the remote has came corrupt and were thrown away."""
-    place = repo.cloud.get_remote(remote[0])
-    if not place.fs.exists(place.path):
+    """Return fact and hint for the files that are missing: those on the remote arrived corrupt and were removed."""
+    store = repo.cloud.get_remote(remote[0])
+    if not store.fs.exists(store.path):
         return f"{_named(remote)} is empty or does not exist", "check its URL: dvc remote list"
     absent = [
-        (path, known) for path, known, cache in _entries(repo, tracked, place.odb) if not cache.exists(known.value)
+        (path, known) for path, known, cache in _entries(repo, tracked, store.odb) if not cache.exists(known.value)
     ]
-    missing = [_relative(tracked, path) for path, known in absent if not place.odb.exists(known.value)]
+    missing = [_relative(tracked, path) for path, known in absent if not store.odb.exists(known.value)]
     if missing:
         return f"{_named(remote)} does not have {_few(missing)}", "run `dvc push` where they are"
     wrong = [_relative(tracked, path) for path, _ in absent]
@@ -309,12 +310,12 @@ def _named(remote: tuple[str, str]) -> str:
 
 def _corrupt(tracked: Tracked, names: list[str], where: str) -> str:
     return (
-        f"{_few(names)} came corrupt, the bytes {where} are not those that {_relative(tracked, tracked.file)!r} knows"
+        f"{_few(names)} arrived corrupt: the bytes {where} do not have the hash in {_relative(tracked, tracked.file)!r}"
     )
 
 
 def _few(names: list[str]) -> str:
-    return ", ".join(repr(name) for name in names[:3]) + (f" and {len(names) - 3} more files" if len(names) > 3 else "")
+    return listed([repr(name) for name in names], 3, "files")
 
 
 def _relative(tracked: Tracked, path: Path) -> str:
@@ -326,8 +327,8 @@ def _line(error: BaseException) -> str:
 
 
 @contextmanager
-def _heard() -> Iterator[list[logging.LogRecord]]:
-    """What DVC's loggers say inside the block, kept from the terminal."""
+def _captured_logs() -> Iterator[list[logging.LogRecord]]:
+    """Yield the records that DVC's loggers write inside the block, and keep them off the terminal."""
     records: list[logging.LogRecord] = []
     handler = logging.Handler(logging.WARNING)
     handler.emit = records.append  # type: ignore[assignment, method-assign]

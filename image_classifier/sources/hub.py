@@ -1,4 +1,4 @@
-"""Data sets of the Hugging Face Hub and of Kaggle, fetched once by their own clients (`pip install datasets`, `pip install kagglehub`)."""
+"""Data sets of the Hugging Face Hub and of Kaggle, fetched once by their clients, `datasets` and `kagglehub`."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _SUFFIXES = {"JPEG": ".jpg", "PNG": ".png", "WEBP": ".webp", "GIF": ".gif", "BMP
 
 
 def is_hub_name(name: str) -> bool:
-    """Whether `name` begins with hf: or kaggle:."""
+    """Return whether `name` begins with hf: or kaggle:."""
     return name.startswith(("hf:", "kaggle:"))
 
 
@@ -36,25 +36,25 @@ def fetch_from_hub(
     image_column: str | None = None,
     label_column: str | None = None,
 ) -> Path:
-    """The folder of `hf:[OWNER/]NAME[:CONFIG]`, `kaggle:OWNER/NAME[/versions/N]` or `kaggle:COMPETITION`, under `folder` once fetched.
+    """Return the folder of a data set, which is fetched if it is not there.
 
     Args:
-        name: The data set.
-        folder: Where the images (Hugging Face) or a link to the client's own copy (Kaggle) go.
+        name: `hf:[OWNER/]NAME[:CONFIG]`, `kaggle:OWNER/NAME[/versions/N]` or `kaggle:COMPETITION`.
+        folder: Where the images (Hugging Face) or a link to the client's copy (Kaggle) go.
         revision: Branch, tag or commit; Hugging Face only.
-        image_column: The column of images where there are several; Hugging Face only.
-        label_column: The column of labels where it cannot be told; Hugging Face only.
+        image_column: The column of images if there are several; Hugging Face only.
+        label_column: The column of labels if it is not obvious; Hugging Face only.
 
     Raises:
-        ConfigError: The name or a column cannot be.
-        SourceError: The client is not installed, there is no network, or the data set cannot be had.
+        ConfigError: The name or a column is invalid.
+        SourceError: The client is not installed, there is no network, or the data set is not available.
         StorageError: No space or no permission.
     """
     kind, _, wanted = name.partition(":")
     if not _NAME.fullmatch(wanted.partition(":")[0]) or ".." in wanted:
-        raise ConfigError(f"{name!r} is no name of a data set", "write hf:OWNER/NAME or kaggle:OWNER/NAME")
+        raise ConfigError(f"{name!r} is not the name of a data set", "write hf:OWNER/NAME or kaggle:OWNER/NAME")
     target = folder / kind / re.sub(r"[^\w.-]", "--", f"{wanted}@{revision}" if revision else wanted)
-    if not target.exists():  # a link to a copy that was removed does not exist either
+    if not target.exists():  # nor does a link to a copy that was removed
         if kind == "hf":
             _write_hugging_face(wanted, target, revision, (image_column, label_column))
             return target
@@ -66,32 +66,35 @@ def _write_hugging_face(name: str, target: Path, revision: str | None, columns: 
     client = _client("datasets")
     if not sys.stderr.isatty():
         client.disable_progress_bars()
-    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # else each of five attempts without a network says so
+    logging.getLogger("huggingface_hub").setLevel(
+        logging.ERROR
+    )  # else each of five attempts without a network is logged
     log.info("fetching %s from the Hugging Face Hub", name)
     repository, _, config = name.partition(":")
     try:
         splits: Mapping[str, Any] = client.load_dataset(repository, config or None, revision=revision)
-    except Exception as error:  # whatever a client of the network raises
-        hint = f"no network? get https://huggingface.co/datasets/{repository} elsewhere and pass data.dir=FOLDER or data.archive=FILE"
+    except Exception as error:  # clients raise anything
+        page = f"https://huggingface.co/datasets/{repository}"
+        hint = f"no network? get {page} elsewhere and pass data.dir=FOLDER or data.archive=FILE"
         raise SourceError(f"'hf:{name}' cannot be fetched ({_reason(error)})", hint) from error
     with new_tree(target) as part:
         for split, rows in splits.items():
             _write_split(
-                client, rows, part / split if len(splits) > 1 else part, columns, _own_folders(client, repository)
+                client, rows, part / split if len(splits) > 1 else part, columns, _client_folders(client, repository)
             )
 
 
-def _own_folders(client: Any, repository: str) -> tuple[Path, ...]:
-    """Where the client keeps files: a row may name one of these, and no other file of this machine."""
+def _client_folders(client: Any, repository: str) -> tuple[Path, ...]:
+    """Return the folders of the client: a row may name a file in them, and no other file of this machine."""
     config = getattr(client, "config", None)
     caches = (getattr(config, name, None) for name in ("HF_CACHE_HOME", "HF_DATASETS_CACHE", "HF_HUB_CACHE"))
-    return tuple(Path(place).resolve() for place in (repository, *caches) if place)
+    return tuple(Path(path).resolve() for path in (repository, *caches) if path)
 
 
 def _write_split(
-    client: Any, rows: Any, folder: Path, columns: tuple[str | None, str | None], own: Sequence[Path]
+    client: Any, rows: Any, folder: Path, columns: tuple[str | None, str | None], client_dirs: Sequence[Path]
 ) -> None:
-    """Each row's file as it came, not decoded and encoded again."""
+    """Write the file of each row as it is, not decoded and encoded again."""
     image_column, label_column = _columns(client, rows.features, *columns)
     rows = rows.select_columns([image_column, label_column]).cast_column(image_column, client.Image(decode=False))
     named = getattr(rows.features[label_column], "int2str", str)
@@ -100,40 +103,44 @@ def _write_split(
     folder.mkdir(parents=True, exist_ok=True)
     for number, row in enumerate(_tracked(rows, folder.name)):
         label = row[label_column]
-        if label is None or label == -1:  # what a test part for a competition has
+        if label is None or label == -1:  # as in the test split of a competition
             unlabelled += 1
             continue
         label = str(named(label))
-        place = folder / folder_name(label)
-        if labels.setdefault(place.name, label) != label:
+        class_dir = folder / folder_name(label)
+        if labels.setdefault(class_dir.name, label) != label:
             raise SourceError(
-                f"the classes {label!r} and {labels[place.name]!r} would share a folder",
+                f"the classes {label!r} and {labels[class_dir.name]!r} would share a folder",
                 "write the images into folders of your own",
             )
-        place.mkdir(exist_ok=True)
-        _write_image(row[image_column], place, number, own)
+        class_dir.mkdir(exist_ok=True)
+        _write_image(row[image_column], class_dir, number, client_dirs)
     if unlabelled:
-        log.warning("%s: %d images without a label were left out", folder.name, unlabelled)
+        log.warning("%s: %d images without a label are skipped", folder.name, unlabelled)
 
 
 def folder_name(label: str) -> str:
-    """A class's name as that of one visible folder; SourceError where it cannot be one."""
+    """Return a class name as the name of a visible folder; SourceError if it cannot be one.
+
+    >>> folder_name("cats/dogs")
+    'cats_dogs'
+    """
     name = label.replace("/", "_").replace("\\", "_")
     if not name or name.startswith(".") or "\0" in name:
         raise SourceError(
-            f"the class {label!r} cannot be the name of a folder",
+            f"the class {label!r} cannot be used as the name of a folder",
             "write the images into folders of your own, and pass data.dir=FOLDER",
         )
     return name
 
 
-def _write_image(image: Mapping[str, Any], place: Path, number: int, own: Sequence[Path]) -> None:
+def _write_image(image: Mapping[str, Any], class_dir: Path, number: int, client_dirs: Sequence[Path]) -> None:
     content, path = image["bytes"], image["path"] or ""
     suffix = os.path.splitext(path)[1].lower() if is_image_name(os.path.basename(path)) else _suffix(content)
-    target = place / f"{number:06d}{suffix}"
+    target = class_dir / f"{number:06d}{suffix}"
     if content is None:
-        if not any(Path(path).resolve().is_relative_to(folder) for folder in own):
-            raise SourceError(f"the data set names {path!r}, a file that is not its own", "do not use it")
+        if not any(Path(path).resolve().is_relative_to(folder) for folder in client_dirs):
+            raise SourceError(f"the data set names {path!r}, a file that does not belong to it", "do not use it")
         shutil.copyfile(path, target)
     else:
         target.write_bytes(content)
@@ -143,7 +150,7 @@ def _suffix(content: bytes | None) -> str:
     try:
         return _SUFFIXES[read_header(content or b"").format]
     except UnreadableImage:
-        return ".png"  # the audit will say what is wrong with it
+        return ".png"  # the audit reports what is wrong with it
 
 
 def _columns(client: Any, features: Mapping[str, Any], image: str | None, label: str | None) -> tuple[str, str]:
@@ -155,7 +162,7 @@ def _columns(client: Any, features: Mapping[str, Any], image: str | None, label:
     for key, name in (("image_column", image), ("label_column", label)):
         if name not in features:
             raise ConfigError(
-                f"which column is data.source.{key}? there are {', '.join(features)}",
+                f"data.source.{key} is not clear: the columns are {', '.join(features)}",
                 f"pass data=hf data.source.{key}=NAME",
             )
     return str(image), str(label)
@@ -168,13 +175,13 @@ def _from_kaggle(name: str) -> Path:
     log.info("fetching %s", page)
     try:
         return Path(client.competition_download(name) if competition else client.dataset_download(name))
-    except Exception as error:  # whatever a client of the network raises
+    except Exception as error:  # clients raise anything
         hint = f"no network or no KAGGLE_API_TOKEN? get {page} in a browser and pass data.archive=FILE.zip"
         raise SourceError(f"'kaggle:{name}' cannot be fetched ({_reason(error)})", hint) from error
 
 
 def _linked(source: Path, target: Path) -> Path:
-    """`target`, a link to `source`, so that a later run needs no network; `source` where there are no links."""
+    """Return `target`, a link to `source` so that a later run needs no network; `source` if links are not possible."""
     with storage_errors(target):
         target.parent.mkdir(parents=True, exist_ok=True)
         target.unlink(missing_ok=True)

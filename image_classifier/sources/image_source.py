@@ -1,4 +1,4 @@
-"""One image to answer for, wherever it lies: a file, bytes of an archive, an address on the web."""
+"""One image to answer for: a file, bytes of an archive, or an address on the web."""
 
 from __future__ import annotations
 
@@ -15,23 +15,23 @@ Content = Path | bytes
 
 @dataclass(frozen=True, slots=True)
 class ImageSource:
-    """An image's `name` in the answers, and its file, its bytes, or what fetches them when it is their turn."""
+    """An image's `name` in the answers, and its file, its bytes, or a function that fetches them."""
 
     name: str
     source: Content | Callable[[], bytes]
 
     @classmethod
     def file(cls, path: Path) -> ImageSource:
-        """A file, named as its path is written."""
+        """Return the image of a file, named as its path is written."""
         return cls(str(path), path)
 
     @classmethod
     def missing(cls, name: str, reason: str) -> ImageSource:
-        """An image that cannot be had: its row says why."""
+        """Return an image that cannot be read, for the given reason."""
         return cls(name, partial(_refuse, name, reason))
 
     def content(self) -> Content:
-        """The file or the bytes; UnreadableImage where they cannot be had."""
+        """Return the file or the bytes; UnreadableImage if there are none."""
         return self.source() if callable(self.source) else self.source
 
 

@@ -1,8 +1,10 @@
-"""What --images can name, as a stream of Items: files, folders, globs, archives, tables, addresses on the web or in S3, standard input."""
+"""Everything `--images` can name as one stream of images.
+
+Files, folders, globs, archives, tables, addresses on the web or in S3-like storage, standard input.
+"""
 
 from __future__ import annotations
 
-import csv
 import glob
 import os
 import shutil
@@ -17,24 +19,29 @@ from typing import IO
 
 from image_classifier.errors import ConfigError, DataError, SourceError, storage_errors
 from image_classifier.images import DEFAULT_LIMITS, IMAGE_SUFFIXES, DecodeLimits, is_image_name
-from image_classifier.sources.archive import ArchiveLimits, is_archive, is_archive_name, members
+from image_classifier.sources.archive import ZSTD_SUFFIXES, ArchiveLimits, images_in, is_archive, is_archive_name
+from image_classifier.sources.folders import expanded, walk
 from image_classifier.sources.image_source import ImageSource
 from image_classifier.sources.object_store import Storage, is_stored
 from image_classifier.sources.stdin import HEAD, is_picture, lines, read_head
-from image_classifier.sources.table import is_table
+from image_classifier.sources.table import is_table, read_paths
 from image_classifier.sources.web import UrlLimits, WebClient, file_name, is_url
 
 STDIN = "-"
-_COLUMNS = ("path", "image")
-_SPOOL = 2**24  # bytes of an archive that comes as a stream which stay in memory
+_SPOOL_BYTES = 2**24  # of an archive that comes as a stream, kept in memory
 
 
 @dataclass(frozen=True)
 class Inputs:
-    """Where images come from, and what may be asked of this machine on the way.
+    """The images to answer for, and the limits that hold on the way to them.
 
     Args:
-        stdin: Gives standard input when it is asked for.
+        items: Names, as the user writes them.
+        stdin: Returns standard input, once it is needed.
+        limits: Of a single image.
+        archive: Of an archive.
+        web: Fetches addresses.
+        storage: The S3-like storage of `s3://`.
     """
 
     items: Sequence[str]
@@ -45,26 +52,27 @@ class Inputs:
     storage: Storage = field(default_factory=Storage.here)
 
     def check(self) -> None:
-        """DataError for a folder or a pattern without an image and a table without paths, before anything is loaded; no address is asked."""
+        """Check that folders and patterns have an image and tables a path; DataError if not. No address is fetched."""
         for item in self.items:
-            path = Path(item)
             _check_package(item)
             if item == STDIN or is_address(item):
                 continue
+            item = expanded(item)
+            path = Path(item)
             if os.path.isfile(item) and is_table(path):
                 next(_table(path), None)
             elif os.path.isdir(item) or (glob.has_magic(item) and not os.path.exists(item)):
-                found: Iterable[object] = _walk(item) if os.path.isdir(item) else _matches(item)
-                if next(iter(found), None) is None:
+                images: Iterable[object] = _images_below(item) if os.path.isdir(item) else _matches(item)
+                if next(iter(images), None) is None:
                     raise DataError(f"{item!r} holds no image", f"images end in {', '.join(sorted(IMAGE_SUFFIXES))}")
 
     def __iter__(self) -> Iterator[ImageSource]:
-        """Every image, in the order given; DataError where there is none at all."""
+        """Yield every image, in the order given; DataError if there is none at all."""
         empty = True
         for item in self.items:
-            for found in self._expanded(item):
+            for image in self._expanded(item):
                 empty = False
-                yield found
+                yield image
         if empty:
             raise DataError(
                 "there is no image to answer for",
@@ -72,17 +80,17 @@ class Inputs:
             )
 
     def _expanded(self, item: str) -> Iterator[ImageSource]:
-        path = Path(item)
         if item == STDIN:
             return self._of_stdin()
         if is_url(item):
             return self._of_url(item)
         if is_stored(item):
             return self.storage.items(item, self.limits.max_bytes)
+        item = expanded(item)
         if os.path.isdir(item):
-            return _walk(item)
+            return _images_below(item)
         if os.path.exists(item) or not glob.has_magic(item):
-            return self._of_file(path)
+            return self._of_file(Path(item))
         return map(ImageSource.file, map(Path, _matches(item)))
 
     def _of_file(self, path: Path) -> Iterator[ImageSource]:
@@ -96,7 +104,7 @@ class Inputs:
         return iter([ImageSource.file(path)])
 
     def _named(self, name: str) -> ImageSource:
-        """One image of a list: a file, or an address."""
+        """Return one image of a list: a file, or an address."""
         if is_stored(name):
             return self.storage.item(name, self.limits.max_bytes)
         return (
@@ -112,17 +120,16 @@ class Inputs:
             yield ImageSource.missing(str(path), f"cannot be opened ({error.strerror})")
             return
         with file:
-            yield from members(file, str(path), self.archive, self.limits.max_bytes)
+            yield from images_in(file, str(path), self.archive, self.limits.max_bytes)
 
     def _of_url(self, url: str) -> Iterator[ImageSource]:
-        """An image that is fetched when it is its turn, or an archive; where the address does not tell, what lies there does."""
+        """Yield an image, fetched when it is its turn, or those of an archive; without a suffix the content decides."""
         if is_image_name(file_name(url)):
             yield self._named(url)
             return
         with _spool() as file:
             try:
-                for block in self.web.blocks(url, self.web.limits.max_bytes):
-                    file.write(block)
+                self.web.fetch(url, file, self.web.limits.max_bytes)
             except SourceError as error:
                 yield ImageSource.missing(url, error.fact)
                 return
@@ -130,12 +137,12 @@ class Inputs:
             head = file.read(HEAD)
             file.seek(0)
             if is_archive(head):
-                yield from members(file, url, self.archive, self.limits.max_bytes)
+                yield from images_in(file, url, self.archive, self.limits.max_bytes)
             else:
                 yield ImageSource(url, file.read(self.limits.max_bytes + 1))
 
     def _of_stdin(self) -> Iterator[ImageSource]:
-        """One image or archive, where its bytes are what comes; else a list of paths and addresses."""
+        """Yield the image or those of the archive whose bytes arrive; else those of a list of paths and addresses."""
         stdin = self.stdin()
         head = read_head(stdin)
         if is_picture(head):
@@ -145,45 +152,42 @@ class Inputs:
                 file.write(head)
                 shutil.copyfileobj(stdin, file)
                 file.seek(0)
-                yield from members(file, STDIN, self.archive, self.limits.max_bytes)
+                yield from images_in(file, STDIN, self.archive, self.limits.max_bytes)
         else:
             yield from map(self._named, lines(head, stdin))
 
 
 @contextmanager
 def _spool() -> Iterator[IO[bytes]]:
-    """Room for an archive that comes as a stream; StorageError where the disk has none."""
-    with storage_errors(tempfile.gettempdir()), tempfile.SpooledTemporaryFile(_SPOOL) as file:
+    """Yield a temporary file for an archive that comes as a stream; StorageError if the disk is full."""
+    with storage_errors(tempfile.gettempdir()), tempfile.SpooledTemporaryFile(_SPOOL_BYTES) as file:
         yield file
 
 
 def _check_package(item: str) -> None:
     name = file_name(item) if is_url(item) else item
-    if name.lower().endswith((".parquet", ".tar.zst", ".tzst")) and find_spec("pyarrow") is None:
+    if name.lower().endswith((".parquet", *ZSTD_SUFFIXES)) and find_spec("pyarrow") is None:
         raise ConfigError(f"{item!r} needs a package that is not installed", "pip install pyarrow")
 
 
 def is_address(item: str) -> bool:
-    """Whether this is no path of this machine, but an address on the web or in S3-like storage."""
+    """Return whether a name is an address on the web or in S3-like storage, not a path of this machine."""
     return is_url(item) or is_stored(item)
 
 
-def _walk(folder: str) -> Iterator[ImageSource]:
-    """The images below a folder, by name, without hidden ones; one folder's names are held at a time."""
-    try:
-        with os.scandir(folder) as entries:
-            found = sorted(
-                (entry.name, entry.is_dir(follow_symlinks=False)) for entry in entries if not entry.name.startswith(".")
-            )
-    except OSError as error:
-        yield ImageSource.missing(folder, f"the folder cannot be listed ({error.strerror})")
-        return
-    for name, is_folder in found:
-        path = os.path.join(folder, name)
-        if is_folder:
-            yield from _walk(path)
-        elif is_image_name(name) and os.path.isfile(path):
-            yield ImageSource.file(Path(path))
+def _images_below(folder: str) -> Iterator[ImageSource]:
+    """Yield the images below a folder, by name; a folder that cannot be read is an image that cannot be read."""
+    unreadable: list[ImageSource] = []
+
+    def note(path: str, error: OSError) -> None:
+        unreadable.append(ImageSource.missing(path, f"the folder cannot be listed ({error.strerror})"))
+
+    for entry in walk(folder, note):
+        yield from unreadable
+        unreadable.clear()
+        if is_image_name(entry.name):
+            yield ImageSource.file(Path(entry.path))
+    yield from unreadable
 
 
 def _matches(pattern: str) -> Iterable[str]:
@@ -191,59 +195,6 @@ def _matches(pattern: str) -> Iterable[str]:
 
 
 def _table(path: Path) -> Iterator[str]:
-    """The column `path` (or `image`) of a table, each value seen from the table's folder, addresses as they are, "" where there is none.
-
-    Raises:
-        DataError: The table cannot be read or has no such column.
-    """
-    values = _of_parquet(path) if path.suffix.lower() == ".parquet" else _of_text(path)
-    for value in values:
+    """Yield the images of a table as seen from its folder, addresses as they are, "" for a row without one."""
+    for value in read_paths(path):
         yield value if is_address(value) or not value.strip() else str(path.parent / value)
-
-
-def _column(path: Path, names: Sequence[str]) -> str:
-    known = {name.strip().lower(): name for name in reversed(names)}
-    found = next((known[name] for name in _COLUMNS if name in known), None)
-    if found is None:
-        raise DataError(
-            f"the table {str(path)!r} has no column path and no column image",
-            f"its columns are {', '.join(names)[:100]}",
-        )
-    return found
-
-
-def _of_text(path: Path) -> Iterator[str]:
-    try:
-        with path.open("rb") as binary:
-            wide = binary.read(2) in (b"\xff\xfe", b"\xfe\xff")
-        with path.open(
-            encoding="utf-16" if wide else "utf-8-sig", errors="replace" if wide else "surrogateescape", newline=""
-        ) as file:
-            header = file.readline()
-            file.seek(0)
-            semicolons = ";" in header and "," not in header
-            delimiter = "\t" if path.suffix.lower() == ".tsv" else ";" if semicolons else ","
-            rows = csv.reader(file, delimiter=delimiter, skipinitialspace=True, strict=True)
-            names = next(rows, [])
-            place = names.index(_column(path, names))
-            yield from (row[place] if place < len(row) else "" for row in rows if row)
-    except (OSError, csv.Error) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise DataError(
-            f"cannot read the table {str(path)!r} ({reason})", "check it, its path and its permissions"
-        ) from error
-
-
-def _of_parquet(path: Path) -> Iterator[str]:
-    import pyarrow.parquet as parquet  # type: ignore[import-untyped]  # here, as it takes half a second
-
-    try:
-        with parquet.ParquetFile(path) as file:
-            column = _column(path, file.schema_arrow.names)
-            for batch in file.iter_batches(batch_size=4096, columns=[column]):
-                yield from ("" if value is None else str(value) for value in batch.column(0).to_pylist())
-    except (OSError, ValueError) as error:  # pyarrow's own are ValueErrors
-        raise DataError(
-            f"cannot read the table {str(path)!r} ({' '.join(str(error).split())[:100]})",
-            "check it, its path and its permissions",
-        ) from error

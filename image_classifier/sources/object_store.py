@@ -1,6 +1,7 @@
-"""Images and answers in S3-like storage, `s3://BUCKET/KEY`: what AWS, MinIO and others speak, through pyarrow.
+"""Images and answers in S3-like storage, `s3://BUCKET/KEY`, through pyarrow: AWS, MinIO and others.
 
-Keys, region and endpoint come from the environment, as for every client of such storage: AWS_ACCESS_KEY_ID, AWS_REGION, AWS_ENDPOINT_URL, …
+Keys, region and endpoint come from the environment, as for every client of such storage: AWS_ACCESS_KEY_ID, AWS_REGION,
+AWS_ENDPOINT_URL and others.
 """
 
 from __future__ import annotations
@@ -13,71 +14,77 @@ from typing import Any
 
 from image_classifier.errors import ConfigError, DataError, SourceError, StorageError, UnreadableImage
 from image_classifier.images import IMAGE_SUFFIXES, is_image_name
+from image_classifier.sources.folders import is_visible
 from image_classifier.sources.image_source import ImageSource
 
 _SCHEME = "s3://"
-_ATTEMPTS = 8  # with growing pauses: a million images meet some server that is busy
+_ATTEMPTS = 8  # with growing pauses: among a million images some server is busy
 
 
 def is_stored(address: str) -> bool:
-    """Whether this names something in S3-like storage."""
+    """Return whether a name is an address in S3-like storage.
+
+    >>> is_stored("s3://photos/cat.jpg"), is_stored("photos/cat.jpg")
+    (True, False)
+    """
     return address[: len(_SCHEME)].lower() == _SCHEME
 
 
 @dataclass(frozen=True)
 class Storage:
-    """Where `s3://` leads, which machines that work together must agree on; None: AWS. Each takes its keys from its own environment."""
+    """The server behind `s3://`, None for AWS.
+
+    Machines that work together must agree on it; each takes its keys from its environment.
+    """
 
     endpoint: str | None = None
     region: str | None = None
 
     @classmethod
     def here(cls) -> Storage:
-        """As this process' environment says."""
+        """Return the storage that the environment of this process names."""
         endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
         return cls(endpoint, os.environ.get("AWS_REGION") or os.environ.get("AWS_DEFAULT_REGION"))
 
     def items(self, address: str, max_bytes: int) -> Iterator[ImageSource]:
-        """The image of that name, or those below it by name, without hidden ones.
+        """Yield the image of that name, or those below it, by name, without hidden files and junk.
 
         Raises:
             DataError: There is none.
-            SourceError: The storage does not answer, or not to these keys.
+            SourceError: The storage does not answer, or refuses these keys.
         """
-        place = _place(address)
+        path = _path_of(address)
         try:
-            from pyarrow.fs import FileSelector, FileType  # type: ignore[import-untyped]  # here, as it takes half a second
+            from pyarrow.fs import FileSelector, FileType  # type: ignore[import-untyped]  # imported here: it takes half a second
 
-            files = _opened(self, place)
-            (found,) = files.get_file_info([place])
-            if found.type == FileType.File:
+            files = _opened(self, path)
+            (info,) = files.get_file_info([path])
+            if info.type == FileType.File:
                 yield self.item(address, max_bytes)
                 return
-            below = files.get_file_info(FileSelector(place, recursive=True, allow_not_found=True))
+            below = files.get_file_info(FileSelector(path, recursive=True, allow_not_found=True))
         except OSError as error:
             raise SourceError(
                 f"cannot list {address!r} ({_reason(error)})", "check its name, the keys and the endpoint"
             ) from error
         names = sorted(
-            tuple(info.path[len(place) :].strip("/").split("/")) for info in below if info.type == FileType.File
+            tuple(info.path[len(path) :].strip("/").split("/")) for info in below if info.type == FileType.File
         )
-        wanted = [
-            parts for parts in names if is_image_name(parts[-1]) and not any(part.startswith(".") for part in parts)
-        ]
+        wanted = [parts for parts in names if is_image_name(parts[-1]) and all(map(is_visible, parts))]
         if not wanted:
             raise DataError(f"{address!r} holds no image", f"images end in {', '.join(sorted(IMAGE_SUFFIXES))}")
         for parts in wanted:
             yield self.item("/".join([address.rstrip("/"), *parts]), max_bytes)
 
     def item(self, address: str, max_bytes: int) -> ImageSource:
-        """One image, fetched when it is its turn."""
+        """Return one image, which is fetched when it is its turn."""
         return ImageSource(address, partial(self.image, address, max_bytes))
 
     def image(self, address: str, max_bytes: int) -> bytes:
-        """The bytes of an image, one more than `max_bytes` at most; UnreadableImage says why there are none."""
+        """Return the bytes of an image, at most one more than `max_bytes`; UnreadableImage if there are none."""
         try:
-            place = _place(address)
-            with _opened(self, place).open_input_stream(place) as file:
+            path = _path_of(address)
+            with _opened(self, path).open_input_stream(path) as file:
                 return bytes(file.read(max_bytes + 1))
         except FileNotFoundError as error:
             raise UnreadableImage(address, "there is no such file") from error
@@ -87,29 +94,29 @@ class Storage:
 
 @dataclass(frozen=True)
 class Prefix:
-    """A folder in S3-like storage, in which a file appears whole or not at all."""
+    """A folder in S3-like storage, in which a file appears complete or not at all."""
 
     address: str
     storage: Storage
 
     def names(self) -> set[str]:
-        """What lies directly in it; StorageError where that cannot be told."""
+        """Return the names directly in it; StorageError if it cannot be listed."""
         from pyarrow.fs import FileSelector
 
         try:
-            place = _place(self.address)
+            path = _path_of(self.address)
             return {
                 info.base_name
-                for info in _opened(self.storage, place).get_file_info(FileSelector(place, allow_not_found=True))
+                for info in _opened(self.storage, path).get_file_info(FileSelector(path, allow_not_found=True))
             }
         except OSError as error:
             raise self._refused(error) from error
 
     def read(self, name: str) -> bytes | None:
-        """A file's bytes, None where there is no such file."""
-        place = f"{_place(self.address)}/{name}"
+        """Return the bytes of a file, None if there is no such file."""
+        path = f"{_path_of(self.address)}/{name}"
         try:
-            with _opened(self.storage, place).open_input_stream(place) as file:
+            with _opened(self.storage, path).open_input_stream(path) as file:
                 return bytes(file.read())
         except FileNotFoundError:
             return None
@@ -117,10 +124,10 @@ class Prefix:
             raise self._refused(error) from error
 
     def write(self, name: str, content: bytes) -> None:
-        """Write a file; StorageError where the storage refuses."""
-        place = f"{_place(self.address)}/{name}"
+        """Write a file; StorageError if the storage refuses."""
+        path = f"{_path_of(self.address)}/{name}"
         try:
-            with _opened(self.storage, place).open_output_stream(place) as file:
+            with _opened(self.storage, path).open_output_stream(path) as file:
                 file.write(content)
         except OSError as error:
             raise self._refused(error) from error
@@ -132,12 +139,12 @@ class Prefix:
         )
 
 
-def _place(address: str) -> str:
-    """`BUCKET/KEY`; ConfigError where there is no bucket."""
-    place = address[len(_SCHEME) :].strip("/")
-    if not place:
+def _path_of(address: str) -> str:
+    """Return `BUCKET/KEY`; ConfigError if there is no bucket."""
+    path = address[len(_SCHEME) :].strip("/")
+    if not path:
         raise ConfigError(f"{address!r} names no bucket", "write s3://BUCKET/FOLDER")
-    return place
+    return path
 
 
 @cache
@@ -153,13 +160,13 @@ def _connected(storage: Storage, bucket: str) -> Any:
     return fs.S3FileSystem(**{key: value for key, value in keys.items() if value is not None})
 
 
-def _opened(storage: Storage, place: str) -> Any:
+def _opened(storage: Storage, path: str) -> Any:
     try:
-        return _connected(storage, place.partition("/")[0])
+        return _connected(storage, path.partition("/")[0])
     except ImportError as error:
         raise ConfigError("s3:// needs a package that is not installed", "pip install pyarrow") from error
 
 
 def _reason(error: Exception) -> str:
-    """What the storage says, without the number of the request."""
+    """Return the storage's message without the number of the request."""
     return " ".join(str(error).split()).partition(" (Request ID")[0][:200]

@@ -1,4 +1,4 @@
-"""Unpacking a .zip or a .tar, however compressed, once: nothing outside its folder, nothing half-done."""
+"""Unpacking an archive once: nothing outside its folder, and complete or not at all."""
 
 from __future__ import annotations
 
@@ -6,74 +6,92 @@ import hashlib
 import logging
 import os
 import shutil
-import stat
 import tarfile
-import zipfile
-import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
-from lzma import LZMAError
 from pathlib import Path, PurePosixPath
 
 from image_classifier.atomic_io import sibling_directory
 from image_classifier.errors import SourceError, StorageError, storage_errors
+from image_classifier.sources.archive import DAMAGED, ArchiveLimits, Member, UnpackLimits, damage, read_members, stem
 from image_classifier.sources.download import check
 
 log = logging.getLogger(__name__)
 
-SUFFIXES = (".tar.bz2", ".tar.gz", ".tar.xz", ".tar", ".tbz2", ".tgz", ".txz", ".zip")
-_DAMAGED = (
-    tarfile.ReadError,
-    tarfile.HeaderError,
-    zipfile.BadZipFile,
-    zlib.error,
-    LZMAError,
-    EOFError,
-    NotImplementedError,
-    RuntimeError,
-)
 _PROBE_BYTES = 2**20
 
 
-def is_archive(name: str) -> bool:
-    """Whether a file of this name is taken for an archive."""
-    return name.lower().endswith(SUFFIXES)
+def unpack_once(archive: Path, unpack_dir: Path, sha256: str = "", limits: ArchiveLimits | None = None) -> Path:
+    """Return the folder `unpack_dir/<stem>-<8 hex of the archive>`, which is unpacked if it is not there.
 
-
-def stem(name: str) -> str:
-    """The name of an archive without its suffix."""
-    return name[: -len(next(suffix for suffix in SUFFIXES if name.lower().endswith(suffix)))]
-
-
-def unpack_once(archive: Path, unpack_dir: Path, sha256: str = "") -> Path:
-    """The folder `unpack_dir/<stem>-<8 hex of the archive>`, unpacked if it is not there yet, then compared with `sha256` first.
+    Args:
+        archive: A file with one of `archive.SUFFIXES`.
+        unpack_dir: Where the folder goes.
+        sha256: Compared with the archive before it is unpacked, unless it is "".
+        limits: What the archive may hold; None for those of `data.unpack`.
 
     Raises:
-        SourceError: The archive is damaged, encrypted, of another sha256, or reaches outside its folder.
+        SourceError: The archive is damaged, encrypted, exceeds its limits, has another sha256, or reaches outside its
+            folder.
         StorageError: No space or no permission.
     """
-    name = archive.name
-    target = unpack_dir / f"{stem(name)}-{sha256[:8].lower() or _identity(archive)}"
+    target = unpack_dir / f"{stem(archive.name)}-{sha256[:8].lower() or _identity(archive)}"
     if target.is_dir():
         return target
-    check(archive, f"sha256:{sha256}" if sha256 else "", "it is another file than data.sha256 is of")
+    check(archive, f"sha256:{sha256}" if sha256 else "", "it is not the file of data.sha256")
     log.info("unpacking %s to %s", archive, target)
-    with new_tree(target) as part:
+    with new_tree(target) as folder:
         try:
-            _unpack_zip(archive, part) if name.lower().endswith(".zip") else _unpack_tar(archive, part)
+            _unpack(archive, folder, limits or UnpackLimits())
+        except SourceError:
+            raise
         except tarfile.FilterError as error:
             raise _unsafe(archive, str(error)) from error
-        except (*_DAMAGED, ValueError) as error:
+        except (*DAMAGED, MemoryError) as error:
             raise _damaged(archive, error) from error
-        except OSError as error:  # gzip's BadGzipFile is one without a number; a full disk has one and goes on as it is
+        except OSError as error:
+            # Damage of a .gz or .zst is one without a number; that of a full disk has one.
             if error.errno is None:
                 raise _damaged(archive, error) from error
             raise
     return target
 
 
+def _unpack(archive: Path, folder: Path, limits: ArchiveLimits) -> None:
+    # Read all headers first: limits and free space are checked before anything is written.
+    needed = sum(member.size for member in _members(archive, limits))
+    _check_space(archive, folder, needed)
+    for member in _members(archive, limits):
+        _check_member(archive, member)
+        member.extract(folder)
+
+
+def _members(archive: Path, limits: ArchiveLimits) -> Iterator[Member]:
+    """Yield the members; SourceError with the archive's name if a limit is exceeded."""
+    try:
+        with archive.open("rb") as file:
+            yield from read_members(file, archive.name, limits)
+    except SourceError as error:
+        hint = error.hint.replace("see ", "if you trust it, raise ")
+        raise SourceError(f"cannot unpack {str(archive)!r} ({error.fact})", hint) from error
+
+
+def _check_member(archive: Path, member: Member) -> None:
+    """Refuse a zip's links and what lies outside its folder; tarfile's filter does the same for a tar."""
+    if not member.independent:
+        return
+    path = PurePosixPath(member.name.replace("\\", "/"))
+    if path.is_absolute() or ".." in path.parts or ":" in path.parts[:1]:
+        raise _unsafe(archive, f"{member.name!r} is outside its folder")
+    if member.kind == "link":
+        raise _unsafe(archive, f"{member.name!r} is a link")
+
+
 def _identity(archive: Path) -> str:
-    """8 hex of the size and both ends: a new version of the archive gets a new folder, and 10 GB are not read to find out."""
+    """Return 8 hex digits of the size and both ends, so that a new version of the archive gets a new folder.
+
+    The bytes between are not read: an archive may have 100 GB.
+    """
     try:
         with archive.open("rb") as file:
             size = file.seek(0, os.SEEK_END)
@@ -88,26 +106,6 @@ def _identity(archive: Path) -> str:
     return digest.hexdigest()[:8]
 
 
-def _unpack_tar(archive: Path, folder: Path) -> None:
-    with tarfile.open(archive, "r:*") as tar:
-        members = tar.getmembers()
-        _check_space(archive, folder, sum(member.size for member in members))
-        tar.extractall(folder, members, filter="data")
-
-
-def _unpack_zip(archive: Path, folder: Path) -> None:
-    with zipfile.ZipFile(archive) as bundle:
-        members = bundle.infolist()
-        _check_space(archive, folder, sum(member.file_size for member in members))
-        for member in members:
-            path = PurePosixPath(member.filename.replace("\\", "/"))
-            if path.is_absolute() or ".." in path.parts or ":" in path.parts[:1]:
-                raise _unsafe(archive, f"{member.filename!r} is outside its folder")
-            if stat.S_ISLNK(member.external_attr >> 16):
-                raise _unsafe(archive, f"{member.filename!r} is a link")
-            bundle.extract(member, folder)
-
-
 def _check_space(archive: Path, folder: Path, needed: int) -> None:
     free = shutil.disk_usage(folder).free
     if needed > free:
@@ -115,11 +113,8 @@ def _check_space(archive: Path, folder: Path, needed: int) -> None:
         raise StorageError(fact, "free some space, or unpack it elsewhere and pass data.dir=FOLDER")
 
 
-def _damaged(archive: Path, error: Exception) -> SourceError:
-    reason = " ".join(str(error).split())[:120] or type(error).__name__
-    return SourceError(
-        f"cannot unpack {str(archive)!r} ({reason})", "the archive is damaged or encrypted: get it again"
-    )
+def _damaged(archive: Path, error: BaseException) -> SourceError:
+    return SourceError(f"cannot unpack {str(archive)!r}: {damage(error)}", "it is damaged or encrypted: get it again")
 
 
 def _unsafe(archive: Path, reason: str) -> SourceError:
@@ -128,20 +123,23 @@ def _unsafe(archive: Path, reason: str) -> SourceError:
 
 @contextmanager
 def new_tree(path: Path) -> Iterator[Path]:
-    """A folder of many small files that appears at `path` whole or not at all; StorageError where the disk refuses.
+    """Yield a folder for many small files that appears at `path` complete or not at all.
 
-    One sync for all of it: `files.whole_directory` flushes file by file, 25 s for CIFAR-10's 50 000.
+    One sync for all of it: `atomic_io.atomic_directory` flushes file by file, which takes 25 s for CIFAR-10's 50 000.
+
+    Raises:
+        StorageError: No space or no permission.
     """
-    with storage_errors(path), sibling_directory(path) as part:
-        yield part
+    with storage_errors(path), sibling_directory(path) as folder:
+        yield folder
         if hasattr(os, "sync"):
             os.sync()
-        _take_place(part, path)
+        _rename(folder, path)
 
 
-def _take_place(part: Path, path: Path) -> None:
+def _rename(folder: Path, path: Path) -> None:
     try:
-        os.rename(part, path)
+        os.rename(folder, path)
     except OSError:
         if not path.is_dir():
             raise  # else another run was faster, and made the same

@@ -1,4 +1,4 @@
-"""Classes of unequal size: drawn equally often, or weighed in the loss. Only rows of the train part are looked at, and nothing is copied."""
+"""Classes of unequal size: drawn equally often, or weighed in the loss, by their training images."""
 
 from __future__ import annotations
 
@@ -8,29 +8,35 @@ import numpy as np
 
 
 def balanced_rows(rows: np.ndarray, targets: np.ndarray, seed: int, epoch: int) -> np.ndarray:
-    """As many rows as there are, classes equally often, int64 [N], in a random order decided by (seed, epoch).
+    """Return as many rows as there are, each class equally often, int64 [N], in an order decided by (seed, epoch).
 
-    Each class deals its own rows like a deck of cards that is shuffled when it is used up, and goes on dealing where the last epoch
-    stopped: no image comes twice before all of its class have come once.
+    Each class deals its rows like a deck of cards that is shuffled when it is used up, and continues where the last
+    epoch stopped: no image comes twice before all of its class have come once.
 
     Args:
-        rows: Rows of the train part, int64 [N].
+        rows: Training rows, int64 [N].
         targets: Their classes, int64 [N].
         seed: Of the run.
         epoch: Counted from 0.
+
+    >>> rows, targets = np.arange(6), np.array([0, 0, 0, 0, 0, 1])
+    >>> np.bincount(targets[balanced_rows(rows, targets, seed=0, epoch=0)]).tolist()
+    [3, 3]
     """
     present = np.unique(targets)
-    place = np.random.default_rng((seed, 0, 0, 1)).permutation(len(present)).tolist()
-    drawn = []
-    for code, rank in zip(present.tolist(), place, strict=True):
-        # The remainder of N / C goes round the classes; over all of them these floors add up to N each epoch (Hermite's identity).
+    # Each class gets a rank, by which the remainder of N / C goes round the classes from epoch to epoch.
+    ranks = np.random.default_rng((seed, 0, 0, 1)).permutation(len(present)).tolist()
+    drawn: list[np.ndarray] = []
+    for code, rank in zip(present.tolist(), ranks, strict=True):
+        # How many cards this class has dealt before and after this epoch. Over all classes the differences add up to N
+        # (Hermite's identity).
         first, last = ((number * len(rows) + rank) // len(present) for number in (epoch, epoch + 1))
-        drawn += list(_dealt(rows[targets == code], code, first, last, seed))
+        drawn += _cards(rows[targets == code], code, first, last, seed)
     return np.random.default_rng((seed, epoch)).permutation(np.concatenate(drawn))
 
 
-def _dealt(deck: np.ndarray, code: int, first: int, last: int, seed: int) -> Iterator[np.ndarray]:
-    """Cards `first` to `last` of a class's endless deal."""
+def _cards(deck: np.ndarray, code: int, first: int, last: int, seed: int) -> Iterator[np.ndarray]:
+    """Yield the cards `first` to `last` of a class's endless deal: its deck, shuffled again in each cycle."""
     while first < last:
         cycle, start = divmod(first, len(deck))
         stop = min(len(deck), start + last - first)
@@ -39,16 +45,23 @@ def _dealt(deck: np.ndarray, code: int, first: int, last: int, seed: int) -> Ite
 
 
 def class_weights(targets: np.ndarray, num_classes: int) -> np.ndarray:
-    """Weights inverse to the classes' frequencies, float32 [C], their mean over the images 1; 0 for a class without images."""
+    """Return weights inverse to the classes' frequencies, float32 [C]: their mean over the images is 1.
+
+    A class without images has the weight 0.
+
+    >>> class_weights(np.array([0, 0, 1, 2, 2, 2]), num_classes=3).tolist()
+    [1.0, 2.0, 0.6666666865348816]
+    """
     counts = np.bincount(targets, minlength=num_classes)
     weights = len(targets) / (np.count_nonzero(counts) * np.maximum(counts, 1))
     return np.where(counts > 0, weights, 0.0).astype(np.float32)
 
 
 def describe(choice: str, targets: np.ndarray, classes: tuple[str, ...]) -> str:
-    """One line for the log: the choice, and the smallest and the largest class of the train part."""
+    """Return a line for the log: the choice, and the smallest and the largest class of the training images."""
     counts = np.bincount(targets, minlength=len(classes))
     small, large = int(counts.argmin()), int(counts.argmax())
     if counts[small] == counts[large]:
         return f"balance: {choice} (every class has {counts[small]} training images)"
-    return f"balance: {choice} (training images a class: {counts[small]} of {classes[small]!r} to {counts[large]} of {classes[large]!r})"
+    fewest, most = f"{counts[small]} of {classes[small]!r}", f"{counts[large]} of {classes[large]!r}"
+    return f"balance: {choice} (training images a class: {fewest} to {most})"

@@ -1,4 +1,4 @@
-"""Builds the objects of a training from its typed configuration: data module, network, losses, optimizer and Trainer."""
+"""Builds the objects of a training from its configuration: data module, network, losses, optimizer, Trainer."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import inspect
 import logging
 import sys
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -174,8 +174,9 @@ def build_network(inputs: NetworkInputs) -> tuple[Classifier, dict[str, Any]]:
     classes = inputs.manifest.classes
     classifier = build_classifier(backbone, len(classes), data.image_size, mean, std, model.head_dropout, model.tta)
     check_sizes(backbone, data.progressive_sizes or ())
-    if hasattr(backbone, "fit_to"):  # its first layer is computed from images
-        backbone.fit_to(_some_images(inputs.cache, rows, mean, std))
+    # A whitened network computes its first layer from images.
+    if fit_to := getattr(backbone, "fit_to", None):
+        fit_to(_some_images(inputs.cache, rows, mean, std))
     initial_weights(model, classifier, classes)
     if inputs.hardware.channels_last:
         classifier = classifier.to(memory_format=torch.channels_last)
@@ -257,7 +258,7 @@ def _scale(trainer: TrainerConfig) -> dict[str, Any]:
     return {**strategy, "devices": devices, "num_nodes": here.nodes, "sync_batchnorm": synced}
 
 
-def as_fast_as(hardware: Hardware, make_optimizer: OptimizerFactory) -> OptimizerFactory:
+def as_fast_as(hardware: Hardware, make_optimizer: Callable[..., torch.optim.Optimizer]) -> OptimizerFactory:
     """Return the optimizer's factory with `fused` or `exact` set, where it takes them and the user set nothing else.
 
     `fused` updates all parameters in one pass over memory; `exact` keeps a float32 run's products in float32.
@@ -272,7 +273,7 @@ def as_fast_as(hardware: Hardware, make_optimizer: OptimizerFactory) -> Optimize
 
 
 def _some_images(cache: PixelCache, rows: np.ndarray, mean: list[float], std: list[float]) -> torch.Tensor:
-    """Return normalised training images [N, 3, S, S], evenly spread over the manifest and so over the classes; fewer of large ones."""
+    """Return normalised images [N, 3, S, S], evenly spread over the training rows; fewer where images are large."""
     count = min(len(rows), max(64, _NUM_PIXELS_TO_FIT // cache.size**2))
     chosen = rows[evenly_spaced(len(rows), count)]
     pixels = torch.from_numpy(cache.gather(chosen)).permute(0, 3, 1, 2).float() / 255
@@ -341,7 +342,7 @@ def _weigh(criterion: nn.Module, node: Node, weights: np.ndarray) -> None:
             f"loss: {node['_target_']} takes no class weights, which data.balance=weights needs",
             "use data.balance=sampler",
         )
-    if criterion.weight is not None:
+    if getattr(criterion, "weight", None) is not None:
         raise ConfigError("loss.weight is given, and data.balance=weights would replace it", "leave one of them out")
     criterion.weight = torch.from_numpy(weights)
 

@@ -1,4 +1,4 @@
-"""Checkpoints that a kill, a full disk or a power cut cannot damage, and which of them is the newest that can be read."""
+"""Checkpoints that a kill, a full disk or a power cut cannot damage, and how to find the newest readable one."""
 
 from __future__ import annotations
 
@@ -23,25 +23,33 @@ LAST, BEST = "last.ckpt", "best.ckpt"
 
 
 class SafeCheckpointIO(TorchCheckpointIO):
-    """Writes to a sibling in the same folder, flushes it to the disk, then renames it over the old checkpoint.
+    """Writes a temporary file in the same folder, flushes it to the disk, then renames it over the old checkpoint.
 
     Lightning 2.6 writes through the temporary folder: on another file system a kill there destroys the old checkpoint
     (pytorch-lightning#21253), and a refused write is ignored (pytorch-lightning#21800).
     """
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any | None = None) -> None:
-        """Write the checkpoint; StorageError where the disk refuses, with the old one untouched."""
+        """Write the checkpoint.
+
+        Raises:
+            StorageError: The disk refuses; the old checkpoint is untouched.
+        """
         save_whole(checkpoint, Path(path))
 
 
 def save_whole(content: dict[str, Any], path: Path) -> None:
-    """`torch.save`, whole or not at all; StorageError where the disk refuses."""
+    """Write a file as `torch.save` does, completely or not at all.
+
+    Raises:
+        StorageError: The disk refuses.
+    """
     with atomic_file(path) as file:
         watched = _Watched(file)
         try:
             torch.save(content, cast(IO[bytes], watched))
         except RuntimeError as error:
-            raise watched.refusal or error from None  # torch hides a full disk behind an error of its own
+            raise watched.refusal or error from None  # torch replaces the error of a full disk by one of its own
 
 
 class _Watched(io.RawIOBase):
@@ -67,19 +75,28 @@ class _Watched(io.RawIOBase):
 
 
 def step_path(directory: Path, step: int) -> Path:
-    """Where the checkpoint of an optimizer step lies."""
+    """Return the path of an optimizer step's checkpoint.
+
+    >>> step_path(Path("checkpoints"), 120).name
+    'step-000000120.ckpt'
+    """
     return directory / f"step-{step:09d}.ckpt"
 
 
 def steps(directory: Path) -> list[tuple[int, Path]]:
-    """The checkpoints by step, the newest first."""
-    found = ((re.fullmatch(r"step-(\d+)\.ckpt", path.name), path) for path in directory.glob("step-*.ckpt"))
-    return sorted(((int(match[1]), path) for match, path in found if match), reverse=True)
+    """Return the checkpoints by step, the newest first."""
+    matches = ((re.fullmatch(r"step-(\d+)\.ckpt", path.name), path) for path in directory.glob("step-*.ckpt"))
+    return sorted(((int(match[1]), path) for match, path in matches if match), reverse=True)
 
 
 def make_last(newest: Path, keep: int) -> None:
-    """Let `last.ckpt` be the same file as `newest`, and remove all checkpoints by step but the newest `keep`; StorageError where refused."""
-    directory, part = newest.parent, newest.parent / f".{LAST}.{os.getpid()}.part"
+    """Let `last.ckpt` be the same file as `newest`, and remove all but the newest `keep` checkpoints by step.
+
+    Raises:
+        StorageError: The disk refuses.
+    """
+    directory = newest.parent
+    part = directory / f".{LAST}.{os.getpid()}.part"
     with storage_errors(newest):
         part.unlink(missing_ok=True)
         try:
@@ -94,8 +111,9 @@ def make_last(newest: Path, keep: int) -> None:
 
 
 def go_back_to(path: Path, step: int) -> None:
-    """Remove the checkpoints of later steps, and a last one that is none of those left, in the folder of the checkpoint that a run goes on from."""
-    directory, last = path.parent, path.parent / LAST
+    """Remove the checkpoints after the one that a run resumes; also `last.ckpt` where it is none of those left."""
+    directory = path.parent
+    last = directory / LAST
     for other, later in steps(directory):
         if other > step:
             log.warning("%s is of a later step and is removed", later)
@@ -109,14 +127,14 @@ def go_back_to(path: Path, step: int) -> None:
 
 
 def sweep(directory: Path) -> None:
-    """Remove what killed writers left in a run folder; the caller holds its lock."""
-    for place in (directory, directory / "checkpoints"):
-        for path in place.glob(".*.part"):
+    """Remove the temporary files of killed writers from a run folder; the caller holds its lock."""
+    for folder in (directory, directory / "checkpoints"):
+        for path in folder.glob(".*.part"):
             path.unlink(missing_ok=True)
 
 
 def newest_readable(directory: Path) -> Path | None:
-    """The newest checkpoint in a folder that is whole, None where there is none at all; each damaged one is named in the log.
+    """Return the newest undamaged checkpoint of a folder, None where it has none; the log names damaged ones.
 
     Raises:
         CheckpointError: There are checkpoints, and all are damaged.
@@ -129,11 +147,9 @@ def newest_readable(directory: Path) -> Path | None:
         reason = damage(path)
         if not reason:
             return path
-        log.warning(
-            "the checkpoint %s%s is damaged (%s): going back to the one before", path, _also_last(path, last), reason
-        )
+        log.warning("the checkpoint %s%s is damaged (%s): using the one before", path, _also_last(path, last), reason)
     if order:
-        raise CheckpointError(f"every checkpoint in {str(directory)!r} is damaged", "start anew with overwrite=true")
+        raise CheckpointError(f"every checkpoint in {str(directory)!r} is damaged", "start again with overwrite=true")
     return None
 
 
@@ -142,7 +158,7 @@ def _also_last(path: Path, last: Path) -> str:
 
 
 def damage(path: Path) -> str:
-    """Why a checkpoint cannot be read, or nothing: the checksum of every part of the file is compared."""
+    """Return why a checkpoint cannot be read, or nothing; the checksum of every part of the file is compared."""
     try:
         with zipfile.ZipFile(path) as archive:
             broken = archive.testzip()
@@ -152,10 +168,14 @@ def damage(path: Path) -> str:
 
 
 def read_part(path: Path, key: str) -> Any:
-    """One entry of a checkpoint, without reading the weights; CheckpointError where the file or the entry is missing."""
+    """Return one entry of a checkpoint, without reading the weights.
+
+    Raises:
+        CheckpointError: The file or the entry is missing.
+    """
     try:
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except Exception as error:  # torch and pickle have many words for a file that is no checkpoint
+    except Exception as error:  # torch and pickle raise many types for a file that is not a checkpoint
         raise CheckpointError(
             f"{str(path)!r} cannot be read as a checkpoint ({' '.join(str(error).split())[:200]})"
         ) from error

@@ -20,13 +20,13 @@ from image_classifier.training.balance import balanced_rows
 from image_classifier.training.distributed import rank, rank_share, world_size
 
 Batch = tuple[torch.Tensor, torch.Tensor]
-# Pixels uint8 [N, 3, S, S], targets int64 [N], the number of classes and a generator -> pixels, and targets or class probabilities [N, C].
-# One that has `alternate_flip` also takes which images to mirror, bool [N].
+# Pixels uint8 [N, 3, S, S], targets int64 [N], the number of classes and a generator -> pixels, and targets or class
+# probabilities [N, C]. One that has `alternate_flip` also takes which images to mirror, bool [N].
 Augment = Callable[..., Batch]
 
 
 class PixelBatches:
-    """Batches by row numbers: pixels uint8 [B, 3, S, S] and targets int64 [B]; the cache holds pixels channels last."""
+    """Batches by row numbers: pixels uint8 [B, 3, S, S] and targets int64 [B]; the cache keeps pixels channels last."""
 
     def __init__(self, cache: PixelCache, targets: np.ndarray, channels_last: bool) -> None:
         self.cache, self.targets = cache, targets
@@ -41,13 +41,15 @@ class ShuffledBatches:
     """The rows in a new order each epoch, decided by (seed, epoch) alone; a last, smaller batch is left out."""
 
     def __init__(self, rows: np.ndarray, batch_size: int, seed: int) -> None:
-        self.rows, self.batch_size, self.seed, self.epoch = rows, min(batch_size, len(rows)), seed, 0
+        self.rows = rows
+        self.batch_size = min(batch_size, len(rows))
+        self.seed, self.epoch = seed, 0
 
     def __len__(self) -> int:
         return len(self.rows) // self.batch_size
 
     def order(self) -> np.ndarray:
-        """This epoch's rows, int64 [N]."""
+        """Return this epoch's rows, int64 [N]."""
         return np.random.default_rng((self.seed, self.epoch)).permutation(self.rows)
 
     def __iter__(self) -> Iterator[np.ndarray]:
@@ -56,12 +58,15 @@ class ShuffledBatches:
             yield rank_share(order[start : start + self.batch_size])
 
     def set_epoch(self, epoch: int) -> None:
-        """Called by Lightning at the start of each epoch."""
+        """Choose the epoch; Lightning calls this at the start of each."""
         self.epoch = epoch
 
 
 class BalancedBatches(ShuffledBatches):
-    """As many rows an epoch, but each class equally often: a rare one repeats its rows, of a frequent one some wait for a later epoch."""
+    """As many rows an epoch, but each class equally often.
+
+    A rare class repeats rows; of a frequent one, some rows wait for a later epoch.
+    """
 
     def __init__(self, rows: np.ndarray, batch_size: int, seed: int, targets: np.ndarray) -> None:
         """`targets` int64 [N] are the classes of `rows`."""
@@ -73,10 +78,10 @@ class BalancedBatches(ShuffledBatches):
 
 
 class BatchLoader:
-    """The batches of one part, in the order of `sampler`: rows of one batch after the other.
+    """The batches of one split, in the order of `sampler`, which gives the rows of each batch.
 
-    Its state is the batch to begin with, so that an epoch goes on where it was cut. torch's DataLoader forgets its place, and draws from the
-    global random state whenever it begins.
+    Its state is the first batch, so that an interrupted epoch resumes where it stopped. torch's DataLoader forgets its
+    position, and draws from the global random state whenever it starts.
     """
 
     batch_sampler = None  # Lightning looks for one where it finds a sampler
@@ -84,22 +89,18 @@ class BatchLoader:
     def __init__(
         self, batches: PixelBatches, sampler: ShuffledBatches | Sequence[np.ndarray], pinned: bool = False
     ) -> None:
-        """With `pinned` batches are made ahead in page-locked memory, from which a GPU copies while it computes."""
-        self.batches, self.sampler, self.pinned = (
-            batches,
-            sampler,
-            pinned,
-        )  # Lightning tells a loader's sampler the epoch
+        """With `pinned`, batches are made ahead in page-locked memory, from which a GPU copies while it computes."""
+        self.batches = batches
+        self.sampler = sampler  # Lightning sets the epoch of a loader's sampler
+        self.pinned = pinned
         self._first = 0
 
     def __len__(self) -> int:
         return len(self.sampler)
 
     def __iter__(self) -> Iterator[Batch]:
-        first, self._first = (
-            self._first,
-            0,
-        )  # taken at the first batch: Lightning may ask for an iterator that it never uses
+        # Read when the first batch is needed: Lightning may create an iterator that it never uses.
+        first, self._first = self._first, 0
         made = (self.batches[rows] for rows in islice(iter(self.sampler), first, None))
         if self.pinned:
             made = ((pixels.pin_memory(), targets.pin_memory()) for pixels, targets in made)
@@ -113,7 +114,7 @@ class BatchLoader:
 
 
 def _ahead(batches: Iterator[Batch]) -> Iterator[Batch]:
-    """Make the next batch while the caller works on this one: for a cache that decodes, whose threads raise their errors here as they are."""
+    """Yield batches, making the next one while the caller works on this one; for a cache that decodes on demand."""
     with ThreadPoolExecutor(1) as pool:
         upcoming = pool.submit(next, batches, None)
         while (batch := upcoming.result()) is not None:
@@ -137,13 +138,16 @@ class ImageDataModule(pl.LightningDataModule):
         progressive_sizes: Sequence[int] | None = None,
     ) -> None:
         super().__init__()
-        self.batches, self.batch_size = PixelBatches(cache, manifest.targets, channels_last), batch_size
-        self.rows, self.num_classes = {split: manifest.indices(split) for split in SPLITS}, len(manifest.classes)
+        self.batches = PixelBatches(cache, manifest.targets, channels_last)
+        self.batch_size = batch_size
+        self.rows = {split: manifest.indices(split) for split in SPLITS}
+        self.num_classes = len(manifest.classes)
         self.augment, self.seed, self.balanced, self.views = augment, seed, balanced, views
         self.paths = manifest.paths
+        self.progressive_sizes = progressive_sizes
+        self._steps = 0  # of the run, once known
         self._generator = torch.Generator()
         self._epoch, self._batches = -1, list[np.ndarray]()
-        self.progressive_sizes, self._steps = progressive_sizes, 0
 
     def train_dataloader(self) -> BatchLoader:
         return BatchLoader(self.batches, self._train_batches(), self._on_cuda())
@@ -152,23 +156,28 @@ class ImageDataModule(pl.LightningDataModule):
         return self.in_order("val")
 
     def in_order(self, split: str) -> BatchLoader:
-        """This rank's part of one split (alone: all its rows) in manifest order."""
+        """Return this rank's share of one split (of a single process: all rows) in manifest order."""
         rows, size = rank_share(self.rows[split]), 4 * self.batch_size // world_size()
-        if world_size() > 1:  # as many batches on every rank: those of a sharded network wait for one another
-            most = -(-len(self.rows[split]) // world_size())
-            return BatchLoader(self.batches, np.array_split(rows, -(-most // size)))
-        return BatchLoader(
-            self.batches, [rows[start : start + size] for start in range(0, len(rows), size)], self._on_cuda()
-        )
+        if world_size() > 1:
+            # As many batches on every rank: the ranks of a sharded network wait for one another.
+            max_rows = -(-len(self.rows[split]) // world_size())
+            return BatchLoader(self.batches, np.array_split(rows, -(-max_rows // size)))
+        batches = [rows[start : start + size] for start in range(0, len(rows), size)]
+        return BatchLoader(self.batches, batches, self._on_cuda())
 
     def _on_cuda(self) -> bool:
         return self.trainer is not None and self.trainer.strategy.root_device.type == "cuda"
 
     def augmented(self, batch: Batch, step: int, epoch: int = 0, rows: np.ndarray | None = None) -> Batch:
-        """A batch as training sees it as number `step` of all batches of the run; (seed, step) decide all that is random.
+        """Return a batch as training sees it; (seed, step) decide everything random.
 
-        With two views rows i and i + N/2 are one image, augmented twice. Where images are mirrored in every other epoch,
-        `epoch` and the images' `rows` int64 [N] decide which ones are.
+        With two views, rows i and i + N/2 are one image, augmented twice.
+
+        Args:
+            batch: Pixels uint8 [N, 3, S, S] and targets int64 [N].
+            step: Its number among all batches of the run.
+            epoch: Decides, with `rows`, which images an alternating flip mirrors.
+            rows: The images' rows, int64 [N].
         """
         if self.views == 2:
             batch = torch.cat([batch[0], batch[0]]), torch.cat([batch[1], batch[1]])
@@ -184,11 +193,11 @@ class ImageDataModule(pl.LightningDataModule):
 
     @property
     def alternates(self) -> bool:
-        """Whether the augmentation mirrors each image in every other epoch."""
+        """Whether the augmentation mirrors each image in every second epoch."""
         return bool(getattr(self.augment, "alternate_flip", False))
 
     def mirrored(self, rows: np.ndarray, epoch: int) -> torch.Tensor:
-        """Which of these images an alternating flip mirrors in this epoch, bool [N]: half of all in the first one, the others in the next."""
+        """Return which images an alternating flip mirrors in this epoch, bool [N]: a half, the others in the next."""
         return torch.from_numpy(self._mirrored_first[rows] ^ bool(epoch % 2))
 
     @cached_property
@@ -196,7 +205,7 @@ class ImageDataModule(pl.LightningDataModule):
         return np.random.default_rng((self.seed, 2)).random(len(self.batches.targets)) < 0.5
 
     def batch_rows(self, epoch: int, batch_idx: int) -> np.ndarray:
-        """The manifest rows of this rank's part of one training batch, int64 [N]."""
+        """Return the manifest rows of this rank's share of one training batch, int64 [N]."""
         if self._epoch != epoch:
             batches = self._train_batches()
             batches.set_epoch(epoch)
@@ -212,20 +221,17 @@ class ImageDataModule(pl.LightningDataModule):
         return self._sized(pixels, self.trainer.global_step), targets
 
     def _sized(self, pixels: torch.Tensor, step: int) -> torch.Tensor:
-        """The batch at the size that training has reached at this step."""
+        """Return the batch at the image size of this step: each size has an equal share of the run."""
         if not self.progressive_sizes:
             return pixels
         if not self._steps:
             self._steps = run_length(self.trainer, "data.progressive_sizes")
-        return downsized(
-            pixels,
-            self.progressive_sizes[
-                min(step * len(self.progressive_sizes) // self._steps, len(self.progressive_sizes) - 1)
-            ],
-        )
+        sizes = self.progressive_sizes
+        phase = min(step * len(sizes) // self._steps, len(sizes) - 1)
+        return downsized(pixels, sizes[phase])
 
     def paths_of(self, epoch: int, batch_idx: int) -> list[str]:
-        """The images of one training batch, over all ranks; `epoch` and `batch_idx` count from 0."""
+        """Return the paths of one training batch, over all ranks; `epoch` and `batch_idx` count from 0."""
         sampler = self._train_batches()
         sampler.set_epoch(epoch)
         rows = sampler.order()[batch_idx * sampler.batch_size : (batch_idx + 1) * sampler.batch_size]
@@ -239,8 +245,12 @@ class ImageDataModule(pl.LightningDataModule):
 
 
 def run_length(trainer: pl.Trainer | None, who: str) -> int:
-    """Optimizer steps of the whole run; ConfigError where nothing bounds it and `who` needs to know."""
+    """Return the optimizer steps of the run.
+
+    Raises:
+        ConfigError: Nothing limits the run, and the setting `who` needs its length.
+    """
     steps = trainer.estimated_stepping_batches if trainer else float("inf")
     if steps == float("inf"):
-        raise ConfigError(f"{who} needs to know how long the run is", "set trainer.max_epochs or trainer.max_steps")
+        raise ConfigError(f"{who} needs a run of known length", "set trainer.max_epochs or trainer.max_steps")
     return max(1, int(steps))

@@ -33,7 +33,7 @@ def best_classifier(trainer: pl.Trainer, module: ClassifierModule) -> Classifier
 def predict_split(
     classifier: Classifier, detector: Detector | None, datamodule: ImageDataModule, manifest: Manifest, split: str
 ) -> PredictionTable:
-    """Return the predictions for a split in manifest order, on every rank; without a detector there are no ood scores."""
+    """Return the predictions for a split in manifest order, on every rank; ood scores need a detector."""
     device = classifier.scale.device
     logits: list[torch.Tensor] = []
     scores: list[torch.Tensor] = []
@@ -57,4 +57,4 @@ def predict_split(
 def _view_sized_batches(datamodule: ImageDataModule, split: str, num_views: int) -> Iterator[torch.Tensor]:
     """Yield pixels uint8 [n, 3, S, S], n so small that all views of a batch need the memory of one validation batch."""
     for pixels, _ in datamodule.in_order(split):
-        yield from pixels.split(-(-len(pixels) // num_views))
+        yield from torch.split(pixels, -(-len(pixels) // num_views))

@@ -18,8 +18,8 @@ from image_classifier.dataset.discovery import FileTree, discover
 from image_classifier.dataset.sources import Digits, Folder, Hub, TorchvisionDataset, deferred
 from image_classifier.errors import ConfigError, SourceError
 from tests.conftest import ROOT
-from tests.dataset.fetch.test_archive import packed
-from tests.dataset.fetch.test_download import Server, server  # noqa: F401  (a fixture)
+from tests.sources.test_download import Server, server  # noqa: F401  (a fixture)
+from tests.sources.test_unpack import packed
 
 DOWNLOADED = ("cifar10", "flowers102", "oxford_pets")
 
@@ -103,7 +103,7 @@ def test_each_archive_may_have_its_sha256(here, make_tree):
     assert [root.name for root in roots] == [f"first-{sums[0][:8]}", f"second-{sums[1][:8]}"]
     with pytest.raises(ConfigError, match="has 1 entries for 2 archives"):
         Folder(archive=[str(archive) for archive in archives], sha256=sums[0])()
-    with pytest.raises(ConfigError, match=r"data\.sha256 is of an archive"):
+    with pytest.raises(ConfigError, match=r"data\.sha256 is for archives"):
         Folder(dir=str(here / "first"), sha256=sums[0])()
 
 
@@ -115,7 +115,7 @@ def test_an_archive_on_the_web(here, tree, server: Server):  # noqa: F811
     assert len(found(root).images) == 20
     assert Folder(archive=server.url, sha256=digest)() == root
     assert len(server.seen) == 1
-    with pytest.raises(SourceError, match="no archive by its name"):
+    with pytest.raises(SourceError, match="is not that of an archive"):
         Folder(archive=f"{server.url}.exe")()
 
 

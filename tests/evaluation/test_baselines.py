@@ -85,7 +85,7 @@ def test_a_damaged_file_costs_no_training(content: str, tmp_path: Path, caplog: 
     (tmp_path / "x").mkdir()
     (tmp_path / "x" / "baselines.json").write_text(content)
     assert known_baseline(tmp_path, "this", LOGISTIC) is None
-    assert "cannot be read and is passed over" in caplog.text
+    assert "which cannot be read" in caplog.text
 
 
 def test_baselines_survive_json() -> None:

@@ -12,8 +12,7 @@ from scipy.special import bdtr
 
 from image_classifier.errors import CheckpointError, ConfigError
 from image_classifier.evaluation.reliability.abstention import DEFAULTS, Decision, DecisionSettings, Evidence
-from image_classifier.evaluation.reliability.results import decision_score
-from image_classifier.evaluation.reliability.selective import (
+from image_classifier.evaluation.reliability.selective_prediction import (
     RiskLevel,
     chance_of_fewer,
     choose_level,
@@ -21,6 +20,7 @@ from image_classifier.evaluation.reliability.selective import (
     risk_curve,
     risk_levels,
 )
+from image_classifier.evaluation.reliability_results import decision_score
 from image_classifier.predictions import PredictionTable, softmax
 
 

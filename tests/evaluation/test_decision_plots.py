@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from image_classifier.evaluation.reliability.abstention import Decision, DecisionSettings, Evidence
-from image_classifier.evaluation.reliability.results import write_trust
+from image_classifier.evaluation.reliability_results import write_trust
 from image_classifier.predictions import PredictionTable, softmax
 from tests.evaluation.test_plots import assert_legible, drawn  # noqa: F401  # a fixture
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from matplotlib.figure import Figure
 
-from image_classifier.evaluation.plots.run_plots import run_plots
+from image_classifier.evaluation.plots.learning_curves import plot_curves_in_parts, plot_loss_in_parts
 from tests.evaluation.test_plots import assert_legible, assert_png, curve, drawn
 
 __all__ = ["drawn"]
@@ -23,7 +23,7 @@ def test_every_epoch_of_a_long_run_is_in_a_part(
 ) -> None:
     history = {"train/loss": curve(num_epochs, 2.3, 1e-5), "val/loss": curve(num_epochs, 2.3, 0.2)[each - 1 :: each]}
     history["train/loss"][7] = (7, float("nan"))
-    (path,) = run_plots.plot_loss_in_parts(history, tmp_path)
+    (path,) = plot_loss_in_parts(history, tmp_path)
     assert_png(path, drawn[0])
     assert_legible(drawn[0])
     ends = [axes.get_xlim() for axes in drawn[0].axes]
@@ -33,8 +33,8 @@ def test_every_epoch_of_a_long_run_is_in_a_part(
 
 
 def test_a_short_run_needs_none(tmp_path: Path) -> None:
-    assert run_plots.plot_loss_in_parts({"train/loss": curve(39, 1, 0), "val/loss": curve(20, 1, 0)}, tmp_path) == []
-    assert run_plots.plot_loss_in_parts({}, tmp_path) == []
+    assert plot_loss_in_parts({"train/loss": curve(39, 1, 0), "val/loss": curve(20, 1, 0)}, tmp_path) == []
+    assert plot_loss_in_parts({}, tmp_path) == []
 
 
 @pytest.mark.parametrize(
@@ -54,7 +54,7 @@ def test_curves_are_split_into_as_many_parts_as_asked(parts: int, tmp_path: Path
         "val/accuracy": curve(30, 0.1, 0.9),
         "val/f1_macro": curve(1, 0, 0),
     }
-    written = run_plots.plot_curves_in_parts(history, tmp_path, parts)
+    written = plot_curves_in_parts(history, tmp_path, parts)
     assert [path.name for path in written] == ["loss_parts.png", "accuracy_parts.png"]
     for figure in drawn:
         assert len(figure.axes) == parts
@@ -62,5 +62,5 @@ def test_curves_are_split_into_as_many_parts_as_asked(parts: int, tmp_path: Path
 
 
 def test_there_are_never_more_parts_than_steps(tmp_path: Path, drawn: list[Figure]) -> None:
-    run_plots.plot_curves_in_parts({"val/loss": curve(4, 2, 1)}, tmp_path, 12)
+    plot_curves_in_parts({"val/loss": curve(4, 2, 1)}, tmp_path, 12)
     assert len(drawn[0].axes) == 3

@@ -1,4 +1,4 @@
-"""The gallery of suspects: one file, bounded, safe whatever images are called, and no decision where none may be taken."""
+"""The gallery of suspects: one file, bounded, safe with any file name, and decisions only where allowed."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def test_names_are_shown_and_never_run(tmp_path: Path) -> None:
     assert html.count("<script>") == 1 and "alert(1)</script>" not in html
     assert not re.findall(r'(?:src|href)="(?!data:)', html)
     assert html.count('class="pixels"') == 1 and html.count('src="data:image/webp') == 3
-    assert "Its name is no plain text" in html and "no picture: " in html
+    assert "Its name is not plain text" in html and "no image: " in html
     assert EVIL in map(unescape, re.findall(r'data-path="([^"]*)"', html))
 
 
@@ -84,7 +84,8 @@ def test_decisions_are_saved_as_a_fix_csv(browser: Browser, width: int, tmp_path
     browser.show(tmp_path / "suspects.html", width)
     assert browser.run("document.documentElement.scrollWidth") <= width
     browser.run("URL.createObjectURL = (blob) => { window.saved = blob.text(); return 'data:,'; }")
-    press = "(place, action) => document.querySelectorAll('.choices')[place].querySelector(`[data-action=${action}]`).click()"
+    button = "document.querySelectorAll('.choices')[place].querySelector(`[data-action=${action}]`)"
+    press = f"(place, action) => {button}.click()"
     for place, action in ((0, "exclude"), (0, "relabel"), (1, "keep"), (2, "exclude"), (2, "exclude")):
         browser.run(f"({press})({place}, '{action}')")
     assert browser.run("document.getElementById('status').textContent") == "2 of 3 decided"

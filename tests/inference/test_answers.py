@@ -143,7 +143,7 @@ def test_a_labelled_folder_of_ones_own_can_be_tested(command: Command, tmp_path:
         str(tmp_path / "out"),
     )
     assert answer.code == 0, answer.err
-    assert "test images 71" in answer.out and "no image in this part: 0, 1" in answer.out
+    assert "test images 71" in answer.out and "no image in this split: 0, 1" in answer.out
 
 
 def test_images_that_changed_since_training_are_noticed(command: Command, trained: Path) -> None:

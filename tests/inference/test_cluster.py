@@ -135,7 +135,7 @@ def test_images_are_dealt_in_order_and_any_machine_finds_them(tmp_path: Path) ->
 
 
 def test_an_archive_is_refused(tmp_path: Path) -> None:
-    from tests.inference.test_find_images import as_zip
+    from tests.sources.test_inputs import as_zip
 
     as_zip(tmp_path / "a.zip", [("1.png", b"x")])
     with pytest.raises(ConfigError, match="only this process can read"):

@@ -17,7 +17,7 @@ from PIL import Image
 from image_classifier.bundle import read_bundle
 from image_classifier.evaluation.reliability.abstention import Decision
 from image_classifier.evaluation.reliability.ood import DETECTOR
-from image_classifier.evaluation.reliability.selective import lowest_risk
+from image_classifier.evaluation.reliability.selective_prediction import lowest_risk
 from image_classifier.predictions import PredictionTable
 from tests.conftest import Command
 

@@ -12,7 +12,7 @@ import pyarrow.parquet
 import pytest
 
 from tests.conftest import ROOT, Command
-from tests.inference.test_find_images import as_tar, as_zip
+from tests.sources.test_inputs import as_tar, as_zip
 
 
 @pytest.fixture(autouse=True)

@@ -134,7 +134,7 @@ def test_a_damaged_newest_checkpoint_costs_no_more_than_its_steps(
     with (tmp_path / "last.ckpt").open("r+b") as file:
         file.truncate(1000)
     end = train(tmp_path, HARD)
-    assert "(last.ckpt) is damaged" in caplog.text and "going back to the one before" in caplog.text
+    assert "(last.ckpt) is damaged" in caplog.text and "using the one before" in caplog.text
     assert_same(end, HARD)
 
 

@@ -98,7 +98,7 @@ class HttpChannel:
                     answered = {key.lower(): value for key, value in response.getheaders()}
                     return response.status, answered, _body(response, watchdog)
         except (OSError, HTTPException) as error:
-            if watchdog.bit or isinstance(error, TimeoutError):
+            if watchdog.expired or isinstance(error, TimeoutError):
                 raise Refused(f"no answer within {timeout_s:g} s") from error
             retryable = isinstance(error, (ConnectionError, IncompleteRead))
             raise Refused(f"the connection failed ({type(error).__name__}: {error})", retryable) from error
@@ -113,7 +113,7 @@ def _body(response: HTTPResponse, watchdog: SocketDeadline) -> bytes:
         size += len(part)
         if size > MAX_ANSWER_BYTES:
             raise Refused(f"its answer is longer than {MAX_ANSWER_BYTES} bytes")
-    if watchdog.bit:
+    if watchdog.expired:
         raise TimeoutError
     if response.length:
         raise Refused("its answer is cut short", retryable=True)

@@ -116,9 +116,9 @@ def test_names_that_are_not_utf8(folder):
         ("path,label\na.jpg, \n", "line 2 of '.*t.csv' has no label for 'a.jpg'"),
         (
             "path,label\n\n\na.jpg,cat\nx.jpg,cat\n",
-            "line 5 of '.*t.csv' names '.*x.jpg', which is not there: paths start from the table's folder",
+            "line 5 of '.*t.csv' names '.*x.jpg', which does not exist: paths start from the table's folder",
         ),
-        ("path,label\nx.jpg,cat\na.jpg/y.jpg,cat\n\0,cat\n", "line 2 .*x.jpg', which is not there and 2 more rows"),
+        ("path,label\nx.jpg,cat\na.jpg/y.jpg,cat\n\0,cat\n", "line 2 .*x.jpg', which does not exist and 2 more rows"),
         (
             "path,label\na.jpg,cat\nb.jpg,dog\n./a.jpg,dog\n",
             "line 4 of '.*t.csv' names './a.jpg' again, after line 2: keep one row an image",
@@ -201,7 +201,7 @@ def test_labels_may_be_numbers(folder):
     [
         (
             {"path": ["a.jpg", "x.jpg"], "label": ["cat", "cat"]},
-            "row 2 of '.*t.parquet' names '.*x.jpg', which is not there",
+            "row 2 of '.*t.parquet' names '.*x.jpg', which does not exist",
         ),
         ({"path": ["a.jpg", "b.jpg"], "label": ["cat", None]}, "row 2 of '.*t.parquet' has no label"),
         ({"path": ["a.jpg"], "class": ["cat"]}, "has no column label: its columns are path, class"),
@@ -214,5 +214,5 @@ def test_what_is_wrong_with_parquet(folder, columns, words):
 
 
 def test_what_is_no_parquet(folder):
-    with pytest.raises(DataError, match=r"t.parquet' is not a Parquet file \("):
+    with pytest.raises(DataError, match=r"t.parquet' \(not a Parquet file: "):
         read_table(table(folder, b"PAR1 no", "t.parquet"))

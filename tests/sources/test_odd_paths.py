@@ -14,7 +14,7 @@ from image_classifier.inference.sort_into import Sorter
 from image_classifier.sources.dvc import pull_missing
 from image_classifier.sources.image_source import ImageSource
 from tests.conftest import Command
-from tests.inference.test_find_images import found
+from tests.sources.test_inputs import found
 
 LONG = "x" * 5000
 

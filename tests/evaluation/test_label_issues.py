@@ -1,14 +1,17 @@
-"""Suspects from out-of-fold answers: the ranking is what brute force gives, planted errors come first, and nothing depends on order."""
+"""Suspects: the ranking equals brute force, planted errors come first, and the order of images does not matter."""
 
 from __future__ import annotations
 
 import csv
+import warnings
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from image_classifier.errors import DataError
@@ -19,13 +22,13 @@ from image_classifier.evaluation.label_issues.proposals import (
     decision,
     lines,
     merged,
-    worst_answers,
+    worst_predictions,
     write_csv,
 )
 from image_classifier.evaluation.label_issues.ranking import (
     CONFIDENT,
+    DUPLICATES,
     LOSS,
-    TWINS,
     confident_errors,
     find_suspects,
     highest_losses,
@@ -41,7 +44,7 @@ def answers(targets: np.ndarray, probabilities: np.ndarray, split: str = "") -> 
 
 
 def planted(seed: int, count: int = 400, accuracy: float = 0.97) -> tuple[OutOfFoldPredictions, set[str]]:
-    """Answers of a model that is mostly right about the true classes, and the images whose label is another."""
+    """Predictions of a model that is mostly right about the true classes, and the images with another label."""
     random = np.random.default_rng(seed)
     truth = random.integers(0, 4, count)
     leaning = np.where(random.random(count) < accuracy, truth, random.integers(0, 4, count))
@@ -78,11 +81,59 @@ def test_the_ranking_is_that_of_brute_force(found: OutOfFoldPredictions, share: 
         assert suspect.suggested == ("" if likeliest == suspect.label else likeliest)
 
 
+def by_cleanlab(found: OutOfFoldPredictions) -> np.ndarray:
+    """The errors that cleanlab finds; of equals the first, as the order of its sort depends on the processor."""
+    from cleanlab.filter import find_label_issues
+
+    present, targets = np.unique(found.targets, return_inverse=True)
+    if len(present) < 2:
+        return np.zeros(len(targets), dtype=bool)
+    probabilities = np.maximum(found.probabilities[:, present], 1e-12)
+    probabilities /= probabilities.sum(axis=1, keepdims=True)
+    with warnings.catch_warnings(), mock.patch.object(np, "argsort", partial(np.argsort, kind="stable")):
+        warnings.filterwarnings("ignore", "May not flag all label issues in class")  # a class of one image
+        return np.asarray(
+            find_label_issues(targets, probabilities, filter_by="prune_by_noise_rate", n_jobs=1), dtype=bool
+        )
+
+
+def hostile_answers(seed: int) -> OutOfFoldPredictions:
+    """Few or many classes, of which labels name some or one; predictions that are sure, rounded, equal or wrong."""
+    random = np.random.default_rng(seed)
+    count, number = random.choice([1, 7, 40, 300]), random.choice([2, 3, 5, 30])
+    named = random.choice(number, random.choice([1, 2, number, number]), replace=False)
+    targets = named[(random.random(count) ** random.choice([1, 4]) * len(named)).astype(int)]  # evenly, or not
+    probabilities = random.dirichlet(np.full(number, random.choice([0.05, 0.4, 5.0])), count)
+    probabilities[np.arange(count), targets] += random.choice([0.0, 0.2, 0.5, 3.0])
+    probabilities = probabilities.round(random.choice([0, 1, 2, 16]))
+    match random.choice(["as they are"] * 6 + ["one-hot", "uniform", "copies", "nearly equal"]):
+        case "one-hot":
+            probabilities = np.eye(number)[probabilities.argmax(axis=1)]
+        case "uniform":
+            probabilities = np.ones((count, number))
+        case "copies":
+            probabilities = probabilities[random.integers(0, count, count) // 4]
+        case "nearly equal":
+            probabilities = 1 + random.integers(-3, 3, (count, number)) * 1e-6
+    probabilities /= np.maximum(probabilities.sum(axis=1, keepdims=True), 1e-12)
+    names = [f"{row:04d}.png" for row in range(count)]
+    return OutOfFoldPredictions(
+        names, targets, probabilities, [f"class {code}" for code in range(number)], [""] * count
+    )
+
+
+@settings(max_examples=200)
+@given(st.integers(0, 2**32 - 1))
+def test_confident_learning_finds_what_cleanlab_finds(seed: int) -> None:
+    found = hostile_answers(seed)
+    assert np.array_equal(confident_errors(found), by_cleanlab(found))
+
+
 @given(some_answers())
 def test_confident_learning_names_nobody_whose_label_is_likelier_than_its_class_is_on_average(
     found: OutOfFoldPredictions,
 ) -> None:
-    """Confident joint (Northcutt et al., 2021), by brute force: without an off-diagonal count there is no error to name."""
+    """Confident joint (Northcutt et al., 2021) by brute force: without an off-diagonal count there is no error."""
     present = np.unique(found.targets)
     if len(present) < 2:
         assert not confident_errors(found).any()
@@ -126,7 +177,7 @@ def test_twins_under_two_labels_lower_the_score_of_the_less_probable() -> None:
         suspect.path: suspect for suspect in find_suspects(found, [[("0000.png", "ant"), ("0001.png", "bee")]], share=0)
     }
     right, wrong = suspects["0000.png"], suspects["0001.png"]
-    assert TWINS in right.reasons and TWINS in wrong.reasons
+    assert DUPLICATES in right.reasons and DUPLICATES in wrong.reasons
     assert right.score == pytest.approx(0.7 / 0.9) and right.suggested == ""
     assert wrong.score == pytest.approx(0.2 / 0.9) and wrong.suggested == "ant"
     assert (
@@ -136,7 +187,7 @@ def test_twins_under_two_labels_lower_the_score_of_the_less_probable() -> None:
     )
     settled = replace(found, targets=np.zeros_like(found.targets))
     assert not any(
-        TWINS in suspect.reasons
+        DUPLICATES in suspect.reasons
         for suspect in find_suspects(settled, [[("0000.png", "ant"), ("0001.png", "ant")]], share=0)
     )
     alone = {
@@ -197,9 +248,9 @@ def test_accepting_takes_the_worst_and_never_a_test_image() -> None:
     assert not accepted([replace(suspect, split="test") for suspect in suspects], True)
 
 
-def test_a_bundles_worst_answers_join_the_list_and_the_table_holds_all(tmp_path: Path) -> None:
+def test_a_bundles_worst_predictions_join_the_list_and_the_table_holds_all(tmp_path: Path) -> None:
     found, _ = planted(4)
-    worst = worst_answers(replace(found, splits=["val"] * len(found.paths)), 0.05, "mine")
+    worst = worst_predictions(replace(found, splits=["val"] * len(found.paths)), 0.05, "mine")
     suspects = find_suspects(found, share=0)
     both = merged(suspects, worst)
     assert len(worst) == 20 and {suspect.path for suspect in both} == {suspect.path for suspect in (*suspects, *worst)}

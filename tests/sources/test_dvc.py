@@ -137,7 +137,7 @@ def test_corrupt_objects_are_never_handed_out(repository):
     good = spoilt.read_bytes()
     spoilt.write_bytes(b"x" * len(good))
     with pytest.raises(
-        SourceError, match=r"'data/\w+/\d\.png' came corrupt, the bytes on the DVC remote 'store'.*push them again"
+        SourceError, match=r"'data/\w+/\d\.png' arrived corrupt: the bytes on the DVC remote 'store'.*push them again"
     ):
         pull_missing(repository.data)
     assert not repository.data.exists()
@@ -155,7 +155,7 @@ def test_a_cache_that_an_unverified_pull_spoilt_is_fetched_again(repository):
     dvc(repository.root, "pull")  # DVC by itself: wrong bytes, and no word of it
     assert b"x" * len(good) in repository.content().values()
     shutil.rmtree(repository.data)
-    with pytest.raises(SourceError, match="came corrupt"):
+    with pytest.raises(SourceError, match="arrived corrupt"):
         pull_missing(repository.data)
     dvc(repository.root, "pull")
     shutil.rmtree(repository.data)
@@ -348,7 +348,7 @@ def test_s3_corrupt_and_missing_objects(on_s3, s3):
     client.put_object(Bucket="images", Key=keys[0], Body=b"x" * len(good))
     on_s3.forget()
     with pytest.raises(
-        SourceError, match=r"'data/\w+/\d\.png' came corrupt, the bytes on the DVC remote 'far' \(s3://images/dvc\)"
+        SourceError, match=r"'data/\w+/\d\.png' arrived corrupt: the bytes on the DVC remote 'far' \(s3://images/dvc\)"
     ):
         pull_missing(on_s3.data)
     assert not on_s3.data.exists()

@@ -15,11 +15,12 @@ from urllib.parse import quote
 import pytest
 
 from image_classifier.errors import ConfigError, SourceError, UnreadableImage
-from image_classifier.sources import web
+from image_classifier.sources import addresses
+from image_classifier.sources.addresses import is_public
 from image_classifier.sources.image_source import ImageSource
 from image_classifier.sources.inputs import Inputs
-from image_classifier.sources.web import UrlLimits, WebClient, is_public
-from tests.inference.test_find_images import as_tar, as_zip, picture
+from image_classifier.sources.web import UrlLimits, WebClient
+from tests.sources.test_inputs import as_tar, as_zip, picture
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -123,7 +124,7 @@ def test_images_and_archives_are_fetched(server: str) -> None:
         ("/none.png", "answers 404"),
         ("/none", "answers 404"),
         ("/rude.png", r"answers 404 \x1b[2J gone \x9b"),
-        ("/cut.png", "10 bytes are missing"),
+        ("/cut.png", "broke off after 1 of 11 bytes"),
         ("/endless.png", "larger than"),
         ("/loop.png", "redirect"),
         ("/hop0.png", "redirect"),
@@ -183,7 +184,7 @@ def test_a_redirect_to_this_machine_is_refused(server: str, monkeypatch: pytest.
     """The first address counts as public, the one it leads to does not."""
     host, port = "127.0.0.1", server.rpartition(":")[2]
     Handler.moved["/away.png"] = f"http://127.0.0.2:{port}/1.png"
-    monkeypatch.setattr(web, "is_public", lambda address: address == host)
+    monkeypatch.setattr(addresses, "is_public", lambda address: address == host)
     client = WebClient(UrlLimits(timeout_s=5))
     assert client.image(f"{server}/moved.png", 10**6) == picture(1)
     with pytest.raises(UnreadableImage, match="private network"):
@@ -194,7 +195,7 @@ def test_a_name_with_one_private_address_is_refused(monkeypatch: pytest.MonkeyPa
     both = [(socket.AF_INET, socket.SOCK_STREAM, 6, "", (address, 80)) for address in ("8.8.8.8", "10.0.0.1")]
     monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: both)
     with pytest.raises(SourceError, match="private network"):
-        list(WebClient(UrlLimits()).blocks("http://example.org/1.png", 10))
+        WebClient(UrlLimits()).fetch("http://example.org/1.png", io.BytesIO(), 10)
 
 
 PRIVATE_4 = "127.0.0.1 10.1.2.3 172.16.0.1 192.168.1.1 169.254.169.254 0.0.0.0 100.64.0.1 224.0.0.1 255.255.255.255 240.0.0.1 168.63.129.16 192.0.0.192"

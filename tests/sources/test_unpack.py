@@ -7,12 +7,14 @@ import tarfile
 import zipfile
 from pathlib import Path
 
+import pyarrow
 import pytest
 
 from image_classifier.dataset.sources import unwrapped
 from image_classifier.errors import SourceError, StorageError
 from image_classifier.sources import unpack as module
-from image_classifier.sources.unpack import SUFFIXES, is_archive, stem, unpack_once
+from image_classifier.sources.archive import SUFFIXES, is_archive_name, stem
+from image_classifier.sources.unpack import unpack_once
 
 
 def packed(root: Path, target: Path, prefix: str = "") -> Path:
@@ -24,10 +26,18 @@ def packed(root: Path, target: Path, prefix: str = "") -> Path:
             for path in files:
                 bundle.write(path, prefix + path.relative_to(root).as_posix())
     else:
-        kind = target.suffix.lstrip(".").removeprefix("t")
-        with tarfile.open(target, "w" if kind == "ar" else f"w:{kind}") as tar:
+        kind = {"tar": "", "tgz": "gz", "tbz2": "bz2", "txz": "xz", "tzst": "zst"}.get(
+            target.suffix[1:], target.suffix[1:]
+        )
+        plain = io.BytesIO()
+        with tarfile.open(fileobj=plain, mode="w" if kind == "zst" else f"w:{kind}") as tar:
             for path in files:
                 tar.add(path, prefix + path.relative_to(root).as_posix())
+        if kind == "zst":
+            with pyarrow.output_stream(str(target), compression="zstd") as file:
+                file.write(plain.getvalue())
+        else:
+            target.write_bytes(plain.getvalue())
     return target
 
 
@@ -39,7 +49,7 @@ def content(root: Path) -> dict[str, bytes]:
 @pytest.mark.parametrize("prefix", ["", "a/b/"])
 def test_archives_are_unpacked_once(tmp_path, tree, suffix, prefix):
     archive = packed(tree, tmp_path / f"set{suffix}", prefix)
-    assert is_archive(archive.name)
+    assert is_archive_name(archive.name)
     assert stem(archive.name) == "set"
     folder = unpack_once(archive, tmp_path / "data")
     assert folder.parent == tmp_path / "data"
@@ -66,7 +76,7 @@ def test_an_archive_is_compared_with_its_sha256_before_it_is_unpacked(tmp_path, 
     assert list((tmp_path / "data").iterdir()) == [folder]
 
 
-@pytest.mark.parametrize("name", ["set.tar", "set.tar.gz", "set.tar.bz2", "set.tar.xz", "set.zip"])
+@pytest.mark.parametrize("name", ["set.tar", "set.tar.gz", "set.tar.bz2", "set.tar.xz", "set.tar.zst", "set.zip"])
 @pytest.mark.parametrize("harm", ["cut", "garbage", "empty"])
 def test_a_damaged_archive_leaves_nothing(tmp_path, tree, name, harm):
     archive = packed(tree, tmp_path / name)

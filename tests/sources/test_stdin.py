@@ -14,7 +14,7 @@ import pytest
 
 from image_classifier.errors import DataError, StorageError
 from image_classifier.sources.inputs import Inputs
-from tests.inference.test_find_images import ARCHIVES, FILES, found, picture
+from tests.sources.test_inputs import ARCHIVES, FILES, found, picture
 
 
 @pytest.mark.parametrize("name", ARCHIVES)

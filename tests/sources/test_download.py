@@ -19,7 +19,9 @@ from hypothesis import strategies as st
 
 from image_classifier.errors import SourceError, StorageError
 from image_classifier.sources import download as module
-from image_classifier.sources.download import Download, shown
+from image_classifier.sources.addresses import shown
+from image_classifier.sources.download import Download
+from image_classifier.sources.socket_deadline import SocketDeadline
 from tests.conftest import ROOT
 
 CONTENT = bytes(range(256)) * 4096  # 1 MiB
@@ -209,7 +211,7 @@ def test_a_wrong_checksum_removes_what_was_fetched_but_not_what_was_there(server
         fetch(server, target, f"sha256:{'0' * 64}")
     assert [path.name for path in target.parent.iterdir() if "lock" not in path.name] == []
     target.write_bytes(b"mine")
-    with pytest.raises(SourceError, match=r"has the md5 .*: delete it, and it is fetched again"):
+    with pytest.raises(SourceError, match=r"has the md5 .*: delete it to fetch it again"):
         fetch(server, target, f"md5:{'0' * 32}")
     assert target.read_bytes() == b"mine"
     with pytest.raises(SourceError, match="is no checksum"):
@@ -269,7 +271,7 @@ def test_no_network_says_so_at_once(target, monkeypatch):
         raise socket.gaierror(-2, "Name or service not known")
 
     monkeypatch.setattr(socket, "getaddrinfo", unknown)
-    monkeypatch.setattr(module.time, "sleep", lambda _: pytest.fail("waited"))
+    monkeypatch.setattr(SocketDeadline, "wait", lambda *_: pytest.fail("waited"))
     with pytest.raises(
         SourceError,
         match=r"^https://\S+ cannot be downloaded \(Name or service not known\): no network\? .* put it at '.*set\.zip'$",

@@ -1,4 +1,4 @@
-"""Large tables by pieces: a few at a time on the processor's cores, their results in order whatever the number of threads."""
+"""Work on large tables block by block, on several threads, with results in order."""
 
 from __future__ import annotations
 
@@ -12,18 +12,24 @@ from image_classifier.cpu import usable_cores
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
-_MOST_THREADS = 8  # each needs room for a piece of its own
+_MAX_THREADS = 8  # each needs memory for a block
 
 
 def num_threads() -> int:
-    """Return the cores that this process may use, 8 at most."""
-    return min(usable_cores(), _MOST_THREADS)
+    """Return the number of cores that this process may use, at most 8."""
+    return min(usable_cores(), _MAX_THREADS)
 
 
 def parallel_map(
     function: Callable[[Item], Result], items: Iterable[Item], threads: int | None = None
 ) -> Iterator[Result]:
-    """The function's results in the order of the items, computed by threads (numpy frees the lock), no more of them ahead than threads."""
+    """Yield the function's results in the order of the items, computed on threads (numpy releases the lock).
+
+    At most one result more than there are threads is computed ahead.
+
+    >>> list(parallel_map(lambda number: number**2, range(4), threads=2))
+    [0, 1, 4, 9]
+    """
     count = threads or num_threads()
     if count == 1:
         yield from map(function, items)
@@ -39,6 +45,10 @@ def parallel_map(
 
 
 def slices(total: int, step: int) -> Iterator[slice]:
-    """Pieces of `step` (at least one) that make up 0..total."""
+    """Return slices of `step` rows (at least one) that cover 0..total.
+
+    >>> list(slices(5, 2))
+    [slice(0, 2, None), slice(2, 4, None), slice(4, 5, None)]
+    """
     step = max(1, step)
     return (slice(start, min(start + step, total)) for start in range(0, total, step))
