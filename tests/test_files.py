@@ -31,7 +31,6 @@ def test_a_full_disk_is_one_storage_error_and_the_old_file_stays(tmp_path: Path)
     code = f"""
 import resource, signal
 from pathlib import Path
-from image_classifier import files
 from image_classifier.errors import StorageError
 from image_classifier.atomic_io import write_bytes
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)

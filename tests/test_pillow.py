@@ -195,7 +195,7 @@ def many_scans() -> bytes:
         (tiff(8, b"\0\0", 2, 1, 1, (322, 20_000), (323, 20_000)), "allowed"),
         (run_length_bmp(3000, 3000), "run-length"),
         (many_scans(), "scans"),
-        (b"\xff\xd8\xff\xfe\0\2" + b"\xff" * 600_000, "too many parts"),
+        (b"\xff\xd8\xff\xfe\0\2" + b"\xff" * 600_000, "too many pieces"),
     ],
     ids=["canvas", "tile", "runs", "scans", "parts"],
 )

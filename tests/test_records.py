@@ -175,12 +175,12 @@ def test_predictions_are_read_back_as_they_were(tmp_path):
 def test_half_a_prediction_table_is_one_line(tmp_path, name, damage):
     PredictionTable(("a.png",), np.array([1]), np.array([[2.0, 0.5]], np.float32), ("cat", "dog")).write(tmp_path)
     (tmp_path / name).unlink() if damage is None else (tmp_path / name).write_bytes(damage)
-    with pytest.raises(DataError, match="holds no whole"):
+    with pytest.raises(DataError, match="is missing or damaged"):
         PredictionTable.read(tmp_path)
 
 
 def test_logits_of_another_table_are_noticed(tmp_path):
     PredictionTable(("a.png",), np.array([1]), np.array([[2.0, 0.5]], np.float32), ("cat", "dog")).write(tmp_path)
     np.save(tmp_path / "logits.npy", np.array([[0.5, 2.0]], np.float32))
-    with pytest.raises(DataError, match="other answers"):
+    with pytest.raises(DataError, match="predictions.csv differ"):
         PredictionTable.read(tmp_path)

@@ -56,7 +56,7 @@ VERBS: dict[str, tuple[str, str]] = {
     ),
     "export": (
         "image_classifier.cli.verbs.export:export",
-        "Convert a bundle's model (sealed, int8, OpenVINO, TensorRT, Triton, MLflow) and compare it with the checkpoint.",
+        "Convert a bundle's model (sealed, int8, OpenVINO, TensorRT, Triton, MLflow) and compare the answers.",
     ),
     "verify": (
         "image_classifier.cli.verbs.verify:verify",

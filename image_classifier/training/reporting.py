@@ -82,7 +82,7 @@ class TrainedRun:
 
 @dataclass(frozen=True)
 class Results:
-    """What the model reached on each split: the metrics, those of leaked images apart, and all as plain numbers by name."""
+    """The scores of a model by split: metrics, those of leaked images, all as plain numbers, and reliability."""
 
     metrics: dict[str, ClassificationMetrics]
     leaks: dict[str, LeakScore | None]
@@ -109,7 +109,7 @@ class Results:
 
 
 def write_results(trained: TrainedRun) -> Results:
-    """Compute the metrics of the predictions, and write tables and, if configured, figures to the run's folder in plots/."""
+    """Compute the metrics of the predictions, and write tables and figures to the run's folder in plots/."""
     run, tables, figures = trained.run, trained.tables, trained.config.run.plots.figures
     metrics = {split: compute_metrics(table) for split, table in tables.items()}
     leaks = {split: leak_score(table, trained.manifest.leaked(split)) for split, table in tables.items()}

@@ -1,4 +1,4 @@
-"""Images that are probably labelled wrong, from predictions of models that were not trained on them; loads no torch itself."""
+"""Images that are probably labelled wrong, from predictions of models that were not trained on them; loads no torch."""
 
 from __future__ import annotations
 
@@ -105,7 +105,7 @@ class SuspectSearch:
 
 @dataclass(frozen=True)
 class SuspectReport:
-    """The suspects, the files that list them, and how many proposals were decided before, accepted now, or left open."""
+    """The suspects, the files that list them, and how many were decided before, accepted now, or only proposed."""
 
     suspects: Sequence[Suspect]
     num_images: int
@@ -126,7 +126,7 @@ class SuspectReport:
 
 
 def search_suspects(search: SuspectSearch, predict: PredictFolds) -> SuspectReport:
-    """Rank the images by how doubtful their labels are, and write suspects.csv, suspects.html and the proposals of fix.csv.
+    """Rank images by how doubtful their labels are; write suspects.csv, suspects.html and proposals to fix.csv.
 
     Raises:
         ConfigError: The models would start from a bundle that was trained on these images.

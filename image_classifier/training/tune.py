@@ -1,4 +1,4 @@
-"""A study of many trainings from its settings to the winner; loads no torch, as its trials are processes of their own."""
+"""A study of many trainings, from its settings to the winner; loads no torch, as its trials are processes."""
 
 from __future__ import annotations
 
@@ -44,10 +44,10 @@ def run_study(settings: TuneSettings, plan: TrialPlan, seed: int, facts: Mapping
         ConfigError: The study was begun with other facts.
         StorageError: The database does not answer.
     """
-    trials = open_study(settings, plan.places.study, seed, facts)
+    trials = open_study(settings, plan.paths.study, seed, facts)
     storage = without_passwords(settings.storage)
-    log.info("study %s: %d trials so far, in %s", plan.places.study, len(trials.trials()), storage)
-    folder = plan.places.folder
+    log.info("study %s: %d trials so far, in %s", plan.paths.study, len(trials.trials()), storage)
+    folder = plan.paths.folder
     folder.mkdir(parents=True, exist_ok=True)
     with sigterm_stops(), owner_in(folder) as owner:
         Workers(trials, settings, plan, owner).run()
@@ -55,7 +55,7 @@ def run_study(settings: TuneSettings, plan: TrialPlan, seed: int, facts: Mapping
     best = ranked(rows, settings.maximise)
     if not best:
         raise _nothing_complete(rows, folder)
-    plots = plan.places.plots_dir / plan.places.study
+    plots = plan.paths.plots_dir / plan.paths.study
     write_csv(rows, settings, plots / "trials.csv")
     return StudyResult(float(best[0].value or 0.0), tuple(_summary(trials, settings, plan, best[0], plots)))
 
@@ -76,9 +76,8 @@ def _summary(
     yield from table(trials.trials(), settings)
     yield from plot_study(trials.study, settings.metric, plots)
     yield f"best     trial {winner.number}, {settings.metric} {winner.value:.4f}"
-    bundle = plan.places.bundle(winner.number)
+    bundle = plan.paths.bundle(winner.number)
     if bundle.exists():
         yield f"bundle   {bundle}"
-    yield f"trials   {plots / 'trials.csv'}; their logs: {plan.places.folder}/"
-    overrides = [entry.override(winner.params[entry.key]) for entry in plan.space]
-    yield f"next     {winner_command(plan.first, overrides, plan.places.study)}"
+    yield f"trials   {plots / 'trials.csv'}; their logs: {plan.paths.folder}/"
+    yield f"next     {winner_command(plan.first, plan.overrides(winner), plan.paths.study)}"

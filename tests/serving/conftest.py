@@ -91,8 +91,8 @@ def form(*files: tuple[str, bytes], field: str = "images", texts: Mapping[str, s
         for name, text in (texts or {}).items()
     ]
     parts += [
-        b'--frontier\r\nContent-Disposition: form-data; name="%s"; filename="%s"\r\nContent-Type: application/octet-stream\r\n\r\n%s\r\n'
-        % (field.encode(), name.encode(), content)
+        b'--frontier\r\nContent-Disposition: form-data; name="%s"; filename="%s"\r\n'
+        b"Content-Type: application/octet-stream\r\n\r\n%s\r\n" % (field.encode(), name.encode(), content)
         for name, content in files
     ]
     return b"".join(parts) + b"--frontier--\r\n", "multipart/form-data; boundary=frontier"

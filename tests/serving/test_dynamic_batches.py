@@ -102,7 +102,7 @@ def held(model: Model, batches: DynamicBatcher, answers: Answers) -> None:
 
 
 def test_what_waits_is_run_together(model: Model, make: Callable[..., DynamicBatcher]) -> None:
-    batches, answers = make(max_images=8), Answers()
+    batches, answers = make(max_images=8, max_ms=60_000), Answers()  # time is no limit
     held(model, batches, answers)
     for value in range(11):
         batches.put(BatchRequest(rows(value), answers.append))

@@ -43,7 +43,10 @@ def test_a_chosen_image_is_answered_with_bars_and_honest_percentages(
 
 def test_no_share_is_rounded_to_what_it_is_not(opened: Open) -> None:
     shares = [1, 0.99999, 0.9994, 0.999, 0.5, 0.0006, 0.00001, 0]
-    script = 'async (shares) => (({ percent }) => shares.map((share) => percent(share).replace(/\\s/g, " ")))(await import("/page/words.js"))'
+    script = """async (shares) => {
+        const { percent } = await import("/page/words.js");
+        return shares.map((share) => percent(share).replace(/\\s/g, " "));
+    }"""
     assert opened().page.evaluate(script, shares) == [
         "100%",
         "> 99.9%",
@@ -74,6 +77,8 @@ def test_an_image_is_pasted_anywhere_and_an_address_only_where_the_server_fetche
     tab.page.keyboard.press("Control+V")
     tab.wait("#banner:visible", 1)
     assert "does not open URLs" in tab.texts("#banner-text")[0] and len(stub.stub.asked) == 1
+    tab.page.click("#clear")
+    tab.page.wait_for_timeout(1500)  # an answer that was saved would come back
     stub.stub.urls = True
     tab.page.reload()
     tab.wait("#address-form:visible", 1)
@@ -238,7 +243,10 @@ def test_a_heat_map_lies_over_the_picture_for_any_class(opened: Open, picture: A
     )
     assert canvas.bounding_box() == tab.page.locator(".picture img").bounding_box()
     width, height, pixels = canvas.evaluate(
-        "(canvas) => [canvas.width, canvas.height, [...canvas.getContext('2d').getImageData(0, 0, canvas.width, canvas.height).data]]"
+        """(canvas) => {
+            const { width, height } = canvas;
+            return [width, height, [...canvas.getContext('2d').getImageData(0, 0, width, height).data]];
+        }"""
     )
     places = (int(0.4 * height) * width + int(0.62 * width), int(0.5 * height) * width)
     warm, unseen = (pixels[4 * place : 4 * place + 4] for place in places)

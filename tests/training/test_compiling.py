@@ -148,7 +148,7 @@ def test_a_compiled_run_leaves_a_bundle_that_answers_without_compiling(
     ]
     done = command(*line)
     assert done.code == 0, done.err
-    assert "torch.compile: on (asked for)" in done.err
+    assert "torch.compile: on (as configured)" in done.err
     keys = torch.load("models/fast/model.ckpt", weights_only=True)["state_dict"]
     assert not [key for key in keys if "_orig_mod" in key]
     assert command("test", "--checkpoint_name", "fast", "--backend", "checkpoint").code == 0

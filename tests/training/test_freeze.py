@@ -61,7 +61,7 @@ def test_a_prefix_is_whole_between_dots() -> None:
 
 
 def test_an_unknown_prefix_is_refused_with_the_nearest_name() -> None:
-    with pytest.raises(ConfigError, match="begins with 'bakbone'") as refused:
+    with pytest.raises(ConfigError, match="starts with 'bakbone'") as refused:
         freeze(small_module().classifier, "bakbone")
     assert "did you mean backbone?" in refused.value.hint
 
@@ -70,8 +70,8 @@ def test_the_log_says_how_many_parameters_learn() -> None:
     module = frozen_module("backbone")
     head = 8 * 3 + 3
     total = sum(parameter.numel() for parameter in module.classifier.parameters())
-    assert describe(module.classifier, module.frozen).startswith(f"parameters: {head} of {total:,} learn (")
-    assert describe(small_module().classifier, ()) == f"parameters: {total:,} of {total:,} learn"
+    assert describe(module.classifier, module.frozen).startswith(f"{total:,} parameters, {head} trained (")
+    assert describe(small_module().classifier, ()) == f"{total:,} parameters, all trained"
 
 
 class Watch(pl.Callback):
@@ -162,5 +162,5 @@ def test_a_prefix_that_no_parameter_has_is_one_line(
     monkeypatch.chdir(tmp_path)
     refused = command(*LINE, "model.freeze=[blocks]")
     assert refused.code == 2
-    assert "no parameter of the network begins with 'blocks'" in refused.err
+    assert "no parameter of the network starts with 'blocks'" in refused.err
     assert "Traceback" not in refused.err

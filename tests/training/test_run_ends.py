@@ -79,7 +79,7 @@ def test_a_broken_network_never_replaces_a_good_checkpoint(command: Command) -> 
 @pytest.mark.parametrize(
     ("line", "says"),
     [
-        (("optimizer._target_=torch.optim.Adagrad",), "optimizer or the scheduler cannot be built"),
+        (("optimizer._target_=torch.optim.Adagrad",), "cannot build the optimizer or the scheduler"),
         (("trainer.max_epochs=-1", "trainer.max_time=00:00:00:05"), "needs a run of known length"),
         (("trainer.precision=bf16-true",), "bf16-mixed"),
         (("trainer.devices=0", "trainer.accelerator=cpu"), "invalid trainer.devices=0"),

@@ -64,9 +64,9 @@ def test_a_choice_comes_out_of_the_command_line_as_it_went_in(value: Any) -> Non
 @pytest.mark.parametrize(
     ("node", "says"),
     [
-        ({}, "search names no key"),
-        ({"optimizer": {"lr": 0.1}}, "search.optimizer.lr does not say what to try"),
-        ({"optimizer": {"lr": {"low": 1, "high": 2}}}, "search.optimizer.lr.kind is missing: one of float"),
+        ({}, "search is empty"),
+        ({"optimizer": {"lr": 0.1}}, "search.optimizer.lr=0.1 is not a range or a list of choices"),
+        ({"optimizer": {"lr": {"low": 1, "high": 2}}}, "search.optimizer.lr.kind is missing: use one of float"),
         ({"optimizer": {"lr": {"kind": "floats", "low": 1, "high": 2}}}, "did you mean float"),
         (
             {"optimizer": {"lr": {**RANGE, "hihg": 3}}},
@@ -83,7 +83,7 @@ def test_a_choice_comes_out_of_the_command_line_as_it_went_in(value: Any) -> Non
         ({"model": {"kind": "categorical", "choices": []}}, "a list of different values"),
         ({"model": {"kind": "categorical", "choices": ["a", "a"]}}, "a list of different values"),
         ({"model": {"kind": "categorical", "choices": "a"}}, "a list of different values"),
-        ({"name": {"kind": "categorical", "choices": ["a", "b"]}}, "search.name cannot be searched"),
+        ({"name": {"kind": "categorical", "choices": ["a", "b"]}}, "search.name is not searchable"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
@@ -117,7 +117,7 @@ def test_entries_may_stand_below_a_group_and_be_left_out() -> None:
             ),
             "data.image_size",
         ),
-        (("optimizer.lr=0.1",), "optimizer.lr is given and searched"),
+        (("optimizer.lr=0.1",), "optimizer.lr is both given and searched"),
         (("tune.num_trials=null",), "never ends"),
     ],
     ids=lambda value: value[-1] if isinstance(value, tuple) else "",
@@ -136,8 +136,8 @@ def test_a_study_that_cannot_be_is_refused_before_its_first_trial(
 @pytest.mark.parametrize(
     ("asked", "says"),
     [
-        ({"metric": "test/f1_macro"}, "not a metric of the val part"),
-        ({"max_time": "1h"}, "is not a time"),
+        ({"metric": "test/f1_macro"}, "not a validation metric"),
+        ({"max_time": "1h"}, "invalid tune.max_time=1h"),
         ({"workers": 0}, "at least 1"),
         ({"pruner": "median2"}, "did you mean median"),
         ({"sampler": "tep"}, "did you mean tpe"),

@@ -177,7 +177,7 @@ def assert_same(folder: Path, name: str) -> None:
 @pytest.mark.parametrize(
     ("number", "pattern"),
     [
-        (signal.SIGTERM, "parameters: "),  # before the first step
+        (signal.SIGTERM, " parameters, "),  # before the first step
         (signal.SIGTERM, "epoch 1/"),
         (signal.SIGINT, "epoch 6/"),
         (signal.SIGTERM, "epoch 12/12"),  # while the results are written
@@ -207,7 +207,7 @@ def test_killed_at_random_moments_again_and_again_it_ends_as_if_never_killed(
     name, draw = f"killed-{seed}", random.Random(seed)
     again: tuple[str, ...] = ()
     for _ in range(4):
-        training = Training(f"name={name}", *again).until("parameters: ")
+        training = Training(f"name={name}", *again).until(" parameters, ")
         time.sleep(draw.random() * 1.5)
         if training.end(signal.SIGKILL) == 0:
             break

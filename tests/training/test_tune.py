@@ -5,10 +5,12 @@ from __future__ import annotations
 import csv
 import logging
 import os
+import sqlite3
 import subprocess
 import sys
 import threading
 import time
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +19,11 @@ import pytest
 from optuna.trial import TrialState
 
 from image_classifier.errors import ConfigError, StorageError, TrainingError
-from image_classifier.training.tuning import trials as trials_module
+from image_classifier.training.tuning import storage as storage_module
 from image_classifier.training.tuning.plots import plot_study
 from image_classifier.training.tuning.results import StudyPaths, table, write_csv
 from image_classifier.training.tuning.space import parse_space
+from image_classifier.training.tuning.storage import GRACE_S
 from image_classifier.training.tuning.study import TuneSettings, open_study
 from image_classifier.training.tuning.subprocess_run import GO_ON, MARK, STOP
 from image_classifier.training.tuning.trials import MAX_ATTEMPTS, Owner, Trials, owner_in
@@ -63,9 +66,9 @@ def opened(**asked: Any) -> Trials:
 
 
 def plan(body: str = "", program: str | None = None) -> TrialPlan:
-    places = StudyPaths("study", Path("runs"), Path("models"), Path("plots"))
+    paths = StudyPaths("study", Path("runs"), Path("models"), Path("plots"))
     return TrialPlan(
-        SPACE, (), (), places, program=(sys.executable, "-c", program or TRAIN.replace("{body}", body or "pass"))
+        SPACE, (), (), paths, program=(sys.executable, "-c", program or TRAIN.replace("{body}", body or "pass"))
     )
 
 
@@ -194,23 +197,71 @@ def test_a_trial_of_a_dead_worker_on_this_machine_is_run_again_at_once_under_its
     assert not lock.exists()
 
 
-def test_a_trial_of_another_machine_is_taken_up_when_its_beat_stops(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(trials_module, "DEAD_AFTER_S", 0.05)
+def age_heartbeats(seconds: int) -> None:
+    """Make the database believe that the last heartbeats were so long ago."""
+    with closing(sqlite3.connect("tune.db")) as database, database:
+        database.execute("UPDATE trial_heartbeats SET heartbeat = datetime('now', ?)", (f"-{seconds} seconds",))
+
+
+def test_a_trial_of_another_machine_is_taken_up_when_its_heartbeat_stops() -> None:
     trials, here = opened(), Owner("here-1", Path("runs"))
     number = claimed(trials, Owner("elsewhere-1", Path("runs")))
-    assert trials.take_up_dead(here) == [0]
-    time.sleep(0.1)
-    trials._storage.set_trial_user_attr(trials._id_of(number), "beat", 1)
-    assert trials.take_up_dead(here) == [0]
-    time.sleep(0.1)
-    assert trials.take_up_dead(here) == []
+    assert trials.requeue_dead(here) == [0]
+    age_heartbeats(GRACE_S - 10)
+    assert trials.requeue_dead(here) == [0]
+    trials.record_heartbeat(number)
+    assert trials.requeue_dead(here) == [0]
+    age_heartbeats(GRACE_S + 10)
+    assert trials.requeue_dead(here) == []
     assert states(trials) == [TrialState.WAITING]
+    # The next worker has it again: not stale in the moment before its own first heartbeat.
+    assert trials.study.ask().number == 0
+    assert trials.requeue_dead(here) == [0]
+
+
+def test_a_dead_trial_of_long_ago_is_taken_up_at_once() -> None:
+    claimed(opened(), Owner("elsewhere-1", Path("runs")))
+    age_heartbeats(GRACE_S + 10)
+    after = run(num_trials=1)
+    assert states(after) == [TrialState.COMPLETE] and after.one(0).user_attrs["attempts"] == 2
+
+
+def test_a_trial_without_any_heartbeat_is_taken_up_too() -> None:
+    trials, here = opened(), Owner("here-1", Path("runs"))
+    # Its worker was killed in the moment of its claim; or an older version of this package ran it.
+    trial = trials.study.ask({"optimizer.lr": SPACE[0].distribution})
+    for key, value in (("owner", "elsewhere-1"), ("attempts", 1), ("beat", 7)):
+        trial.set_user_attr(key, value)
+    assert trials.requeue_dead(here) == [0]
+    age_heartbeats(GRACE_S + 10)
+    assert trials.requeue_dead(here) == []
+    assert states(run(num_trials=1)) == [TrialState.COMPLETE]
+
+
+def test_the_heartbeat_survives_a_database_that_does_not_answer(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(storage_module, "HEARTBEAT_S", 1)
+    trials, beats = opened(), []
+    number = claimed(trials, Owner("here-1", Path("runs")))
+
+    def record(trial_id: int) -> None:
+        beats.append(trial_id)
+        if len(beats) == 1:
+            raise optuna.exceptions.StorageInternalError("away")
+        enough.set()
+
+    enough = threading.Event()
+    monkeypatch.setattr(trials.storage, "record_heartbeat", record)
+    with trials.heartbeat(number):
+        assert enough.wait(20)
+    count = len(beats)
+    time.sleep(1.2)
+    assert len(beats) == count  # and it ends with the block
 
 
 def test_a_trial_that_kills_its_worker_each_time_fails_for_good() -> None:
     trials, here = opened(), Owner("here-1", Path("runs"))
     for _ in range(MAX_ATTEMPTS):
-        trials.give_back(claimed(trials, here))
+        trials.requeue(claimed(trials, here))
     assert states(trials) == [TrialState.FAIL]
     assert "died" in trials.one(0).user_attrs["reason"]
 
@@ -218,8 +269,8 @@ def test_a_trial_that_kills_its_worker_each_time_fails_for_good() -> None:
 def test_a_run_that_was_done_when_its_worker_died_is_not_run_again() -> None:
     trials = opened()
     number = claimed(trials, Owner("dead-1", Path("runs")))
-    trials._storage.set_trial_intermediate_value(trials._id_of(number), 1, 0.75)
-    trials.give_back(number)
+    trials.storage.set_trial_intermediate_value(trials._id_of(number), 1, 0.75)
+    trials.requeue(number)
     Path("models/study-0").mkdir(parents=True)
     after = run("sys.exit('run again')", num_trials=1)
     assert states(after) == [TrialState.COMPLETE] and after.one(0).value == 0.75

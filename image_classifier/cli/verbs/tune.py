@@ -19,7 +19,7 @@ from image_classifier.errors import ConfigError
 from image_classifier.training.run_dir import RunSettings
 from image_classifier.training.tune import run_study
 from image_classifier.training.tuning.results import StudyPaths
-from image_classifier.training.tuning.space import SearchDimension, as_facts, parse_space
+from image_classifier.training.tuning.space import SearchDimension, as_plain, parse_space
 from image_classifier.training.tuning.study import TuneSettings
 from image_classifier.training.tuning.subprocess_run import spared_words, tracking_words
 from image_classifier.training.tuning.worker import TrialPlan
@@ -73,7 +73,7 @@ def _trials_line(space: tuple[SearchDimension, ...]) -> CommandLine:
     searched = {entry.key for entry in space}
     for text in overrides:
         if (key := text.lstrip("+~").partition("=")[0]) in searched:
-            raise ConfigError(f"{key} is given and searched", f"leave {key}= out, or the entry: search.{key}=null")
+            raise ConfigError(f"{key} is both given and searched", f"leave {key}= out, or search.{key}=null")
     flags = tuple((flag, value) for flag, value in line.flags if flag in ("--config-dir", "--config-path"))
     return CommandLine(flags, overrides)
 
@@ -83,7 +83,7 @@ def _root_key(override: str) -> str:
 
 
 def _check_trials(line: CommandLine, space: tuple[SearchDimension, ...]) -> None:
-    """Compose what trials may be given, both ends of each range and each choice once, so that none is refused hours later."""
+    """Compose both ends of each range and each choice once, so that no trial is refused hours later."""
     first = [entry.extremes[0] for entry in space]
     for position, entry in enumerate(space):
         for extreme in entry.extremes:
@@ -97,7 +97,7 @@ def _facts(settings: TuneSettings, line: CommandLine, space: tuple[SearchDimensi
     """Return what must be equal for trials to be compared; folders and addresses may differ between machines."""
     free = ("logger", "trainer.accelerator", "data.cache", *(f"{key}=" for key in TEXT_KEYS["train"]))
     return {
-        "search": as_facts(space),
+        "search": as_plain(space),
         "metric": settings.metric,
         "mode": "max" if settings.maximise else "min",
         "command": sorted(text for text in line.overrides if not text.startswith(free)),
@@ -107,7 +107,7 @@ def _facts(settings: TuneSettings, line: CommandLine, space: tuple[SearchDimensi
 def _words_of_trials(
     plain: Mapping[str, Any], settings: TuneSettings, study: str, line: CommandLine
 ) -> tuple[str, ...]:
-    """Return what every trial is given: no test images or diagnostics, a reporter, the metric of the best weights, MLflow's tags."""
+    """Return the overrides of every trial: no test images or diagnostics, a reporter, the metric, MLflow's tags."""
     words = ["test=false", f"+callbacks.tuner._target_={_REPORTER}", f"+callbacks.tuner.metric={settings.metric}"]
     mode = "max" if settings.maximise else "min"
     for name in ("best_checkpoint", "early_stopping"):

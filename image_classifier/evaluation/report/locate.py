@@ -11,13 +11,13 @@ from image_classifier.bundle import INFO_NAME, BundleInfo, find_checkpoint, read
 from image_classifier.errors import CheckpointError, DataError
 from image_classifier.images import DecodeLimits
 from image_classifier.manifest import SPLITS, Manifest
-from image_classifier.pillow_decoding import MOST_PIXELS
+from image_classifier.pillow_decoding import MAX_PIXELS
 from image_classifier.predictions import PredictionTable
 from image_classifier.program import program
 
 PREDICTIONS = "predictions.csv"
 
-_NO_LIMITS = DecodeLimits(max_bytes=2**31 - 1, max_pixels=MOST_PIXELS)
+_NO_LIMITS = DecodeLimits(max_bytes=2**31 - 1, max_pixels=MAX_PIXELS)
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Random changes to whole batches of training pixels, on the training device; every choice comes from one generator on the CPU."""
+"""Augmentation of batches of training pixels on the training device; one generator on the CPU makes every choice."""
 
 from image_classifier.training.augment.batch import BatchAugment
 from image_classifier.training.augment.mixup_cutmix import Mix

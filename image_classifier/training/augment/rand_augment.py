@@ -1,16 +1,16 @@
-"""Random operations from a list of fourteen: TrivialAugment (Müller & Hutter, 2021) and RandAugment (Cubuk et al., 2020)."""
+"""Random operations, fourteen of them: TrivialAugment (Müller & Hutter, 2021), RandAugment (Cubuk et al., 2020)."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
 from image_classifier.errors import ConfigError
 from image_classifier.training.augment import colour, geometry
-from image_classifier.training.augment.checks import number
 
 Recolour = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
@@ -30,25 +30,30 @@ OPERATIONS = ("identity", *_MOVES, *_TONES)
 
 @dataclass(frozen=True)
 class Draw:
-    """What befalls each image in each of L turns: `kinds` int64 [L, N] counts OPERATIONS, `amounts` float [L, N] is -1..1 of the greatest."""
+    """The operations of each image in each of L turns.
+
+    Attributes:
+        kinds: Indices into OPERATIONS, int64 [L, N].
+        amounts: Signed fractions -1 to 1 of the largest change, float [L, N].
+    """
 
     kinds: torch.Tensor
     amounts: torch.Tensor
 
 
 class RandomOperations:
-    """Each image gets `count` operations, drawn with equal chances, each with a strength drawn from a range and a random sign.
+    """Applies `count` operations to each image, drawn with equal chances, with a random strength and sign.
 
-    All that move the image join its one resampling, which comes before those that change its colours.
+    Those that move the image are part of its one resampling, which comes before those that change its colours.
 
     Args:
         count: Operations an image.
-        strength: Least and greatest share of the ranges below.
-        shear: Greatest shear, as the tangent of its angle.
-        translate: Greatest shift, as a share of the side.
-        rotation: Greatest turn in degrees.
+        strength: Smallest and largest fraction of the ranges below.
+        shear: Largest shear, as the tangent of its angle.
+        translate: Largest shift, as a fraction of the side.
+        rotation: Largest rotation in degrees.
         tone: Brightness, contrast, saturation and sharpness change by a factor of 1 ± this.
-        posterize: Fewest bits of a level that stay.
+        posterize: Smallest number of bits of a level that are kept.
     """
 
     def __init__(
@@ -66,43 +71,36 @@ class RandomOperations:
         if len(strength) != 2 or not 0 <= strength[0] <= strength[1] <= 1:
             raise ConfigError(
                 f"augment.operations.strength={list(strength)} is not a range",
-                "give the least and the greatest value within 0..1",
+                "give the smallest and the largest value, from 0 to 1",
             )
         if not 1 <= posterize <= 8:
             raise ConfigError(f"augment.operations.posterize must be 1 to 8 bits, not {posterize}")
-        self.count, self.strength = count, (float(strength[0]), float(strength[1]))
-        self.shear, self.translate = (
-            number(shear, "augment.operations.shear"),
-            number(translate, "augment.operations.translate"),
-        )
-        self.rotation, self.tone = (
-            math.radians(number(rotation, "augment.operations.rotation", 180)),
-            number(tone, "augment.operations.tone"),
-        )
+        self.count = count
+        self.strength = (float(strength[0]), float(strength[1]))
+        self.shear = check_number(shear, "augment.operations.shear")
+        self.translate = check_number(translate, "augment.operations.translate")
+        self.rotation = math.radians(check_number(rotation, "augment.operations.rotation", 180))
+        self.tone = check_number(tone, "augment.operations.tone")
         self.posterize = posterize
 
     def draw(self, count: int, generator: torch.Generator) -> Draw:
-        """Operations and signed strengths for `count` images."""
+        """Draw operations and signed strengths for `count` images."""
         kinds = torch.randint(len(OPERATIONS), (self.count, count), generator=generator)
-        share, side = torch.rand(2, self.count, count, generator=generator)
-        strength = self.strength[0] + share * (self.strength[1] - self.strength[0])
+        fraction, side = torch.rand(2, self.count, count, generator=generator)
+        strength = self.strength[0] + fraction * (self.strength[1] - self.strength[0])
         return Draw(kinds, torch.where(side < 0.5, -strength, strength))
 
     def maps(self, draw: Draw) -> torch.Tensor:
-        """All moves of each image as one map [N, 3, 3]."""
+        """Return all moves of each image as one map [N, 3, 3]."""
         joined = torch.eye(3).repeat(draw.kinds.shape[1], 1, 1)
         for kinds, amounts in zip(draw.kinds, draw.amounts, strict=True):
             across, down, right, below, angle = (
                 torch.where(kinds == OPERATIONS.index(move), amounts, 0.0) for move in _MOVES
             )
-            joined = joined @ geometry.shear(
-                self.shear * across, self.shear * down
-            )  # at most one of the three is more than the identity
-            joined = (
-                joined
-                @ geometry.translate(self.translate * right, self.translate * below)
-                @ geometry.turn(self.rotation * angle)
-            )
+            # At most one of the three differs from the identity.
+            joined = joined @ geometry.shear(self.shear * across, self.shear * down)
+            joined = joined @ geometry.translate(self.translate * right, self.translate * below)
+            joined = joined @ geometry.turn(self.rotation * angle)
         return joined
 
     def recolour(self, pixels: torch.Tensor, draw: Draw) -> torch.Tensor:
@@ -122,3 +120,14 @@ class RandomOperations:
         if name == "solarize":
             return 256 * (1 - amounts.abs())
         return 1 + self.tone * amounts
+
+
+def check_number(value: Any, key: str, upper: float = 1.0) -> float:
+    """Return a number from 0 to `upper`; ConfigError for anything else.
+
+    >>> check_number(0.3, "augment.erase")
+    0.3
+    """
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= upper:
+        raise ConfigError(f"{key} must be a number from 0 to {upper:g}, not {value!r}")
+    return float(value)

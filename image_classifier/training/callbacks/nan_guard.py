@@ -167,8 +167,8 @@ class NanGuard(Callback):
             self._shown(trainer, self._paths(trainer)),
         )
         if self._skips_in_a_row >= _MAX_SKIPS_IN_A_ROW:
-            before = f"{self._skips_in_a_row} steps in a row were skipped, and "
-            self._stop(trainer, pl_module, loss, trainer.fit_loop.total_batch_idx, before)
+            streak = f"{self._skips_in_a_row} steps in a row were skipped, and "
+            self._stop(trainer, pl_module, loss, trainer.fit_loop.total_batch_idx, streak)
 
     def _stop(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, loss: float | None, batch: int, before: str = ""

@@ -1,1 +1,1 @@
-"""How weights are stepped: which parameters are treated how (groups), Muon, and the learning rate's course (schedules)."""
+"""Optimizers: parameter groups, freezing, Muon, and the schedule of the learning rate."""

@@ -1,4 +1,4 @@
-"""Freezing: parameters that do not learn, and their modules kept in evaluation mode so that norm statistics and dropout rest too."""
+"""Freezing: parameters that are not trained, and their modules in evaluation mode: no norm statistics, no dropout."""
 
 from __future__ import annotations
 
@@ -11,14 +11,19 @@ from image_classifier.text import did_you_mean
 
 
 def freeze(classifier: nn.Module, wanted: str | Sequence[str] | None) -> frozenset[str]:
-    """Stop the parameters under some prefixes from learning; returns their names.
+    """Freeze the parameters under some prefixes; return their names.
 
     Args:
         classifier: A network with a `backbone`.
-        wanted: `backbone` (linear probing), or prefixes of parameter names, whole between dots, with or without `backbone.` in front; None: nothing.
+        wanted: `backbone` (linear probing), or prefixes of parameter names that end at a dot, with or without
+            `backbone.` in front; None: nothing.
 
     Raises:
-        ConfigError: A prefix that no parameter has.
+        ConfigError: No parameter has a prefix.
+
+    >>> network = nn.ModuleDict({"backbone": nn.Linear(2, 2), "head": nn.Linear(2, 1)})
+    >>> sorted(freeze(network, "backbone"))
+    ['backbone.bias', 'backbone.weight']
     """
     prefixes = [wanted] if isinstance(wanted, str) else list(wanted or ())
     frozen: set[str] = set()
@@ -29,7 +34,7 @@ def freeze(classifier: nn.Module, wanted: str | Sequence[str] | None) -> frozens
 
 
 def set_frozen(classifier: nn.Module, frozen: Collection[str]) -> None:
-    """Stop these parameters; gradients of before must not move them."""
+    """Freeze these parameters, and drop their gradients, which would still move them."""
     for name, parameter in classifier.named_parameters():
         if name in frozen:
             parameter.requires_grad_(False)
@@ -37,7 +42,7 @@ def set_frozen(classifier: nn.Module, frozen: Collection[str]) -> None:
 
 
 def freeze_norm_stats(classifier: nn.Module, frozen: Collection[str]) -> None:
-    """Evaluation mode for every module all of whose parameters are frozen."""
+    """Put every module whose parameters are all frozen into evaluation mode."""
     for prefix, module in classifier.named_modules():
         names = [f"{prefix}.{name}" if prefix else name for name, _ in module.named_parameters()]
         if names and all(name in frozen for name in names):
@@ -45,23 +50,27 @@ def freeze_norm_stats(classifier: nn.Module, frozen: Collection[str]) -> None:
 
 
 def describe(classifier: nn.Module, frozen: Collection[str]) -> str:
-    """How many parameters the network has and how many of them learn, as a line of the log."""
+    """Return a line of the log: the number of parameters, and how many are trained.
+
+    >>> describe(nn.Linear(9, 1), frozenset())
+    '10 parameters, all trained'
+    """
     total = sum(parameter.numel() for parameter in classifier.parameters())
-    learning = sum(parameter.numel() for parameter in classifier.parameters() if parameter.requires_grad)
+    trained = sum(parameter.numel() for parameter in classifier.parameters() if parameter.requires_grad)
     note = f" ({len(frozen)} tensors are frozen by model.freeze, their modules in evaluation mode)" if frozen else ""
-    return f"parameters: {learning:,} of {total:,} learn{note}"
+    return f"{total:,} parameters, {'all' if trained == total else f'{trained:,}'} trained{note}"
 
 
 def _named(classifier: nn.Module, prefix: str) -> set[str]:
     names = [name for name, _ in classifier.named_parameters()]
     for full in (prefix, f"backbone.{prefix}"):
-        found = {name for name in names if name == full or name.startswith(f"{full}.")}
-        if found:
-            return found
+        matching = {name for name in names if name == full or name.startswith(f"{full}.")}
+        if matching:
+            return matching
     known = {".".join(name.split(".")[:depth]) for name in names for depth in range(1, name.count(".") + 2)}
     known |= {name.removeprefix("backbone.") for name in known}
     raise ConfigError(
-        f"model.freeze: no parameter of the network begins with {prefix!r}",
+        f"model.freeze: no parameter of the network starts with {prefix!r}",
         did_you_mean(prefix, sorted(known)).strip()
-        or f"give backbone, or prefixes such as {sorted(known - {'backbone', 'head'})[0]}",
+        or f"use backbone, or prefixes such as {sorted(known - {'backbone', 'head'})[0]}",
     )

@@ -1,4 +1,4 @@
-"""Parameter groups: what is decayed, how fast each layer learns, and what kind each parameter is."""
+"""Parameter groups: weight decay, learning rate by layer, and the kind of each parameter."""
 
 from __future__ import annotations
 
@@ -11,17 +11,12 @@ from torch import nn
 
 from image_classifier.errors import ConfigError
 
-# A group's "kind" says how its parameters enter the network:
-#   matrix  hidden linear layers and convolutions     stem    the first of them, which sees pixels
+# A group's "kind" says where its parameters are in the network:
+#   matrix  hidden linear layers and convolutions     stem    the first of them, which takes pixels
 #   head    the last ones with their biases, necks    vector  norms, other biases, embeddings of positions and tokens
-#   other   what is decayed and is no matrix: kernels of grouped convolutions, weights of unknown layers
-KINDS = (
-    "matrix",
-    "head",
-    "stem",
-    "other",
-    "vector",
-)  # the order of the groups: the first one's learning rate is the one that is logged
+#   other   parameters with weight decay that are not matrices: kernels of grouped convolutions, unknown layers
+# The order of the groups: the learning rate of the first one is logged.
+KINDS = ("matrix", "head", "stem", "other", "vector")
 
 _LAYERS = (nn.Linear, nn.modules.conv._ConvNd, nn.MultiheadAttention)
 _EMBEDDING = re.compile(
@@ -32,6 +27,8 @@ _CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 
 @dataclass(frozen=True)
 class _Described:
+    """A trainable parameter: its kind, and the number of its layer from the stem on."""
+
     parameter: nn.Parameter
     kind: str
     depth: int
@@ -44,11 +41,12 @@ class _Described:
 def parameter_groups(
     classifier: nn.Module, criterion: nn.Module | None = None, layer_decay: float = 1.0
 ) -> list[dict[str, Any]]:
-    """The trainable parameters by kind and depth, as torch's optimizers take them.
+    """Return the trainable parameters by kind and depth, as torch's optimizers take them.
 
-    Weight decay is kept off "vector" and the head's biases (He et al., 2019, section 3.1). With `layer_decay` below 1 each layer below the head
-    learns slower by that factor than the one above (Clark et al., 2020, ELECTRA, appendix A): its group has an "lr_scale", which whoever builds the
-    optimizer multiplies into the group's lr. The group first in the list is one with the full learning rate.
+    "vector" and the head's biases have no weight decay (He et al., 2019, section 3.1). With `layer_decay` below 1 each
+    layer below the head is trained more slowly by that factor than the one above (ELECTRA, Clark et al., 2020, appendix
+    A): its group has an "lr_scale", which `build_optimizer` multiplies into the group's lr. The first group of the list
+    has the full learning rate.
 
     Args:
         classifier: A network with a `backbone` and a `head`.
@@ -56,19 +54,20 @@ def parameter_groups(
         layer_decay: Factor of the learning rate from layer to layer, above 0 to 1.
 
     Raises:
-        ConfigError: An impossible `layer_decay`, or nothing to train.
+        ConfigError: `layer_decay` is not from above 0 to 1, or nothing is trained.
     """
     if not 0 < layer_decay <= 1:
         raise ConfigError(
-            f"optimizer.layer_decay={layer_decay} is impossible",
-            "use a factor above 0 to 1, such as 0.75; 1 turns it off",
+            f"invalid optimizer.layer_decay={layer_decay}",
+            "use a factor above 0 and at most 1, such as 0.75; 1 turns it off",
         )
-    found = list(_described(classifier, criterion))
-    if not found:
+    described = list(_described(classifier, criterion))
+    if not described:
         raise ConfigError("no parameter of the network is trained", "freeze less with model.freeze=")
-    top = max(one.depth for one in found)
+    top = max(one.depth for one in described)
     groups: dict[tuple[float, int, bool], dict[str, Any]] = {}
-    for one in found:
+    # Sorted by: learning rate (largest first), kind, decayed first.
+    for one in described:
         scale = layer_decay ** (top - one.depth)
         group = groups.setdefault((-scale, KINDS.index(one.kind), not one.decays), {"params": [], "kind": one.kind})
         group["params"].append(one.parameter)
@@ -80,11 +79,15 @@ def parameter_groups(
 
 
 def layers(backbone: Any) -> list[list[str]]:
-    """The names of a backbone's parameters, layer by layer from the stem on.
+    """Return the names of a backbone's parameters, layer by layer from the stem on.
 
-    As timm groups them where it does (`group_matcher`); else by the order of the modules, where containers, and a module that holds nine tenths
-    of all parameters, are looked into: their children are layers of their own. Norms belong to the layer before them, and parameters that lie
-    beside the layers (position embeddings, class tokens) to the first.
+    Layers are those of timm's `group_matcher` where the backbone has one. Else they follow the order of the modules:
+    the children of containers, and of a module with nine tenths of all parameters, are layers of their own. Norms
+    belong to the layer before them, and parameters outside of the layers (position embeddings, class tokens) to the
+    first.
+
+    >>> layers(nn.Sequential(nn.Linear(2, 2), nn.LayerNorm(2), nn.Linear(2, 1)))
+    [['0.weight', '0.bias', '1.weight', '1.bias'], ['2.weight', '2.bias']]
     """
     if hasattr(backbone, "group_matcher"):
         from timm.models import group_parameters
@@ -92,20 +95,23 @@ def layers(backbone: Any) -> list[list[str]]:
         grouped = group_parameters(backbone, backbone.group_matcher(coarse=False))
         return [grouped[number] for number in sorted(grouped)]
     loose: list[str] = []
-    found: list[list[str]] = []
+    grouped_names: list[list[str]] = []
     for prefix, module, is_layer in _parts(backbone, "", 0.9 * _size(backbone)):
         names = [f"{prefix}{name}" for name, _ in module.named_parameters(recurse=is_layer)]
         if not is_layer:
             loose += names
-        elif found and all(parameter.ndim <= 1 for parameter in module.parameters()):
-            found[-1] += names
+        elif grouped_names and all(parameter.ndim <= 1 for parameter in module.parameters()):
+            grouped_names[-1] += names
         elif names:
-            found.append(names)
-    return [loose + found[0], *found[1:]] if found else [loose]
+            grouped_names.append(names)
+    return [loose + grouped_names[0], *grouped_names[1:]] if grouped_names else [loose]
 
 
 def _parts(module: nn.Module, prefix: str, trunk: float) -> Iterator[tuple[str, nn.Module, bool]]:
-    """The layers of a module in order, and the modules looked into: prefix of the parameters' names, module, whether it is a layer."""
+    """Yield a module's layers in order, and the containers around them.
+
+    Each is the prefix of its parameters' names, the module, and whether it is a layer.
+    """
     yield prefix, module, False
     for name, child in module.named_children():
         if type(child) in _CONTAINERS or (_size(child) > trunk and any(True for _ in child.children())):
@@ -119,7 +125,8 @@ def _size(module: nn.Module) -> int:
 
 
 def _described(classifier: nn.Module, criterion: nn.Module | None) -> Iterator[_Described]:
-    backbone, head = classifier.get_submodule("backbone"), classifier.get_submodule("head")
+    backbone = classifier.get_submodule("backbone")
+    head = classifier.get_submodule("head")
     depths = {name: depth for depth, names in enumerate(layers(backbone)) for name in names}
     top = max(depths.values(), default=-1) + 1
     kinds = _kinds(backbone)
@@ -135,6 +142,7 @@ def _described(classifier: nn.Module, criterion: nn.Module | None) -> Iterator[_
 
 
 def _kinds(backbone: Any) -> Mapping[str, str]:
+    """Return the kind of each parameter by name."""
     undecayed = set(backbone.no_weight_decay()) if hasattr(backbone, "no_weight_decay") else set()
     kinds: dict[str, str] = {}
     stem: str | None = None
@@ -145,6 +153,6 @@ def _kinds(backbone: Any) -> Mapping[str, str]:
             stem = stem or name
             kinds[name] = "stem" if name == stem else "other" if getattr(owner, "groups", 1) > 1 else "matrix"
         else:
-            flat = sum(size > 1 for size in parameter.shape) <= 1
-            kinds[name] = "vector" if flat or name in undecayed or _EMBEDDING.search(leaf) else "other"
+            is_vector = sum(size > 1 for size in parameter.shape) <= 1
+            kinds[name] = "vector" if is_vector or name in undecayed or _EMBEDDING.search(leaf) else "other"
     return kinds

@@ -1,7 +1,8 @@
-"""The search space: what `conf/search` asks for, checked, and its values as overrides of the command line."""
+"""Search space of a study, from conf/search: checked, and its values as overrides of the command line."""
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, fields
@@ -14,10 +15,11 @@ from image_classifier.override_grammar import quoted
 from image_classifier.text import did_you_mean
 
 KINDS = ("float", "int", "categorical")
-_NUMBER_FIELDS, _CHOICE_FIELDS = ("low", "high", "log", "step"), ("choices",)
-_EXAMPLE = "write {kind: float, low: 1e-4, high: 1e-1, log: true} or {kind: categorical, choices: [a, b]}"
-# Set for each trial by `tune` itself, or the same for a whole study.
-_OURS = ("name", "overwrite", "resume", "run_dir", "runs_dir", "models_dir", "plots_dir", "trusted_packages")
+_NUMBER_FIELDS = ("low", "high", "log", "step")
+_CHOICE_FIELDS = ("choices",)
+_HOW_TO_WRITE = "write {kind: float, low: 1e-4, high: 1e-1, log: true} or {kind: categorical, choices: [a, b]}"
+# Set by `tune` for each trial, or the same for all of a study.
+_NOT_SEARCHABLE = ("name", "overwrite", "resume", "run_dir", "runs_dir", "models_dir", "plots_dir", "trusted_packages")
 
 
 @dataclass(frozen=True)
@@ -27,11 +29,11 @@ class SearchDimension:
     Args:
         key: The key, such as optimizer.lr, or a group, such as model.
         kind: float, int or categorical.
-        low: The least number.
-        high: The greatest.
-        log: Whether numbers are even on a logarithmic scale.
+        low: The smallest number.
+        high: The largest number.
+        log: Whether numbers are drawn on a logarithmic scale.
         step: The distance between numbers; None: any number of the range.
-        choices: Values as they stand on a command line.
+        choices: Values as written on a command line.
     """
 
     key: str
@@ -43,40 +45,37 @@ class SearchDimension:
     choices: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        if self.key.partition(".")[0] in _OURS:
-            raise ConfigError(f"search.{self.key} cannot be searched", "a study sets it for each trial")
+        if self.key.partition(".")[0] in _NOT_SEARCHABLE:
+            raise ConfigError(f"search.{self.key} is not searchable", "a study sets this key itself for each trial")
         if self.kind == "categorical":
             if len(set(self.choices)) != len(self.choices) or not self.choices:
-                raise ConfigError(f"search.{self.key}.choices must be a list of different values", "such as [a, b]")
+                raise ConfigError(
+                    f"search.{self.key}.choices must be a list of different values", "write such as [a, b]"
+                )
         else:
             self._check_range()
 
     def _check_range(self) -> None:
         for name in ("low", "high", "step"):
             value = getattr(self, name)
-            if value is None and name == "step":
-                continue
-            whole = self.kind == "int" and value != int(value or 0)
-            if (
-                isinstance(value, bool)
-                or not isinstance(value, int | float)
-                or abs(value) == float("inf")
-                or value != value
-                or whole
-            ):
-                raise ConfigError(
-                    f"search.{self.key}.{name} must be {'a whole number' if self.kind == 'int' else 'a number'}, not {value!r}"
-                )
+            if not (value is None and name == "step") and not self._is_number(value):
+                expected = "a whole number" if self.kind == "int" else "a number"
+                raise ConfigError(f"search.{self.key}.{name} must be {expected}, not {value!r}")
         if not (self.low or 0) < (self.high or 0):
             raise ConfigError(f"search.{self.key}.low must be below high, and {self.low} is not below {self.high}")
         if self.log and (self.low or 0) <= 0:
             raise ConfigError(f"search.{self.key}.low must be above 0 where log is true, not {self.low}")
         if self.step is not None and (self.log or self.step <= 0):
-            raise ConfigError(f"search.{self.key}.step must be above 0, and cannot stand beside log: true")
+            raise ConfigError(f"search.{self.key}.step must be above 0, and log must be false")
+
+    def _is_number(self, value: object) -> bool:
+        if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+            return False
+        return self.kind != "int" or value == int(value)
 
     @property
     def distribution(self) -> BaseDistribution:
-        """The entry as Optuna knows it."""
+        """The dimension as Optuna's distribution."""
         if self.kind == "categorical":
             return CategoricalDistribution(self.choices)
         low, high = self.low or 0, self.high or 0
@@ -86,7 +85,7 @@ class SearchDimension:
 
     @property
     def extremes(self) -> tuple[str, ...]:
-        """The overrides that show whether all values of this entry can be: both ends, or each choice."""
+        """Overrides that test whether all values are valid: both ends of the range, or each choice."""
         ends = (
             self.choices
             if self.kind == "categorical"
@@ -95,60 +94,64 @@ class SearchDimension:
         return tuple(f"{self.key}={end}" for end in ends)
 
     def override(self, value: Any) -> str:
-        """A value that Optuna chose, as an override."""
+        """Return a value that Optuna chose as an override.
+
+        >>> SearchDimension("optimizer.lr", "float", 0.1, 1.0).override(0.30000000000000004)
+        'optimizer.lr=0.3'
+        """
         return f"{self.key}={value if self.kind == 'categorical' else override_value(_number(value, self.kind))}"
 
 
 def parse_space(node: Mapping[str, Any]) -> tuple[SearchDimension, ...]:
-    """The entries of a resolved `search` node; null leaves an entry out.
+    """Return the dimensions of a resolved `search` node; null leaves one out.
 
     Raises:
-        ConfigError: Names the entry that cannot be.
+        ConfigError: A dimension is invalid.
     """
-    entries = tuple(_entries(node, ""))
-    if not entries:
-        raise ConfigError("search names no key to try values of", _EXAMPLE)
-    return entries
+    dimensions = tuple(_dimensions(node, ""))
+    if not dimensions:
+        raise ConfigError("search is empty", _HOW_TO_WRITE)
+    return dimensions
 
 
-def as_facts(space: tuple[SearchDimension, ...]) -> list[dict[str, Any]]:
-    """The space as plain values, to compare two of them by."""
-    return [{**asdict(entry), "choices": list(entry.choices)} for entry in space]
+def as_plain(space: tuple[SearchDimension, ...]) -> list[dict[str, Any]]:
+    """Return the space as plain values, by which two of them are compared."""
+    return [{**asdict(dimension), "choices": list(dimension.choices)} for dimension in space]
 
 
-def _entries(node: Mapping[str, Any], prefix: str) -> Iterator[SearchDimension]:
+def _dimensions(node: Mapping[str, Any], prefix: str) -> Iterator[SearchDimension]:
     for name, value in node.items():
         key = f"{prefix}{name}"
         if value is None:
             continue
         if not isinstance(value, Mapping):
-            raise ConfigError(f"search.{key} does not say what to try", _EXAMPLE)
+            raise ConfigError(f"search.{key}={value!r} is not a range or a list of choices", _HOW_TO_WRITE)
         if "kind" in value:
-            yield _entry(key, value)
-            yield from _entries(
+            yield _dimension(key, value)
+            yield from _dimensions(
                 {name: item for name, item in value.items() if isinstance(item, Mapping)}, f"{key}."
             )  # model and model.head_dropout
         elif set(value) & {*_NUMBER_FIELDS, *_CHOICE_FIELDS} and not any(
             isinstance(item, Mapping) for item in value.values()
         ):
-            raise ConfigError(f"search.{key}.kind is missing", f"one of {', '.join(KINDS)}")
+            raise ConfigError(f"search.{key}.kind is missing", f"use one of {', '.join(KINDS)}")
         else:
-            yield from _entries(value, f"{key}.")
+            yield from _dimensions(value, f"{key}.")
 
 
-def _entry(key: str, value: Mapping[str, Any]) -> SearchDimension:
+def _dimension(key: str, value: Mapping[str, Any]) -> SearchDimension:
     kind = value["kind"]
     if kind not in KINDS:
         raise ConfigError(
-            f"search.{key}.kind={kind} is not a kind",
-            f"{did_you_mean(str(kind), KINDS)}It is one of {', '.join(KINDS)}",
+            f"invalid search.{key}.kind={kind}",
+            f"{did_you_mean(str(kind), KINDS)}use one of {', '.join(KINDS)}",
         )
     known = _CHOICE_FIELDS if kind == "categorical" else _NUMBER_FIELDS
     given = {name: item for name, item in value.items() if name != "kind" and not isinstance(item, Mapping)}
     for name in given:
         if name not in known:
             hint = did_you_mean(name, [item.name for item in fields(SearchDimension)])
-            raise ConfigError(f"search.{key}.{name} is not a key of kind {kind}", f"{hint}It takes {', '.join(known)}")
+            raise ConfigError(f"search.{key}.{name} is not a key of kind {kind}", f"{hint}use {', '.join(known)}")
     if not isinstance(given.get("log", False), bool):
         raise ConfigError(f"search.{key}.log must be true or false, not {given['log']!r}")
     if "choices" in given:
@@ -159,11 +162,16 @@ def _entry(key: str, value: Mapping[str, Any]) -> SearchDimension:
 
 
 def _number(value: Any, kind: str) -> int | float:
-    return int(value) if kind == "int" else float(f"{value:.12g}")  # 0.3, where steps add up to 0.30000000000000004
+    # 0.3, where steps add up to 0.30000000000000004.
+    return int(value) if kind == "int" else float(f"{value:.12g}")
 
 
 def override_value(value: Any) -> str:
-    """A plain value in Hydra's override grammar, the shortest way that comes out as it went in."""
+    """Return a plain value in Hydra's override grammar, in the shortest form that Hydra reads as the same value.
+
+    >>> override_value({"kind": "a b", "values": [1, None, "true"]})
+    "{kind:'a b',values:[1,null,'true']}"
+    """
     if value is None or isinstance(value, bool):
         return {None: "null", True: "true", False: "false"}[value]
     if isinstance(value, list | tuple):

@@ -1,4 +1,4 @@
-"""The database of studies, opened by many processes at once and asked with patience."""
+"""Database of studies, opened by many processes at once, with retries."""
 
 from __future__ import annotations
 
@@ -21,41 +21,59 @@ log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 TROUBLE = (optuna.exceptions.StorageInternalError, SQLAlchemyError)
-_WAITS_S = (1.0, 2.0, 4.0, 8.0, 16.0, 32.0)  # between tries at a database that does not answer
+_WAITS_S = (1.0, 2.0, 4.0, 8.0, 16.0, 32.0)  # between attempts at a database that does not answer
+HEARTBEAT_S = 10  # between two heartbeats of a running trial
+GRACE_S = 60  # after the last one its worker is taken for dead
 
 
 def open_storage(address: str) -> RDBStorage:
-    """The database at an address of SQLAlchemy's, with Optuna's tables; StorageError where it cannot be opened."""
+    """Open the database at an address of SQLAlchemy's, with Optuna's tables.
+
+    Raises:
+        StorageError: It cannot be opened.
+    """
     try:
-        with _alone(address):
-            tries = (
-                0 if address.startswith("sqlite") else 3
-            )  # workers that make a server's tables at once disturb each other
-            return patiently(lambda: RDBStorage(address, engine_kwargs=_engine(address)), tries)
+        with _schema_lock(address):
+            # Workers that create a server's tables at the same time disturb each other.
+            attempts = 0 if address.startswith("sqlite") else 3
+            return patiently(lambda: _connect(address), attempts)
     except (*TROUBLE, ImportError, ValueError) as error:
-        raise StorageError(f"cannot open tune.storage={_hidden(address)} ({one_line(error)})", _hint(error)) from error
+        fact = f"cannot open tune.storage={hide_passwords(address)} ({one_line(error)})"
+        raise StorageError(fact, _hint(error)) from error
+
+
+def _connect(address: str) -> RDBStorage:
+    # SQLite: wait a minute for other writers. Servers: reopen connections that broke while they were idle.
+    engine = {"connect_args": {"timeout": 60}} if address.startswith("sqlite") else {"pool_pre_ping": True}
+    return RDBStorage(address, engine_kwargs=engine, heartbeat_interval=HEARTBEAT_S, grace_period=GRACE_S)
+
+
+def stale_trial_ids(storage: RDBStorage, study_id: int) -> set[int]:
+    """Return the ids of running trials without a heartbeat for GRACE_S, by the database's clock.
+
+    Optuna's public way, `fail_stale_trials`, would fail them for good, so its private `_get_stale_trial_ids` is used.
+    """
+    return set(storage._get_stale_trial_ids(study_id))
 
 
 def patiently(call: Callable[[], T], attempts: int = len(_WAITS_S)) -> T:
-    """The call's answer, asked for again while the database has trouble: a restart, or another worker making the tables."""
+    """Return the call's result; retry while the database restarts or another worker creates its tables."""
     for wait_s in _WAITS_S[:attempts]:
         try:
             return call()
         except TROUBLE as error:
-            log.info("the study's database does not answer (%s); asked again in %.0f s", one_line(error), wait_s)
+            log.info("the study's database does not answer (%s); next attempt in %.0f s", one_line(error), wait_s)
             time.sleep(wait_s)
     return call()
 
 
 def one_line(error: Exception) -> str:
-    """What a database says, without its address's password."""
-    cause = error.__cause__ if isinstance(error, optuna.exceptions.StorageInternalError) and error.__cause__ else error
-    said = str(getattr(cause, "orig", None) or cause)  # the driver's own words
-    return " ".join(_hidden(said).partition("\n")[0].split())[:200]
-
-
-def _hidden(text: str) -> str:
-    return hide_passwords(text)
+    """Return a database's message as one line, without the password of its address."""
+    cause: BaseException = error
+    if isinstance(error, optuna.exceptions.StorageInternalError) and error.__cause__:
+        cause = error.__cause__
+    message = str(getattr(cause, "orig", None) or cause)  # the driver's message where there is one
+    return " ".join(hide_passwords(message).partition("\n")[0].split())[:200]
 
 
 def _hint(error: Exception) -> str:
@@ -64,12 +82,7 @@ def _hint(error: Exception) -> str:
     return "write sqlite:///PATH, or the address of a server: postgresql://USER:PASSWORD@HOST/NAME"
 
 
-def _alone(address: str) -> AbstractContextManager[None]:
-    """Processes that all create the tables of a fresh SQLite file crash each other."""
+def _schema_lock(address: str) -> AbstractContextManager[Any]:
+    """Lock a SQLite file: processes that create the tables of a new one at the same time crash each other."""
     path = address.removeprefix("sqlite:///")
     return file_lock(Path(f"{path}.lock")) if path != address else nullcontext()
-
-
-def _engine(address: str) -> dict[str, Any]:
-    """SQLite: a minute of patience with other writers. Servers: connections that broke while idle are made anew."""
-    return {"connect_args": {"timeout": 60}} if address.startswith("sqlite") else {"pool_pre_ping": True}

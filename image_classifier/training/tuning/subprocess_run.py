@@ -1,10 +1,9 @@
-"""One training as a process, a trial or a fold: what its command line is given, how it is started, listened to, answered and stopped."""
+"""One training as a process, a trial or a fold: its overrides, its start, its reports, its end."""
 
 from __future__ import annotations
 
 import json
 import os
-import re
 import shutil
 import signal
 import subprocess
@@ -19,10 +18,12 @@ from typing import IO, Any
 from image_classifier.cpu import usable_cores
 from image_classifier.override_grammar import quoted
 
-MARK = "\x1etrial "  # starts a line of the child's standard output that is a report: [number of the validation, value]
+# A line of the child's standard output that starts with it is a report: [number of the validation, value].
+MARK = "\x1etrial "
+# Answers to it on the child's standard input.
 GO_ON, STOP = "go", "stop"
 _MLFLOW = "image_classifier.training.loggers.MLflowLogger"
-# Of a job with many ranks: the tuner may be one of its tasks, a trial is none.
+# Variables of a job with many ranks: the tuner may be one of its tasks, a trial is not.
 _RANKS = (
     "SLURM_",
     "TORCHELASTIC_",
@@ -40,7 +41,7 @@ _INTERRUPTED = (130, 143, -signal.SIGINT, -signal.SIGTERM)
 
 @dataclass(frozen=True)
 class TrialOutcome:
-    """How a trial's process ended: well, as not worth more (`pruned`), stopped from outside (`interrupted`), or failed with a reason."""
+    """How a trial's process ended: complete (all fields empty), pruned, stopped from outside, or failed."""
 
     pruned: bool = False
     interrupted: bool = False
@@ -48,32 +49,32 @@ class TrialOutcome:
 
 
 class TrialProcess:
-    """A `train` whose validations are reported.
+    """A `train` process that reports its validations.
 
     Args:
-        command: The whole command line.
-        log: What the trial says is appended there.
-        environment: Variables besides this process's own.
+        command: The command line.
+        log: The file that its output is appended to.
+        environment: Variables that replace or add to those of this process.
     """
 
     def __init__(self, command: Sequence[str], log: Path, environment: Mapping[str, str]) -> None:
-        self.command, self.log = list(command), log
-        self.environment = {key: value for key, value in os.environ.items() if not key.startswith(_RANKS)} | {
-            **environment
-        }
+        self.command = list(command)
+        self.log = log
+        inherited = {key: value for key, value in os.environ.items() if not key.startswith(_RANKS)}
+        self.environment = inherited | dict(environment)
         self._process: subprocess.Popen[bytes] | None = None
-        self._stopped = False
+        self._is_stopped = False
         self._lock = threading.Lock()
 
     def run(self, report: Callable[[int, float], bool]) -> TrialOutcome:
-        """Run to the end; `report` takes the number of a validation and its value, and says whether to stop there."""
+        """Run to the end; `report` takes the number of a validation and its value, and returns whether to prune."""
         self.log.parent.mkdir(parents=True, exist_ok=True)
         with self.log.open("ab") as log:
             start = log.tell()
             with self._lock:
-                if self._stopped:
+                if self._is_stopped:
                     return TrialOutcome(interrupted=True)
-                # In a session of its own: Ctrl-C reaches the tuner only, which asks its trials to stop.
+                # In a new session: Ctrl-C reaches the tuner only, which stops its trials.
                 self._process = subprocess.Popen(
                     self.command,
                     stdin=subprocess.PIPE,
@@ -85,7 +86,7 @@ class TrialProcess:
             with self._process as process:
                 pruned = self._listen(process, log, report)
                 code = process.wait()
-        if pruned or self._stopped or code in _INTERRUPTED:
+        if pruned or self._is_stopped or code in _INTERRUPTED:
             return TrialOutcome(pruned=pruned, interrupted=not pruned)
         return TrialOutcome(reason=_reason(code, self.log, start)) if code else TrialOutcome()
 
@@ -104,48 +105,61 @@ class TrialProcess:
             try:
                 process.stdin.write(f"{STOP if pruned else GO_ON}\n".encode())
                 process.stdin.flush()
-            except BrokenPipeError:  # it died meanwhile: its exit code says how
+            except BrokenPipeError:
+                # It has died meanwhile; its exit code tells how.
                 pruned = False
         return pruned
 
     def stop(self, at_once: bool = False) -> None:
-        """Ask the trial to keep its newest step and end, or end it `at_once`; `run` returns when it is gone."""
+        """Let the trial save its newest step and end, or kill it `at_once`; `run` returns when it is gone."""
         with self._lock:
-            self._stopped = True
+            self._is_stopped = True
             if self._process is not None and self._process.poll() is None:
                 self._process.send_signal(signal.SIGKILL if at_once else signal.SIGTERM)
 
 
 def _reason(code: int, log: Path, start: int) -> str:
-    """Why a process failed, as one line: its own last word, or the signal that killed it."""
+    """Return why a process failed, as one line: its last error message, or the signal that killed it."""
     with log.open("rb") as file:
         file.seek(start)
         lines = [line.strip() for line in file.read().decode("utf-8", "replace").splitlines() if line.strip()]
     if code < 0:
         name = signal.Signals(-code).name if -code in {item.value for item in signal.Signals} else f"signal {-code}"
         return f"killed by {name}{' (out of memory?)' if name == 'SIGKILL' else ''}"
-    said = [line for line in lines if line.startswith("error: ")] or lines or [f"exit code {code}"]
-    return re.sub(r"^error: ", "", said[-1])[:300]
+    messages = [line for line in lines if line.startswith("error: ")] or lines or [f"exit code {code}"]
+    return messages[-1].removeprefix("error: ")[:300]
 
 
-def tracking_words(config: Any, group: str) -> list[str]:
-    """What makes MLflow show the trainings of one `group` together, and keep no copy of their bundles, which would have no bound."""
-    logger, words = config.get("logger") or {}, []
-    nodes = {"logger": logger} | {f"logger.{name}": node for name, node in logger.items() if hasattr(node, "items")}
+def tracking_words(config: Mapping[str, Any], group: str) -> list[str]:
+    """Return overrides for MLflow: one tag for the trainings of a `group`, and no copies of their bundles.
+
+    `config` are the plain settings. A study has no limit of trials, so copies of all bundles would fill the disk.
+
+    >>> tracking_words({"logger": {"_target_": "image_classifier.training.loggers.MLflowLogger"}}, "study")
+    ["++logger.tags.study='study'", 'logger.artifacts=false']
+    """
+    logger = config.get("logger") or {}
+    nodes = {"logger": logger}
+    nodes |= {f"logger.{name}": node for name, node in logger.items() if isinstance(node, Mapping)}
+    overrides = []
     for key, node in nodes.items():
         if node and node.get("_target_") == _MLFLOW:
-            words += [f"++{key}.tags.study={quoted(group)}", f"{key}.artifacts=false"]
-    return words
+            overrides += [f"++{key}.tags.study={quoted(group)}", f"{key}.artifacts=false"]
+    return overrides
 
 
 def spared_words(overrides: Sequence[str]) -> list[str]:
-    """What keeps the trainings of a group from measuring what nobody will read, unless these words choose it."""
+    """Return the override that turns the diagnostics of a group's trainings off, unless these overrides choose them.
+
+    >>> spared_words(["optimizer=sgd"]), spared_words(["diagnostics=default"])
+    (['diagnostics=none'], [])
+    """
     return [] if any(text.startswith("diagnostics=") for text in overrides) else ["diagnostics=none"]
 
 
 @contextmanager
 def sigterm_stops() -> Iterator[None]:
-    """SIGTERM ends the block as Ctrl-C does, with exit code 143."""
+    """End the block at SIGTERM as at Ctrl-C, with exit code 143."""
 
     def stop(number: int, frame: FrameType | None) -> None:
         raise SystemExit(143)
@@ -161,7 +175,7 @@ def sigterm_stops() -> Iterator[None]:
 
 
 def gpus() -> list[str]:
-    """The names of the GPUs that trials may use, as CUDA_VISIBLE_DEVICES takes them."""
+    """Return the names of the GPUs that trials may use, as in CUDA_VISIBLE_DEVICES."""
     if (given := os.environ.get("CUDA_VISIBLE_DEVICES")) is not None:
         return [name.strip() for name in given.split(",") if name.strip()]
     if shutil.which("nvidia-smi") is None:
@@ -177,9 +191,13 @@ def gpus() -> list[str]:
 
 
 def share(worker: int, workers: int) -> dict[str, str]:
-    """The variables that give one of several trials on this machine its part of the processor cores, and a GPU of its own where there are several."""
+    """Return the variables that divide this machine's cores, and its GPUs where there are several, between workers."""
     if workers == 1:
         return {}
-    part = {} if "OMP_NUM_THREADS" in os.environ else {"OMP_NUM_THREADS": str(max(1, usable_cores() // workers))}
+    variables = {}
+    if "OMP_NUM_THREADS" not in os.environ:
+        variables["OMP_NUM_THREADS"] = str(max(1, usable_cores() // workers))
     names = gpus()
-    return {**part, "CUDA_VISIBLE_DEVICES": names[worker % len(names)]} if len(names) > 1 else part
+    if len(names) > 1:
+        variables["CUDA_VISIBLE_DEVICES"] = names[worker % len(names)]
+    return variables

@@ -1,124 +1,164 @@
-"""The trials of a study: claimed one by one by many workers, and taken up again where a worker died."""
+"""Trials of a study: claimed one by one by many workers, and requeued where a worker has died."""
 
 from __future__ import annotations
 
 import logging
 import socket
 import threading
-import time
 import uuid
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import optuna
 from optuna.distributions import BaseDistribution
+from optuna.storages import RDBStorage
 from optuna.trial import FrozenTrial, TrialState
 
 from image_classifier.atomic_io import file_lock
-from image_classifier.training.tuning.storage import TROUBLE, patiently
+from image_classifier.training.tuning.storage import TROUBLE, patiently, stale_trial_ids
 
 log = logging.getLogger(__name__)
 
-BEAT_S, DEAD_AFTER_S = 10.0, 60.0
 MAX_ATTEMPTS = 5
 
 
 class Trials:
-    """An Optuna study whose budget is the numbers of its trials: those below `num_trials`, whoever runs them."""
+    """An Optuna study whose budget is the numbers of its trials: those below `num_trials`, whoever runs them.
 
-    def __init__(self, study: optuna.Study, storage: Any) -> None:
-        self.study, self._storage = study, storage
-        self._id = storage.get_study_id_from_name(study.study_name)
+    Optuna's heartbeat tells which workers have died. What Optuna does about their trials is replaced: it fails a stale
+    trial for good and adds a copy under a new number. Here the trial waits again under its own number, so that it
+    resumes from its checkpoint, counts once in the budget, and is one row of every table.
+    """
+
+    def __init__(self, study: optuna.Study, storage: RDBStorage) -> None:
+        self.study = study
+        self.storage = storage
+        self._study_id = storage.get_study_id_from_name(study.study_name)
         self._claiming = threading.Lock()
-        self._seen: dict[int, tuple[Any, float]] = {}  # the last beat of others' trials and when it was new
+        self._watched: set[int] = set()  # numbers of other workers' trials that were seen running
 
     def trials(self, *states: TrialState) -> Sequence[FrozenTrial]:
-        """The trials by number, all or those in one of the states."""
+        """Return the trials by number, all or those in one of the states."""
         return patiently(lambda: self.study.get_trials(deepcopy=False, states=states or None))
 
     def claim(self, space: dict[str, BaseDistribution], num_trials: int | None, owner: Owner) -> optuna.Trial | None:
-        """The next trial: one that was given back, else a new one; None where the budget is used up."""
+        """Return the next trial: one that waits to be run again, else a new one; None where the budget is used up."""
         with self._claiming:
             trials = self.trials()
-            waiting = any(trial.state is TrialState.WAITING and _is_within(trial, num_trials) for trial in trials)
-            if not waiting and num_trials is not None and len(trials) >= num_trials:
+            is_waiting = any(trial.state is TrialState.WAITING and _is_within(trial, num_trials) for trial in trials)
+            if not is_waiting and num_trials is not None and len(trials) >= num_trials:
                 return None
             trial = patiently(lambda: self.study.ask(space))
-            if not _is_within(trial, num_trials):  # another worker was quicker
+            # Another worker may have been quicker: a trial beyond the budget waits for a larger one.
+            if not _is_within(trial, num_trials):
                 self._set_waiting(trial.number)
                 return None
-            attempts = trial.user_attrs.get("attempts", 0) + 1
-            for key, value in (("owner", owner.name), ("attempts", attempts), ("beat", 0)):
-                trial.set_user_attr(key, value)
+            self.record_heartbeat(trial.number)
+            trial.set_user_attr("owner", owner.name)
+            trial.set_user_attr("attempts", trial.user_attrs.get("attempts", 0) + 1)
             return trial
 
     def one(self, number: int) -> FrozenTrial:
-        """The trial of that number."""
+        """Return the trial of that number."""
         return next(trial for trial in self.trials() if trial.number == number)
 
-    def give_back(self, number: int, is_ours: bool = False) -> None:
+    def requeue(self, number: int, stopped_by_us: bool = False) -> None:
         """Let another worker, or this one later, run a trial again under the same number.
 
-        A trial whose process died too often fails for good; an attempt that ended because we stopped it (`is_ours`) does not count.
+        A trial whose process died too often fails for good. An attempt that ended because this command was stopped
+        (`stopped_by_us`) does not count.
         """
-        attempts = self.one(number).user_attrs.get("attempts", 0) - is_ours
+        attempts = self.one(number).user_attrs.get("attempts", 0) - stopped_by_us
         if attempts >= MAX_ATTEMPTS:
             return self.fail(number, f"its process died {attempts} times")
-        patiently(lambda: self._storage.set_trial_user_attr(self._id_of(number), "attempts", attempts))
+        patiently(lambda: self.storage.set_trial_user_attr(self._id_of(number), "attempts", attempts))
+        # Else the next worker's trial would be stale for the moment between its claim and its first heartbeat.
+        self.record_heartbeat(number)
         return self._set_waiting(number)
 
     def _set_waiting(self, number: int) -> None:
-        patiently(lambda: self._storage.set_trial_state_values(self._id_of(number), state=TrialState.WAITING))
+        patiently(lambda: self.storage.set_trial_state_values(self._id_of(number), state=TrialState.WAITING))
 
     def _id_of(self, number: int) -> int:
-        return int(self._storage.get_trial_id_from_study_id_trial_number(self._id, number))
+        return int(self.storage.get_trial_id_from_study_id_trial_number(self._study_id, number))
 
     def complete(self, number: int, value: float) -> None:
-        """The trial's outcome."""
+        """Record the trial's value."""
         self._tell(number, value, TrialState.COMPLETE)
 
     def prune(self, number: int) -> None:
-        """The trial was stopped as not worth more."""
+        """Record that the trial was pruned."""
         self._tell(number, None, TrialState.PRUNED)
 
     def fail(self, number: int, reason: str) -> None:
-        """The trial failed; the study goes on."""
-        patiently(lambda: self._storage.set_trial_user_attr(self._id_of(number), "reason", reason))
+        """Record that the trial failed; the study continues."""
+        patiently(lambda: self.storage.set_trial_user_attr(self._id_of(number), "reason", reason))
         self._tell(number, None, TrialState.FAIL)
 
     def _tell(self, number: int, value: float | None, state: TrialState) -> None:
         try:
             patiently(lambda: self.study.tell(number, value, state=state))
-        except ValueError as error:  # another worker took this one for dead and ran its trial
-            log.warning("trial %d is not this worker's any more (%s)", number, error)
+        except ValueError as error:
+            log.warning("trial %d: its result is dropped, as another worker has finished it (%s)", number, error)
 
-    def take_up_dead(self, owner: Owner) -> list[int]:
-        """Give back the trials of dead workers; returns the numbers of those that others are still running."""
+    def requeue_dead(self, owner: Owner) -> list[int]:
+        """Requeue the trials of dead workers; return the numbers of those that other workers are still running."""
+        stale = patiently(lambda: stale_trial_ids(self.storage, self._study_id))
         alive = []
         for trial in self.trials(TrialState.RUNNING):
-            if trial.user_attrs.get("owner") == owner.name:
+            name = trial.user_attrs.get("owner")
+            if name == owner.name:
                 continue
-            if self._is_dead(trial, owner):
+            # Workers on this machine are known to be dead at once, others by their last heartbeat.
+            if (name is not None and owner.is_gone(name)) or self._id_of(trial.number) in stale:
                 log.info("trial %d: its worker died; it is run again", trial.number)
-                self.give_back(trial.number)
+                self._watched.discard(trial.number)
+                self.requeue(trial.number)
             else:
+                self._watch(trial.number)
                 alive.append(trial.number)
         return alive
 
-    def _is_dead(self, trial: FrozenTrial, owner: Owner) -> bool:
-        """Known at once of workers on this machine; of others when their beat has not moved for a while, by this machine's clock."""
-        theirs = trial.user_attrs.get("owner")
-        if theirs is not None and owner.is_gone(theirs):
-            return True
-        beat = (theirs, trial.user_attrs.get("beat"))
-        known, since = self._seen.get(trial.number, (None, 0.0))
-        if known != beat:
-            self._seen[trial.number] = (beat, time.monotonic())
-            return False
-        return time.monotonic() - since > DEAD_AFTER_S
+    def _watch(self, number: int) -> None:
+        """Record one heartbeat for another worker's trial, when it is first seen here.
+
+        A trial without any heartbeat is never stale for Optuna: one whose worker was killed in the moment of its claim,
+        or one of a study begun by an older version. From now on it is stale like any other.
+        """
+        if number not in self._watched:
+            self.record_heartbeat(number)
+            self._watched.add(number)
+
+    def record_heartbeat(self, number: int) -> None:
+        """Record in the database that the trial's worker is alive."""
+        patiently(lambda: self.storage.record_heartbeat(self._id_of(number)))
+
+    @contextmanager
+    def heartbeat(self, number: int) -> Iterator[None]:
+        """Record the trial's heartbeat at intervals while the block runs.
+
+        Optuna's own thread ends at the first error of the database, and a living trial would then be taken for dead.
+        """
+        interval_s = self.storage.get_heartbeat_interval()
+        trial_id = self._id_of(number)
+        is_done = threading.Event()
+
+        def beat() -> None:
+            while not is_done.wait(interval_s):
+                try:
+                    self.storage.record_heartbeat(trial_id)
+                except TROUBLE as error:
+                    log.debug("trial %d: no heartbeat (%s)", number, error)
+
+        thread = threading.Thread(target=beat, daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            is_done.set()
+            thread.join()
 
 
 def _is_within(trial: FrozenTrial | optuna.Trial, num_trials: int | None) -> bool:
@@ -127,13 +167,16 @@ def _is_within(trial: FrozenTrial | optuna.Trial, num_trials: int | None) -> boo
 
 @dataclass(frozen=True)
 class Owner:
-    """This process as the owner of trials: its name, and the folder where it holds a lock file of that name while it lives."""
+    """A process that runs trials: its name, and the folder where it holds a lock file of that name while it lives.
+
+    By the lock file other commands on this machine know at once that it has died; a heartbeat takes a minute.
+    """
 
     name: str
     folder: Path
 
     def is_gone(self, name: str) -> bool:
-        """Whether an owner on this machine has ended; False where that cannot be known."""
+        """Return whether another owner, on this machine, has ended; False where that cannot be known."""
         path = self.folder / f".{name}.lock"
         if name.rpartition("-")[0] != socket.gethostname() or not path.exists():
             return False
@@ -147,33 +190,10 @@ class Owner:
 
 @contextmanager
 def owner_in(folder: Path) -> Iterator[Owner]:
-    """An owner for this process, whose lock file the system lets go of however the process ends."""
+    """Yield an owner for this process; the system releases its lock file however the process ends."""
     owner = Owner(f"{socket.gethostname()}-{uuid.uuid4().hex[:8]}", folder)
     path = folder / f".{owner.name}.lock"
     with ExitStack() as stack:
         stack.enter_context(file_lock(path))
         stack.callback(path.unlink, missing_ok=True)
         yield owner
-
-
-@contextmanager
-def beating(trial: optuna.Trial) -> Iterator[None]:
-    """Say every few seconds that the trial is alive, for as long as the block runs."""
-    done = threading.Event()
-
-    def beat() -> None:
-        number = 0
-        while not done.wait(BEAT_S):
-            number += 1
-            try:
-                trial.set_user_attr("beat", number)
-            except (*TROUBLE, optuna.exceptions.UpdateFinishedTrialError) as error:
-                log.debug("trial %d: no beat (%s)", trial.number, error)
-
-    thread = threading.Thread(target=beat, daemon=True)
-    thread.start()
-    try:
-        yield
-    finally:
-        done.set()
-        thread.join()

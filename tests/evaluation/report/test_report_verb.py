@@ -91,7 +91,7 @@ def test_predictions_that_are_damaged_are_refused(plots: Path, command: Command)
     assert answer.code == 2 and "80 rows of 4 classes, logits of the shape [10, 4]" in answer.err
     (plots / "second/test/logits.npy").write_bytes(b"")
     answer = command("report", "second", "first", f"plots_dir={plots}", "models_dir=none")
-    assert answer.code == 2 and "holds no whole predictions.csv, logits.npy" in answer.err
+    assert answer.code == 2 and "predictions.csv, logits.npy or predictions.json" in answer.err
 
 
 def test_a_run_without_a_test_part_is_read_from_val(plots: Path, command: Command) -> None:
