@@ -1,4 +1,6 @@
-"""What docs/architecture.md promises and import-linter cannot see: what a verb really loads, and that every config composes."""
+"""What docs/architecture.md promises and import-linter cannot see: what a verb really loads, and that every config
+composes.
+"""
 
 from __future__ import annotations
 

@@ -125,7 +125,11 @@ def test_completion_in_a_real_bash(tmp_path: Path, program: str) -> None:
     position = len(program.split())
     script = f"""
     eval "$({program} -sc install=bash)"
-    tab() {{ COMP_LINE="$1"; COMP_POINT=${{#1}}; COMP_WORDS=($1); COMP_CWORD=$2; image_classifier_completion; echo "${{COMPREPLY[*]}}"; }}
+    tab() {{
+        COMP_LINE="$1"; COMP_POINT=${{#1}}; COMP_WORDS=($1); COMP_CWORD=$2
+        image_classifier_completion
+        echo "${{COMPREPLY[*]}}"
+    }}
     tab "{program} inf" {position}
     tab "{program} infer --form" {position + 1}
     tab "{program} train experiment=fas" {position + 1}

@@ -1,4 +1,6 @@
-"""What `pip install 'image-classifier[infer]'` gives: answers without torch, in less than 400 MB, from a wheel and an empty environment."""
+"""What `pip install 'image-classifier[infer]'` gives: answers without torch, in less than 400 MB, from a wheel and an
+empty environment.
+"""
 
 from __future__ import annotations
 

@@ -114,7 +114,8 @@ SBATCH = """#!{python}
 import os, re, subprocess, sys
 count = int(re.search(r"--array=0-(\\d+)", open(sys.argv[-1]).read())[1]) + 1
 for task in range(count):
-    job = {{"SLURM_JOB_ID": str(100 + task), "SLURM_ARRAY_JOB_ID": "100", "SLURM_ARRAY_TASK_ID": str(task), "SLURM_NTASKS": "1"}}
+    array = {{"SLURM_ARRAY_JOB_ID": "100", "SLURM_ARRAY_TASK_ID": str(task)}}
+    job = {{"SLURM_JOB_ID": str(100 + task), "SLURM_NTASKS": "1", **array}}
     quiet = {{"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}}
     subprocess.Popen(["bash", sys.argv[-1]], env=os.environ | job, start_new_session=True, **quiet)
 print("Submitted batch job 100")
