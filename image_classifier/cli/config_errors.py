@@ -132,7 +132,7 @@ def explain(error: Exception, root: str, overrides: list[str], extra: list[str],
 
 
 def _missing_launcher(loader: ConfigLoader, root: str, parsed: list[Override], extra: list[str]) -> ConfigError | None:
-    """The refusal of a launcher whose package is not installed."""
+    """Return the refusal of a launcher whose package is not installed, None for other refusals."""
     for override in parsed:
         package = _LAUNCHERS.get(str(override.value())) if override.key_or_group == "hydra/launcher" else None
         if package and override.value() not in _options(loader, root, "hydra/launcher", extra):
