@@ -1,4 +1,4 @@
-# This needs git, make, pip and a Python >=3.11,<3.14. Nothing is installed outside .venv.
+# This needs git, make, pip and a Python >=3.11,<3.15. Nothing is installed outside .venv.
 #   make train                        train on the built-in digits
 #   make train ARGS="model=resnet18"  with any words of `commands.py train`
 #   make setup PYTHON=/path/to/python3.12
@@ -59,13 +59,13 @@ clean:  ## remove .venv and the tools' caches; data, models and plots stay
 # near the end, so one without it was cut off half-way and must not count as installed.
 # A Python without ensurepip (Debian without python3-venv) lends its own pip to the new environment.
 $(READY): requirements.txt
-	@fits='import sys, venv, importlib.util as u; sys.exit(not ((3, 11) <= sys.version_info < (3, 14) and (u.find_spec("ensurepip") or u.find_spec("pip"))))'; \
+	@fits='import sys, venv, importlib.util as u; sys.exit(not ((3, 11) <= sys.version_info < (3, 15) and sys.version_info[:3] != (3, 14, 1) and (u.find_spec("ensurepip") or u.find_spec("pip"))))'; \
 	python=; \
-	for candidate in $(if $(PYTHON),"$(PYTHON)",python3.13 python3.12 python3.11 python3 python); do \
+	for candidate in $(if $(PYTHON),"$(PYTHON)",python3.14 python3.13 python3.12 python3.11 python3 python); do \
 	  if "$$candidate" -c "$$fits" >/dev/null 2>&1; then python=$$candidate; break; fi; \
 	done; \
 	if [ -z "$$python" ]; then \
-	  echo "$(if $(PYTHON),$(PYTHON) is not,No) Python >=3.11,<3.14 with pip$(if $(PYTHON),, was found on the PATH): install one, or name it: make setup PYTHON=/path/to/python3.11" >&2; exit 1; \
+	  echo "$(if $(PYTHON),$(PYTHON) is not,No) Python >=3.11,<3.15 with pip$(if $(PYTHON),, was found on the PATH): install one, or name it: make setup PYTHON=/path/to/python3.11" >&2; exit 1; \
 	fi; \
 	"$(BIN)/python" -c "$$fits" >/dev/null 2>&1 || "$$python" -m venv --clear --without-pip .venv || exit 1; \
 	"$(BIN)/python" -m pip --version >/dev/null 2>&1 || "$(BIN)/python" -m ensurepip --upgrade >/dev/null 2>&1 || true; \

@@ -12,6 +12,7 @@ from image_classifier import __version__
 from image_classifier.cli.exit_codes import exit_code
 from image_classifier.cli.help_pages import overview, verb_help
 from image_classifier.errors import ConfigError
+from image_classifier.extras import EXTRA_OF, install_package
 from image_classifier.paths import CONF_DIR
 from image_classifier.program import program
 from image_classifier.text import did_you_mean
@@ -88,15 +89,8 @@ VERBS: dict[str, tuple[str, str]] = {
     ),
 }
 
-_OF_TRAIN = (
-    "torch torchvision pytorch_lightning torchmetrics timm safetensors optuna sqlalchemy mlflow dvc "
-    "onnx onnxscript scipy sklearn cleanlab matplotlib pyarrow"
-)
-_OF_SERVE = "fastapi uvicorn starlette pydantic python_multipart prometheus_client"
 # what other programs call these verbs
 _OTHER_NAMES = {"predict": "infer", "classify": "infer", "evaluate": "test", "eval": "test", "fit": "train"}
-# package: the extra that installs it
-_OPTIONAL = dict.fromkeys(_OF_TRAIN.split(), "train") | dict.fromkeys(_OF_SERVE.split(), "serve")
 
 
 def main() -> None:
@@ -158,9 +152,9 @@ def _imported(name: str) -> Callable[[Any], object]:
         try:
             return getattr(importlib.import_module(module), function)(config)
         except ModuleNotFoundError as error:
-            if error.name not in _OPTIONAL:
+            if error.name not in EXTRA_OF:
                 raise
-            extra = f"pip install 'image-classifier[{_OPTIONAL[error.name]}]'"
-            raise ConfigError(f"this needs the package {error.name}, which is not installed", extra) from error
+            fact = f"this needs the package {error.name}, which is not installed"
+            raise ConfigError(fact, install_package(error.name)) from error
 
     return task

@@ -174,10 +174,13 @@ def test_what_the_client_says_is_one_line(here, hugging_face):
     assert not (here / "hf").exists()
 
 
-@pytest.mark.parametrize(("name", "package"), [("hf:owner/pets", "datasets"), ("kaggle:owner/pets", "kagglehub")])
-def test_a_client_that_is_not_installed(here, monkeypatch, name, package):
+@pytest.mark.parametrize(
+    ("name", "package", "extra"), [("hf:owner/pets", "datasets", "hf"), ("kaggle:owner/pets", "kagglehub", "kaggle")]
+)
+def test_a_client_that_is_not_installed(here, monkeypatch, name, package, extra):
     monkeypatch.setitem(sys.modules, package, None)
-    with pytest.raises(SourceError, match=f"the client {package} is not installed: pip install {package}"):
+    hint = rf"pip install 'image-classifier\[{extra}\]'"
+    with pytest.raises(SourceError, match=f"the client {package} is not installed: {hint}"):
         fetch_from_hub(name, here)
 
 

@@ -108,14 +108,14 @@ def test_no_logger_is_fine() -> None:
 @pytest.mark.parametrize(
     ("target", "flags", "says"),
     [
-        ("WandbLogger", ["pytorch_lightning.loggers.wandb._WANDB_AVAILABLE"], "pip install -U 'wandb"),
+        ("WandbLogger", ["pytorch_lightning.loggers.wandb._WANDB_AVAILABLE"], "pip install 'image-classifier[wandb]'"),
         (
             "TensorBoardLogger",
             [
                 "lightning_fabric.loggers.tensorboard._TENSORBOARD_AVAILABLE",
                 "lightning_fabric.loggers.tensorboard._TENSORBOARDX_AVAILABLE",
             ],
-            "pip install",
+            "pip install 'image-classifier[tensorboard]'",
         ),
     ],
 )

@@ -132,5 +132,5 @@ def test_nobody_there_another_model_or_no_package(server: GrpcServer, monkeypatc
     with pytest.raises(ServerError, match="UNAVAILABLE.*6 times: is it running there"):
         TritonBackend(server.url, "m", 2, 5)
     monkeypatch.setitem(sys.modules, "grpc", None)
-    with pytest.raises(ConfigError, match="pip install grpcio, or use http://"):
+    with pytest.raises(ConfigError, match=r"pip install 'image-classifier\[triton\]', or use http://"):
         TritonBackend(server.url, "m", 2)
