@@ -102,7 +102,8 @@ def test_the_summary_says_which_step_left_what_out():
     images = images_of(ant=9, bee=5, cat=5, dog=2, eel=7)
     settings = ClassSettings(top=2, exclude=["ant"], max_images=4, min_images=3)
     assert chosen(images, settings).summary == (
-        "data.classes keeps 2 of 5 classes, 8 of 28 images: exclude drops ant; min_images=3 drops dog; top=2 drops cat; "
+        "data.classes keeps 2 of 5 classes, 8 of 28 images: exclude drops ant; min_images=3 drops dog; "
+        "top=2 drops cat; "
         "max_images=4 drops 4 images of 2 classes"
     )
 

@@ -1,4 +1,6 @@
-"""`test --test_dir`: what is no labelled folder is refused in one line, with the command that fits, and that command works."""
+"""`test --test_dir`: what is no labelled folder is refused in one line, with the command that fits, and that command
+works.
+"""
 
 from __future__ import annotations
 

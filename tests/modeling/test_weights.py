@@ -1,4 +1,6 @@
-"""Weights from files: found under any wrapper and prefix, fitted by name and shape, told in the log; nothing in a file is run."""
+"""Weights from files: found under any wrapper and prefix, fitted by name and shape, told in the log; nothing in a
+file is run.
+"""
 
 import contextlib
 import logging

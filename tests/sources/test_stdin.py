@@ -1,4 +1,6 @@
-"""`--images -`: an image, an archive or a list, each line of which counts as soon as it is there; nothing else becomes rows."""
+"""`--images -`: an image, an archive or a list, each line of which counts as soon as it is there; nothing else
+becomes rows.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""Batches: every training image at most once an epoch, in an order decided by seed and epoch alone; only training batches are augmented."""
+"""Batches: every training image at most once an epoch, in an order decided by seed and epoch alone; only training
+batches are augmented.
+"""
 
 from dataclasses import replace
 from pathlib import Path

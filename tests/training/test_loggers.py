@@ -1,4 +1,6 @@
-"""Every logger gets the same metrics, the run's parameters and its ending; nothing leaves the machine where that is asked for."""
+"""Every logger gets the same metrics, the run's parameters and its ending; nothing leaves the machine where that is
+asked for.
+"""
 
 from __future__ import annotations
 

@@ -21,7 +21,9 @@ grpc = pytest.importorskip("grpc")
 
 
 class GrpcServer:
-    """Answers for the model `m`; `faults` are taken one a request for inference, each a function of the call's context and the right answer."""
+    """Answers for the model `m`; `faults` are taken one a request for inference, each a function of the call's
+    context and the right answer.
+    """
 
     def __init__(self) -> None:
         self.server, self.messages = grpc.server(ThreadPoolExecutor(4)), _messages()

@@ -1,4 +1,6 @@
-"""A real Triton server on loopback serves what `export --to triton` wrote: the same answers, and the ways it refuses."""
+"""A real Triton server on loopback serves what `export --to triton` wrote: the same answers, and the ways it
+refuses.
+"""
 
 from __future__ import annotations
 

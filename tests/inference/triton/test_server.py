@@ -1,4 +1,6 @@
-"""The verb `triton` with stand-ins for tritonserver and docker: it waits for a right answer, says what failed, and stops what it started."""
+"""The verb `triton` with stand-ins for tritonserver and docker: it waits for a right answer, says what failed, and
+stops what it started.
+"""
 
 from __future__ import annotations
 
@@ -25,7 +27,9 @@ from tests.conftest import PROGRAM, ROOT, Answer, Command
 
 @pytest.fixture
 def bundle(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A bundle with golden answers and a model repository, of which only the names matter here; the current folder is above it."""
+    """A bundle with golden answers and a model repository, of which only the names matter here; the current folder is
+    above it.
+    """
     monkeypatch.chdir(tmp_path)
     folder, rng = tmp_path / "models" / "small", np.random.default_rng(0)
     repository = folder / "triton" / "small"
