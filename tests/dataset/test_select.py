@@ -123,7 +123,8 @@ def test_the_test_part_has_no_say_and_is_never_cut():
     [
         (
             {"include": ["ant", "bea"]},
-            r"data\.classes\.include names 'bea', which is not a class: did you mean bee\? the classes are ant, bee, cat$",
+            r"data\.classes\.include names 'bea', which is not a class: "
+            r"did you mean bee\? the classes are ant, bee, cat$",
         ),
         (
             {"exclude": ["zebra"]},

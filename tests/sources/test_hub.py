@@ -155,7 +155,8 @@ def test_columns_that_cannot_be_told_are_asked_for(here, hugging_face):
     hugging_face({"train": rows(4, ["cat", "dog"], mask=ImageFeature(), breed=ClassLabel(["a", "b"]))})
     with pytest.raises(
         ConfigError,
-        match=r"image_column is not clear: the columns are image, label, mask, breed: pass data=hf data\.source\.image_column=NAME",
+        match=r"image_column is not clear: the columns are image, label, mask, breed: "
+        r"pass data=hf data\.source\.image_column=NAME",
     ):
         fetch_from_hub("hf:owner/pets", here)
     assert not (here / "hf/owner--pets").exists()

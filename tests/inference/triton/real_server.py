@@ -48,7 +48,8 @@ class TritonPythonModel:
 '''
 
 PROGRAM = """#!/bin/sh
-PATH={env}/bin:$PATH LD_LIBRARY_PATH={libraries} exec {server}/bin/tritonserver --backend-directory={backends} --allow-gpu-metrics=false "$@"
+PATH={env}/bin:$PATH LD_LIBRARY_PATH={libraries} exec {server}/bin/tritonserver \\
+  --backend-directory={backends} --allow-gpu-metrics=false "$@"
 """
 
 
@@ -66,7 +67,10 @@ def environment() -> Path:
 def real_program(folder: Path) -> Path:
     """A `tritonserver` that runs with its own Python and libraries, written into a new folder."""
     env = environment()
-    ask = "import sys, sysconfig; print(sysconfig.get_path('purelib'), sysconfig.get_config_var('LIBDIR'), '%d.%d' % sys.version_info[:2])"
+    ask = (
+        "import sys, sysconfig; "
+        "print(sysconfig.get_path('purelib'), sysconfig.get_config_var('LIBDIR'), '%d.%d' % sys.version_info[:2])"
+    )
     site, libdir, version = subprocess.run(
         [env / "bin/python", "-c", ask], capture_output=True, text=True, check=True
     ).stdout.split()

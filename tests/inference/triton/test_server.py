@@ -204,7 +204,8 @@ def test_docker_compose_is_told_where_and_ends_its_own_project(
     bundle: Path, tmp_path: Path, command: Command, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     given = ports()
-    flags = f"--model-control-mode=none --http-address=127.0.0.1 --http-port={given[1]} --model-repository={bundle / 'triton'}"
+    flags = f"--model-control-mode=none --http-address=127.0.0.1 --http-port={given[1]} "
+    flags += f"--model-repository={bundle / 'triton'}"
     serve = program(tmp_path / "tritonserver", "right", bundle / "golden.npz")
     folder = docker(tmp_path / "bin", f"{serve} {flags} >/dev/null 2>&1 & echo $! > {tmp_path / 'bin' / 'pid'}")
     monkeypatch.setenv("PATH", f"{folder}:{os.environ['PATH']}")
