@@ -14,7 +14,7 @@ import pytest
 import commands
 from image_classifier.cli.conf_files import choices, root_groups
 from image_classifier.cli.exit_codes import exit_code
-from image_classifier.cli.main import VERBS, summaries
+from image_classifier.cli.main import VERBS
 from image_classifier.errors import ConfigError, DataError
 from image_classifier.paths import CONF_DIR
 
@@ -48,7 +48,7 @@ def test_each_verb_has_a_root_file_and_a_help_page(
     monkeypatch.setattr(sys, "argv", ["commands.py", verb, "--help"])
     commands.main()
     page = capsys.readouterr().out
-    assert summaries()[verb] in page
+    assert VERBS[verb] in page
     assert "python commands.py " + verb in page
     for group, chosen in root_groups(CONF_DIR, verb).items():
         assert f"{group} ({chosen})" in page
