@@ -1,4 +1,5 @@
-"""What augmenting a batch costs, as a share of ResNet-18's forward and backward over it: every recipe of conf/augment, in turn.
+"""What augmenting a batch costs, as a share of ResNet-18's forward and backward over it: every recipe of
+conf/augment, in turn.
 
 python benchmarks/augment_cost.py [--rounds 5] [--sizes 64x64 32x224]   (batch x side in pixels)
 Precision and memory layout are those that `train` chooses on this machine. The goal is under 0.25 on a CPU.

@@ -2,7 +2,8 @@
 
 python benchmarks/bare_step.py [--arch resnet18 --px 64 --batch 64 --rounds 5 --steps 8] [--profile]
 
-Printed are images/s and the median of the rounds' ratios to bfloat16 autocast with channels last, which `train` chooses where it pays.
+Printed are images/s and the median of the rounds' ratios to bfloat16 autocast with channels last, which `train`
+chooses where it pays.
 --profile lists the operations that take most of that step.
 """
 

@@ -1,11 +1,13 @@
 """`infer` on this machine and on a cluster of this machine's processors, side by side, and what a million images cost.
 
-python benchmarks/infer_cluster.py IMAGES_DIR --bundle BUNDLE --price PRICE [--count 2048] [--rounds 3] [--workers 1 2] [--batch_size 64]
+python benchmarks/infer_cluster.py IMAGES_DIR --bundle BUNDLE --price PRICE [--count 2048] [--rounds 3] [--workers 1
+2] [--batch_size 64]
 
-PRICE is that of one processor core for one hour, in any currency; there is none here, as it differs by provider, machine and day. On the cluster's
-side the command runs as a user runs it; its speed is that between the first file of answers of each worker and the last, what is left is start-up.
-On this machine's side the predictor answers in this process, already loaded. Cost of a million images = 1e6 / (images/s) / 3600 * cores * PRICE.
-Sides run in turn, so ratios of one round count.
+PRICE is that of one processor core for one hour, in any currency; there is none here, as it differs by provider,
+machine and day. On the cluster's side the command runs as a user runs it; its speed is that between the first file of
+answers of each worker and the last, what is left is start-up. On this machine's side the predictor answers in this
+process, already loaded. Cost of a million images = 1e6 / (images/s) / 3600 * cores * PRICE. Sides run in turn, so
+ratios of one round count.
 """
 
 from __future__ import annotations
@@ -59,7 +61,8 @@ def main() -> None:
         cost = 1e6 / speed / 3600 * processors * options.price
         start = statistics.median(starts[name])
         print(
-            f"{name:<14} {processors} cores {speed:8.1f} images/s  / local {ratio:.2f}  start and end {start:.1f} s  a million images: {cost:.3g}"
+            f"{name:<14} {processors} cores {speed:8.1f} images/s  / local {ratio:.2f}  start and end "
+            f"{start:.1f} s  a million images: {cost:.3g}"
         )
 
 

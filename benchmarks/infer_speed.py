@@ -2,7 +2,8 @@
 
 python benchmarks/infer_speed.py BUNDLE IMAGES_DIR [--count 10000] [--rounds 3]
 
-Cold start to the answer for one image, and `count` images from start to end with each backend, run in turn; answers are compared.
+Cold start to the answer for one image, and `count` images from start to end with each backend, run in turn; answers
+are compared.
 """
 
 from __future__ import annotations
@@ -38,7 +39,8 @@ def main() -> None:
             times[backend].append(seconds)
     for backend, seconds in times.items():
         print(
-            f"{len(paths)} images, {backend}: median {statistics.median(seconds):.2f} s, each {[round(value, 2) for value in seconds]}"
+            f"{len(paths)} images, {backend}: median {statistics.median(seconds):.2f} s, each "
+            f"{[round(value, 2) for value in seconds]}"
         )
     ratios = [slow / fast for fast, slow in zip(times["onnx"], times["checkpoint"], strict=True)]
     print(f"checkpoint / onnx: median {statistics.median(ratios):.2f}")

@@ -1,10 +1,13 @@
-"""How near `infer` comes to the slower of its two halves, decoding and the network, and how far it is from a plain loop; and its memory.
+"""How near `infer` comes to the slower of its two halves, decoding and the network, and how far it is from a plain
+loop; and its memory.
 
-python benchmarks/infer_throughput.py IMAGES_DIR [--bundle BUNDLE] [--count 512] [--rounds 3] [--backend onnx] [--memory 1000 20000]
+python benchmarks/infer_throughput.py IMAGES_DIR [--bundle BUNDLE] [--count 512] [--rounds 3] [--backend onnx]
+[--memory 1000 20000]
 
-All sides run in turn in this process over the same images: decoding alone (the predictor's own workers), the backend alone (pixels in memory),
-both together as `infer` does it, and the loop that everybody writes: open, convert, resize, run, one image at a time. Without --bundle it takes an
-untrained resnet18 at 224 pixels. Peak memory is that of `infer` as a command, over a list that repeats the images.
+All sides run in turn in this process over the same images: decoding alone (the predictor's own workers), the backend
+alone (pixels in memory), both together as `infer` does it, and the loop that everybody writes: open, convert, resize,
+run, one image at a time. Without --bundle it takes an untrained resnet18 at 224 pixels. Peak memory is that of
+`infer` as a command, over a list that repeats the images.
 """
 
 from __future__ import annotations
@@ -58,7 +61,8 @@ def main() -> None:
         predictor = load_predictor(model, options.backend if options.bundle else None)
         paths = (found * (options.count // len(found) + 1))[: options.count]
         print(
-            f"{len(found)} files, {statistics.median(path.stat().st_size for path in found) / 1e3:.0f} kB each; backend {predictor.backend_name}"
+            f"{len(found)} files, {statistics.median(path.stat().st_size for path in found) / 1e3:.0f} kB "
+            f"each; backend {predictor.backend_name}"
         )
         _speed(predictor, paths, options.rounds, model)
         for count in options.memory:

@@ -2,7 +2,8 @@
 
 python benchmarks/input_path.py FOLDER [--size 64] [--batch 32] [--rounds 3] [--rows 10000 1000000]
 FOLDER has one sub-folder per class. Printed are ratios of sides run in turn in one process:
-  first pass    images/s from files to a filled pixel cache / images/s of ImageFolder's first epoch (the page cache is warm for both)
+  first pass    images/s from files to a filled pixel cache / images/s of ImageFolder's first epoch (both with a warm
+                page cache)
   later epochs  images/s of batches from the cache / images/s of ImageFolder's epochs
   waiting       share of a ResNet-18 training's time spent waiting for the next batch
   memory        resident memory of the input path over a manifest of so many rows, each in a process of its own
@@ -64,7 +65,8 @@ def main() -> None:
             str(options.batch),
         ]
         print(
-            f"memory over {rows:9,} rows: {subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()}",
+            f"memory over {rows:9,} rows: "
+            f"{subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()}",
             flush=True,
         )
 
@@ -77,7 +79,8 @@ def _speed(options: argparse.Namespace) -> None:
         start = time.perf_counter()
         manifest, _ = prepare([options.folder], settings, AuditSettings(output_dir=scratch))
         print(
-            f"scan, hash and audit of {len(manifest)} images: {len(manifest) / (time.perf_counter() - start):.0f} images/s"
+            f"scan, hash and audit of {len(manifest)} images: "
+            f"{len(manifest) / (time.perf_counter() - start):.0f} images/s"
         )
         first, later, plain_first, plain_later = [], [], [], []
         for number in range(options.rounds):
@@ -98,7 +101,8 @@ def _print(name: str, ours: list[float], plain: list[float]) -> None:
     ratios = [mine / theirs for mine, theirs in zip(ours, plain, strict=True)]
     rates = f"{statistics.median(ours):.0f} / {statistics.median(plain):.0f} images/s"
     print(
-        f"{name:<13} median ratio {statistics.median(ratios):.2f} ({rates}), pair by pair {[round(ratio, 2) for ratio in ratios]}",
+        f"{name:<13} median ratio {statistics.median(ratios):.2f} ({rates}), pair by pair "
+        f"{[round(ratio, 2) for ratio in ratios]}",
         flush=True,
     )
 
@@ -142,7 +146,8 @@ def _waiting(module: ImageDataModule) -> float:
 def _memory(rows: int, size: int, batch: int) -> str:
     """Resident memory before and after: manifest read from its file, cache opened, 200 batches drawn over all rows.
 
-    The pixels are those of a sparse file: mapped pages are the kernel's to drop, so anonymous memory is what is reported.
+    The pixels are those of a sparse file: mapped pages are the kernel's to drop, so anonymous memory is what is
+    reported.
     """
     with tempfile.TemporaryDirectory() as scratch:
         _write_rows(Path(scratch), rows, size)
@@ -158,8 +163,9 @@ def _memory(rows: int, size: int, batch: int) -> str:
 
 
 def _write_rows(folder: Path, rows: int, size: int) -> None:
-    """A manifest of so many rows and a cache that holds them all; written by another process, so that its memory is not counted."""
-    code = f"import sys; sys.path[:0] = [{str(ROOT)!r}]; from benchmarks.input_path import write_rows; write_rows({str(folder)!r}, {rows}, {size})"
+    """Write a manifest of so many rows and its pixel cache, in another process, whose memory is not counted."""
+    imports = f"import sys; sys.path[:0] = [{str(ROOT)!r}]; from benchmarks.input_path import write_rows"
+    code = f"{imports}; write_rows({str(folder)!r}, {rows}, {size})"
     subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
 
 

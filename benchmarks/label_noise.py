@@ -2,9 +2,10 @@
 
 python benchmarks/label_noise.py FOLDER [--share 0.05] [--kind symmetric pairs] [--seeds 0 1] [--work DIR] -- OVERRIDES
 
-FOLDER holds a folder a class. A share of its images, drawn by the seed, is linked into a wrong class in a copy of links, of which `suspects` runs
-as a person would start it, with the overrides after `--`. Kinds: symmetric, any other class; pairs, the class after the right one, so that each
-class is confused with one other, as people confuse them. The images' own wrong labels, which nobody planted, count as misses.
+FOLDER holds a folder a class. A share of its images, drawn by the seed, is linked into a wrong class in a copy of
+links, of which `suspects` runs as a person would start it, with the overrides after `--`. Kinds: symmetric, any other
+class; pairs, the class after the right one, so that each class is confused with one other, as people confuse them.
+The images' own wrong labels, which nobody planted, count as misses.
 """
 
 from __future__ import annotations
@@ -77,7 +78,9 @@ def _measure(source: Path, work: Path, kind: str, seed: int, share: float, overr
 
 
 def plant(source: Path, target: Path, kind: str, seed: int, share: float) -> tuple[set[str], int]:
-    """Links to the images of `source` in `target`, a share of them in a wrong class; returns the paths of these and how many images there are."""
+    """Links to the images of `source` in `target`, a share of them in a wrong class; returns the paths of these and
+    how many images there are.
+    """
     classes = sorted(path.name for path in source.iterdir() if path.is_dir())
     images = [(label, path) for label in range(len(classes)) for path in sorted((source / classes[label]).iterdir())]
     random = np.random.default_rng(seed)

@@ -1,9 +1,11 @@
 """Seconds and peak memory of all metrics with their bootstrap intervals, as images and classes grow.
 
-python benchmarks/metrics_speed.py [--images 10000 100000 1000000] [--classes 10 100 1000] [--resamples 1000] [--threads 2] [--plot growth.png]
+python benchmarks/metrics_speed.py [--images 10000 100000 1000000] [--classes 10 100 1000] [--resamples 1000]
+[--threads 2] [--plot growth.png]
 
-The logits (float32, generated: normal noise, a signal that differs from image to image, one class in ten hard) lie in memory as they do after
-`test`, and count in the peak, which is of a process of its own: the largest resident memory up to its end. Processor seconds are those of all
+The logits (float32, generated: normal noise, a signal that differs from image to image, one class in ten hard) lie in
+memory as they do after `test`, and count in the peak, which is of a process of its own: the largest resident memory
+up to its end. Processor seconds are those of all
 threads: what a busy machine says least wrongly.
 """
 
@@ -23,8 +25,8 @@ import numpy as np
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from image_classifier.evaluation.blocks import slices  # noqa: E402
 from image_classifier.evaluation.metrics.compute import compute_metrics  # noqa: E402
+from image_classifier.parallel import slices  # noqa: E402
 from image_classifier.predictions import PredictionTable  # noqa: E402
 
 
@@ -60,8 +62,10 @@ def _run(images: int, classes: int, options: argparse.Namespace) -> dict[str, fl
     done = subprocess.run([sys.executable, __file__, *map(str, words)], stdout=subprocess.PIPE, text=True, check=True)
     row: dict[str, float] = json.loads(done.stdout)
     print(
-        f"{images:>9,} images x {classes:>5,} classes: {row['seconds']:6.2f} s, processor {row['processor_s']:5.2f} s on {options.threads} threads, "
-        f"peak {row['peak'] / 1e9:5.2f} GB, of it logits {row['logits'] / 1e9:.2f} GB (the machine's load: {os.getloadavg()[0]:.1f})",
+        f"{images:>9,} images x {classes:>5,} classes: {row['seconds']:6.2f} s, processor "
+        f"{row['processor_s']:5.2f} s on {options.threads} threads, "
+        f"peak {row['peak'] / 1e9:5.2f} GB, of it logits {row['logits'] / 1e9:.2f} GB (the machine's load: "
+        f"{os.getloadavg()[0]:.1f})",
         flush=True,
     )
     return row

@@ -2,9 +2,10 @@
 
 python benchmarks/near_duplicates.py FOLDER_OR_ARCHIVE... [--sizes 10000 100000 1000000] [--plot growth.png]
 
-Thumbnails are those of the images given (a tar or a folder), then as many generated ones as are wanted: blends of crops of two of the images,
-which keep the statistics of photographs. Every 50th is a twin of an earlier one: brighter or darker, noisy, blurred, shifted, every
-second one mirrored. Brute force (all correlations by matrix products) runs on the smallest size and is extrapolated to the others.
+Thumbnails are those of the images given (a tar or a folder), then as many generated ones as are wanted: blends of
+crops of two of the images, which keep the statistics of photographs. Every 50th is a twin of an earlier one: brighter
+or darker, noisy, blurred, shifted, every second one mirrored. Brute force (all correlations by matrix products) runs
+on the smallest size and is extrapolated to the others.
 """
 
 from __future__ import annotations
@@ -199,7 +200,8 @@ def _report(rows: list[dict[str, float]], brute: float) -> None:
     for row in rows:
         slow = brute * (row["images"] / rows[0]["images"]) ** 2
         print(
-            f"{row['images']:>9,} images: {row['seconds']:.2f} s; brute force {slow:,.1f} s, {slow / row['seconds']:.1f} x as long"
+            f"{row['images']:>9,} images: {row['seconds']:.2f} s; brute force {slow:,.1f} s, "
+            f"{slow / row['seconds']:.1f} x as long"
         )
     print(f"brute force was measured on {rows[0]['images']:,} images and extrapolated by the square")
     for small, large in itertools.pairwise(rows):

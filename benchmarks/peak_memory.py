@@ -1,9 +1,11 @@
 """Peak memory of `train` beyond that of a bare loop with the same network and batch.
 
-python benchmarks/peak_memory.py FOLDER [FOLDER ...] [--arch resnet18 --px 64 --batch 64 --steps 50] [-- overrides of `train`]
+python benchmarks/peak_memory.py FOLDER [FOLDER ...] [--arch resnet18 --px 64 --batch 64 --steps 50] [-- overrides of
+`train`]
 
-Both sides are commands of their own. Counted every 50 ms is the memory of a command with all its child processes: shared pages once
-(proportional set size), and apart from it what is not backed by a file, which the system cannot drop when memory runs short.
+Both sides are commands of their own. Counted every 50 ms is the memory of a command with all its child processes:
+shared pages once (proportional set size), and apart from it what is not backed by a file, which the system cannot
+drop when memory runs short.
 """
 
 from __future__ import annotations
@@ -25,7 +27,8 @@ optimizer = torch.optim.AdamW(network.parameters())
 pixels, targets = torch.randint(0, 256, (batch, 3, px, px), dtype=torch.uint8), torch.randint(0, 10, (batch,))
 for _ in range(steps):
     with torch.autocast("cpu", torch.bfloat16, enabled=torch.backends.mkldnn.is_available()):
-        loss = torch.nn.functional.cross_entropy(network((pixels.float() / 255).contiguous(memory_format=torch.channels_last)), targets)
+        inputs = (pixels.float() / 255).contiguous(memory_format=torch.channels_last)
+        loss = torch.nn.functional.cross_entropy(network(inputs), targets)
     optimizer.zero_grad()
     loss.backward()
     optimizer.step()
@@ -57,12 +60,15 @@ def main() -> None:
         )
     for name, of_bare, of_train in zip(("all memory", "not backed by a file"), bare, whole, strict=True):
         print(
-            f"{name:<21} bare loop {of_bare / 1e9:.2f} GB, train {of_train / 1e9:.2f} GB: {(of_train - of_bare) / 1e9:+.2f} GB"
+            f"{name:<21} bare loop {of_bare / 1e9:.2f} GB, train {of_train / 1e9:.2f} GB: "
+            f"{(of_train - of_bare) / 1e9:+.2f} GB"
         )
 
 
 def _peak(script: list[object], folder: Path) -> tuple[int, int]:
-    """Largest proportional and largest anonymous memory in bytes of a Python script with its children; ends this program where it fails."""
+    """Largest proportional and largest anonymous memory in bytes of a Python script with its children; ends this
+    program where it fails.
+    """
     process = subprocess.Popen([sys.executable, *map(str, script)], cwd=folder, stdout=subprocess.DEVNULL)
     largest = (0, 0)
     while process.poll() is None:

@@ -2,8 +2,8 @@
 
 python benchmarks/report_speed.py [--images 60000] [--classes 10 100 1000] [--side 400] [--rounds 3]
 
-The images are JPEGs of noise over colour, `--side` pixels wide; 200 different ones stand under the names of all. 85 of 100 answers are right.
-Each round is one command as a person types it, start-up included.
+The images are JPEGs of noise over colour, `--side` pixels wide; 200 different ones stand under the names of all. 85
+of 100 answers are right. Each round is one command as a person types it, start-up included.
 """
 
 from __future__ import annotations
@@ -46,8 +46,8 @@ def main() -> None:
             _make_run(Path(place), options.images, num_classes, options.side)
             times = [_timed(Path(place)) for _ in range(options.rounds)]
             size = (Path(place) / "plots/run/report.html").stat().st_size
-        said = f"median {statistics.median(times):6.2f} s, each {[round(value, 2) for value in times]}, page {size / 1e6:.2f} MB"
-        print(f"{options.images} images, {num_classes:>4} classes: {said}")
+        seconds = f"median {statistics.median(times):6.2f} s, each {[round(value, 2) for value in times]}"
+        print(f"{options.images} images, {num_classes:>4} classes: {seconds}, page {size / 1e6:.2f} MB")
     print(f"peak memory of the largest: {resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 2**20:.2f} GiB")
 
 

@@ -1,6 +1,7 @@
 """The two sides of a comparison, each a command of its own: a plain PyTorch loop, and `python commands.py train`.
 
-PLAIN_LOOP.py DATA ARCH PX BATCH EPOCHS prints one JSON line with img_s (images per second) and acc (accuracy on the test part).
+PLAIN_LOOP.py DATA ARCH PX BATCH EPOCHS prints one JSON line with img_s (images per second) and acc (accuracy on the
+test part).
 """
 
 from __future__ import annotations
@@ -40,7 +41,9 @@ def arguments(about: str | None, **defaults: int) -> argparse.ArgumentParser:
 
 
 def unpack(archive: Path, folder: Path) -> Path:
-    """A folder with train/ and test/; where the archive has no such parts, every fifth file by name is the test part."""
+    """A folder with train/ and test/; where the archive has no such parts, every fifth file by name is the test
+    part.
+    """
     with tarfile.open(archive) as opened:
         opened.extractall(folder / "all", filter="data")
     if (folder / "all" / "train").is_dir():

@@ -1,8 +1,10 @@
 """Scaled JPEG decoding against full decoding: how much faster, and how far the pixels are apart.
 
-python benchmarks/scaled_decoding.py ARCHIVE_OR_FOLDER [--size 64 224] [--mode crop] [--interpolation bilinear] [--count 300] [--rounds 5]
+python benchmarks/scaled_decoding.py ARCHIVE_OR_FOLDER [--size 64 224] [--mode crop] [--interpolation bilinear]
+[--count 300] [--rounds 5]
 
-One thread reads the same photographs with both, in turn; the difference is taken between the squares the network would be given.
+One thread reads the same photographs with both, in turn; the difference is taken between the squares the network
+would be given.
 """
 
 from __future__ import annotations
@@ -63,7 +65,8 @@ def _compare_speed(full: Preprocess, scaled: Preprocess, contents: list[bytes], 
     medians = [statistics.median(side) for side in zip(*pairs, strict=True)]
     print(
         f"{full.size} px {full.mode}: images/s full {medians[0]:.0f}, scaled {medians[1]:.0f};"
-        f" scaled / full: median {statistics.median(ratios):.2f}, round by round {[round(ratio, 2) for ratio in ratios]}"
+        f" scaled / full: median {statistics.median(ratios):.2f}, round by round "
+        f"{[round(ratio, 2) for ratio in ratios]}"
     )
 
 

@@ -2,8 +2,8 @@
 
 python benchmarks/scan_speed.py FOLDER [--rounds 3] [--workers N]
 
-First scan: every file read, hashed, decoded and made a thumbnail, by threads and by processes in turn. Second scan: nothing changed,
-in a new store that the first one filled. What both share, finding the files, is timed by itself.
+First scan: every file read, hashed, decoded and made a thumbnail, by threads and by processes in turn. Second scan:
+nothing changed, in a new store that the first one filled. What both share, finding the files, is timed by itself.
 """
 
 from __future__ import annotations
@@ -52,7 +52,8 @@ def main() -> None:
     for name, seconds in times.items():
         middle = statistics.median(seconds)
         print(
-            f"{name:<18} median {middle:6.2f} s, {count / middle:8.0f} files/s, each {[round(value, 2) for value in seconds]}"
+            f"{name:<18} median {middle:6.2f} s, {count / middle:8.0f} files/s, each "
+            f"{[round(value, 2) for value in seconds]}"
         )
     pairs = zip(times["first, threads"], times["first, processes"], strict=True)
     print(f"threads / processes: median {statistics.median(slow / fast for slow, fast in pairs):.2f}")

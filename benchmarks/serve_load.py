@@ -1,12 +1,16 @@
-"""How near `serve` comes to ONNX Runtime alone, how long its answers take at 70 % of what it can, and whether its memory stays.
+"""How near `serve` comes to ONNX Runtime alone, how long its answers take at 70 % of what it can, and whether its
+memory stays.
 
-python benchmarks/serve_load.py BUNDLE IMAGES_DIR [--clients 32] [--seconds 20] [--rounds 3] [--memory 0] [--serve KEY=VALUE ...]
+python benchmarks/serve_load.py BUNDLE IMAGES_DIR [--clients 32] [--seconds 20] [--rounds 3] [--memory 0] [--serve
+KEY=VALUE ...]
 
-Each round runs all sides in turn: `--clients` clients that each send their next image when they have an answer; ONNX Runtime alone, in this process,
-over the same images decoded beforehand, in the server's own batch sizes; and decoding alone, by as many threads. Where both use all cores, `cores` is
-what these allow for decoding and running. Then requests come, 70 % as many a second as the clients got answered: evenly as load generators send them,
-and at random moments as people do, where even a server that needs no time for itself has queues. `--memory 100000` sends so many requests and fits
-a line through the memory of the server and of its model's process. All clients are one thread of this process, whose processor time is shown.
+Each round runs all sides in turn: `--clients` clients that each send their next image when they have an answer; ONNX
+Runtime alone, in this process, over the same images decoded beforehand, in the server's own batch sizes; and decoding
+alone, by as many threads. Where both use all cores, `cores` is what these allow for decoding and running. Then
+requests come, 70 % as many a second as the clients got answered: evenly as load generators send them, and at random
+moments as people do, where even a server that needs no time for itself has queues. `--memory 100000` sends so many
+requests and fits a line through the memory of the server and of its model's process. All clients are one thread of
+this process, whose processor time is shown.
 """
 
 from __future__ import annotations
@@ -91,7 +95,9 @@ class Clients:
         return (self.statuses.total() - first) / (time.perf_counter() - start)
 
     async def open(self, rate: float, seconds: float, evenly: bool) -> list[float]:
-        """The latencies of `rate` requests a second, evenly or at random moments, whether or not those before have their answer."""
+        """The latencies of `rate` requests a second, evenly or at random moments, whether or not those before have
+        their answer.
+        """
         self.close()
         chance, tasks = random.Random(0), []
         due = time.perf_counter()
@@ -131,7 +137,8 @@ def main() -> None:
     except ClassifierError as error:
         sys.exit(str(error))
     print(
-        f"{len(found)} images, {statistics.median(path.stat().st_size for path in found) / 1e3:.0f} kB each; {options.bundle.name}",
+        f"{len(found)} images, {statistics.median(path.stat().st_size for path in found) / 1e3:.0f} kB "
+        f"each; {options.bundle.name}",
         flush=True,
     )
     with _server(options.bundle, options.serve) as (pid, port):
@@ -177,14 +184,16 @@ async def _measured(
             flush=True,
         )
     print(
-        f"serve / ONNX Runtime alone: {statistics.median(shares):.2f}; serve / what the cores allow: {statistics.median(fair):.2f}"
+        f"serve / ONNX Runtime alone: {statistics.median(shares):.2f}; serve / what the cores allow: "
+        f"{statistics.median(fair):.2f}"
     )
     rate = _LOAD * statistics.median(rates)
     for name, evenly in (("evenly", True), ("at random", False)):
         latencies = np.array(await clients.open(rate, options.seconds, evenly))
         p50, p99 = (1000 * float(np.quantile(latencies, share)) for share in (0.5, 0.99))
         print(
-            f"{rate:.0f} requests a second, {name}: p50 {p50:.1f} ms, p99 {p99:.1f} ms, {p99 / p50:.1f} times as long; {len(latencies)} requests",
+            f"{rate:.0f} requests a second, {name}: p50 {p50:.1f} ms, p99 {p99:.1f} ms, {p99 / p50:.1f} "
+            f"times as long; {len(latencies)} requests",
             flush=True,
         )
     if options.memory:
@@ -210,7 +219,8 @@ async def _memory(clients: Clients, options: argparse.Namespace, pid: int) -> No
     for name, column in (("server", 1), ("model", 2)):
         slope = 10_000 * float(np.polyfit(late[:, 0], late[:, column], 1)[0])
         print(
-            f"memory of the {name}: {late[0, column]:.1f} MiB, at the end {late[-1, column]:.1f}; {1024 * slope:+.0f} KiB in 10 000 requests"
+            f"memory of the {name}: {late[0, column]:.1f} MiB, at the end {late[-1, column]:.1f}; "
+            f"{1024 * slope:+.0f} KiB in 10 000 requests"
         )
 
 
@@ -260,7 +270,9 @@ async def _batches(port: int) -> dict[int, float]:
 
 
 def _sizes(before: dict[int, float], after: dict[int, float]) -> Counter[int]:
-    """How many batches there were of about each size: a bucket's images divided by its upper bound's and the one's before it."""
+    """How many batches there were of about each size: a bucket's images divided by its upper bound's and the one's
+    before it.
+    """
     counts = [(most, after[most] - before.get(most, 0.0)) for most in sorted(after)]
     sizes: Counter[int] = Counter()
     last, below = 0, 0.0

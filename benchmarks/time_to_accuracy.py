@@ -1,9 +1,11 @@
 """Time to accuracy, whole command from start-up to bundle, against a plain PyTorch loop run just before it.
 
-python benchmarks/time_to_accuracy.py PLAIN_LOOP.py ARCHIVE [options] [-- overrides of `train`] [-- overrides of another run] ...
+python benchmarks/time_to_accuracy.py PLAIN_LOOP.py ARCHIVE [options] [-- overrides of `train`] [-- overrides of
+another run] ...
 
 See runs.py for what PLAIN_LOOP.py prints; ARCHIVE holds train/ and test/ folders, or one folder a class.
-Options: --arch resnet18 --px 64 --batch 64 --epochs 10; --plain ACCURACY,SECONDS takes the plain side from an earlier run on this machine.
+Options: --arch resnet18 --px 64 --batch 64 --epochs 10; --plain ACCURACY,SECONDS takes the plain side from an earlier
+run on this machine.
 """
 
 from __future__ import annotations
@@ -34,7 +36,8 @@ def main() -> None:
             fresh.mkdir()
             run = train(data, fresh, overrides)
             print(
-                f"train {' '.join(overrides)}: test accuracy {run.accuracy:.4f} in {run.seconds:.1f} s, 1/{seconds / run.seconds:.1f} of the time",
+                f"train {' '.join(overrides)}: test accuracy {run.accuracy:.4f} in {run.seconds:.1f} s, "
+                f"1/{seconds / run.seconds:.1f} of the time",
                 flush=True,
             )
 

@@ -37,11 +37,13 @@ def main() -> None:
     for side, name in enumerate(("plain loop", "train")):
         speeds, scores = ([getattr(pair[side], key) for pair in pairs] for key in ("images_s", "accuracy"))
         print(
-            f"{name:<11} images/s {statistics.median(speeds):7.1f} (each {speeds})   test accuracy {statistics.mean(scores):.4f} (each {scores})"
+            f"{name:<11} images/s {statistics.median(speeds):7.1f} (each {speeds})   test accuracy "
+            f"{statistics.mean(scores):.4f} (each {scores})"
         )
     ratios = [ours.images_s / plain.images_s for plain, ours in pairs]
     print(
-        f"images/s, train / plain loop: median {statistics.median(ratios):.2f}, pair by pair {[round(ratio, 2) for ratio in ratios]}"
+        f"images/s, train / plain loop: median {statistics.median(ratios):.2f}, pair by pair "
+        f"{[round(ratio, 2) for ratio in ratios]}"
     )
 
 

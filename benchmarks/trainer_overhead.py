@@ -1,4 +1,5 @@
-"""What Lightning and our callbacks cost: images/s of a run against a bare loop over the same tensors, same precision and layout.
+"""What Lightning and our callbacks cost: images/s of a run against a bare loop over the same tensors, same precision
+and layout.
 
 python benchmarks/trainer_overhead.py [--rounds 3] [overrides of train, such as data=simpsons_mnist model=resnet18]
 Both sides use the same network, batch size, augmentation, optimizer and cached pixels, in one process, in turn.
@@ -47,10 +48,12 @@ def main() -> None:
         pairs = [(_bare(inputs), _lightning(inputs, Path(folder))) for _ in range(options.rounds)]
     ratios = [ours / bare for bare, ours in pairs]
     print(
-        f"bare loop images/s {statistics.median(pair[0] for pair in pairs):.1f}, train images/s {statistics.median(pair[1] for pair in pairs):.1f}"
+        f"bare loop images/s {statistics.median(pair[0] for pair in pairs):.1f}, train images/s "
+        f"{statistics.median(pair[1] for pair in pairs):.1f}"
     )
     print(
-        f"images/s, train / bare loop: median {statistics.median(ratios):.3f}, pair by pair {[round(ratio, 3) for ratio in ratios]}"
+        f"images/s, train / bare loop: median {statistics.median(ratios):.3f}, pair by pair "
+        f"{[round(ratio, 3) for ratio in ratios]}"
     )
 
 

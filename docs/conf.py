@@ -17,6 +17,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "docs")]
 
 from files import file_list  # noqa: E402
+
 from image_classifier import __version__  # noqa: E402
 
 project = "image_classifier"

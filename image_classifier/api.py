@@ -87,7 +87,7 @@ def audit(data: str | os.PathLike[str] | None = None, /, *, verbose: bool = True
     with _logging_to_stderr(verbose):
         scan = audit_dataset(*audit_settings(data, settings))
     return AuditResult(
-        scan.audit.findings, tuple(scan.audit.table()), scan.directory / "audit.html", scan.exclusions.path
+        scan.audit.issues, tuple(scan.audit.table()), scan.directory / "audit.html", scan.exclusions.path
     )
 
 

@@ -1,4 +1,4 @@
-"""Files and folders written whole or not at all: a sibling first, flushed to the disk, then renamed."""
+"""Atomic files and folders: written beside their path, flushed to the disk, then renamed."""
 
 from __future__ import annotations
 
@@ -23,22 +23,26 @@ _HERE, _EXCHANGE = -100, 2  # AT_FDCWD; RENAME_EXCHANGE of Linux, RENAME_SWAP of
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a UTF-8 text file whole or not at all; StorageError where the disk refuses."""
+    """Write a UTF-8 text file completely or not at all; raise StorageError where the disk refuses."""
     write_bytes(path, text.encode("utf-8", "surrogateescape"))
 
 
 def write_bytes(path: Path, content: bytes) -> None:
-    """Write a file whole or not at all; StorageError where the disk refuses."""
+    """Write a file completely or not at all; raise StorageError where the disk refuses."""
     with atomic_file(path) as file:
         file.write(content)
 
 
 @contextmanager
 def atomic_file(path: Path) -> Iterator[IO[bytes]]:
-    """A binary file that takes `path`'s place when the block ends well; StorageError where the disk refuses, or what lies there is no file."""
+    """Yield a binary file that replaces `path` when the block ends without an error.
+
+    Raises:
+        StorageError: The disk refuses, or `path` is a folder, a pipe or a device.
+    """
     with storage_errors(path):
         if not is_replaceable(path):
-            raise StorageError(f"{str(path)!r} is no file: a file does not take its place", "choose another one")
+            raise StorageError(f"{str(path)!r} is not a regular file, so it is not replaced", "choose another path")
         path.parent.mkdir(parents=True, exist_ok=True)
         handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name[:50]}.", suffix=".part")
         try:
@@ -55,18 +59,20 @@ def atomic_file(path: Path) -> Iterator[IO[bytes]]:
 
 
 def is_replaceable(path: Path) -> bool:
-    """Whether a file may take this place: that of a file, a link to one, or nothing; never that of a folder, a pipe or a device."""
+    """Return whether a file may be written to this path: it is a file, a link to one, or free."""
     if path.is_symlink() and os.path.abspath(path).startswith(("/dev/", "/proc/")):
-        return False  # the system's own, such as /dev/stdout
+        return False  # of the system, such as /dev/stdout
     return path.is_file() or not path.exists()
 
 
 @contextmanager
 def atomic_directory(path: Path, overwrite: bool = False) -> Iterator[Path]:
-    """A new folder that appears at `path` when the block ends well; an old one is replaced only with `overwrite`.
+    """Yield a new folder that is renamed to `path` when the block ends without an error.
+
+    An existing folder is replaced only with `overwrite`.
 
     Raises:
-        StorageError: The disk refuses, or `path` exists and is not to be replaced.
+        StorageError: The disk refuses, or `path` exists and `overwrite` is false.
     """
     with storage_errors(path):
         if path.exists() and not overwrite:
@@ -78,13 +84,16 @@ def atomic_directory(path: Path, overwrite: bool = False) -> Iterator[Path]:
             yield part
             for file in part.rglob("*"):
                 _flush_directory(file) if file.is_dir() else _flush_file(file)
-            _take_place(part, path)
+            _replace_directory(part, path)
             _flush_directory(path.parent)
 
 
 @contextmanager
 def sibling_directory(path: Path) -> Iterator[Path]:
-    """An empty hidden folder beside `path`, gone when the block ends unless it was renamed; those of dead processes are swept first."""
+    """Yield an empty hidden folder next to `path`, which is removed at the end of the block unless it was renamed.
+
+    Such folders of dead processes are removed first.
+    """
     with storage_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         mine = f".{path.name[:50]}.{socket.gethostname()}-"
@@ -101,7 +110,7 @@ def sibling_directory(path: Path) -> Iterator[Path]:
 
 
 def link_or_copy(source: Path, target: Path) -> None:
-    """A second name for the file, or a copy where the file system has none; the folder of `target` is made."""
+    """Create `target` as a hard link to the file, or as a copy where the file system has no links."""
     target.parent.mkdir(parents=True, exist_ok=True)
     try:
         os.link(source, target)
@@ -111,7 +120,9 @@ def link_or_copy(source: Path, target: Path) -> None:
 
 @contextmanager
 def file_lock(path: Path, wait: bool = True, remove: bool = False) -> Iterator[None]:
-    """Hold the lock file `path`, so that one process at a time runs the block (not on Windows, which has no flock); then `remove` it.
+    """Hold the lock file `path`, so that one process at a time runs the block; then `remove` it.
+
+    Windows has no flock: there the block runs at once.
 
     Raises:
         BlockingIOError: Another process holds it, and `wait` is false.
@@ -127,7 +138,7 @@ def file_lock(path: Path, wait: bool = True, remove: bool = False) -> Iterator[N
 
 
 def _held(path: Path, wait: bool) -> IO[str]:
-    """The lock file, held until it is closed."""
+    """Return the lock file, which is held until it is closed."""
     while True:
         file = path.open("w")
         try:
@@ -139,7 +150,7 @@ def _held(path: Path, wait: bool) -> IO[str]:
         except BaseException:
             file.close()
             raise
-        file.close()  # whoever held it removed it: others hold another file of this name, or will
+        file.close()  # its holder removed it: others now hold a new file of this name
 
 
 def _flock(file: IO[str], path: Path, wait: bool) -> None:
@@ -152,7 +163,7 @@ def _flock(file: IO[str], path: Path, wait: bool) -> None:
     except BlockingIOError:
         if not wait:
             raise
-        log.info("waiting for another run, which holds %s", path)
+        log.info("waiting for another run that holds the lock %s", path)
         fcntl.flock(file, fcntl.LOCK_EX)
 
 
@@ -166,11 +177,11 @@ def _is_alive(process: int) -> bool:
     return True
 
 
-def _take_place(part: Path, path: Path) -> None:
+def _replace_directory(part: Path, path: Path) -> None:
     if not path.exists():
         os.rename(part, path)
         return
-    if _exchanged(part, path):  # the old one goes with the sibling
+    if _exchanged(part, path):  # the old folder is now the sibling, which is removed at the end
         return
     old = path.with_name(f".{path.name[:50]}.old")
     shutil.rmtree(old, ignore_errors=True)
@@ -184,7 +195,10 @@ def _take_place(part: Path, path: Path) -> None:
 
 
 def _exchanged(one: Path, other: Path) -> bool:
-    """Whether two paths have changed places in one step, which a kill cannot divide; not every system and file system can."""
+    """Exchange two paths in one atomic step, and return whether the system and the file system can do that.
+
+    Linux: renameat2(2) with RENAME_EXCHANGE; macOS: renamex_np(2) with RENAME_SWAP.
+    """
     if sys.platform == "win32":
         return False
     system, names = ctypes.CDLL(None), (os.fsencode(one), os.fsencode(other))

@@ -1,8 +1,7 @@
-"""The bundle: one folder with all that serving needs, never a pickle; and finding one by name."""
+"""The bundle: one folder with all that inference needs and no pickle; and how one is found by name."""
 
 from __future__ import annotations
 
-import difflib
 import hashlib
 import json
 import math
@@ -20,22 +19,24 @@ import numpy as np
 from image_classifier.atomic_io import write_text
 from image_classifier.errors import CheckpointError
 from image_classifier.program import program
+from image_classifier.text import listed, nearest
 
 SCHEMA_VERSION = 1
-_MOST_BYTES = 2**26  # of a bundle.json
-_MOST_ARRAY_BYTES = 2**30  # of an .npz, unpacked: enough for the detector of a network with 16 000 features
+_MAX_BYTES = 2**26  # of a bundle.json
+_MAX_ARRAY_BYTES = 2**30  # of an .npz, unpacked: enough for the detector of a network with 16 000 features
 _MAPS = ("preprocess", "normalise", "metrics", "provenance", "intervals", "decision", "files", "exports")
 INFO_NAME = "bundle.json"
 
 
 @dataclass(frozen=True)
 class BundleInfo:
-    """What `bundle.json` says: everything a client must know to ask the model, and where it came from.
+    """The content of `bundle.json`: all that a client needs to use the model, and how it was trained.
 
-    `preprocess` makes pixels of an image; `normalise` (mean and std of pixels in 0..1) happens inside the model;
-    probabilities are softmax(logits / temperature); where the greatest is below `threshold` the answer is abstain; `decision` says how that and
-    other limits were chosen, and from what (`evaluation.decision.Decision`); `metrics` holds {part: {name: value}} and `intervals` the 95 %
-    intervals {part: {name: [low, high]}} of those that have one; `files` maps each file of the bundle to its sha256.
+    `preprocess` turns an image into pixels; `normalise` (mean and std of pixels in 0..1) happens inside the model.
+    Probabilities are softmax(logits / temperature); the answer is `abstain` where the highest is below `threshold`.
+    `decision` keeps how this and the other limits were chosen (evaluation/reliability/abstention.py). `metrics` is
+    {split: {name: value}}, `intervals` the 95 % intervals {split: {name: [low, high]}} of those that have one. `files`
+    maps each file of the bundle to its sha256.
     """
 
     name: str
@@ -61,7 +62,7 @@ class Bundle:
     info: BundleInfo
 
     def path(self, name: str) -> Path:
-        """One of the bundle's files; CheckpointError where it is missing."""
+        """Return the path of a file of the bundle; raise CheckpointError where it is missing."""
         path = self.directory / name
         with reading(path):
             if path.is_file():
@@ -71,14 +72,14 @@ class Bundle:
         )
 
     def content(self, name: str) -> bytes:
-        """The bytes of one of the bundle's files; CheckpointError where they are not those of its hash."""
+        """Return the bytes of a file of the bundle; raise CheckpointError where they do not match its hash."""
         with reading(self.directory / name):
             content = self.path(name).read_bytes()
         self._compare(name, hashlib.sha256(content).hexdigest())
         return content
 
     def verify(self, names: Iterable[str] | None = None) -> None:
-        """Compare files with the hashes in bundle.json; CheckpointError names the first that differs."""
+        """Compare files with the hashes in bundle.json; raise CheckpointError for the first that differs."""
         for name in names or self.info.files:
             self._compare(name, sha256_of(self.path(name)))
 
@@ -86,22 +87,22 @@ class Bundle:
         if digest != self.info.files.get(name):
             raise CheckpointError(
                 f"{name} of the bundle {str(self.directory)!r} is damaged",
-                "its sha256 differs from bundle.json: copy it anew",
+                "its sha256 differs from bundle.json: copy it again",
             )
 
     def refuse_unlisted(self, folder: str) -> None:
-        """CheckpointError where a folder of the bundle, which a server runs, holds what was not exported."""
-        there = (path for path in (self.directory / folder).rglob("*") if path.is_symlink() or not path.is_dir())
-        strange = sorted({path.relative_to(self.directory).as_posix() for path in there} - set(self.info.files))
-        if strange:
+        """Raise CheckpointError where a folder that a server will run holds a file that was not exported."""
+        files = (path for path in (self.directory / folder).rglob("*") if path.is_symlink() or not path.is_dir())
+        unlisted = sorted({path.relative_to(self.directory).as_posix() for path in files} - set(self.info.files))
+        if unlisted:
             raise CheckpointError(
-                f"the bundle {self.info.name!r} holds {strange[0]!r}, which was not exported",
+                f"the bundle {self.info.name!r} holds {unlisted[0]!r}, which was not exported",
                 "a server would run it: remove it",
             )
 
 
 def seal(directory: Path, info: BundleInfo) -> Bundle:
-    """Write `bundle.json` over the files that lie in `directory`, with the hash of each."""
+    """Write `bundle.json` for the files in `directory`, with the hash of each, and return the bundle."""
     files = {
         path.relative_to(directory).as_posix(): sha256_of(path)
         for path in sorted(directory.rglob("*"))
@@ -113,7 +114,7 @@ def seal(directory: Path, info: BundleInfo) -> Bundle:
 
 
 def add_export(directory: Path, info: BundleInfo, name: str, facts: Mapping[str, Any], files: Sequence[str]) -> Bundle:
-    """Write `bundle.json` anew for a folder to which these files were added: their hashes, and what is known of the export of this name."""
+    """Update `bundle.json` with the files of an export and its `facts`, and return the bundle."""
     gone = set(info.exports.get(name, {}).get("files", ())) - set(files)
     hashes = {file: known for file, known in info.files.items() if file not in gone} | {
         file: sha256_of(directory / file) for file in files
@@ -125,11 +126,11 @@ def add_export(directory: Path, info: BundleInfo, name: str, facts: Mapping[str,
 
 
 def read_bundle(directory: Path) -> Bundle:
-    """Read a bundle's `bundle.json`; CheckpointError where it is not one or from a newer version."""
+    """Read `bundle.json`; raise CheckpointError where it is damaged or from a newer version."""
     try:
         path = directory / INFO_NAME
-        if path.stat().st_size > _MOST_BYTES:
-            raise ValueError(f"more than {_MOST_BYTES} bytes")
+        if path.stat().st_size > _MAX_BYTES:
+            raise ValueError(f"more than {_MAX_BYTES} bytes")
         content = json.loads(path.read_text(encoding="utf-8"))
         version = content["schema_version"]
         known = {item.name for item in fields(BundleInfo)}
@@ -137,7 +138,8 @@ def read_bundle(directory: Path) -> Bundle:
         _check(info)
     except (OSError, ValueError, KeyError, TypeError, RecursionError, OverflowError) as error:
         raise CheckpointError(
-            f"{str(directory)!r} is not a bundle ({type(error).__name__}: {error})", "it needs a whole bundle.json"
+            f"{str(directory)!r} is not a bundle ({type(error).__name__}: {error})",
+            "its bundle.json is missing or damaged",
         ) from error
     if version > SCHEMA_VERSION:
         raise CheckpointError(
@@ -148,54 +150,53 @@ def read_bundle(directory: Path) -> Bundle:
 
 
 def _check(info: BundleInfo) -> None:
-    """ValueError where bundle.json, which may come from anywhere, says what no bundle can."""
+    """Raise ValueError for values that no bundle has: bundle.json may come from anywhere."""
     texts, maps = [info.name, *info.classes], [getattr(info, key) for key in _MAPS]
     if not all(isinstance(text, str) for text in texts) or not all(isinstance(value, dict) for value in maps):
-        raise ValueError("a value of the wrong kind")
+        raise ValueError("a value of the wrong type")
     if not info.classes or len(set(info.classes)) < len(info.classes):
-        raise ValueError("classes must be named, each once")
+        raise ValueError("classes must have different names")
     numbers = (info.temperature, info.threshold, info.schema_version)
     if (
         not all(isinstance(number, int | float) and math.isfinite(number) for number in numbers)
         or not 1e-6 <= info.temperature <= 1e6
     ):
-        raise ValueError("an invalid number")
+        raise ValueError("temperature, threshold or schema_version out of range")
     _check_figures(info)
     for name, digest in info.files.items():
-        place = PurePosixPath(name)
+        path = PurePosixPath(name)
         if (
-            place.is_absolute()
-            or ".." in place.parts
+            path.is_absolute()
+            or ".." in path.parts
             or "\\" in name
             or ":" in name
             or not re.fullmatch("[0-9a-f]{64}", str(digest))
         ):
-            raise ValueError(f"{name!r} is no file of a bundle")
+            raise ValueError(f"invalid file entry {name!r}")
 
 
 def _check_figures(info: BundleInfo) -> None:
-    """ValueError where metrics, intervals or exports are not what they are in every bundle."""
-    parts = [*info.metrics.values(), *info.intervals.values()]
-    numbers = [value for part in info.metrics.values() if isinstance(part, dict) for value in part.values()]
-    if not all(isinstance(part, dict) for part in (*parts, *info.exports.values())) or not all(
-        map(_is_number, numbers)
-    ):
-        raise ValueError("metrics, intervals or exports of the wrong kind")
+    """Raise ValueError where metrics, intervals or exports have another shape than in every bundle."""
+    splits = [*info.metrics.values(), *info.intervals.values()]
+    numbers = [value for split in info.metrics.values() if isinstance(split, dict) for value in split.values()]
+    are_maps = all(isinstance(item, dict) for item in (*splits, *info.exports.values()))
+    if not are_maps or not all(map(_is_number, numbers)):
+        raise ValueError("metrics, intervals or exports of the wrong type")
     for name, facts in info.exports.items():
-        found = [facts, facts.get("bf16", {})]
+        measured = [facts, facts.get("bf16", {})]
         files, tolerance = facts.get("files", []), facts.get("tolerance", 0)
         if (
             not isinstance(files, list)
             or not all(isinstance(file, str) for file in files)
             or not (_is_number(tolerance) and 0 <= tolerance <= 1)
         ):
-            raise ValueError(f"invalid export {name!r}")
+            raise ValueError(f"invalid files or tolerance of the export {name!r}")
         if not all(
             isinstance(row, dict) and _is_number(row.get(key, 0))
-            for row in found
+            for row in measured
             for key in ("agreement", "largest_difference", "golden_agreement")
         ):
-            raise ValueError(f"invalid results of the export {name!r}")
+            raise ValueError(f"invalid measurements of the export {name!r}")
 
 
 def _is_number(value: Any) -> bool:
@@ -204,43 +205,43 @@ def _is_number(value: Any) -> bool:
 
 @contextmanager
 def reading(path: Path) -> Iterator[None]:
-    """The operating system's refusal to read what a path means as a CheckpointError."""
+    """Turn the operating system's refusal to read `path` into a CheckpointError."""
     try:
         yield
     except OSError as error:
-        place = str(error.filename or path)
-        shown = place if len(place) < 200 else f"{place[:100]}..."
+        name = str(error.filename or path)
+        shown = name if len(name) < 200 else f"{name[:100]}..."
         raise CheckpointError(
             f"{shown!r} cannot be read ({error.strerror})", "check its name, its owner and the disk"
         ) from error
 
 
 def find_checkpoint(name: str, models_dir: Path) -> Path:
-    """The bundle folder, `.ckpt` or `.onnx` that a name means: a path, or a name anywhere under the models folder.
+    """Return the bundle folder, `.ckpt` or `.onnx` of a name: a path, or a name anywhere under the models folder.
 
     Raises:
         CheckpointError: Nothing has that name (the nearest is suggested), or several things do (all are listed).
     """
     given = Path(os.path.expanduser(name))
     with reading(given):
-        return _found(name, given, models_dir)
+        return _find(name, given, models_dir)
 
 
-def _found(name: str, given: Path, models_dir: Path) -> Path:
+def _find(name: str, given: Path, models_dir: Path) -> Path:
     if _is_checkpoint(given):
         return given
     known = _checkpoints_under(models_dir)
-    found = [path for path in known if name in _names(path, models_dir)]
-    exact = [path for path in found if path.relative_to(models_dir).as_posix() == name]
-    if len(exact or found) == 1:
-        return (exact or found)[0]
-    if found:
+    matches = [path for path in known if name in _names(path, models_dir)]
+    exact = [path for path in matches if path.relative_to(models_dir).as_posix() == name]
+    if len(exact or matches) == 1:
+        return (exact or matches)[0]
+    if matches:
         raise CheckpointError(
-            f"{name!r} names {len(found)} checkpoints", f"write the path of one: {', '.join(map(str, found))}"
+            f"{len(matches)} checkpoints are named {name!r}", f"write the path of one: {', '.join(map(str, matches))}"
         )
     if given.exists():
         raise CheckpointError(
-            f"{name!r} is no bundle, .ckpt or .onnx", "give a folder with bundle.json, or one such file"
+            f"{name!r} is not a bundle, a .ckpt or an .onnx", "give a folder with bundle.json, or one such file"
         )
     if len(given.parts) > 1 and not (models_dir / given).parent.is_dir():
         raise CheckpointError(f"{name!r} does not exist", "check the path, or give a name under the models folder")
@@ -256,9 +257,8 @@ def _is_checkpoint(path: Path) -> bool:
 def _checkpoints_under(models_dir: Path) -> list[Path]:
     bundles = {path.parent for path in models_dir.rglob(INFO_NAME)}
     files = (path for suffix in ("ckpt", "onnx") for path in models_dir.rglob(f"*.{suffix}"))
-    outermost = (
-        path for path in (*bundles, *files) if bundles.isdisjoint(path.parents)
-    )  # an export inside a bundle is no checkpoint of its own
+    # An export inside a bundle is no checkpoint by itself.
+    outermost = (path for path in (*bundles, *files) if bundles.isdisjoint(path.parents))
     return sorted(
         path for path in outermost if not any(part.startswith(".") for part in path.relative_to(models_dir).parts)
     )
@@ -274,8 +274,8 @@ def _suggestion(name: str, known: list[Path], models_dir: Path) -> str:
     names = [path.relative_to(models_dir).as_posix() for path in known]
     if not names:
         return f"train one first: {program()} train"
-    near = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
-    return f"did you mean {near[0]}?" if near else f"there are {', '.join(names[:10])}"
+    near = nearest(name, names, cutoff=0.5)
+    return f"did you mean {near}?" if near else f"there are {listed(names, 10)}"
 
 
 def _shallow(info: BundleInfo) -> dict[str, Any]:
@@ -283,31 +283,33 @@ def _shallow(info: BundleInfo) -> dict[str, Any]:
 
 
 def read_arrays(path: Path, kinds: Mapping[str, tuple[str, int]]) -> dict[str, np.ndarray]:
-    """The arrays of an `.npz` by name, `kinds` their types and numbers of axes; no more than a GiB of them is unpacked, and no pickle.
+    """Return arrays of an `.npz` by name; at most 1 GiB is unpacked, and no pickle.
+
+    Args:
+        path: The file.
+        kinds: The type and the number of axes of each array.
 
     Raises:
-        CheckpointError: The file is damaged, too large, or holds others.
+        CheckpointError: The file is damaged or too large, or an array has another type or number of axes.
     """
     try:
         with zipfile.ZipFile(path) as archive:
-            size = sum(
-                item.file_size for item in archive.infolist()
-            )  # zipfile unpacks no more of each than it says here
-        if size > _MOST_ARRAY_BYTES:
-            raise ValueError(f"it unpacks to {size} bytes, {_MOST_ARRAY_BYTES} may be")
+            size = sum(item.file_size for item in archive.infolist())  # zipfile unpacks no more of each than this
+        if size > _MAX_ARRAY_BYTES:
+            raise ValueError(f"it unpacks to {size} bytes, the limit is {_MAX_ARRAY_BYTES}")
         with np.load(path, allow_pickle=False) as content:
-            found = {name: content[name] for name in kinds}
+            arrays = {name: content[name] for name in kinds}
         for name, (dtype, axes) in kinds.items():
-            if found[name].dtype != np.dtype(dtype) or found[name].ndim != axes or not found[name].size:
-                raise ValueError(f"its {name} are {found[name].dtype} {list(found[name].shape)}")
-        return found
+            if arrays[name].dtype != np.dtype(dtype) or arrays[name].ndim != axes or not arrays[name].size:
+                raise ValueError(f"its {name} are {arrays[name].dtype} {list(arrays[name].shape)}")
+        return arrays
     except Exception as error:  # a damaged archive makes its readers raise anything, and a header may claim any size
         raise CheckpointError(
-            f"{str(path)!r} is damaged ({type(error).__name__}: {str(error)[:160]})", "copy the bundle anew"
+            f"{str(path)!r} is damaged ({type(error).__name__}: {str(error)[:160]})", "copy the bundle again"
         ) from error
 
 
 def sha256_of(path: Path) -> str:
-    """The sha256 of a file's bytes, in hexadecimal; CheckpointError where they cannot be read."""
+    """Return the sha256 of a file in hexadecimal; raise CheckpointError where it cannot be read."""
     with reading(path), path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,15 +1,15 @@
-"""What can go wrong, as one tree; every leaf becomes one line on the terminal and exit code 2.
+"""The errors that users can correct, as one tree; each ends as one line on the terminal and exit code 2.
 
 ClassifierError
-├── ConfigError            a key, a value or an option that cannot be
-├── DataError              a folder or a manifest that cannot be trained on
-│   ├── UnreadableImage    one file that is not the picture it claims to be
-│   └── SourceError        a data set that cannot be fetched, found or unpacked
+├── ConfigError            an unknown or invalid key, value or option
+├── DataError              a folder, a manifest or a table that cannot be used
+│   ├── UnreadableImage    a file that is damaged or no image
+│   └── SourceError        a data set that cannot be downloaded, found or unpacked
 ├── CheckpointError        a checkpoint or bundle that is missing, ambiguous or damaged
-├── ParityError            an export that disagrees with the model it came from
-├── ServerError            a model server that does not answer, or answers wrong
-├── ClusterError           machines that cannot be reached, or workers that die again and again
-├── TrainingError          a run that cannot go on (a loss that is not a number)
+├── ParityError            an export whose answers differ from its checkpoint's
+├── ServerError            a model server that does not answer, or answers wrongly
+├── ClusterError           machines that cannot be reached, or workers that keep dying
+├── TrainingError          a run that cannot continue (a loss that is not a number)
 └── StorageError           no permission, no space left
 """
 
@@ -23,7 +23,11 @@ from pathlib import Path
 
 
 class ClassifierError(Exception):
-    """A failure the user can mend: `fact` says what is wrong, `hint` what to do about it."""
+    """A failure that the user can correct: `fact` is what is wrong, `hint` what to do.
+
+    >>> print(ConfigError("invalid port 70000", "expected 0 to 65535"))
+    invalid port 70000: expected 0 to 65535
+    """
 
     def __init__(self, fact: str, hint: str = "") -> None:
         super().__init__(fact, hint)
@@ -35,15 +39,15 @@ class ClassifierError(Exception):
 
 
 class ConfigError(ClassifierError):
-    """A key, a value or an option that cannot be."""
+    """An unknown or invalid key, value or option."""
 
 
 class DataError(ClassifierError):
-    """A folder or a manifest that cannot be trained on."""
+    """A folder, a manifest or a table that cannot be used."""
 
 
 class UnreadableImage(DataError):
-    """One file that is not the picture it claims to be."""
+    """A file that is damaged or no image."""
 
     def __init__(self, path: str | Path, reason: str, hint: str = "") -> None:
         super().__init__(f"cannot read the image {os.fspath(path)!r} ({reason})", hint)
@@ -54,7 +58,7 @@ class UnreadableImage(DataError):
 
 
 class SourceError(DataError):
-    """A data set that cannot be fetched, found or unpacked."""
+    """A data set that cannot be downloaded, found or unpacked."""
 
 
 class CheckpointError(ClassifierError):
@@ -62,19 +66,19 @@ class CheckpointError(ClassifierError):
 
 
 class ParityError(ClassifierError):
-    """An export that disagrees with the model it came from."""
+    """An export whose answers differ from its checkpoint's."""
 
 
 class ServerError(ClassifierError):
-    """A model server that does not answer, or answers wrong."""
+    """A model server that does not answer, or answers wrongly."""
 
 
 class ClusterError(ClassifierError):
-    """Machines that cannot be reached, or workers that die again and again."""
+    """Machines that cannot be reached, or workers that keep dying."""
 
 
 class TrainingError(ClassifierError):
-    """A run that cannot go on."""
+    """A run that cannot continue."""
 
 
 class StorageError(ClassifierError):
@@ -83,7 +87,7 @@ class StorageError(ClassifierError):
 
 @contextmanager
 def storage_errors(path: str | Path) -> Iterator[None]:
-    """Turn the operating system's refusal to write `path` into a StorageError that says what to do."""
+    """Turn the operating system's refusal to write `path` into a StorageError."""
     try:
         yield
     except OSError as error:
@@ -93,17 +97,14 @@ def storage_errors(path: str | Path) -> Iterator[None]:
             ) from error
         if error.errno in (errno.EEXIST, errno.ENOTDIR):
             raise StorageError(
-                f"{os.fspath(path)!r} cannot be made: a file is in the way", "move it or choose another folder"
+                f"cannot create {os.fspath(path)!r}: a file has that name", "move it or choose another folder"
             ) from error
         if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
             raise StorageError(
                 f"no permission to write {os.fspath(path)!r}", "change the owner or choose another folder"
             ) from error
-        own = str(error.filename or "").startswith(
-            os.fspath(Path(path).parent)
-        )  # a file missing elsewhere is a bug and must be seen
-        if own and error.errno in (errno.EISDIR, errno.ENOENT, errno.ENAMETOOLONG, errno.EIO):
-            raise StorageError(
-                f"cannot write {os.fspath(path)!r} ({error.strerror})", "choose another place"
-            ) from error
+        # A file that is missing elsewhere is a bug, whose traceback must be seen.
+        is_here = str(error.filename or "").startswith(os.fspath(Path(path).parent))
+        if is_here and error.errno in (errno.EISDIR, errno.ENOENT, errno.ENAMETOOLONG, errno.EIO):
+            raise StorageError(f"cannot write {os.fspath(path)!r} ({error.strerror})", "choose another path") from error
         raise

@@ -1,4 +1,7 @@
-"""Pixels: `decode` any picture to upright RGB, `Preprocess` it to the network's square. The one evaluation path; numpy and Pillow only."""
+"""Images to pixels: `decode` to upright RGB, `Preprocess` to the square that the network sees.
+
+This is the one path of all evaluation; it needs numpy and Pillow only.
+"""
 
 from __future__ import annotations
 
@@ -27,15 +30,15 @@ _MODES = ("crop", "squash", "pad")
 
 @dataclass(frozen=True)
 class DecodeLimits:
-    """What a file may ask of the machine, checked before a pixel is decoded.
+    """The limits of one image file, checked before a pixel is decoded.
 
     Args:
-        max_bytes: Size of the file.
-        max_pixels: Width times height. Decoding needs at most 20 bytes for each, beside the file's own.
-        formats: Those of `FORMATS` that are read.
+        max_bytes: Maximum size of the file.
+        max_pixels: Maximum of width times height. Decoding needs at most 20 bytes for each, and the file's own bytes.
+        formats: The formats to read, out of `FORMATS`.
 
     Raises:
-        ConfigError: A value that cannot be.
+        ConfigError: An invalid value.
     """
 
     max_bytes: int = 50 * 2**20
@@ -43,22 +46,22 @@ class DecodeLimits:
     formats: tuple[str, ...] = FORMATS
 
     def __post_init__(self) -> None:
-        for key, most in (("max_bytes", 2**31 - 1), ("max_pixels", pillow_decoding.MOST_PIXELS)):
+        for key, limit in (("max_bytes", 2**31 - 1), ("max_pixels", pillow_decoding.MAX_PIXELS)):
             value = getattr(self, key)
-            if not isinstance(value, int) or not 1 <= value <= most:
-                raise ConfigError(f"data.limits.{key} must be a whole number from 1 to {most}, not {value!r}")
+            if not isinstance(value, int) or not 1 <= value <= limit:
+                raise ConfigError(f"data.limits.{key} must be an integer from 1 to {limit}, not {value!r}")
         object.__setattr__(self, "formats", _checked_formats(self.formats))
 
 
-def _checked_formats(asked: Any) -> tuple[str, ...]:
-    names = list(asked) if isinstance(asked, list | tuple) else []
+def _checked_formats(value: Any) -> tuple[str, ...]:
+    names = list(value) if isinstance(value, list | tuple) else []
     if not names:
-        raise ConfigError(f"data.limits.formats must be a list such as [JPEG, PNG], not {asked!r}")
+        raise ConfigError(f"data.limits.formats must be a list such as [JPEG, PNG], not {value!r}")
     for name in names:
         if name not in FORMATS:
             near = difflib.get_close_matches(str(name).upper(), FORMATS, n=1)
             raise ConfigError(
-                f"data.limits.formats knows no {name!r}",
+                f"unknown format {name!r} in data.limits.formats",
                 f"did you mean {near[0]}?" if near else f"choose from {', '.join(FORMATS)}",
             )
     return tuple(name for name in FORMATS if name in names)
@@ -69,25 +72,29 @@ DEFAULT_LIMITS = DecodeLimits()
 
 @dataclass(frozen=True, slots=True)
 class Header:
-    """What a file says of itself before a pixel is decoded."""
+    """The header of a file, read before a pixel is decoded."""
 
     format: str  # one of FORMATS
     mode: str  # Pillow's: RGB, L, P, CMYK, RGBA, I;16 ...
     width: int  # pixels, after EXIF orientation
     height: int
     orientation: int  # EXIF, 1..8
-    frames: int  # pictures in the file, of which the first is used
+    frames: int  # pictures in the file; the first is used
     transparent: bool  # has alpha or a transparent colour
     bits: int  # of one sample: 1, 8, 16 or 32
 
 
 def is_image_name(name: str) -> bool:
-    """Whether a file of this name is taken for an image: a known suffix in any case, and not hidden."""
+    """Return whether a file of this name counts as an image: a known suffix in any case, and not hidden.
+
+    >>> is_image_name("cat.JPG"), is_image_name(".hidden.png"), is_image_name("notes.txt")
+    (True, False, False)
+    """
     return not name.startswith(".") and os.path.splitext(name)[1].lower() in IMAGE_SUFFIXES
 
 
 def load_bytes(path: Path, limits: DecodeLimits = DEFAULT_LIMITS) -> bytes:
-    """The file's bytes, never more than `limits.max_bytes`; UnreadableImage where it is no file, empty or too large."""
+    """Return the bytes of a file; raise UnreadableImage where it is no regular file, empty or too large."""
     try:
         if not path.is_file():  # a pipe or a device would block or never end
             raise UnreadableImage(path, "no such file" if not path.exists() else "not a file")
@@ -99,13 +106,13 @@ def load_bytes(path: Path, limits: DecodeLimits = DEFAULT_LIMITS) -> bytes:
 
 
 def read_size(source: Path | bytes, limits: DecodeLimits = DEFAULT_LIMITS) -> Size:
-    """Width and height in pixels after EXIF orientation, from the header alone; UnreadableImage where there is none."""
+    """Return width and height in pixels after EXIF orientation, from the header, or raise UnreadableImage."""
     with _opened(source, limits) as opened:
         return opened.size
 
 
 def read_header(source: Path | bytes, limits: DecodeLimits = DEFAULT_LIMITS) -> Header:
-    """What the file says of itself; UnreadableImage where it has no header or asks for more than `limits`."""
+    """Return the header of a file; raise UnreadableImage where it has none or exceeds `limits`."""
     with _opened(source, limits) as opened:
         return _header(opened)
 
@@ -116,21 +123,22 @@ def decode(
     background: Colour = WHITE,
     at_least: Size | None = None,
 ) -> np.ndarray:
-    """The picture as a person sees it: uint8 RGB [H, W, 3].
+    """Return the picture as a person sees it: uint8 RGB [H, W, 3].
 
-    Upright by EXIF, transparency laid on `background`, deep samples scaled to 0..255 and never clipped, the first frame of
-    an animation. Colour profiles (ICC) are not applied.
+    It is upright by EXIF; transparent pixels show `background`; samples of more than 8 bits are scaled to 0..255 and
+    never clipped; of an animation it is the first frame. Colour profiles (ICC) are not applied.
 
     Args:
         source: A file or its bytes.
-        limits: What the file may ask of the machine.
+        limits: The limits of the file.
         background: RGB, 0..255, seen through transparent pixels.
-        at_least: Width and height that will do, upright pixels: a JPEG then comes at 1/2, 1/4 or 1/8 of its size, faster, as
-            long as both sides stay at or above these.
+        at_least: Width and height that are enough, in upright pixels: a JPEG is then decoded at 1/2, 1/4 or 1/8 of its
+            size, which is faster, as long as both sides stay at or above these.
 
     Raises:
-        UnreadableImage: The file is damaged, cut short (be it by its end marker alone), beyond `limits` or of another format.
-        ConfigError: The background is no colour.
+        UnreadableImage: The file is damaged, cut off (even by its end marker alone), beyond `limits` or of another
+            format.
+        ConfigError: The background is not a colour.
     """
     background = _checked_background(background)
     with _opened(source, limits) as opened:
@@ -143,7 +151,7 @@ def inspect(
     background: Colour = WHITE,
     at_least: Size | None = None,
 ) -> tuple[Header, np.ndarray]:
-    """`read_header` and `decode` from one opening; the header's width and height are the whole picture's."""
+    """Return the results of `read_header` and `decode`; the header has the width and height of the full picture."""
     background = _checked_background(background)
     with _opened(source, limits) as opened:
         return _header(opened), opened.pixels(background, at_least)
@@ -163,7 +171,7 @@ def _header(opened: OpenedImage) -> Header:
 
 @contextmanager
 def _opened(source: Path | bytes, limits: DecodeLimits) -> Iterator[OpenedImage]:
-    """The image, only its header read; whatever goes wrong inside the block becomes UnreadableImage."""
+    """Yield the image with only its header read; any error inside the block becomes UnreadableImage."""
     name = "<bytes>" if isinstance(source, bytes) else source
     content = _checked_length(name, source, limits) if isinstance(source, bytes) else load_bytes(source, limits)
     try:
@@ -196,9 +204,9 @@ def _too_many(limits: DecodeLimits) -> str:
 
 
 def _checked_background(value: Any) -> Colour:
-    """A colour, also from a configuration's list; ConfigError where it is none."""
+    """Return a colour, also from a list of the configuration; raise ConfigError where it is none."""
     colour = tuple(value) if isinstance(value, list | tuple) else ()
-    if len(colour) != 3 or not all(type(part) is int and 0 <= part <= 255 for part in colour):
+    if len(colour) != 3 or not all(type(value) is int and 0 <= value <= 255 for value in colour):
         raise ConfigError(f"data.background must be three numbers from 0 to 255, not {value!r}")
     return colour
 
@@ -217,20 +225,24 @@ def _reason(error: BaseException, limits: DecodeLimits) -> str:
 
 @dataclass(frozen=True)
 class Preprocess:
-    """From a picture of any size to the network's square, for every path that evaluates.
+    """The steps from a picture of any size to the square that the network sees, the same for all evaluation.
+
+    >>> pixels = Preprocess(size=32)(np.zeros((48, 64, 3), np.uint8))
+    >>> pixels.shape, pixels.dtype.name
+    ((32, 32, 3), 'uint8')
 
     Args:
         size: Side of the square, pixels.
         mode: "crop" resizes the shorter side to round(size / crop_fraction) and keeps the centre, "squash" resizes both
             sides, "pad" fits the longer side and fills with black.
         interpolation: "bilinear" or "bicubic", antialiased.
-        crop_fraction: Part of the shorter side that the crop keeps, in (0, 1].
+        crop_fraction: Fraction of the shorter side that the crop keeps, in (0, 1].
         background: RGB, 0..255, seen through transparent pixels.
-        scaled_decoding: Whether `read` lets a JPEG be decoded to a half, a quarter or an eighth where at least twice the
-            resized picture remains.
+        scaled_decoding: Whether `read` decodes a JPEG at 1/2, 1/4 or 1/8 of its size, where that is at least twice the
+            resized picture.
 
     Raises:
-        ConfigError: A value that cannot be.
+        ConfigError: An invalid value.
     """
 
     size: int
@@ -254,41 +266,56 @@ class Preprocess:
         object.__setattr__(self, "background", _checked_background(self.background))
 
     def read(self, source: Path | bytes, limits: DecodeLimits = DEFAULT_LIMITS) -> np.ndarray:
-        """A file or its bytes to pixels uint8 [size, size, 3]; UnreadableImage as `decode`."""
+        """Return the pixels of a file or its bytes, uint8 [size, size, 3]; raise UnreadableImage like `decode`."""
         with _opened(source, limits) as opened:
-            whole = opened.size
-            picture = opened.picture(self.background, self._enough(whole) if self.scaled_decoding else None)
+            full_size = opened.size
+            at_least = self._min_decoded_size(full_size) if self.scaled_decoding else None
+            picture = opened.picture(self.background, at_least)
             mirrored = opened.mirrored
-        return self._squared(picture, whole, mirrored)
+        return self._square(picture, full_size, mirrored)
 
     def __call__(self, image: np.ndarray) -> np.ndarray:
-        """Image uint8 [H, W, 3] to pixels uint8 [size, size, 3]."""
+        """Return the pixels, uint8 [size, size, 3], of an image, uint8 [H, W, 3]."""
         picture = Image.fromarray(image)
-        return self._squared(picture, picture.size)
+        return self._square(picture, picture.size)
 
-    def _enough(self, whole: Size) -> Size:
-        """Twice the width and height to which the whole picture is resized."""
+    def _min_decoded_size(self, full_size: Size) -> Size:
+        """Return twice the width and height to which the full picture is resized."""
         if self.mode == "squash":
             return 2 * self.size, 2 * self.size
-        width, height = (
-            _fitted(whole, self.size) if self.mode == "pad" else _covering(whole, round(self.size / self.crop_fraction))
-        )
+        if self.mode == "pad":
+            width, height = _fitted(full_size, self.size)
+        else:
+            width, height = _covering(full_size, round(self.size / self.crop_fraction))
         return 2 * width, 2 * height
 
-    def _squared(self, picture: Image.Image, whole: Size, mirrored: tuple[bool, bool] = (False, False)) -> np.ndarray:
-        """`picture` may be `whole` decoded to a part of its size: what is kept, and where it comes to lie, is reckoned on the whole."""
-        part = next(part for part in (1, 2, 4, 8) if part * max(picture.size) >= max(whole))
-        # A side that the part does not divide is rounded up: the picture ends within its last pixel, or begins within its first.
-        blank = [
-            side - full / part if flip else 0.0 for side, full, flip in zip(picture.size, whole, mirrored, strict=True)
-        ]
-        edges = _crop_box(whole, self.size, self.crop_fraction) if self.mode == "crop" else (0, 0, *whole)
-        left, top, right, bottom = (
-            min(edge / part + blank[axis % 2], picture.size[axis % 2]) for axis, edge in enumerate(edges)
-        )
-        shape = _fitted(whole, self.size) if self.mode == "pad" else (self.size, self.size)
+    def _square(
+        self, picture: Image.Image, full_size: Size, mirrored: tuple[bool, bool] = (False, False)
+    ) -> np.ndarray:
+        """Return the square, uint8 [size, size, 3], of a picture that may be decoded at 1/2, 1/4 or 1/8 of `full_size`.
+
+        All coordinates are those of the full picture, so that the square shows the same as without scaled decoding.
+        """
+        # The scale at which libjpeg decoded: the smallest one that covers the full picture again.
+        scale = next(scale for scale in (1, 2, 4, 8) if scale * max(picture.size) >= max(full_size))
+        # A side that the scale does not divide is rounded up: the picture ends within its last pixel, or, where it is
+        # stored mirrored, begins within its first. `blank` is that fraction of a pixel, for width and height.
+        sides = zip(picture.size, full_size, mirrored, strict=True)
+        blank = [side - full / scale if flip else 0.0 for side, full, flip in sides]
+        # The region to keep, left, top, right, bottom: first in the full picture, then in the decoded one.
+        region = self._region(full_size)
+        edges = [min(edge / scale + blank[axis % 2], picture.size[axis % 2]) for axis, edge in enumerate(region)]
+        left, top, right, bottom = edges
+        # Crop and resize in one step, antialiased.
+        shape = _fitted(full_size, self.size) if self.mode == "pad" else (self.size, self.size)
         resized = np.array(picture.resize(shape, _RESAMPLING[self.interpolation], box=(left, top, right, bottom)))
         return self._padded(resized) if self.mode == "pad" else resized
+
+    def _region(self, full_size: Size) -> tuple[float, float, float, float]:
+        """Return the region of the full picture that the square shows: left, top, right, bottom."""
+        if self.mode == "crop":
+            return _crop_box(full_size, self.size, self.crop_fraction)
+        return 0, 0, *full_size
 
     def _padded(self, image: np.ndarray) -> np.ndarray:
         height, width = image.shape[:2]
@@ -298,16 +325,19 @@ class Preprocess:
         return pixels
 
     def laid_back(self, plane: np.ndarray, whole: Size, shape: Size) -> np.ndarray:
-        """What was found in the square, float32 [size, size], over the picture it was made from.
+        """Return values of the square, float32 [size, size], laid over the picture that it was made from.
 
-        `whole` is that picture's width and height, `shape` those of the answer, float32 [height, width]: NaN where the square shows nothing of it.
+        Args:
+            plane: A value for each pixel of the square.
+            whole: Width and height of the picture.
+            shape: Width and height of the result, float32 [height, width], which is NaN outside the square.
         """
         if self.mode == "pad":
             width, height = _fitted(whole, self.size)
             top, left = (self.size - height) // 2, (self.size - width) // 2
             plane = plane[top : top + height, left : left + width]
-        edges = _crop_box(whole, self.size, self.crop_fraction) if self.mode == "crop" else (0, 0, *whole)
-        left, top, right, bottom = (round(edge * shape[axis % 2] / whole[axis % 2]) for axis, edge in enumerate(edges))
+        edges = (round(edge * shape[axis % 2] / whole[axis % 2]) for axis, edge in enumerate(self._region(whole)))
+        left, top, right, bottom = edges
         size = max(1, right - left), max(1, bottom - top)
         left, top = min(left, shape[0] - size[0]), min(top, shape[1] - size[1])
         laid = np.full(shape[::-1], np.nan, dtype=np.float32)
@@ -316,12 +346,12 @@ class Preprocess:
         return laid
 
     def as_dict(self) -> dict[str, Any]:
-        """Plain JSON values, as written to a bundle."""
+        """Return plain JSON values, as written to a bundle."""
         return {**asdict(self), "background": list(self.background)}
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Preprocess:
-        """The inverse of `as_dict`; ConfigError where a key is unknown or the size is missing."""
+        """Return the settings that `as_dict` gave; raise ConfigError for an unknown key or a missing size."""
         unknown = sorted(set(values) - {field.name for field in fields(cls)})
         if unknown or "size" not in values:
             fact = f"preprocess has no key {', '.join(unknown)}" if unknown else "preprocess has no size"
@@ -330,24 +360,26 @@ class Preprocess:
 
 
 def _fitted(shape: Size, longest: int) -> Size:
-    """Width and height with the longer side resized to `longest`."""
+    """Return width and height with the longer side resized to `longest`."""
     scale = longest / max(shape)
     width, height = (min(longest, max(1, round(side * scale))) for side in shape)
     return width, height
 
 
 def _covering(shape: Size, shorter: int) -> Size:
-    """Width and height with the shorter side resized to `shorter`."""
+    """Return width and height with the shorter side resized to `shorter`."""
     scale = shorter / min(shape)
     width, height = (max(shorter, round(side * scale)) for side in shape)
     return width, height
 
 
 def _crop_box(shape: Size, size: int, fraction: float) -> tuple[float, float, float, float]:
-    """The part of the picture that "shorter side to round(size / fraction), then the centre" keeps: left, top, right, bottom.
+    """Return the region that a crop keeps: left, top, right, bottom.
 
-    Resizing only this part gives the same pixels and never builds the whole resized picture: one of 1 x 50 000 000 cannot
-    fill the memory.
+    The crop resizes the shorter side to round(size / fraction) and takes the centre.
+
+    Resizing only this region gives the same pixels and never builds the full resized picture: one of 1 x 50 000 000
+    pixels cannot fill the memory.
     """
     resized = _covering(shape, round(size / fraction))
     starts = [(side - size) // 2 for side in resized]

@@ -1,4 +1,4 @@
-"""Config nodes to objects: `_target_` names checked against an allow-list, arguments checked against the signature, then built."""
+"""Objects from configuration nodes: `_target_` checked against an allow-list, arguments against the signature."""
 
 from __future__ import annotations
 
@@ -14,12 +14,13 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from image_classifier.errors import ClassifierError, ConfigError
+from image_classifier.extras import EXTRA_OF, install_package
 from image_classifier.mappings import literal_values
 from image_classifier.text import did_you_mean
 
 _LIGHTNING = ("callbacks.", "loggers.", "plugins.", "profilers.", "strategies.")
 
-# A name ends with a dot where all below it may be built, and without where only it may.
+# A name that ends with a dot allows all below it; without a dot it allows only itself.
 TRUSTED = (
     "torch.nn.",
     "torch.optim.",
@@ -44,7 +45,7 @@ TRUSTED = (
     "image_classifier.training.sharding.",
     "image_classifier.training.optimizers.",
 )
-# What a checkpoint's own description of its network may name: a file from elsewhere must not load others.
+# The networks that a checkpoint may name: a file of unknown origin must not build anything else.
 NETWORKS = (
     "timm.create_model",
     "image_classifier.modeling.backbones.torchvision_backbone",
@@ -86,7 +87,7 @@ _KEPT = ("_target_", "_partial_", "_recursive_", "_convert_", "_args_")
 
 
 def check_targets(node: Any, trusted: Iterable[str] = (), known: tuple[str, ...] = TRUSTED) -> None:
-    """Refuse a tree in which a `_target_` names something outside the allow-list `known` and the user's `trusted` packages.
+    """Check that each `_target_` of a tree is on the allow-list `known` or in one of the user's `trusted` packages.
 
     Raises:
         ConfigError: Names the key and the target, and says how to allow it.
@@ -134,7 +135,7 @@ def instantiate(
 
 
 def _at_key(node: Mapping[str, Any], key: str) -> Any:
-    """Return a plain node as OmegaConf holds it at this key, so that errors name the key; no text in it starts an interpolation."""
+    """Return a plain node as OmegaConf holds it at this key, so that errors name the key; no text is interpolated."""
     names = key.split(".") if key else []
     config: Any = literal_values(dict(node))
     for name in reversed(names):
@@ -197,7 +198,7 @@ def _walk(plain: Any, key: str) -> Iterator[tuple[str, str, dict[str, Any]]]:
 
 
 def _located(key: str, target: str, allowed: tuple[str, ...]) -> Callable[..., Any]:
-    """Import the target; what lies behind the name must be trusted too (torch.nn.init.torch.load is torch's loader)."""
+    """Import the target and check that the object it leads to is trusted too: torch.nn.init.torch.load is not."""
     try:
         found = _import(target)
     except (ImportError, AttributeError, ValueError) as error:
@@ -212,7 +213,7 @@ def _located(key: str, target: str, allowed: tuple[str, ...]) -> Callable[..., A
 
 
 def _import(target: str) -> Any:
-    """The object a dotted name leads to; unlike Hydra's own it logs nothing."""
+    """Return the object that a dotted name leads to; unlike Hydra's own function it logs nothing."""
     first, *parts = target.split(".")
     found: Any = importlib.import_module(first)
     path = first
@@ -231,7 +232,7 @@ def _import_failed(key: str, target: str, error: Exception) -> ConfigError:
     fact = f"{_join(key, '_target_')}: cannot import {target}"
     if missing and (missing == target.partition(".")[0] or not target.startswith(missing)):
         package = missing.partition(".")[0]
-        return ConfigError(fact, f"the package {package} is not installed: pip install {package}")
+        return ConfigError(fact, f"the package {package} is not installed: {install_package(package)}")
     parent, _, name = target.rpartition(".")
     return ConfigError(fact, f"{did_you_mean(name, _names(parent))}there is no {name} in {parent}")
 
@@ -239,7 +240,7 @@ def _import_failed(key: str, target: str, error: Exception) -> ConfigError:
 def _names(module: str) -> list[str]:
     try:
         return [name for name in dir(_import(module)) if not name.startswith("_")]
-    except Exception:  # a name that cannot be imported has no neighbours to offer
+    except Exception:  # nothing to suggest for a name that cannot be imported
         return []
 
 
@@ -261,7 +262,7 @@ def _unknown_argument(key: str, target: str, name: str, names: Iterable[str]) ->
 
 
 def _explained(error: InstantiationException, node: Any) -> Exception:
-    """What the target itself said: ours as it is, of others' what a wrong value makes them say as one line; the rest are bugs."""
+    """Return the error of the target: a wrong value for a foreign class becomes one line, the rest stay as they are."""
     cause = error.__cause__
     where = re.search(r"full_key: (\S+)", str(error))
     key = where.group(1) if where else ""
@@ -272,13 +273,19 @@ def _explained(error: InstantiationException, node: Any) -> Exception:
     if unexpected and unexpected.group(1) in given:
         return _unknown_argument(key, target, unexpected.group(1), ())
     if isinstance(cause, ModuleNotFoundError):
-        missing = f"the package {cause.name} is not installed: pip install {cause.name}" if cause.name else str(cause)
-        return ConfigError(f"cannot build {key} ({target})", missing)
-    lightning = type(cause).__name__ == "MisconfigurationException"  # Lightning's word for a wrong setting
+        return ConfigError(f"cannot build {key} ({target})", _missing(cause))
+    lightning = type(cause).__name__ == "MisconfigurationException"  # Lightning's exception for a wrong setting
     foreign = isinstance(cause, (TypeError, ValueError, RuntimeError)) and _is_trusted(target, _FOREIGN)
     if isinstance(cause, ClassifierError) or not (lightning or foreign):
         return cause
     return ConfigError(f"{key}: {target} refuses its arguments", str(cause))
+
+
+def _missing(error: ModuleNotFoundError) -> str:
+    """Return what to install; Lightning names a missing package only in its text."""
+    known = (word for word in re.findall(r"\w+", str(error)) if word in EXTRA_OF)
+    package = error.name or next(known, "")
+    return f"the package {package} is not installed: {install_package(package)}" if package else str(error)
 
 
 def _join(*parts: str) -> str:

@@ -1,4 +1,4 @@
-"""The images of a data set as value objects that cross rooms: Record and Manifest; CSV in and out, never half-written."""
+"""The images of a data set: `Record` and `Manifest`, read from and written to CSV, never half-written."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ _BLOCK = 4096
 
 @dataclass(frozen=True, slots=True)
 class Record:
-    """One image: where it is (relative to the manifest's root), what it shows, and which split it belongs to.
+    """One image: its path (relative to the manifest's root), its label and its split.
 
-    `group` (16 hex digits) names the cluster that must stay in one split; `sha256` (64 hex digits) is of the file's bytes;
-    width and height are in pixels after EXIF orientation; `split` is "" until it is dealt.
+    `group` (16 hex digits) names the cluster that must stay in one split; `sha256` (64 hex digits) is of the file's
+    bytes; width and height are in pixels after EXIF orientation; `split` is "" until the image is assigned to one.
     """
 
     path: str
@@ -44,14 +44,19 @@ _COLUMNS = tuple(field.name for field in fields(Record))
 
 
 class Texts(Sequence[str]):
-    """Many short texts in one block of memory: a million paths take what their letters take, not 100 bytes more each."""
+    """Many short texts in one block of memory, without the 100 bytes that each object of Python costs.
+
+    >>> texts = Texts.of(["cat/1.jpg", "dog/2.jpg"])
+    >>> len(texts), texts[-1], list(texts)
+    (2, 'dog/2.jpg', ['cat/1.jpg', 'dog/2.jpg'])
+    """
 
     def __init__(self, block: bytes, ends: np.ndarray) -> None:
         self._block, self._ends = block, ends
 
     @classmethod
     def of(cls, texts: Iterable[str]) -> Texts:
-        """The texts, packed."""
+        """Return the texts, packed."""
         block, ends = bytearray(), array("q")
         for text in texts:
             block += text.encode(*ENCODING)
@@ -61,7 +66,7 @@ class Texts(Sequence[str]):
     def __len__(self) -> int:
         return len(self._ends)
 
-    def __getitem__(self, index: int) -> str:  # type: ignore[override]  # no slices: nobody needs them
+    def __getitem__(self, index: int) -> str:  # type: ignore[override]  # no slices
         index = range(len(self._ends))[index]
         start = int(self._ends[index - 1]) if index else 0
         return self._block[start : int(self._ends[index])].decode(*ENCODING)
@@ -81,19 +86,26 @@ class Texts(Sequence[str]):
 
 @dataclass(frozen=True, eq=False)
 class Manifest:
-    """The ordered table of a data set's images, kept by columns; `root` is the folder its paths start from.
+    """The ordered table of a data set's images, kept by columns.
+
+    >>> one = Record("cat/1.jpg", "cat", "train", "0" * 16, "0" * 64, 640, 480)
+    >>> two = Record("dog/2.jpg", "dog", "val", "1" * 16, "1" * 64, 640, 480)
+    >>> manifest = Manifest.of(Path("photos"), [one, two])
+    >>> len(manifest), manifest.classes, manifest.targets.tolist(), manifest.indices("val").tolist()
+    (2, ('cat', 'dog'), [0, 1], [1])
 
     Args:
-        root: Folder that `paths` are relative to.
-        paths: Posix paths, N of them.
-        classes: Class names in the one order used everywhere: sorted by code point.
+        root: The folder that `paths` are relative to.
+        paths: N POSIX paths.
+        classes: Class names, sorted by code point: the order used everywhere.
         targets: Class index of each image, int64 [N].
-        splits: Position in SPLITS, -1 where not dealt yet, int8 [N].
-        groups: Cluster that must stay in one split, uint64 [N].
-        digests: sha256 of each file's bytes, uint8 [N, 32].
+        splits: Index in SPLITS, -1 where not assigned yet, int8 [N].
+        groups: The cluster that must stay in one split, uint64 [N].
+        digests: The sha256 of each file's bytes, uint8 [N, 32].
         widths: Pixels after EXIF orientation, int32 [N].
         heights: The same, int32 [N].
-        corrected: How many labels fix.csv changed ("relabelled") and images it left out ("excluded"), for those who report; not in the file.
+        corrected: How many labels fix.csv changed ("relabelled") and how many images it left out ("excluded"); for
+            reports, not in the file.
     """
 
     root: Path
@@ -109,7 +121,7 @@ class Manifest:
 
     @classmethod
     def of(cls, root: Path, records: Iterable[Record]) -> Manifest:
-        """The table of these records, in their order; ValueError where one has no such split, group or sha256."""
+        """Return the table of these records; raise ValueError for an invalid split, group or sha256."""
         columns = _Columns()
         for record in records:
             columns.add(*astuple(record))
@@ -131,7 +143,7 @@ class Manifest:
         )
 
     def __iter__(self) -> Iterator[Record]:
-        names = (*SPLITS, "")  # -1 finds the last
+        names = (*SPLITS, "")  # -1 is the index of the last
         for start in range(0, len(self), _BLOCK):
             block = slice(start, start + _BLOCK)
             targets, splits, groups, digests, widths, heights = (column[block] for column in self._columns)
@@ -162,18 +174,18 @@ class Manifest:
 
     @cached_property
     def sha256(self) -> str:
-        """Fingerprint of the table: equal if and only if every row is equal and in the same order."""
+        """The fingerprint of the table: equal if and only if all rows are equal and in the same order."""
         digest = hashlib.sha256()
         for text in self._csv():
             digest.update(text.encode(*ENCODING))
         return digest.hexdigest()
 
     def indices(self, split: str) -> np.ndarray:
-        """Positions of the records of one split, int64 [M], in manifest order."""
+        """Return the rows of one split, int64 [M], in manifest order."""
         return np.flatnonzero(self.splits == _SPLIT_CODES[split])
 
     def take(self, rows: np.ndarray) -> Manifest:
-        """The records at these positions, in this order; only the classes they show."""
+        """Return the manifest of these rows, in this order, with only the classes that they have."""
         present, targets = np.unique(self.targets[rows], return_inverse=True)
         paths = Texts.of(self.paths[row] for row in np.asarray(rows).tolist())
         classes = tuple(self.classes[code] for code in present.tolist())
@@ -182,23 +194,23 @@ class Manifest:
         return replace(taken, corrected=self.corrected)
 
     def part(self, split: str) -> Manifest:
-        """The records of one split, in manifest order."""
+        """Return the manifest of one split."""
         return self.take(self.indices(split))
 
     def leaked(self, split: str) -> np.ndarray:
-        """Which records of a split, bool [M], have a copy or twin (their group) in the train part."""
+        """Return which records of a split, bool [M], have a duplicate or near-duplicate (their group) in train."""
         return np.isin(self.groups[self.indices(split)], self.groups[self.indices("train")])
 
     def file(self, record: Record) -> Path:
-        """Where the record's image lies."""
+        """Return the path of the record's image."""
         return self.root / record.path
 
     def to_csv(self) -> str:
-        """The table as text: a header line, then one row an image; lines end as on Unix."""
+        """Return the table as text: a header, then one row per image; lines end as on Unix."""
         return "".join(self._csv())
 
     def write(self, path: Path) -> None:
-        """Write `manifest.csv` whole or not at all; StorageError where the disk refuses."""
+        """Write `manifest.csv` completely or not at all; raise StorageError where the disk refuses."""
         with atomic_file(path) as file:
             for text in self._csv():
                 file.write(text.encode(*ENCODING))
@@ -219,7 +231,7 @@ class Manifest:
 
     @classmethod
     def read(cls, path: Path, root: Path) -> Manifest:
-        """Read `manifest.csv`; DataError names the line that is not a record."""
+        """Read `manifest.csv`; raise DataError for the first line that is not a record."""
         try:
             with path.open(encoding=ENCODING[0], errors=ENCODING[1], newline="") as file:
                 return _read(csv.DictReader(file), path, root)
@@ -230,7 +242,10 @@ class Manifest:
 
 
 def csv_writer(file: IO[str]) -> Callable[[Sequence[object]], object]:
-    """A function that writes one row; csv itself does not quote a lone carriage return, which a file name may hold, and then cannot read it."""
+    """Return a function that writes one row.
+
+    The module csv does not quote a lone carriage return, which a file name may hold, and then cannot read it back.
+    """
     plain = csv.writer(file, lineterminator="\n")
     quoted = csv.writer(file, lineterminator="\n", quoting=csv.QUOTE_ALL)
     return lambda row: (quoted if any("\r" in item for item in row if isinstance(item, str)) else plain).writerow(row)
@@ -240,7 +255,7 @@ _SPLIT_CODES = {name: code for code, name in enumerate(SPLITS)}
 
 
 class _Columns:
-    """Columns that grow row by row; a row costs its bytes and no object."""
+    """Columns that grow row by row; a row costs its bytes and no Python object."""
 
     def __init__(self) -> None:
         self.paths, self.ends, self.digests = bytearray(), array("q"), bytearray()
@@ -252,9 +267,11 @@ class _Columns:
         digest = bytes.fromhex(sha256)
         if len(digest) != 32 or len(group) != 16:
             raise ValueError("sha256 has 64 hex digits and group 16")
-        row = (int(group, 16), -1 if split == "" else _SPLIT_CODES[split])
-        self.groups.append(row[0])
-        self.splits.append(row[1])
+        group_number = int(group, 16)
+        split_code = -1 if split == "" else _SPLIT_CODES[split]
+        # All values are checked above: from here on every column grows by one row.
+        self.groups.append(group_number)
+        self.splits.append(split_code)
         self.digests += digest
         self.paths += path.encode(*ENCODING)
         self.ends.append(len(self.paths))
@@ -306,6 +323,6 @@ def _read(rows: csv.DictReader[str], path: Path, root: Path) -> Manifest:
                 int(row["height"]),
             )
         except (TypeError, ValueError, AttributeError, OverflowError) as error:
-            hint = "sha256 has 64 hex digits, group 16; width and height are whole numbers"
+            hint = "sha256 has 64 hex digits, group 16; width and height are integers"
             raise DataError(f"line {number} of the manifest {str(path)!r} is not a record", hint) from error
     return columns.manifest(root)

@@ -1,4 +1,4 @@
-"""Where the package keeps the files that it comes with."""
+"""The folders of the files that the package comes with."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What Pillow leaves to be done: one opened image file, what it says of itself, and its pixels, whole and in 8-bit RGB, or an exception."""
+"""Strict decoding with Pillow: the header of an image file, and its complete pixels in 8-bit RGB or an exception."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ Size = tuple[int, int]  # width, height
 Colour = tuple[int, int, int]
 Painter = Callable[[Image.Image], np.ndarray]  # a piece of a loaded image -> uint8 RGB [h, w, 3]
 
-MOST_PIXELS = 178_956_970  # above it Pillow itself refuses
-_PIECE = 2**18  # pixels converted at a time: a conversion's temporaries are a piece's, never the picture's
-# EXIF orientation -> the upright array seen as the picture is stored: what is written there comes to lie upright.
+MAX_PIXELS = 178_956_970  # Pillow refuses more
+_PIECE = 2**18  # pixels converted at a time, so that temporary arrays are never as large as the picture
+# EXIF orientation -> a view of the upright array in the order in which the file stores its pixels.
 _AS_STORED: dict[int, Callable[[np.ndarray], np.ndarray]] = {
     1: lambda upright: upright,
     2: lambda upright: upright[:, ::-1],
@@ -34,25 +34,23 @@ _AS_STORED: dict[int, Callable[[np.ndarray], np.ndarray]] = {
 _EXIF_KEYS = frozenset({"exif", "xmp", "XML:com.adobe.xmp", "Raw profile type exif"})
 _EXIF_MARKS = (b"eXIf", b"Raw profile type", b"XML:com.adobe.xmp")
 _TILE_WIDTH, _TILE_LENGTH = 322, 323  # TIFF tags
-# What keeps a small file from costing minutes; no camera or editor comes near.
-_MOST_FRAMES = 1000  # TIFF pages counted
-_MOST_READS = 500_000  # of a file's parts by Pillow's parsers, half a second or so
-_MOST_SCANS = 100  # of a progressive JPEG, each a pass over all pixels
-_MOST_RUN_LENGTH_PIXELS = 4_000_000  # of a BMP, decoded in Python
+# Limits that keep a small file from costing minutes; no camera or editor comes near them.
+_MAX_FRAMES = 1000  # TIFF pages counted
+_MAX_READS = 500_000  # reads by Pillow's parsers of one file, half a second or so
+_MAX_SCANS = 100  # of a progressive JPEG, each a pass over all pixels
+_MAX_RUN_LENGTH_PIXELS = 4_000_000  # of a BMP, decoded in Python
 _SCAN, _END = b"\xff\xda", b"\xff\xd9"  # JPEG markers
-_SCAN_END = re.compile(
-    rb"\xff[^\x00\xd0-\xd7\xff]"
-)  # the first marker behind a JPEG's entropy-coded data, restarts left out
+# The first marker after a JPEG's entropy-coded data, without restart markers (ITU T.81, B.1.1).
+_SCAN_END = re.compile(rb"\xff[^\x00\xd0-\xd7\xff]")
 _MID_GREYS = (128, (128, 128, 128), (127, 127, 127, 127))
 
-logging.getLogger("PIL.TiffImagePlugin").setLevel(
-    logging.CRITICAL
-)  # what is wrong with a file is said once, by the exception
+# The exception alone reports what is wrong with a file.
+logging.getLogger("PIL.TiffImagePlugin").setLevel(logging.CRITICAL)
 
 
 @dataclass(frozen=True, slots=True)
 class OpenedImage:
-    """An image of which only the header is read."""
+    """An image whose header is read and whose pixels are not."""
 
     image: ImageFile.ImageFile
     content: bytes
@@ -61,7 +59,7 @@ class OpenedImage:
 
     @property
     def format(self) -> str:
-        """Pillow's name of the format; a multi-picture JPEG (MPO) is a JPEG."""
+        """Pillow's name of the format; a multi-picture JPEG (MPO) counts as a JPEG."""
         return "JPEG" if self.image.format == "MPO" else str(self.image.format)
 
     @property
@@ -72,7 +70,7 @@ class OpenedImage:
 
     @property
     def mirrored(self) -> tuple[bool, bool]:
-        """Whether left and right, top and bottom are stored the other way round."""
+        """Whether the file stores the picture mirrored: left to right, top to bottom."""
         return self.orientation in (2, 3, 6, 7), self.orientation in (3, 4, 7, 8)
 
     @property
@@ -81,7 +79,7 @@ class OpenedImage:
 
     @property
     def bits(self) -> int:
-        """Of one sample as stored: 1, 8, 16 or 32."""
+        """Bits of one sample as stored: 1, 8, 16 or 32."""
         mode = self.image.mode
         if mode in ("1", "I", "F") and "16" not in self.rawmode:
             return 1 if mode == "1" else 32
@@ -89,28 +87,26 @@ class OpenedImage:
 
     @property
     def frames(self) -> int:
-        """Pictures in the file; those behind a damaged one are not counted, nor are a TIFF's beyond the thousandth."""
+        """Number of pictures in the file, without those after a damaged one, and at most 1000 of a TIFF."""
         if self.format not in ("GIF", "TIFF"):
             return min(int(getattr(self.image, "n_frames", 1)), 2**31 - 1)
         count = 1
-        with (
-            suppress(Exception),
-            Image.open(_stream(self.content), formats=(self.format,)) as again,
-        ):  # counting loses the place
+        # Counting moves the file to another frame, so a second one is opened.
+        with suppress(Exception), Image.open(_stream(self.content), formats=(self.format,)) as again:
             if self.format == "GIF":
                 return int(again.n_frames)  # type: ignore[attr-defined]
-            while count < _MOST_FRAMES:  # Pillow's own count of TIFF pages takes quadratic time
+            while count < _MAX_FRAMES:  # Pillow's own count of TIFF pages takes quadratic time
                 again.seek(count)
                 count += 1
         return count
 
     def pixels(self, background: Colour, at_least: Size | None) -> np.ndarray:
-        """The whole first picture, upright: uint8 RGB [H, W, 3]; an exception where a part of it is missing."""
+        """Return the complete first picture, upright: uint8 RGB [H, W, 3]; raise where a piece of it is missing."""
         self._load(at_least)
         return _painted(self.image, _painter(self, background), self._turn)
 
     def picture(self, background: Colour, at_least: Size | None) -> Image.Image:
-        """The same as Pillow's own image, for a caller that goes on with Pillow: the commonest kind is not copied."""
+        """Return the same as an image of Pillow; the most common kind is not copied."""
         self._load(at_least)
         if self.image.mode == "RGB" and self._turn == 1 and not self.transparent:
             return self.image
@@ -127,13 +123,13 @@ class OpenedImage:
         self.image.load()
         if self.format == "JPEG" and _ends_early(self, at_least):
             raise ValueError("image data ends early")
-        if self.format == "PNG" and self.content.rfind(b"IEND") < 0:  # Pillow overlooks a cut between two chunks
+        if self.format == "PNG" and self.content.rfind(b"IEND") < 0:  # Pillow accepts a file cut off between two chunks
             raise ValueError("image file is truncated")
 
 
 @contextmanager
 def opened(content: bytes, formats: tuple[str, ...], check_size: Callable[[Size], None]) -> Iterator[OpenedImage]:
-    """The image in `content`; `check_size` raises where a width and height are too much. Any exception can come of it."""
+    """Yield the image in `content`; `check_size` raises for too large a size. Any exception may pass."""
     with quiet:
         check_size(_webp_canvas(content))
         with Image.open(_stream(content), formats=formats) as image:
@@ -146,43 +142,46 @@ def opened(content: bytes, formats: tuple[str, ...], check_size: Callable[[Size]
 
 
 def _check_cost(image: ImageFile.ImageFile, content: bytes, check_size: Callable[[Size], None]) -> None:
-    """Refuse what takes far more time or memory than its pixels do."""
-    if image.format == "TIFF":  # libtiff takes memory for a whole tile, however small the picture
+    """Refuse a file that needs far more time or memory than its pixels do."""
+    if image.format == "TIFF":  # libtiff allocates a full tile, however small the picture is
         check_size((image.tag_v2.get(_TILE_WIDTH, 1), image.tag_v2.get(_TILE_LENGTH, 1)))  # type: ignore[attr-defined]
     elif image.format == "BMP":
-        if image.info.get("compression") in (1, 2) and image.width * image.height > _MOST_RUN_LENGTH_PIXELS:
-            raise ValueError(f"run-length coded, more than {_MOST_RUN_LENGTH_PIXELS // 10**6} megapixels")
-    elif isinstance(image, JpegImagePlugin.JpegImageFile) and content.count(_SCAN) > _MOST_SCANS:
-        start = _first_scan(content)  # not in a thumbnail, nor in what follows the picture
-        if content.count(_SCAN, start, content.find(_END, start)) > _MOST_SCANS:
-            raise ValueError(f"more than {_MOST_SCANS} scans")
+        if image.info.get("compression") in (1, 2) and image.width * image.height > _MAX_RUN_LENGTH_PIXELS:
+            raise ValueError(f"run-length coded, more than {_MAX_RUN_LENGTH_PIXELS // 10**6} megapixels")
+    elif isinstance(image, JpegImagePlugin.JpegImageFile) and content.count(_SCAN) > _MAX_SCANS:
+        start = _first_scan(content)  # without those of a thumbnail, or after the picture
+        if content.count(_SCAN, start, content.find(_END, start)) > _MAX_SCANS:
+            raise ValueError(f"more than {_MAX_SCANS} scans")
 
 
 class _MeteredFile(io.BytesIO):
-    """Ends the parsing of millions of tiny parts, which Pillow reads one by one in Python."""
+    """A file that stops the parsing of millions of tiny pieces, which Pillow reads one by one in Python."""
 
     reads = 0
 
     def read(self, size: int | None = -1, /) -> bytes:
         self.reads += 1
-        if self.reads > _MOST_READS:
-            raise ValueError("too many parts")
+        if self.reads > _MAX_READS:
+            raise ValueError("too many pieces")
         return super().read(size)
 
 
 def _stream(content: bytes) -> io.BytesIO:
-    return _MeteredFile(content) if len(content) > _MOST_READS else io.BytesIO(content)
+    return _MeteredFile(content) if len(content) > _MAX_READS else io.BytesIO(content)
 
 
 def _first_scan(content: bytes) -> int:
-    """Where a JPEG's first entropy-coded data begin."""
+    """Return the position of a JPEG's first entropy-coded data."""
     header = io.BytesIO(content)
     JpegImagePlugin.JpegImageFile(header)
     return header.tell()
 
 
 def _webp_canvas(content: bytes) -> Size:
-    """A WebP's size from its first bytes (RFC 9649), else (1, 1): Pillow allocates the canvas as it opens the file."""
+    """Return a WebP's size from its first bytes (RFC 9649, 2.5 to 2.7), else (1, 1).
+
+    Pillow allocates the canvas when it opens the file, so the size must be checked before.
+    """
     if content[:4] != b"RIFF" or content[8:12] != b"WEBP":
         return 1, 1
     kind, number = content[12:16], int.from_bytes
@@ -195,34 +194,33 @@ def _webp_canvas(content: bytes) -> Size:
 
 
 def _orientation(image: ImageFile.ImageFile, content: bytes) -> int:
-    """EXIF orientation 1..8; 1 where there is none or it cannot be parsed."""
+    """Return the EXIF orientation, 1..8; 1 where there is none or it cannot be parsed."""
     if image.format == "PNG" and not _EXIF_KEYS & image.info.keys() and any(mark in content for mark in _EXIF_MARKS):
-        image.load()  # the chunk lies behind the pixels
+        image.load()  # the chunk comes after the pixels
     try:
         if image.format == "TIFF":
             value = image.tag_v2.get(ExifTags.Base.Orientation)  # type: ignore[attr-defined]
         elif _EXIF_KEYS & image.info.keys():
-            value = Image.Image.getexif(image).get(
-                ExifTags.Base.Orientation
-            )  # a PNG's own would decode it, and hide what that raises
+            # The PNG plugin's own getexif would decode the pixels and hide the errors of that.
+            value = Image.Image.getexif(image).get(ExifTags.Base.Orientation)
         else:
             return 1
-    except Exception:  # damaged metadata around good pixels: the picture is as its pixels lie
+    except Exception:  # damaged metadata around good pixels: the picture is shown as stored
         return 1
     return value if isinstance(value, int) and value in _AS_STORED else 1
 
 
 def _shrink(image: ImageFile.ImageFile, at_least: Size | None) -> None:
-    """Have libjpeg decode to 1/2, 1/4 or 1/8; nothing for other formats."""
+    """Let libjpeg decode at 1/2, 1/4 or 1/8; other formats are not changed."""
     if at_least is not None and isinstance(image, JpegImagePlugin.JpegImageFile):
-        image.draft(None, (max(1, at_least[0]), max(1, at_least[1])))  # no mode: the colours stay as they are
+        image.draft(None, (max(1, at_least[0]), max(1, at_least[1])))  # no mode: the colours do not change
 
 
 def _ends_early(opened: OpenedImage, at_least: Size | None) -> bool:
-    """Whether a JPEG's data ended before its last block though an end marker follows: libjpeg paints the rest mid-grey, silently.
+    """Return whether a JPEG's data ended before its last block although an end marker follows.
 
-    Only a picture whose last pixel is mid-grey can be such a one. To tell, put more data before the marker: it changes no
-    whole picture.
+    libjpeg fills the missing blocks with mid-grey and gives no error. So only a picture whose last pixel is mid-grey is
+    checked: more data are put before the end marker, which change an incomplete picture and never a complete one.
     """
     image, content = opened.image, opened.content
     if image.getpixel((image.width - 1, image.height - 1)) not in _MID_GREYS:
@@ -235,7 +233,7 @@ def _ends_early(opened: OpenedImage, at_least: Size | None) -> bool:
 
 
 def _painted(image: Image.Image, paint: Painter, orientation: int) -> np.ndarray:
-    """A loaded image, piece by piece, turned upright."""
+    """Return a loaded image as uint8 RGB [H, W, 3], converted piece by piece and turned upright."""
     width, height = image.size
     if orientation == 1 and width * height <= _PIECE:
         return paint(image)
@@ -247,7 +245,7 @@ def _painted(image: Image.Image, paint: Painter, orientation: int) -> np.ndarray
 
 
 def _boxes(size: Size) -> Iterator[tuple[int, int, int, int]]:
-    """Pieces of at most `_PIECE` pixels: left, top, right, bottom."""
+    """Yield the boxes of pieces of at most `_PIECE` pixels: left, top, right, bottom."""
     width, height = size
     across = min(width, _PIECE)
     down = _PIECE // across
@@ -262,7 +260,7 @@ def _painter(opened: OpenedImage, background: Colour) -> Painter:
         return _deep_painter(opened, background)
     if not opened.transparent:
         return lambda piece: np.array(piece if piece.mode == "RGB" else piece.convert("RGB"))
-    _mend_transparent_colour(opened)
+    _scale_transparent_colour(opened)
 
     def on_background(piece: Image.Image) -> np.ndarray:
         rgba = (piece.convert("LA") if piece.mode == "La" else piece).convert("RGBA")
@@ -271,8 +269,11 @@ def _painter(opened: OpenedImage, background: Colour) -> Painter:
     return on_background
 
 
-def _mend_transparent_colour(opened: OpenedImage) -> None:
-    """A PNG's transparent colour as 8-bit samples; Pillow leaves it as it stands in the file, and so finds no pixel of it."""
+def _scale_transparent_colour(opened: OpenedImage) -> None:
+    """Scale a PNG's transparent colour to 8-bit samples.
+
+    Pillow keeps it as it is in the file, so no pixel would match it.
+    """
     info = opened.image.info
     key = info.get("transparency")
     if opened.rawmode in ("L;2", "L;4") and isinstance(key, int):
@@ -282,7 +283,7 @@ def _mend_transparent_colour(opened: OpenedImage) -> None:
 
 
 def _deep_painter(opened: OpenedImage, background: Colour) -> Painter:
-    """Samples of more than 8 bits scaled by their depth and never clipped (`convert` clips: a white picture)."""
+    """Return a painter that scales samples of more than 8 bits by their depth; `convert` would clip them to white."""
     image = opened.image
     black, white = _range(opened)
     if opened.format == "TIFF" and image.tag_v2.get(ExifTags.Base.PhotometricInterpretation) == 0:  # type: ignore[attr-defined]
@@ -301,17 +302,18 @@ def _deep_painter(opened: OpenedImage, background: Colour) -> Painter:
 
 
 def _samples(piece: Image.Image, rawmode: str) -> np.ndarray:
-    """Float64 [h, w]."""
+    """Return the samples of a piece, float64 [h, w]."""
     samples = np.asarray(piece)
-    if rawmode == "I;32N":  # unsigned, which Pillow holds as signed
+    if rawmode == "I;32N":  # unsigned, but Pillow keeps them as signed
         samples = samples.view(np.uint32)
     return samples.astype(np.float64)
 
 
 def _range(opened: OpenedImage) -> tuple[float, float]:
-    """The samples that stand for black and white.
+    """Return the samples that mean black and white.
 
-    Those of the type where it fixes them; else the smallest customary full scale that holds all; else the darkest and lightest sample.
+    The type of the samples fixes them, or else the smallest usual full scale that holds all samples, or else they are
+    the darkest and the lightest sample.
     """
     image, rawmode = opened.image, opened.rawmode
     if image.mode.startswith("I;16"):
@@ -321,21 +323,24 @@ def _range(opened: OpenedImage) -> tuple[float, float]:
     ]
     low, high = (float(edge) for edge in (np.min(extremes), np.max(extremes)))
     if not np.isfinite((low, high)).all():
-        raise ValueError("holds samples that are not numbers")
-    customary = (1.0, 255.0, 65535.0) if image.mode == "F" else (32767.0,) if "16" in rawmode else (255.0, 65535.0)
-    full = next((value for value in customary if high <= value), None)
+        raise ValueError("some samples are not numbers")
+    usual = (1.0, 255.0, 65535.0) if image.mode == "F" else (32767.0,) if "16" in rawmode else (255.0, 65535.0)
+    full = next((value for value in usual if high <= value), None)
     return (0.0, full) if low >= 0 and full is not None else (low, max(high, low + 1.0))
 
 
 class _QuietWarnings:
-    """Pillow strict and its warnings off for as long as any thread decodes.
+    """A context in which Pillow is strict and gives no warnings, as long as any thread decodes.
 
-    `warnings.catch_warnings` alone is unsafe here: two threads that overlap restore each other's filters. Another library may have
-    told Pillow to make do with half a picture: that is undone meanwhile, and restored.
+    `warnings.catch_warnings` alone is unsafe here: two threads that overlap restore each other's filters. Another
+    library may have set Pillow to accept incomplete pictures: that is switched off meanwhile, and restored.
     """
 
     def __init__(self) -> None:
-        self._lock, self._depth, self._saved, self._lenient = threading.Lock(), 0, warnings.catch_warnings(), False
+        self._lock = threading.Lock()
+        self._depth = 0
+        self._saved = warnings.catch_warnings()
+        self._lenient = False
 
     def __enter__(self) -> None:
         with self._lock:
@@ -344,7 +349,8 @@ class _QuietWarnings:
                 self._saved = warnings.catch_warnings()
                 self._saved.__enter__()
                 warnings.simplefilter("ignore")
-                self._lenient, ImageFile.LOAD_TRUNCATED_IMAGES = ImageFile.LOAD_TRUNCATED_IMAGES, False
+                self._lenient = ImageFile.LOAD_TRUNCATED_IMAGES
+                ImageFile.LOAD_TRUNCATED_IMAGES = False
 
     def __exit__(self, *_: object) -> None:
         with self._lock:

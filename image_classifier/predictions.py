@@ -1,4 +1,4 @@
-"""Answers as value objects that cross rooms: one image's Prediction, one part's PredictionTable; CSV in and out, never half-written."""
+"""The answers of a model: `Prediction` for one image, `PredictionTable` for a split; CSV, never half-written."""
 
 from __future__ import annotations
 
@@ -24,9 +24,10 @@ _BLOCK_VALUES = 2**17  # 1 MB of float64, which stays in a core's cache
 
 @dataclass(frozen=True, slots=True)
 class Prediction:
-    """The answer for one image: probabilities over all classes, or the `error` why there is none.
+    """The answer for one image: probabilities of all classes, or an `error`.
 
-    `reason` says why the label should not be given ("" where it should), `prediction_set` which classes it may be (None where that is not known).
+    `reason` is why the model abstains ("" where it does not). `prediction_set` holds the classes that the image may
+    show, None where that is not known.
     """
 
     path: str
@@ -43,7 +44,7 @@ class Prediction:
         return "abstain" if self.reason else "label"
 
     def answer(self, top_k: int | None = None) -> dict[str, object]:
-        """The JSON object of the command line and the servers, most probable class first."""
+        """Return the JSON object that the command line and the servers give, the most probable class first."""
         if self.error:
             return {"path": self.path, "error": self.error}
         ranked = sorted(self.probabilities.items(), key=lambda item: -item[1])[:top_k]
@@ -53,15 +54,15 @@ class Prediction:
             "confidence": self.confidence,
             "all_predictions": dict(ranked),
         }
-        may_be = None if self.prediction_set is None else list(self.prediction_set)
-        return {**answer, "decision": self.decision, "reason": self.reason, "prediction_set": may_be}
+        prediction_set = None if self.prediction_set is None else list(self.prediction_set)
+        return {**answer, "decision": self.decision, "reason": self.reason, "prediction_set": prediction_set}
 
 
 @dataclass(frozen=True)
 class PredictionTable:
-    """What a model said of one split: raw `logits` float32 [N, C] beside the rows' paths and true labels, and its calibration's `temperature`.
+    """The answers for one split: paths, true labels, raw `logits` float32 [N, C], and the calibrated `temperature`.
 
-    `ood_scores` float32 [N] say how unlike the training images each is (None where that is not known).
+    `ood_scores` float32 [N] are high for images unlike the training images; None where they are not known.
     """
 
     paths: tuple[str, ...]
@@ -73,39 +74,42 @@ class PredictionTable:
 
     @cached_property
     def probabilities(self) -> np.ndarray:
-        """Softmax of logits / temperature, float64 [N, C]."""
+        """The softmax of logits / temperature, float64 [N, C]."""
         return softmax(self.logits, self.temperature)
 
     def block(self, rows: slice, columns: slice = slice(None)) -> np.ndarray:
-        """What softmax is taken of, for a block of images and classes, float64; a copy, so that no large table need be one at once."""
+        """Return logits / temperature for a block of rows and classes, float64: a copy of this block only."""
         return np.array(self.logits[rows, columns], dtype=np.float64) / self.temperature
 
     def answers(self) -> tuple[np.ndarray, np.ndarray]:
-        """The most probable class of each image, int64 [N] (the first of equals), and its probability, float64 [N]."""
-        predicted, confidence = np.zeros(len(self.targets), dtype=np.int64), np.zeros(len(self.targets))
+        """Return each image's top class, int64 [N] (the first of equals), and its probability, float64 [N]."""
+        predicted = np.zeros(len(self.targets), dtype=np.int64)
+        confidence = np.zeros(len(self.targets))
         for rows, probabilities in self.blocks():
-            predicted[rows], confidence[rows] = probabilities.argmax(axis=1), probabilities.max(axis=1)
+            predicted[rows] = probabilities.argmax(axis=1)
+            confidence[rows] = probabilities.max(axis=1)
         return predicted, confidence
 
     def blocks(self) -> Iterator[tuple[slice, np.ndarray]]:
-        """Some rows at a time and their probabilities, float64 [n, C]: all that judges a large table goes through these, and never copies it."""
+        """Yield some rows at a time with their probabilities, float64 [n, C], so that no large table is copied."""
         step = max(1, _BLOCK_VALUES // len(self.classes))
         for start in range(0, len(self.targets), step):
-            yield (rows := slice(start, min(start + step, len(self.targets)))), softmax(self.block(rows))
+            rows = slice(start, min(start + step, len(self.targets)))
+            yield rows, softmax(self.block(rows))
 
     def true_probabilities(self) -> np.ndarray:
-        """The probability of each image's true class, float64 [N]."""
-        found = [block[np.arange(len(block)), self.targets[rows]] for rows, block in self.blocks()]
-        return np.concatenate(found) if found else np.zeros(0)
+        """Return the probability of each image's true class, float64 [N]."""
+        columns = [block[np.arange(len(block)), self.targets[rows]] for rows, block in self.blocks()]
+        return np.concatenate(columns) if columns else np.zeros(0)
 
-    def surest_mistakes(self, most: int) -> np.ndarray:
-        """Rows int64 of at most so many wrong answers, the most confident first."""
+    def surest_mistakes(self, limit: int) -> np.ndarray:
+        """Return the rows, int64, of at most `limit` wrong answers, the most confident first."""
         predicted, confidence = self.answers()
         wrong = np.flatnonzero(predicted != self.targets)
-        return wrong[np.argsort(-confidence[wrong], kind="stable")][:most]
+        return wrong[np.argsort(-confidence[wrong], kind="stable")][:limit]
 
     def write(self, directory: Path) -> None:
-        """Write `predictions.csv`, one row an image, and beside it `logits.npy` and `predictions.json`: the classes and the temperature."""
+        """Write `predictions.csv` (a row per image), `logits.npy` and `predictions.json` (classes, temperature)."""
         with atomic_file(directory / "predictions.csv") as file:
             for text in self._csv():
                 file.write(text.encode(*ENCODING))
@@ -131,7 +135,7 @@ class PredictionTable:
 
     @classmethod
     def read(cls, directory: Path) -> PredictionTable:
-        """What `write` left in a folder; DataError where a file is missing or they are not of one table."""
+        """Read what `write` wrote; raise DataError where a file is missing or they disagree."""
         try:
             facts = json.loads((directory / "predictions.json").read_text(encoding="utf-8"))
             logits: np.ndarray = np.load(directory / "logits.npy", allow_pickle=False)
@@ -154,16 +158,21 @@ class PredictionTable:
             if logits.shape != (len(rows), len(codes)):
                 raise ValueError(f"{len(rows)} rows of {len(codes)} classes, logits of the shape {list(logits.shape)}")
             if (table.answers()[0] != named).any():
-                raise ValueError("logits.npy holds other answers than predictions.csv")
+                raise ValueError("the answers in logits.npy and predictions.csv differ")
             return table
         except (OSError, EOFError, ValueError, KeyError, TypeError) as error:
             reason = error.strerror if isinstance(error, OSError) else f"{type(error).__name__}: {error}"
-            fact = f"{str(directory)!r} holds no whole predictions.csv, logits.npy and predictions.json ({reason})"
+            files = "predictions.csv, logits.npy or predictions.json"
+            fact = f"{files} of {str(directory)!r} is missing or damaged ({reason})"
             raise DataError(fact, f"write them again with `{program()} test`") from error
 
 
 def softmax(logits: np.ndarray, temperature: float = 1.0) -> np.ndarray:
-    """Probabilities of logits [N, C] divided by a temperature, float64 [N, C]."""
+    """Return the probabilities of logits [N, C] divided by a temperature, float64 [N, C].
+
+    >>> softmax(np.array([[0.0, 0.0], [0.0, 100.0]])).round(2).tolist()
+    [[0.5, 0.5], [0.0, 1.0]]
+    """
     shifted = logits.astype(np.float64) - logits.max(axis=1, keepdims=True)
     exponents = np.exp(shifted / temperature if temperature != 1 else shifted)
     return np.asarray(exponents / exponents.sum(axis=1, keepdims=True))

@@ -1,4 +1,4 @@
-"""Choosing rows."""
+"""The choice of a few rows out of many."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Words for a person: names near a misspelt one, counted nouns, short lists, and text of strangers made safe to print."""
+"""Text for people: the nearest name, counted nouns, short lists, hidden passwords, untrusted text made printable."""
 
 from __future__ import annotations
 
@@ -13,7 +13,11 @@ _DIRECTION_MARKS = frozenset("\u200e\u200f\u061c\u202a\u202b\u202c\u202d\u202e\u
 
 
 def printable(text: str) -> str:
-    """Return the text with control characters, direction marks and bytes that are not UTF-8 written as escapes."""
+    r"""Return the text with control characters, direction marks and bytes that are not UTF-8 written as escapes.
+
+    >>> print(printable("a\tb\u202e"))
+    a\tb\u202e
+    """
     shown = text.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
     return "".join(_escaped(letter) for letter in shown) if not shown.isascii() or not shown.isprintable() else shown
 
@@ -45,7 +49,11 @@ def listed(names: Sequence[str], limit: int = 5, noun: str = "") -> str:
 
 
 def nearest(word: str, names: Iterable[str], cutoff: float = 0.6) -> str | None:
-    """Return the name most like `word`, or None; the last part of a dotted key counts most."""
+    """Return the name most like `word`, or None; the last part of a dotted key counts most.
+
+    >>> nearest("data.lr", ["optimizer.lr", "data.dir"])
+    'optimizer.lr'
+    """
 
     def likeness(name: str) -> float:
         last = difflib.SequenceMatcher(None, word.rpartition(".")[2], name.rpartition(".")[2]).ratio()

@@ -1,4 +1,4 @@
-"""What docs/architecture.md promises and import-linter cannot see: what a verb really loads, and that every config composes."""
+"""The promises of docs/architecture.md: what a verb loads, who prints, unique names, and that every config composes."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ def test_prepare_audit_and_clean_load_no_torch(tmp_path: Path) -> None:
         tmp_path, "prepare", "data=digits", f"data.dir={tmp_path / 'digits'}", f"data.manifest_path={manifest_path}"
     )
     assert manifest_path.read_text(encoding="utf-8").startswith("path,label,split,group,sha256,width,height")
-    assert "nothing found" in assert_torch_free(tmp_path, "audit", "data=digits", f"data.dir={tmp_path / 'digits'}")
+    assert "no issues" in assert_torch_free(tmp_path, "audit", "data=digits", f"data.dir={tmp_path / 'digits'}")
     assert "removed" in assert_torch_free(tmp_path, "clean")
 
 

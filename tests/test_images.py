@@ -236,7 +236,7 @@ def test_a_value_that_cannot_be_names_its_key(values, key):
         ({"max_bytes": 0}, "data.limits.max_bytes"),
         ({"max_bytes": "50MB"}, "data.limits.max_bytes"),
         ({"max_pixels": 10**9}, "data.limits.max_pixels"),
-        ({"formats": ["JPG"]}, "data.limits.formats knows no 'JPG': did you mean JPEG"),
+        ({"formats": ["JPG"]}, "unknown format 'JPG' in data.limits.formats: did you mean JPEG"),
         ({"formats": ["PDF"]}, "choose from JPEG, PNG"),
         ({"formats": "JPEG"}, "data.limits.formats must be a list"),
         ({"formats": []}, "data.limits.formats must be a list"),

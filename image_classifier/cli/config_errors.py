@@ -1,4 +1,4 @@
-"""What Hydra would refuse, found before anything is loaded and said in one line: the nearest name and the file that defines it."""
+"""Errors of the command line in one line, before anything is loaded: the nearest name and the file that defines it."""
 
 from __future__ import annotations
 
@@ -22,23 +22,32 @@ from omegaconf.errors import OmegaConfBaseException
 from image_classifier.cli.conf_files import is_base
 from image_classifier.cli.options import TEXT_KEYS
 from image_classifier.errors import ConfigError
+from image_classifier.extras import install
 from image_classifier.override_grammar import requoted
+from image_classifier.paths import CONF_DIR
 from image_classifier.program import program
 from image_classifier.text import did_you_mean, nearest
 
+_JOBLIB, _SUBMITIT = "hydra-joblib-launcher", "hydra-submitit-launcher"
+_LAUNCHERS = {"joblib": _JOBLIB, "submitit_local": _SUBMITIT, "submitit_slurm": _SUBMITIT}  # of the extra `launchers`
+
 
 def one_line(error: BaseException) -> str:
-    """The error's own words and its cause's, without Hydra's advice and lay-out."""
-    words = [str(error), str(error.__cause__ or "")]
+    """Return the message of an error and of its cause, without Hydra's advice and layout."""
+    texts = [str(error), str(error.__cause__ or "")]
     lines = [
-        line.strip() for text in words for line in re.split(r"(?i)\n(?:config )?search path:", text)[0].splitlines()
+        line.strip() for text in texts for line in re.split(r"(?i)\n(?:config )?search path:", text)[0].splitlines()
     ]
     noise = ("full_key", "object_type", "reference_type", "See https", "Set the environment", "To append")
     return "; ".join(dict.fromkeys(line for line in lines if line and not line.startswith(noise)))
 
 
 def parse(override: str) -> Override:
-    """One override as Hydra reads it, its value quoted where only that makes it readable; ConfigError for the others."""
+    """Return an override as Hydra parses it, quoted where that is needed.
+
+    Raises:
+        ConfigError: Hydra cannot parse it, quoted or not.
+    """
     parser = OverridesParser.create()
     try:
         return parser.parse_overrides([override])[0]
@@ -53,7 +62,10 @@ def parse(override: str) -> Override:
 
 
 def jobs(parsed: list[Override], sweep: bool) -> list[list[str]]:
-    """The overrides to try: as they are, or, for a sweep, each choice of each group once beside the others' first."""
+    """Return the lists of overrides to check: one, or, for a sweep, one for each choice of each group.
+
+    Each choice is checked once, together with the first choices of the other groups.
+    """
     fixed = [override.input_line or "" for override in parsed if not override.is_sweep_override()]
     swept = [override for override in parsed if override.is_sweep_override()]
     if swept and not sweep:
@@ -75,7 +87,7 @@ def jobs(parsed: list[Override], sweep: bool) -> list[list[str]]:
 
 
 def check_complete(config: DictConfig, verb: str) -> None:
-    """Refuse a tree with a `???` or with an interpolation that leads nowhere."""
+    """Raise ConfigError for a tree with a `???` or with an interpolation of an unknown key."""
     try:
         missing = sorted(OmegaConf.missing_keys(config))
         if not missing:
@@ -94,14 +106,16 @@ def _placeholder(key: str, verb: str) -> str:
 
 
 def explain(error: Exception, root: str, overrides: list[str], extra: list[str], verb: str) -> ConfigError:
-    """The refusal of one override, found by asking Hydra about each; where none is to blame, Hydra's own words.
+    """Return the error of one override, found by checking each alone; else Hydra's own message.
 
     Called inside an initialised Hydra; `extra` are overrides of ours, such as the search path.
     """
     loader = GlobalHydra.instance().config_loader()
-    parsed = [
-        override for override in OverridesParser.create().parse_overrides(overrides) if not override.is_hydra_override()
-    ]
+    parsed = OverridesParser.create().parse_overrides(overrides)
+    refused = _missing_launcher(loader, root, parsed, extra)
+    if refused:
+        return refused
+    parsed = [override for override in parsed if not override.is_hydra_override()]
     groups, keys = _split(loader, root, parsed, extra)
     try:
         chosen = _chosen(loader, root, extra)
@@ -115,6 +129,16 @@ def explain(error: Exception, root: str, overrides: list[str], extra: list[str],
     return _refused_key(loader, root, keys, kept, verb) or ConfigError(
         "Hydra refuses the command line", one_line(error)
     )
+
+
+def _missing_launcher(loader: ConfigLoader, root: str, parsed: list[Override], extra: list[str]) -> ConfigError | None:
+    """Return the refusal of a launcher whose package is not installed, None for other refusals."""
+    for override in parsed:
+        package = _LAUNCHERS.get(str(override.value())) if override.key_or_group == "hydra/launcher" else None
+        if package and override.value() not in _options(loader, root, "hydra/launcher", extra):
+            fact = f"{override.input_line} needs the package {package}, which is not installed"
+            return ConfigError(fact, install("launchers"))
+    return None
 
 
 def _split(
@@ -133,7 +157,7 @@ def _options(loader: ConfigLoader, root: str, group: str, extra: list[str]) -> l
 
 
 def _chosen(loader: ConfigLoader, root: str, extra: list[str]) -> dict[str, Any]:
-    """The groups of the root's defaults list, each with its choice."""
+    """Return the groups of the root's defaults list, each with its choice."""
     choices: dict[str, Any] = loader.compute_defaults_list(root, extra, RunMode.RUN).overrides.known_choices
     return {group: choice for group, choice in choices.items() if not group.startswith("hydra")}
 
@@ -187,7 +211,7 @@ def _hint(loader: ConfigLoader, root: str, kept: list[str], override: Override, 
 
 
 def _keys(node: DictConfig) -> set[str]:
-    """Every key of a tree, dotted."""
+    """Return every key of a tree, dotted."""
     return set(_walk(OmegaConf.to_container(node, resolve=False), ""))
 
 
@@ -198,7 +222,7 @@ def _walk(plain: Any, prefix: str) -> Iterator[str]:
 
 
 def _file(loader: ConfigLoader, root: str, kept: list[str], key: str) -> str:
-    """The file that gives a key its value (the last of the defaults list to hold it), or a group's folder."""
+    """Return the file that sets a key (the last one of the defaults list), or a group's folder."""
     for default in reversed(loader.compute_defaults_list(root, kept, RunMode.RUN).defaults):
         package = default.package or ""
         inside = key.removeprefix(f"{package}.") if package else key
@@ -234,8 +258,8 @@ def _folder(loader: ConfigLoader, group: str) -> str:
 
 
 def _shown(path: Path) -> str:
-    """A path as short as it is true: beside `conf` or from the current folder."""
-    for base in (Path.cwd(), Path(__file__).resolve().parents[2]):
+    """Return a path relative to the current folder or to the folder of `conf`, where it is below one of them."""
+    for base in (Path.cwd(), CONF_DIR.parent):
         if path.is_relative_to(base):
             return os.fspath(path.relative_to(base))
     return os.fspath(path)

@@ -45,7 +45,7 @@ def verb_help(program: str, verb: str, text: str, conf: Path) -> str:
 
 
 def _keys(root: str, bases: list[str]) -> list[str]:
-    """Return the lines of the keys of a root file and of those that it builds on, without what the root file replaces."""
+    """Return the lines of the keys of a root file, and of the keys that it inherits from others."""
     lines: dict[str, list[str]] = {}
     for text in (root, *bases):
         blocks = [block for block in re.split(r"^(?=\w)", text, flags=re.MULTILINE) if re.match(r"\w+:", block)]

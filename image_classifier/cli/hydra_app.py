@@ -1,4 +1,4 @@
-"""Hydra and OmegaConf, known to this file and its two helpers only (refusal: errors; targets: objects): verbs run, settings typed."""
+"""Verbs run as Hydra applications; their configuration is composed, checked and turned into typed settings."""
 
 from __future__ import annotations
 
@@ -122,7 +122,7 @@ def run_hydra(verb: str, line: CommandLine, task: Task) -> None:
 
 
 def configure_logging() -> None:
-    """Messages of ours and of Hydra, and warnings of all others, as plain lines on standard error."""
+    """Log our own and Hydra's messages, and the warnings of all others, as plain lines on standard error."""
     root = logging.getLogger()
     for handler in [handler for handler in root.handlers if handler.name == __name__]:
         root.removeHandler(handler)
@@ -135,7 +135,7 @@ def configure_logging() -> None:
 
 
 def _checked(verb: str, line: CommandLine) -> tuple[CommandLine, DictConfig | None]:
-    """The line with its text quoted where Hydra's grammar needs it, and, for one run without flags, what it runs with.
+    """Return the line, quoted where Hydra's grammar needs it, and, for one run without flags, its configuration.
 
     Raises:
         ConfigError: Hydra would refuse the line.
@@ -148,9 +148,9 @@ def _checked(verb: str, line: CommandLine) -> tuple[CommandLine, DictConfig | No
     line = CommandLine(line.flags, tuple(override.input_line or "" for override in parsed))
     root, folder = line.value("--config-name") or verb, line.value("--config-dir")
     conf = Path(line.value("--config-path") or CONF_DIR)
-    for name, place in (("--config-path", conf), ("--config-dir", Path(folder or "."))):
-        if not place.is_dir() and "://" not in str(place):
-            raise ConfigError(f"{name} {str(place)!r} is not a folder")
+    for name, path in (("--config-path", conf), ("--config-dir", Path(folder or "."))):
+        if not path.is_dir() and "://" not in str(path):
+            raise ConfigError(f"{name} {str(path)!r} is not a folder")
     sweep = line.has("--multirun") or any(override.input_line == "hydra.mode=MULTIRUN" for override in parsed)
     with composer(conf):
         for overrides in jobs(parsed, sweep):
@@ -191,29 +191,29 @@ def composed(verb: str, overrides: Iterable[str]) -> DictConfig:
 
 
 def running_line(verb: str) -> CommandLine:
-    """The flags and overrides with which the verb is running: of a sweep, those of this job."""
+    """Return the flags and overrides of the running verb; in a sweep those of this job."""
     line = with_own_conf(translate(verb, sys.argv[2:]))
     return CommandLine(line.flags, tuple(HydraConfig.get().overrides.task))
 
 
 def running_choice(group: str) -> str:
-    """The choice of a group in the running verb."""
+    """Return the choice of a group in the running verb."""
     return str(HydraConfig.get().runtime.choices[group])
 
 
 @contextlib.contextmanager
 def composer(conf: Path) -> Iterator[None]:
     """Let configurations be composed from this folder in the block."""
-    place = str(conf) if "://" not in str(conf) else str(CONF_DIR)
-    with hydra.initialize_config_dir(os.path.abspath(place), version_base="1.3"):
+    folder = CONF_DIR if "://" in str(conf) else conf
+    with hydra.initialize_config_dir(os.path.abspath(folder), version_base="1.3"):
         yield
 
 
 def typed(cls: type[T], node: DictConfig, key: str) -> T:
-    """The node as a checked dataclass; `key` is where it hangs in the tree, for messages.
+    """Return a node as a checked dataclass.
 
     Raises:
-        ConfigError: A wrong type, an unknown or a missing key; what `__post_init__` raises passes through.
+        ConfigError: A wrong type, an unknown or a missing key; errors of `__post_init__` pass unchanged.
     """
     plain = to_plain(node)
     try:
@@ -230,7 +230,7 @@ def typed(cls: type[T], node: DictConfig, key: str) -> T:
 
 
 def _writable(node: DictConfig) -> DictConfig:
-    """A structured node that takes values though its dataclasses are frozen."""
+    """Return a structured node made writable, although its dataclasses are frozen."""
     OmegaConf.set_readonly(node, False)
     for _, value in node.items_ex(resolve=False):
         if isinstance(value, DictConfig) and OmegaConf.get_type(value) not in (None, dict):
@@ -274,7 +274,7 @@ def _join(*parts: str) -> str:
 
 
 def to_plain(node: Any) -> dict[str, Any]:
-    """A node as resolved plain dicts, lists and scalars."""
+    """Return a node as resolved plain dicts, lists and scalars."""
     try:
         return OmegaConf.to_container(node, resolve=True) if OmegaConf.is_config(node) else dict(node)  # type: ignore[return-value]
     except OmegaConfBaseException as error:
@@ -282,7 +282,7 @@ def to_plain(node: Any) -> dict[str, Any]:
 
 
 def without(node: DictConfig, *keys: str) -> DictConfig:
-    """A copy of a node, at its place in the tree, that lacks some keys."""
+    """Return a copy of a node without some keys, with the same parent for interpolations."""
     copy = node.copy()
     OmegaConf.set_struct(copy, False)
     for key in keys:
@@ -291,7 +291,7 @@ def without(node: DictConfig, *keys: str) -> DictConfig:
 
 
 def replaced(node: DictConfig, values: Mapping[str, Any]) -> DictConfig:
-    """A copy of a whole configuration with other values at these dotted keys, new ones among them."""
+    """Return a copy of a configuration with other values at these dotted keys, which may be new."""
     copy = node.copy()
     OmegaConf.set_struct(copy, False)
     for key, value in values.items():
@@ -300,7 +300,7 @@ def replaced(node: DictConfig, values: Mapping[str, Any]) -> DictConfig:
 
 
 def only(node: DictConfig, *keys: str) -> DictConfig:
-    """The keys of a node that are named here and there, resolved."""
+    """Return those of the keys that a node has, resolved."""
     plain = to_plain(node)
     return OmegaConf.create({key: literal_values(plain[key]) for key in keys if key in plain})
 
@@ -316,15 +316,15 @@ def to_yaml(node: DictConfig) -> str:
 
 
 def save(node: DictConfig, path: Path) -> None:
-    """Write a node as YAML with every interpolation resolved, whole or not at all."""
+    """Write a node as YAML with every interpolation resolved, completely or not at all."""
     write_text(path, to_yaml(node))
 
 
 def resumed(config: DictConfig, path: Path, overrides: Iterable[str]) -> DictConfig:
-    """The configuration that `save` wrote, with what `overrides` gives in its place; `config` is what the running command line composes.
+    """Return a configuration that `save` wrote, with the values that `overrides` set taken from `config`.
 
     Raises:
-        ConfigError: The file cannot be read, or held a password that is not given again.
+        ConfigError: The file cannot be read, or it had a password, which is not saved and not given again.
     """
     try:
         saved = OmegaConf.load(path)

@@ -1,4 +1,4 @@
-"""One job of a sweep (`-m`), wherever a launcher runs it: in this process, in joblib's beside it, on a machine of SLURM's."""
+"""One job of a sweep (`-m`), in this process, in a process of joblib or on a machine of SLURM."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ Task = Callable[[DictConfig], object]
 
 
 class Escape(BaseException):
-    """Carries an error of the task past Hydra, which would print and swallow an Exception."""
+    """An error of the task on its way through Hydra, which would print and swallow an Exception."""
 
     def __init__(self, error: Exception) -> None:
         super().__init__(error)
@@ -29,30 +29,31 @@ class Escape(BaseException):
 
 
 class _Sent(Exception):
-    """An error in another process, which Hydra keeps until all jobs are done; in the process that waits for them it escapes."""
+    """An error in another process, which Hydra keeps until all jobs are done; unpickled it is an `Escape`."""
 
     def __init__(self, error: Exception) -> None:
         super().__init__(error)
-        self.error = (
-            error if isinstance(error, ClassifierError) else RuntimeError(f"{type(error).__name__}: {error}")
-        )  # others may not travel
+        # Errors of other packages may not survive pickling.
+        is_ours = isinstance(error, ClassifierError)
+        self.error = error if is_ours else RuntimeError(f"{type(error).__name__}: {error}")
 
     def __reduce__(self) -> tuple[type[Escape], tuple[Exception]]:
         return Escape, (self.error,)
 
 
-def guarded(verb: str, task: Task, on_arrival: Callable[[], None]) -> Task:
-    """The task as Hydra is to run it: with a full command line in sys.argv, and with errors that reach `run_verb`.
+def guarded(verb: str, task: Task, on_launch: Callable[[], None]) -> Task:
+    """Return the task for Hydra: it runs with a full command line in sys.argv, and its errors reach `run_verb`.
 
-    Where it arrives in another process, a job that fails says so there and stops no other.
+    In another process a job that fails logs its error there and stops no other job.
     """
-    full, home = list(sys.argv), _this_process()
+    argv = list(sys.argv)
+    home = _this_process()
 
     def run(config: DictConfig) -> object:
-        sys.argv[:] = _line_of_job(verb, full)
+        sys.argv[:] = _line_of_job(verb, argv)
         launched = home != _this_process()
         if launched:
-            on_arrival()
+            on_launch()
         try:
             return task(config)
         except Exception as error:
@@ -75,7 +76,7 @@ def _this_process() -> tuple[str, int]:
 
 
 def _line_of_job(verb: str, full: list[str]) -> list[str]:
-    """The command line that runs this job alone, from which its ranks are started: in a sweep with the job's own overrides."""
+    """Return the command line that runs this job alone, with its own overrides: its ranks are started with it."""
     running = HydraConfig.get()
     if running.mode != RunMode.MULTIRUN:
         return full

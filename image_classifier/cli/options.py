@@ -6,12 +6,13 @@ import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import chain
 
 from image_classifier.cli.positional import data_choice, word_overrides
 from image_classifier.errors import ConfigError
 from image_classifier.override_grammar import quoted
 
-# Values that are text and never Hydra's grammar, for each verb: names and paths. `--KEY VALUE` keeps them to the letter.
+# Values that are text and never Hydra's grammar, for each verb: names and paths. `--KEY VALUE` keeps them unchanged.
 _DATA_TEXT = frozenset(
     {
         "data.dir",
@@ -50,7 +51,7 @@ LIST_KEYS: dict[str, frozenset[str]] = {
     "triton": frozenset({"arguments"}),
 }
 _FILE_LISTS = frozenset({"images"})  # whose items may look like overrides
-MAP_KEYS = frozenset({"data.rename", "models"})  # of any names: Hydra must be told that they are new
+MAP_KEYS = frozenset({"data.rename", "models"})  # maps with any keys: an override may add new ones
 
 # Hydra's own flags that stand alone, and those that take a value.
 _ALONE = (
@@ -97,28 +98,30 @@ _OVERRIDE = re.compile(r"(\+{1,2}|~)?[\w$][\w$.@/:-]*=|~[\w$][\w$.@/:-]*$")
 
 @dataclass(frozen=True)
 class CommandLine:
-    """What follows the verb: Hydra's own flags, each with its value, and the overrides."""
+    """The command line after the verb: Hydra's flags, each with its value, and the overrides."""
 
     flags: tuple[tuple[str, str | None], ...] = ()
     overrides: tuple[str, ...] = ()
 
     def has(self, *flags: str) -> bool:
-        """Whether one of the flags was given."""
+        """Return whether one of the flags is given."""
         return any(name in flags for name, _ in self.flags)
 
     def value(self, flag: str) -> str | None:
-        """The flag's value, or None."""
+        """Return the value of a flag, or None."""
         return dict(self.flags).get(flag)
 
     def argv(self) -> list[str]:
-        """The line for Hydra: flags first, as argparse takes overrides from one place only."""
-        return [part for name, value in self.flags for part in ((name,) if value is None else (name, value))] + list(
-            self.overrides
-        )
+        """Return the words for Hydra: flags first, because argparse accepts overrides only in one block."""
+        flags = [(name,) if value is None else (name, value) for name, value in self.flags]
+        return [*chain.from_iterable(flags), *self.overrides]
 
 
 def translate(verb: str, arguments: Sequence[str]) -> CommandLine:
     """Translate `--key value`, `--key=value` and plain words to `key=value`; Hydra's flags and overrides stay.
+
+    >>> translate("train", ["--name", "a=b", "--overwrite", "-m", "seed=1,2"]).argv()
+    ['--multirun', "name='a=b'", 'overwrite=true', 'seed=1,2']
 
     Raises:
         ConfigError: A word that has no meaning here.
@@ -155,12 +158,12 @@ def _flag_value(name: str, value: str | None, rest: list[str]) -> str | None:
         raise ConfigError(f"{name} needs a value")
     value = rest.pop(0) if value is None else value
     if name in ("--cfg", "-c") and value not in _CFG:
-        raise ConfigError(f"{name} cannot show {value!r}", f"use one of {', '.join(_CFG)}")
+        raise ConfigError(f"invalid {name} {value}", f"expected {', '.join(_CFG)}")
     return os.path.abspath(value) if name in ("--config-path", "-cp") and "://" not in value else value
 
 
 def _option(verb: str, key: str, value: str | None, rest: list[str]) -> str:
-    """One `--key …` as an override; takes its values from the front of `rest`."""
+    """Return one `--key ...` as an override; its values are removed from the front of `rest`."""
     if key in LIST_KEYS.get(verb, ()):
         values = [] if value is None else [value]
         while rest and not _is_option(rest[0]) and (key in _FILE_LISTS or not _is_override(rest[0])):
@@ -177,16 +180,16 @@ def _option(verb: str, key: str, value: str | None, rest: list[str]) -> str:
 
 
 def _listed(verb: str, override: str) -> str:
-    """`images=a.png` is a list of one; `[a.png,b.png]`, quotes and `${…}` stay Hydra's."""
+    """Return `images=a.png` as a list of one; `[a.png,b.png]`, quotes and `${...}` are left to Hydra."""
     key, _, value = override.partition("=")
-    if value.startswith("(") and key in TEXT_KEYS.get(verb, ()):  # such as a regular expression
+    if value.startswith("(") and key in TEXT_KEYS.get(verb, ()):  # a regular expression, for one
         return f"{key}={quoted(value)}"
     plain = key in LIST_KEYS.get(verb, ()) and value and value[0] not in "[{('\"$" and "," not in value
     return f"{key}=[{quoted(value)}]" if plain else override
 
 
 def _mapped(override: str) -> str:
-    """`data.rename={a: b}` as `++data.rename={a: b}`, which may add names; and the entries of a search space, which any key may be."""
+    """Return `data.rename={a: b}` and the entries of a search space with `++`, because they may add new keys."""
     key = override.partition("=")[0]
     return f"++{override}" if key in MAP_KEYS or key.startswith("search.") else override
 

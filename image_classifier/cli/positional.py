@@ -1,4 +1,4 @@
-"""Plain words of the command line: `train photos/`, `infer NAME photos/`, `test NAME`. Loads neither Hydra nor torch."""
+"""Plain words of the command line: `train photos/`, `infer NAME photos/`, `test NAME`. Loads no Hydra."""
 
 from __future__ import annotations
 
@@ -88,16 +88,12 @@ def given(overrides: Iterable[str]) -> set[str]:
 
 def _check_model_named(verb: str, keys: Sequence[str], words: Sequence[str]) -> None:
     """Refuse `infer photos/`, which names images and no model."""
-    path = Path(words[0])
-    is_model = path.suffix in (".ckpt", ".onnx") or (path / "bundle.json").is_file() or (path / "dvc.yaml").is_file()
-    if (
-        verb == "infer"
-        and list(keys) == ["checkpoint_name", "images"]
-        and len(words) == 1
-        and path.exists()
-        and not is_model
-    ):
-        raise ConfigError("infer needs the name of a model", f"{program()} infer NAME {shlex.quote(words[0])}")
+    word = words[0]
+    is_model = word.endswith((".ckpt", ".onnx")) or os.path.isfile(os.path.join(word, "bundle.json"))
+    if verb != "infer" or list(keys) != ["checkpoint_name", "images"] or len(words) > 1:
+        return
+    if os.path.exists(word) and not is_model:
+        raise ConfigError("infer needs the name of a model", f"{program()} infer NAME {shlex.quote(word)}")
 
 
 def _data_override(verb: str, words: Sequence[str], overrides: Sequence[str], arguments: Sequence[str]) -> list[str]:
@@ -113,10 +109,9 @@ def _data_override(verb: str, words: Sequence[str], overrides: Sequence[str], ar
 
 def _check_images(verb: str, word: str, arguments: Sequence[str]) -> None:
     """Refuse a word that is neither a folder nor an archive, a table or an address."""
-    path = Path(word)
-    if "://" in word or word.startswith(tuple(_HUBS)) or path.is_dir():
+    if "://" in word or word.startswith(tuple(_HUBS)) or os.path.isdir(word):
         return
-    if path.is_file():
+    if os.path.isfile(word):
         if not word.lower().endswith((*_ARCHIVES, *_TABLES)):
             hint = f"give a folder with one sub-folder per class: {program()} {verb} FOLDER"
             raise ConfigError(f"{word!r} is neither a folder nor an archive nor a table", hint)

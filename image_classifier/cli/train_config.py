@@ -1,4 +1,4 @@
-"""From what Hydra composed to the typed configuration of a training: below this there is neither Hydra nor OmegaConf."""
+"""The typed configuration of a training, from the one that Hydra composed."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The cache folder (`data.cache.dir`): the tag that marks it, and removal of all that can be computed again from the images."""
+"""The cache folder (`data.cache.dir`): its tag, and removal of everything that can be computed again."""
 
 from __future__ import annotations
 
@@ -12,9 +12,7 @@ from image_classifier.atomic_io import file_lock, write_text
 from image_classifier.errors import ConfigError, DataError, storage_errors
 
 _TAG = "CACHEDIR.TAG"
-_SIGNATURE = (
-    "Signature: 8a477f597d28d172789f06886806bc55"  # https://bford.info/cachedir/: backup programs skip such folders
-)
+_SIGNATURE = "Signature: 8a477f597d28d172789f06886806bc55"  # https://bford.info/cachedir/
 _TEXT = f"{_SIGNATURE}\n# Decoded pixels and metadata of image files: `python commands.py clean` removes them.\n"
 _TEXTS = (_TEXT, _TEXT.replace("metadata", "facts"))  # the second is what version 0.1.0 wrote
 _NAMES = ("facts", "twins", "embeddings")

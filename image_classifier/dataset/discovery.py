@@ -17,19 +17,21 @@ from image_classifier.images import is_image_name
 from image_classifier.progress import with_bar
 from image_classifier.sources.folders import is_folder, visible_entries, walk
 from image_classifier.sources.table import SPLIT_NAMES, TableRow, is_table, read_table
+from image_classifier.text import listed
 
 log = logging.getLogger(__name__)
 
 _TREE_HINT = "give each class its own sub-folder: FOLDER/cat/1.jpg, FOLDER/dog/2.jpg"
-_GONE = -1  # size and times of a file that cannot be looked at, such as a link to nowhere
+_GONE = -1  # size and times of a file that cannot be looked at, such as a broken link
 
 
 @dataclass(frozen=True, slots=True)
 class ImageFile:
     """One image on disk.
 
-    `path` is relative to the tree's root, in posix form; `split` is "" where neither folder nor table says it; `size` is in bytes,
-    `mtime_ns` and `ctime_ns` in nanoseconds, all three -1 where the file cannot be looked at; `key` is the value of a table's group column.
+    `path` is relative to the tree's root, in posix form; `split` is "" where neither folder nor table gives it; `size`
+    is in bytes, `mtime_ns` and `ctime_ns` in nanoseconds, all three -1 if the file cannot be looked at; `key` is the
+    value of a table's group column.
     """
 
     path: str
@@ -43,10 +45,10 @@ class ImageFile:
 
 @dataclass(frozen=True)
 class FileTree:
-    """What was found below `root`: images sorted by path, and all that is none or belongs nowhere.
+    """The files below `root`: images sorted by path, and everything else.
 
-    `strays` are visible files that are no images by name or lie in no class, `empty` class folders without an image, `ignored`
-    folders that are no part of a tree in parts; all relative to `root` and sorted.
+    `strays` are visible files that are no images by name or are in no class, `empty` class folders without an image,
+    `ignored` folders next to train/, val/ and test/; all relative to `root` and sorted.
     """
 
     root: Path
@@ -65,7 +67,7 @@ class Listing:
     others: list[str]
 
 
-Parts = dict[str, str]  # folder name -> split; {"": ""} for a folder that holds classes itself
+SplitFolders = dict[str, str]  # folder name -> split; {"": ""} for a folder that holds classes itself
 
 
 def discover(
@@ -74,25 +76,25 @@ def discover(
     progress: bool = False,
     group_column: str | None = None,
 ) -> FileTree:
-    """All images of some folders and tables, classes of the same (renamed) name being one.
+    """Return all images of some folders and tables; classes of the same (renamed) name are one.
 
     Args:
-        paths: Folders of class folders, folders of train/ [val/] test/, or tables (see `table.read_table`). The root of the tree is the
-            one folder, or the folder that all have in common.
-        rename: Class names by what they are in the folders and tables.
+        paths: Folders of class folders, folders of train/ [val/] test/, or tables (see `table.read_table`). The root of
+            the tree is the one folder, or the folder that all have in common.
+        rename: New class names by those in the folders and tables.
         progress: Whether to show a bar on standard error.
         group_column: The column of a table that `ImageFile.key` comes from.
 
     Raises:
-        ConfigError: A folder is named twice or lies in another, or `rename` names no class.
+        ConfigError: A folder is named twice or is inside another, or `rename` names no class.
         DataError: A folder or table cannot be read, holds no images or no classes, or a class name is not UTF-8.
     """
     sources = _Sources(paths, group_column)
-    finder = _Finder(sources, [(folder, _parts(folder)) for folder in sources.folders], sources.rows, progress)
+    finder = _Finder(sources, [(folder, _split_folders(folder)) for folder in sources.folders], sources.rows, progress)
     if rename:
         _check_renamed(rename, {image.label for image in finder.images})
     if finder.ignored:
-        log.warning("%s: not part of any split and left out: %s", sources.root, ", ".join(sorted(finder.ignored)))
+        log.warning("%s: not part of any split and skipped: %s", sources.root, ", ".join(sorted(finder.ignored)))
     return finder.tree(rename or {})
 
 
@@ -102,34 +104,33 @@ def discover_test(
     progress: bool = False,
     group_column: str | None = None,
 ) -> FileTree:
-    """The images to test on, each with the split "test": the test parts of the folders and tables where there are any, else all.
+    """Return the images to test on, all with the split "test".
+
+    They are the test splits of the folders and tables if there are any, else all images.
 
     Raises:
-        ConfigError: As `find`, except that `rename` may name classes that are not tested.
-        DataError: As `find`.
+        ConfigError: As `discover`, except that `rename` may name classes that are not tested.
+        DataError: As `discover`.
     """
     sources = _Sources(paths, group_column)
-    folders = [(folder, parts) for folder in sources.folders if (parts := _test_parts(folder))]
+    folders = [(folder, parts) for folder in sources.folders if (parts := _test_folders(folder))]
     rows = [row for row in sources.rows if row.split == "test"]
     if not folders and not rows:
-        folders, rows = [(folder, _parts(folder)) for folder in sources.folders], sources.rows
+        folders, rows = [(folder, _split_folders(folder)) for folder in sources.folders], sources.rows
     tree = _Finder(sources, folders, rows, progress).tree(rename or {})
     return replace(tree, images=tuple(replace(image, split="test") for image in tree.images))
 
 
 def unreadable(root: Path, failures: Sequence[UnreadableImage]) -> DataError:
-    """One line for all files that cannot be read: the first three by name."""
+    """Return one error for all files that cannot be read; it names the first three."""
     if len(failures) == 1:
         return UnreadableImage(failures[0].path, failures[0].reason, "delete or replace it")
-    named = ", ".join(f"{failure.path!r} ({failure.reason})" for failure in failures[:3])
-    more = f" and {len(failures) - 3} more" if len(failures) > 3 else ""
-    return DataError(
-        f"{len(failures)} images under {str(root)!r} cannot be read: {named}{more}", "delete or replace them"
-    )
+    named = listed([f"{failure.path!r} ({failure.reason})" for failure in failures], limit=3)
+    return DataError(f"{len(failures)} images under {str(root)!r} cannot be read: {named}", "delete or replace them")
 
 
 def list_folder(folder: Path) -> Listing:
-    """What `folder` itself shows; DataError where it cannot be read."""
+    """Return what is directly in a folder; DataError if it cannot be read."""
     listing = Listing([], [], [])
     try:
         entries = visible_entries(folder)
@@ -152,8 +153,11 @@ def _unreadable_folder(folder: str | Path, error: OSError) -> DataError:
     return DataError(fact, "check the path and its permissions")
 
 
-def _parts(folder: Path) -> Parts:
-    """The split folders of a tree that is given in parts; else a folder called "train" is a class of trains."""
+def _split_folders(folder: Path) -> SplitFolders:
+    """Return the folders train/, val/ and test/ of a tree that has them.
+
+    Without sub-folders or others of their kind, a folder called "train" is a class of trains.
+    """
     top = list_folder(folder)
     parts = {name: SPLIT_NAMES[name.lower()] for name in top.folders if name.lower() in SPLIT_NAMES}
     train = [name for name, split in parts.items() if split == "train"]
@@ -163,13 +167,13 @@ def _parts(folder: Path) -> Parts:
     return parts
 
 
-def _test_parts(folder: Path) -> Parts:
+def _test_folders(folder: Path) -> SplitFolders:
     names = [name for name in list_folder(folder).folders if SPLIT_NAMES.get(name.lower()) == "test"]
     return {name: "test" for name in names if list_folder(folder / name).folders}
 
 
 class _Sources:
-    """The folders and the tables' rows behind some paths, and the folder `root` (absolute: `base`) that all lie in."""
+    """The folders and table rows of some paths, and the folder `root` (absolute: `base`) that contains them all."""
 
     def __init__(self, paths: Sequence[Path], group_column: str | None) -> None:
         if not paths:
@@ -186,7 +190,7 @@ class _Sources:
         self.root = same[0] if same else Path(self.base if absolute else os.path.relpath(self.base))
 
     def relative(self, path: str) -> str:
-        """An absolute path below the root as seen from it; "" for the root itself."""
+        """Return an absolute path below the root, relative to it; "" for the root itself."""
         return path[len(self.base.rstrip("/")) + 1 :]
 
 
@@ -195,7 +199,7 @@ def _absolute(path: Path) -> str:
 
 
 def _check_apart(paths: Sequence[Path]) -> None:
-    """Raise ConfigError where a path is another or lies inside it: its images would count twice."""
+    """Raise ConfigError if a path is another or is inside it: its images would count twice."""
     real = [os.path.realpath(path) for path in paths]
     for i, inner in enumerate(real):
         for k, outer in enumerate(real):
@@ -203,30 +207,30 @@ def _check_apart(paths: Sequence[Path]) -> None:
                 fact = (
                     f"{str(paths[i])!r} is named twice"
                     if inner == outer
-                    else f"{str(paths[i])!r} lies inside {str(paths[k])!r}"
+                    else f"{str(paths[i])!r} is inside {str(paths[k])!r}"
                 )
                 raise ConfigError(f"data.dir: {fact}", "name each folder once")
 
 
 class _Finder:
-    """Looks through folders and rows once; what it found is in its lists, paths relative to the sources' root."""
+    """Lists the files of folders and rows once; paths are relative to the root of the sources."""
 
     def __init__(
-        self, sources: _Sources, folders: Sequence[tuple[Path, Parts]], rows: Iterable[TableRow], progress: bool
+        self, sources: _Sources, folders: Sequence[tuple[Path, SplitFolders]], rows: Iterable[TableRow], progress: bool
     ) -> None:
         self.sources = sources
         self.images: list[ImageFile] = []
         self.strays: list[str] = []
         self.empty: list[str] = []
         self.ignored: list[str] = []
-        classes = [found for folder, parts in folders for found in self._classes(folder, parts)]
+        classes = [entry for folder, parts in folders for entry in self._classes(folder, parts)]
         for folder, label, split in with_bar(classes, "finding images", len(classes)) if progress else classes:
             self._add_class(folder, label, split)
         for row in rows:
             self.images.append(_image(sources.relative(row.path), row.label, row.split, row.status, row.key))
 
     def tree(self, rename: Mapping[str, str]) -> FileTree:
-        """What was found, in order; DataError where that is nothing, or the same file twice."""
+        """Return the files, in order; DataError if there are none, or one of them twice."""
         images = sorted(self.images, key=attrgetter("path"))
         if rename:
             images = [replace(image, label=rename.get(image.label, image.label)) for image in images]
@@ -245,17 +249,17 @@ class _Finder:
             *(tuple(sorted(names)) for names in (self.strays, self.empty, self.ignored)),
         )
 
-    def _classes(self, folder: Path, parts: Parts) -> Iterator[tuple[str, str, str]]:
-        """Path, label and split of each class folder of one tree; notes what lies beside them."""
+    def _classes(self, folder: Path, split_folders: SplitFolders) -> Iterator[tuple[str, str, str]]:
+        """Yield path, label and split of each class folder of one tree; note other files and folders."""
         base = _absolute(folder)
-        if "" not in parts:
+        if "" not in split_folders:
             top = list_folder(folder)
             self.strays += self._inside(base, top.images + top.others)
-            self.ignored += self._inside(base, [name for name in top.folders if name not in parts])
-        for part, split in parts.items():
-            inner = list_folder(folder / part)
-            _check_class_folders(folder / part, inner)
-            path = os.path.join(base, part) if part else base
+            self.ignored += self._inside(base, [name for name in top.folders if name not in split_folders])
+        for name, split in split_folders.items():
+            inner = list_folder(folder / name)
+            _check_class_folders(folder / name, inner)
+            path = os.path.join(base, name) if name else base
             self.strays += self._inside(path, inner.images + inner.others)
             for label in inner.folders:
                 yield os.path.join(path, label), label, split
@@ -283,7 +287,7 @@ class _Finder:
 def _status(entry: os.DirEntry[str]) -> os.stat_result | None:
     try:
         return entry.stat()
-    except OSError:  # what reads the file says why
+    except OSError:  # reading the file later reports it
         return None
 
 
@@ -296,14 +300,14 @@ def _image(path: str, label: str, split: str, status: os.stat_result | None, key
 def _check_class_folders(folder: Path, listing: Listing) -> None:
     if not listing.folders:
         fact = (
-            f"the images lie directly in {str(folder)!r}, not in class folders"
+            f"the images are directly in {str(folder)!r}, not in class folders"
             if listing.images
             else f"{str(folder)!r} holds no images"
         )
         raise DataError(fact, _TREE_HINT)
     if listing.images:
         log.warning(
-            "%s: %d images beside the class folders belong to no class and are left out", folder, len(listing.images)
+            "%s: %d images next to the class folders belong to no class and are skipped", folder, len(listing.images)
         )
 
 
@@ -315,18 +319,14 @@ def _check_names(labels: Iterable[str], root: Path) -> None:
 
 
 def _check_renamed(rename: Mapping[str, str], labels: Iterable[str]) -> None:
-    """Raise ConfigError for a name in `rename` that no class has, or a new name that is none."""
+    """Raise ConfigError for a name in `rename` that no class has, or an empty new name."""
     labels = sorted(labels)
     for old, new in rename.items():
         if old not in labels:
             close = difflib.get_close_matches(old, labels, n=1)
             raise ConfigError(
-                f"data.rename has {old!r}, which is no class",
-                f"did you mean {close[0]!r}?" if close else f"classes: {_some(labels)}",
+                f"data.rename has {old!r}, which is not a class",
+                f"did you mean {close[0]!r}?" if close else f"classes: {listed(labels)}",
             )
         if not new.strip():
             raise ConfigError(f"data.rename gives {old!r} no name", "data.classes.exclude leaves a class out")
-
-
-def _some(names: Sequence[str]) -> str:
-    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")

@@ -1,7 +1,7 @@
 """Near-duplicates: a hash of the thumbnails proposes pairs (lsh.py), pixels decide.
 
-Two images are near-duplicates if two correlations are high enough. The first is of their 16 x 16 RGB thumbnails, all 768
-values less their mean: it must reach the threshold. The second is of their detail, each channel less the plane that
+Two images are near-duplicates if two correlations are high enough. The first is of their 16 x 16 RGB thumbnails, all
+768 values less their mean: it must reach the threshold. The second is of their detail, each channel less the plane that
 fits it best: it may fall short of 1 five times as far. The second keeps different birds on the same blue sky apart.
 Thumbnails whose detail is below 2 grey levels (standard deviation) show nothing to compare: they are in no pair, and
 exact copies of such files are known by their content hash.

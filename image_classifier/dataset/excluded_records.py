@@ -1,4 +1,7 @@
-"""What fix.csv leaves out is dealt with the rest and then put down beside the manifest, so that it comes back to the part it was in."""
+"""Images that fix.csv excludes are assigned with the others, then kept in a file next to the manifest.
+
+So each returns to its split once its row in fix.csv is gone.
+"""
 
 from __future__ import annotations
 
@@ -13,19 +16,19 @@ from image_classifier.manifest import Manifest
 
 
 def excluded_records_path(manifest_path: Path) -> Path:
-    """Where the records lie that a manifest lacks."""
+    """Return the path of the records that a manifest lacks."""
     return manifest_path.with_name(f"{manifest_path.stem}.left_out.csv")
 
 
 def with_excluded(previous: Manifest | None, path: Path) -> Manifest | None:
-    """The earlier manifest with the records that were left out of it; DataError where one of the files is damaged."""
+    """Return the earlier manifest with its excluded records; DataError if one of the files is damaged."""
     if previous is None or not excluded_records_path(path).exists():
         return previous
     return Manifest.of(previous.root, chain(previous, Manifest.read(excluded_records_path(path), previous.root)))
 
 
 def split_excluded(manifest: Manifest, correction: Correction) -> tuple[Manifest, Manifest | None]:
-    """The manifest without the images that fix.csv leaves out, and a manifest of these; None where there are none."""
+    """Return the manifest without the images that fix.csv excludes, and a manifest of these, or None."""
     gone = (
         np.array([name in correction.excluded for name in manifest.paths], dtype=bool)
         if correction.excluded
@@ -37,6 +40,6 @@ def split_excluded(manifest: Manifest, correction: Correction) -> tuple[Manifest
 
 
 def remove_excluded(path: Path) -> None:
-    """Remove what lies beside a manifest that lacks nothing any more; StorageError where the disk refuses."""
+    """Remove the file of a manifest that lacks nothing any more; StorageError if the disk refuses."""
     with storage_errors(path):
         excluded_records_path(path).unlink(missing_ok=True)

@@ -1,6 +1,6 @@
-"""A stratified group split: groups of images assigned to splits, class by class, in an order that content and seed decide.
+"""A stratified group split: groups of images assigned to splits, class by class.
 
-This module knows numbers only, no files.
+Only content and seed decide the order. This module knows numbers only, no files.
 """
 
 from __future__ import annotations
@@ -177,9 +177,10 @@ class StratifiedGroupSplitter:
         return positions
 
     def folds(self, count: int) -> np.ndarray:
-        """Return the fold of each group, int64 [K]: large groups first, each to the fold with the fewest of its classes.
+        """Return the fold of each group, int64 [K].
 
-        So no two folds differ by more than one group in a class that shares no group with others.
+        Large groups come first; each goes to the fold with the fewest images of its classes. So no two folds differ by
+        more than one group in a class that shares no group with others.
         """
         folds = np.zeros(len(self.splits), dtype=np.int64)
         totals = self.images(self.sizes > 0)[0].tolist()
@@ -188,7 +189,7 @@ class StratifiedGroupSplitter:
         starts, labels, counts = self.starts.tolist(), self.cell_labels.tolist(), self.cell_counts.tolist()
         for group in self.order[np.argsort(-self.sizes[self.order], kind="stable")].tolist():
             cells = range(starts[group], starts[group + 1])
-            # How full each fold is: of one class its images, of several the sum of shares, weighted by the group's images.
+            # How full each fold is: images of the class; for several classes the sum of shares, weighted by images.
             fullness: list[float] = list(in_fold[labels[cells.start]])
             if len(cells) > 1:
                 fullness = [

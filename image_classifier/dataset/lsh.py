@@ -1,9 +1,11 @@
-"""Which thumbnails may be twins: locality-sensitive hashing by random hyperplanes (Charikar, 2002), cheap enough for millions.
+"""Candidates for near-duplicates: locality-sensitive hashing by random hyperplanes, cheap enough for millions.
 
-Bit i of a thumbnail's signature says on which side of a random hyperplane it lies. Two that correlate by c differ in a bit with the
-probability arccos(c) / pi, whatever the images show: 6.4 % at 0.98. A table sorts the thumbnails by the next few bits and compares those
-that have them in common by 256 bits of their signatures. So many tables are made that a pair at the threshold shares the bits of one
-with a probability of 99 %; bits a table are chosen by counting what they would cost on these thumbnails.
+Charikar, "Similarity estimation techniques from rounding algorithms", 2002, section 3. Bit i of a thumbnail's signature
+is the side of a random hyperplane that it is on. Two that correlate by c differ in a bit with the probability
+arccos(c) / pi, whatever the images show: 6.4 % at 0.98. A table sorts the thumbnails by the next few bits and compares
+those that have them in common by 256 bits of their signatures. There are so many tables that a pair at the threshold
+shares the bits of one with a probability of 99 %. The bits of a table are chosen by counting what they would cost on
+these thumbnails.
 """
 
 from __future__ import annotations
@@ -17,16 +19,16 @@ import numpy as np
 from image_classifier.progress import with_bar
 
 RECALL = 0.99  # of pairs exactly at the threshold
-WINDOW = 32  # neighbours, by the bits that follow, that a thumbnail is compared with where more share a table's bits
+WINDOW = 32  # neighbours, by the next bits, that a thumbnail is compared with if more share the bits of a table
 MAX_BITS = 1024  # of a signature
 _NEAR = 4  # words of a signature that two are compared by
-_SORT = 8  # pairs that could be compared in the time in which one thumbnail is sorted in
+_SORT = 8  # pairs that can be compared in the time it takes to sort one thumbnail in
 _BLOCK = 2048  # thumbnails in float32 at a time: 6 MB
 
 
 @dataclass(frozen=True)
 class HashPlan:
-    """How many tables of how many bits."""
+    """Number of tables, and bits of each."""
 
     bits: int
     tables: int
@@ -35,7 +37,10 @@ class HashPlan:
 def propose(
     thumbnails: np.ndarray, rows: np.ndarray, threshold: float, mirrored: bool, progress: bool = False
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Pairs of `rows` of thumbnails uint8 [N, 16, 16, 3] that may correlate by `threshold`, first < second; pairs come more than once."""
+    """Yield pairs of `rows` that may correlate by `threshold`, first < second, int64 [P] twice; some come repeatedly.
+
+    Thumbnails are uint8 [N, 16, 16, 3].
+    """
     if len(rows) < 2:
         return
     plan = best_plan(_signatures(thumbnails, rows, 1, mirrored)[0], threshold)
@@ -53,9 +58,9 @@ def propose(
 
 
 def best_plan(words: np.ndarray, threshold: float) -> HashPlan:
-    """The cheapest plan that has the recall, judged by how many of these words, uint64 [E], would be compared.
+    """Return the cheapest plan with the recall, by how many of these words, uint64 [E], would be compared.
 
-    A plan that crowds more of them into windows than the longest tables do would find less than it promises, and is no choice.
+    A plan that crowds more of them into windows than the longest tables do would miss more pairs, and is not chosen.
     """
     words = np.sort(words)
     differing = words[1:] ^ words[:-1]
@@ -75,7 +80,10 @@ def best_plan(words: np.ndarray, threshold: float) -> HashPlan:
 
 
 def hyperplanes(count: int) -> np.ndarray:
-    """Random directions as whole numbers that add up to 0, float32 [768, count]: brightness has no say, and sums with uint8 values are exact."""
+    """Return random directions as whole numbers that add up to 0, float32 [768, count].
+
+    So brightness does not matter, and sums with uint8 values are exact.
+    """
     planes = np.rint(np.random.default_rng(20_260).normal(0, 32, (count, 768)))
     excess = planes.sum(1).astype(np.int64)
     planes -= (excess // 768)[:, None]
@@ -86,14 +94,15 @@ def hyperplanes(count: int) -> np.ndarray:
 def _signatures(thumbnails: np.ndarray, rows: np.ndarray, words: int, mirrored: bool) -> np.ndarray:
     """Signatures of the rows, and then of their mirror images, uint64 [words, E].
 
-    What an image and its mirror image have in common, and what they have not, is projected once each: half the work for both.
+    The halves' sum is the same in an image and its mirror image, their difference changes its sign: each is projected
+    once, which is half the work for both.
     """
-    even, odd = (part.reshape(384, -1) for part in _parts(hyperplanes(64 * words).reshape(16, 16, 3, -1), axis=1))
+    even, odd = (part.reshape(384, -1) for part in _halves(hyperplanes(64 * words).reshape(16, 16, 3, -1), axis=1))
     result = np.empty((words, (1 + mirrored) * len(rows)), np.uint64)
     for start in range(0, len(rows), _BLOCK):
         values = thumbnails[rows[start : start + _BLOCK]].astype(np.float32)
         common, other = (
-            part.reshape(-1, 384) @ planes for part, planes in zip(_parts(values, axis=2), (even, odd), strict=True)
+            part.reshape(-1, 384) @ planes for part, planes in zip(_halves(values, axis=2), (even, odd), strict=True)
         )
         for side, projections in enumerate((common + other, common - other)[: 1 + mirrored]):
             at = side * len(rows) + start
@@ -101,15 +110,15 @@ def _signatures(thumbnails: np.ndarray, rows: np.ndarray, words: int, mirrored: 
     return result
 
 
-def _parts(values: np.ndarray, axis: int) -> tuple[np.ndarray, np.ndarray]:
-    """The sum and the difference of the left half and the mirrored right half."""
+def _halves(values: np.ndarray, axis: int) -> tuple[np.ndarray, np.ndarray]:
+    """Return the sum and the difference of the left half and the mirrored right half."""
     left, right = np.split(values, 2, axis)
     right = np.flip(right, axis)
     return left + right, left - right
 
 
 def _table(words: np.ndarray, start: int, bits: int, limit: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Pairs that share `bits` bits from bit `start` on and differ in at most `limit` of the first 256."""
+    """Yield pairs that share `bits` bits from bit `start` on and differ in at most `limit` of the first 256."""
     word, shift = divmod(start, 64)
     keys = words[word] << np.uint64(shift)
     if shift:

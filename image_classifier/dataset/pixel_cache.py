@@ -1,4 +1,4 @@
-"""The pixel cache: each image decoded and preprocessed once, kept by content in one append-only file that is mapped into memory."""
+"""The pixel cache: each image decoded and preprocessed once, by content, in an append-only file mapped into memory."""
 
 from __future__ import annotations
 
@@ -29,17 +29,17 @@ from image_classifier.program import program
 log = logging.getLogger(__name__)
 
 _FORMAT = 2
-_BLOCK = 64  # at most so many images a task: one task an image would cost more than a small image,
-_BLOCK_BYTES = 2 * 2**20  # and not more pixels than this, for large ones are many and wait in memory to be written
-_COMMIT = 16_384  # images between two entries in the index: what a crash can lose
+_BLOCK = 64  # images of a task, at most: a task for each image would cost more than a small image
+_BLOCK_BYTES = 2 * 2**20  # pixels of a task, at most: they wait in memory to be written
+_COMMIT = 16_384  # images between two writes of the index: what a crash can lose
 _CHUNK_BYTES = 32 * 2**20
 _DIGEST = 32  # bytes a sha256
-_SAMPLE = 4096  # images that mean and std are taken of where the cache does not hold all
+_SAMPLE = 4096  # images for mean and std if the cache does not hold all
 
 
 @dataclass(frozen=True)
 class CacheSettings:
-    """Where decoded pixels are kept, how many workers decode (None: one a core), and how many GB all of them may take."""
+    """Folder of decoded pixels, number of workers that decode (None: one per core), and size limit in GB."""
 
     dir: str = "data/cache"
     workers: int | None = None
@@ -50,12 +50,12 @@ class CacheSettings:
             raise ConfigError(f"data.cache.workers must be at least 1, not {self.workers}", "null uses every core")
         if self.max_gb is not None and not self.max_gb >= 0:
             raise ConfigError(
-                f"data.cache.max_gb must be at least 0, not {self.max_gb}", "null sets no bound, 0 decodes on the fly"
+                f"data.cache.max_gb must be at least 0, not {self.max_gb}", "null sets no limit, 0 decodes on the fly"
             )
 
     @property
     def num_workers(self) -> int:
-        """Workers to decode with."""
+        """Number of workers that decode."""
         return self.workers or usable_cores()
 
 
@@ -63,8 +63,8 @@ class CacheSettings:
 class PixelCache:
     """Pixels of a manifest's records.
 
-    `pixels` is read-only uint8 [M, S, S, 3], shared by all manifests with the same preprocessing; `rows` int64 [N] says which
-    of them belongs to each record, -1 where the cache was full: such a record is decoded by `live` each time it is asked for.
+    `pixels` is read-only uint8 [M, S, S, 3], shared by all manifests with the same preprocessing. `rows` int64 [N] is
+    the row of each record in it, -1 where the cache was full: such a record is decoded by `live` each time.
     """
 
     pixels: np.ndarray
@@ -78,38 +78,37 @@ class PixelCache:
 
     @property
     def is_whole(self) -> bool:
-        """Whether every record is in the file, so that nothing is left to decode."""
+        """Whether every record is in the file, and none must be decoded."""
         return self.live is None
 
     def gather(self, indices: np.ndarray) -> np.ndarray:
-        """A copy of the pixels of some records, uint8 [n, S, S, 3]; `indices` int64 [n] count the manifest's records.
+        """Return the pixels of some records, a copy, uint8 [n, S, S, 3]; `indices`, int64 [n], are manifest rows.
 
         Raises:
             DataError: A record that is not in the file has changed or cannot be read.
         """
         rows = self.rows[indices]
         if self.live is None:
-            whole: np.ndarray = np.asarray(self.pixels)[rows]
-            return whole
+            cached: np.ndarray = np.asarray(self.pixels)[rows]
+            return cached
         pixels = np.empty((len(rows), self.size, self.size, 3), dtype=np.uint8)
         kept = rows >= 0
         pixels[kept] = np.asarray(self.pixels)[rows[kept]]
         missing = np.flatnonzero(~kept)
-        for place, image in zip(missing.tolist(), self.live.read(indices[missing]), strict=True):
-            pixels[place] = image
+        for position, image in zip(missing.tolist(), self.live.read(indices[missing]), strict=True):
+            pixels[position] = image
         return pixels
 
     def mean_std(self, indices: np.ndarray) -> tuple[list[float], list[float]]:
-        """Mean and standard deviation of each channel in 0..1 over some records; whole-number sums, so no order matters.
+        """Return mean and standard deviation of each channel over some records, 0 to 1.
 
-        Where some records are not in the file, evenly spaced ones stand for all.
+        Sums are whole numbers, so order does not matter. If some records are not in the file, evenly spaced ones are
+        used for all.
         """
         if len(indices) == 0:
-            raise DataError(
-                "there are no training images to take the mean and std of", "lower data.split.val and data.split.test"
-            )
+            raise DataError("there are no training images for mean and std", "lower data.split.val and data.split.test")
         if self.live is not None and len(indices) > _SAMPLE:
-            log.info("mean and std are those of %d of the %d training images", _SAMPLE, len(indices))
+            log.info("mean and std are from %d of the %d training images", _SAMPLE, len(indices))
             indices = np.sort(indices)[np.linspace(0, len(indices) - 1, _SAMPLE).astype(np.int64)]
         totals, squares = np.zeros(3, dtype=np.int64), np.zeros(3, dtype=np.int64)
         step = max(1, _CHUNK_BYTES // (self.size * self.size * 3))
@@ -124,14 +123,14 @@ class PixelCache:
 
 @dataclass(frozen=True)
 class LiveImages:
-    """Decodes records each time they are asked for, by threads: Pillow decodes and resizes outside the interpreter's lock."""
+    """Decodes records each time they are needed, in threads: Pillow works outside the interpreter's lock."""
 
     manifest: Manifest
     reader: ImageReader
     pool: ThreadPoolExecutor
 
     def read(self, indices: np.ndarray) -> Iterator[np.ndarray]:
-        """Pixels uint8 [S, S, 3] of each record, in order."""
+        """Yield the pixels, uint8 [S, S, 3], of each record, in order."""
         paths = [self.manifest.paths[row] for row in indices.tolist()]
         digests = [self.manifest.digests[row].tobytes() for row in indices.tolist()]
         yield from self.pool.map(self.reader.read, paths, digests)
@@ -141,7 +140,7 @@ _LEVELS = np.arange(256, dtype=np.int64)
 
 
 def _moments(totals: np.ndarray, squares: np.ndarray, count: int) -> tuple[list[float], list[float]]:
-    """Mean and std per channel from exact sums; a constant channel gets one grey level instead of a division by zero."""
+    """Return mean and std per channel from exact sums; a constant channel gets a std of one grey level, not zero."""
     means, stds = [], []
     for total, square in zip(totals.tolist(), squares.tolist(), strict=True):
         variance = (square * count - total * total) / (count * count)  # whole numbers until the division
@@ -157,11 +156,11 @@ def open_cache(
     limits: DecodeLimits = DEFAULT_LIMITS,
     progress: bool = False,
 ) -> PixelCache:
-    """The pixels of all records, decoding only those that no earlier run has left, as far as `settings.max_gb` goes.
+    """Return the pixels of all records; only those of no earlier run are decoded, up to `settings.max_gb`.
 
     Raises:
         DataError: An image cannot be read, or changed since the manifest was written.
-        StorageError: No space or no permission; what was there before is as it was.
+        StorageError: No space or no permission; the cache is as it was before.
     """
     store = _Store(Path(settings.dir) / pixels_key(preprocess), preprocess.size)
     reader = ImageReader(manifest.root, preprocess, limits)
@@ -180,37 +179,43 @@ def open_cache(
 
 
 _IS_FULL = (
-    "the pixel cache is full (data.cache.max_gb=%s): %d of %d images are decoded anew each time by %d threads; "
-    "raise it, or make room with `%s clean`"
+    "the pixel cache is full (data.cache.max_gb=%s): %d of %d images are decoded again each time by %d threads; "
+    "raise the limit, or make room with `%s clean`"
 )
 
 
 def pixels_key(preprocess: Preprocess) -> str:
-    """What decides the pixels besides the file's bytes; another Pillow may decode differently."""
+    """Return a hash of what decides the pixels besides the file's bytes; another Pillow may decode differently."""
     parts = {**preprocess.as_dict(), "format": _FORMAT, "pillow": PIL.__version__.partition(".")[0]}
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def _prefixes(digests: np.ndarray) -> np.ndarray:
-    """The first 8 bytes of each sha256 as one number, uint64 [N]: what the look-up sorts by."""
+    """Return the first 8 bytes of each sha256 as one number, uint64 [N]: the look-up sorts by it."""
     return np.ascontiguousarray(digests[:, :8]).view(np.uint64).ravel()
 
 
 def _first_of_each(digests: np.ndarray, wanted: np.ndarray) -> np.ndarray:
-    """Positions of the wanted rows, the first of each content only, in order."""
+    """Return the wanted rows, the first of each content only, in order."""
     rows = np.flatnonzero(wanted)
     return np.sort(rows[np.unique(_prefixes(digests[rows]), return_index=True)[1]])
 
 
 class _Store:
-    """The two files of a cache, both of which only grow: `pixels.u8`, and `index.u8` with the sha256 of each row, written after it."""
+    """The two files of a cache, which only grow: `pixels.u8`, and `index.u8` with the sha256 of each row.
+
+    The index is written after the pixels.
+    """
 
     def __init__(self, directory: Path, size: int) -> None:
-        self.dir, self.size, self.row_bytes = directory, size, size * size * 3
-        self.pixels_path, self.index_path = directory / "pixels.u8", directory / "index.u8"
+        self.dir = directory
+        self.size = size
+        self.row_bytes = size * size * 3
+        self.pixels_path = directory / "pixels.u8"
+        self.index_path = directory / "index.u8"
 
     def __len__(self) -> int:
-        """Rows that count: those that both files hold whole."""
+        """Return the number of rows that are complete in both files."""
         try:
             return min(self.pixels_path.stat().st_size // self.row_bytes, self.index_path.stat().st_size // _DIGEST)
         except FileNotFoundError:
@@ -219,14 +224,14 @@ class _Store:
             raise self._unreadable(error) from error
 
     def find(self, digests: np.ndarray) -> np.ndarray:
-        """Row of each sha256 (uint8 [N, 32]), int64 [N]; -1 where it is not in the cache."""
+        """Return the row of each sha256 (uint8 [N, 32]), int64 [N]; -1 if it is not in the cache."""
         known = self._index()
         if not len(known) or not len(digests):
             return np.full(len(digests), -1, dtype=np.int64)
         prefixes = _prefixes(known)
         order = np.argsort(prefixes, kind="stable")
-        places = np.searchsorted(prefixes, _prefixes(digests), sorter=order).clip(max=len(known) - 1)
-        rows = order[places]
+        positions = np.searchsorted(prefixes, _prefixes(digests), sorter=order).clip(max=len(known) - 1)
+        rows = order[positions]
         return np.where((known[rows] == digests).all(axis=1), rows, -1)
 
     def _index(self) -> np.ndarray:
@@ -244,14 +249,14 @@ class _Store:
         )
 
     def repair(self) -> None:
-        """Cut both files to the rows that count: what a crash left behind them is dropped."""
+        """Cut both files to the rows that are complete in both; the rest is of a crash."""
         count = len(self)
         for path, width in ((self.pixels_path, self.row_bytes), (self.index_path, _DIGEST)):
             if path.exists():
                 os.truncate(path, count * width)
 
     def check_space(self, count: int) -> None:
-        """StorageError where `count` more images cannot fit."""
+        """Raise StorageError if `count` more images do not fit on the disk."""
         needed, free = count * (self.row_bytes + _DIGEST), shutil.disk_usage(self.dir).free
         if needed > free:
             fact = (
@@ -259,11 +264,11 @@ class _Store:
             )
             raise StorageError(
                 fact,
-                "free some space, choose another disk with data.cache.dir=PATH, or bound it with data.cache.max_gb=N",
+                "free some space, choose another disk with data.cache.dir=PATH, or limit it with data.cache.max_gb=N",
             )
 
     def pixels(self) -> np.ndarray:
-        """All rows, mapped read-only: uint8 [M, S, S, 3]."""
+        """Return all rows, mapped read-only, uint8 [M, S, S, 3]."""
         count = len(self)
         if count == 0:  # an empty file cannot be mapped
             return np.zeros((0, self.size, self.size, 3), dtype=np.uint8)
@@ -273,10 +278,10 @@ class _Store:
 def _fill(
     store: _Store, todo: np.ndarray, manifest: Manifest, reader: ImageReader, settings: CacheSettings, progress: bool
 ) -> None:
-    """Append the images of the rows `todo` while `max_gb` allows; on any failure both files end where they agree."""
+    """Append the images of the rows `todo` up to `max_gb`; after a failure both files end at the same row."""
     if settings.max_gb is not None:
-        taken = sum(path.stat().st_size for path in store.dir.parent.glob("*/pixels.u8"))  # by all image sizes together
-        todo = todo[: max(0, round(settings.max_gb * 1e9) - taken) // store.row_bytes]
+        used = sum(path.stat().st_size for path in store.dir.parent.glob("*/pixels.u8"))  # by all image sizes together
+        todo = todo[: max(0, round(settings.max_gb * 1e9) - used) // store.row_bytes]
     if not len(todo):
         return
     store.check_space(len(todo))
@@ -300,7 +305,7 @@ def _fill(
 
 
 def _commit(pixels: IO[bytes], index: IO[bytes], waiting: bytearray) -> None:
-    """Make the waiting rows count: first the pixels reach the disk, then the index names them."""
+    """Write the waiting rows: first the pixels reach the disk, then the index names them."""
     pixels.flush()
     os.fsync(pixels.fileno())
     index.write(waiting)
@@ -312,7 +317,7 @@ def _commit(pixels: IO[bytes], index: IO[bytes], waiting: bytearray) -> None:
 def _decoded(
     todo: np.ndarray, manifest: Manifest, reader: ImageReader, settings: CacheSettings, progress: bool
 ) -> Iterable[tuple[bytes, np.ndarray | DataError]]:
-    """The sha256 of each row of `todo` with its pixels, or why it has none; in the order of `todo`."""
+    """Yield the sha256 of each row of `todo` with its pixels or its error, in the order of `todo`."""
     length = max(1, min(_BLOCK, _BLOCK_BYTES // (3 * reader.preprocess.size**2)))
     work = Blocks(manifest, todo, length)
     for block in map_blocks(
@@ -322,7 +327,7 @@ def _decoded(
 
 
 def _refuse(root: Path, failures: list[DataError]) -> None:
-    """One line for all images that could not be cached."""
+    """Raise one error for all images that could not be cached."""
     broken = [failure for failure in failures if isinstance(failure, UnreadableImage)]
     if broken:
         raise unreadable(root, broken)

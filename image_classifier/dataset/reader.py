@@ -1,4 +1,4 @@
-"""The images of a manifest as pixels: read, compared with their hash, decoded and preprocessed."""
+"""Images of a manifest as pixels: read, compared with their hash, decoded and preprocessed."""
 
 from __future__ import annotations
 
@@ -15,29 +15,29 @@ from image_classifier.manifest import Manifest
 
 
 class ChangedImage(DataError):
-    """A file whose bytes are not those that the manifest knows."""
+    """A file that changed since the manifest was written."""
 
 
 @dataclass(frozen=True)
 class ImageReader:
-    """From a file under `root` to its pixels; small enough to be sent to another process."""
+    """Reads files under `root` to pixels; small enough to be sent to another process."""
 
     root: Path
     preprocess: Preprocess
     limits: DecodeLimits = DEFAULT_LIMITS
 
     def read(self, path: str, digest: bytes) -> np.ndarray:
-        """Pixels uint8 [S, S, 3] of one file whose sha256 is `digest`.
+        """Return the pixels, uint8 [S, S, 3], of a file whose sha256 is `digest`.
 
         Raises:
             UnreadableImage: It cannot be decoded.
-            ChangedImage: It is not the file that the manifest knows.
+            ChangedImage: It has another sha256.
         """
         content = load_bytes(self.root / path, self.limits)
         if hashlib.sha256(content).digest() != digest:
             raise ChangedImage(
                 f"{str(self.root / path)!r} changed since the manifest was written",
-                "run the same command again to scan it anew",
+                "run the same command again to scan it again",
             )
         try:
             return self.preprocess.read(content, self.limits)
@@ -45,7 +45,7 @@ class ImageReader:
             raise UnreadableImage(self.root / path, error.reason) from error
 
     def read_block(self, block: Sequence[tuple[str, bytes]]) -> list[tuple[bytes, np.ndarray | DataError]]:
-        """The digest of each (path, digest) beside its pixels, or beside why there are none."""
+        """Return the digest of each (path, digest) with its pixels, or with the error."""
         results: list[tuple[bytes, np.ndarray | DataError]] = []
         for path, digest in block:
             try:
@@ -57,7 +57,7 @@ class ImageReader:
 
 @dataclass(frozen=True)
 class Blocks(Sequence[list[tuple[str, bytes]]]):
-    """The (path, digest) of some rows of a manifest, in lists of `size` that are made when they are asked for."""
+    """The (path, digest) of some rows of a manifest, in lists of `size` that are made when needed."""
 
     manifest: Manifest
     rows: np.ndarray

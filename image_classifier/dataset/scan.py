@@ -1,4 +1,4 @@
-"""One look at each file of a tree: content hash, what its header says, and a thumbnail; files that did not change are not opened again."""
+"""Scan of a tree: content hash, header and thumbnail of each file; unchanged files are not opened again."""
 
 from __future__ import annotations
 
@@ -24,25 +24,33 @@ from image_classifier.images import DecodeLimits, inspect, load_bytes
 __all__ = ["THUMBNAIL", "FileMetadata", "scan_files"]
 
 _FORMAT = 1
-_LEAST = (64, 64)  # a JPEG may be decoded at a part of its size, as long as this is left to make the thumbnail from
-_BLOCK_FILES, _BLOCK_BYTES = (
-    256,
-    4 * 2**20,
-)  # of one task: enough to be worth sending, and done in a good part of a second
-_COMMIT_FILES, _COMMIT_SECONDS = 16_384, 60.0  # what a kill can cost of a long scan
+_MIN_SIZE = (64, 64)  # a JPEG may be decoded at a fraction of its size, as long as this is left for the thumbnail
+# Of one task: enough to be worth sending, and done in a fraction of a second.
+_BLOCK_FILES = 256
+_BLOCK_BYTES = 4 * 2**20
+# What a kill can cost of a long scan.
+_COMMIT_FILES = 16_384
+_COMMIT_SECONDS = 60.0
 _TICK_NS = 2 * 10**9  # the coarsest clock of a file system in use (FAT)
 _STAMPS = ("size", "mtime_ns", "ctime_ns")
-_LOOK_AGAIN = -2  # as a size: no file has it
+_READ_AGAIN = -2  # as a size: no file has it
 
 
 @dataclass(frozen=True)
 class FileMetadata:
-    """What one look at each image of a tree told, a row each, in the tree's order.
+    """Metadata of each image of a tree, a row each, in the tree's order.
 
-    `digests` is the sha256 of the file's bytes, uint8 [N, 32]; `widths` and `heights` are in pixels after EXIF orientation, int32 [N];
-    `formats` and `modes` uint8 [N] count in `format_names` and `mode_names` (Pillow's); `orientation` int8 [N] is EXIF's 1..8;
-    `frames` int32 [N]; `bits` a sample int8 [N]; `transparent` bool [N]; `thumbnails` uint8 RGB [N, 16, 16, 3], mapped from the disk.
-    `errors` says why a row could not be decoded: all else in it is zero but the digest, and that too where the file could not be read.
+    Attributes:
+        digests: sha256 of the file's bytes, uint8 [N, 32].
+        widths, heights: Pixels after EXIF orientation, int32 [N].
+        formats, modes: Index in `format_names` and `mode_names` (Pillow's), uint8 [N].
+        orientation: EXIF's 1 to 8, int8 [N].
+        frames: int32 [N].
+        bits: Bits of a sample, int8 [N].
+        transparent: bool [N].
+        thumbnails: RGB, uint8 [N, 16, 16, 3], mapped from the disk.
+        errors: Row -> why it could not be decoded. All else in that row is zero, except for the digest of a file that
+            could be read.
     """
 
     digests: np.ndarray
@@ -64,7 +72,7 @@ class FileMetadata:
 
     @property
     def readable(self) -> np.ndarray:
-        """Which rows, bool [N], could be decoded."""
+        """The rows that could be decoded, bool [N]."""
         mask = np.ones(len(self), dtype=bool)
         mask[list(self.errors)] = False
         return mask
@@ -78,15 +86,16 @@ def scan_files(
     workers: int | None = None,
     progress: bool = False,
 ) -> FileMetadata:
-    """The facts of all images of a tree, of which only new and changed files are opened.
+    """Return the metadata of all images of a tree; only new and changed files are opened.
 
-    A file counts as unchanged while its path, size, mtime and ctime stay. One that changed less than a tick of the clock before it was
-    read, or that could not be read, is read again the next time.
+    A file is unchanged while its path, size, mtime and ctime stay. One that changed less than a tick of the clock
+    before it was read, or that could not be read, is read again the next time.
 
     Args:
-        tree: What `tree.find` found.
-        store_dir: Where facts are kept between scans, in a folder for each root and settings. Two scans at once wait for one another.
-        limits: What a file may ask of the machine; one that asks for more has an error.
+        tree: The files, as of `discovery.discover`.
+        store_dir: Where metadata is kept between scans, in a folder for each root and settings. Two scans at once wait
+            for one another.
+        limits: Of a file; one that exceeds them has an error.
         background: The colour under transparent pixels.
         workers: Threads or processes; None for one a core.
         progress: Whether to show a bar on standard error.
@@ -102,12 +111,12 @@ def scan_files(
 
 
 def _key(root: Path, limits: DecodeLimits, background: tuple[int, int, int]) -> str:
-    """What decides the facts besides the files themselves; another Pillow may decode differently."""
+    """Return a hash of what decides the metadata besides the files; another Pillow may decode differently."""
     parts = (
         os.path.realpath(root),
         astuple(limits),
         tuple(background),
-        _LEAST,
+        _MIN_SIZE,
         THUMBNAIL,
         _FORMAT,
         PIL.__version__.partition(".")[0],
@@ -116,10 +125,12 @@ def _key(root: Path, limits: DecodeLimits, background: tuple[int, int, int]) -> 
 
 
 class _Scan:
-    """One scan: what earlier ones know, what is to be read, and the two brought together."""
+    """One scan: metadata of earlier ones, the files still to read, and both put together."""
 
     def __init__(self, tree: FileTree, store: ScanCache, look: _FileResult) -> None:
-        self.images, self.store, self.look = tree.images, store, look
+        self.images = tree.images
+        self.store = store
+        self.look = look
         self.started_ns = time.time_ns()
         self.blocks = store.load()
         self.stamps = np.stack(
@@ -133,15 +144,14 @@ class _Scan:
         start = int(self.rows[0]) if len(self.rows) else 0
         in_place = len(self.blocks) == 1 and np.array_equal(self.rows, np.arange(start, start + len(self.rows)))
         if len(self.todo) or not in_place:
-            kept = [
-                row for path, row in self.others.items() if os.path.lexists(self.look.root / path)
-            ]  # of another part of the same tree
+            # Files of another part of the same tree stay known.
+            kept = [row for path, row in self.others.items() if os.path.lexists(self.look.root / path)]
             self.blocks = [self.store.replace(self.blocks, np.concatenate([self.rows, np.array(kept, dtype=np.int64)]))]
             start = 0
-        return _facts(self.blocks[0], slice(start, start + len(self.images)))
+        return _metadata(self.blocks[0], slice(start, start + len(self.images)))
 
     def _known(self) -> tuple[np.ndarray, dict[str, int]]:
-        """For each image its row in the blocks, -1 where there is none of this file; and the rows of other paths."""
+        """Return the row of each image in the blocks, -1 for none of this file; and the rows of other paths."""
         index: dict[str, int] = {}
         count = 0
         for block in self.blocks:
@@ -155,7 +165,7 @@ class _Scan:
         return rows, index
 
     def _read(self, workers: int | None, progress: str | None) -> None:
-        """Read what is to be read into further blocks: in the store as long as it goes on, in memory what comes last."""
+        """Read files into further blocks, which are stored as the scan goes on; the last one stays in memory."""
         count = sum(len(block.paths) for block in self.blocks)
         self.rows[self.todo] = np.arange(count, count + len(self.todo))
         pending: list[Block] = []
@@ -183,28 +193,27 @@ class _Scan:
     def _stamp(self, table: np.ndarray, stamps: np.ndarray) -> None:
         """Note how the files were when they were read, or that they must be looked at again.
 
-        As in git's index: a file whose clock stood at the moment of the scan may change once more within the same tick, unseen.
+        As in git's index: a file that changed at the moment of the scan may change again, unseen, in the same tick.
         """
         for name, column in zip(_STAMPS, stamps.T, strict=True):
             table[name] = column
         racing = (np.abs(stamps[:, 1:] - self.started_ns) <= _TICK_NS).any(axis=1) | (stamps[:, 2] > self.started_ns)
         limit = self.look.limits.max_bytes
-        unread = (
-            ~table["digest"].any(axis=1) & (stamps[:, 0] > 0) & (stamps[:, 0] <= limit)
-        )  # no permission, a disk's error
-        table["size"][racing | unread] = _LOOK_AGAIN
+        # No permission, or an error of the disk.
+        unread = ~table["digest"].any(axis=1) & (stamps[:, 0] > 0) & (stamps[:, 0] <= limit)
+        table["size"][racing | unread] = _READ_AGAIN
 
 
 @dataclass(frozen=True)
 class _FileResult:
-    """How a file is looked at; small enough to be sent to another process."""
+    """Reads the metadata of files; small enough to be sent to another process."""
 
     root: Path
     limits: DecodeLimits
     background: tuple[int, int, int]
 
     def read_block(self, paths: list[str]) -> Block:
-        """The facts of some files, their stamps still open."""
+        """Return the metadata of some files, without their size and times."""
         block = Block(
             paths, np.zeros(len(paths), dtype=ROW), np.zeros((len(paths), *THUMBNAIL_SHAPE), dtype=np.uint8), {}
         )
@@ -218,9 +227,9 @@ class _FileResult:
     def _read(self, path: Path, row: np.void, thumbnail: np.ndarray) -> None:
         content = load_bytes(path, self.limits)
         try:
-            header, pixels = inspect(content, self.limits, self.background, at_least=_LEAST)
+            header, pixels = inspect(content, self.limits, self.background, at_least=_MIN_SIZE)
         except UnreadableImage as error:
-            if not isinstance(error.__cause__, MemoryError):  # that is none of the file's making: it stays unread
+            if not isinstance(error.__cause__, MemoryError):  # not the file's fault: it is read again the next time
                 row["digest"] = _digest(content)
             raise
         row["digest"] = _digest(content)
@@ -234,7 +243,7 @@ def _digest(content: bytes) -> np.ndarray:
 
 
 def _tasks(images: Sequence[ImageFile], rows: np.ndarray) -> list[list[str]]:
-    """The paths of some images, in lists that are worth a task each."""
+    """Return the paths of some images, in lists that are worth a task each."""
     tasks: list[list[str]] = []
     room = 0
     for row in rows.tolist():
@@ -260,7 +269,7 @@ def _joined(blocks: Sequence[Block]) -> Block:
     return Block([path for block in blocks for path in block.paths], table, thumbnails, errors)
 
 
-def _facts(block: Block, rows: slice) -> FileMetadata:
+def _metadata(block: Block, rows: slice) -> FileMetadata:
     table = block.table[rows]
     formats, format_names = _codes(table["format"])
     modes, mode_names = _codes(table["mode"])
@@ -284,8 +293,7 @@ def _facts(block: Block, rows: slice) -> FileMetadata:
 
 
 def _codes(names: np.ndarray) -> tuple[np.ndarray, tuple[str, ...]]:
-    """Short names [N] as uint8 [N] and the names that these count in."""
-    values, codes = np.unique(
-        np.ascontiguousarray(names).view("<u8"), return_inverse=True
-    )  # numbers are sorted faster than texts
+    """Return short names [N] as indices, uint8 [N], and the names they point to."""
+    # As numbers, which are sorted faster than texts.
+    values, codes = np.unique(np.ascontiguousarray(names).view("<u8"), return_inverse=True)
     return codes.astype(np.uint8), tuple(name.decode("ascii") for name in values.view("S8").tolist())

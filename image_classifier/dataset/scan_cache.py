@@ -1,4 +1,4 @@
-"""Where facts of files are kept between scans: numbered folders of columns, each whole or absent, the later ones true."""
+"""Metadata of files between scans: numbered folders of columns, each complete or absent; later ones win."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ _CHUNK = 16_384
 
 @dataclass(frozen=True)
 class Block:
-    """Facts of some files: `table` ROW [N], `thumbnails` uint8 [N, 16, 16, 3], `errors` row -> reason."""
+    """Metadata of some files: `table` ROW [N], `thumbnails` uint8 [N, 16, 16, 3], `errors` row -> reason."""
 
     paths: list[str]
     table: np.ndarray
@@ -51,25 +51,25 @@ class Block:
 
 
 class ScanCache:
-    """The blocks in one folder. Whoever writes holds a lock; a kill leaves a block out, never half of one."""
+    """The blocks in one folder; the writer holds a lock. After a kill a block may be missing, none is incomplete."""
 
     def __init__(self, directory: Path) -> None:
         self.dir = directory
 
     def load(self) -> list[Block]:
-        """The blocks, oldest first; a damaged one is left out and its files are read again."""
+        """Return the blocks, oldest first; a damaged one is skipped and its files are read again."""
         return [block for folder in self._folders() if (block := _read(folder)) is not None]
 
     def append(self, block: Block) -> Block:
-        """Keep one more block; gives it as it now lies on the disk."""
+        """Store one more block; return it as it is on the disk."""
         return self._written([block], np.arange(len(block.paths)))
 
     def replace(self, blocks: Sequence[Block], rows: np.ndarray) -> Block:
-        """Keep some rows of `blocks` (counted through all of them) and nothing else; gives them as they now lie on the disk."""
+        """Store some rows of `blocks` (numbered through all) and nothing else; return them as they are on disk."""
         block = self._written(blocks, rows)
         newest = self._folders()[-1].name
         for path in self.dir.iterdir():
-            if path.is_dir() and path.name != newest:  # older blocks, and what killed processes left
+            if path.is_dir() and path.name != newest:  # older blocks, and those of killed processes
                 shutil.rmtree(path, ignore_errors=True)
         return block
 
@@ -91,13 +91,12 @@ def _write(folder: Path, blocks: Sequence[Block], rows: np.ndarray) -> None:
     paths = [path for block in blocks for path in block.paths]
     picked = (paths[row] for row in rows.tolist())
     (folder / "paths.bin").write_bytes("\0".join(picked).encode("utf-8", "surrogatepass"))
-    table = io.BytesIO()  # into a file numpy writes by itself, and does not say why it cannot
+    table = io.BytesIO()  # numpy, writing to the file itself, would not report why it fails
     np.save(table, np.concatenate([block.table for block in blocks])[rows])
     (folder / "table.npy").write_bytes(table.getbuffer())
     (folder / "errors.json").write_text(json.dumps(_errors(blocks, rows)), encoding="ascii")
-    with (folder / "thumbnails.npy").open(
-        "wb"
-    ) as file:  # written, not mapped: a full disk is then an error and no SIGBUS
+    # Written, not mapped: a full disk is then an error and no SIGBUS.
+    with (folder / "thumbnails.npy").open("wb") as file:
         header: dict[str, Any] = {"descr": "|u1", "fortran_order": False, "shape": (len(rows), *THUMBNAIL_SHAPE)}
         np.lib.format.write_array_header_1_0(file, header)
         for chunk in _thumbnails(blocks, rows):
@@ -105,25 +104,27 @@ def _write(folder: Path, blocks: Sequence[Block], rows: np.ndarray) -> None:
 
 
 def _errors(blocks: Sequence[Block], rows: np.ndarray) -> dict[int, str]:
-    places = {row: place for place, row in enumerate(rows.tolist())} if any(block.errors for block in blocks) else {}
+    positions = (
+        {row: position for position, row in enumerate(rows.tolist())} if any(block.errors for block in blocks) else {}
+    )
     errors: dict[int, str] = {}
     start = 0
     for block in blocks:
-        errors |= {places[start + row]: reason for row, reason in block.errors.items() if start + row in places}
+        errors |= {positions[start + row]: reason for row, reason in block.errors.items() if start + row in positions}
         start += len(block.paths)
     return errors
 
 
 def _thumbnails(blocks: Sequence[Block], rows: np.ndarray) -> Iterator[np.ndarray]:
-    """The thumbnails of `rows`, a few at a time."""
+    """Yield the thumbnails of `rows`, a few at a time."""
     starts = np.cumsum([0, *(len(block.paths) for block in blocks)])
     for begin in range(0, len(rows), _CHUNK):
-        part = rows[begin : begin + _CHUNK]
-        chunk = np.empty((len(part), *THUMBNAIL_SHAPE), dtype=np.uint8)
-        owner = np.searchsorted(starts, part, side="right") - 1
-        for number in np.unique(owner).tolist():
-            mine = owner == number
-            chunk[mine] = blocks[number].thumbnails[part[mine] - starts[number]]
+        some = rows[begin : begin + _CHUNK]
+        chunk = np.empty((len(some), *THUMBNAIL_SHAPE), dtype=np.uint8)
+        block_of = np.searchsorted(starts, some, side="right") - 1
+        for number in np.unique(block_of).tolist():
+            here = block_of == number
+            chunk[here] = blocks[number].thumbnails[some[here] - starts[number]]
         yield chunk
 
 
@@ -134,10 +135,12 @@ def _read(folder: Path) -> Block | None:
         thumbnails = np.load(folder / "thumbnails.npy", mmap_mode="r")
         errors = {int(row): str(reason) for row, reason in json.loads((folder / "errors.json").read_bytes()).items()}
     except (FileNotFoundError, ValueError, EOFError, AttributeError) as error:
-        log.warning("%s is damaged and built anew (%s)", folder, error)
+        log.warning("%s is damaged and built again (%s)", folder, error)
         return None
-    whole = table.dtype == ROW and table.shape == (len(paths),) and thumbnails.shape == (len(paths), *THUMBNAIL_SHAPE)
-    if not whole or any(not 0 <= row < len(paths) for row in errors):
-        log.warning("%s is damaged and built anew", folder)
+    complete = (
+        table.dtype == ROW and table.shape == (len(paths),) and thumbnails.shape == (len(paths), *THUMBNAIL_SHAPE)
+    )
+    if not complete or any(not 0 <= row < len(paths) for row in errors):
+        log.warning("%s is damaged and built again", folder)
         return None
     return Block(paths, table, thumbnails, errors)

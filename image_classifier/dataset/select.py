@@ -1,4 +1,4 @@
-"""Which classes take part, and how many images of each: `data.classes`."""
+"""Selection of classes, and of how many images of each: `data.classes`."""
 
 from __future__ import annotations
 
@@ -10,17 +10,18 @@ import numpy as np
 from image_classifier.dataset.group_split import ranks
 from image_classifier.errors import ConfigError
 from image_classifier.manifest import SPLITS
-from image_classifier.text import did_you_mean
+from image_classifier.text import did_you_mean, listed
 
 _TRAIN, _TEST = SPLITS.index("train"), SPLITS.index("test")
 
 
 @dataclass(frozen=True)
 class ClassSettings:
-    """The config group `data.classes`: null and the empty list leave everything in.
+    """The config group `data.classes`; null and the empty list keep everything.
 
-    Applied in this order: `include` (these classes only, by their names after `rename`), `exclude` (not these), `min_images`
-    (classes with fewer leave), `top` (the classes with the most images stay), `max_images` (so many of each class stay).
+    Applied in this order: `include` (keep these classes only, by their names after `rename`), `exclude` (drop these),
+    `min_images` (drop classes with fewer), `top` (keep the classes with the most images), `max_images` (keep so many
+    images of each class).
 
     Raises:
         ConfigError: A number below 1, or a class that is both included and excluded.
@@ -36,7 +37,7 @@ class ClassSettings:
         for name, value in (("top", self.top), ("max_images", self.max_images), ("min_images", self.min_images)):
             if value is not None and value < 1:
                 raise ConfigError(
-                    f"data.classes.{name} must be at least 1, not {value}", "null leaves every class as it is"
+                    f"data.classes.{name} must be at least 1, not {value}", "null keeps every class as it is"
                 )
         if self.include is not None and not self.include:
             raise ConfigError(
@@ -49,7 +50,7 @@ class ClassSettings:
 
 @dataclass(frozen=True)
 class Selection:
-    """The rows that stay, int64 [M] in their order, and one line on what left ("" where nothing did)."""
+    """The rows to keep, int64 [M] in their order, and one line about the others ("" if there are none)."""
 
     rows: np.ndarray
     summary: str
@@ -63,22 +64,22 @@ def select(
     settings: ClassSettings,
     seed: int = 0,
 ) -> Selection:
-    """The rows that `data.classes` leaves.
+    """Select the rows that `data.classes` keeps.
 
-    Classes are counted and compared without the images of a given test part: what is chosen must not be chosen by them.
-    The cap takes away images of train and of no part yet, never of a given val or test part, and keeps the lowest by
-    sha256("seed:sha256 of the file"): names and order of files do not matter, and an added image changes the place of one at most.
+    Classes are counted and compared without the images of a given test split: those must not influence the selection.
+    `max_images` drops images of train and of no split yet, never of a given val or test split. It keeps the lowest by
+    sha256("seed:sha256 of the file"): names and order of files do not matter, and a new image replaces one at most.
 
     Args:
         targets: Class index of each image, int64 [N].
         classes: Class names, C of them.
-        splits: Part given to each image as position in SPLITS, -1 for none, int8 [N].
+        splits: Split given to each image as index in SPLITS, -1 for none, int8 [N].
         digests: sha256 of each file's bytes, uint8 [N, 32].
         settings: What to keep.
         seed: Decides which images a cap keeps.
 
     Raises:
-        ConfigError: A name that is no class, or fewer than two classes left.
+        ConfigError: A name that is not a class, or fewer than two classes left.
     """
     known = np.bincount(targets, minlength=len(classes)) > 0
     counts = np.bincount(targets[splits != _TEST], minlength=len(classes))
@@ -94,17 +95,18 @@ def select(
         stays[over] = False
         if len(over):
             reasons.append(
-                f"max_images={settings.max_images} leaves out {len(over)} images of {len(np.unique(targets[over]))} classes"
+                f"max_images={settings.max_images} drops {len(over)} images of {len(np.unique(targets[over]))} classes"
             )
     rows = np.flatnonzero(stays)
-    summary = f"data.classes keeps {kept.sum()} of {known.sum()} classes, {len(rows)} of {len(targets)} images: {'; '.join(reasons)}"
+    sizes = f"{kept.sum()} of {known.sum()} classes, {len(rows)} of {len(targets)} images"
+    summary = f"data.classes keeps {sizes}: {'; '.join(reasons)}"
     return Selection(rows, summary if reasons else "")
 
 
 def _kept_classes(
     counts: np.ndarray, known: np.ndarray, classes: Sequence[str], settings: ClassSettings
 ) -> tuple[np.ndarray, list[str]]:
-    """Which classes stay, bool [C], and why the others do not."""
+    """Return which classes stay, bool [C], and why the others do not."""
     kept = known.copy()
     reasons: list[str] = []
     steps = {
@@ -122,26 +124,21 @@ def _kept_classes(
     return kept, reasons
 
 
-def _leave_out(
-    kept: np.ndarray, stays: np.ndarray, step: str, classes: Sequence[str], reasons: list[str], most: int = 10
-) -> None:
+def _leave_out(kept: np.ndarray, stays: np.ndarray, step: str, classes: Sequence[str], reasons: list[str]) -> None:
     leaving = np.flatnonzero(kept & ~stays).tolist()
     kept &= stays
     if leaving:
-        names = ", ".join(classes[label] for label in leaving[:most])
-        reasons.append(
-            f"{step} leaves out {names}" + (f" and {len(leaving) - most} more" if len(leaving) > most else "")
-        )
+        reasons.append(f"{step} drops {listed([classes[label] for label in leaving], 10)}")
 
 
 def _named(key: str, names: Sequence[str], classes: Sequence[str], known: np.ndarray) -> np.ndarray:
-    """Which classes a list names, bool [C]; ConfigError for a name that is none."""
+    """Return which classes a list names, bool [C]; ConfigError for a name that is not a class."""
     labels = {name: label for label, name in enumerate(classes) if known[label]}
     for name in names:
         if name not in labels:
             some = ", ".join(list(labels)[:10]) + (" ..." if len(labels) > 10 else "")
             raise ConfigError(
-                f"data.classes.{key} names {name!r}, which is no class",
+                f"data.classes.{key} names {name!r}, which is not a class",
                 did_you_mean(name, labels) + f"the classes are {some}",
             )
     chosen = np.zeros(len(classes), dtype=bool)
@@ -150,10 +147,10 @@ def _named(key: str, names: Sequence[str], classes: Sequence[str], known: np.nda
 
 
 def _over_the_cap(rows: np.ndarray, targets: np.ndarray, digests: np.ndarray, cap: int, seed: int) -> np.ndarray:
-    """Those of the rows that come after the first `cap` of their class, in the order of rank, int64."""
+    """Return the rows after the first `cap` of their class, in the order of rank, int64."""
     crowded = np.bincount(targets[rows], minlength=1)[targets[rows]] > cap
     rows = rows[crowded]
     rows = rows[np.lexsort((ranks((row.tobytes().hex() for row in digests[rows]), seed), targets[rows]))]
     labels = targets[rows]
-    place = np.arange(len(rows)) - np.searchsorted(labels, labels)  # within the class
-    return np.asarray(rows[place >= cap])
+    position = np.arange(len(rows)) - np.searchsorted(labels, labels)  # within the class
+    return np.asarray(rows[position >= cap])

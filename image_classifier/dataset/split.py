@@ -67,11 +67,11 @@ def check_folds(fold: int | None, folds: int | None) -> None:
 
 
 def group_keys(paths: Sequence[str], pattern: str) -> list[str]:
-    """Return the key of each path under `data.split.group`, "" for none.
+    r"""Return the key of each path under `data.split.group`, "" for none.
 
     The key is the first group of the first match, or the match itself if the pattern has no groups.
 
-    >>> group_keys(["cat/tom_1.png", "cat/tom_2.png", "dog/rex_1.png"], r"([^/]+)_\\d+")
+    >>> group_keys(["cat/tom_1.png", "cat/tom_2.png", "dog/rex_1.png"], r"([^/]+)_\d+")
     ['tom', 'tom', 'rex']
 
     Raises:
@@ -95,7 +95,7 @@ def group_keys(paths: Sequence[str], pattern: str) -> list[str]:
 
 
 def content_names(digests: np.ndarray) -> np.ndarray:
-    """Return the group names of images without duplicates, uint64 [N]: the first eight bytes of sha256, uint8 [N, 32]."""
+    """Return the group names of images without duplicates, uint64 [N]: the first 8 bytes of sha256, uint8 [N, 32]."""
     return np.ascontiguousarray(digests[:, :8]).view(">u8").ravel().astype(np.uint64)
 
 

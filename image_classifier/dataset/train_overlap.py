@@ -1,4 +1,4 @@
-"""Which images of a folder to test on are training images, or show the same as one."""
+"""Test images that are training images, or near-duplicates of one."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ log = logging.getLogger(__name__)
 
 
 def exact_duplicates_of_train(tested: Manifest, known: Manifest) -> np.ndarray:
-    """Which of the tested images, bool [N], are images of the train part of `known`, byte for byte."""
+    """Return which test images are images of the train split of `known`, byte for byte, bool [N]."""
     trained = {digest.tobytes() for digest in known.digests[known.indices("train")]}
     return np.array([digest.tobytes() in trained for digest in tested.digests], dtype=bool)
 
@@ -25,39 +25,36 @@ def exact_duplicates_of_train(tested: Manifest, known: Manifest) -> np.ndarray:
 def near_duplicates_of_train(
     tested: Manifest, known: Manifest, limits: DecodeLimits, store_dir: Path, progress: bool = False
 ) -> np.ndarray:
-    """Which of the tested images, bool [N], have a twin (`duplicates.find_twins`) in the train part of `known`; none where its files are gone.
+    """Return which test images have a near-duplicate in the train split of `known`, bool [N].
 
-    Files that a scan has seen before are not opened again.
+    None has one if the training files are gone. Files that were scanned before are not opened again.
 
     Raises:
-        StorageError: What was found of the files cannot be kept.
+        StorageError: The metadata cannot be written.
     """
     training = _tree(known.part("train"))
     if not training.images:
-        log.info(
-            "the training images are no longer in %s: copies of them were looked for by their bytes only", known.root
-        )
+        log.info("the training images are no longer in %s: only exact copies of them were searched", known.root)
         return np.zeros(len(tested), dtype=bool)
     train, mine = (
         scan_files(tree, store_dir / "facts", limits, (255, 255, 255), None, progress)
         for tree in (training, _tree(tested))
     )
     rows, others = np.flatnonzero(mine.readable), np.flatnonzero(train.readable)
-    twins = find_near_duplicates(
+    pairs = find_near_duplicates(
         np.concatenate([train.thumbnails[others], mine.thumbnails[rows]]), DuplicateSettings(), progress
     )
-    cluster = clusters(
-        len(others) + len(rows), twins.first, twins.second
-    )  # not every pair of a crowd is listed, but all are connected
+    # Clusters, not pairs: not every pair of a crowd is listed, but all of them are connected.
+    cluster = clusters(len(others) + len(rows), pairs.first, pairs.second)
     alike = np.zeros(len(tested), dtype=bool)
     alike[rows] = np.isin(cluster[len(others) :], cluster[: len(others)])
     return alike
 
 
 def _tree(manifest: Manifest) -> FileTree:
-    """Those of the images that are still there."""
-    found = (_image(manifest.root, record.path, record.label) for record in manifest)
-    return FileTree(manifest.root, tuple(image for image in found if image))
+    """Return those of the images that still exist."""
+    images = (_image(manifest.root, record.path, record.label) for record in manifest)
+    return FileTree(manifest.root, tuple(image for image in images if image))
 
 
 def _image(root: Path, path: str, label: str) -> ImageFile | None:

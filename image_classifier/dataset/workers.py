@@ -1,8 +1,8 @@
-"""All cores for work on many images: blocks go out, results come back in order, and whatever goes wrong is said in the caller.
+"""All cores for work on many images: blocks go out, results come back in order, errors are raised in the caller.
 
-Workers are plain Python processes on two pipes instead of multiprocessing's: they never import the caller's `__main__` (so notebooks,
-`python -c`, scripts without a guard and daemonic processes may start them), are never forked from a process with threads in it, and
-end by themselves when the caller dies, however it died.
+Workers are plain Python processes on two pipes instead of multiprocessing's. They never import the caller's `__main__`,
+so notebooks, `python -c`, scripts without a guard and daemonic processes may start them. They are never forked from a
+process with threads in it, and end by themselves when the caller dies, however it died.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ from image_classifier.progress import with_bar
 Block = TypeVar("Block")
 Result = TypeVar("Result")
 
-MANY = 2048  # items from which on processes pay for their start of about half a second
-_AHEAD = 2  # blocks in flight a worker: one in work and one waiting, so that results cannot pile up
+MANY = 2048  # items for which processes are worth their start of about half a second
+_AHEAD = 2  # blocks in flight per worker: one in work and one waiting, so that results cannot pile up
 _START = "import sys; sys.path[:] = {path}; from image_classifier.dataset.workers import serve; serve()"
 
 
@@ -38,19 +38,19 @@ def map_blocks(
     workers: int | None = None,
     progress: str | None = None,
 ) -> Generator[Result, None, None]:
-    """`function(block)` for each block, in the order of `blocks`; close the iterator to stop early.
+    """Yield `function(block)` for each block, in the order of `blocks`; close the iterator to stop early.
 
-    Few items are spread over threads. Many go to processes, for the work on a tiny image holds the interpreter's lock most of the time.
+    Few items are spread over threads, many over processes: work on a tiny image holds the interpreter's lock.
 
     Args:
-        function: A top-level function or a `functools.partial` of one; it and all that it takes and gives can be pickled.
-        blocks: Pieces of work that take a good part of a second at most: Ctrl-C waits for threads that are in one.
+        function: A top-level function or a `functools.partial` of one; its arguments and results can be pickled.
+        blocks: Pieces of work of less than a second each: Ctrl-C waits for threads that are in one.
         items: Images (or the like) in all blocks together.
         workers: Threads or processes; None for one a core.
-        progress: What the progress bar on standard error says; None for no bar.
+        progress: Text of the progress bar on standard error; None for no bar.
 
     Raises:
-        DataError: A worker process was killed, mostly for want of memory.
+        DataError: A worker process was killed, mostly because memory is full.
         Exception: Whatever `function` raises, for the first block in order that fails.
     """
     count = max(1, min(workers or usable_cores(), len(blocks)))
@@ -65,7 +65,10 @@ def map_blocks(
 def _in_order(
     call: Callable[[Block], Result], blocks: Sequence[Block], count: int, stop: Callable[[], None] | None = None
 ) -> Generator[Result, None, None]:
-    """Results of `call` in the order of `blocks`, with `count` calls at a time; `stop` ends those in progress when nobody waits for them."""
+    """Yield results of `call` in the order of `blocks`, with `count` calls at a time.
+
+    `stop` ends those in progress when the caller no longer waits for them.
+    """
     waiting: deque[Future[Result]] = deque()
     with ThreadPoolExecutor(count) as pool:
         try:
@@ -105,7 +108,7 @@ def _answers(processes: Sequence[_Worker], blocks: Sequence[Any]) -> Generator[A
 
 
 def _started(function: Callable[..., Any], count: int) -> list[_Worker]:
-    """So many workers, or none where this Python cannot start another of its kind: then threads do."""
+    """Start so many workers; return none if this Python cannot start another: then threads are used."""
     if not sys.executable or getattr(sys, "frozen", False):
         return []
     order = pickle.dumps(function)
@@ -128,17 +131,14 @@ def _ended(workers: Sequence[_Worker]) -> None:
 
 
 class _Worker:
-    """One process; called with a block, it gives the function's result or raises the function's error."""
+    """One process; called with a block, it returns the function's result or raises the function's error."""
 
     def __init__(self, order: bytes) -> None:
         self.order: bytes | None = order
         command = [sys.executable, f"-Xutf8={sys.flags.utf8_mode}", "-c", _START.format(path=ascii(sys.path))]
-        environment = {
-            **os.environ,
-            "OMP_NUM_THREADS": "1",
-            "OPENBLAS_NUM_THREADS": "1",
-        }  # there are as many workers as cores
-        # A session of its own: Ctrl-C on the terminal reaches the caller only, who then ends the workers.
+        # There are as many workers as cores.
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
+        # A new session: Ctrl-C on the terminal reaches the caller only, which then ends the workers.
         self.process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment, start_new_session=True
         )
@@ -169,17 +169,17 @@ class _Worker:
         )
 
     def end(self) -> None:
-        """Kill the process, which holds nothing, and let go of its pipes."""
+        """Kill the process, which holds nothing, and close its pipes."""
         self.process.kill()
-        with suppress(BrokenPipeError):  # a block that it never read
+        with suppress(BrokenPipeError):  # it never read its block
             self.process.communicate()
 
 
 def serve() -> None:
-    """The life of a worker: a function, then blocks from standard input, each answered on standard output, until the input ends."""
+    """Run a worker: read a function and then blocks from standard input, and write each result to standard output."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     with suppress(EOFError, BrokenPipeError), os.fdopen(os.dup(1), "wb") as output:
-        os.dup2(2, 1)  # what a library prints must not come between the answers
+        os.dup2(2, 1)  # prints of a library must not mix with the results
         function = pickle.load(sys.stdin.buffer)
         while True:
             answer = _answer(function, pickle.load(sys.stdin.buffer))

@@ -1,1 +1,1 @@
-"""Torch-free evaluation: reads predictions, never a model."""
+"""Evaluation without torch: it reads predictions, never a model."""

@@ -1,4 +1,4 @@
-"""What a model must beat: the scores of simpler classifiers on the same parts, kept and shown beside its own."""
+"""Baselines: the scores of simpler classifiers on the same splits, which a model should beat."""
 
 from __future__ import annotations
 
@@ -26,28 +26,29 @@ COMPARED = ("accuracy", "f1_macro")
 
 @dataclass(frozen=True)
 class Baseline:
-    """One simple classifier: `about` says in words what it is, `scores` its single numbers for each part."""
+    """One simple classifier: `about` describes it, `scores` are its metrics for each split."""
 
     name: str
     about: str
     scores: Mapping[str, Mapping[str, float]]
 
     def as_dict(self) -> dict[str, Any]:
-        """Plain values, ready for JSON."""
+        """Return plain values for JSON."""
         return {"about": self.about, "scores": {split: dict(values) for split, values in self.scores.items()}}
 
 
-def judged(name: str, about: str, tables: Mapping[str, PredictionTable]) -> Baseline:
-    """The baseline that gave these answers, judged by the same code as the model."""
+def evaluated(name: str, about: str, tables: Mapping[str, PredictionTable]) -> Baseline:
+    """Return the baseline with these predictions, evaluated by the same code as the model."""
     return Baseline(
         name, about, {split: compute_metrics(table, resamples=0).scalars() for split, table in tables.items()}
     )
 
 
-def most_frequent(train: np.ndarray, classes: Sequence[str], parts: Mapping[str, np.ndarray]) -> Baseline:
-    """Always the class with most training images (the first of equals), each class as probable as its share of them.
+def most_frequent(train: np.ndarray, classes: Sequence[str], splits: Mapping[str, np.ndarray]) -> Baseline:
+    """Return the baseline that always predicts the class with most training images, the first of equals.
 
-    `train` holds the classes of the training images, int64 [N], and `parts` those of each part to judge.
+    Each class is as probable as its share of the training images. `train` holds the classes of the training images,
+    int64 [N], and `splits` those of each split to evaluate.
     """
     counts = np.bincount(train, minlength=len(classes))
     logits = np.log(np.maximum(counts, 0.5) / max(1, len(train))).astype(np.float32)
@@ -55,22 +56,22 @@ def most_frequent(train: np.ndarray, classes: Sequence[str], parts: Mapping[str,
         split: PredictionTable(
             ("",) * len(targets), targets, np.broadcast_to(logits, (len(targets), len(logits))), tuple(classes)
         )
-        for split, targets in parts.items()
+        for split, targets in splits.items()
         if len(targets)
     }
-    return judged(
+    return evaluated(
         MOST_FREQUENT, f"always {classes[int(counts.argmax())]!r}, the class with most training images", tables
     )
 
 
 def most_frequent_of(manifest: Manifest) -> Baseline:
-    """The most frequent class of a manifest, judged on its held-out parts."""
-    parts = {split: manifest.targets[manifest.indices(split)] for split in SPLITS[1:]}
-    return most_frequent(manifest.targets[manifest.indices("train")], manifest.classes, parts)
+    """Return the most frequent class of a manifest, evaluated on its held-out splits."""
+    splits = {split: manifest.targets[manifest.indices(split)] for split in SPLITS[1:]}
+    return most_frequent(manifest.targets[manifest.indices("train")], manifest.classes, splits)
 
 
-def beside(baselines: Sequence[Baseline], split: str) -> dict[str, dict[str, Any]]:
-    """The scores of one part under the baselines' names, as JSON."""
+def baseline_scores(baselines: Sequence[Baseline], split: str) -> dict[str, dict[str, Any]]:
+    """Return the scores for one split by name of the baseline, for JSON."""
     return {
         baseline.name: {"about": baseline.about, **baseline.scores[split]}
         for baseline in baselines
@@ -79,7 +80,7 @@ def beside(baselines: Sequence[Baseline], split: str) -> dict[str, dict[str, Any
 
 
 def as_metrics(baselines: Sequence[Baseline]) -> dict[str, float]:
-    """Accuracy and F1 of each baseline and part, under the names that a tracking server shows."""
+    """Return accuracy and F1 of each baseline and split, with names for a tracking server."""
     return {
         f"baseline/{baseline.name}/{split}/{metric}": scores[metric]
         for baseline in baselines
@@ -88,52 +89,55 @@ def as_metrics(baselines: Sequence[Baseline]) -> dict[str, float]:
     }
 
 
-def lines(baselines: Sequence[Baseline], split: str, own: Mapping[str, float] | None = None) -> Iterator[str]:
-    """A table for a terminal: each baseline's accuracy and F1 on one part, the model's `own` below them."""
+def lines(baselines: Sequence[Baseline], split: str, model: Mapping[str, float] | None = None) -> Iterator[str]:
+    """Yield a table for a terminal: accuracy and F1 of each baseline on one split, and the model's below them."""
     rows = [
         (baseline.name, baseline.scores[split], baseline.about) for baseline in baselines if split in baseline.scores
     ]
     if not rows:
         return
-    rows += [("this model", own, "")] if own else []
+    rows += [("this model", model, "")] if model else []
     width = max(8, *(len(name) for name, _, _ in rows))
-    yield f"{'baseline':<{width}}  accuracy  f1_macro  on the {split} part"
+    yield f"{'baseline':<{width}}  accuracy  f1_macro  on the {split} split"
     for name, scores, about in rows:
         yield f"{name:<{width}}  {scores['accuracy']:8.4f}  {scores['f1_macro']:8.4f}  {about}".rstrip()
     if LOGISTIC not in {baseline.name for baseline in baselines}:
-        yield f"{LOGISTIC:<{width}}  not computed: set baselines=true, or run `{program()} baseline` once for these images"
+        hint = f"set baselines=true, or run `{program()} baseline` once for these images"
+        yield f"{LOGISTIC:<{width}}  not computed: {hint}"
 
 
-def warn_if_not_better(baselines: Sequence[Baseline], split: str, own: Mapping[str, float]) -> None:
-    """Say in the log which baselines the model does not beat, and by which figure."""
+def warn_if_not_better(baselines: Sequence[Baseline], split: str, model: Mapping[str, float]) -> None:
+    """Log a warning for each baseline and metric that the model does not beat."""
     for baseline in baselines:
         for metric in COMPARED:
-            if split in baseline.scores and own[metric] <= baseline.scores[split][metric]:
+            if split in baseline.scores and model[metric] <= baseline.scores[split][metric]:
                 log.warning(
-                    "the model does not beat the baseline %s: %s %.4f on the %s part, the baseline's %.4f (%s)",
-                    *(baseline.name, metric, own[metric], split, baseline.scores[split][metric], baseline.about),
+                    "the model does not beat the baseline %s: %s %.4f on the %s split, baseline %.4f (%s)",
+                    *(baseline.name, metric, model[metric], split, baseline.scores[split][metric], baseline.about),
                 )
 
 
 def from_dict(content: Any) -> tuple[Baseline, ...]:
-    """The baselines that `{name: as_dict()}` describes; ValueError where it describes none that can be."""
+    """Return the baselines of `{name: as_dict()}`; ValueError if the content is invalid."""
     try:
-        found = tuple(Baseline(name, str(value["about"]), _numbers(value["scores"])) for name, value in content.items())
+        baselines = tuple(
+            Baseline(name, str(value["about"]), _numbers(value["scores"])) for name, value in content.items()
+        )
     except (AttributeError, KeyError, TypeError) as error:
-        raise ValueError(f"baselines of the wrong kind ({type(error).__name__}: {error})") from error
-    return found
+        raise ValueError(f"invalid baselines ({type(error).__name__}: {error})") from error
+    return baselines
 
 
 def _numbers(scores: Any) -> dict[str, dict[str, float]]:
-    """Scores as float, at least those that are compared, in each part."""
-    found = {split: {metric: float(value) for metric, value in values.items()} for split, values in scores.items()}
-    if not all(values.keys() >= set(COMPARED) for values in found.values()):
+    """Return the scores of each split as floats; KeyError if one that is compared is missing."""
+    numbers = {split: {metric: float(value) for metric, value in values.items()} for split, values in scores.items()}
+    if not all(values.keys() >= set(COMPARED) for values in numbers.values()):
         raise KeyError(*COMPARED)
-    return found
+    return numbers
 
 
 def write_baselines(baselines: Sequence[Baseline], manifest_sha256: str, directory: Path) -> Path:
-    """Write baselines.json: the scores and the fingerprint of the manifest they are of."""
+    """Write baselines.json: the scores, and the hash of the manifest."""
     path = directory / FILE_NAME
     content = {
         "manifest_sha256": manifest_sha256,
@@ -144,7 +148,7 @@ def write_baselines(baselines: Sequence[Baseline], manifest_sha256: str, directo
 
 
 def known_baseline(plots: Path, manifest_sha256: str, name: str) -> Baseline | None:
-    """The best on val of the baselines of that name that any baselines.json in `plots`/*/ holds for this very manifest."""
+    """Return the baseline of that name with the best val accuracy in any `plots`/*/baselines.json of this manifest."""
     found: list[Baseline] = []
     for path in sorted(plots.glob(f"*/{FILE_NAME}")):
         try:
@@ -156,5 +160,5 @@ def known_baseline(plots: Path, manifest_sha256: str, name: str) -> Baseline | N
                     if baseline.name == name and "val" in baseline.scores
                 ]
         except (OSError, ValueError, KeyError, TypeError) as error:
-            log.warning("%s cannot be read and is passed over (%s: %s)", path, type(error).__name__, error)
+            log.warning("skipped %s, which cannot be read (%s: %s)", path, type(error).__name__, error)
     return max(found, key=lambda baseline: baseline.scores["val"]["accuracy"], default=None)

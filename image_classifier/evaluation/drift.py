@@ -1,4 +1,4 @@
-"""Whether the images that a model is asked about are still like those that it was validated on: two figures of its answers, compared."""
+"""Drift: whether recent images are still like the validation images, by two figures of the predictions."""
 
 from __future__ import annotations
 
@@ -11,16 +11,17 @@ import numpy as np
 
 from image_classifier.evaluation.reliability.abstention import Decision
 
-FEWEST = 50  # images, below which nothing is said
-_DOUBT = 0.001  # the chance of a false alarm where nothing has changed, for one look at one figure
-_LEAST = 0.1  # a smaller distance is no reason to wake somebody, however many images prove it
+FEWEST = 50  # images below which there is no alarm
+_FALSE_ALARM = 0.001  # probability of an alarm without drift, for one check of one figure
+_MIN_DISTANCE = 0.1  # smaller distances are no reason for an alarm, however many images prove them
 
 
 @dataclass(frozen=True)
 class Shift:
-    """One figure of the traffic beside the same of val.
+    """One figure of recent images compared with the validation images.
 
-    `distance` is that of Kolmogorov and Smirnov, from 0 (alike) to 1; above `limit` it is more than chance and more than a trifle.
+    `distance` is the Kolmogorov-Smirnov distance, from 0 (equal) to 1. Above `limit` it is neither chance nor
+    negligible.
     """
 
     figure: str
@@ -32,19 +33,19 @@ class Shift:
 
     @property
     def drifted(self) -> bool:
-        """Whether this is another kind of traffic; never with fewer than 50 images."""
+        """Whether the images have drifted; never with fewer than 50 images."""
         return self.images >= FEWEST and self.distance > self.limit
 
     def as_dict(self) -> dict[str, Any]:
-        """Plain values, ready for JSON."""
+        """Return plain values for JSON."""
         return {**vars(self), "drifted": self.drifted}
 
 
 @dataclass(frozen=True)
 class DriftReference:
-    """What val was like: of `num_images` the confidences, and the out-of-distribution scores: how far an embedding lies from the training's.
+    """The distributions of confidences and out-of-distribution scores on the `num_images` validation images.
 
-    Each as values in rising order and the share of val that is at or below each.
+    Each is given by values in rising order and the share of the images at or below each value.
     """
 
     num_images: int
@@ -52,7 +53,7 @@ class DriftReference:
 
     @classmethod
     def of(cls, decision: Mapping[str, Any] | None) -> DriftReference | None:
-        """What a bundle's `decision` tells of val; None where it tells nothing."""
+        """Read the distributions from the `decision` of a bundle; None if it has none."""
         if not decision:
             return None
         evidence = Decision.from_dict(decision).evidence
@@ -67,7 +68,7 @@ class DriftReference:
         return cls(evidence.num_images, figures)
 
     def shifts(self, seen: Mapping[str, Sequence[float]]) -> list[Shift]:
-        """One Shift for each figure that both know, `seen` being the traffic's."""
+        """Return the shift of each figure that both have; `seen` are the values of recent images."""
         return [
             self._shift(name, np.asarray(values))
             for name, values in seen.items()
@@ -77,11 +78,12 @@ class DriftReference:
     def _shift(self, name: str, values: np.ndarray) -> Shift:
         points, shares = self.figures[name]
         ordered = np.sort(values)
-        # Confidences are known by how many lie below a threshold, scores by how many lie at or below a value.
-        found = np.searchsorted(ordered, points, side="left" if name == "confidence" else "right") / len(ordered)
-        distance = float(np.abs(found - shares).max())
+        # Confidences are stored as shares below a threshold, scores as shares at or below a value.
+        seen = np.searchsorted(ordered, points, side="left" if name == "confidence" else "right") / len(ordered)
+        distance = float(np.abs(seen - shares).max())
+        # Critical distance of the two-sample Kolmogorov-Smirnov test.
         chance = math.sqrt(
-            -math.log(_DOUBT / 2) / 2 * (len(ordered) + self.num_images) / (len(ordered) * self.num_images)
+            -math.log(_FALSE_ALARM / 2) / 2 * (len(ordered) + self.num_images) / (len(ordered) * self.num_images)
         )
         middle = float(points[min(int(np.searchsorted(shares, 0.5)), len(points) - 1)])
-        return Shift(name, len(ordered), distance, max(_LEAST, chance), float(np.median(ordered)), middle)
+        return Shift(name, len(ordered), distance, max(_MIN_DISTANCE, chance), float(np.median(ordered)), middle)

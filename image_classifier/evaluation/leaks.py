@@ -1,4 +1,4 @@
-"""How much copies of training images in a judged part flatter its figures."""
+"""How much duplicates of training images in an evaluated split improve its scores."""
 
 from __future__ import annotations
 
@@ -12,32 +12,35 @@ from image_classifier.predictions import PredictionTable
 
 @dataclass(frozen=True)
 class LeakScore:
-    """Accuracy on images that have a copy, twin or group mate in the train part, and on those that have none (None where there are none)."""
+    """Accuracy on images with a duplicate, near-duplicate or group member in train, and on all others, if any."""
 
     leaked: int
     clean: int
     accuracy_leaked: float
     accuracy_clean: float | None
-    what: str = "have a copy, a twin or one of their group in the train part"
+    what: str = "have a duplicate, a near-duplicate or an image of their group in the train split"
 
     def as_dict(self) -> dict[str, float | int | str | None]:
-        """Plain values, ready for JSON."""
+        """Return plain values for JSON."""
         return asdict(self)
 
     def scalars(self) -> dict[str, float]:
-        """The numbers under their stable names."""
+        """Return the numbers by name."""
         clean = {} if self.accuracy_clean is None else {"accuracy_clean": self.accuracy_clean}
         return {"leaked_images": float(self.leaked), "accuracy_leaked": self.accuracy_leaked, **clean}
 
     def lines(self, split: str) -> Iterator[str]:
-        """The two figures for a terminal, under names that a script may look for."""
+        """Yield both accuracies for a terminal, with names that a script may look for."""
         yield f"{split} accuracy_leaked {self.accuracy_leaked:.4f} on {self.leaked} images that {self.what}"
         if self.accuracy_clean is not None:
-            yield f"{split} accuracy_clean {self.accuracy_clean:.4f} on the {self.clean} others: the honest figure"
+            yield f"{split} accuracy_clean {self.accuracy_clean:.4f} on the {self.clean} others: the score to trust"
 
 
 def leak_score(table: PredictionTable, leaked: np.ndarray, what: str = LeakScore.what) -> LeakScore | None:
-    """The two accuracies, `leaked` bool [N] saying which rows have leaked and `what` in which way; None where none has."""
+    """Return both accuracies; None if no image has leaked.
+
+    `leaked` marks the rows that have leaked, bool [N], and `what` describes how.
+    """
     if not leaked.any():
         return None
     correct = table.answers()[0] == table.targets

@@ -1,1 +1,1 @@
-"""Pages: one HTML file with thumbnails that needs no network and runs no foreign script. What the audit, the report and galleries share."""
+"""HTML pages in one file with thumbnails, without network or other scripts; used by audit, report and suspects."""

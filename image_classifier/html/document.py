@@ -1,4 +1,4 @@
-"""One HTML text from a template of one's own that extends base.html.j2: styles and script inside, and a policy that lets nothing else run."""
+"""One HTML file from a template that extends base.html.j2, with styles and script inside and nothing else allowed."""
 
 from __future__ import annotations
 
@@ -18,9 +18,10 @@ _HERE = Path(__file__).parent
 
 
 def render(template: Path, styles: Path, script: Path, **values: Any) -> str:
-    """The page: `template` filled with `values`, all of it escaped; the shared styles and `styles`, and `script`, each allowed by its hash.
+    """Return the page: `template` filled with `values`, all of them escaped.
 
-    The template extends base.html.j2 and fills its blocks `title` and `body`; no element of it has a style= or on…= attribute.
+    The content security policy allows the shared styles with `styles`, and `script`, each by its hash. The template
+    extends base.html.j2 and fills its blocks `title` and `body`; it has no style= or on…= attributes.
     """
     style = "\n".join(path.read_text(encoding="utf-8") for path in (_HERE / "base.css", styles))
     code = script.read_text(encoding="utf-8")
@@ -30,7 +31,7 @@ def render(template: Path, styles: Path, script: Path, **values: Any) -> str:
 
 @cache
 def _environment(folder: Path) -> jinja2.Environment:
-    """What reads the templates of a folder, each of them compiled once."""
+    """Return the environment for the templates of a folder; each is compiled once."""
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader([folder, _HERE]),
         autoescape=True,
@@ -50,5 +51,5 @@ def _environment(folder: Path) -> jinja2.Environment:
 
 
 def digest(text: str) -> str:
-    """The sha256 of an inline script or style as a content security policy names it."""
+    """Return the sha256 of an inline script or style for the content security policy."""
     return base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()

@@ -1,5 +1,5 @@
 "use strict";
-// Filters what is on the page by words and severity; without it the page shows everything.
+// Filters the page by words and severity. Without the script the page shows everything.
 const search = document.getElementById("search");
 const buttons = [...document.querySelectorAll("button[data-severity]")];
 const status = document.getElementById("status");
@@ -36,4 +36,4 @@ for (const button of buttons) {
   });
 }
 document.getElementById("tools").hidden = entries.length === 0;
-filter(); // a browser that goes back keeps what was typed
+filter(); // the browser keeps the text when going back

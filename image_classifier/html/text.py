@@ -1,4 +1,4 @@
-"""Words and numbers for a person, on a page or in a terminal."""
+"""Text and numbers on a page."""
 
 from __future__ import annotations
 
@@ -6,20 +6,28 @@ import re
 
 from image_classifier.text import printable
 
-_LONGEST = 300  # characters of a path or a detail on a page
+_MAX_LENGTH = 300  # characters of a path or a detail on a page
 
 
 def number(value: float) -> str:
-    """12 345, which does not break across lines."""
+    r"""Return a number with spaces between thousands that do not break across lines.
+
+    >>> number(12345).replace("\u00a0", "_")
+    '12_345'
+    """
     return f"{value:,}".replace(",", "\u00a0")
 
 
 def unbroken(sentence: str) -> str:
-    """Our own words with numbers that do not break across lines; a path must stay as it is."""
+    """Return a sentence of ours with numbers that do not break across lines; not for paths."""
     return re.sub(r"(?<=\d) (?=\d{3})", "\u00a0", sentence)
 
 
 def plain(text: str) -> str:
-    """A path or a detail as a page shows it: printable, the middle of a very long one left out."""
+    r"""Return a path or a detail in printable form, without the middle of a very long one.
+
+    >>> plain("a\nb")
+    'a\\nb'
+    """
     shown = printable(text)
-    return shown if len(shown) <= _LONGEST else f"{shown[: _LONGEST // 2]} … {shown[-_LONGEST // 2 :]}"
+    return shown if len(shown) <= _MAX_LENGTH else f"{shown[: _MAX_LENGTH // 2]} … {shown[-_MAX_LENGTH // 2 :]}"

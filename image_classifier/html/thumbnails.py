@@ -1,4 +1,4 @@
-"""Thumbnails as data: addresses, which a page carries in itself."""
+"""Thumbnails as data: addresses inside a page."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from image_classifier.images import DEFAULT_LIMITS, WHITE, DecodeLimits, decode
 
 THUMBNAIL = 128  # longer side, pixels
 BUDGET = 7_000_000  # characters of thumbnails and captions; a page stays below 10 MB
-_PIXELATED = 48  # images up to this side keep their pixels
+_PIXELATED = 48  # images up to this size keep their pixels
 
 
 @dataclass(frozen=True)
 class Thumbnail:
-    """An image as a page shows it: a data: address, "" where there is no picture; `small` keeps its pixels when it is enlarged."""
+    """An image on a page: a data: address, "" without an image; a `small` image keeps its pixels when enlarged."""
 
     address: str = ""
     small: bool = False
@@ -35,10 +35,10 @@ def thumbnail(
     side: int = THUMBNAIL,
     quality: int = 75,
 ) -> Thumbnail:
-    """The picture of a file, its longer side at most `side` pixels; one of no address where the file cannot be read any more."""
+    """Return the thumbnail of a file, its longer side at most `side` pixels; NO_PICTURE if it cannot be read."""
     try:
         image = Image.fromarray(decode(path, limits, background, at_least=(side, side)))
-    except UnreadableImage:  # moved or changed since it was looked at
+    except UnreadableImage:  # moved or changed since the scan
         return NO_PICTURE
     small = max(image.size) <= _PIXELATED
     image.thumbnail((side, side))

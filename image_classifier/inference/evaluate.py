@@ -20,7 +20,7 @@ from image_classifier.evaluation.baselines import Baseline
 from image_classifier.evaluation.leaks import LeakScore, leak_score
 from image_classifier.evaluation.metrics.compute import ClassificationMetrics, compute_metrics
 from image_classifier.evaluation.reliability.abstention import DecisionSettings
-from image_classifier.evaluation.reliability.results import Trust, write_trust
+from image_classifier.evaluation.reliability_results import Trust, write_trust
 from image_classifier.evaluation.results import metrics_dict, metrics_lines, write_evaluation
 from image_classifier.images import DecodeLimits
 from image_classifier.inference.labelled_images import read_labelled
@@ -95,7 +95,9 @@ class EvaluationResult:
 
     def as_dict(self) -> dict[str, Any]:
         """Return plain values, ready for JSON."""
-        values: dict[str, Any] = metrics_dict(self.metrics, self.leak, baselines.beside(self.baselines, self.split))
+        values: dict[str, Any] = metrics_dict(
+            self.metrics, self.leak, baselines.baseline_scores(self.baselines, self.split)
+        )
         if self.robustness is not None:
             values["robustness"] = self.robustness.as_dict()
         if self.latency is not None:
@@ -149,7 +151,7 @@ def evaluate(settings: TestSettings, predictor: Predictor | None = None, progres
     # Write what the report reads.
     directory = _output_directory(settings, path)
     title = f"{path.name}, {'folder ' + settings.test_dir if settings.test_dir else settings.split}"
-    comparison = baselines.beside(simple, settings.split)
+    comparison = baselines.baseline_scores(simple, settings.split)
     write_evaluation(table, metrics, manifest, directory, title, settings.limits, leak, comparison)
     trust = write_trust(table, predictor.decision, directory, title)
     baselines.warn_if_not_better(simple, settings.split, metrics.scalars())

@@ -7,15 +7,17 @@ import contextlib
 import logging
 import signal
 import socket
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 
 from image_classifier.errors import ConfigError
 from image_classifier.serving.async_log import async_logging
 from image_classifier.serving.auth import AccessPolicy, is_loopback
 from image_classifier.serving.drift_window import DriftWindow
+from image_classifier.serving.model_sources import ModelSource
 from image_classifier.serving.settings import ServeSettings
 from image_classifier.serving.worker.handle import WorkerProcess
+from image_classifier.serving.worker.spec import ModelSpec
 
 log = logging.getLogger(__name__)
 
@@ -38,15 +40,10 @@ def run_server(settings: ServeSettings, on_ready: Callable[[str], object]) -> No
         stack.callback(signal.signal, signal.SIGHUP, signal.signal(signal.SIGHUP, signal.SIG_IGN))
         listening = stack.enter_context(_listen(settings.host, settings.port))
         if not access.needs_key and not is_loopback(settings.host):
-            log.warning(
-                "anyone who can reach %s can send requests; access.keys_file=FILE requires a key", settings.host
-            )
+            log.warning("anyone who can reach %s can send requests: access.keys_file=FILE needs a key", settings.host)
         # The workers load their models while this process imports the server.
         sources = settings.model_sources()
-        specs = [settings.model_spec(name, source.find()) for name, source in sources.items()]
-        started = [(spec, WorkerProcess(spec.as_dict())) for spec in specs]
-        for _, worker in started:
-            stack.callback(worker.kill)
+        started = _start_workers(settings, sources, stack)
         from image_classifier.serving.registry import ModelRegistry, Reloader
         from image_classifier.serving.server import ShutdownSignal, make_gateway, serve_until
 
@@ -64,8 +61,18 @@ def run_server(settings: ServeSettings, on_ready: Callable[[str], object]) -> No
             except asyncio.CancelledError:
                 raise KeyboardInterrupt from None
             finally:
-                # The event loop has restored the default handler.
-                signal.signal(signal.SIGHUP, signal.SIG_IGN)
+                signal.signal(signal.SIGHUP, signal.SIG_IGN)  # the loop has restored the default handler
+
+
+def _start_workers(
+    settings: ServeSettings, sources: Mapping[str, ModelSource], stack: contextlib.ExitStack
+) -> list[tuple[ModelSpec, WorkerProcess]]:
+    """Start a process for each model; the end of the stack kills them."""
+    specs = [settings.model_spec(name, source.find()) for name, source in sources.items()]
+    started = [(spec, WorkerProcess(spec.as_dict())) for spec in specs]
+    for _, worker in started:
+        stack.callback(worker.kill)
+    return started
 
 
 @contextmanager

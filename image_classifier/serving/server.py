@@ -63,7 +63,7 @@ def make_gateway(
     stopping: Callable[[], bool],
 ) -> GatewayMiddleware:
     """Return the complete ASGI application: the routes inside the gateway."""
-    web = WebClient(settings.fetch) if settings.fetch.enabled else None
+    web = WebClient(settings.fetch.url_limits()) if settings.fetch.enabled else None
     uploads = Uploads(settings.request, web, settings.limits.max_bytes)
     metrics = ServerMetrics(lambda: _gauges(models), lambda: _shifts(models, drift_window))
     state = AppState(models, uploads, metrics, drift_window, settings.request, settings.fetch.enabled)

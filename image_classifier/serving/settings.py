@@ -19,13 +19,27 @@ from image_classifier.sources.web import UrlLimits
 
 
 @dataclass(frozen=True)
-class FetchSettings(UrlLimits):
-    """The keys of `fetch`: whether the server fetches images by URL (from public addresses only), and limits."""
+class FetchSettings:
+    """The keys of `fetch`.
+
+    Args:
+        enabled: Whether the server fetches images by their URL, from public addresses only.
+        timeout_s: Seconds without data.
+        total_s: Seconds for one image.
+        max_redirects: Redirects of one URL.
+    """
 
     enabled: bool = False
     timeout_s: float = 5.0
     total_s: float = 15.0
     max_redirects: int = 3
+
+    def __post_init__(self) -> None:
+        self.url_limits()
+
+    def url_limits(self) -> UrlLimits:
+        """Return the limits of one download; the size of an image has a limit of its own."""
+        return UrlLimits(timeout_s=self.timeout_s, total_s=self.total_s, max_redirects=self.max_redirects)
 
 
 @dataclass(frozen=True)

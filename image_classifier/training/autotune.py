@@ -1,7 +1,7 @@
 """Numbers that a run finds by trying: batch size, learning rate, and how many steps fit into `trainer.max_time`.
 
-Each trial trains a fresh network for some real steps and throws it away. The random states are put back afterwards, so a run that
-found a value is the same to the last bit as one that was given it.
+Each trial trains a fresh network for some real steps and throws it away. The random states are restored afterwards, so
+a run that found a value is the same to the last bit as one that was given it.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from pytorch_lightning.utilities.exceptions import MisconfigurationException, SI
 
 from image_classifier.atomic_io import write_text
 from image_classifier.errors import ConfigError, TrainingError
-from image_classifier.evaluation.plots.run_plots import plot_learning_rate_finder
+from image_classifier.evaluation.plots.learning_curves import plot_learning_rate_finder
 from image_classifier.modeling.classifier import TTA
 from image_classifier.training.builders import TrainingInputs, build_datamodule, build_module, build_trainer
 from image_classifier.training.callbacks.exact_resume import random_state, set_random_state
@@ -153,7 +153,7 @@ def _check_length(config: TrainConfig) -> None:
 
 
 def autotune(inputs: TrainingInputs, plots: Path) -> TrainingInputs:
-    """Return the inputs with a number wherever the configuration has auto: first the batch size, then the learning rate, then the steps.
+    """Return the inputs with a number wherever the configuration has auto: batch size, then learning rate, then steps.
 
     Raises:
         ConfigError: Not even the smallest batch fits, or `trainer.max_time` is too short.
@@ -176,7 +176,7 @@ def _with_values(inputs: TrainingInputs, values: Values) -> TrainingInputs:
 
 
 def find_learning_rate(trials: TrialTrainer, plots: Path) -> float:
-    """Return the rate at which the loss falls fastest, in a sweep that raises it from step to step (Smith, 2017, section 3.3)."""
+    """Return the rate at which the loss falls fastest in a sweep with rising rates (Smith, 2017, section 3.3)."""
     sweep = LearningRateSweep(_LOWEST_RATE, _HIGHEST_RATE, _SWEEP_STEPS)
     steps = {"trainer.max_steps": _SWEEP_STEPS, "trainer.max_epochs": -1, "trainer.limit_val_batches": 0}
     fixed = {"data.progressive_sizes": None, "optimizer.lr": _LOWEST_RATE}
@@ -196,7 +196,7 @@ def find_learning_rate(trials: TrialTrainer, plots: Path) -> float:
 
 
 def smoothed(losses: np.ndarray, width: float = 3.0) -> np.ndarray:
-    """Return losses [S] averaged with their neighbours, with Gaussian weights of `width` steps; unlike a running mean this has no lag.
+    """Return losses [S] averaged with Gaussian weights of `width` steps; unlike a running mean this has no lag.
 
     >>> smoothed(np.array([1.0, 1.0, 1.0])).round(6).tolist()
     [1.0, 1.0, 1.0]
@@ -207,10 +207,12 @@ def smoothed(losses: np.ndarray, width: float = 3.0) -> np.ndarray:
 
 
 def suggest(rates: np.ndarray, losses: np.ndarray) -> float | None:
-    """Return the rate where smoothed losses [S] fall fastest along log(rate), before their minimum; None where they never fall.
+    """Return the rate where smoothed losses [S] fall fastest along log(rate); None where they never fall.
 
-    >>> suggest(np.array([0.001, 0.01, 0.1, 1.0]), np.array([2.0, 1.9, 1.0, 3.0]))
-    0.1
+    Only rates below that of the smallest loss count.
+
+    >>> suggest(np.array([0.001, 0.01, 0.1, 1.0]), np.array([2.0, 1.9, 1.0, 0.9]))
+    0.01
     """
     lowest = int(losses.argmin())
     if lowest < 2:
@@ -220,7 +222,7 @@ def suggest(rates: np.ndarray, losses: np.ndarray) -> float | None:
 
 
 def find_batch_size(trials: TrialTrainer) -> int:
-    """Return a power of two: the batch at which doubling gains less than 3 %, or would be too large for memory or for an epoch.
+    """Return the batch size whose double gains less than 3 % of speed, or is too large for memory or for an epoch.
 
     Raises:
         ConfigError: Not even the smallest batch fits into memory.
@@ -277,7 +279,7 @@ def _speed(trials: TrialTrainer, batch_size: int) -> tuple[float, float] | None:
 
 
 def plan_steps(trials: TrialTrainer) -> tuple[Hardware, int]:
-    """Return the optimizer steps that fit into `trainer.max_time`, validations included, and the hardware settings: compiled if faster.
+    """Return the optimizer steps that fit into `trainer.max_time` with validations, and whether compiled is faster.
 
     Raises:
         ConfigError: Not even one step and one validation fit.
@@ -312,7 +314,7 @@ def plan_steps(trials: TrialTrainer) -> tuple[Hardware, int]:
 
 
 def _fastest(trials: TrialTrainer, allowed_s: float) -> tuple[Hardware, float, float]:
-    """Return the faster hardware settings, compiled or not, with their seconds a training batch and a validation batch."""
+    """Return the faster hardware settings, compiled or not, with seconds a training batch and a validation batch."""
     hardware = trials.inputs.hardware
     choices: Sequence[str | bool] = [hardware.compile]
     if hardware.compile == AUTO:
@@ -342,7 +344,7 @@ def _times(trials: TrialTrainer, hardware: Hardware) -> tuple[float, float]:
 
 
 def seconds_of(max_time: Any) -> float:
-    """Return `trainer.max_time` in seconds, as Lightning reads it: days:hours:minutes:seconds, or a mapping such as {minutes: 30}.
+    """Return `trainer.max_time` in seconds: days:hours:minutes:seconds, or a mapping such as {minutes: 30}.
 
     >>> seconds_of("00:00:30:00"), seconds_of({"minutes": 2})
     (1800.0, 120.0)

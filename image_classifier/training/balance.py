@@ -1,4 +1,4 @@
-"""Classes of unequal size: drawn equally often, or weighed in the loss; only training images count, and none is copied."""
+"""Classes of unequal size: drawn equally often, or weighed in the loss, by their training images."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ import numpy as np
 
 
 def balanced_rows(rows: np.ndarray, targets: np.ndarray, seed: int, epoch: int) -> np.ndarray:
-    """Return as many rows as there are, each class equally often, int64 [N], in a random order decided by (seed, epoch).
+    """Return as many rows as there are, each class equally often, int64 [N], in an order decided by (seed, epoch).
 
-    Each class deals its rows like a deck of cards that is shuffled when it is used up, and continues where the last epoch
-    stopped: no image comes twice before all of its class have come once.
+    Each class deals its rows like a deck of cards that is shuffled when it is used up, and continues where the last
+    epoch stopped: no image comes twice before all of its class have come once.
 
     Args:
         rows: Training rows, int64 [N].
@@ -49,8 +49,8 @@ def class_weights(targets: np.ndarray, num_classes: int) -> np.ndarray:
 
     A class without images has the weight 0.
 
-    >>> class_weights(np.array([0, 0, 0, 1]), num_classes=2).round(3).tolist()
-    [0.667, 2.0]
+    >>> class_weights(np.array([0, 0, 1, 2, 2, 2]), num_classes=3).tolist()
+    [1.0, 2.0, 0.6666666865348816]
     """
     counts = np.bincount(targets, minlength=num_classes)
     weights = len(targets) / (np.count_nonzero(counts) * np.maximum(counts, 1))

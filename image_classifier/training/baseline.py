@@ -27,7 +27,7 @@ from image_classifier.errors import DataError
 from image_classifier.evaluation.baselines import (
     LOGISTIC,
     Baseline,
-    judged,
+    evaluated,
     known_baseline,
     most_frequent_of,
     write_baselines,
@@ -73,7 +73,7 @@ class BaselineScores:
 
 @dataclass(frozen=True)
 class LinearModel:
-    """Logistic regression on standardised features [N, D]: logits = (features - mean) / std @ weights + bias, with weights [D, K]."""
+    """Logistic regression on standardised features [N, D]: (features - mean) / std @ weights [D, K] + bias [K]."""
 
     mean: np.ndarray
     std: np.ndarray
@@ -129,10 +129,10 @@ def embedding_network(
 
 
 def baselines_of_run(inputs: TrainingInputs, classifier: Classifier, run: RunDir) -> tuple[Baseline, ...]:
-    """Return what a training is compared with: the most frequent class, and the best logistic regression known for this manifest.
+    """Return what a training is compared with: the most frequent class, and logistic regression if its scores exist.
 
-    With `baselines=true` one is fitted to the embeddings of the run's own backbone before training; the run's plots folder
-    keeps its scores.
+    With `baselines=true` the regression is fitted to the embeddings of the run's own backbone before training; the
+    run's plots folder keeps its scores.
     """
     config, sha256 = inputs.config, inputs.manifest.sha256
     plots_dir = Path(config.run.plots_dir)
@@ -157,7 +157,7 @@ def logistic(inputs: NetworkInputs, classifier: Classifier) -> Baseline:
     num_features = len(models[strength].mean)
     origin = f"{inputs.model.name} ({_origin(inputs.model, inputs.seed)})"
     features = f"{num_features} features of {origin} at {inputs.data.image_size} px"
-    return judged(LOGISTIC, f"logistic regression (C={strength:g}) on {features}", tables)
+    return evaluated(LOGISTIC, f"logistic regression (C={strength:g}) on {features}", tables)
 
 
 def embeddings_of(inputs: NetworkInputs, classifier: Classifier) -> EmbeddingStore:
@@ -176,7 +176,7 @@ def embeddings_of(inputs: NetworkInputs, classifier: Classifier) -> EmbeddingSto
 
 
 def fit_logistic(store: EmbeddingStore, manifest: Manifest, seed: int) -> dict[float, LinearModel]:
-    """Return a regression for each strength C, fitted to the training images' embeddings, or to as many as fit into 1 GiB."""
+    """Return a regression for each strength C, fitted to the training embeddings, at most 1 GiB of them."""
     rows, features = _features(store, manifest, manifest.indices("train"), seed)
     mean, std = _standardise(features)
     models = {}
@@ -209,7 +209,7 @@ def _standardise(features: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _features(store: EmbeddingStore, manifest: Manifest, rows: np.ndarray, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """Return rows int64 [n] and their embeddings float32 [n, D]: all, or a sample that fits into memory, with each class in it."""
+    """Return rows int64 [n] and their embeddings float32 [n, D]: all, or a sample that fits into memory."""
     features: np.ndarray | None = None
     for positions, part in store.parts(manifest.digests[rows]):
         if features is None:
@@ -235,7 +235,7 @@ def _sampled(rows: np.ndarray, targets: np.ndarray, count: int, seed: int) -> np
 def _best_on_val(
     models: Mapping[float, LinearModel], store: EmbeddingStore, manifest: Manifest
 ) -> tuple[float, dict[str, PredictionTable]]:
-    """Return the strength with the highest accuracy on val, the weaker of equals, and its predictions for val and test."""
+    """Return the strength with the best accuracy on val (the weaker of equals), and its predictions of val and test."""
     rows = {split: manifest.indices(split) for split in SPLITS[1:] if len(manifest.indices(split))}
     logits = {split: _logits(models, store, manifest, split_rows) for split, split_rows in rows.items()}
     accuracy = {

@@ -1,4 +1,4 @@
-"""Builds the objects of a training from its typed configuration: data module, network, losses, optimizer and Trainer."""
+"""Builds the objects of a training from its configuration: data module, network, losses, optimizer, Trainer."""
 
 from __future__ import annotations
 
@@ -273,7 +273,7 @@ def as_fast_as(hardware: Hardware, make_optimizer: Callable[..., torch.optim.Opt
 
 
 def _some_images(cache: PixelCache, rows: np.ndarray, mean: list[float], std: list[float]) -> torch.Tensor:
-    """Return normalised training images [N, 3, S, S], evenly spread over the manifest and so over the classes; fewer of large ones."""
+    """Return normalised images [N, 3, S, S], evenly spread over the training rows; fewer where images are large."""
     count = min(len(rows), max(64, _NUM_PIXELS_TO_FIT // cache.size**2))
     chosen = rows[evenly_spaced(len(rows), count)]
     pixels = torch.from_numpy(cache.gather(chosen)).permute(0, 3, 1, 2).float() / 255

@@ -134,7 +134,7 @@ def _write_checkpoint(classifier: Classifier, blueprint: dict[str, Any], path: P
 def _check_export(
     checkpoint: EmbeddingBackend, exported: EmbeddingBackend, directory: Path, inputs: TrainingInputs
 ) -> float:
-    """Compare ONNX with torch on validation images, keep some of them as golden ones, and return the largest difference."""
+    """Compare ONNX with torch on validation images, keep some as golden images, and return the largest difference."""
     rows = inputs.manifest.indices("val")
     rows = rows[evenly_spaced(len(rows), _NUM_PARITY_IMAGES)]
     pixels = np.ascontiguousarray(inputs.cache.gather(rows).transpose(0, 3, 1, 2))  # uint8 [N, 3, S, S]

@@ -111,7 +111,7 @@ def make_last(newest: Path, keep: int) -> None:
 
 
 def go_back_to(path: Path, step: int) -> None:
-    """Remove the checkpoints after the one that a run resumes, in its folder; also `last.ckpt` where it is none of the others."""
+    """Remove the checkpoints after the one that a run resumes; also `last.ckpt` where it is none of those left."""
     directory = path.parent
     last = directory / LAST
     for other, later in steps(directory):
@@ -134,7 +134,7 @@ def sweep(directory: Path) -> None:
 
 
 def newest_readable(directory: Path) -> Path | None:
-    """Return the newest undamaged checkpoint in a folder, None where there is none at all; the log names each damaged one.
+    """Return the newest undamaged checkpoint of a folder, None where it has none; the log names damaged ones.
 
     Raises:
         CheckpointError: There are checkpoints, and all are damaged.
@@ -147,9 +147,7 @@ def newest_readable(directory: Path) -> Path | None:
         reason = damage(path)
         if not reason:
             return path
-        log.warning(
-            "the checkpoint %s%s is damaged (%s): using the one before", path, _also_last(path, last), reason
-        )
+        log.warning("the checkpoint %s%s is damaged (%s): using the one before", path, _also_last(path, last), reason)
     if order:
         raise CheckpointError(f"every checkpoint in {str(directory)!r} is damaged", "start again with overwrite=true")
     return None

@@ -1,7 +1,8 @@
 """The configuration of a training: one frozen value, built once by the command line and never changed.
 
-What a configuration may choose freely (networks, losses, optimizers, augmentations, callbacks, loggers) stays a `Node`, which
-`image_classifier.instantiate` builds. What a run finds out by trying, such as a learning rate, gives a new `TrainConfig`.
+Choices from an open set (networks, losses, optimizers, augmentations, callbacks, loggers) stay a `Node`, which
+`image_classifier.instantiate` builds. A value that a run finds by trying, such as a learning rate, gives a new
+`TrainConfig`.
 """
 
 from __future__ import annotations
@@ -55,7 +56,7 @@ class ModelConfig:
 
 @dataclass(frozen=True)
 class OptimizerConfig:
-    """The section `optimizer`: the node of a factory, its learning rate (a number or auto), and the factor from layer to layer."""
+    """The section `optimizer`: the node of a factory, its learning rate (a number or auto), and its layer decay."""
 
     node: Node
     lr: Any = None
@@ -64,7 +65,7 @@ class OptimizerConfig:
 
 @dataclass(frozen=True)
 class SchedulerConfig:
-    """The section `scheduler`: the node of a factory (None: a constant rate), and when and how long it moves the rate."""
+    """The section `scheduler`: the node of a factory (None: a constant rate), and when it moves the rate."""
 
     build: Node | None = None
     interval: str = "epoch"
@@ -75,7 +76,7 @@ class SchedulerConfig:
 
 @dataclass(frozen=True)
 class TrainerConfig:
-    """The section `trainer`: the node of Lightning's Trainer, our own keys, and those of Lightning's that we read too."""
+    """The section `trainer`: the node of Lightning's Trainer, our own keys, and Lightning's keys that we read too."""
 
     node: Node = field(default_factory=dict)
     speed: SpeedSettings = field(default_factory=SpeedSettings)
@@ -157,7 +158,7 @@ class TrainConfig:
         return self.change(values)
 
     def with_model(self, model: ModelConfig) -> TrainConfig:
-        """Return the configuration with the network that was found in the bundle that the run starts from."""
+        """Return the configuration with the network of the bundle that the run starts from."""
         if model is self.model:
             return self
         names = ("name", "backbone", "head_dropout", "normalise")

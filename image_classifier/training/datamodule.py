@@ -114,7 +114,7 @@ class BatchLoader:
 
 
 def _ahead(batches: Iterator[Batch]) -> Iterator[Batch]:
-    """Yield batches, making the next one while the caller works on this one; for a cache that decodes images as they are needed."""
+    """Yield batches, making the next one while the caller works on this one; for a cache that decodes on demand."""
     with ThreadPoolExecutor(1) as pool:
         upcoming = pool.submit(next, batches, None)
         while (batch := upcoming.result()) is not None:
@@ -197,7 +197,7 @@ class ImageDataModule(pl.LightningDataModule):
         return bool(getattr(self.augment, "alternate_flip", False))
 
     def mirrored(self, rows: np.ndarray, epoch: int) -> torch.Tensor:
-        """Return which images an alternating flip mirrors in this epoch, bool [N]: half of all, and the others in the next."""
+        """Return which images an alternating flip mirrors in this epoch, bool [N]: a half, the others in the next."""
         return torch.from_numpy(self._mirrored_first[rows] ^ bool(epoch % 2))
 
     @cached_property

@@ -1,4 +1,4 @@
-"""Measurements of a finished model for its report: heat maps of its surest mistakes, robustness to worse images, latency of its exports."""
+"""Measurements of a finished model for its report: heat maps of mistakes, robustness to worse images, latency."""
 
 from __future__ import annotations
 
@@ -115,7 +115,7 @@ def _explain(
     data: DataSettings,
     limit: int,
 ) -> None:
-    """Draw each of the surest mistakes; the log names a network through which no gradient flows, which has no heat maps."""
+    """Draw heat maps of the most confident mistakes; log a network that has none because no gradient flows."""
     explainer = explainer_with(classifier, table.classes, data.preprocess, data.limits)
     predicted, confidence = table.answers()
     for row in table.surest_mistakes(limit).tolist():
@@ -150,7 +150,7 @@ def diagnose(run: RunDir) -> dict[str, float]:
 
 
 def measure_exports(backends: Mapping[str, tuple[Backend, Path]], run: RunDir, size: int) -> None:
-    """Write latency.json: how fast each backend answers for images of `size` pixels a side, and how large its file is."""
+    """Write latency.json: the speed of each backend for images of `size` pixels a side, and the size of its file."""
     with _optional("latency"):
         measured = {name: in_this_process(backend, file, size) for name, (backend, file) in backends.items()}
         Latency(measured, hardware()).write(run.plots)

@@ -1,7 +1,7 @@
-"""Many processes, one training: who this one is, how they speak to each other, and how all end when one does.
+"""Training in several processes: which rank this one is, how ranks communicate, and how all end when one does.
 
-Whoever starts the processes (`launch`, torchrun, SLURM's srun) says in the environment which of them this is. Each trains on its own
-device with its share of every batch; the main rank alone prepares the data, writes files, prints and tracks.
+What starts the processes (`launch`, torchrun, SLURM's srun) sets the rank in the environment. Each rank trains on its
+own device with its share of every batch; only rank 0 prepares the data, writes files, prints and logs.
 """
 
 from __future__ import annotations
@@ -38,13 +38,13 @@ from image_classifier.training.lightning_compat import skip_sigterm_broadcast
 log = logging.getLogger(__name__)
 T = TypeVar("T")
 
-_PATIENCE = timedelta(days=7)  # the others wait while the main rank downloads, audits, decodes or exports
-_GRACE_S = 30.0  # so long may a rank that waits for a failed one take to end by itself
+_TIMEOUT = timedelta(days=7)  # the others wait while rank 0 downloads, audits, decodes or exports
+_GRACE_S = 30.0  # for a rank that waits for a failed one to end by itself
 
 
 @dataclass(frozen=True)
 class RankInfo:
-    """Which of the processes that train together this one is: over all nodes, and on its own."""
+    """The rank of this process among those that train together: over all nodes, and on its node."""
 
     rank: int = 0
     world_size: int = 1
@@ -53,19 +53,19 @@ class RankInfo:
 
     @property
     def nodes(self) -> int:
-        """Machines that take part."""
+        """Machines."""
         return self.world_size // self.local_world_size
 
 
 def rank_info(environment: Mapping[str, str] = os.environ) -> RankInfo:
-    """This process's place as torchrun or srun wrote it into the environment; alone where neither did.
+    """Return this process's rank as torchrun or srun set it in the environment; a single process where neither did.
 
     Raises:
         ConfigError: The nodes run different numbers of processes.
     """
     if {"RANK", "WORLD_SIZE", "LOCAL_RANK"} <= environment.keys():
         world_size = int(environment["WORLD_SIZE"])
-        found = RankInfo(
+        info = RankInfo(
             int(environment["RANK"]),
             world_size,
             int(environment["LOCAL_RANK"]),
@@ -75,82 +75,80 @@ def rank_info(environment: Mapping[str, str] = os.environ) -> RankInfo:
         "SLURM_STEP_ID" in environment and int(environment.get("SLURM_STEP_NUM_TASKS", "1")) > 1
     ):  # only srun sets the step
         world_size, nodes = int(environment["SLURM_STEP_NUM_TASKS"]), int(environment.get("SLURM_STEP_NUM_NODES", "1"))
-        found = RankInfo(
+        info = RankInfo(
             int(environment["SLURM_PROCID"]), world_size, int(environment["SLURM_LOCALID"]), max(1, world_size // nodes)
         )
     else:
         return RankInfo()
-    if found.world_size % found.local_world_size or found.local_rank >= found.local_world_size:
-        fact = (
-            f"{found.world_size} processes cannot be spread evenly over the nodes, {found.local_world_size} on this one"
-        )
+    if info.world_size % info.local_world_size or info.local_rank >= info.local_world_size:
         raise ConfigError(
-            fact, "start the same number on each node: srun --ntasks-per-node=N, or torchrun --nproc-per-node=N"
+            f"{info.world_size} processes cannot be spread evenly over the nodes, {info.local_world_size} on this one",
+            "start the same number on each node: srun --ntasks-per-node=N, or torchrun --nproc-per-node=N",
         )
-    return found
+    return info
 
 
 def rank() -> int:
-    """This process's number among all, from 0."""
+    """Return this process's number among all, from 0."""
     return rank_info().rank
 
 
 def world_size() -> int:
-    """How many processes train together."""
+    """Return how many processes train together."""
     return rank_info().world_size
 
 
 def is_rank_zero() -> bool:
-    """Whether this process is the one that writes, prints and tracks."""
+    """Return whether this process is the one that writes, prints and logs."""
     return rank() == 0
 
 
 def cluster_environment() -> ClusterEnvironment:
-    """What Lightning is to believe: it would also take an idle SLURM or MPI environment for a launcher."""
+    """Return the environment for Lightning, which would also take an idle SLURM or MPI environment for a launcher."""
     return TorchElasticEnvironment() if world_size() > 1 else LightningEnvironment()
 
 
 @dataclass
 class _ProcessGroup:
-    """What binds this process to the others while `joined` lasts."""
+    """What connects this process to the others while `process_group` lasts."""
 
     group: Any
     store: Any
 
 
-_ties: _ProcessGroup | None = None
+_group: _ProcessGroup | None = None
 
 
 @contextmanager
 def process_group(on_gpu: bool) -> Iterator[None]:
-    """Train together with the other processes in this block; does nothing for a process that is alone.
+    """Connect this process with the others in the block; a single process needs no connection.
 
-    An error on one rank is everyone's: the first that fails raises it, the others leave quietly with the same exit code. Nobody waits
-    for ever: a rank that is held up by a dead one is ended after half a minute.
+    An error on one rank ends all: the first rank that fails raises it, the others exit with the same code. No rank
+    waits for ever: one that is blocked by a dead rank is ended after half a minute.
     """
-    global _ties
+    global _group
     here = rank_info()
     if here.world_size == 1:
         yield
         return
-    _take_place(here)
+    _set_environment(here)
     if not is_rank_zero():
         logging.disable(logging.WARNING)
         warnings.filterwarnings("ignore")
     _die_with_the_launcher()
     if on_gpu:
         if torch.cuda.device_count() < here.local_world_size:
-            fact = f"{here.local_world_size} processes on this machine see {torch.cuda.device_count()} GPUs"
             raise ConfigError(
-                fact, "start one a GPU; with srun give them to the node, --gpus-per-node=N, not to the tasks"
+                f"{here.local_world_size} processes on this machine see {torch.cuda.device_count()} GPUs",
+                "start one a GPU; with srun give them to the node, --gpus-per-node=N, not to the tasks",
             )
         torch.cuda.set_device(here.local_rank)
     store = _store(here)
     distributed.init_process_group(
         "nccl" if on_gpu else "gloo", store=store, rank=here.rank, world_size=here.world_size
     )
-    # Objects travel between processors, whatever the gradients do, and may keep the others waiting for hours.
-    _ties = _ProcessGroup(distributed.new_group(backend="gloo", timeout=_PATIENCE), store)
+    # Python objects are sent between processors, whatever the gradients use, and the others may wait for hours.
+    _group = _ProcessGroup(distributed.new_group(backend="gloo", timeout=_TIMEOUT), store)
     over = threading.Event()
     threading.Thread(target=_watch, args=(_store(here, master=False), over), daemon=True).start()
     other = None
@@ -162,19 +160,19 @@ def process_group(on_gpu: bool) -> Iterator[None]:
         other = _failed_before(f"{here.rank} {_exit_code(error)}")
         if other is None and _is_lost_contact(error):
             raise TrainingError(
-                "another process of this training is gone", "what it said stands above; resume=last goes on"
+                "another process of this training is gone", "its error is above; resume=last resumes the run"
             ) from error
         if other is None:
             raise
     finally:
         over.set()
-        _ties = None
+        _group = None
     if other is not None:
-        raise SystemExit(other)  # outside of the handler: that rank says why
+        raise SystemExit(other)  # outside of the handler: that rank shows the error
 
 
-def _take_place(here: RankInfo) -> None:
-    """Say in torch's own words what srun said, so that all below knows one way only."""
+def _set_environment(here: RankInfo) -> None:
+    """Set torchrun's variables from those of srun, so that all other code reads one kind only."""
     if "RANK" in os.environ:
         return
     nodes = os.environ.get("SLURM_STEP_NODELIST") or os.environ.get("SLURM_NODELIST") or "127.0.0.1"
@@ -192,15 +190,14 @@ def _take_place(here: RankInfo) -> None:
 
 
 def _store(here: RankInfo, master: bool = True) -> Any:
-    """The table of keys that all ranks share; torchrun's agent holds it, or else the main rank."""
-    held = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    """Return the key-value store that all ranks share; torchrun's agent has it, or else rank 0."""
+    has_agent = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
     address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     shared = distributed.TCPStore(
-        address, port, here.world_size, master and here.rank == 0 and not held, timeout=timedelta(minutes=15)
+        address, port, here.world_size, master and here.rank == 0 and not has_agent, timeout=timedelta(minutes=15)
     )
-    attempt = os.environ.get(
-        "TORCHELASTIC_RESTART_COUNT", "0"
-    )  # the agent's table outlives the ranks that it starts again
+    # The agent's store outlives the ranks that it starts again.
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
     return distributed.PrefixStore(f"image_classifier/{attempt}", shared)
 
 
@@ -211,17 +208,17 @@ def _die_with_the_launcher() -> None:
 
 
 def _failed_before(mine: str) -> int | None:
-    """Tell the others that this rank fails; the exit code of the one that did so first, None where it is this one."""
-    assert _ties is not None
+    """Report that this rank fails; return the exit code of the rank that failed first, None where it is this one."""
+    assert _group is not None
     try:
-        first = _ties.store.compare_set("failed", "", mine).decode()
-    except RuntimeError:  # whoever held the table is gone
+        first = _group.store.compare_set("failed", "", mine).decode()
+    except RuntimeError:  # the process with the store is gone
         return None
     return None if first == mine else int(first.partition(" ")[2])
 
 
 def _is_lost_contact(error: BaseException) -> bool:
-    """Whether a rank that was killed is behind the error: one that can speak says that it fails before it leaves."""
+    """Return whether a killed rank caused the error: any other rank reports its failure before it exits."""
     return isinstance(error, RuntimeError) and re.search("gloo|NCCL|c10d|[Cc]onnection", str(error)) is not None
 
 
@@ -234,35 +231,35 @@ def _exit_code(error: BaseException) -> int:
 
 
 def _watch(store: Any, over: threading.Event) -> None:
-    """End this process when another one has failed and it does not notice: a call into NCCL waits on without looking up."""
+    """End this process when another one has failed: a call into NCCL would wait without noticing."""
     while not over.wait(1.0):
         try:
             failed = store.get("failed").decode() if store.check(["failed"]) else ""
-        except RuntimeError:  # whoever held the table is gone
+        except RuntimeError:  # the process with the store is gone
             failed = "0 1"
-        if failed and int(failed.partition(" ")[2]) > 128:  # a signal: all ranks stop at the same step by themselves
+        if failed and int(failed.partition(" ")[2]) > 128:  # a signal: all ranks stop by themselves at the same step
             return
         if failed and not over.wait(_GRACE_S):
             os._exit(int(failed.partition(" ")[2]))
 
 
 def broadcast(value: T | None) -> T:
-    """The main rank's value, on every rank."""
-    if _ties is None:
+    """Return rank 0's value on every rank."""
+    if _group is None:
         return value  # type: ignore[return-value]
     box = [value]
-    distributed.broadcast_object_list(box, src=0, group=_ties.group)
+    distributed.broadcast_object_list(box, src=0, group=_group.group)
     return box[0]  # type: ignore[return-value]
 
 
 def from_rank_zero(work: Callable[[], T]) -> T:
-    """What `work` gives on the main rank, which alone does it; the others wait."""
+    """Return what `work` returns on rank 0; the others wait and do not call it."""
     return broadcast(work() if is_rank_zero() else None)
 
 
 def first_on_each_node(work: Callable[[], T]) -> T:
-    """What `work` gives on every rank, done on the first one of each node before the others, who find its files."""
-    if _ties is None:
+    """Call `work` on every rank and return its value; the first rank of each node goes first and writes its files."""
+    if _group is None:
         return work()
     first = rank_info().local_rank == 0
     early = work() if first else None
@@ -271,76 +268,83 @@ def first_on_each_node(work: Callable[[], T]) -> T:
 
 
 def gather(value: T) -> list[T]:
-    """Every rank's value, in the order of the ranks, on every rank."""
-    if _ties is None:
+    """Return every rank's value, in the order of the ranks, on every rank."""
+    if _group is None:
         return [value]
     values: list[Any] = [None] * world_size()
-    distributed.all_gather_object(values, value, group=_ties.group)
+    distributed.all_gather_object(values, value, group=_group.group)
     return values
 
 
-def gather_rows(parts: Sequence[torch.Tensor]) -> torch.Tensor:
-    """The batches [n, ...] of all ranks one below the other [N, ...]; the ranks may hold different numbers of them."""
-    if _ties is None:
-        return torch.cat(list(parts))
-    found = [torch.cat(theirs) for theirs in gather([part.detach().cpu() for part in parts]) if theirs]
-    return torch.cat(found).to(parts[0].device if parts else "cpu")
+def gather_rows(batches: Sequence[torch.Tensor]) -> torch.Tensor:
+    """Return the batches [n, ...] of all ranks as one tensor [N, ...]; ranks may have different numbers of batches."""
+    if _group is None:
+        return torch.cat(list(batches))
+    of_ranks = gather([batch.detach().cpu() for batch in batches])
+    rows = [torch.cat(of_rank) for of_rank in of_ranks if of_rank]
+    return torch.cat(rows).to(batches[0].device if batches else "cpu")
 
 
 def seed_per_rank(seed: int) -> None:
-    """Let each rank draw its own random numbers from here on: equal ones would drop the same neurons everywhere."""
-    if _ties is not None:
+    """Give each rank random numbers of its own: with equal ones dropout would drop the same units on all ranks."""
+    if _group is not None:
         torch.manual_seed(seed + rank() * 2**32)
 
 
 def barrier() -> None:
-    """Wait until every rank is here."""
-    if _ties is not None:
-        distributed.barrier(group=_ties.group)
+    """Wait until every rank has reached this point."""
+    if _group is not None:
+        distributed.barrier(group=_group.group)
 
 
 def rank_share(rows: np.ndarray) -> np.ndarray:
-    """This rank's part of some rows: the parts follow one another and differ by one row at most."""
+    """Return this rank's share of some rows: shares are consecutive and differ by one row at most."""
     here = rank_info()
     return np.array_split(rows, here.world_size)[here.rank]
 
 
 def check_rank_shares(batch_size: int, num_train: int, num_val: int) -> None:
-    """Refuse a global batch that the ranks cannot share evenly, for their losses would not average to its own, and a rank without images."""
-    parts = world_size()
-    if batch_size % parts:
-        near = max(parts, batch_size // parts * parts)
+    """Check that the ranks can share each batch evenly, and that each rank has images.
+
+    With unequal shares the mean of the ranks' losses would not be the loss of the batch.
+
+    Raises:
+        ConfigError: The batch size is not a multiple of the number of ranks.
+        DataError: There are fewer images than ranks.
+    """
+    ranks = world_size()
+    if batch_size % ranks:
+        near = max(ranks, batch_size // ranks * ranks)
         raise ConfigError(
-            f"data.batch_size={batch_size} cannot be shared by {parts} processes",
-            f"use a multiple of {parts}, such as {near}",
+            f"data.batch_size={batch_size} cannot be shared by {ranks} processes",
+            f"use a multiple of {ranks}, such as {near}",
         )
-    if min(num_train, num_val) < parts:
+    if min(num_train, num_val) < ranks:
         raise DataError(
-            f"{num_train} images to train on and {num_val} to validate on are too few for {parts} processes",
+            f"{num_train} images to train on and {num_val} to validate on are too few for {ranks} processes",
             "lower trainer.devices",
         )
 
 
 class SyncCallback(pl.Callback):
-    """What Lightning 2.6 does amiss where several ranks train, set right."""
+    """Corrects what Lightning 2.6 does wrong where several ranks train."""
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        # It waits for the device in every step to hear of the main rank's signals; StopOnSignal hears of all ranks', and seldom.
+        # Lightning waits for the device in every step to get rank 0's signals; StopOnSignal gets all ranks', rarely.
         skip_sigterm_broadcast(trainer)
-        normed = any(
-            isinstance(part, _BatchNorm) and not isinstance(part, nn.SyncBatchNorm) for part in pl_module.modules()
-        )
-        if normed and trainer.strategy.root_device.type == "cpu":
+        norms = [module for module in pl_module.modules() if isinstance(module, _BatchNorm)]
+        is_local = any(not isinstance(norm, nn.SyncBatchNorm) for norm in norms)
+        if is_local and trainer.strategy.root_device.type == "cpu":
             log.info(
-                "batch norm: each process takes the statistics of its own part of the batch (torch joins them on GPUs only)"
+                "batch norm: each process uses the statistics of its share of the batch (torch joins them on GPUs only)"
             )
 
     def on_validation_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        same_buffers(pl_module)  # by now averaged weights have taken their place
+        same_buffers(pl_module)  # averaged weights are in place by now
 
 
 def same_buffers(module: nn.Module) -> None:
-    """Give every rank the main rank's buffers: those of batch norm move with each rank's own images, and the main rank's are saved."""
-    if _ties is not None:
+    """Copy rank 0's buffers, which are saved, to all ranks: batch norm moves them with each rank's own images."""
+    if _group is not None:
         for buffer in module.buffers():
             distributed.broadcast(buffer, src=0)

@@ -33,7 +33,7 @@ def best_classifier(trainer: pl.Trainer, module: ClassifierModule) -> Classifier
 def predict_split(
     classifier: Classifier, detector: Detector | None, datamodule: ImageDataModule, manifest: Manifest, split: str
 ) -> PredictionTable:
-    """Return the predictions for a split in manifest order, on every rank; without a detector there are no ood scores."""
+    """Return the predictions for a split in manifest order, on every rank; ood scores need a detector."""
     device = classifier.scale.device
     logits: list[torch.Tensor] = []
     scores: list[torch.Tensor] = []

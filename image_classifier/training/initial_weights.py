@@ -26,11 +26,11 @@ _DOWNLOADING = ("pretrained", "weights")  # arguments of backbones by which a li
 
 
 def resolve_initial_weights(model: ModelConfig, image_size: int) -> ModelConfig:
-    """Check what a run starts from before the data is touched, and return the settings with the network of `model.from` in place.
+    """Check what a run starts from, before the data is read; return the settings with the network of `model.from`.
 
     Raises:
         ConfigError: Both `model.weights` and `model.from` are given, or there is no network.
-        CheckpointError: The file or bundle is missing, damaged, or of another network; pretrained weights cannot be downloaded.
+        CheckpointError: The file or bundle is missing, damaged, or of another network; a download failed.
     """
     if model.weights and model.bundle:
         raise ConfigError("model.weights and model.from both give the initial weights", "leave one of them out")
@@ -70,7 +70,7 @@ def build_backbone(model: ModelConfig) -> nn.Module:
 
 
 def initial_weights(model: ModelConfig, classifier: Classifier, classes: tuple[str, ...]) -> None:
-    """Load the weights that the settings name into a fresh classifier; the log names what has to be trained from scratch."""
+    """Load the configured weights into a fresh classifier; the log names what is trained from scratch."""
     if model.weights:
         load_weights(classifier, read_weights(Path(model.weights).expanduser()), model.weights)
     elif model.bundle:
@@ -85,7 +85,7 @@ def pretrained_settings(model: ModelConfig) -> dict[str, Any]:
 
 
 def _with_network_of_bundle(model: ModelConfig, image_size: int) -> ModelConfig:
-    """Return the settings with network, dropout and normalisation of the bundle; given dropout and normalisation stay."""
+    """Return the settings with network, dropout and normalisation of the bundle, unless the last two are given."""
     path = _checkpoint(model)
     source, blueprint = load_classifier(path, model.trusted_packages)
     trained_size = blueprint["preprocess"]["size"]

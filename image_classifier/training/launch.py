@@ -52,7 +52,7 @@ def needs_ranks(accelerator: str, devices: Any, nodes: int) -> bool:
     """Return whether several devices are configured and no launcher is at work yet.
 
     Raises:
-        ConfigError: There are no such devices, or several nodes without a launcher, which alone can start processes there.
+        ConfigError: There are no such devices, or several nodes and no launcher that can start processes on them.
     """
     if launched():
         return False

@@ -1,4 +1,4 @@
-"""Where a run's metrics go: a Lightning logger over tracking.Tracker, and all loggers of a run as one."""
+"""A Lightning logger for MLflow, and all loggers of a run as one."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class MLflowLogger(Logger):
         tracking_uri: `sqlite:///mlflow.db`, or the address of a server.
         experiment_name: The MLflow experiment.
         run_name: The run's name in MLflow.
-        tags: Facts to find the run by.
+        tags: Values to find the run by.
         artifacts: Whether the bundle and the figures are copied there too.
     """
 
@@ -68,17 +68,21 @@ class RunLoggers:
         self._mlflow = [logger for logger in loggers if isinstance(logger, MLflowLogger)]
 
     @rank_zero_only
-    def go_on_as(self, key: str, resumed: bool) -> None:
-        """Give the run a key of its own; with `resumed` each logger that can goes on with the run that has it."""
+    def use_run_key(self, key: str, resumed: bool) -> None:
+        """Give the run a unique key; with `resumed`, each logger that can do so resumes the run with that key."""
         for logger in self.loggers:
             if isinstance(logger, MLflowLogger):
-                logger.tracker.go_on_as(key, resumed)
+                logger.tracker.continue_as(key, resumed)
             elif isinstance(logger, WandbLogger) and not wandb_has_id(logger):
                 resume_wandb_run(logger, key)
 
     @rank_zero_only
-    def begin(self, parameters: Mapping[str, Any], facts: Mapping[str, str]) -> None:
-        """Log the settings of the run, flat, and facts to find it by; ConfigError where wandb cannot start."""
+    def begin(self, parameters: Mapping[str, Any], tags: Mapping[str, str]) -> None:
+        """Log the flat settings of the run, and tags to find it by.
+
+        Raises:
+            ConfigError: wandb cannot start.
+        """
         for logger in self.loggers:
             try:
                 logger.log_hyperparams({**parameters})
@@ -90,25 +94,25 @@ class RunLoggers:
                     "run `wandb login`, or keep the run on this machine: logger.offline=true",
                 ) from error
         for mlflow in self._mlflow:
-            mlflow.tracker.set_tags(facts)
+            mlflow.tracker.set_tags(tags)
 
     @rank_zero_only
     def log_metrics(self, metrics: Mapping[str, float], epoch: int, step: int) -> None:
-        """Log what is known only after the last epoch, such as the scores of the test part."""
+        """Log what is known only after the last epoch, such as test scores."""
         for logger in self.loggers:
             logger.log_metrics({**metrics, "epoch": epoch}, step)
 
     @rank_zero_only
-    def keep(self, facts: Mapping[str, str], directories: Mapping[str, Path]) -> None:
-        """Copy the run's results to where the logger keeps files, under the names given."""
+    def keep(self, tags: Mapping[str, str], directories: Mapping[str, Path]) -> None:
+        """Set tags, and copy folders to where the logger keeps files, under the given names."""
         for mlflow in self._mlflow:
-            mlflow.tracker.set_tags(facts)
+            mlflow.tracker.set_tags(tags)
             for name, directory in directories.items() if mlflow.artifacts else ():
                 mlflow.tracker.log_artifacts(directory, name)
 
     @rank_zero_only
     def keep_tables(self, tables: Mapping[str, Mapping[str, Sequence[Any]]]) -> None:
-        """Log tables, name to columns, where a logger shows such."""
+        """Log tables, name to columns, where a logger shows tables."""
         for mlflow in self._mlflow:
             for name, columns in tables.items() if mlflow.artifacts else ():
                 mlflow.tracker.log_table(columns, name)
@@ -130,15 +134,15 @@ class RunLoggers:
                 logger.save()
 
     def where(self) -> list[str]:
-        """Where a person finds the run, one line a logger."""
-        return [f"{_shown_name(logger):<8} {_place(logger)}" for logger in self.loggers] or ["loggers  none"]
+        """Return where a person finds the run, one line a logger."""
+        return [f"{_shown_name(logger):<8} {_location(logger)}" for logger in self.loggers] or ["loggers  none"]
 
 
 def _shown_name(logger: Logger) -> str:
     return type(logger).__name__.removesuffix("Logger")
 
 
-def _place(logger: Logger) -> str:
+def _location(logger: Logger) -> str:
     if isinstance(logger, MLflowLogger):
         return logger.tracker.where
     if isinstance(logger, WandbLogger):

@@ -1,4 +1,4 @@
-"""How much memory training steps took, and how much there is left: of the GPU where there is one, else of this process's share of the machine."""
+"""Memory that training steps used, and memory that is left: of the GPU, or of this process's share of the machine."""
 
 from __future__ import annotations
 
@@ -8,19 +8,19 @@ from pathlib import Path
 
 import torch
 
-_SHARE = 0.8  # of what is free may be planned for
+_SHARE = 0.8  # of the free memory, for which may be planned
 _NO_LIMIT = 2**60
 
 
 def reset_peak(on_gpu: bool) -> None:
-    """Forget the GPU's peak; a process's own cannot be forgotten."""
+    """Reset the GPU's peak; that of a process cannot be reset."""
     if on_gpu:
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
 
 
 def memory_used(on_gpu: bool) -> float:
-    """Peak bytes: on a GPU since `reset_peak`, else of this process since it began."""
+    """Return peak bytes: on a GPU since `reset_peak`, else of this process since it started."""
     if on_gpu:
         return float(torch.cuda.max_memory_reserved())
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -28,7 +28,7 @@ def memory_used(on_gpu: bool) -> float:
 
 
 def free_memory(on_gpu: bool) -> float:
-    """Bytes that may still be planned for: all of a GPU, which says when it is full; else a share of what machine and container have left."""
+    """Return bytes that a batch may still use: unlimited on a GPU, which reports when it is full, else a share."""
     if on_gpu:
         return float("inf")
     return _SHARE * min(_machine_free(), _container_free(Path("/sys/fs/cgroup")))
@@ -42,16 +42,16 @@ def _machine_free() -> float:
     return next((float(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")), float("inf"))
 
 
-def _container_free(place: Path) -> float:
-    """What the control group allows beyond what it uses (version 2, then 1); cached files do not count, for they give way."""
+def _container_free(root: Path) -> float:
+    """Return the bytes that the control group (version 2, then 1) still allows; cached files do not count as used."""
     second = ("memory.max", "memory.current", "memory.stat", "file")
     first = ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes", "memory/memory.stat", "total_cache")
     for limit, used, stat, cached in (second, first):
         try:
-            most, now = (place / limit).read_text().strip(), float((place / used).read_text())
-            counts = dict(line.split() for line in (place / stat).read_text().splitlines())
+            max_bytes, used_bytes = (root / limit).read_text().strip(), float((root / used).read_text())
+            counts = dict(line.split() for line in (root / stat).read_text().splitlines())
         except (OSError, ValueError):
             continue
-        if most != "max" and float(most) < _NO_LIMIT:
-            return max(0.0, float(most) - now + float(counts.get(cached, 0)))
+        if max_bytes != "max" and float(max_bytes) < _NO_LIMIT:
+            return max(0.0, float(max_bytes) - used_bytes + float(counts.get(cached, 0)))
     return float("inf")

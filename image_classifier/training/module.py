@@ -1,4 +1,4 @@
-"""The Lightning module: one training step, one validation pass judged by the same code as every report."""
+"""The Lightning module: one training step, and a validation with the metrics of every report."""
 
 from __future__ import annotations
 
@@ -49,26 +49,33 @@ class ClassifierModule(pl.LightningModule):
 
         Args:
             classifier: The network, pixels to logits.
-            criterion: Loss of logits [N, C] and targets int64 [N], or class probabilities [N, C] where images are mixed; of embeddings [N, D]
-                too where it has `takes_embeddings`. Its own parameters learn along and are no part of the classifier.
+            criterion: Loss of logits [N, C] and targets int64 [N], or class probabilities [N, C] where images are
+                mixed; also of embeddings [N, D] where it has `takes_embeddings`. Its parameters are trained too, and
+                are not part of the classifier.
             make_optimizer: From parameter groups to an optimizer.
             scheduler: How the learning rate moves.
             classes: Their names, in order.
-            blueprint: Plain containers only: what `inference.checkpoint` needs to rebuild the classifier from a checkpoint.
+            blueprint: What `inference.checkpoint` needs to rebuild the classifier; plain containers only.
             val_criterion: The loss of `val/loss`, without class weights, so that runs compare; None: `criterion`.
             layer_decay: Factor of the learning rate from each layer to the one below it.
-            frozen: Names of the classifier's parameters that do not learn; modules that have no others stay in evaluation mode.
+            frozen: Names of the classifier's parameters that are not trained; modules in which all are frozen stay in
+                evaluation mode.
         """
         super().__init__()
-        self.classifier, self.criterion, self.val_criterion = classifier, criterion, val_criterion or criterion
-        self.make_optimizer, self.scheduler, self.classes = make_optimizer, scheduler, classes
-        self.layer_decay, self.frozen = layer_decay, frozen
+        self.classifier = classifier
+        self.criterion = criterion
+        self.val_criterion = val_criterion or criterion
+        self.make_optimizer = make_optimizer
+        self.scheduler = scheduler
+        self.classes = classes
+        self.layer_decay = layer_decay
+        self.frozen = frozen
         self.save_hyperparameters({"blueprint": blueprint}, logger=False)
         self.train_accuracy = MulticlassAccuracy(len(classes), average="micro", validate_args=False)
         self.train_loss = MeanMetric(nan_strategy="disable")
         self._seen: list[tuple[torch.Tensor, torch.Tensor]] = []
         self._warmup_steps = 0
-        self._unsharded: tuple[Classifier] | None = None  # in a tuple it is no part of this module
+        self._unsharded: tuple[Classifier] | None = None  # a tuple, so that torch does not register it
 
     def configure_model(self) -> None:
         if self.device_mesh is not None and self._unsharded is None:
@@ -76,7 +83,7 @@ class ClassifierModule(pl.LightningModule):
             shard(self.classifier, self.criterion, self.device_mesh["data_parallel"])
 
     def whole_classifier(self) -> Classifier:
-        """The classifier with all its weights on this device, though training may have spread them over several; all ranks must ask."""
+        """Return the classifier with all weights on this device, also if they are sharded; all ranks must call this."""
         if self._unsharded is None:
             return self.classifier
         self._unsharded[0].load_state_dict(unsharded(self.classifier.state_dict()))
@@ -85,9 +92,9 @@ class ClassifierModule(pl.LightningModule):
     def training_step(self, batch: Batch, batch_idx: int) -> torch.Tensor:
         pixels, targets = batch
         logits, loss = self._logits_and_loss(pixels, targets)
-        self.train_accuracy.update(
-            logits.detach(), targets.argmax(dim=1) if targets.is_floating_point() else targets
-        )  # mixed: the greater share
+        # Of mixed images the class with the larger share counts.
+        labels = targets.argmax(dim=1) if targets.is_floating_point() else targets
+        self.train_accuracy.update(logits.detach(), labels)
         self.train_loss.update(loss.detach(), len(targets))
         return loss
 
@@ -100,7 +107,7 @@ class ClassifierModule(pl.LightningModule):
         return logits, self.criterion(logits, targets, embeddings)
 
     def on_train_start(self) -> None:
-        freeze_norm_stats(self.classifier, self.frozen)  # a run resumed within an epoch does not start one
+        freeze_norm_stats(self.classifier, self.frozen)  # a run that resumes within an epoch does not start one
 
     def on_train_epoch_start(self) -> None:
         freeze_norm_stats(self.classifier, self.frozen)
@@ -109,19 +116,20 @@ class ClassifierModule(pl.LightningModule):
 
     @property
     def learning_rate(self) -> float:
-        """That of the first parameter group at the next optimizer step, warm-up included."""
+        """The rate of the first parameter group at the next optimizer step, warm-up included."""
         rate = float(self.trainer.optimizers[0].param_groups[0]["lr"])
         return rate * warmup_factor(self.trainer.global_step, self._warmup_steps)
 
     def train_metrics(self) -> dict[str, float]:
-        """Loss and accuracy over the batches of this epoch so far."""
+        """Return loss and accuracy over the batches of this epoch so far."""
         return {"train/loss": float(self.train_loss.compute()), "train/accuracy": float(self.train_accuracy.compute())}
 
     def on_train_epoch_end(self) -> None:
         self.log_dict(self.train_metrics())  # once an epoch: Lightning's log costs a millisecond a call
 
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
-        # A run always ends with a validation, wherever in an epoch its steps or its time are used up: else it could end without a best checkpoint.
+        # A run always ends with a validation, wherever in an epoch its steps or its time end: else it could end without
+        # a best checkpoint.
         trainer = self.trainer
         last_epoch = trainer.max_epochs not in (None, -1) and trainer.current_epoch + 1 >= trainer.max_epochs
         if 0 < trainer.max_steps <= trainer.global_step:
@@ -131,15 +139,17 @@ class ClassifierModule(pl.LightningModule):
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         pixels, targets = batch
-        # One view an image, though the answers of the finished model may be averaged over several: cheap, and the epochs rank alike.
-        self._seen.append((self.classifier.classify(self.classifier.embed(pixels)), targets))
+        # One view an image, also where the finished model averages several: this is cheaper, and epochs rank the same.
+        logits = self.classifier.classify(self.classifier.embed(pixels))
+        self._seen.append((logits, targets))
 
     def on_validation_epoch_end(self) -> None:
         logits, targets = (gather_rows(parts) for parts in zip(*self._seen, strict=True))
         self._seen.clear()
         if not torch.isfinite(logits).all():
             raise TrainingError(
-                f"the network answers with numbers that are not finite after step {self.trainer.global_step}, learning rate {self.learning_rate:g}",
+                f"the network's logits are not finite after step {self.trainer.global_step}, "
+                f"learning rate {self.learning_rate:g}",
                 "lower optimizer.lr, or set trainer.gradient_clip_val=1.0",
             )
         self.log("val/loss", self.val_criterion(logits, targets))

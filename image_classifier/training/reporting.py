@@ -12,10 +12,14 @@ from image_classifier.evaluation import baselines as simple
 from image_classifier.evaluation.baselines import Baseline
 from image_classifier.evaluation.leaks import LeakScore, leak_score
 from image_classifier.evaluation.metrics.compute import ClassificationMetrics, compute_metrics
-from image_classifier.evaluation.plots.run_plots import plot_curves_in_parts, plot_learning_curves, plot_loss_in_parts
+from image_classifier.evaluation.plots.learning_curves import (
+    plot_curves_in_parts,
+    plot_learning_curves,
+    plot_loss_in_parts,
+)
 from image_classifier.evaluation.reliability.abstention import Decision
 from image_classifier.evaluation.reliability.ood import Detector
-from image_classifier.evaluation.reliability.results import Trust, write_trust
+from image_classifier.evaluation.reliability_results import Trust, write_trust
 from image_classifier.evaluation.results import answer_columns, class_columns, metrics_lines, scalars, write_evaluation
 from image_classifier.manifest import SPLITS, Manifest
 from image_classifier.modeling.classifier import Classifier
@@ -78,7 +82,7 @@ class TrainedRun:
 
 @dataclass(frozen=True)
 class Results:
-    """What the model reached on each split: the metrics, those of leaked images apart, and all as plain numbers by name."""
+    """The scores of a model by split: metrics, those of leaked images, all as plain numbers, and reliability."""
 
     metrics: dict[str, ClassificationMetrics]
     leaks: dict[str, LeakScore | None]
@@ -105,7 +109,7 @@ class Results:
 
 
 def write_results(trained: TrainedRun) -> Results:
-    """Compute the metrics of the predictions, and write tables and, if configured, figures to the run's folder in plots/."""
+    """Compute the metrics of the predictions, and write tables and figures to the run's folder in plots/."""
     run, tables, figures = trained.run, trained.tables, trained.config.run.plots.figures
     metrics = {split: compute_metrics(table) for split, table in tables.items()}
     leaks = {split: leak_score(table, trained.manifest.leaked(split)) for split, table in tables.items()}
@@ -126,7 +130,7 @@ def write_results(trained: TrainedRun) -> Results:
             f"{run.name}, {split}",
             trained.config.data.limits,
             leaks[split],
-            simple.beside(trained.baselines, split),
+            simple.baseline_scores(trained.baselines, split),
             figures,
         )
     return Results(metrics, leaks, scores, trusts)

@@ -114,7 +114,7 @@ def _at(path: Path) -> ResumePoint:
 
 
 def _requeued(runs: Path, overrides: Sequence[str]) -> ResumePoint | None:
-    """Return the run folder of this SLURM job before it was requeued; of several, as in a sweep, that of this command line."""
+    """Return the folder of this SLURM job's run before it was requeued; in a sweep, that of this command line."""
     for path in sorted(runs.glob("*/run.json"), key=lambda path: path.stat().st_mtime, reverse=True):
         notes = read_notes(path.parent)
         if notes.get("slurm_job") == slurm_job() and notes.get("line") == command_line_of(overrides):
@@ -138,7 +138,7 @@ def _known(runs: Path) -> str:
 
 
 def run_notes(resume: ResumePoint | None, overrides: Sequence[str], flat: Mapping[str, Any]) -> dict[str, Any]:
-    """Return what run.json keeps so that `find_resume_point` finds the run again; `flat` are the settings by dotted key."""
+    """Return what run.json keeps so that the run is found again; `flat` are the settings by dotted key."""
     before = read_notes(resume.directory) if resume and resume.directory else {}
     given = before.get("given", {}) | {_key(item): item for item in command_line_of(overrides)}
     job = {"slurm_job": slurm_job()} if slurm_job() else {}
@@ -152,7 +152,7 @@ def run_notes(resume: ResumePoint | None, overrides: Sequence[str], flat: Mappin
 
 
 def new_overrides(directory: Path, overrides: Sequence[str]) -> list[str]:
-    """Return the overrides that a run was not given before: those it was given may have got a number since, such as `auto`."""
+    """Return the overrides that a run was not given before; `auto` that it was given may be a number by now."""
     given = read_notes(directory).get("given", {})
     return [item for item in command_line_of(overrides) if given.get(_key(item)) != item]
 
@@ -207,7 +207,7 @@ def prune_later_checkpoints(resume: ResumePoint) -> None:
 
 
 def run_fingerprint(manifest: Manifest, flat: Mapping[str, Any]) -> dict[str, Any]:
-    """Return what a resumed run must share with its checkpoint, as plain values; `flat` are the settings by dotted key."""
+    """Return what a resumed run and its checkpoint must share; `flat` are the settings by dotted key."""
     fixed = {key: value for key, value in flat.items() if key.startswith(_FIXED) and not key.startswith(_FREE)}
     return {
         "manifest_sha256": manifest.sha256,
@@ -236,7 +236,7 @@ def _check_same(path: Path, fingerprint: Mapping[str, Any], flat: Mapping[str, A
 
 
 def _is_longer(before: Mapping[str, Any], flat: Mapping[str, Any], epochs_done: int, hint: str) -> bool:
-    """Return whether the run's end was moved, which is logged; refused where the learning rate already falls towards the old one."""
+    """Return whether the run's end was moved; refused where the learning rate already falls towards the old end."""
     now = training_length(flat)
     moved = [key for key in _LENGTH if before.get(key) != now[key]]
     epochs, warmup = now["trainer.max_epochs"], float(flat.get("scheduler.warmup") or 0)

@@ -237,7 +237,7 @@ def _inputs(config: TrainConfig, manifest: Manifest) -> TrainingInputs:
 @contextmanager
 def _logged_run(loggers: RunLoggers, config: TrainConfig, manifest: Manifest, run: RunDir) -> Iterator[RunLoggers]:
     """Begin the run in every logger; an error in the block ends it there as FAILED or KILLED."""
-    loggers.go_on_as(run.key, run.resumed)
+    loggers.use_run_key(run.key, run.resumed)
     tags = {"manifest_sha256": manifest.sha256, "run_folder": str(run.directory)}
     if manifest.corrected:
         tags["corrected"] = issue_counts_text(manifest.corrected)

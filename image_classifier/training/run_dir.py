@@ -29,7 +29,7 @@ _PACKAGES = ("torch", "torchvision", "pytorch-lightning", "timm", "onnx", "onnxr
 
 @dataclass(frozen=True)
 class RunDir:
-    """Where one run keeps its files: `directory` while it trains, `bundle` and `plots` when it is finished; `key` is unique."""
+    """The paths of a run: `directory` while it trains, `bundle` and `plots` when it is finished; `key` is unique."""
 
     name: str
     directory: Path
@@ -80,7 +80,7 @@ class RunSettings:
 
 @contextmanager
 def buffered_log() -> Iterator[list[logging.LogRecord]]:
-    """Collect what is logged in the block, for a run that has no folder yet; `acquire_run_dir` writes it to train.log."""
+    """Collect log records for a run that has no folder yet; `acquire_run_dir` writes them to train.log."""
     handler = _LogBuffer()
     logging.getLogger().addHandler(handler)
     try:
@@ -106,9 +106,9 @@ def acquire_run_dir(
     notes: dict[str, Any] | None = None,
     resumed: Path | None = None,
 ) -> Iterator[RunDir]:
-    """Take a name and its run folder for the block; a run that fails before it has a checkpoint leaves no folder behind.
+    """Take a name and its run folder for the block; a run that fails without a checkpoint leaves no folder behind.
 
-    With `overwrite` the old run folder is put aside until the new run has succeeded, and comes back if that fails before it has
+    With `overwrite` the old run folder is put aside until the new run has succeeded, and restored if that fails without
     a checkpoint.
 
     Args:
@@ -119,8 +119,8 @@ def acquire_run_dir(
         resumed: The folder of a run to resume, which is used as it is.
 
     Raises:
-        StorageError: The name is taken and neither `overwrite` nor `resumed` is given, the run is in progress, or a folder
-            is not writable.
+        StorageError: The name is taken (without `overwrite` or `resumed`), the run is in progress, or a folder is not
+            writable.
     """
     for directory in (settings.runs_dir, settings.models_dir, settings.plots_dir):
         _check_writable(Path(directory))
@@ -179,7 +179,7 @@ def _folder_lock(directory: Path) -> Iterator[None]:
 
 @contextmanager
 def _old_run_aside(settings: RunSettings, resumed: Path | None) -> Iterator[None]:
-    """With `overwrite`, put the old run folder aside: removed when the block succeeds, restored when it fails without a checkpoint."""
+    """With `overwrite`, put the old run folder aside; remove it after success, restore it after a failure."""
     directory = Path(settings.runs_dir) / (settings.name or "")
     if not (settings.name and settings.overwrite):
         yield
@@ -217,7 +217,7 @@ def _note(directory: Path, notes: dict[str, Any]) -> dict[str, Any]:
 
 
 def mark_finished(run: RunDir, score: float, length: Mapping[str, Any]) -> None:
-    """Note in run.json that a run is finished, with its length (`resume.training_length`) and the score that a sweep compares."""
+    """Note in run.json that a run is finished, with its length (`resume.training_length`) and its score."""
     _note(run.directory, {"finished": True, "score": score, "length": length})
 
 

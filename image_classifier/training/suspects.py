@@ -1,4 +1,4 @@
-"""Images that are probably labelled wrong, from predictions of models that were not trained on them; loads no torch itself."""
+"""Images that are probably labelled wrong, from predictions of models that were not trained on them; loads no torch."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from image_classifier.dataset.split import content_names
 from image_classifier.errors import ConfigError, DataError
 from image_classifier.evaluation.label_issues.html_report import Gallery, Row, render
 from image_classifier.evaluation.label_issues.out_of_fold import OutOfFoldPredictions, out_of_fold
-from image_classifier.evaluation.label_issues.proposals import accepted, lines, merged, worst_answers, write_csv
+from image_classifier.evaluation.label_issues.proposals import accepted, lines, merged, worst_predictions, write_csv
 from image_classifier.evaluation.label_issues.ranking import Suspect, find_suspects
 from image_classifier.inference.load import pulled_checkpoint
 from image_classifier.manifest import SPLITS, Manifest
@@ -105,7 +105,7 @@ class SuspectSearch:
 
 @dataclass(frozen=True)
 class SuspectReport:
-    """The suspects, the files that list them, and how many proposals were decided before, accepted now, or left open."""
+    """The suspects, the files that list them, and how many were decided before, accepted now, or only proposed."""
 
     suspects: Sequence[Suspect]
     num_images: int
@@ -126,7 +126,7 @@ class SuspectReport:
 
 
 def search_suspects(search: SuspectSearch, predict: PredictFolds) -> SuspectReport:
-    """Rank the images by how doubtful their labels are, and write suspects.csv, suspects.html and the proposals of fix.csv.
+    """Rank images by how doubtful their labels are; write suspects.csv, suspects.html and proposals to fix.csv.
 
     Raises:
         ConfigError: The models would start from a bundle that was trained on these images.
@@ -185,7 +185,7 @@ def _out_of_fold(folders: Sequence[Path], first: Manifest, scan: DatasetScan) ->
 
 def _label_conflicts(scan: DatasetScan) -> list[list[tuple[str, str]]]:
     """Return the audit's groups of one picture under several labels, paths and labels as fix.csv has left them."""
-    issues = [issue for issue in scan.audit.findings if issue.kind == "label_conflict"]
+    issues = [issue for issue in scan.audit.issues if issue.issue_type == "label_conflict"]
     return [[(item.path, item.label) for item in issue.items] for issue in issues]
 
 
@@ -208,7 +208,7 @@ def _of_bundle(name: str, run: RunSettings, manifest: Manifest, share: float) ->
             predictions = OutOfFoldPredictions(
                 paths, codes, table.probabilities[rows], manifest.classes, [split] * len(rows)
             )
-            suspects += worst_answers(predictions, share, name)
+            suspects += worst_predictions(predictions, share, name)
     if not suspects and share:
         fact = f"there are no predictions of {name!r} for these images in {run.plots_dir}"
         raise DataError(fact, f"{program()} test --checkpoint_name {name} --split val writes them")

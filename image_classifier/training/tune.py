@@ -1,4 +1,4 @@
-"""A study of many trainings from its settings to the winner; loads no torch, as its trials are processes of their own."""
+"""A study of many trainings, from its settings to the winner; loads no torch, as its trials are processes."""
 
 from __future__ import annotations
 

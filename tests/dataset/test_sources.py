@@ -18,8 +18,8 @@ from image_classifier.dataset.discovery import FileTree, discover
 from image_classifier.dataset.sources import Digits, Folder, Hub, TorchvisionDataset, deferred
 from image_classifier.errors import ConfigError, SourceError
 from tests.conftest import ROOT
-from tests.sources.test_unpack import packed
 from tests.sources.test_download import Server, server  # noqa: F401  (a fixture)
+from tests.sources.test_unpack import packed
 
 DOWNLOADED = ("cifar10", "flowers102", "oxford_pets")
 

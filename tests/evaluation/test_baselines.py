@@ -16,7 +16,7 @@ from image_classifier.evaluation.baselines import (
     LOGISTIC,
     Baseline,
     as_metrics,
-    beside,
+    baseline_scores,
     from_dict,
     known_baseline,
     lines,
@@ -50,7 +50,7 @@ def test_a_part_without_images_has_no_score() -> None:
         np.array([0, 1, 1]), ("cat", "dog"), {"val": np.array([1]), "test": np.array([], dtype=np.int64)}
     )
     assert set(baseline.scores) == {"val"} and "'dog'" in baseline.about
-    assert list(lines([baseline], "test")) == [] and beside([baseline], "test") == {}
+    assert list(lines([baseline], "test")) == [] and baseline_scores([baseline], "test") == {}
 
 
 def test_a_table_ends_with_the_model() -> None:
@@ -85,7 +85,7 @@ def test_a_damaged_file_costs_no_training(content: str, tmp_path: Path, caplog: 
     (tmp_path / "x").mkdir()
     (tmp_path / "x" / "baselines.json").write_text(content)
     assert known_baseline(tmp_path, "this", LOGISTIC) is None
-    assert "cannot be read and is passed over" in caplog.text
+    assert "which cannot be read" in caplog.text
 
 
 def test_baselines_survive_json() -> None:

@@ -1,4 +1,4 @@
-"""Intervals: each resample is what judging its images anew would give; reproducible; honest where resampling says nothing."""
+"""Intervals: each resample equals an evaluation of its images; reproducible; no false certainty."""
 
 from __future__ import annotations
 
@@ -11,9 +11,10 @@ from hypothesis import strategies as st
 from scipy.stats import binomtest
 from sklearn.metrics import f1_score
 
-from image_classifier.evaluation.metrics.bootstrap import resample, share, spread, wilson
-from image_classifier.evaluation.metrics.compute import ClassificationMetrics, bootstrap, compute_metrics
-from image_classifier.evaluation.metrics.per_image import judge_images
+from image_classifier.evaluation.metrics import bootstrap
+from image_classifier.evaluation.metrics.bootstrap import percentile_interval, proportion_interval, resample, wilson
+from image_classifier.evaluation.metrics.compute import ClassificationMetrics, compute_metrics
+from image_classifier.evaluation.metrics.per_image import evaluate_images
 from image_classifier.evaluation.metrics.ranking import rank_classes
 from image_classifier.evaluation.metrics.sums import MetricSums
 from image_classifier.evaluation.results import metrics_lines
@@ -22,7 +23,7 @@ from tests.evaluation.test_ranking import made_table
 
 
 def part_of(table: PredictionTable) -> MetricSums:
-    images = judge_images(table)
+    images = evaluate_images(table)
     return MetricSums(table.targets, images, rank_classes(table, images))
 
 
@@ -94,7 +95,7 @@ def test_intervals_cover_the_truth_about_as_often_as_they_say() -> None:
 
 @given(hits=st.integers(0, 60), wrong=st.integers(0, 60))
 def test_few_right_or_wrong_answers_have_wilsons_interval(hits: int, wrong: int) -> None:
-    found = share(np.array(hits), np.array(hits + wrong), np.array([0.4, 0.6]))
+    found = proportion_interval(np.array(hits), np.array(hits + wrong), np.array([0.4, 0.6]))
     if hits + wrong == 0:
         assert np.isnan(found).all()
     elif min(hits, wrong) < 5:
@@ -132,7 +133,7 @@ def all_right(count: int) -> ClassificationMetrics:
 
 def test_what_resampling_adds_by_itself_is_taken_off() -> None:
     samples = np.random.default_rng(0).normal(0.3, 0.01, (500, 1))
-    low, high = spread(np.array([0.2]), samples)[:, 0]
+    low, high = percentile_interval(np.array([0.2]), samples)[:, 0]
     assert (low, high) == pytest.approx((0.18, 0.22), abs=0.003)
 
 
@@ -140,7 +141,7 @@ def test_a_class_that_is_absent_or_never_predicted_is_said() -> None:
     logits = np.array([[2.0, 0, 0], [2, 0, 0], [2, 0, 0], [2, 0, 0]], dtype=np.float32)
     metrics = compute_metrics(PredictionTable(("",) * 4, np.array([0, 0, 0, 1]), logits, ("cat", "dog", "emu")))
     lines = list(metrics_lines(metrics, "val"))
-    assert "no image in this part: emu" in lines and "never predicted: dog" in lines
+    assert "no image in this split: emu" in lines and "never predicted: dog" in lines
     cat, dog, emu = metrics.per_class
     assert (
         cat.intervals["precision"] is not None

@@ -1,4 +1,4 @@
-"""Calibration: the temperature is that of greatest likelihood, never changes an answer, and is honest where it cannot be known."""
+"""Calibration: the temperature has the greatest likelihood, changes no prediction, and has a note if undetermined."""
 
 from __future__ import annotations
 

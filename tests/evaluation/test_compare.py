@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from scipy.stats import binomtest
 
 from image_classifier.errors import DataError
-from image_classifier.evaluation.compare import compare, mcnemar, share
+from image_classifier.evaluation.compare import compare, mcnemar, shared_images
 from image_classifier.evaluation.metrics.compute import compute_metrics
 from image_classifier.predictions import PredictionTable
 
@@ -114,8 +114,8 @@ def test_luck_is_called_better_about_as_seldom_as_promised() -> None:
 
 def test_images_of_one_only_are_counted_and_left_out() -> None:
     first, second = made(TARGETS, 0.7, 1), made(TARGETS, 0.8, 2)
-    shared = share(taken(first, np.arange(0, 300)), taken(second, np.arange(100, 400)))
-    assert shared.left == (100, 100) and shared.paths == tuple(f"{row}.png" for row in range(100, 300))
+    shared = shared_images(taken(first, np.arange(0, 300)), taken(second, np.arange(100, 400)))
+    assert shared.num_unmatched == (100, 100) and shared.paths == tuple(f"{row}.png" for row in range(100, 300))
 
 
 def test_a_class_that_only_one_knows_costs_it_the_images_it_takes_for_it() -> None:
@@ -136,5 +136,5 @@ def test_what_cannot_be_compared_is_said() -> None:
         )
     with pytest.raises(DataError, match=r"'0\.png' more than once"):
         compare(first, PredictionTable(("0.png",) * len(TARGETS), first.targets, first.logits, first.classes))
-    with pytest.raises(DataError, match="400 of 400 images have other labels"):
+    with pytest.raises(DataError, match="labels of 400 of 400 images differ"):
         compare(first, PredictionTable(first.paths, first.targets, first.logits, ("w", "x", "y", "z")))

@@ -32,5 +32,6 @@ def test_a_part_that_leaked_wholly_has_no_honest_figure():
     assert score is not None
     assert score.accuracy_clean is None
     assert list(score.lines("test")) == [
-        "test accuracy_leaked 0.5000 on 2 images that have a copy, a twin or one of their group in the train part"
+        "test accuracy_leaked 0.5000 on 2 images that have a duplicate, a near-duplicate or an image of their group "
+        "in the train split"
     ]

@@ -202,7 +202,7 @@ def test_infinite_logits_are_refused(bad: float) -> None:
 
 @pytest.mark.parametrize("target", [-1, 3])
 def test_a_label_that_is_no_class_is_refused(target: int) -> None:
-    with pytest.raises(DataError, match=rf"'1\.png' is class number {target}"):
+    with pytest.raises(DataError, match=rf"invalid label {target} of '1\.png'"):
         compute_metrics(make_table([0, target], np.zeros((2, 3), dtype=np.float32), 3))
 
 

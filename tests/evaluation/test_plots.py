@@ -16,7 +16,11 @@ from PIL import Image
 
 from image_classifier.errors import DataError, StorageError
 from image_classifier.evaluation.metrics.compute import ClassScore
-from image_classifier.evaluation.plots.run_plots import figure, run_plots
+from image_classifier.evaluation.plots import figure, learning_curves
+from image_classifier.evaluation.plots.class_scores import plot_class_scores
+from image_classifier.evaluation.plots.confusion_matrix import plot_confusion_matrix
+from image_classifier.evaluation.plots.learning_curves import plot_learning_curves, plot_learning_rate_finder
+from image_classifier.evaluation.plots.samples import plot_samples
 
 NUM_CLASSES = [
     2,
@@ -109,7 +113,7 @@ def make_confusion(num_classes: int, scale: int = 1) -> np.ndarray:
 
 @pytest.mark.parametrize("num_classes", NUM_CLASSES)
 def test_confusion_matrix_is_legible(num_classes: int, tmp_path: Path, drawn: list[Figure]) -> None:
-    path = run_plots.plot_confusion_matrix(
+    path = plot_confusion_matrix(
         make_confusion(num_classes), names(num_classes), tmp_path / "new" / "confusion.png", "run · test " * 30
     )
     assert path == tmp_path / "new" / "confusion.png"
@@ -123,37 +127,37 @@ def test_confusion_matrix_is_legible(num_classes: int, tmp_path: Path, drawn: li
 def test_confusion_matrix_with_large_counts_is_legible(
     num_classes: int, scale: int, tmp_path: Path, drawn: list[Figure]
 ) -> None:
-    run_plots.plot_confusion_matrix(make_confusion(num_classes, scale), names(num_classes), tmp_path / "confusion.png")
+    plot_confusion_matrix(make_confusion(num_classes, scale), names(num_classes), tmp_path / "confusion.png")
     assert_legible(drawn[0])
 
 
 def test_confusion_matrix_lists_the_most_frequent_confusions(tmp_path: Path, drawn: list[Figure]) -> None:
     confusion = np.eye(60, dtype=np.int64) * 9
     confusion[3, 7], confusion[5, 1] = 4, 6
-    run_plots.plot_confusion_matrix(confusion, [f"c{i}" for i in range(60)], tmp_path / "confusion.png")
+    plot_confusion_matrix(confusion, [f"c{i}" for i in range(60)], tmp_path / "confusion.png")
     texts = [text.get_text() for text in drawn[0].findobj(Text)]
     assert [text for text in texts if " → " in text][1:] == ["c5 → c1", "c3 → c7"]
     assert {"6 of 15", "4 of 13"} <= set(texts)
 
 
 def test_confusion_matrix_without_errors_says_so(tmp_path: Path, drawn: list[Figure]) -> None:
-    run_plots.plot_confusion_matrix(np.eye(40, dtype=np.int64), names(40), tmp_path / "confusion.png")
-    assert any("none: every image is right" in text.get_text() for text in drawn[0].findobj(Text))
+    plot_confusion_matrix(np.eye(40, dtype=np.int64), names(40), tmp_path / "confusion.png")
+    assert any("none: every prediction is right" in text.get_text() for text in drawn[0].findobj(Text))
 
 
 @pytest.mark.parametrize("num_classes", NUM_CLASSES)
 def test_class_scores_are_legible(num_classes: int, tmp_path: Path, drawn: list[Figure]) -> None:
     scores = [ClassScore(name, 0.5, 0.5, i / num_classes, i * 40_000) for i, name in enumerate(names(num_classes))]
-    path = run_plots.plot_class_scores(scores, tmp_path / "scores.png", "resnet18 · test")
+    path = plot_class_scores(scores, tmp_path / "scores.png", "resnet18 · test")
     assert_png(path, drawn[0])
     assert_legible(drawn[0])
 
 
 def test_class_scores_say_what_they_leave_out(tmp_path: Path, drawn: list[Figure]) -> None:
     scores = [ClassScore(f"c{i:03d}", 0.5, 0.5, i / 200, 5 if i else 0) for i in range(200)]
-    run_plots.plot_class_scores(scores, tmp_path / "scores.png")
+    plot_class_scores(scores, tmp_path / "scores.png")
     texts = [text.get_text() for text in drawn[0].findobj(Text)]
-    assert "worst 30 and best 10 of 200 classes; 1 with no image" in texts
+    assert "worst 30 and best 10 of 200 classes; 1 without images" in texts
     shown = [label.get_text() for label in drawn[0].axes[0].get_yticklabels()]
     assert shown[:30] + shown[31:] == [f"c{i:03d}" for i in (*range(1, 31), *range(190, 200))]
 
@@ -163,9 +167,7 @@ def test_samples_are_legible(num_images: int, size: tuple[int, int], tmp_path: P
     images = [np.full((*size, 3), 5 * i, dtype=np.uint8) for i in range(num_images)]
     truths = (names(60) * 2)[:num_images]
     predictions = [truths[0], *truths[:-1]]
-    path = run_plots.plot_samples(
-        images, truths, predictions, [1.0] * num_images, tmp_path / "samples.png", "resnet18 · test"
-    )
+    path = plot_samples(images, truths, predictions, [1.0] * num_images, tmp_path / "samples.png", "resnet18 · test")
     assert_png(path, drawn[0])
     assert_legible(drawn[0])
     assert len(drawn[0].axes[0].images) == min(num_images, 24)
@@ -173,31 +175,31 @@ def test_samples_are_legible(num_images: int, size: tuple[int, int], tmp_path: P
 
 def test_samples_mark_right_and_wrong_without_colour_alone(tmp_path: Path, drawn: list[Figure]) -> None:
     image = np.zeros((8, 8, 3), dtype=np.uint8)
-    run_plots.plot_samples([image, image], ["cat", "dog"], ["cat", "cat"], [0.9, 0.51], tmp_path / "samples.png")
+    plot_samples([image, image], ["cat", "dog"], ["cat", "cat"], [0.9, 0.51], tmp_path / "samples.png")
     assert [text.get_text() for text in drawn[0].axes[0].texts] == ["✓ cat 90%", "✗ cat 51%\ntrue: dog"]
 
 
 def test_tiny_images_are_enlarged_crisply(tmp_path: Path) -> None:
     image = np.zeros((2, 2, 3), dtype=np.uint8)
     image[0, 0], image[1, 1] = (10, 200, 30), (10, 200, 30)
-    path = run_plots.plot_samples([image], ["a"], ["a"], [1.0], tmp_path / "samples.png")
+    path = plot_samples([image], ["a"], ["a"], [1.0], tmp_path / "samples.png")
     inner = np.asarray(Image.open(path).convert("RGB"))[130:300, 60:280]
     assert {tuple(pixel) for pixel in inner.reshape(-1, 3).tolist()} == {(0, 0, 0), (10, 200, 30)}
 
 
 def test_no_sample_is_refused(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="no image to draw"):
-        run_plots.plot_samples([], [], [], [], tmp_path / "samples.png")
+        plot_samples([], [], [], [], tmp_path / "samples.png")
 
 
 @pytest.mark.slow
 def test_odd_names_neither_crash_nor_warn_nor_overlap(tmp_path: Path, drawn: list[Figure]) -> None:
     image = np.zeros((8, 8, 3), dtype=np.uint8)
     count = len(ODD)
-    run_plots.plot_confusion_matrix(make_confusion(count), ODD, tmp_path / "confusion.png", ODD[0] + ODD[2])
-    run_plots.plot_confusion_matrix(make_confusion(count * 3), ODD * 3, tmp_path / "many.png")
-    run_plots.plot_class_scores([ClassScore(name, 0, 0, 0, 0) for name in ODD], tmp_path / "scores.png", ODD[5])
-    run_plots.plot_samples([image] * count, ODD, ODD[::-1], [0.5] * count, tmp_path / "samples.png", ODD[9])
+    plot_confusion_matrix(make_confusion(count), ODD, tmp_path / "confusion.png", ODD[0] + ODD[2])
+    plot_confusion_matrix(make_confusion(count * 3), ODD * 3, tmp_path / "many.png")
+    plot_class_scores([ClassScore(name, 0, 0, 0, 0) for name in ODD], tmp_path / "scores.png", ODD[5])
+    plot_samples([image] * count, ODD, ODD[::-1], [0.5] * count, tmp_path / "samples.png", ODD[9])
     for page in drawn:
         assert_legible(page)
     texts = {text.get_text() for text in drawn[2].findobj(Text)}
@@ -222,7 +224,7 @@ def test_learning_curves_are_legible(num_epochs: int, tmp_path: Path, drawn: lis
     }
     history["val/loss"][num_epochs // 2] = (num_epochs // 2, 1e-4)
     history["train/loss"].append((num_epochs, float("nan")))
-    written = run_plots.plot_learning_curves(history, tmp_path / "run")
+    written = plot_learning_curves(history, tmp_path / "run")
     assert [path.name for path in written] == ["loss.png", "accuracy.png", "f1.png"]
     for path, page in zip(written, drawn, strict=True):
         assert_png(path, page)
@@ -239,7 +241,7 @@ def test_learning_curves_mark_the_best_epoch_of_val(tmp_path: Path, drawn: list[
         "val/loss": [(2, 0.7), (0, 1.5), (1, 0.5)],
         "train/f1_macro": [(0, 0.5), (1, 0.75)],
     }
-    assert [path.name for path in run_plots.plot_learning_curves(history, tmp_path)] == ["loss.png", "f1.png"]
+    assert [path.name for path in plot_learning_curves(history, tmp_path)] == ["loss.png", "f1.png"]
     assert legend(drawn[0]) == ["train", "val", "best val 0.5000 (epoch 1)"]
     assert legend(drawn[1]) == ["train", "best train 0.7500 (epoch 1)"]
     assert all(left[0] < right[0] for line in drawn[0].axes[0].lines[:2] for left, right in pairwise(line.get_xydata()))
@@ -252,13 +254,13 @@ def test_learning_curves_say_what_is_not_a_number(tmp_path: Path, drawn: list[Fi
         "val/loss": [(0, nan), (1, nan)],
         "val/accuracy": [(0, nan)],
     }
-    assert [path.name for path in run_plots.plot_learning_curves(history, tmp_path)] == ["loss.png"]
+    assert [path.name for path in plot_learning_curves(history, tmp_path)] == ["loss.png"]
     assert legend(drawn[0]) == ["train", "best train 0.3000 (epoch 2)", "3 not a number"]
     assert_legible(drawn[0])
 
 
 def test_no_history_writes_nothing(tmp_path: Path) -> None:
-    assert run_plots.plot_learning_curves({"learning_rate": [(0, 0.1)], "val/loss": []}, tmp_path) == []
+    assert plot_learning_curves({"learning_rate": [(0, 0.1)], "val/loss": []}, tmp_path) == []
     assert list(tmp_path.iterdir()) == []
 
 
@@ -268,14 +270,14 @@ def test_a_folder_that_cannot_be_written_is_a_storage_error(tmp_path: Path, monk
 
     monkeypatch.setattr(figure, "write_bytes", refuse)
     with pytest.raises(StorageError):
-        run_plots.plot_class_scores([ClassScore("a", 1, 1, 1, 3)], tmp_path / "scores.png")
+        plot_class_scores([ClassScore("a", 1, 1, 1, 3)], tmp_path / "scores.png")
 
 
 def test_rates_on_the_axis_are_plain_numbers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     figures = []
-    monkeypatch.setattr(run_plots, "save_figure", lambda figure, path: figures.append(figure))
+    monkeypatch.setattr(learning_curves, "save_figure", lambda figure, path: figures.append(figure))
     losses = np.linspace(2.0, 1.0, 50)
-    run_plots.plot_learning_rate_finder(np.geomspace(1e-6, 10, 50), losses, losses, 1e-3, tmp_path / "finder.png")
+    plot_learning_rate_finder(np.geomspace(1e-6, 10, 50), losses, losses, 1e-3, tmp_path / "finder.png")
     figures[0].canvas.draw()
     labels = [label.get_text() for label in figures[0].axes[0].get_xticklabels()]
     assert {"1e-06", "0.001", "0.1"} <= set(labels) and not any("$" in label for label in labels)
@@ -283,7 +285,7 @@ def test_rates_on_the_axis_are_plain_numbers(tmp_path: Path, monkeypatch: pytest
 
 def test_the_svg_beside_it_is_the_same_each_time_and_holds_no_code_font_or_date(tmp_path: Path) -> None:
     for name in ("one", "two"):
-        run_plots.plot_confusion_matrix(
+        plot_confusion_matrix(
             make_confusion(3), ["<script>alert(1)</script>", "--><b>", "]]>&"], tmp_path / name / "x.png", "<title>"
         )
     svg, again = ((tmp_path / name / "x.svg").read_bytes() for name in ("one", "two"))

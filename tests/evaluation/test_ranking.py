@@ -1,4 +1,4 @@
-"""ROC-AUC and average precision by cells: the scikit-learn values, and derivatives that are those of the weighted figures."""
+"""ROC-AUC and average precision by cells equal those of scikit-learn, and their derivatives the weighted ones."""
 
 from __future__ import annotations
 
@@ -11,11 +11,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from sklearn.metrics import average_precision_score, roc_auc_score
 
-from image_classifier.evaluation.blocks import parallel_map, slices
-from image_classifier.evaluation.metrics.bootstrap import resample, spread
-from image_classifier.evaluation.metrics.compute import compute_metrics, ranking
-from image_classifier.evaluation.metrics.per_image import judge_images
+from image_classifier.evaluation.metrics import ranking
+from image_classifier.evaluation.metrics.bootstrap import percentile_interval, resample
+from image_classifier.evaluation.metrics.compute import compute_metrics
+from image_classifier.evaluation.metrics.per_image import evaluate_images
 from image_classifier.evaluation.metrics.ranking import rank_classes
+from image_classifier.parallel import parallel_map, slices
 from image_classifier.predictions import PredictionTable
 
 LOG_PROBABILITIES = st.floats(-(2.0**127), 0.0, width=32)
@@ -33,7 +34,7 @@ def made_table(
 
 def weighted(table: PredictionTable, weights: np.ndarray) -> np.ndarray:
     """Macro ROC-AUC and average precision of the images with these weights, by scikit-learn."""
-    images = judge_images(table)
+    images = evaluate_images(table)
     scores = (table.logits.astype(np.float64) - images.top[:, None] - images.log_total[:, None]).astype(np.float32)
     present = [position for position in range(len(table.classes)) if weights[table.targets == position].sum() > 0]
     figures = [
@@ -49,7 +50,7 @@ def test_influence_is_the_derivative_by_an_images_weight(seed: int, ties: bool, 
     table = made_table(24, num_classes, seed, ties)
     if len(np.unique(table.targets)) < num_classes:
         return
-    influence = rank_classes(table, judge_images(table)).influence
+    influence = rank_classes(table, evaluate_images(table)).influence
     np.testing.assert_allclose(influence.sum(axis=1), 0, atol=1e-12)
     for image in (0, 7, 23):
         step = 1e-5 * np.eye(24)[image]
@@ -60,15 +61,15 @@ def test_influence_is_the_derivative_by_an_images_weight(seed: int, ties: bool, 
 @pytest.mark.parametrize("signal", [1.0, 3.0])
 def test_intervals_of_the_derivative_are_those_of_ranking_every_resample_anew(signal: float) -> None:
     table, drawn = made_table(150, 3, 4, signal=signal), []
-    ranked = rank_classes(table, judge_images(table))
+    ranked = rank_classes(table, evaluate_images(table))
 
     def changes(weights: np.ndarray) -> np.ndarray:
         drawn.append(weights)
         return ranked.influence @ weights
 
     value = np.array([ranked.roc_auc.mean(), ranked.average_precision.mean()])
-    linear = spread(value, value + resample(changes, 150, 80, threads=1))
-    exact = spread(value, np.array([weighted(table, weights) for weights in drawn]))
+    linear = percentile_interval(value, value + resample(changes, 150, 80, threads=1))
+    exact = percentile_interval(value, np.array([weighted(table, weights) for weights in drawn]))
     width = exact[1] - exact[0]
     np.testing.assert_array_less(np.abs(linear - exact) / width, 0.15)
 
@@ -90,14 +91,14 @@ def test_the_grid_finds_the_cells_that_a_search_finds(steps: list[float], others
 
 def test_blocks_and_threads_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     table = made_table(300, 7, 1)
-    images = judge_images(table)
+    images = evaluate_images(table)
     whole = rank_classes(table, images, threads=1)
     monkeypatch.setattr(ranking, "_BLOCK", 900)
     pieces, threaded = (rank_classes(table, images, threads=threads) for threads in (1, 3))
     np.testing.assert_allclose(pieces.influence, whole.influence, atol=1e-15)
     np.testing.assert_array_equal(pieces.influence, threaded.influence)
     np.testing.assert_array_equal(pieces.roc_auc, whole.roc_auc)
-    np.testing.assert_array_equal(judge_images(table, threads=3).log_loss, images.log_loss)
+    np.testing.assert_array_equal(evaluate_images(table, threads=3).log_loss, images.log_loss)
 
 
 def test_a_table_in_a_file_or_of_one_repeated_row_is_judged_like_any_other(tmp_path: Path) -> None:

@@ -49,7 +49,7 @@ def test_a_slow_model_is_called_a_few_times_only() -> None:
     calls: list[int] = []
     spent = timed(lambda: (calls.append(1), time.sleep(0.01)), seconds=0.0)
     assert len(spent) == _MIN_CALLS and len(calls) == _MIN_CALLS + _WARM_UP
-    assert len(timed(lambda: None, seconds=60, most=25)) == 25
+    assert len(timed(lambda: None, seconds=60, max_calls=25)) == 25
 
 
 def test_what_fails_in_the_other_process_is_said_in_one_line(tmp_path: Path) -> None:

@@ -72,7 +72,7 @@ def pictures(tmp_path: Path) -> tuple[list[Path], np.ndarray]:
 @pytest.mark.parametrize("batch_size", [1, 7, 64])
 def test_a_model_of_colours_stands_what_keeps_them(pictures: tuple[list[Path], np.ndarray], batch_size: int) -> None:
     found = measure_robustness(
-        Predictor(Redness(), ("blue", "red"), Preprocess(16), batch_size=batch_size), *pictures, most=500
+        Predictor(Redness(), ("blue", "red"), Preprocess(16), batch_size=batch_size), *pictures, limit=500
     )
     assert (found.images, found.of) == (30, 30) and found.clean == 1.0
     assert {name: list(row) for name, row in found.accuracy.items()} == {
@@ -81,12 +81,12 @@ def test_a_model_of_colours_stands_what_keeps_them(pictures: tuple[list[Path], n
     for name in ("blur", "contrast", "rotation"):
         assert set(found.accuracy[name].values()) == {1.0}, name
     assert found == measure_robustness(
-        Predictor(Redness(), ("blue", "red"), Preprocess(16), batch_size=4), *pictures, most=500
+        Predictor(Redness(), ("blue", "red"), Preprocess(16), batch_size=4), *pictures, limit=500
     )
 
 
 def test_the_files_say_what_they_rest_on(pictures: tuple[list[Path], np.ndarray], tmp_path: Path) -> None:
-    found = measure_robustness(Predictor(Redness(), ("blue", "red"), Preprocess(16)), *pictures, most=12)
+    found = measure_robustness(Predictor(Redness(), ("blue", "red"), Preprocess(16)), *pictures, limit=12)
     found.write(tmp_path / "out", "Robustness of a test")
     written = json.loads((tmp_path / "out/robustness.json").read_text())
     assert written.pop("about") == {"part": "", "images": 12, "of": 30, "seed": 0}
@@ -99,7 +99,7 @@ def test_the_files_say_what_they_rest_on(pictures: tuple[list[Path], np.ndarray]
 def test_an_unreadable_image_ends_it(pictures: tuple[list[Path], np.ndarray]) -> None:
     pictures[0][4].write_bytes(b"")
     with pytest.raises(UnreadableImage):
-        measure_robustness(Predictor(Redness(), ("blue", "red"), Preprocess(16)), *pictures, most=500)
+        measure_robustness(Predictor(Redness(), ("blue", "red"), Preprocess(16)), *pictures, limit=500)
 
 
 @given(counts=st.lists(st.integers(1, 60), min_size=1, max_size=6), most=st.integers(1, 120))

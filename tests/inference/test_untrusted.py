@@ -1,4 +1,6 @@
-"""Bundles, checkpoints and ONNX files from anywhere: an answer or one clear error, nothing run, nothing read beyond their folder."""
+"""Bundles, checkpoints and ONNX files from anywhere: an answer or one clear error, nothing run, nothing read beyond
+their folder.
+"""
 
 from __future__ import annotations
 
@@ -154,7 +156,7 @@ def test_a_bundle_names_no_file_outside_its_folder(bundle: Path, command: Comman
     info["files"][name] = "0" * 64
     (bundle / "bundle.json").write_text(json.dumps(info))
     answer = command("verify", str(bundle))
-    assert answer.code == 2 and "is no file of a bundle" in answer.err and len(answer.err.strip().splitlines()) == 1
+    assert answer.code == 2 and "invalid file entry" in answer.err and len(answer.err.strip().splitlines()) == 1
 
 
 EXPORTS = {
@@ -280,7 +282,7 @@ def test_arrays_that_would_fill_the_memory_are_not_unpacked(
 
     read()
     monkeypatch.setattr(np, "load", lambda *_, **__: pytest.fail("unpacked"))
-    monkeypatch.setattr(image_classifier.bundle, "_MOST_ARRAY_BYTES", 2**23)
+    monkeypatch.setattr(image_classifier.bundle, "_MAX_ARRAY_BYTES", 2**23)
     with pytest.raises(ClassifierError, match=rf"{name}.* 8388608 may be"):
         read()
 

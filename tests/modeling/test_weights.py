@@ -1,4 +1,6 @@
-"""Weights from files: found under any wrapper and prefix, fitted by name and shape, told in the log; nothing in a file is run."""
+"""Weights from files: found under any wrapper and prefix, fitted by name and shape, told in the log; nothing in a
+file is run.
+"""
 
 import contextlib
 import logging
@@ -232,7 +234,9 @@ def test_pretrained_weights_that_cannot_be_downloaded_are_one_line(
 
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
     monkeypatch.setattr("torch.hub.download_url_to_file", offline)
-    with pytest.raises(CheckpointError, match=r"cannot download the pretrained weights of mobilenet_v3_small.*model\.weights=PATH"):
+    with pytest.raises(
+        CheckpointError, match=r"cannot download the pretrained weights of mobilenet_v3_small.*model\.weights=PATH"
+    ):
         torchvision_backbone("mobilenet_v3_small", weights="DEFAULT")
 
 

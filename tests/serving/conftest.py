@@ -7,7 +7,7 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from http.client import HTTPConnection
 from pathlib import Path
@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from tests.conftest import ROOT
+from tests.conftest import ROOT, write_image
 from tests.serving.page_stub import StubServer
 from tests.serving.page_tab import Open, Tab
 
@@ -91,8 +91,8 @@ def form(*files: tuple[str, bytes], field: str = "images", texts: Mapping[str, s
         for name, text in (texts or {}).items()
     ]
     parts += [
-        b'--frontier\r\nContent-Disposition: form-data; name="%s"; filename="%s"\r\nContent-Type: application/octet-stream\r\n\r\n%s\r\n'
-        % (field.encode(), name.encode(), content)
+        b'--frontier\r\nContent-Disposition: form-data; name="%s"; filename="%s"\r\n'
+        b"Content-Type: application/octet-stream\r\n\r\n%s\r\n" % (field.encode(), name.encode(), content)
         for name, content in files
     ]
     return b"".join(parts) + b"--frontier--\r\n", "multipart/form-data; boundary=frontier"
@@ -168,3 +168,8 @@ def opened(chromium: Any, stub: StubServer) -> Iterator[Open]:
     for each in all_opened:
         each.context.close()
     assert [each.complaints for each in all_opened if not each.quiet()] == []
+
+
+@pytest.fixture
+def picture(tmp_path: Path) -> Callable[..., Path]:
+    return lambda name, size=40: write_image(tmp_path / name, sum(map(ord, name)), size)

@@ -101,9 +101,12 @@ def test_a_fetched_image_is_answered_as_a_sent_one(fetching: Server, site: Site,
 
 
 PRIVATE = (
-    "127.0.0.1 127.1 127.255.255.254 2130706433 0x7f000001 0x7f.1 017700000001 0177.0.0.1 %31%32%37.0.0.1 127。0。0。1 ①②⑦.0.0.1 0 0.0.0.0 "
-    "localhost LOCALHOST private.example both.example 10.1.2.3 172.16.0.1 192.168.1.1 169.254.169.254 100.100.100.200 168.63.129.16 192.0.0.192 "
-    "[::1] [::] [::ffff:127.0.0.1] [::ffff:7f00:1] [0:0:0:0:0:ffff:7f00:1] [::127.0.0.1] [64:ff9b::7f00:1] [2002:7f00:1::] "
+    "127.0.0.1 127.1 127.255.255.254 2130706433 0x7f000001 0x7f.1 017700000001 0177.0.0.1 %31%32%37.0.0.1 127。0。0。1 "
+    "①②⑦.0.0.1 0 0.0.0.0 "
+    "localhost LOCALHOST private.example both.example 10.1.2.3 172.16.0.1 192.168.1.1 169.254.169.254 100.100.100.200 "
+    "168.63.129.16 192.0.0.192 "
+    "[::1] [::] [::ffff:127.0.0.1] [::ffff:7f00:1] [0:0:0:0:0:ffff:7f00:1] [::127.0.0.1] "
+    "[64:ff9b::7f00:1] [2002:7f00:1::] "
     "[::ffff:169.254.169.254] [fe80::1] [fec0::1] [fd00:ec2::254] [ff02::1]"
 )
 
@@ -145,7 +148,10 @@ def test_no_name_stands_before_an_address(fetching: Server, site: Site, where: s
     assert not site.asked
 
 
-OTHERS = "file:///etc/passwd ftp://public.example/7.png gopher://127.0.0.1:1/ data:image/png;base64,AAAA //127.0.0.1/ /etc/passwd http:/127.0.0.1/ a.png"
+OTHERS = (
+    "file:///etc/passwd ftp://public.example/7.png gopher://127.0.0.1:1/ data:image/png;base64,AAAA "
+    "//127.0.0.1/ /etc/passwd http:/127.0.0.1/ a.png"
+)
 
 
 @pytest.mark.parametrize("url", ["", *OTHERS.split()])

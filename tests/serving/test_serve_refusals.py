@@ -186,9 +186,10 @@ def test_too_much_is_refused_before_it_is_taken(strict: Server, digit: bytes) ->
     told = strict.ask("POST", "/predict", body, {"Content-Type": kind, **WITH_KEY})
     assert (told.status, told.json["error"]["code"], told.headers["connection"]) == (413, "too_large", "close")
     chunks = b"".join(b"1000\r\n" + bytes(4096) + b"\r\n" for _ in range(8)) + b"0\r\n\r\n"
-    head = f"POST /predict HTTP/1.1\r\nHost: localhost\r\nX-API-Key: {KEY}\r\nContent-Type: {kind}\r\nTransfer-Encoding: chunked\r\n\r\n".encode()
+    start = f"POST /predict HTTP/1.1\r\nHost: localhost\r\nX-API-Key: {KEY}\r\n"
+    head = f"{start}Content-Type: {kind}\r\nTransfer-Encoding: chunked\r\n\r\n".encode()
     assert raw(strict, head + chunks).startswith(b"HTTP/1.1 413 ")
-    head = f"POST /predict HTTP/1.1\r\nHost: localhost\r\nX-API-Key: {KEY}\r\nContent-Length: 99999999999999999999\r\n\r\n".encode()
+    head = f"{start}Content-Length: 99999999999999999999\r\n\r\n".encode()
     assert raw(strict, head).startswith(b"HTTP/1.1 413 ")
     assert strict.send("/predict", *[(f"{place}.png", digit) for place in range(4)], headers=WITH_KEY).status == 413
 
@@ -218,7 +219,8 @@ def test_too_many_pixels_and_other_formats_are_unreadable(strict: Server) -> Non
 
 def test_a_body_that_never_ends_is_cut_off(strict: Server, digit: bytes) -> None:
     body, kind = form(("7.png", digit))
-    head = f"POST /predict HTTP/1.1\r\nHost: localhost\r\nX-API-Key: {KEY}\r\nContent-Type: {kind}\r\nContent-Length: {len(body)}\r\n\r\n".encode()
+    start = f"POST /predict HTTP/1.1\r\nHost: localhost\r\nX-API-Key: {KEY}\r\n"
+    head = f"{start}Content-Type: {kind}\r\nContent-Length: {len(body)}\r\n\r\n".encode()
     assert raw(strict, head + body[:50]).startswith(b"HTTP/1.1 408 ")
     assert strict.send("/predict", ("7.png", digit), headers=WITH_KEY).status == 200
 

@@ -1,4 +1,4 @@
-"""The V2 protocol: our Triton client, tested on a real Triton, works unchanged; invalid input is refused, never cast."""
+"""The V2 protocol: our Triton client, tested on Triton, works unchanged; invalid input is refused, never cast."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def test_our_triton_client_works_unchanged(server: Server, digits_bundle: Path) 
     np.testing.assert_allclose(embeddings, golden.embeddings, atol=1e-4)
     many = RNG.integers(0, 256, (100, 3, SIDE, SIDE), dtype=np.uint8)
     np.testing.assert_allclose(backend.logits(many), load_predictor(digits_bundle).backend.logits(many), atol=1e-4)
-    assert backend.most == 32
+    assert backend.max_batch_size == 32
 
 
 def test_verify_and_infer_ask_it(server: Server, digits_bundle: Path, command: Command) -> None:

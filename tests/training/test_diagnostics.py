@@ -99,7 +99,7 @@ def test_the_report_of_a_training_holds_them_or_not(
     damaged.write_text("{")
     os.utime(damaged, (4e9, 4e9))  # the newest is read first
     answer = command(*line, "name=bare", *QUICK)
-    assert answer.code == 0 and f"passed over: cannot read '{damaged}'" in answer.err, answer.err
+    assert answer.code == 0 and f"skipped: cannot read '{damaged}'" in answer.err, answer.err
     bare = {path.relative_to("plots/bare").as_posix() for path in Path("plots/bare").rglob("*") if path.is_file()}
     assert bare == {
         "metrics.json",

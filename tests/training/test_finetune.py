@@ -1,4 +1,6 @@
-"""One checkpoint, many lives: runs that start from a bundle or a file, and losses whose neck the bundle leaves behind."""
+"""One checkpoint, many lives: runs that start from a bundle or a file, and losses whose neck the bundle leaves
+behind.
+"""
 
 import json
 import shutil

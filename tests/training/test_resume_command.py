@@ -16,8 +16,8 @@ import torch
 
 from image_classifier.evaluation.metrics.compute import compute_metrics
 from image_classifier.evaluation.reliability.calibration import calibration_score
-from image_classifier.evaluation.reliability.results import Trust
-from image_classifier.evaluation.reliability.selective import risk_curve
+from image_classifier.evaluation.reliability.selective_prediction import risk_curve
+from image_classifier.evaluation.reliability_results import Trust
 from image_classifier.training.callbacks.csv_metrics import CSVMetrics
 from image_classifier.training.reporting import Results, TrainedRun
 from tests.conftest import QUICK, Answer, Command, MakeTree, write_image

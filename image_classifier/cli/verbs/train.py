@@ -20,7 +20,7 @@ from image_classifier.training.run_dir import RunSettings
 
 
 def train(config: DictConfig) -> float:
-    """Train a classifier; return the F1 on val that a sweep compares, NaN where each rank printed or returned its own."""
+    """Train a classifier; return the F1 on val that a sweep compares, NaN where this process only started ranks."""
     overrides = hydra_app.running_line("train").overrides
     settings = hydra_app.selected(RunSettings, config)
     resume = find_resume_point(settings, overrides)

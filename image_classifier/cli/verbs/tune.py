@@ -83,7 +83,7 @@ def _root_key(override: str) -> str:
 
 
 def _check_trials(line: CommandLine, space: tuple[SearchDimension, ...]) -> None:
-    """Compose what trials may be given, both ends of each range and each choice once, so that none is refused hours later."""
+    """Compose both ends of each range and each choice once, so that no trial is refused hours later."""
     first = [entry.extremes[0] for entry in space]
     for position, entry in enumerate(space):
         for extreme in entry.extremes:
@@ -107,7 +107,7 @@ def _facts(settings: TuneSettings, line: CommandLine, space: tuple[SearchDimensi
 def _words_of_trials(
     plain: Mapping[str, Any], settings: TuneSettings, study: str, line: CommandLine
 ) -> tuple[str, ...]:
-    """Return what every trial is given: no test images or diagnostics, a reporter, the metric of the best weights, MLflow's tags."""
+    """Return the overrides of every trial: no test images or diagnostics, a reporter, the metric, MLflow's tags."""
     words = ["test=false", f"+callbacks.tuner._target_={_REPORTER}", f"+callbacks.tuner.metric={settings.metric}"]
     mode = "max" if settings.maximise else "min"
     for name in ("best_checkpoint", "early_stopping"):

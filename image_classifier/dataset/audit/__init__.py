@@ -1,1 +1,1 @@
-"""What is wrong with a data set: findings with paths, the page that shows them, and the list of what is left out."""
+"""The audit of a data set: issues with paths, the page that shows them, and the images to exclude."""

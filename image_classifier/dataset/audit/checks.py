@@ -1,4 +1,4 @@
-"""The audit: from what one look at each file told to findings, facts with paths. Nothing is deleted; `exclude.csv` leaves out."""
+"""The checks of the audit: from the metadata of each file to issues. They delete nothing."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from functools import cached_property
 import numpy as np
 
 from image_classifier.dataset.audit.duplicate_checks import (
-    Copies,
+    DuplicatePairs,
     find_conflicts,
     find_duplicates,
     find_leaks,
@@ -35,86 +35,89 @@ _NAMED_FORMATS = {
     **{name.lower(): name for name in ("PNG", "WEBP", "GIF", "BMP")},
 }
 _GREY = ("1", "L", "LA", "La", "I", "F")  # and I;16 of all kinds
-_REASONS = {  # what the decoder says -> kind; the first that fits
+# Issue type -> pattern in the decoder's error; the first that matches.
+_REASONS = {
     "empty_file": "is empty",
     "no_permission": "permission|not permitted|access is denied",
     "too_large": r"larger than|more than the|bomb|\bexceeds\b",
     "truncated": "truncated|cut short|ends too|unexpected end|premature|incomplete",
-    "not_an_image": r"not an? [A-Z].*image|none of the allowed|cannot identify|no such file|not a file|is not allowed|formats?\b",
+    "not_an_image": (
+        r"not an? [A-Z].*image|none of the allowed|cannot identify|no such file|not a file|is not allowed|formats?\b"
+    ),
 }
-_TRAINED = ("train", "")  # what is not given to a part is dealt, most of it to train
+_TRAINED = ("train", "")  # images without a split will mostly go to train
 
 
 def find_issues(
     tree: FileTree,
-    facts: FileMetadata,
-    twins: NearDuplicates,
+    metadata: FileMetadata,
+    near_duplicates: NearDuplicates,
     settings: AuditSettings,
     exclusions: Exclusions | None = None,
     corrected: Mapping[str, int] | None = None,
 ) -> Audit:
-    """Everything that is wrong with a data set, or worth knowing.
+    """Find all issues of a data set.
 
     Args:
         tree: The files.
-        facts: One look at each; row i is `tree.images[i]`.
-        twins: Near-identical pairs of these rows.
-        settings: What counts as a finding.
-        exclusions: What is left out. Images that a person left out yield no finding; what the audit itself left out does, again
-            and again: a finding lasts as long as its reason, and so does its row.
-        corrected: How many labels of the tree fix.csv changed and images it leaves out, for the summary.
+        metadata: Metadata of each file; row i is `tree.images[i]`.
+        near_duplicates: Near-identical pairs of these rows.
+        settings: Limits of the checks.
+        exclusions: The rows of exclude.csv. Images that a person excluded are not checked. Images that the audit itself
+            excluded are checked again, so that an issue and its row last as long as their reason.
+        corrected: Numbers of labels that fix.csv changed and images that it excludes, for the summary.
     """
     exclusions = exclusions or Exclusions()
     paths = [image.path for image in tree.images]
     covered = exclusions.covers(paths)
-    seen = _Seen(tree, facts, settings, ~exclusions.by_hand(paths))
-    findings = _findings(seen, twins)
+    dataset = _Dataset(tree, metadata, settings, ~exclusions.by_hand(paths))
+    issues = _all_issues(dataset, near_duplicates)
     leaks = leaked_counts(
-        (finding for finding in findings if finding.kind == "leak"),
-        Counter(tree.images[row].split for row in seen.rows.tolist()),
+        (issue for issue in issues if issue.issue_type == "leak"),
+        Counter(tree.images[row].split for row in dataset.rows.tolist()),
     )
-    data = describe(tree, facts, seen.kept) | {"leaked": leaks, "corrected": dict(corrected or {})}
+    data = describe(tree, metadata, dataset.kept) | {"leaked": leaks, "corrected": dict(corrected or {})}
+    headlines = {"leak": "; ".join(_leak_sentence(split, numbers) for split, numbers in leaks.items())} if leaks else {}
     return Audit(
-        findings,
+        issues,
         data,
         settings,
-        headlines={"leak": "; ".join(_leak_sentence(split, numbers) for split, numbers in leaks.items())}
-        if leaks
-        else {},
-        proposed=_proposed(findings, settings),
-        left_out={paths[row]: exclusions.reason(paths[row]) for row in np.flatnonzero(covered).tolist()},
+        headlines=headlines,
+        proposed=_proposed(issues, settings),
+        excluded={paths[row]: exclusions.reason(paths[row]) for row in np.flatnonzero(covered).tolist()},
         unmatched=tuple(exclusions.unmatched(paths)),
     )
 
 
 def _leak_sentence(split: str, numbers: Mapping[str, float]) -> str:
-    leaked, whole = int(numbers["leaked"]), int(numbers["images"])
-    return f"{leaked} of {counted(whole, f'{split} image')} ({100 * numbers['share']:.1f} %) have a copy or a twin in train"
+    images = counted(int(numbers["images"]), f"{split} image")
+    share = f"{100 * numbers['share']:.1f} %"
+    return f"{int(numbers['leaked'])} of {images} ({share}) have a duplicate or near-duplicate in train"
 
 
 @dataclass(frozen=True, eq=False)
-class _Seen:
-    """A data set as the checks see it: only the rows of `kept`, bool [N]."""
+class _Dataset:
+    """The images that are checked: the rows of `kept`, bool [N]."""
 
     tree: FileTree
-    facts: FileMetadata
+    metadata: FileMetadata
     settings: AuditSettings
     kept: np.ndarray
 
     @cached_property
     def readable(self) -> np.ndarray:
-        """Rows that are kept and can be decoded, bool [N]."""
-        mask: np.ndarray = self.kept & self.facts.readable
+        """Whether each row is kept and can be decoded, bool [N]."""
+        mask: np.ndarray = self.kept & self.metadata.readable
         return mask
 
     @cached_property
     def rows(self) -> np.ndarray:
-        """The same as int64 [M]."""
+        """The rows that are kept and can be decoded, int64 [M]."""
         return np.flatnonzero(self.readable)
 
     @cached_property
     def counts(self) -> Mapping[str, Counter[str]]:
-        """Label -> split -> how many images can be read."""
+        """Label -> split -> number of readable images."""
         counts: dict[str, Counter[str]] = {
             label: Counter() for label in sorted({image.label for image in self.tree.images})
         }
@@ -130,204 +133,217 @@ class _Seen:
         return rows
 
     def of(self, label: str, splits: Sequence[str]) -> list[int]:
-        """The readable rows of one class in some splits."""
+        """Return the readable rows of one class in some splits."""
         return [row for row in self._by_label[label] if self.tree.images[row].split in splits]
 
     @cached_property
     def trained(self) -> Mapping[str, int]:
-        """Label -> how many images can be read and are for training, or are still to be dealt."""
+        """Label -> number of readable images that are for training, or not split yet."""
         return {label: sum(splits[split] for split in _TRAINED) for label, splits in self.counts.items()}
 
     def item(self, row: int, note: str = "") -> IssueItem:
-        """A row as an item of a finding."""
+        """Return a row as an item of an issue."""
         image = self.tree.images[row]
         return IssueItem(image.path, image.label, image.split, note)
 
     def of_mode(self, wanted: Callable[[str], bool]) -> np.ndarray:
-        """Rows whose mode is one of these, bool [N]."""
-        return np.isin(self.facts.modes, [code for code, mode in enumerate(self.facts.mode_names) if wanted(mode)])
+        """Return whether the mode of each row is wanted, bool [N]."""
+        return np.isin(
+            self.metadata.modes, [code for code, mode in enumerate(self.metadata.mode_names) if wanted(mode)]
+        )
 
     def chosen(self, mask: np.ndarray) -> list[int]:
-        """The readable rows among some, bool [N]."""
+        """Return the readable rows of a mask, bool [N]."""
         rows: list[int] = np.flatnonzero(self.readable & mask).tolist()
         return rows
 
 
-def _findings(seen: _Seen, twins: NearDuplicates) -> tuple[Issue, ...]:
-    copies = Copies.of(seen.tree.images, seen.facts, twins, seen.readable)
-    files = (_unreadable(seen), _misnamed(seen), _odd_modes(seen), _greyscale(seen), _shapes(seen))
-    classes = (_empty(seen), _uneven(seen), _few(seen), _missing(seen), _variants(seen))
-    pairs = (find_duplicates(copies), find_leaks(copies), find_conflicts(copies))
-    return in_order(finding for group in (*files, *classes, *pairs, _strays(seen)) for finding in group)
+def _all_issues(dataset: _Dataset, near_duplicates: NearDuplicates) -> tuple[Issue, ...]:
+    duplicates = DuplicatePairs.of(dataset.tree.images, dataset.metadata, near_duplicates, dataset.readable)
+    files = (_unreadable(dataset), _misnamed(dataset), _odd_modes(dataset), _greyscale(dataset), _shapes(dataset))
+    classes = (_empty(dataset), _uneven(dataset), _few(dataset), _missing(dataset), _variants(dataset))
+    pairs = (find_duplicates(duplicates), find_leaks(duplicates), find_conflicts(duplicates))
+    return in_order(issue for group in (*files, *classes, *pairs, _strays(dataset)) for issue in group)
 
 
-def _unreadable(seen: _Seen) -> Iterator[Issue]:
+def _unreadable(dataset: _Dataset) -> Iterator[Issue]:
     found: dict[str, list[tuple[str, IssueItem]]] = {}
-    for row, reason in sorted(seen.facts.errors.items()):
-        if seen.kept[row]:
-            found.setdefault(kind_of(reason), []).append((reason, seen.item(row)))
-    for kind, items in found.items():
-        yield from by_detail(kind, items)
+    for row, reason in sorted(dataset.metadata.errors.items()):
+        if dataset.kept[row]:
+            found.setdefault(issue_type_of(reason), []).append((reason, dataset.item(row)))
+    for name, items in found.items():
+        yield from by_detail(name, items)
 
 
-def kind_of(reason: str) -> str:
-    """Which kind of finding it is when a file cannot be read for this reason."""
-    return next((kind for kind, pattern in _REASONS.items() if re.search(pattern, reason, re.IGNORECASE)), "corrupt")
+def issue_type_of(reason: str) -> str:
+    """Return the issue type of a file that cannot be read for this reason.
+
+    >>> issue_type_of("image file is truncated"), issue_type_of("broken data stream")
+    ('truncated', 'corrupt')
+    """
+    return next((name for name, pattern in _REASONS.items() if re.search(pattern, reason, re.IGNORECASE)), "corrupt")
 
 
-def _misnamed(seen: _Seen) -> list[Issue]:
+def _misnamed(dataset: _Dataset) -> list[Issue]:
     found = []
-    names, formats = seen.facts.format_names, seen.facts.formats.tolist()
-    suffixes = {image.path.rpartition(".")[2] for image in seen.tree.images}
+    names = dataset.metadata.format_names
+    formats = dataset.metadata.formats.tolist()
+    suffixes = {image.path.rpartition(".")[2] for image in dataset.tree.images}
     promised = {suffix: _NAMED_FORMATS[suffix.lower()] for suffix in suffixes if suffix.lower() in _NAMED_FORMATS}
-    for row in seen.rows.tolist():
-        suffix, actual = seen.tree.images[row].path.rpartition(".")[2], names[formats[row]]
+    for row in dataset.rows.tolist():
+        suffix, actual = dataset.tree.images[row].path.rpartition(".")[2], names[formats[row]]
         if promised.get(suffix, actual) != actual:
-            found.append((f"{actual} named .{suffix}", seen.item(row)))
+            found.append((f"{actual} named .{suffix}", dataset.item(row)))
     return by_detail("wrong_extension", found)
 
 
-def _odd_modes(seen: _Seen) -> Iterator[Issue]:
-    facts = seen.facts
+def _odd_modes(dataset: _Dataset) -> Iterator[Issue]:
+    metadata = dataset.metadata
+    cmyk = dataset.chosen(dataset.of_mode(lambda mode: mode == "CMYK"))
+    yield from by_detail("cmyk", [("mode CMYK", dataset.item(row)) for row in cmyk])
+    deep = dataset.chosen(metadata.bits > 8)
     yield from by_detail(
-        "cmyk", [("mode CMYK", seen.item(row)) for row in seen.chosen(seen.of_mode(lambda mode: mode == "CMYK"))]
+        "deep_samples", [(f"{metadata.bits[row]} bits per channel", dataset.item(row)) for row in deep]
     )
+    palette = dataset.chosen(dataset.of_mode(lambda mode: mode in ("P", "PA")))
+    yield from by_detail("palette", [("mode P", dataset.item(row)) for row in palette])
+    transparent = dataset.chosen(metadata.transparent)
+    yield from by_detail("transparency", [("transparent pixels", dataset.item(row)) for row in transparent])
+    animated = dataset.chosen(metadata.frames > 1)
+    frames = [("several frames", dataset.item(row, f"{metadata.frames[row]} frames")) for row in animated]
+    yield from by_detail("animation", frames)
+    rotated = dataset.chosen(metadata.orientation > 1)
     yield from by_detail(
-        "deep_samples", [(f"{facts.bits[row]} bits a sample", seen.item(row)) for row in seen.chosen(facts.bits > 8)]
+        "exif_rotation", [(f"orientation {metadata.orientation[row]}", dataset.item(row)) for row in rotated]
     )
-    yield from by_detail(
-        "palette", [("mode P", seen.item(row)) for row in seen.chosen(seen.of_mode(lambda mode: mode in ("P", "PA")))]
-    )
-    yield from by_detail(
-        "transparency", [("transparent pixels", seen.item(row)) for row in seen.chosen(facts.transparent)]
-    )
-    yield from by_detail(
-        "animation",
-        [("several frames", seen.item(row, f"{facts.frames[row]} frames")) for row in seen.chosen(facts.frames > 1)],
-    )
-    turned = [(f"orientation {facts.orientation[row]}", seen.item(row)) for row in seen.chosen(facts.orientation > 1)]
-    yield from by_detail("exif_rotation", turned)
 
 
-def _greyscale(seen: _Seen) -> list[Issue]:
-    """The fewer of grey and colour images, where a data set holds both."""
-    grey = seen.of_mode(lambda mode: mode in _GREY or mode.startswith("I;16"))
-    greys, colours = seen.chosen(grey), seen.chosen(~grey)
+def _greyscale(dataset: _Dataset) -> list[Issue]:
+    """Return the fewer of grey and colour images, if a data set holds both."""
+    grey = dataset.of_mode(lambda mode: mode in _GREY or mode.startswith("I;16"))
+    greys, colours = dataset.chosen(grey), dataset.chosen(~grey)
     if not greys or not colours:
         return []
     detail, few = ("grey among colour", greys) if len(greys) <= len(colours) else ("colour among grey", colours)
-    return by_detail("greyscale", [(detail, seen.item(row)) for row in few])
+    return by_detail("greyscale", [(detail, dataset.item(row)) for row in few])
 
 
-def _shapes(seen: _Seen) -> Iterator[Issue]:
-    widths, heights = seen.facts.widths.astype(np.int64), seen.facts.heights.astype(np.int64)
-    shorter, longer = np.minimum(widths, heights), np.maximum(widths, heights)
-    bound = min(seen.settings.tiny, float(np.median(shorter[seen.rows])) / 2) if len(seen.rows) else 0
-    for kind, mask in (("tiny", shorter < bound), ("extreme_aspect", longer > seen.settings.aspect * shorter)):
-        detail = (
-            f"shorter side below {bound:g} pixels"
-            if kind == "tiny"
-            else f"one side above {seen.settings.aspect:g} times the other"
-        )
-        yield from by_detail(
-            kind, [(detail, seen.item(row, f"{widths[row]} × {heights[row]}")) for row in seen.chosen(mask)]
-        )
+def _shapes(dataset: _Dataset) -> Iterator[Issue]:
+    widths = dataset.metadata.widths.astype(np.int64)
+    heights = dataset.metadata.heights.astype(np.int64)
+    shorter = np.minimum(widths, heights)
+    longer = np.maximum(widths, heights)
+    bound = min(dataset.settings.tiny, float(np.median(shorter[dataset.rows])) / 2) if len(dataset.rows) else 0
+    aspect = dataset.settings.aspect
+    checks = (
+        ("tiny", f"shorter side below {bound:g} pixels", shorter < bound),
+        ("extreme_aspect", f"one side above {aspect:g} times the other", longer > aspect * shorter),
+    )
+    for name, detail, mask in checks:
+        items = [(detail, dataset.item(row, f"{widths[row]} × {heights[row]}")) for row in dataset.chosen(mask)]
+        yield from by_detail(name, items)
 
 
-def _empty(seen: _Seen) -> list[Issue]:
-    return by_detail("empty_class", [("no images in it", IssueItem(folder)) for folder in seen.tree.empty])
+def _empty(dataset: _Dataset) -> list[Issue]:
+    return by_detail("empty_class", [("no image in it", IssueItem(folder)) for folder in dataset.tree.empty])
 
 
-def _uneven(seen: _Seen) -> Iterator[Issue]:
-    sizes = {label: count for label, count in seen.trained.items() if count}
+def _uneven(dataset: _Dataset) -> Iterator[Issue]:
+    sizes = {label: count for label, count in dataset.trained.items() if count}
     if not sizes:
         return
-    large, small = max(sizes, key=lambda label: sizes[label]), min(sizes, key=lambda label: sizes[label])
+    large = max(sizes, key=lambda label: sizes[label])
+    small = min(sizes, key=lambda label: sizes[label])
     ratio = sizes[large] / sizes[small]
-    if ratio > seen.settings.imbalance:
+    if ratio > dataset.settings.imbalance:
         detail = (
             f"{large!r} has {counted(sizes[large], 'training image')}, {small!r} has {sizes[small]}: {ratio:.1f} to 1"
         )
         yield Issue("imbalance", detail, numbers={"largest": sizes[large], "smallest": sizes[small], "ratio": ratio})
 
 
-def _few(seen: _Seen) -> Iterator[Issue]:
+def _few(dataset: _Dataset) -> Iterator[Issue]:
     few = {
         label: count
-        for label, count in seen.trained.items()
-        if count < seen.settings.few_images and (count or not seen.counts[label])
+        for label, count in dataset.trained.items()
+        if count < dataset.settings.few_images and (count or not dataset.counts[label])
     }
     for label, count in few.items():
-        items = tuple(seen.item(row) for row in seen.of(label, _TRAINED))
+        items = tuple(dataset.item(row) for row in dataset.of(label, _TRAINED))
         yield Issue(
-            "few_images", f"{label!r} has {counted(count, 'training image')} that can be read", items, {"images": count}
+            "few_images", f"{label!r} has {counted(count, 'readable training image')}", items, {"images": count}
         )
 
 
-def _missing(seen: _Seen) -> Iterator[Issue]:
+def _missing(dataset: _Dataset) -> Iterator[Issue]:
     for split in ("val", "test"):
-        if not any(splits[split] for splits in seen.counts.values()):
+        if not any(splits[split] for splits in dataset.counts.values()):
             continue
-        for label, splits in seen.counts.items():
-            if splits[split] and not seen.trained[label]:
-                items = tuple(seen.item(row) for row in seen.of(label, (split,)))
+        for label, splits in dataset.counts.items():
+            if splits[split] and not dataset.trained[label]:
+                items = tuple(dataset.item(row) for row in dataset.of(label, (split,)))
                 yield Issue(
                     "missing_in_train", f"{label!r} is in {split} and not in train", items, {"images": splits[split]}
                 )
-            elif seen.trained[label] and not splits[split]:
+            elif dataset.trained[label] and not splits[split]:
                 yield Issue(
                     "missing_in_test",
                     f"{label!r} is in train and not in {split}",
-                    numbers={"images": seen.trained[label]},
+                    numbers={"images": dataset.trained[label]},
                 )
 
 
-def _variants(seen: _Seen) -> Iterator[Issue]:
+def _variants(dataset: _Dataset) -> Iterator[Issue]:
     groups: dict[str, list[str]] = {}
-    for label in seen.counts:
+    for label in dataset.counts:
         plain = unicodedata.normalize("NFKC", label).casefold()
         groups.setdefault(re.sub(r"[\s_-]+", " ", plain).strip(), []).append(label)
     for names in groups.values():
         if len(names) > 1:
             yield Issue(
                 "class_name_variants",
-                ", ".join(f"{name!r} ({counted(sum(seen.counts[name].values()), 'image')})" for name in names),
+                ", ".join(f"{name!r} ({counted(sum(dataset.counts[name].values()), 'image')})" for name in names),
             )
 
 
-def _strays(seen: _Seen) -> Iterator[Issue]:
-    images = [path for path in seen.tree.strays if is_image_name(path.rpartition("/")[2])]
-    others = sorted(set(seen.tree.strays) - set(images))
+def _strays(dataset: _Dataset) -> Iterator[Issue]:
+    images = [path for path in dataset.tree.strays if is_image_name(path.rpartition("/")[2])]
+    others = sorted(set(dataset.tree.strays) - set(images))
     yield from by_detail("stray_images", [("in no class folder", IssueItem(path)) for path in images])
-    yield from by_detail("stray_files", [("no image by its name", IssueItem(path)) for path in others])
-    yield from by_detail("ignored_folders", [("beside the parts", IssueItem(folder)) for folder in seen.tree.ignored])
+    yield from by_detail("stray_files", [("not the name of an image", IssueItem(path)) for path in others])
+    yield from by_detail(
+        "ignored_folders", [("next to the splits", IssueItem(folder)) for folder in dataset.tree.ignored]
+    )
 
 
-def _proposed(findings: Sequence[Issue], settings: AuditSettings) -> dict[str, str]:
-    """Path -> reason of the images that the chosen kinds leave out; the worst kind gives the reason."""
+def _proposed(issues: Sequence[Issue], settings: AuditSettings) -> dict[str, str]:
+    """Return path -> reason of the images with the issue types to exclude; the worst type gives the reason."""
     reasons: dict[str, str] = {}
-    wanted = settings.excluded_kinds
-    for finding in findings:
-        if finding.kind in wanted:
-            for item, detail in _to_leave_out(finding):
-                reasons.setdefault(item.path, f"{AUDIT}{finding.kind}: {detail}")
+    wanted = settings.excluded_types
+    for issue in issues:
+        if issue.issue_type in wanted:
+            for item, detail in _to_exclude(issue):
+                reasons.setdefault(item.path, f"{AUDIT}{issue.issue_type}: {detail}")
     return dict(sorted(reasons.items()))
 
 
-def _to_leave_out(finding: Issue) -> Iterable[tuple[IssueItem, str]]:
-    """Which images of a finding go, and what to say of each: of duplicates all but the first, of a leak what is trained on."""
-    if finding.kind in ("exact_duplicates", "near_duplicates"):
-        return [(item, _like(item, finding.items[0])) for item in finding.items[1:]]
-    if finding.kind == "leak":
-        return _leaking(finding)
-    return [(item, ", ".join(filter(None, (finding.detail, item.note)))) for item in finding.items]
+def _to_exclude(issue: Issue) -> Iterable[tuple[IssueItem, str]]:
+    """Return which images of an issue to exclude, each with its reason.
+
+    Of duplicates these are all but the first, of a leak those that are trained on.
+    """
+    if issue.issue_type in ("exact_duplicates", "near_duplicates"):
+        return [(item, _like(item, issue.items[0])) for item in issue.items[1:]]
+    if issue.issue_type == "leak":
+        return _leaking(issue)
+    return [(item, ", ".join(filter(None, (issue.detail, item.note)))) for item in issue.items]
 
 
-def _leaking(finding: Issue) -> list[tuple[IssueItem, str]]:
-    """The copies that are trained on, and those in val of what is in test: the test part stays whole."""
-    last = "test" if "test" in finding.numbers else "val"
-    kept = next(item for item in finding.items if item.split == last)
-    return [(item, _like(item, kept)) for item in finding.items if item.split != last]
+def _leaking(issue: Issue) -> list[tuple[IssueItem, str]]:
+    """Return the duplicates in train, and those in val of images in test: the test split stays complete."""
+    last = "test" if "test" in issue.numbers else "val"
+    kept = next(item for item in issue.items if item.split == last)
+    return [(item, _like(item, kept)) for item in issue.items if item.split != last]
 
 
 def _like(item: IssueItem, kept: IssueItem) -> str:

@@ -1,4 +1,7 @@
-"""`exclude.csv`: which images every run leaves out, and why; written by the audit, edited by hand, never overruling the hand."""
+"""exclude.csv: the images that every run leaves out, and why.
+
+The audit writes it and people edit it; a person's row always wins.
+"""
 
 from __future__ import annotations
 
@@ -18,8 +21,8 @@ from image_classifier.dataset.audit.user_csv import ended, read_rows, row_text, 
 if TYPE_CHECKING:
     from image_classifier.dataset.audit.issues import Audit
 
-AUDIT = "audit: "  # how the reason of a row begins that the audit wrote, and may take back
-KEEP = "keep"  # the reason that makes a path stay, whatever other rows say
+AUDIT = "audit: "  # prefix of the reasons that the audit wrote and may remove
+KEEP = "keep"  # the reason that keeps an image, whatever other rows say
 
 _HEADER = "path,reason\n"
 _COLUMNS = ["path", "reason"]
@@ -27,9 +30,9 @@ _COLUMNS = ["path", "reason"]
 
 @dataclass(frozen=True, slots=True)
 class Line:
-    """One line of the file, or several where a quoted path holds line breaks; a comment and an empty line have no path.
+    """One line of the file, or several if a quoted path holds line breaks; comments and empty lines have no path.
 
-    `text` is how it stands in the file, so that what a person wrote is written back letter by letter.
+    `text` is the line as it is in the file, so that a person's text is written back unchanged.
     """
 
     text: str
@@ -43,18 +46,20 @@ class Line:
 
     @property
     def keeps(self) -> bool:
-        """Whether this row makes its path stay."""
+        """Whether this row keeps its path."""
         return self.reason.strip().lower() == KEEP
 
 
 @dataclass(frozen=True)
 class Exclusions:
-    """The rows of an exclude.csv. A path in it is one image or, by hand, a folder or a pattern such as `blurry/*.jpg` (`*` crosses folders).
+    """The rows of an exclude.csv.
+
+    A path is one image or, in rows of a person, a folder or a pattern such as `blurry/*.jpg` (`*` crosses folders).
 
     Args:
-        path: The file they came from, for messages.
+        path: The file, for messages.
         lines: Every line after the header.
-        header: The first line as it stands in the file; "" where there is no file yet.
+        header: The first line as it is in the file; "" if there is no file yet.
     """
 
     path: Path = Path("exclude.csv")
@@ -63,7 +68,7 @@ class Exclusions:
 
     @property
     def delimiter(self) -> str:
-        """What separates the columns: a comma, or the semicolon of spreadsheets whose decimal point is the comma."""
+        """The separator of columns: a comma, or the semicolon of spreadsheets that use a decimal comma."""
         return ";" if ";" in self.header else ","
 
     @cached_property
@@ -81,55 +86,52 @@ class Exclusions:
         return {line.path: line.reason for line in self.lines if line.by_audit}
 
     def by_hand(self, paths: Sequence[str]) -> np.ndarray:
-        """Which paths, bool [N], a row written by hand leaves out."""
+        """Return which paths a person's row excludes, bool [N]."""
         return self._chosen(paths, lambda path: path in self._by_hand)
 
     def covers(self, paths: Sequence[str]) -> np.ndarray:
-        """Which paths, bool [N], any row leaves out."""
+        """Return which paths any row excludes, bool [N]."""
         return self._chosen(paths, lambda path: path in self._by_audit or path in self._by_hand)
 
     def _chosen(self, paths: Sequence[str], named: Callable[[str], bool]) -> np.ndarray:
-        if not self.lines:  # a million paths, and nothing to look for
+        if not self.lines:  # fast for a million paths
             return np.zeros(len(paths), dtype=bool)
         return np.array([named(path) and path not in self._kept for path in paths], dtype=bool)
 
     def reason(self, path: str) -> str:
-        """Why this path is left out, "" where no row says: a person's words before the audit's."""
+        """Return why a path is excluded, a person's reason before the audit's; "" if it is not."""
         return self._by_hand.get(path) or self._by_audit.get(path, "")
 
     def keeps(self, path: str) -> bool:
-        """Whether a row with the reason `keep` makes this path stay."""
+        """Return whether a row with the reason `keep` keeps this path."""
         return path in self._kept
 
     def unmatched(self, paths: Sequence[str]) -> list[str]:
-        """What rows written by hand name and none of these paths is: a slip of the pen, or a file that is gone."""
+        """Return the names in a person's rows that match none of these paths: typos, or files that are gone."""
         known = set(paths)
-        named = dict.fromkeys(
-            line.path for line in self.lines if line.path and not line.by_audit and line.path not in known
-        )
-        return [name for name in named if not _matches_any(name, paths)]
+        names = dict.fromkeys(line.path for line in self.lines if line.path and not line.by_audit)
+        return [name for name in names if name not in known and not _matches_any(name, paths)]
 
-    def also(self, left_out: Mapping[str, str]) -> Exclusions:
-        """These exclusions and, as if by hand, the images of `left_out` (path to reason): to look with, not to write."""
-        return replace(
-            self, lines=(*self.lines, *(Line("", glob.escape(path), reason) for path, reason in left_out.items()))
-        )
+    def also(self, excluded: Mapping[str, str]) -> Exclusions:
+        """Return these exclusions and those of `excluded` (path -> reason) as a person's rows; not for writing."""
+        added = (Line("", glob.escape(path), reason) for path, reason in excluded.items())
+        return replace(self, lines=(*self.lines, *added))
 
     def updated(self, audit: Audit) -> Exclusions:
-        """These exclusions with the audit's rows brought up to date."""
+        """Return these exclusions with the audit's rows brought up to date."""
         return merge(self, audit.proposed)
 
     def write(self, path: Path | None = None) -> bool:
-        """Write the file whole or not at all, and only where its content changes; says whether it did.
+        """Write the file if its content changes; return whether it did.
 
         Raises:
-            StorageError: The disk refuses.
+            StorageError: The file cannot be written; the old one is unchanged.
         """
         return write_if_changed(path or self.path, (self.header or _HEADER) + "".join(line.text for line in self.lines))
 
 
 class _Names:
-    """Paths and patterns with a reason each; what could be a pattern is also taken literally, for a file may be called `a[1].jpg`."""
+    """Paths and patterns with their reasons; patterns also match literally, as a file may be called `a[1].jpg`."""
 
     def __init__(self, rows: Iterable[tuple[str, str]]) -> None:
         self._literal: dict[str, str] = {}
@@ -139,8 +141,8 @@ class _Names:
         self._patterns = [(re.compile(fnmatch.translate(name)), self._literal[name]) for name in names]
 
     def get(self, path: str) -> str | None:
-        """The reason of the row that names this path, a folder above it, or else the first pattern that fits; None where none does."""
-        for end in (len(path), *(place for place in range(len(path) - 1, 0, -1) if path[place] == "/")):
+        """Return the reason of the row with this path or a folder above it, else of the first matching pattern."""
+        for end in (len(path), *(index for index in range(len(path) - 1, 0, -1) if path[index] == "/")):
             if path[:end] in self._literal:
                 return self._literal[path[:end]]
         return next((reason for pattern, reason in self._patterns if pattern.match(path)), None)
@@ -154,7 +156,7 @@ def _is_pattern(name: str) -> bool:
 
 
 def _plain(name: str) -> str:
-    """A path as the tree writes it: `./roses/` is `roses`."""
+    """Return a path as the tree writes it: `roses` for `./roses/`."""
     return name.removeprefix("./").rstrip("/") or name
 
 
@@ -167,11 +169,10 @@ def _matches_any(name: str, paths: Sequence[str]) -> bool:
 
 
 def merge(existing: Exclusions, proposed: Mapping[str, str]) -> Exclusions:
-    """The rows of both: `proposed` (path to reason) are the audit's rows of now.
+    """Return the existing rows with the audit's rows replaced by `proposed` (path -> reason).
 
-    What a person wrote stays, letter by letter and in its order. A row of the audit stays where it stands while its finding
-    lasts, and goes with it; new ones follow at the end, by path. A path that a person named, to leave it out or to keep it,
-    gets no row from the audit.
+    A person's lines stay unchanged and in order. A row of the audit stays at its position as long as its issue lasts;
+    new rows are added at the end, by path. A path that a person excluded or kept gets no row from the audit.
     """
     new = {
         path: reason for path, reason in proposed.items() if not existing.keeps(path) and path not in existing._by_hand
@@ -184,8 +185,8 @@ def merge(existing: Exclusions, proposed: Mapping[str, str]) -> Exclusions:
             reason = new.pop(line.path)
             lines.append(line if line.reason == reason else _row(line.path, reason, existing.delimiter))
     lines += [_row(path, new[path], existing.delimiter) for path in sorted(new)]
-    whole = [Line(ended(line.text), line.path, line.reason) for line in lines[:-1]]
-    return Exclusions(existing.path, (*whole, *lines[-1:]), ended(existing.header))
+    complete = [Line(ended(line.text), line.path, line.reason) for line in lines[:-1]]
+    return Exclusions(existing.path, (*complete, *lines[-1:]), ended(existing.header))
 
 
 def _row(path: str, reason: str, delimiter: str) -> Line:
@@ -193,14 +194,12 @@ def _row(path: str, reason: str, delimiter: str) -> Line:
 
 
 def read_exclusions(path: Path) -> Exclusions:
-    """Read an exclude.csv; none where there is no such file.
+    """Read an exclude.csv; without a file there are no exclusions.
 
     Raises:
-        DataError: The file cannot be read, its header is not `path,reason`, or a line is no such row (named by its number).
+        DataError: The file cannot be read, its header is not `path,reason`, or a line is not such a row.
     """
     rows = read_rows(path, _COLUMNS)
-    return (
-        Exclusions(path, tuple(Line(text, *cells) for text, cells in rows.lines), rows.header)
-        if rows
-        else Exclusions(path)
-    )
+    if rows is None:
+        return Exclusions(path)
+    return Exclusions(path, tuple(Line(text, *cells) for text, cells in rows.lines), rows.header)

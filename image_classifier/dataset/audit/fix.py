@@ -1,6 +1,6 @@
-"""`fix.csv`: which labels are corrected and which images go with them; proposed by `suspects`, decided by hand, honoured by every run.
+"""fix.csv: corrected labels and excluded images; `suspects` proposes, a person decides, and every run applies them.
 
-A row without an action is a proposal and changes nothing; taking a row out undoes it. The files themselves are never touched.
+A row without an action is a proposal and changes nothing. Deleting a row undoes it. Image files are never changed.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from pathlib import Path
 from image_classifier.dataset.audit.user_csv import ended, read_rows, row_text, write_if_changed
 from image_classifier.dataset.discovery import FileTree
 from image_classifier.errors import DataError
-from image_classifier.text import counted, did_you_mean
+from image_classifier.text import counted, did_you_mean, listed
 
 log = logging.getLogger(__name__)
 
@@ -24,12 +24,11 @@ COLUMNS = ("path", "label", "action", "new_label", "reason")
 FILE_NAME = "fix.csv"
 
 _HEADER = ",".join(COLUMNS) + "\n"
-_NAMED = 5  # paths that a warning names
 
 
 @dataclass(frozen=True, slots=True)
 class Fix:
-    """One row: `label` is the one that the image had when the row was written, "" for any; an empty `action` leaves the image as it is."""
+    """One row: `label` is the label when the row was written, "" for any; an empty `action` changes nothing."""
 
     path: str
     label: str = ""
@@ -40,7 +39,7 @@ class Fix:
 
 @dataclass(frozen=True)
 class Correction:
-    """What fix.csv did to a tree: its images under their new labels, and of those the ones that are left out (path to reason)."""
+    """The effect of fix.csv on a tree: its images with corrected labels, and those to exclude (path -> reason)."""
 
     tree: FileTree
     relabelled: int = 0
@@ -48,7 +47,7 @@ class Correction:
 
     @property
     def counts(self) -> dict[str, int]:
-        """How many labels were changed and images left out, as plain values; empty where none was."""
+        """The numbers of changed labels and excluded images for JSON; empty if both are 0."""
         counts = {"relabelled": self.relabelled, "excluded": len(self.excluded)}
         return counts if any(counts.values()) else {}
 
@@ -58,9 +57,9 @@ class Fixes:
     """The rows of a fix.csv.
 
     Args:
-        path: The file they came from, for messages.
-        lines: Every line after the header: how it stands in the file, and its row (None for a comment).
-        header: The first line as it stands in the file; "" where there is no file yet.
+        path: The file, for messages.
+        lines: Every line after the header: its text, and its row (None for a comment).
+        header: The first line as it is in the file; "" if there is no file yet.
     """
 
     path: Path = Path(FILE_NAME)
@@ -73,18 +72,18 @@ class Fixes:
         return {row.path: row for _, row in self.lines if row and row.action}
 
     def applied(self, tree: FileTree) -> Correction:
-        """The tree as the rows correct it; rows of files that are gone or labelled otherwise by now are passed over, and said in the log.
+        """Return the corrected tree; rows of files that are gone or have another label now are skipped with a warning.
 
         Raises:
-            DataError: A new label that is no class of the tree.
+            DataError: A new label is not a class of the tree.
         """
         if not self.decided:
             return Correction(tree)
         _check_labels(self, {image.label for image in tree.images})
         labels = {image.path: image.label for image in tree.images if image.path in self.decided}
-        self._warn("is not there", [path for path in self.decided if path not in labels])
+        self._warn("does not exist", [path for path in self.decided if path not in labels])
         stale = [path for path, label in labels.items() if self.decided[path].label not in ("", label)]
-        self._warn("has another label by now than the row says", stale)
+        self._warn("has another label now", stale)
         valid = {path: row for path, row in self.decided.items() if path in labels and path not in set(stale)}
         new = {
             path: row.new_label
@@ -97,22 +96,26 @@ class Fixes:
 
     def _warn(self, fact: str, paths: Sequence[str]) -> None:
         if paths:
-            named = ", ".join(map(repr, paths[:_NAMED])) + (" …" if len(paths) > _NAMED else "")
-            log.warning("%s: %s passed over, as the image %s: %s", self.path, counted(len(paths), "row"), fact, named)
+            names = listed(list(map(repr, paths)))
+            log.warning("%s: %s skipped, the image %s: %s", self.path, counted(len(paths), "row"), fact, names)
 
     def proposing(self, rows: Iterable[Fix]) -> Fixes:
-        """These decisions, letter by letter, with `rows` as the new proposals; what was proposed before and never decided goes."""
+        """Return these decisions, unchanged, with `rows` as the new proposals; older proposals are dropped."""
         delimiter = ";" if ";" in self.header else ","
         kept = tuple((ended(text), row) for text, row in self.lines if row is None or row.action)
         new = tuple((row_text(astuple(row), delimiter), row) for row in rows if row.path not in self.decided)
         return Fixes(self.path, kept + new, ended(self.header))
 
     def write(self) -> bool:
-        """Write the file whole or not at all, and only where its content changes; says whether it did. StorageError where the disk refuses."""
+        """Write the file if its content changes; return whether it did.
+
+        Raises:
+            StorageError: The file cannot be written; the old one is unchanged.
+        """
         return write_if_changed(self.path, self.to_csv())
 
     def to_csv(self) -> str:
-        """The file as text."""
+        """Return the file as text."""
         return (self.header or _HEADER) + "".join(text for text, _ in self.lines)
 
 
@@ -120,27 +123,27 @@ def _check_labels(fixes: Fixes, classes: Iterable[str]) -> None:
     known = set(classes)
     for row in fixes.decided.values():
         if row.action == RELABEL and row.new_label not in known:
-            fact = f"{str(fixes.path)!r} relabels {row.path!r} to {row.new_label!r}, which is no class"
-            raise DataError(
-                fact, f"{did_you_mean(row.new_label, known)}a new class begins with a folder and images of its own"
-            )
+            fact = f"{str(fixes.path)!r} relabels {row.path!r} to {row.new_label!r}, which is not a class"
+            hint = f"{did_you_mean(row.new_label, known)}for a new class, make a folder with images first"
+            raise DataError(fact, hint)
 
 
 def read_fixes(path: Path) -> Fixes:
-    """Read a fix.csv; none where there is no such file.
+    """Read a fix.csv; without a file there are no rows.
 
     Raises:
-        DataError: The file cannot be read, its header is not that of a fix.csv, a line is no row, or two rows decide on one image.
+        DataError: The file cannot be read, its header or a row is invalid, or two rows decide on the same image.
     """
     rows = read_rows(path, COLUMNS)
     if rows is None:
         return Fixes(path)
-    lines, seen = [], set()
+    lines = []
+    seen = set()
     for text, cells in rows.lines:
         row = _row(cells, path) if cells else None
         if row and row.action:
             if row.path in seen:
-                raise DataError(f"{str(path)!r} decides twice on {row.path!r}", "take one of the rows out")
+                raise DataError(f"{str(path)!r} decides twice on {row.path!r}", "delete one of the rows")
             seen.add(row.path)
         lines.append((text, row))
     return Fixes(path, tuple(lines), rows.header)
@@ -149,12 +152,9 @@ def read_fixes(path: Path) -> Fixes:
 def _row(cells: Sequence[str], path: Path) -> Fix:
     row = Fix(cells[0].removeprefix("./"), cells[1], cells[2].strip().lower(), cells[3].strip(), cells[4])
     if row.action and row.action not in ACTIONS:
-        raise DataError(
-            f"{str(path)!r} has the action {cells[2]!r} for {row.path!r}",
-            f"use one of {', '.join(ACTIONS)}, or leave it empty",
-        )
+        hint = f"use one of {', '.join(ACTIONS)}, or leave it empty"
+        raise DataError(f"{str(path)!r} has the invalid action {cells[2]!r} for {row.path!r}", hint)
     if row.action == RELABEL and not row.new_label:
-        raise DataError(
-            f"{str(path)!r} relabels {row.path!r} and does not say to what", "write the class into the column new_label"
-        )
+        hint = "write the class into the column new_label"
+        raise DataError(f"{str(path)!r} relabels {row.path!r} without a new label", hint)
     return row

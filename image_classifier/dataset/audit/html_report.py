@@ -1,4 +1,4 @@
-"""The audit as files: audit.json for a program, and audit.html, one page with thumbnails that needs no network and runs no foreign script."""
+"""The audit as files: audit.json for programs, and audit.html, one page with thumbnails that needs no network."""
 
 from __future__ import annotations
 
@@ -11,7 +11,14 @@ from pathlib import Path
 from typing import Any
 
 from image_classifier.atomic_io import write_text
-from image_classifier.dataset.audit.issue_types import ALIKE, KINDS, NOUNS, SEVERITIES, UNREADABLE, IssueType
+from image_classifier.dataset.audit.issue_types import (
+    DUPLICATE_TYPES,
+    ISSUE_TYPES,
+    NOUNS,
+    SEVERITIES,
+    UNREADABLE,
+    IssueType,
+)
 from image_classifier.dataset.audit.issues import Audit, Issue, IssueItem
 from image_classifier.html import document
 from image_classifier.html.text import number, plain, unbroken
@@ -20,11 +27,11 @@ from image_classifier.images import DEFAULT_LIMITS, WHITE, DecodeLimits
 from image_classifier.text import counted
 
 _MARKUP = 250  # characters of HTML around one image
-_GROUP = 12  # images of one group that are shown
-_CLASSES = 100  # classes that are drawn
-_ROWS = 200  # rows of exclude.csv that are listed
+_MAX_GROUP = 12  # images of one group on the page
+_MAX_CLASSES = 100  # classes that are drawn
+_MAX_ROWS = 200  # rows of exclude.csv on the page
 _WORKERS = 4
-_BATCH = 32  # images decoded before the room is looked at again
+_BATCH = 32  # images decoded before the size is checked again
 _NAMES_ONLY = ("stray_files", "ignored_folders", "empty_class")
 _HERE = Path(__file__).parent
 
@@ -36,23 +43,22 @@ def write_audit(
     limits: DecodeLimits = DEFAULT_LIMITS,
     background: tuple[int, int, int] = WHITE,
 ) -> Path:
-    """Write audit.json and, with `page`, audit.html; each whole or not at all. Returns the path of audit.json.
+    """Write audit.json and, with `page`, audit.html; return the path of audit.json.
 
     Raises:
-        StorageError: The disk refuses.
+        StorageError: A file cannot be written; each is written completely or not at all.
     """
     path = directory / "audit.json"
     html = render(audit, limits, background) if page else None
-    write_text(
-        path, json.dumps(audit.as_dict(), indent=1, allow_nan=False) + "\n"
-    )  # ASCII: names that are no UTF-8 come back as they were
+    # ASCII, so that names that are not UTF-8 survive.
+    write_text(path, json.dumps(audit.as_dict(), indent=1, allow_nan=False) + "\n")
     if html is not None:
         write_text(directory / "audit.html", html)
     return path
 
 
 def render(audit: Audit, limits: DecodeLimits = DEFAULT_LIMITS, background: tuple[int, int, int] = WHITE) -> str:
-    """The page as one HTML text below 10 MB; file names are shown, never run."""
+    """Return the page as HTML below 10 MB; all file names are escaped."""
     return document.render(
         _HERE / "page.html.j2",
         _HERE / "page.css",
@@ -64,18 +70,18 @@ def render(audit: Audit, limits: DecodeLimits = DEFAULT_LIMITS, background: tupl
         sections=list(_sections(audit, limits, background)),
         classes=_classes(audit.data["classes"], _splits(audit)),
         splits=_splits(audit),
-        left_out=[(plain(path), plain(reason)) for path, reason in list(audit.left_out.items())[:_ROWS]],
+        excluded=[(plain(path), plain(reason)) for path, reason in list(audit.excluded.items())[:_MAX_ROWS]],
     )
 
 
 def _splits(audit: Audit) -> list[str]:
-    """The parts that there are, those not dealt yet last."""
+    """Return the splits of the data set; images without a split come last."""
     return [split for split in ("train", "val", "test", "undealt") if split in audit.data["splits"]]
 
 
 @dataclass(frozen=True)
 class _Picture:
-    """A file of a finding as the page shows it."""
+    """A file of an issue on the page."""
 
     item: IssueItem
     thumbnail: Thumbnail = NO_PICTURE
@@ -83,7 +89,7 @@ class _Picture:
 
 @dataclass(frozen=True)
 class _Group:
-    """A finding as the page shows it; `more` of its images are left out."""
+    """An issue on the page; `more` of its images are not shown."""
 
     detail: str
     pictures: Sequence[_Picture]
@@ -92,55 +98,55 @@ class _Group:
 
 @dataclass(frozen=True)
 class _Section:
-    """One kind as the page shows it; `cut` says how much of it, where that is not all."""
+    """One issue type on the page; `shown_note` says how much of it is shown, if not all."""
 
-    kind: str
+    issue_type: str
     about: IssueType
     headline: str
     amount: str
-    cut: str
+    shown_note: str
     groups: Sequence[_Group]
 
     @property
-    def alike(self) -> bool:
-        """Whether the images of a group stand side by side."""
-        return self.kind in ALIKE
+    def is_duplicates(self) -> bool:
+        """Whether the images of a group are shown side by side."""
+        return self.issue_type in DUPLICATE_TYPES
 
     @property
-    def words(self) -> bool:
-        """Whether it is a list of names or sentences, without pictures."""
-        return self.kind in _NAMES_ONLY or not any(group.pictures for group in self.groups)
+    def is_text(self) -> bool:
+        """Whether it is a list of names or sentences, without images."""
+        return self.issue_type in _NAMES_ONLY or not any(group.pictures for group in self.groups)
 
 
 def _sections(audit: Audit, limits: DecodeLimits, background: tuple[int, int, int]) -> Iterator[_Section]:
-    """The sections, worst first; what one kind leaves of its share of the page goes to the next."""
-    room, kinds = BUDGET, audit.by_kind
+    """Yield the sections, worst first; room that one type does not use goes to the next."""
+    room = BUDGET
+    by_type = audit.by_type
     with ThreadPoolExecutor(_WORKERS) as pool:
-        for place, (kind, findings) in enumerate(kinds.items()):
-            draw = (
-                _Picture if kind in (*UNREADABLE, *_NAMES_ONLY) else partial(_picture, audit.root, limits, background)
-            )
-            share = room // (len(kinds) - place)
-            groups, spent = _drawn(_chosen(findings, audit.settings.max_listed), partial(pool.map, draw), share)
+        for index, (name, issues) in enumerate(by_type.items()):
+            without_images = name in (*UNREADABLE, *_NAMES_ONLY)
+            draw = _Picture if without_images else partial(_picture, audit.root, limits, background)
+            share = room // (len(by_type) - index)
+            groups, spent = _drawn(_chosen(issues, audit.settings.max_listed), partial(pool.map, draw), share)
             room -= spent
             yield _Section(
-                kind,
-                KINDS[kind],
-                unbroken(audit.headlines.get(kind, "")),
-                unbroken(audit.amount(kind)),
-                _cut(findings, groups),
+                name,
+                ISSUE_TYPES[name],
+                unbroken(audit.headlines.get(name, "")),
+                unbroken(audit.amount(name)),
+                _shown_note(issues, groups),
                 groups,
             )
 
 
-def _chosen(findings: Iterable[Issue], limit: int) -> Iterator[tuple[Issue, Sequence[IssueItem]]]:
-    """The first findings with their first items, at most `limit` of these."""
-    for finding in findings:
-        items = finding.items[: min(limit, _GROUP) if finding.kind in ALIKE else limit]
+def _chosen(issues: Iterable[Issue], limit: int) -> Iterator[tuple[Issue, Sequence[IssueItem]]]:
+    """Yield the first issues with their first items, at most `limit` items in total."""
+    for issue in issues:
+        items = issue.items[: min(limit, _MAX_GROUP) if issue.issue_type in DUPLICATE_TYPES else limit]
         if limit <= 0:
             return
         limit -= max(1, len(items))
-        yield finding, items
+        yield issue, items
 
 
 def _drawn(
@@ -148,10 +154,10 @@ def _drawn(
     draw: Callable[[Sequence[IssueItem]], Iterable[_Picture]],
     room: int,
 ) -> tuple[list[_Group], int]:
-    """The findings with their pictures, as many as there is room for, and how much of it they take."""
+    """Return the issues with their images until `room` characters are used, and the characters used."""
     groups: list[_Group] = []
     spent = 0
-    for finding, items in chosen:
+    for issue, items in chosen:
         pictures: list[_Picture] = []
         for start in range(0, len(items), _BATCH):
             for picture in draw(items[start : start + _BATCH]) if spent < room else ():
@@ -160,20 +166,23 @@ def _drawn(
                     pictures.append(picture)
         if pictures or not items:
             spent += _MARKUP
-            groups.append(_Group(plain(finding.detail), pictures, len(finding.items) - len(pictures)))
+            groups.append(_Group(plain(issue.detail), pictures, len(issue.items) - len(pictures)))
         if spent >= room:
             break
     return groups, min(spent, room)
 
 
-def _cut(findings: Sequence[Issue], groups: Sequence[_Group]) -> str:
-    """How much is shown (200 of 1 234 images shown), "" where that is all."""
-    if findings[0].kind in ALIKE or not findings[0].items:
-        shown, whole, noun = len(groups), len(findings), "group" if findings[0].kind in ALIKE else "finding"
+def _shown_note(issues: Sequence[Issue], groups: Sequence[_Group]) -> str:
+    """Return how much is shown ("200 of 1 234 images shown"), "" for all."""
+    if issues[0].issue_type in DUPLICATE_TYPES or not issues[0].items:
+        noun = "group" if issues[0].issue_type in DUPLICATE_TYPES else "issue"
+        shown = len(groups)
+        total = len(issues)
     else:
-        noun = NOUNS.get(findings[0].kind, "image")
-        shown, whole = sum(len(group.pictures) for group in groups), sum(len(finding.items) for finding in findings)
-    return unbroken(f"{number(shown)} of {counted(whole, noun)} shown; all are in audit.json") if shown < whole else ""
+        noun = NOUNS.get(issues[0].issue_type, "image")
+        shown = sum(len(group.pictures) for group in groups)
+        total = sum(len(issue.items) for issue in issues)
+    return unbroken(f"{number(shown)} of {counted(total, noun)} shown; all are in audit.json") if shown < total else ""
 
 
 def _picture(root: Path, limits: DecodeLimits, background: tuple[int, int, int], item: IssueItem) -> _Picture:
@@ -181,11 +190,12 @@ def _picture(root: Path, limits: DecodeLimits, background: tuple[int, int, int],
 
 
 def _classes(classes: Mapping[str, Mapping[str, int]], splits: Sequence[str]) -> list[dict[str, Any]]:
-    """The classes that are drawn, the largest first; of many, the largest and the smallest."""
+    """Return the classes to draw, largest first; of many classes the largest and the smallest."""
     ordered = sorted(classes, key=lambda label: (-classes[label]["images"], label))
-    shown = ordered if len(ordered) <= _CLASSES else ordered[: _CLASSES // 2] + ordered[-_CLASSES // 2 :]
+    shown = ordered if len(ordered) <= _MAX_CLASSES else ordered[: _MAX_CLASSES // 2] + ordered[-_MAX_CLASSES // 2 :]
     largest = max((classes[label]["images"] for label in ordered), default=0) or 1
-    parts = {label: [(split, classes[label].get(split, 0)) for split in splits] for label in shown}
+    counts = {label: [(split, classes[label].get(split, 0)) for split in splits] for label in shown}
     return [
-        {"label": plain(label), "counts": classes[label], "parts": parts[label], "largest": largest} for label in shown
+        {"label": plain(label), "counts": classes[label], "splits": counts[label], "largest": largest}
+        for label in shown
     ]

@@ -1,14 +1,22 @@
-"""What an audit says: findings as facts with paths, and the whole as a table for a terminal, lines for a log and data for a program."""
+"""The issues that an audit found: as a table for a terminal, as lines for a log, and as JSON."""
 
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from image_classifier.dataset.audit.issue_types import ALIKE, EXCLUDABLE, GROUPED, KINDS, NOUNS, SEVERITIES, UNREADABLE
+from image_classifier.dataset.audit.issue_types import (
+    DUPLICATE_TYPES,
+    EXCLUDABLE,
+    GROUP_NOUNS,
+    ISSUE_TYPES,
+    NOUNS,
+    SEVERITIES,
+    UNREADABLE,
+)
 from image_classifier.errors import ConfigError
 from image_classifier.text import counted, printable
 
@@ -20,17 +28,17 @@ class AuditSettings:
     """The config group `audit`.
 
     Args:
-        fail_on: Findings of this severity and above make exit code 1: "error", "warning", "info"; None for never.
-        exclude: Kinds whose images are written to exclude.csv; "unreadable" stands for all that cannot be decoded.
-        output_dir: Folder of audit.json, audit.html and exclude.csv; None: one named after the data set.
-        tiny: A shorter side below this many pixels, and below half the data set's median, is tiny.
-        aspect: Longer over shorter side above this is extreme.
-        imbalance: Images of the largest over those of the smallest class above this is a finding.
-        few_images: Fewer training images in a class than this is a finding.
-        max_listed: Images shown on the page for each kind; audit.json lists all.
+        fail_on: Exit with code 1 for issues of this severity or above: "error", "warning" or "info"; None for never.
+        exclude: Issue types whose images go to exclude.csv; "unreadable" stands for all that cannot be decoded.
+        output_dir: Folder of audit.json, audit.html and exclude.csv; None for one named after the data set.
+        tiny: An image is tiny if its shorter side is below this many pixels and below half of the median.
+        aspect: Limit for the longer side divided by the shorter side.
+        imbalance: Limit for the number of images of the largest class divided by that of the smallest.
+        few_images: Smallest number of training images of a class.
+        max_listed: Images of each type on the page; audit.json lists all.
 
     Raises:
-        ConfigError: A value that cannot be, named by its key.
+        ConfigError: A value is invalid.
     """
 
     fail_on: str | None = None
@@ -44,26 +52,27 @@ class AuditSettings:
 
     def __post_init__(self) -> None:
         if isinstance(self.fail_on, str) and self.fail_on not in SEVERITIES:
-            raise ConfigError(f"audit.fail_on must be one of {', '.join(SEVERITIES)} or null, not {self.fail_on!r}")
-        for kind in self.exclude if isinstance(self.exclude, list) else ():
-            if kind not in EXCLUDABLE:
-                raise ConfigError(f"audit.exclude cannot name {kind!r}", f"its kinds are {', '.join(EXCLUDABLE)}")
+            hint = f"use one of {', '.join(SEVERITIES)}, or null"
+            raise ConfigError(f"invalid audit.fail_on {self.fail_on!r}", hint)
+        for name in self.exclude if isinstance(self.exclude, list) else ():
+            if name not in EXCLUDABLE:
+                raise ConfigError(f"invalid audit.exclude {name!r}", f"use any of {', '.join(EXCLUDABLE)}")
         bounds = {"tiny": 0, "aspect": 1, "imbalance": 1, "few_images": 0, "max_listed": 0}
-        for name, least in bounds.items():
+        for name, low in bounds.items():
             value = getattr(self, name)
-            if isinstance(value, int | float) and not value >= least:
-                raise ConfigError(f"audit.{name} must be at least {least}, not {value}")
+            if isinstance(value, int | float) and not value >= low:
+                raise ConfigError(f"invalid audit.{name} {value}: expected at least {low}")
 
     @property
-    def excluded_kinds(self) -> tuple[str, ...]:
-        """The kinds of `exclude`, "unreadable" spelt out, worst first."""
+    def excluded_types(self) -> tuple[str, ...]:
+        """The issue types of `exclude`, with "unreadable" expanded, worst first."""
         named = {*self.exclude, *(UNREADABLE if "unreadable" in self.exclude else ())}
-        return tuple(kind for kind in KINDS if kind in named)
+        return tuple(name for name in ISSUE_TYPES if name in named)
 
 
 @dataclass(frozen=True, slots=True)
 class IssueItem:
-    """One file or folder of a finding: `path` relative to the root, and what sets it apart from the others ("12 × 9 pixels")."""
+    """One file or folder of an issue: `path` relative to the root, and a note such as "12 × 9 pixels"."""
 
     path: str
     label: str = ""
@@ -73,9 +82,9 @@ class IssueItem:
 
 @dataclass(frozen=True)
 class Issue:
-    """One fact: what kind, which files, and what of them; `numbers` are its figures for a program."""
+    """One issue: its type, a detail, and the files; `numbers` are for programs."""
 
-    kind: str
+    issue_type: str
     detail: str
     items: tuple[IssueItem, ...] = ()
     numbers: Mapping[str, float] = field(default_factory=dict)
@@ -83,21 +92,21 @@ class Issue:
     @property
     def severity(self) -> str:
         """error, warning or info."""
-        return KINDS[self.kind].severity
+        return ISSUE_TYPES[self.issue_type].severity
 
     @property
     def paths(self) -> tuple[str, ...]:
-        """The files or folders it is about."""
+        """The paths of its files or folders."""
         return tuple(item.path for item in self.items)
 
     def as_dict(self) -> dict[str, Any]:
-        """Plain values, as in audit.json."""
+        """Return plain values for audit.json."""
         items = [
             {name: value for name, value in zip(IssueItem.__slots__, _values(item), strict=True) if value}
             for item in self.items
         ]
         return {
-            "kind": self.kind,
+            "kind": self.issue_type,
             "severity": self.severity,
             "detail": self.detail,
             "numbers": dict(self.numbers),
@@ -111,118 +120,124 @@ def _values(item: IssueItem) -> tuple[str, str, str, str]:
 
 @dataclass(frozen=True)
 class Audit:
-    """All findings, worst first, and what the data set is.
+    """All issues, worst first, and a description of the data set.
 
     Args:
-        findings: Sorted by severity, then kind, then first path.
-        data: The data set in figures: images, classes, sizes, formats, modes, splits, fingerprint.
-        settings: What was asked for.
-        headlines: Kind -> the one sentence that sums it up, where counts say too little.
-        proposed: Path -> reason of the images that exclude.csv shall leave out by itself.
-        left_out: Path -> reason of the images that exclude.csv left out before the audit looked.
-        unmatched: What exclude.csv names by hand and is not there.
+        issues: Sorted by severity, then type, then first path.
+        data: Description: images, classes, sizes, formats, modes, splits, fingerprint.
+        settings: Settings of the audit.
+        headlines: Issue type -> one sentence that sums it up, where counts are not enough.
+        proposed: Path -> reason of the images that the audit adds to exclude.csv.
+        excluded: Path -> reason of the images that exclude.csv or fix.csv already excluded.
+        unmatched: Paths and patterns written in exclude.csv by hand that match no image.
     """
 
-    findings: tuple[Issue, ...]
+    issues: tuple[Issue, ...]
     data: Mapping[str, Any]
     settings: AuditSettings
     headlines: Mapping[str, str] = field(default_factory=dict)
     proposed: Mapping[str, str] = field(default_factory=dict)
-    left_out: Mapping[str, str] = field(default_factory=dict)
+    excluded: Mapping[str, str] = field(default_factory=dict)
     unmatched: tuple[str, ...] = ()
 
     @property
     def root(self) -> Path:
-        """The folder that all paths start from."""
+        """The folder that all paths are relative to."""
         return Path(self.data["root"])
 
     @property
     def corrected(self) -> Mapping[str, int]:
-        """How many labels fix.csv changed and images it leaves out; empty where none."""
+        """Numbers of labels that fix.csv changed and images that it excludes; empty if there are none."""
         corrected: Mapping[str, int] = self.data.get("corrected", {})
         return corrected
 
     @property
-    def by_kind(self) -> dict[str, list[Issue]]:
-        """The findings of each kind that there is, worst first."""
-        kinds: dict[str, list[Issue]] = {}
-        for finding in self.findings:
-            kinds.setdefault(finding.kind, []).append(finding)
-        return kinds
+    def by_type(self) -> dict[str, list[Issue]]:
+        """The issues of each type that was found, worst first."""
+        by_type: dict[str, list[Issue]] = {}
+        for issue in self.issues:
+            by_type.setdefault(issue.issue_type, []).append(issue)
+        return by_type
 
     @property
     def counts(self) -> dict[str, int]:
-        """Kind -> how many files it concerns, or how many findings where it concerns classes."""
+        """Issue type -> number of files, or of issues where these have no files."""
         return {
-            kind: len({path for found in group for path in found.paths}) or len(group)
-            for kind, group in self.by_kind.items()
+            name: len({path for issue in group for path in issue.paths}) or len(group)
+            for name, group in self.by_type.items()
         }
 
     @property
     def severities(self) -> dict[str, int]:
-        """Severity -> how many kinds of finding have it."""
-        kinds = self.by_kind
-        return {severity: sum(KINDS[kind].severity == severity for kind in kinds) for severity in SEVERITIES}
+        """Severity -> number of issue types with it."""
+        found = self.by_type
+        return {severity: sum(ISSUE_TYPES[name].severity == severity for name in found) for severity in SEVERITIES}
 
     def exceeds(self, fail_on: str | None) -> bool:
-        """Whether there is a finding of this severity or above; never where `fail_on` is None."""
+        """Return whether there is an issue of this severity or above; never if `fail_on` is None."""
         return fail_on is not None and any(
-            SEVERITIES.index(finding.severity) <= SEVERITIES.index(fail_on) for finding in self.findings
+            SEVERITIES.index(issue.severity) <= SEVERITIES.index(fail_on) for issue in self.issues
         )
 
-    def headline(self, kind: str) -> str:
-        """One line for all findings of a kind."""
-        return self.headlines.get(kind) or f"for example {_example(self.by_kind[kind][0])}"
+    def headline(self, issue_type: str) -> str:
+        """Return one line for all issues of a type."""
+        return self.headlines.get(issue_type) or f"for example {_example(self.by_type[issue_type][0])}"
 
-    def amount(self, kind: str) -> str:
-        """How much of a kind there is: "12 images", "6 groups, 14 images"."""
-        total = counted(self.counts[kind], NOUNS.get(kind, "image"))
-        return f"{counted(len(self.by_kind[kind]), GROUPED[kind])}, {total}" if kind in GROUPED else total
+    def amount(self, issue_type: str) -> str:
+        """Return the amount of a type: "12 images", "6 groups, 14 images"."""
+        total = counted(self.counts[issue_type], NOUNS.get(issue_type, "image"))
+        noun = GROUP_NOUNS.get(issue_type)
+        return f"{counted(len(self.by_type[issue_type]), noun)}, {total}" if noun else total
 
     def table(self, width: int | None = None) -> list[str]:
-        """Lines for a terminal: severity, kind, how many, and the first of them; one line where nothing was found.
+        """Return lines for a terminal: severity, type, amount and an example; one line without issues.
 
-        `width` is that of the terminal in characters; None asks it.
+        `width` is the number of columns; None takes that of the terminal.
         """
         size = f"{counted(self.data['images'], 'image')} in {counted(len(self.data['classes']), 'class')}"
-        if not self.findings:
-            return [f"{size}: nothing found", *self._left_out_lines()]
-        rows = [("severity", "finding", "how many", "")]
+        if not self.issues:
+            return [f"{size}: no issues", *self._excluded_lines()]
+        rows = [("severity", "issue", "amount", "")]
         rows += [
-            (KINDS[kind].severity, kind, self.amount(kind), printable(self.headline(kind))) for kind in self.by_kind
+            (ISSUE_TYPES[name].severity, name, self.amount(name), printable(self.headline(name)))
+            for name in self.by_type
         ]
         widths = [max(len(row[column]) for row in rows) for column in range(3)]
         room = max(30, (width or shutil.get_terminal_size((160, 24)).columns) - sum(widths) - 6)
         columns = ([cell.ljust(size) for cell, size in zip(row, widths, strict=False)] for row in rows)
         lines = ["  ".join((*cells, _cut(row[3], room))).rstrip() for cells, row in zip(columns, rows, strict=True)]
-        return [f"{size}: {self._severity_counts()}", "", *lines, *self._left_out_lines()]
+        return [f"{size}: {self._severity_counts()}", "", *lines, *self._excluded_lines()]
 
-    def _left_out_lines(self) -> list[str]:
-        excluded = len(self.left_out) - self.corrected.get("excluded", 0)
-        lines = [f"{counted(excluded, 'image')} left out by exclude.csv"] if excluded > 0 else []
+    def _excluded_lines(self) -> list[str]:
+        excluded = len(self.excluded) - self.corrected.get("excluded", 0)
+        lines = [f"{counted(excluded, 'image')} excluded by exclude.csv"] if excluded > 0 else []
         lines += [f"fix.csv: {issue_counts_text(self.corrected)}"] if self.corrected else []
-        return lines + [f"exclude.csv names {printable(name)!r}, which is not there" for name in self.unmatched[:5]]
+        return lines + [
+            f"exclude.csv names {printable(name)!r}, but there is no such image" for name in self.unmatched[:5]
+        ]
 
     def _severity_counts(self) -> str:
-        nouns = {"error": ("kind of error", "kinds of error"), "warning": ("of warning",) * 2, "info": ("of note",) * 2}
-        return ", ".join(f"{number} {nouns[severity][number != 1]}" for severity, number in self.severities.items())
+        nouns = {"error": "error", "warning": "warning", "info": "note"}
+        found = {nouns[severity]: number for severity, number in self.severities.items() if number}
+        errors = "" if "error" in found else "no errors, "
+        return errors + ", ".join(counted(number, noun) for noun, number in found.items())
 
     def summary(self) -> list[str]:
-        """One or two lines for a log: what is wrong, worst first."""
+        """Return one or two lines for a log, worst issues first."""
         corrected = [f"audit: after fix.csv: {issue_counts_text(self.corrected)}"] if self.corrected else []
         if not self.exceeds("warning"):
-            return ["audit: nothing wrong found", *corrected]
-        parts = [f"{kind} {self.amount(kind)}" for kind in self.by_kind if KINDS[kind].severity != "info"]
-        more = f" and {len(parts) - 6} more kinds" if len(parts) > 6 else ""
-        lines = [f"audit: {'; '.join(parts[:6])}{more}"]
+            return ["audit: no errors or warnings", *corrected]
+        found = [f"{name} {self.amount(name)}" for name in self.by_type if ISSUE_TYPES[name].severity != "info"]
+        more = f" and {len(found) - 6} more types" if len(found) > 6 else ""
+        lines = [f"audit: {'; '.join(found[:6])}{more}"]
         return [*lines, *([f"audit: {self.headlines['leak']}"] if "leak" in self.headlines else []), *corrected]
 
     def as_dict(self) -> dict[str, Any]:
-        """All of it as plain values: audit.json."""
-        groups = self.by_kind
+        """Return all fields as plain values for audit.json."""
+        groups = self.by_type
         counts = {
-            kind: {"severity": KINDS[kind].severity, "findings": len(groups[kind]), "files": count}
-            for kind, count in self.counts.items()
+            name: {"severity": ISSUE_TYPES[name].severity, "findings": len(groups[name]), "files": count}
+            for name, count in self.counts.items()
         }
         return {
             "schema_version": SCHEMA_VERSION,
@@ -230,9 +245,9 @@ class Audit:
             "settings": asdict(self.settings),
             "counts": counts,
             "headlines": dict(self.headlines),
-            "findings": [finding.as_dict() for finding in self.findings],
+            "findings": [issue.as_dict() for issue in self.issues],
             "exclude": {
-                "left_out": dict(self.left_out),
+                "left_out": dict(self.excluded),
                 "proposed": dict(self.proposed),
                 "unmatched": list(self.unmatched),
             },
@@ -240,34 +255,44 @@ class Audit:
 
 
 def issue_counts_text(corrected: Mapping[str, int]) -> str:
-    """What fix.csv did: "3 labels changed, 1 image left out"."""
-    parts = {"label": (corrected.get("relabelled", 0), "changed"), "image": (corrected.get("excluded", 0), "left out")}
-    return ", ".join(f"{counted(number, noun)} {done}" for noun, (number, done) in parts.items() if number)
+    """Return the effect of fix.csv in words.
+
+    >>> issue_counts_text({"relabelled": 3, "excluded": 1})
+    '3 labels changed, 1 image excluded'
+    """
+    numbers = {
+        "label": (corrected.get("relabelled", 0), "changed"),
+        "image": (corrected.get("excluded", 0), "excluded"),
+    }
+    return ", ".join(f"{counted(number, noun)} {verb}" for noun, (number, verb) in numbers.items() if number)
 
 
-def _example(finding: Issue) -> str:
-    if not finding.items:
-        return finding.detail
-    first = finding.items[0]
-    if finding.kind in ALIKE:
-        return f"{first.path} and {finding.items[1].path} ({finding.detail})"
-    return f"{first.path} ({first.note or finding.detail})"
+def _example(issue: Issue) -> str:
+    if not issue.items:
+        return issue.detail
+    first = issue.items[0]
+    if issue.issue_type in DUPLICATE_TYPES:
+        return f"{first.path} and {issue.items[1].path} ({issue.detail})"
+    return f"{first.path} ({first.note or issue.detail})"
 
 
 def _cut(text: str, length: int) -> str:
     return text if len(text) <= length else text[: length - 1] + "…"
 
 
-def by_detail(kind: str, found: Iterable[tuple[str, IssueItem]]) -> list[Issue]:
-    """One finding of each detail, with all its items."""
+def by_detail(issue_type: str, found: Iterable[tuple[str, IssueItem]]) -> list[Issue]:
+    """Return one issue for each detail, with all its items."""
     groups: dict[str, list[IssueItem]] = {}
     for detail, item in found:
         groups.setdefault(detail, []).append(item)
-    return [Issue(kind, detail, tuple(items)) for detail, items in groups.items()]
+    return [Issue(issue_type, detail, tuple(items)) for detail, items in groups.items()]
 
 
-def in_order(findings: Iterable[Issue]) -> tuple[Issue, ...]:
-    """Worst first; one kind after the other, each by first path."""
-    ranks = {kind: (SEVERITIES.index(KINDS[kind].severity), place) for place, kind in enumerate(KINDS)}
-    key: Callable[[Issue], Any] = lambda finding: (*ranks[finding.kind], finding.paths[:1], finding.detail)  # noqa: E731
-    return tuple(sorted(findings, key=key))
+def in_order(issues: Iterable[Issue]) -> tuple[Issue, ...]:
+    """Return the issues worst first, type after type, each by first path."""
+    ranks = {name: (SEVERITIES.index(ISSUE_TYPES[name].severity), rank) for rank, name in enumerate(ISSUE_TYPES)}
+
+    def rank(issue: Issue) -> tuple[Any, ...]:
+        return (*ranks[issue.issue_type], issue.paths[:1], issue.detail)
+
+    return tuple(sorted(issues, key=rank))

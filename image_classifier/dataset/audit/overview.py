@@ -1,4 +1,4 @@
-"""A data set in figures: classes, splits, sizes, formats, modes and a fingerprint."""
+"""Description of a data set: classes, splits, sizes, formats, modes and a fingerprint."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from image_classifier.dataset.scan import FileMetadata
 from image_classifier.manifest import SPLITS
 
 
-def describe(tree: FileTree, facts: FileMetadata, kept: np.ndarray) -> dict[str, Any]:
-    """The images of the `kept` rows, bool [N], as plain values; sizes, formats and modes of those that can be read."""
+def describe(tree: FileTree, metadata: FileMetadata, kept: np.ndarray) -> dict[str, Any]:
+    """Describe the images of the `kept` rows, bool [N]; sizes, formats and modes of those that can be read."""
     readable = kept.copy()
-    readable[list(facts.errors)] = False
+    readable[list(metadata.errors)] = False
     rows = np.flatnonzero(readable)
     classes: dict[str, Counter[str]] = {label: Counter() for label in sorted({image.label for image in tree.images})}
     for row in np.flatnonzero(kept).tolist():
@@ -27,30 +27,29 @@ def describe(tree: FileTree, facts: FileMetadata, kept: np.ndarray) -> dict[str,
         "images": int(kept.sum()),
         "unreadable": int(kept.sum()) - len(rows),
         "left_out": len(kept) - int(kept.sum()),
-        "classes": {label: {"images": counts.total()} | _parts(counts) for label, counts in classes.items()},
-        "splits": _parts(totals),
-        "formats": _common(facts.formats[rows], facts.format_names),
-        "modes": _common(facts.modes[rows], facts.mode_names),
-        "sizes": _sizes(facts.widths[rows], facts.heights[rows]),
-        "fingerprint": _fingerprint(tree, facts, kept),
+        "classes": {label: {"images": counts.total()} | _split_counts(counts) for label, counts in classes.items()},
+        "splits": _split_counts(totals),
+        "formats": _common(metadata.formats[rows], metadata.format_names),
+        "modes": _common(metadata.modes[rows], metadata.mode_names),
+        "sizes": _sizes(metadata.widths[rows], metadata.heights[rows]),
+        "fingerprint": _fingerprint(tree, metadata, kept),
     }
 
 
-def _parts(counts: Counter[str]) -> dict[str, int]:
-    """Split -> images; "undealt" where the tree gives no split."""
+def _split_counts(counts: Counter[str]) -> dict[str, int]:
+    """Return the number of images by split; "undealt" for images without a split."""
     return {split or "undealt": counts[split] for split in (*SPLITS, "") if counts[split]}
 
 
 def _common(codes: np.ndarray, names: tuple[str, ...]) -> dict[str, int]:
-    """Name -> images, the commonest first."""
+    """Return the number of images by name, most frequent first."""
     counts = np.bincount(codes, minlength=len(names)).tolist()
-    return {
-        names[code]: counts[code] for code in sorted(range(len(names)), key=lambda code: -counts[code]) if counts[code]
-    }
+    order = sorted(range(len(names)), key=lambda code: -counts[code])
+    return {names[code]: counts[code] for code in order if counts[code]}
 
 
 def _sizes(widths: np.ndarray, heights: np.ndarray) -> dict[str, Any]:
-    """Smallest, median and largest sides, the commonest sizes, and how the shorter sides spread over powers of two; pixels."""
+    """Return smallest, median and largest sides, common sizes, and a histogram of the shorter side; in pixels."""
     if not len(widths):
         return {}
     sides = {
@@ -59,9 +58,10 @@ def _sizes(widths: np.ndarray, heights: np.ndarray) -> dict[str, Any]:
     }
     both, counts = np.unique(np.stack([widths, heights], axis=1), axis=0, return_counts=True)
     common = np.argsort(-counts, kind="stable")[:5].tolist()
-    powers = np.frexp(np.minimum(widths, heights))[1] - 1  # exact, as the logarithm is not
-    least = int(powers.min())
-    spread = np.bincount(powers - least).tolist()
+    # Powers of two, by frexp: a logarithm is not exact.
+    powers = np.frexp(np.minimum(widths, heights))[1] - 1
+    lowest = int(powers.min())
+    histogram = np.bincount(powers - lowest).tolist()
     return {
         **sides,
         "distinct": len(both),
@@ -70,16 +70,16 @@ def _sizes(widths: np.ndarray, heights: np.ndarray) -> dict[str, Any]:
         ],
         "shorter_side": [
             {"from": 2**power, "below": 2 ** (power + 1), "images": count}
-            for power, count in enumerate(spread, start=least)
+            for power, count in enumerate(histogram, start=lowest)
         ],
     }
 
 
-def _fingerprint(tree: FileTree, facts: FileMetadata, kept: np.ndarray) -> str:
-    """sha256 of paths, labels, given splits and contents: equal if and only if these are."""
+def _fingerprint(tree: FileTree, metadata: FileMetadata, kept: np.ndarray) -> str:
+    """Return the sha256 of paths, labels, given splits and contents: equal if and only if these are."""
     digest = hashlib.sha256()
     for row in np.flatnonzero(kept).tolist():
         image = tree.images[row]
         text = "\0".join((image.path, image.label, image.split)).encode("utf-8", "surrogateescape")
-        digest.update(text + b"\0" + facts.digests[row].tobytes())
+        digest.update(text + b"\0" + metadata.digests[row].tobytes())
     return digest.hexdigest()

@@ -1,4 +1,4 @@
-"""Tables that people and the program both write: read line by line, so that what a person wrote is written back letter by letter."""
+"""CSV files that people and the program both edit, read line by line so that a person's text stays unchanged."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from image_classifier.manifest import ENCODING
 
 @dataclass(frozen=True)
 class UserCsv:
-    """A table as it stands in its file: the first line, what separates columns, and each further line with its cells (none in comments)."""
+    """A CSV file: its first line, the separator, and each further line with its cells (none for a comment)."""
 
     header: str
     delimiter: str
@@ -23,10 +23,10 @@ class UserCsv:
 
 
 def read_rows(path: Path, columns: Sequence[str]) -> UserCsv | None:
-    """The rows of the file; None where there is no such file, or nothing in it.
+    """Read the rows of a file; None if there is no file, or it is empty.
 
     Raises:
-        DataError: The file cannot be read, its first line does not name the columns, or a line is no such row (named by its number).
+        DataError: The file cannot be read, its first line does not name the columns, or a line is not such a row.
     """
     try:
         text = path.read_bytes().decode(*ENCODING)
@@ -40,18 +40,18 @@ def read_rows(path: Path, columns: Sequence[str]) -> UserCsv | None:
     physical[-1] = physical[-1].removesuffix("\n")
     header = physical[0]
     if [name.strip().lower() for name in header.removeprefix("\ufeff").replace(";", ",").split(",")] != list(columns):
-        raise DataError(
-            f"line 1 of {str(path)!r} is not the header {','.join(columns)}",
-            "write it there; a comma separates the columns",
-        )
-    delimiter = ";" if ";" in header else ","  # that of spreadsheets whose decimal point is the comma
+        hint = "write the header there, with commas between the columns"
+        raise DataError(f"line 1 of {str(path)!r} is not the header {','.join(columns)}", hint)
+    # Spreadsheets that use a decimal comma separate columns by semicolons.
+    delimiter = ";" if ";" in header else ","
     return UserCsv(header, delimiter, tuple(_parsed(physical[1:], path, columns, delimiter)))
 
 
 def _parsed(
     physical: Sequence[str], path: Path, columns: Sequence[str], delimiter: str
 ) -> Iterator[tuple[str, tuple[str, ...]]]:
-    position, shape = 0, ",".join(columns)
+    position = 0
+    shape = ",".join(columns)
     while position < len(physical):
         first = physical[position]
         if not first.strip() or first.startswith("#"):
@@ -65,20 +65,24 @@ def _parsed(
         try:
             row = next(reader)
         except csv.Error as error:
-            hint = f'write {shape} and put a path that holds " in quotes'
+            hint = f'write {shape}, with quotes around a path that contains "'
             raise DataError(f"line {number} of {str(path)!r} is not a row ({error})", hint) from error
         if len(row) != len(columns) or not row[0]:
             fact = f"has {len(row)} columns" if len(row) != len(columns) else "has no path"
-            hint = f"write {shape}; put what holds a comma in quotes, and begin a comment with #"
+            hint = f"write {shape}, with quotes around cells that contain a comma; a comment starts with #"
             raise DataError(f"line {number} of {str(path)!r} {fact}", hint)
         position += reader.line_num
         yield "".join(physical[position - reader.line_num : position]), tuple(row)
 
 
 def row_text(cells: Sequence[str], delimiter: str) -> str:
-    """A row as its line in the file."""
+    r"""Return a row as a line of the file.
+
+    >>> row_text(("a,b.png", "blurred"), ",")
+    '"a,b.png",blurred\n'
+    """
     text = io.StringIO()
-    # A path that begins with # would be a comment, and the writer lets a bare carriage return pass.
+    # A path that starts with # would be a comment, and csv.writer does not quote a bare carriage return.
     special = cells[0].startswith("#") or any("\r" in cell for cell in cells)
     csv.writer(
         text, delimiter=delimiter, lineterminator="\n", quoting=csv.QUOTE_ALL if special else csv.QUOTE_MINIMAL
@@ -87,12 +91,16 @@ def row_text(cells: Sequence[str], delimiter: str) -> str:
 
 
 def ended(text: str) -> str:
-    """The line with a line break at its end, so that another can follow."""
+    """Return the line with a line break at its end."""
     return text if text.endswith("\n") or not text else text + "\n"
 
 
 def write_if_changed(path: Path, text: str) -> bool:
-    """Write the file whole or not at all, and only where its content changes; says whether it did. StorageError where the disk refuses."""
+    """Write a file if its content changes; return whether it did.
+
+    Raises:
+        StorageError: The file cannot be written; the old one is unchanged.
+    """
     if path.is_file() and path.read_bytes() == text.encode(*ENCODING):
         return False
     write_text(path, text)

@@ -1,4 +1,4 @@
-"""The suspects as one self-contained page: look at each image, decide, and save the decisions as fix.csv."""
+"""The suspects as one page: look at each image, decide, and save the decisions as fix.csv."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ from image_classifier.manifest import ENCODING
 
 _MARKUP = 2_500  # characters of HTML around one image
 _WORKERS = 4
-_BATCH = 32  # images decoded before the room is looked at again
-_REASONS = 6  # kinds of reason that are counted at the top
+_BATCH = 32  # images decoded before the size is checked again
+_MAX_REASONS = 6  # reasons that are counted at the top
 _HERE = Path(__file__).parent
 
 
 @dataclass(frozen=True)
 class Row:
-    """A suspect's row of fix.csv, as the page gives it back."""
+    """A suspect's row of fix.csv, as the page returns it."""
 
     path: str
     label: str
@@ -36,16 +36,16 @@ class Row:
 
 @dataclass(frozen=True)
 class Gallery:
-    """What the page says besides its cards.
+    """The content of the page besides its cards.
 
     Args:
-        root: The folder that paths start from.
-        fix_path: Where fix.csv lies.
-        num_images: How many images were judged.
+        root: The folder that paths are relative to.
+        fix_path: Path of fix.csv.
+        num_images: Number of images that were checked.
         classes: All class names, to choose from.
-        rows: Path to the row of each suspect that a person may decide on.
-        decided: The header and the decided rows of the fix.csv there is, which the saved one keeps.
-        num_decided: How many these are.
+        rows: Path -> row of each suspect that a person may decide on.
+        decided: Header and decided rows of the existing fix.csv; the saved file keeps them.
+        num_decided: Number of these rows.
     """
 
     root: Path
@@ -68,11 +68,11 @@ class _Card:
 def render(
     suspects: Sequence[Suspect],
     gallery: Gallery,
-    most: int,
+    max_suspects: int,
     limits: DecodeLimits = DEFAULT_LIMITS,
     background: tuple[int, int, int] = WHITE,
 ) -> str:
-    """The page as one HTML text below 10 MB, with the first `most` suspects as far as there is room."""
+    """Return the page as HTML below 10 MB, with at most `max_suspects` suspects."""
     counts = Counter(reason for suspect in suspects for reason in suspect.reasons)
     return render_page(
         _HERE / "suspects.html.j2",
@@ -83,12 +83,12 @@ def render(
         fix_path=str(gallery.fix_path),
         num_images=gallery.num_images,
         total=len(suspects),
-        reasons=counts.most_common(_REASONS),
+        reasons=counts.most_common(_MAX_REASONS),
         decided=gallery.num_decided,
         decided_rows=base64.b64encode(gallery.decided.encode(*ENCODING)).decode(),
         delimiter=";" if ";" in gallery.decided.partition("\n")[0] else ",",
         classes=[label for label in gallery.classes if _is_text(label)],
-        cards=list(_cards(suspects[:most], gallery, partial(_drawn, gallery.root, limits, background))),
+        cards=list(_cards(suspects[:max_suspects], gallery, partial(_drawn, gallery.root, limits, background))),
     )
 
 
@@ -102,12 +102,8 @@ def _cards(suspects: Sequence[Suspect], gallery: Gallery, draw: partial[Thumbnai
                 if spent > BUDGET:
                     return
                 row = gallery.rows.get(suspect.path)
-                yield _Card(
-                    rank,
-                    suspect,
-                    picture,
-                    row if row and all(map(_is_text, (row.path, row.label, row.reason))) else None,
-                )
+                editable = row is not None and all(map(_is_text, (row.path, row.label, row.reason)))
+                yield _Card(rank, suspect, picture, row if editable else None)
 
 
 def _drawn(root: Path, limits: DecodeLimits, background: tuple[int, int, int], suspect: Suspect) -> Thumbnail:
@@ -115,7 +111,7 @@ def _drawn(root: Path, limits: DecodeLimits, background: tuple[int, int, int], s
 
 
 def _is_text(text: str) -> bool:
-    """Whether a browser gives the text back as it is."""
+    """Return whether a browser returns the text unchanged."""
     try:
         text.encode()
     except UnicodeEncodeError:

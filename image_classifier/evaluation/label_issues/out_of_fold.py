@@ -1,4 +1,4 @@
-"""What models said of images that they were not trained on, read back from the files of several parts or folds."""
+"""Predictions for images that the models were not trained on, read from the files of several folds."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ class OutOfFoldPredictions:
     """Labels and probabilities of M images.
 
     Args:
-        paths: M of them.
-        targets: Class index of each image's label, int64 [M].
-        probabilities: float64 [M, C].
+        paths: M paths.
+        targets: Class number of each label, int64 [M].
+        probabilities: Probability of each class, float64 [M, C].
         classes: C names.
-        splits: Part of each image, "" where it is given none.
+        splits: Split of each image, "" for none.
     """
 
     paths: Sequence[str]
@@ -32,51 +32,45 @@ class OutOfFoldPredictions:
 
     @property
     def given(self) -> np.ndarray:
-        """The probability of each image's own label, float64 [M]."""
+        """The probability of each image's label, float64 [M]."""
         return np.asarray(self.probabilities[np.arange(len(self.targets)), self.targets])
 
 
 def out_of_fold(
     directories: Iterable[Path], labels: dict[str, int], splits: dict[str, str], classes: Sequence[str]
 ) -> OutOfFoldPredictions:
-    """The answers of all folds together, in the order of `labels`, of which each image is answered exactly once.
+    """Return the predictions of all folds in the order of `labels`, exactly one for each image.
 
     Args:
-        directories: The predictions of each fold.
-        labels: Path to class index of every image that is in a fold.
-        splits: Path to the part that the images are given, where they are.
+        directories: Folder with the predictions of each fold.
+        labels: Path -> class number of every image in a fold.
+        splits: Path -> split of the images that have one.
         classes: C names.
 
     Raises:
-        DataError: An image has no answer, or two, or the classes are others.
+        DataError: An image has no prediction, or two, or the classes differ.
     """
-    answered: dict[str, np.ndarray] = {}
+    predicted: dict[str, np.ndarray] = {}
     for directory in directories:
         table = PredictionTable.read(directory)
-        paths, probabilities = (
-            table.paths,
-            softmax(table.logits),
-        )  # each fold has a temperature of its own: none is applied
+        # Without temperature: each fold has another one.
+        probabilities = softmax(table.logits)
+        hint = f"remove {str(directory.parent)!r} and run again"
         if probabilities.shape[1] != len(classes):
-            raise DataError(
-                f"the predictions in {str(directory)!r} are of other classes",
-                f"remove {str(directory.parent)!r} and run again",
-            )
-        twice = next((path for path in paths if path in answered), None)
+            raise DataError(f"the predictions in {str(directory)!r} are for other classes", hint)
+        twice = next((path for path in table.paths if path in predicted), None)
         if twice is not None:
-            raise DataError(f"{twice!r} is in two folds", f"remove {str(directory.parent)!r} and run again")
-        answered |= dict(zip(paths, probabilities, strict=True))
-    if answered.keys() != labels.keys():
-        odd = min(answered.keys() ^ labels.keys())
-        raise DataError(
-            f"{odd!r} is in the data set or in a fold, and not in both",
-            "the files have changed meanwhile: run the command again",
-        )
+            raise DataError(f"{twice!r} is in two folds", hint)
+        predicted |= dict(zip(table.paths, probabilities, strict=True))
+    if predicted.keys() != labels.keys():
+        odd = min(predicted.keys() ^ labels.keys())
+        fact = f"{odd!r} is only in the data set or only in a fold"
+        raise DataError(fact, "the files have changed during the run: run the command again")
     targets = np.fromiter(labels.values(), dtype=np.int64, count=len(labels))
     return OutOfFoldPredictions(
         tuple(labels),
         targets,
-        np.stack([answered[path] for path in labels]),
+        np.stack([predicted[path] for path in labels]),
         tuple(classes),
         [splits.get(path, "") for path in labels],
     )

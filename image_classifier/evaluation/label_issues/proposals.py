@@ -1,4 +1,4 @@
-"""What is said of suspects: suspects.csv, lines for a terminal, proposals for fix.csv and which of them may be accepted unseen."""
+"""Proposals from suspects: suspects.csv, lines for a terminal, and which corrections may be accepted without a look."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import numpy as np
 
 from image_classifier.atomic_io import write_text
 from image_classifier.evaluation.label_issues.out_of_fold import OutOfFoldPredictions
-from image_classifier.evaluation.label_issues.ranking import CONFIDENT, TWINS, Suspect, highest_losses
+from image_classifier.evaluation.label_issues.ranking import CONFIDENT, DUPLICATES, Suspect, highest_losses
 from image_classifier.manifest import csv_writer
 
 COLUMNS = (
@@ -26,26 +26,28 @@ COLUMNS = (
     "probability",
     "suggested_probability",
 )
-SURE = 0.5  # the probability from which a suggested label is taken over without a person's look; below it the image is left out
-_SHOWN = 10
+SURE = 0.5  # suggested labels with this probability are accepted; with less, the image is excluded
+_MAX_SHOWN = 10
 
 
-def worst_answers(answers: OutOfFoldPredictions, share: float, model: str) -> list[Suspect]:
-    """The images of one part that a model was not trained on and answered worst, by its own loss."""
-    likeliest = answers.probabilities.argmax(axis=1)
-    found = []
-    for row in np.flatnonzero(highest_losses(answers, share)).tolist():
-        label, other = int(answers.targets[row]), int(likeliest[row])
-        given, best = float(answers.probabilities[row, label]), float(answers.probabilities[row, other])
-        suggested = "" if other == label else answers.classes[other]
-        reason = f"highest loss of {model} on {answers.splits[row]}"
-        place = (answers.paths[row], answers.splits[row], answers.classes[label], suggested)
-        found.append(Suspect(*place, given, (reason,), given, best))
-    return found
+def worst_predictions(predictions: OutOfFoldPredictions, share: float, model: str) -> list[Suspect]:
+    """Return the images of one split with the highest loss of a model that was not trained on them."""
+    likeliest = predictions.probabilities.argmax(axis=1)
+    suspects = []
+    for row in np.flatnonzero(highest_losses(predictions, share)).tolist():
+        label = int(predictions.targets[row])
+        other = int(likeliest[row])
+        given = float(predictions.probabilities[row, label])
+        best = float(predictions.probabilities[row, other])
+        suggested = "" if other == label else predictions.classes[other]
+        reason = f"highest loss of {model} on {predictions.splits[row]}"
+        image = (predictions.paths[row], predictions.splits[row], predictions.classes[label], suggested)
+        suspects.append(Suspect(*image, given, (reason,), given, best))
+    return suspects
 
 
 def merged(suspects: Iterable[Suspect], more: Iterable[Suspect]) -> list[Suspect]:
-    """Both lists as one, worst first; an image of both has the reasons of both and the lower score."""
+    """Return both lists as one, worst first; an image in both has all reasons and the lower score."""
     by_path = {suspect.path: suspect for suspect in suspects}
     for suspect in more:
         known = by_path.get(suspect.path)
@@ -58,32 +60,39 @@ def merged(suspects: Iterable[Suspect], more: Iterable[Suspect]) -> list[Suspect
 
 
 def write_csv(suspects: Sequence[Suspect], path: Path) -> None:
-    """All suspects, worst first; StorageError where the disk refuses."""
+    """Write all suspects, worst first.
+
+    Raises:
+        StorageError: The file cannot be written.
+    """
     text = io.StringIO()
     write_row = csv_writer(text)
     write_row(COLUMNS)
     for rank, suspect in enumerate(suspects, start=1):
         numbers = (f"{suspect.probability:.6f}", f"{suspect.suggested_probability:.6f}")
-        place = (suspect.path, suspect.split, suspect.label, suspect.suggested)
-        write_row((rank, *place, f"{suspect.score:.6f}", suspect.reason, *numbers))
+        image = (suspect.path, suspect.split, suspect.label, suspect.suggested)
+        write_row((rank, *image, f"{suspect.score:.6f}", suspect.reason, *numbers))
     write_text(path, text.getvalue())
 
 
 def decision(suspect: Suspect) -> tuple[str, str] | None:
-    """What may be done about a suspect unseen: action and new label; None where its own label is the likeliest."""
+    """Return action and new label for a suspect without a look; None if its label is the most probable."""
     if not suspect.suggested:
         return None
     return ("relabel", suspect.suggested) if suspect.suggested_probability >= SURE else ("exclude", "")
 
 
 def accepted(suspects: Iterable[Suspect], apply: bool | int) -> Mapping[str, tuple[str, str]]:
-    """Path to action and new label of what is accepted without a look, never of a test part.
+    """Return path -> action and new label of the proposals to accept without a look, never for test images.
 
-    `apply` is how many, the worst first; True: all that confident learning or a conflicting twin speaks against; False: none.
+    `apply` is their number, worst first. True means all with confident learning or a conflicting duplicate as reason,
+    False none.
     """
     chosen: dict[str, tuple[str, str]] = {}
     for suspect in suspects:
-        wanted = bool({CONFIDENT, TWINS} & set(suspect.reasons)) if isinstance(apply, bool) else len(chosen) < apply
+        wanted = (
+            bool({CONFIDENT, DUPLICATES} & set(suspect.reasons)) if isinstance(apply, bool) else len(chosen) < apply
+        )
         done = decision(suspect)
         if apply and wanted and done and suspect.split != "test":
             chosen[suspect.path] = done
@@ -91,8 +100,8 @@ def accepted(suspects: Iterable[Suspect], apply: bool | int) -> Mapping[str, tup
 
 
 def lines(suspects: Sequence[Suspect], num_images: int) -> Iterator[str]:
-    """A table for a terminal: the worst of them, then how many there are for each reason."""
-    shown = suspects[:_SHOWN]
+    """Yield a table of the worst suspects for a terminal, then the number for each reason."""
+    shown = suspects[:_MAX_SHOWN]
     width = max((len(_labels(suspect)) for suspect in shown), default=0)
     if shown:
         yield f"rank  score  {'label':<{width}}  image"

@@ -1,11 +1,10 @@
-"""Which images are probably labelled wrong, by answers of models that never saw them: confident learning, highest loss, conflicting twins.
+"""Images that are probably labelled wrong, found in out-of-fold predictions.
 
-Knows predictions and paths, never a model. Confident learning: Northcutt, Jiang, Chuang: Confident Learning, 2021 (cleanlab).
+There are three reasons: confident learning, highest loss, and near-duplicates with another label.
 """
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -14,16 +13,17 @@ import numpy as np
 from image_classifier.errors import DataError
 from image_classifier.evaluation.label_issues.out_of_fold import OutOfFoldPredictions
 
-CONFIDENT, LOSS, TWINS = "confident learning", "highest loss", "conflicting twins"
+CONFIDENT, LOSS, DUPLICATES = "confident learning", "highest loss", "conflicting duplicates"
+_CLOSE = 1e-6  # probabilities nearer to each other than this are equal
 
 
 @dataclass(frozen=True, slots=True)
 class Suspect:
     """An image whose label is in doubt.
 
-    `score` is the quality of its label from 0 (surely wrong) to 1: the label's probability, or less where a twin speaks against it.
-    `suggested` is the label that the models find likelier or that its twin has ("" where none is), `reasons` say why it is listed,
-    and `note` what a person should know of it, such as the path of its twin.
+    `score` is the quality of its label from 0 (certainly wrong) to 1: the label's probability, or less if a
+    near-duplicate has another label. `suggested` is the more probable label, or that of a near-duplicate ("" for none),
+    `reasons` are why it is listed, and `note` is a detail such as the path of its near-duplicate.
     """
 
     path: str
@@ -44,7 +44,7 @@ class Suspect:
 
 @dataclass
 class _Doubt:
-    """What is being gathered about one row."""
+    """The reasons to doubt the label of one row."""
 
     score: float
     suggested: int
@@ -52,85 +52,142 @@ class _Doubt:
     note: str = ""
 
 
-def confident_errors(answers: OutOfFoldPredictions) -> np.ndarray:
-    """The images that confident learning finds labelled wrong, bool [M].
+def confident_errors(predictions: OutOfFoldPredictions) -> np.ndarray:
+    """Return the images that confident learning finds labelled wrong, bool [M].
 
-    Of classes that no label names nothing can be learnt: they are left out, and what is left of each row sums to 1 again.
+    Northcutt, Jiang, Chuang: Confident Learning: Estimating Uncertainty in Dataset Labels (JAIR 70, 2021), section 3.2,
+    "prune by noise rate": for each label and other class, the images of the label that lean most towards the other
+    class, as many as `_estimated_errors` says, but none whose label is the most probable class. The result is that of
+    cleanlab; of equal images it takes the first.
+
+    Classes that no label names are left out, and the rest of each row is scaled to a sum of 1.
     """
-    from cleanlab.filter import find_label_issues  # pandas: a second of start-up
-
-    present, targets = np.unique(answers.targets, return_inverse=True)
+    present, targets = np.unique(predictions.targets, return_inverse=True)
+    wrong = np.zeros(len(targets), dtype=bool)
     if len(present) < 2:
-        return np.zeros(len(targets), dtype=bool)
-    probabilities = np.maximum(answers.probabilities[:, present], 1e-12)
+        return wrong
+    probabilities = np.maximum(predictions.probabilities[:, present], 1e-12)
     probabilities /= probabilities.sum(axis=1, keepdims=True)
-    with warnings.catch_warnings():
-        warnings.filterwarnings(
-            "ignore", "May not flag all label issues in class"
-        )  # a class of one image has none to spare: no more can be said
-        return np.asarray(
-            find_label_issues(targets, probabilities, filter_by="prune_by_noise_rate", n_jobs=1), dtype=bool
-        )
+    # How many images of each label to flag for each other class; then those that lean most towards it.
+    counts = _estimated_errors(targets, probabilities)
+    for label in np.flatnonzero(counts.any(axis=1)).tolist():
+        rows = np.flatnonzero(targets == label)
+        for other in np.flatnonzero(counts[label]).tolist():
+            leaning = np.argsort(probabilities[rows, label] - probabilities[rows, other], kind="stable")
+            wrong[rows[leaning[: counts[label, other]]]] = True
+    # Never flag a label that is the most probable class; a tie counts for the label.
+    probabilities[np.arange(len(targets)), targets] += _CLOSE
+    wrong[probabilities.argmax(axis=1) == targets] = False
+    return wrong
 
 
-def highest_losses(answers: OutOfFoldPredictions, share: float) -> np.ndarray:
-    """The rows of the `share` with the highest cross-entropy, bool [M]; of equals the first by path."""
-    count = min(len(answers.paths), int(np.ceil(share * len(answers.paths))))
-    order = sorted(range(len(answers.paths)), key=lambda row: (answers.given[row], answers.paths[row])) if count else []
-    chosen = np.zeros(len(answers.paths), dtype=bool)
+def _estimated_errors(targets: np.ndarray, probabilities: np.ndarray) -> np.ndarray:
+    """Return how many images of each label (row) belong to each other class (column), int [K, K] (section 3.1).
+
+    An image counts for a class that is at least as probable as it is on average among the images with that label. The
+    counts are scaled to the number of images of each label and rounded; no label loses its last image.
+    """
+    number = probabilities.shape[1]
+    sizes = np.bincount(targets)
+    # Threshold of each class [K]: its mean probability among the images with this label.
+    averages = np.array([probabilities[targets == code, code].mean() for code in range(number)])
+    confident = probabilities >= np.maximum(averages, 2 * _CLOSE) - _CLOSE
+    # With several classes above their thresholds, cleanlab takes the most probable class of all; the paper takes the
+    # most probable of these.
+    best = np.where(confident.sum(axis=1) > 1, probabilities.argmax(axis=1), confident.argmax(axis=1))
+    sure = confident.any(axis=1)
+    # Confident joint [class, label]: counts, scaled to the labels' sizes, then to the number of images.
+    joint = np.zeros((number, number))
+    np.add.at(joint, (best[sure], targets[sure]), 1)
+    np.fill_diagonal(joint, np.maximum(joint.diagonal(), 1))
+    joint = joint / joint.sum(axis=0) * sizes
+    joint = joint / joint.sum() * len(targets)  # changes the last digit at most, as in cleanlab
+    counts = np.array([_rounded(row) for row in joint.T])
+    # Keep one image of a label that would lose all.
+    counts[counts.diagonal() == 0] -= 1
+    np.fill_diagonal(counts, 0)
+    return counts.clip(min=0)
+
+
+def _rounded(values: np.ndarray) -> np.ndarray:
+    """Return integers with the same sum; the difference goes to the values that rounding changed most.
+
+    >>> _rounded(np.array([0.4, 0.4, 1.2])).tolist()
+    [0, 1, 1]
+    """
+    rounded = values.round()
+    difference = int(values.sum().round() - rounded.sum())
+    order = np.argsort(values - rounded, kind="stable")
+    changed = order[::-1] if difference > 0 else order
+    rounded[changed[: abs(difference)]] += np.sign(difference)
+    return rounded.astype(int)
+
+
+def highest_losses(predictions: OutOfFoldPredictions, share: float) -> np.ndarray:
+    """Return the `share` of rows with the highest cross-entropy, bool [M]; of equals the first by path."""
+    count = min(len(predictions.paths), int(np.ceil(share * len(predictions.paths))))
+    order: list[int] = []
+    if count:
+        given = predictions.given
+        order = sorted(range(len(predictions.paths)), key=lambda row: (given[row], predictions.paths[row]))
+    chosen = np.zeros(len(predictions.paths), dtype=bool)
     chosen[order[:count]] = True
     return chosen
 
 
 def find_suspects(
-    answers: OutOfFoldPredictions, twins: Iterable[Sequence[tuple[str, str]]] = (), share: float = 0.1
+    predictions: OutOfFoldPredictions, duplicates: Iterable[Sequence[tuple[str, str]]] = (), share: float = 0.1
 ) -> list[Suspect]:
-    """All images in doubt, the worst first, equals by path: the same list on any machine for the same answers.
+    """Return all images with a doubtful label, worst first, equals by path: the same list on any machine.
 
     Args:
-        answers: Of models that never saw the image, nor a twin of it.
-        twins: Groups of images, each path and label, that show the same picture under several labels; some may have no answer.
-        share: Of the images, that are listed for their loss alone.
+        predictions: Predictions of models that saw neither the image nor a near-duplicate of it in training.
+        duplicates: Groups of images (path, label) that show the same picture with several labels; some may have no
+            prediction.
+        share: Share of the images to list for their loss alone.
 
     Raises:
         DataError: A probability is not finite.
     """
-    if not np.isfinite(answers.probabilities).all():
-        raise DataError(
-            "there are probabilities that are not finite", "train again, with trainer.precision=32-true if need be"
-        )
-    quality, likeliest = answers.given, answers.probabilities.argmax(axis=1)
+    if not np.isfinite(predictions.probabilities).all():
+        raise DataError("some probabilities are not finite", "train again, if needed with trainer.precision=32-true")
+    quality = predictions.given
+    likeliest = predictions.probabilities.argmax(axis=1)
     doubts: dict[int, _Doubt] = {}
 
     def doubt(row: int) -> _Doubt:
         return doubts.setdefault(row, _Doubt(float(quality[row]), int(likeliest[row])))
 
-    for reason, chosen in ((CONFIDENT, confident_errors(answers)), (LOSS, highest_losses(answers, share))):
+    for reason, chosen in ((CONFIDENT, confident_errors(predictions)), (LOSS, highest_losses(predictions, share))):
         for row in np.flatnonzero(chosen).tolist():
             doubt(row).reasons.append(reason)
-    places = {path: row for row, path in enumerate(answers.paths)}
-    for group in twins:
-        for row, shared, best in _judged_twins(answers, group, places):
+    row_of = {path: row for row, path in enumerate(predictions.paths)}
+    for group in duplicates:
+        for row, shared, best in _judged_duplicates(predictions, group, row_of):
             entry = doubt(row)
-            entry.reasons.append(TWINS)
-            entry.score, entry.suggested = min(entry.score, shared), best
-            entry.note = _note(answers.classes[answers.targets[row]], group)
-    found = [_suspect(answers, row, entry) for row, entry in doubts.items()]
-    return sorted(found, key=lambda suspect: (suspect.score, suspect.path))
+            entry.reasons.append(DUPLICATES)
+            entry.score = min(entry.score, shared)
+            entry.suggested = best
+            entry.note = _note(predictions.classes[predictions.targets[row]], group)
+    suspects = [_suspect(predictions, row, entry) for row, entry in doubts.items()]
+    return sorted(suspects, key=lambda suspect: (suspect.score, suspect.path))
 
 
-def _judged_twins(
-    answers: OutOfFoldPredictions, group: Sequence[tuple[str, str]], places: Mapping[str, int]
+def _judged_duplicates(
+    predictions: OutOfFoldPredictions, group: Sequence[tuple[str, str]], row_of: Mapping[str, int]
 ) -> list[tuple[int, float, int]]:
-    """Row, share of belief in its label and likeliest label of each answered copy of one picture: a label is as probable as it is on average."""
-    rows = [places[path] for path, _ in group if path in places]
-    labels = sorted({answers.classes.index(label) for _, label in group if label in answers.classes})
+    """Return row, probability of its label and most probable label for each copy of one picture with a prediction.
+
+    The probabilities are the mean over the copies, among the labels that the copies have.
+    """
+    rows = [row_of[path] for path, _ in group if path in row_of]
+    labels = sorted({predictions.classes.index(label) for _, label in group if label in predictions.classes})
     if len(labels) < 2 or not rows:
         return []
-    belief = answers.probabilities[rows][:, labels].mean(axis=0)
+    belief = predictions.probabilities[rows][:, labels].mean(axis=0)
     belief = belief / belief.sum() if belief.sum() > 0 else np.full(len(labels), 1 / len(labels))
     best = labels[int(belief.argmax())]
-    return [(row, float(belief[labels.index(int(answers.targets[row]))]), best) for row in rows]
+    return [(row, float(belief[labels.index(int(predictions.targets[row]))]), best) for row in rows]
 
 
 def _note(label: str, group: Sequence[tuple[str, str]]) -> str:
@@ -139,15 +196,15 @@ def _note(label: str, group: Sequence[tuple[str, str]]) -> str:
     return f"like {others[0][0]}, labelled {others[0][1]}{more}"
 
 
-def _suspect(answers: OutOfFoldPredictions, row: int, doubt: _Doubt) -> Suspect:
-    label = int(answers.targets[row])
-    suggested = "" if doubt.suggested == label else answers.classes[doubt.suggested]
-    given, other = (float(answers.probabilities[row, code]) for code in (label, doubt.suggested))
+def _suspect(predictions: OutOfFoldPredictions, row: int, doubt: _Doubt) -> Suspect:
+    label = int(predictions.targets[row])
+    suggested = "" if doubt.suggested == label else predictions.classes[doubt.suggested]
+    given, other = (float(predictions.probabilities[row, code]) for code in (label, doubt.suggested))
     reasons, note = tuple(doubt.reasons), doubt.note
     return Suspect(
-        answers.paths[row],
-        answers.splits[row],
-        answers.classes[label],
+        predictions.paths[row],
+        predictions.splits[row],
+        predictions.classes[label],
         suggested,
         doubt.score,
         reasons,

@@ -1,5 +1,5 @@
 "use strict";
-// Lets a person search, decide on each image, and save the decisions as fix.csv; without it the page shows everything.
+// Lets a person search, decide on each image, and save the decisions as fix.csv. Without the script the page shows everything.
 const search = document.getElementById("search");
 const save = document.getElementById("save");
 const status = document.getElementById("status");
@@ -34,7 +34,7 @@ function update() {
   const missing = choices.filter((choice) => action(choice) === "relabel" && !choice.querySelector("input").value.trim()).length;
   save.disabled = missing > 0;
   const shown = words.length ? `${count} of ${entries.length} shown, ` : "";
-  status.textContent = missing ? `${shown}${missing} to relabel without a label` : `${shown}${decided} of ${choices.length} decided`;
+  status.textContent = missing ? `${shown}${missing} marked “relabel” without a label` : `${shown}${decided} of ${choices.length} decided`;
 }
 
 for (const choice of choices) {
@@ -51,7 +51,7 @@ for (const choice of choices) {
   }
 }
 save.addEventListener("click", () => {
-  const decided = Uint8Array.from(atob(document.getElementById("decided").textContent), (letter) => letter.charCodeAt(0)); // to the byte
+  const decided = Uint8Array.from(atob(document.getElementById("decided").textContent), (letter) => letter.charCodeAt(0)); // unchanged, byte for byte
   const link = document.createElement("a");
   link.href = URL.createObjectURL(new Blob([decided, choices.map(row).join("")], { type: "text/csv" }));
   link.download = "fix.csv";
@@ -60,4 +60,4 @@ save.addEventListener("click", () => {
 });
 search.addEventListener("input", update);
 document.getElementById("tools").hidden = choices.length === 0;
-update(); // a browser that goes back keeps what was typed
+update(); // the browser keeps the text when going back

@@ -1,6 +1,6 @@
-"""A page for a figure: made without pyplot, laid out in inches from measured text so that nothing can overlap, written whole as PNG and SVG.
+"""Figures without pyplot: laid out in inches from measured text, so that nothing overlaps, and saved as PNG and SVG.
 
-Colours are those of Okabe and Ito (2008), told apart in every colour vision.
+The colours are those of Okabe and Ito (2008), which every kind of colour vision can distinguish.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from bisect import bisect_right
 from functools import lru_cache
 from math import ceil
 from pathlib import Path
-from typing import cast
+from typing import Literal, cast
 
 import matplotlib
 from matplotlib.axes import Axes
@@ -29,7 +29,7 @@ _FONT = "DejaVu Sans"  # ships with matplotlib, draws Latin, Greek and Cyrillic
 
 
 def new_figure(width: float, height: float, title: str) -> Figure:
-    """An empty white page in inches with its title at the upper left."""
+    """Return an empty white figure, its size in inches, with its title at the upper left."""
     figure = Figure(figsize=(width, height), dpi=DPI, facecolor="white")
     shown = fit_text(title, 72 * (width - 0.4), 12, "bold")
     figure.text(0.15 / width, 1 - 0.15 / height, shown, fontsize=12, weight="bold", va="top", color=INK)
@@ -37,13 +37,34 @@ def new_figure(width: float, height: float, title: str) -> Figure:
 
 
 def axes_at(figure: Figure, left: float, bottom: float, width: float, height: float) -> Axes:
-    """Axes at a place given in inches from the lower left corner."""
+    """Return axes at a position in inches from the lower left corner."""
     across, up = figure.get_size_inches()
     return figure.add_axes((left / across, bottom / up, width / across, height / up))
 
 
+def draw_grid(axes: Axes, axis: Literal["both", "x", "y"] = "both") -> None:
+    """Draw the pale grid that all figures share."""
+    axes.grid(axis=axis, color="#e3e3e3", linewidth=0.8)
+
+
+def legend_above(axes: Axes, columns: int, side: Literal["left", "right"] = "right") -> None:
+    """Put the legend above the axes, where no curve can pass behind it."""
+    axes.legend(
+        loc="lower right" if side == "right" else "lower left",
+        bbox_to_anchor=(1.0 if side == "right" else 0.0, 1.01),
+        ncols=columns,
+        fontsize=9,
+        frameon=False,
+        columnspacing=1.4,
+        borderaxespad=0.0,
+    )
+
+
 def save_figure(figure: Figure, path: Path, vector: bool = True) -> Path:
-    """Write the figure as PNG and, with `vector`, as SVG beside it, each whole or not at all; the same figure gives the same bytes."""
+    """Write the figure as PNG and, with `vector`, also as SVG.
+
+    Each file is written completely or not at all, and the same figure gives the same bytes.
+    """
     for text in figure.findobj(lambda artist: isinstance(artist, Text)):
         cast(Text, text).set_fontfamily(_FONT)
         cast(Text, text).set_parse_math(False)  # a class may be called `$x_1$`
@@ -56,7 +77,10 @@ def save_figure(figure: Figure, path: Path, vector: bool = True) -> Path:
 
 
 def _svg(figure: Figure) -> bytes:
-    """The figure as SVG: letters as outlines, which need no font, lie where they were measured to, and are no code; no date, no random names."""
+    """Return the figure as SVG without dates or random names.
+
+    Letters are outlines: they need no font, stay where they were measured, and cannot be code.
+    """
     buffer = io.BytesIO()
     with matplotlib.rc_context({"svg.fonttype": "path", "svg.hashsalt": "image_classifier"}):
         FigureCanvasSVG(figure).print_figure(buffer, format="svg", dpi=DPI, facecolor="white", metadata={"Date": None})
@@ -65,7 +89,10 @@ def _svg(figure: Figure) -> bytes:
 
 @lru_cache(maxsize=4096)
 def fit_text(text: str, width: float, size: float, weight: str = "normal") -> str:
-    """The text on one line of `width` points: undrawable characters become □, the middle of a long one an ellipsis."""
+    """Return the text shortened to one line of `width` points.
+
+    Characters that the font lacks become □; the middle of a long text becomes an ellipsis.
+    """
     font = _face(weight)
     text = " ".join(
         "".join(c if c.isspace() or (c.isprintable() and font.get_char_index(ord(c))) else "□" for c in text).split()
@@ -77,9 +104,9 @@ def fit_text(text: str, width: float, size: float, weight: str = "normal") -> st
 
 
 def text_width(text: str, size: float, weight: str = "normal") -> float:
-    """Width of one line of drawable text in points."""
+    """Return the width of one line of drawable text, in points."""
     font = _face(weight)
-    font.set_size(size, DPI)  # the resolution it is drawn at: hinting makes the width depend on it
+    font.set_size(size, DPI)  # hinting makes the width depend on the resolution
     font.set_text(text, 0.0)
     return float(font.get_width_height()[0] / 64 * 72 / DPI)
 

@@ -1,4 +1,4 @@
-"""The figure of an explanation: a picture, and beside it the same in grey with a heat map of what speaks for a class."""
+"""The figure of an explanation: an image, and next to it the same in grey under a heat map for one class."""
 
 from __future__ import annotations
 
@@ -12,12 +12,15 @@ from matplotlib.patches import Rectangle
 
 from image_classifier.evaluation.plots.figure import GREY, INK, axes_at, fit_text, new_figure, save_figure
 
-_MAP = "inferno"  # its lightness rises evenly: read alike in every colour vision, and in grey
+_MAP = "inferno"  # lightness rises evenly: readable with every colour vision, and in grey
 _SIDE = 3.0  # inches of a picture's longer side
 
 
 def overlay(picture: np.ndarray, heat: np.ndarray) -> np.ndarray:
-    """Heat float32 [H, W] in 0..1 laid on a picture uint8 [H, W, 3]: colour where there is heat, dark grey elsewhere; NaN, unseen, is paled."""
+    """Return a heat map float32 [H, W] in 0..1 drawn over an image uint8 [H, W, 3].
+
+    The result is uint8 [H, W, 3]: coloured where there is heat, dark grey elsewhere, pale where the heat is NaN.
+    """
     grey = np.repeat((picture @ np.array([0.299, 0.587, 0.114]))[..., None], 3, axis=2) / 255
     known = np.nan_to_num(heat)[..., None]
     coloured = matplotlib.colormaps[_MAP](known[..., 0])[..., :3]
@@ -27,42 +30,40 @@ def overlay(picture: np.ndarray, heat: np.ndarray) -> np.ndarray:
 
 
 def explanation_name(file: Path) -> str:
-    """The file name of the figure that explains an answer: the same for an image however its path is written, and no two alike."""
-    whole = file.resolve()
-    return f"{whole.stem[:60]}-{hashlib.sha256(os.fsencode(whole)).hexdigest()[:8]}.png"
+    """Return the file name of the explanation of an image: unique, and the same however its path is written."""
+    resolved = file.resolve()
+    return f"{resolved.stem[:60]}-{hashlib.sha256(os.fsencode(resolved)).hexdigest()[:8]}.png"
 
 
 def plot_explanation(
     picture: np.ndarray, heat: np.ndarray, answer: str, method: str, path: Path, title: str = ""
 ) -> Path:
-    """Write picture | overlay as PNG: picture uint8 [H, W, 3], heat float32 [H, W] in 0..1, NaN where the network did not look."""
+    """Write image | overlay as PNG: image uint8 [H, W, 3], heat float32 [H, W] in 0..1, NaN where cropped away."""
     height, width = (max(0.6, _SIDE * side / max(picture.shape[:2])) for side in picture.shape[:2])
     panel = max(width, 1.8)
-    across, up = 2 * panel + 1.25, height + 0.98
+    across = 2 * panel + 1.25
+    up = height + 0.98
     figure = new_figure(across, up, title or answer)
-    for place, (image, heading) in enumerate(((picture, answer), (overlay(picture, heat), method))):
-        axes = axes_at(figure, 0.15 + place * (panel + 0.15), 0.3, width, height)
+    for column, (image, heading) in enumerate(((picture, answer), (overlay(picture, heat), method))):
+        axes = axes_at(figure, 0.15 + column * (panel + 0.15), 0.3, width, height)
         axes.imshow(image, aspect="auto", interpolation="nearest")
         axes.set_title(fit_text(heading, 72 * panel, 10), fontsize=10, color=INK, loc="left", pad=4)
         axes.set_axis_off()
-        if place and np.isnan(heat).any():
+        if column and np.isnan(heat).any():
             _frame(axes, heat)
     _legend(figure, 2 * panel + 0.45, height)
-    note = (
-        "no place speaks for this class"
-        if not np.nan_to_num(heat).any()
-        else "pale: cut off before the network looks"
-        if np.isnan(heat).any()
-        else ""
-    )
+    note = "pale: cropped away, the model does not see it" if np.isnan(heat).any() else ""
+    if not np.nan_to_num(heat).any():
+        note = "nothing in the image supports this class"
     figure.text(0.15 / across, 0.1 / up, fit_text(note, 72 * (across - 0.3), 8), fontsize=8, color=GREY, va="bottom")
     return save_figure(figure, path, vector=False)
 
 
 def _frame(axes: matplotlib.axes.Axes, heat: np.ndarray) -> None:
-    """Draw the edge of what the network saw."""
+    """Draw a frame around the pixels that the network sees."""
     rows, columns = (np.flatnonzero((~np.isnan(heat)).any(axis=axis)) for axis in (1, 0))
-    corner, size = (columns[0] - 0.5, rows[0] - 0.5), (len(columns), len(rows))
+    corner = (columns[0] - 0.5, rows[0] - 0.5)
+    size = (len(columns), len(rows))
     axes.add_patch(Rectangle(corner, *size, fill=False, edgecolor=INK, linewidth=1, linestyle="--"))
 
 

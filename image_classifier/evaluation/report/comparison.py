@@ -1,4 +1,4 @@
-"""The comparison of two classifiers in words: lines for a terminal, and one page with the images that changed."""
+"""The comparison of two classifiers: lines for a terminal, and one page with the images on which they differ."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from image_classifier.evaluation.compare import LOWER_IS_BETTER, Comparison, Paired
+from image_classifier.evaluation.compare import LOWER_IS_BETTER, Comparison, PairedMetric
 from image_classifier.html import document, thumbnails
 from image_classifier.html.text import plain
 from image_classifier.html.thumbnails import NO_PICTURE, Thumbnail, thumbnail
@@ -17,10 +17,10 @@ from image_classifier.images import DecodeLimits
 from image_classifier.text import counted, printable
 
 _HERE = Path(__file__).parent
-_SHOWN = 60  # images of one direction
+_MAX_SHOWN = 60  # images of one direction
 _MARKUP = 400  # characters of HTML around one image
-_WORDS = {"accuracy": "accuracy", "f1_macro": "F1 (macro)", "log_loss": "log loss"}
-_WIDTH, _ROW = 360, 34  # of the drawing of intervals, in its own units
+_TITLES = {"accuracy": "accuracy", "f1_macro": "F1 (macro)", "log_loss": "log loss"}
+_WIDTH = 360  # of the drawing of an interval, in its own units
 
 
 @dataclass(frozen=True)
@@ -36,65 +36,72 @@ class Change:
 
 @dataclass(frozen=True)
 class Direction:
-    """The images that changed one way: `kind` names the section, `shown` of `whole` are on the page."""
+    """The images that changed one way: `kind` names the section, `shown` of `total` images are on the page."""
 
     kind: str
     title: str
-    whole: int
+    total: int
     shown: Sequence[Change]
 
 
 def verdict(comparison: Comparison, names: tuple[str, str]) -> str:
-    """Is the second really better? One or two sentences."""
-    accuracy, (first, second) = comparison.paired["accuracy"], (printable(name) for name in names)
-    points, (low, high) = 100 * accuracy.difference, (100 * bound for bound in accuracy.interval)
+    """Return whether the second is really better, in one or two sentences."""
+    accuracy = comparison.paired["accuracy"]
+    first, second = (printable(name) for name in names)
+    points = 100 * accuracy.difference
+    low, high = (100 * bound for bound in accuracy.interval)
     bounds = f"95 % interval {low:+.2f} to {high:+.2f}, McNemar p = {probability(comparison.p_value)}"
     if comparison.better:
         better, worse = (second, first) if comparison.better > 0 else (first, second)
         opening = "Yes" if comparison.better > 0 else "No, the other way round"
-        return f"{opening}: {better} is better than {worse} by {abs(points):.2f} points of accuracy ({bounds}).{_against(comparison, better)}"
+        gain = f"by {abs(points):.2f} points of accuracy ({bounds})"
+        return f"{opening}: {better} is better than {worse} {gain}.{_worse_probabilities(comparison, better)}"
     if not sum(comparison.only_right):
-        return f"No difference: {first} and {second} are right on the very same images."
-    return (
-        f"Not shown: {second} differs from {first} by {points:+.2f} points of accuracy, which may be chance ({bounds})."
-    )
+        return f"No difference: {first} and {second} are right on exactly the same images."
+    images = counted(len(comparison.shared.targets), "image")
+    side = f"{abs(points):.2f} points {'higher' if points > 0 else 'lower'}" if points else "as accurate"
+    than = f"{'than' if points else 'as'} {first}"
+    return f"No clear winner: {second} is {side} {than} on {images}, which can be luck ({bounds})."
 
 
-def _against(comparison: Comparison, better: str) -> str:
-    """A sentence where the probabilities of the better one are worse."""
+def _worse_probabilities(comparison: Comparison, better: str) -> str:
+    """Return a sentence if the probabilities of the better one are worse."""
     loss = comparison.paired["log_loss"]
     worse = loss.interval[0] > 0 if comparison.better > 0 else loss.interval[1] < 0
+    if not worse:
+        return ""
     return (
         f" But the probabilities of {better} are worse: log loss {max(loss.values):.3f} against {min(loss.values):.3f}."
-        if worse
-        else ""
     )
 
 
 def lines(comparison: Comparison, names: tuple[str, str]) -> Iterator[str]:
-    """The comparison for a terminal."""
-    shared, (first, second) = comparison.shared, names
-    yield f"A          {printable(first)}"
-    yield f"B          {printable(second)}"
-    yield f"images     {counted(len(shared.targets), 'image')} judged by both{_left(shared.left)}"
+    """Yield the comparison for a terminal."""
+    shared = comparison.shared
+    yield f"A          {printable(names[0])}"
+    yield f"B          {printable(names[1])}"
+    yield f"images     {counted(len(shared.targets), 'image')} in both{_not_shared(shared.num_unmatched)}"
     yield "metric             A         B     B - A  95 % interval of B - A"
     for paired in comparison.paired.values():
         low, high = paired.interval
-        values = (
-            f"{paired.values[0]:8.4f}  {paired.values[1]:8.4f}  {paired.difference:+8.4f}  {low:+.4f} to {high:+.4f}"
-        )
-        yield f"{paired.metric:<10}  {values}{'  (lower is better)' if paired.metric in LOWER_IS_BETTER else ''}"
+        values = f"{paired.values[0]:8.4f}  {paired.values[1]:8.4f}  {paired.difference:+8.4f}"
+        note = "  (lower is better)" if paired.metric in LOWER_IS_BETTER else ""
+        yield f"{paired.metric:<10}  {values}  {low:+.4f} to {high:+.4f}{note}"
     only = comparison.only_right
     yield f"McNemar    only A right {only[0]}, only B right {only[1]}, p = {probability(comparison.p_value)}"
     yield f"answer     {verdict(comparison, names)}"
 
 
-def _left(left: tuple[int, int]) -> str:
-    return f"; not shared: {left[0]} of A, {left[1]} of B" if any(left) else ""
+def _not_shared(numbers: tuple[int, int]) -> str:
+    return f"; not in both: {numbers[0]} of A, {numbers[1]} of B" if any(numbers) else ""
 
 
 def probability(value: float) -> str:
-    """A p-value as a person reads it."""
+    """Return a p-value in readable form.
+
+    >>> probability(0.25), probability(0.000012)
+    ('0.250', '1.2e-05')
+    """
     return f"{value:.3f}" if value >= 0.001 else f"{value:.1e}"
 
 
@@ -104,10 +111,12 @@ def page(
     split: str,
     root: Path | None,
     limits: DecodeLimits,
-    facts: Sequence[tuple[str, str]],
+    provenance: Sequence[tuple[str, str]],
 ) -> str:
-    """The page as one HTML text below 10 MB; `facts` are the lines of its footer, `root` is where the images' paths start,
-    `limits` what these may ask for.
+    """Return the page as HTML below 10 MB.
+
+    `root` is the folder that the images' paths start from, `limits` bounds their decoding, and `provenance` are the
+    lines of the footer.
     """
     directions = list(_directions(comparison, names, root, limits))
     return document.render(
@@ -119,32 +128,32 @@ def page(
         comparison=comparison,
         verdict=verdict(comparison, names),
         p_value=probability(comparison.p_value),
-        left=_left(comparison.shared.left).removeprefix("; "),
+        unmatched=_not_shared(comparison.shared.num_unmatched).removeprefix("; "),
         rows=[_row(paired, comparison) for paired in comparison.paired.values()],
         directions=directions,
         pictures=any(change.thumbnail.address for direction in directions for change in direction.shown),
-        facts=facts,
+        provenance=provenance,
     )
 
 
-def _row(paired: Paired, comparison: Comparison) -> dict[str, object]:
-    """A metric's row of the table, with its interval on a scale that all of its kind share, zero in the middle."""
-    alike = [
+def _row(paired: PairedMetric, comparison: Comparison) -> dict[str, object]:
+    """Return a metric's row of the table, its interval on a scale that similar metrics share, zero in the middle."""
+    similar = [
         other
         for other in comparison.paired.values()
         if (other.metric in LOWER_IS_BETTER) == (paired.metric in LOWER_IS_BETTER)
     ]
-    reach = max(abs(bound) for other in alike for bound in (*other.interval, other.difference)) * 1.1 or 1.0
-    places = [_WIDTH / 2 * (1 + value / reach) for value in (*paired.interval, paired.difference)]
+    reach = max(abs(bound) for other in similar for bound in (*other.interval, other.difference)) * 1.1 or 1.0
+    positions = [_WIDTH / 2 * (1 + value / reach) for value in (*paired.interval, paired.difference)]
     side = "" if paired.interval[0] <= 0 <= paired.interval[1] else "better" if paired.gain > 0 else "worse"
     return {
-        "title": _WORDS[paired.metric],
+        "title": _TITLES[paired.metric],
         "lower": paired.metric in LOWER_IS_BETTER,
         "paired": paired,
         "side": side,
-        "low": round(places[0], 1),
-        "high": round(places[1], 1),
-        "place": round(places[2], 1),
+        "low": round(positions[0], 1),
+        "high": round(positions[1], 1),
+        "middle": round(positions[2], 1),
         "reach": f"{reach:.2g}",
     }
 
@@ -152,20 +161,22 @@ def _row(paired: Paired, comparison: Comparison) -> dict[str, object]:
 def _directions(
     comparison: Comparison, names: tuple[str, str], root: Path | None, limits: DecodeLimits
 ) -> Iterator[Direction]:
-    right, titles = comparison.shared.right, [plain(name) for name in names]
+    right = comparison.shared.right
+    titles = [plain(name) for name in names]
     room = thumbnails.BUDGET // 2
     for kind, won, lost in (("gained", 1, 0), ("lost", 0, 1)):
         rows = np.flatnonzero(right[won] & ~right[lost])
         order = rows[np.argsort(-comparison.shared.confidences[lost, rows], kind="stable")]
         title = f"{'Gained' if kind == 'gained' else 'Lost'}: only {titles[won]} is right"
-        yield Direction(kind, title, len(rows), _changes(comparison, order[:_SHOWN].tolist(), root, limits, room))
+        yield Direction(kind, title, len(rows), _changes(comparison, order[:_MAX_SHOWN].tolist(), root, limits, room))
 
 
 def _changes(
     comparison: Comparison, rows: Sequence[int], root: Path | None, limits: DecodeLimits, room: int
 ) -> list[Change]:
-    """The changed images with their thumbnails, as many of these as there is room for (characters)."""
-    shared, found = comparison.shared, []
+    """Return the changed images; thumbnails until `room` characters are used."""
+    shared = comparison.shared
+    changes = []
     with ThreadPoolExecutor(4) as pool:
         drawn = list(pool.map(lambda row: thumbnail(root / shared.paths[row], limits) if root else NO_PICTURE, rows))
     for row, picture in zip(rows, drawn, strict=True):
@@ -173,7 +184,7 @@ def _changes(
         first, second = (plain(shared.classes[code]) for code in shared.predicted[:, row])
         confidences = float(shared.confidences[0, row]), float(shared.confidences[1, row])
         truth = plain(shared.classes[shared.targets[row]])
-        found.append(
+        changes.append(
             Change(plain(shared.paths[row]), truth, (first, second), confidences, picture if room > 0 else NO_PICTURE)
         )
-    return found
+    return changes

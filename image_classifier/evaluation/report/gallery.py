@@ -1,4 +1,4 @@
-"""The images of a report: those behind the cells of the confusion matrix, and the worst mistakes with what explains them."""
+"""The images of a report: those of the cells of the confusion matrix, and the worst mistakes with explanations."""
 
 from __future__ import annotations
 
@@ -18,16 +18,19 @@ from image_classifier.html.thumbnails import BUDGET, NO_PICTURE, Thumbnail, thum
 from image_classifier.images import DecodeLimits
 from image_classifier.predictions import PredictionTable, softmax
 
-_CELL_IMAGES, _EACH = 1000, 24  # behind all cells, behind one
-_CELL_SIDE, _CELL_QUALITY = 96, 65
-_WORST, _EXPLANATION_SIDE = 24, 480
+_CELL_IMAGES = 1000  # of all cells
+_IMAGES_PER_CELL = 24
+_CELL_SIDE = 96
+_CELL_QUALITY = 65
+_NUM_WORST = 24
+_EXPLANATION_SIDE = 480
 _MARKUP = 120  # characters of JSON around one image
 _WORKERS = 4
 
 
 @dataclass(frozen=True)
 class Mistake:
-    """A wrong answer: what it shows, what it was taken for and how surely, how probable the truth was held, and what explains the answer."""
+    """A wrong prediction: true and predicted class with their probabilities, the image, and its explanation."""
 
     path: str
     truth: str
@@ -41,10 +44,13 @@ class Mistake:
 def cell_images(
     table: PredictionTable, confidence: np.ndarray, root: Path | None, limits: DecodeLimits
 ) -> dict[str, Any]:
-    """What the page's script shows behind a cell, ready for JSON: `cells` "truth,predicted" -> numbers of `images`; `confidence` is [N]."""
-    chosen = images_of_cells(table, confidence, _CELL_IMAGES if root else _CELL_IMAGES // 4, _EACH)
-    rows = [row for found in chosen.values() for row in found]
-    places = {row: place for place, row in enumerate(rows)}
+    """Return the images of each cell for the page's script: `cells` "true,predicted" -> numbers of `images`.
+
+    `confidence` is [N].
+    """
+    chosen = images_of_cells(table, confidence, _CELL_IMAGES if root else _CELL_IMAGES // 4, _IMAGES_PER_CELL)
+    rows = [row for of_cell in chosen.values() for row in of_cell]
+    numbers = {row: number for number, row in enumerate(rows)}
     pictures = _drawn([table.paths[row] for row in rows], root, limits, _CELL_SIDE, _CELL_QUALITY, BUDGET * 5 // 7)
     images = [
         {
@@ -55,14 +61,16 @@ def cell_images(
         }
         for row, picture in zip(rows, pictures, strict=True)
     ]
-    cells = {f"{truth},{predicted}": [places[row] for row in found] for (truth, predicted), found in chosen.items()}
+    cells = {
+        f"{truth},{predicted}": [numbers[row] for row in of_cell] for (truth, predicted), of_cell in chosen.items()
+    }
     return {"classes": [plain(label) for label in table.classes], "cells": cells, "images": images}
 
 
 def _drawn(
     paths: Sequence[str], root: Path | None, limits: DecodeLimits, side: int, quality: int, room: int
 ) -> list[Thumbnail]:
-    """The pictures of these files, as many as there is room for (characters)."""
+    """Return thumbnails of these files, until `room` characters are used."""
     if root is None:
         return [NO_PICTURE] * len(paths)
     with ThreadPoolExecutor(_WORKERS) as pool:
@@ -78,9 +86,12 @@ def _drawn(
 def worst(
     table: PredictionTable, root: Path | None, limits: DecodeLimits, explanations: Path, roots: Sequence[Path]
 ) -> list[Mistake]:
-    """The surest wrong answers; the folder `explanations` has figures of what lies, or lay when it was explained, in one of the `roots`."""
+    """Return the most confident wrong predictions, with figures from the folder `explanations`.
+
+    `roots` are the folders that the images may have been in when they were explained.
+    """
     predicted, confidence = table.answers()
-    rows = table.surest_mistakes(_WORST).tolist()
+    rows = table.surest_mistakes(_NUM_WORST).tolist()
     pictures = _drawn([table.paths[row] for row in rows], root, limits, 160, 75, BUDGET // 7)
     known = {path.name: path for path in explanations.glob("*.png")} if explanations.is_dir() else {}
     return [
@@ -98,5 +109,6 @@ def worst(
 
 
 def _explanation(path: str, roots: Sequence[Path], known: Mapping[str, Path]) -> Thumbnail:
-    found = next((known[name] for name in (explanation_name(root / path) for root in roots) if name in known), None)
-    return thumbnail(found, side=_EXPLANATION_SIDE, quality=70) if found else NO_PICTURE
+    names = (explanation_name(root / path) for root in roots)
+    figure = next((known[name] for name in names if name in known), None)
+    return thumbnail(figure, side=_EXPLANATION_SIDE, quality=70) if figure else NO_PICTURE

@@ -1,4 +1,4 @@
-"""What a word of the verb `report` names: the predictions of one part, and, where it is a bundle's, what the bundle knows."""
+"""The predictions that a name on the command line of `report` means, and the bundle they belong to."""
 
 from __future__ import annotations
 
@@ -11,26 +11,26 @@ from image_classifier.bundle import INFO_NAME, BundleInfo, find_checkpoint, read
 from image_classifier.errors import CheckpointError, DataError
 from image_classifier.images import DecodeLimits
 from image_classifier.manifest import SPLITS, Manifest
-from image_classifier.pillow_decoding import MOST_PIXELS
+from image_classifier.pillow_decoding import MAX_PIXELS
 from image_classifier.predictions import PredictionTable
 from image_classifier.program import program
 
 PREDICTIONS = "predictions.csv"
 
-_WIDEST = DecodeLimits(max_bytes=2**31 - 1, max_pixels=MOST_PIXELS)
+_NO_LIMITS = DecodeLimits(max_bytes=2**31 - 1, max_pixels=MAX_PIXELS)
 
 
 @dataclass(frozen=True)
 class EvaluatedRun:
-    """The predictions of one part and where they lie.
+    """The predictions for one split, and where they come from.
 
     Args:
-        name: For a heading: the bundle's name, or the folder's last two.
-        directory: Of predictions.csv and logits.npy.
+        name: Heading: the bundle's name, or the last two folders of the path.
+        directory: Folder of predictions.csv and logits.npy.
         table: The predictions.
-        root: Folder that the paths start from, or None where nothing says it.
-        bundle: The bundle's folder, or None.
-        info: What stands in its bundle.json, or None.
+        root: Folder that the paths start from, None where it is unknown.
+        bundle: Folder of the bundle, or None.
+        info: Content of its bundle.json, or None.
     """
 
     name: str
@@ -42,16 +42,21 @@ class EvaluatedRun:
 
     @property
     def split(self) -> str:
-        """The part that was judged, by the folder's name."""
+        """The split that was evaluated: the folder's name."""
         return self.directory.name
+
+    @property
+    def run(self) -> str:
+        """The name of the run."""
+        return self.bundle.name if self.bundle else self.directory.parent.name
 
 
 def find_evaluated(
     name: str, split: str | None, models_dir: Path, plots_dir: Path, data_dir: Path | None = None
 ) -> EvaluatedRun:
-    """The predictions that a name means: a folder that holds them, a bundle, or a folder under plots/; `data_dir` overrules where the images lie.
+    """Find the predictions of a folder that holds them, of a bundle, or of a folder under plots/.
 
-    Without a split it is that of `judged_part`.
+    Without a split it is that of `evaluated_split`. `data_dir` overrules the folder of the images.
 
     Raises:
         CheckpointError: Nothing has that name.
@@ -61,28 +66,26 @@ def find_evaluated(
     if (folder / PREDICTIONS).is_file():
         return _in_folder(folder.resolve(), models_dir, data_dir)
     bundle, run = _bundle(name, models_dir, plots_dir)
-    part = split or judged_part(plots_dir / run)
-    if part is None or not (plots_dir / run / part / PREDICTIONS).is_file():
-        raise _not_judged(run, part, _parts_of(bundle))
-    return _judged(run, plots_dir / run / part, bundle, data_dir)
+    chosen = split or evaluated_split(plots_dir / run)
+    if chosen is None or not (plots_dir / run / chosen / PREDICTIONS).is_file():
+        raise _no_predictions(run, chosen, _splits_of(bundle))
+    return _read(run, plots_dir / run / chosen, bundle, data_dir)
 
 
-def judged_part(folder: Path) -> str | None:
-    """The part from which the figures of a run are read: test, else val, else train; None where no part was judged."""
+def evaluated_split(folder: Path) -> str | None:
+    """Return the split that a report of plots/NAME shows: test, else val, else train; None without predictions."""
     return next((split for split in reversed(SPLITS) if (folder / split / PREDICTIONS).is_file()), None)
 
 
-def _not_judged(run: str, asked: str | None, parts: Sequence[str]) -> DataError:
-    part = asked or next(split for split in reversed(SPLITS) if split in parts)
-    command = f"run `{program()} test --checkpoint_name {shlex.quote(run)} --split {part}`"
-    return DataError(
-        f"{run!r} has no predictions of its {part} part",
-        command if part in parts else f"its data has no such part, only {', '.join(parts)}",
-    )
+def _no_predictions(run: str, wanted: str | None, splits: Sequence[str]) -> DataError:
+    split = wanted or next(split for split in reversed(SPLITS) if split in splits)
+    command = f"run `{program()} test --checkpoint_name {shlex.quote(run)} --split {split}`"
+    hint = command if split in splits else f"its data has no {split} split, only {', '.join(splits)}"
+    return DataError(f"{run!r} has no predictions for its {split} split", hint)
 
 
-def _parts_of(bundle: Path | None) -> Sequence[str]:
-    """The parts that a bundle's manifest has; all where there is none to ask."""
+def _splits_of(bundle: Path | None) -> Sequence[str]:
+    """Return the splits of a bundle's manifest; all splits without a manifest."""
     if bundle is None or not (bundle / "manifest.csv").is_file():
         return SPLITS
     manifest = Manifest.read(bundle / "manifest.csv", Path())
@@ -90,38 +93,35 @@ def _parts_of(bundle: Path | None) -> Sequence[str]:
 
 
 def _bundle(name: str, models_dir: Path, plots_dir: Path) -> tuple[Path | None, str]:
-    """The bundle's folder, None where there are only its figures, and the run's name."""
+    """Return the bundle's folder, None where only its figures are left, and the run's name."""
     try:
         path = find_checkpoint(name, models_dir)
     except CheckpointError:
-        if judged_part(plots_dir / name):
+        if evaluated_split(plots_dir / name):
             return None, name
         if Path(name).is_dir():
-            raise DataError(
-                f"{name!r} holds no {PREDICTIONS}",
-                "give a bundle, or a folder that `test` or `train` wrote predictions to",
-            ) from None
+            hint = "give a bundle, or a folder that `test` or `train` wrote predictions to"
+            raise DataError(f"{name!r} holds no {PREDICTIONS}", hint) from None
         raise
     return (path, path.name) if path.is_dir() else (None, path.stem)
 
 
 def _in_folder(folder: Path, models_dir: Path, data_dir: Path | None) -> EvaluatedRun:
-    """Predictions in a folder; plots/NAME/PART belongs to the bundle NAME where there is one."""
-    own = models_dir / folder.parent.name
-    bundle = own if folder.name in SPLITS and (own / INFO_NAME).is_file() else None
-    return _judged(f"{folder.parent.name}/{folder.name}", folder, bundle, data_dir)
+    """Return the predictions in a folder; plots/NAME/SPLIT belongs to the bundle NAME if there is one."""
+    candidate = models_dir / folder.parent.name
+    bundle = candidate if folder.name in SPLITS and (candidate / INFO_NAME).is_file() else None
+    return _read(f"{folder.parent.name}/{folder.name}", folder, bundle, data_dir)
 
 
-def _judged(name: str, directory: Path, bundle: Path | None, data_dir: Path | None) -> EvaluatedRun:
+def _read(name: str, directory: Path, bundle: Path | None, data_dir: Path | None) -> EvaluatedRun:
     info = read_bundle(bundle).info if bundle else None
     known = str(info.provenance.get("data_root", "")) if info else ""
-    return EvaluatedRun(
-        name, directory, PredictionTable.read(directory), data_dir or (Path(known) if known else None), bundle, info
-    )
+    root = data_dir or (Path(known) if known else None)
+    return EvaluatedRun(name, directory, PredictionTable.read(directory), root, bundle, info)
 
 
 def limits_of(info: BundleInfo | None) -> DecodeLimits:
-    """What a file may ask for: as much as in the training, the most there is where no bundle says it."""
+    """Return the limits for decoding images: those of the training, or the widest where no bundle holds them."""
     config = info.provenance.get("config") if info else None
     known = ((config or {}).get("data") or {}).get("limits")
-    return DecodeLimits(**known) if known else _WIDEST
+    return DecodeLimits(**known) if known else _NO_LIMITS

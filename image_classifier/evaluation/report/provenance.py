@@ -1,4 +1,4 @@
-"""Where a result came from: the images and their parts, the exports with size and speed, the command, versions and hashes."""
+"""The origin of a result: images by split, exports with size and speed, command, versions and hashes."""
 
 from __future__ import annotations
 
@@ -10,46 +10,46 @@ from typing import Any
 from image_classifier.evaluation.report.run_data import RunData
 from image_classifier.html.text import plain
 
-_CLASSES = 100  # classes that are drawn
+_MAX_CLASSES = 100  # classes that are drawn
 _FILES = {"onnx": "model.onnx", "checkpoint": "model.ckpt"}  # backend -> the export it reads
 _EXPORTS = (".onnx", ".ckpt", ".engine", ".pt", ".safetensors")
 
 
-def data_rows(facts: RunData) -> dict[str, Any]:
-    """Images of each part and class: of many classes the largest and the smallest; {} where there is no manifest."""
-    if not facts.parts:
+def data_rows(run: RunData) -> dict[str, Any]:
+    """Return the images of each class by split; of many classes the largest and the smallest; {} without a manifest."""
+    if not run.split_counts:
         return {}
-    totals = [sum(counts) for counts in zip(*facts.parts.values(), strict=True)]
-    order = sorted(range(len(totals)), key=lambda code: (-totals[code], facts.labels[code]))
-    shown = order if len(order) <= _CLASSES else order[: _CLASSES // 2] + order[-_CLASSES // 2 :]
+    totals = [sum(counts) for counts in zip(*run.split_counts.values(), strict=True)]
+    order = sorted(range(len(totals)), key=lambda code: (-totals[code], run.labels[code]))
+    shown = order if len(order) <= _MAX_CLASSES else order[: _MAX_CLASSES // 2] + order[-_MAX_CLASSES // 2 :]
     rows = [
         {
-            "label": plain(facts.labels[code]),
-            "parts": [(split, counts[code]) for split, counts in facts.parts.items()],
+            "label": plain(run.labels[code]),
+            "splits": [(split, counts[code]) for split, counts in run.split_counts.items()],
             "images": totals[code],
         }
         for code in shown
     ]
     return {
-        "splits": {split: sum(counts) for split, counts in facts.parts.items()},
+        "splits": {split: sum(counts) for split, counts in run.split_counts.items()},
         "rows": rows,
         "largest": max(totals),
         "classes": len(totals),
-        "audit": _findings(facts.audit),
+        "audit": _issues(run.audit),
     }
 
 
-def _findings(audit: Mapping[str, Any]) -> list[tuple[str, str, str, str]]:
-    """Severity, kind, how much and the headline of each kind of finding."""
+def _issues(audit: Mapping[str, Any]) -> list[tuple[str, str, str, str]]:
+    """Return severity, name, number of files and headline of each issue type."""
     headlines = audit.get("headlines") or {}
     return [
-        (str(count["severity"]), kind.replace("_", " "), f"{count['files']}", plain(headlines.get(kind, "")))
-        for kind, count in (audit.get("counts") or {}).items()
+        (str(count["severity"]), name.replace("_", " "), f"{count['files']}", plain(headlines.get(name, "")))
+        for name, count in (audit.get("counts") or {}).items()
     ]
 
 
 def exports(sizes: Mapping[str, tuple[int, str]], latency: Mapping[str, Any]) -> dict[str, Any]:
-    """The models of the bundle with their sizes and, where it was measured, how fast they answer and on which machine."""
+    """Return the models of the bundle with their sizes and, where measured, their speed and the hardware."""
     measured = {_FILES.get(name, name): flat(values) for name, values in (latency.get("backends") or {}).items()}
     columns = list(dict.fromkeys(column for values in measured.values() for column in values))
     names = [*(name for name in sizes if name.endswith(_EXPORTS)), *(name for name in measured if name not in sizes)]
@@ -60,19 +60,23 @@ def exports(sizes: Mapping[str, tuple[int, str]], latency: Mapping[str, Any]) ->
 
 
 def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested figures as one row: {"batch 1": {"p50_ms": 3}} has the column "batch 1 p50_ms"."""
+    """Return nested values as one row.
+
+    >>> flat({"batch 1": {"p50_ms": 3}, "threads": 2})
+    {'batch 1 p50_ms': 3, 'threads': 2}
+    """
     row: dict[str, Any] = {}
     for name, value in values.items():
-        words = f"{prefix} {name}".strip()
-        row |= flat(value, words) if isinstance(value, Mapping) else {words: value}
+        column = f"{prefix} {name}".strip()
+        row |= flat(value, column) if isinstance(value, Mapping) else {column: value}
     return row
 
 
-def origin(facts: RunData) -> dict[str, Any]:
-    """Command, versions and hashes; {} where there is no bundle."""
-    if facts.info is None:
+def origin(run: RunData) -> dict[str, Any]:
+    """Return command, versions and hashes; {} without a bundle."""
+    if run.info is None:
         return {}
-    known = facts.info.provenance
+    known = run.info.provenance
     command = known.get("command", [])
     rows = {
         "trained": known.get("created", ""),
@@ -84,10 +88,10 @@ def origin(facts: RunData) -> dict[str, Any]:
         "Python": known.get("python", ""),
         "packages": ", ".join(f"{name} {version}" for name, version in (known.get("packages") or {}).items()),
         "training speed": f"{known['images_per_second']} images/s" if "images_per_second" in known else "",
-        "preprocessing": json.dumps(facts.info.preprocess),
+        "preprocessing": json.dumps(run.info.preprocess),
     }
     return {
         "command": command if isinstance(command, str) else shlex.join(map(str, command)),
         "rows": [(name, plain(str(value))) for name, value in rows.items() if value],
-        "files": [(plain(name), size, digest) for name, (size, digest) in facts.sizes.items()],
+        "files": [(plain(name), size, digest) for name, (size, digest) in run.sizes.items()],
     }

@@ -1,5 +1,5 @@
 "use strict";
-// Sorting, filtering and the images behind a cell; without it the page shows everything else.
+// Sorts and filters the tables and shows the images of a cell. Without the script the page shows everything else.
 const cells = JSON.parse(document.getElementById("cells").textContent);
 const drill = document.getElementById("drill");
 let opener = null;
@@ -15,7 +15,7 @@ function show(button) {
   const [truth, predicted] = button.dataset.cell.split(",").map(Number);
   const rows = cells.cells[button.dataset.cell] || [];
   const right = truth === predicted;
-  const heading = element("h3", "", right ? `${cells.classes[truth]}, right` : `${cells.classes[truth]} taken for ${cells.classes[predicted]}`);
+  const heading = element("h3", "", right ? `${cells.classes[truth]}, right` : `${cells.classes[truth]} classified as ${cells.classes[predicted]}`);
   const close = element("button", "link close", "close");
   close.type = "button";
   close.addEventListener("click", shut);
@@ -30,12 +30,12 @@ function show(button) {
       item.firstChild.append(image);
     }
     const caption = element("span", "caption");
-    caption.append(element("span", right ? "right" : "wrong", `${Math.round(100 * sure)} % sure`), element("br"), element("span", "path soft", path));
+    caption.append(element("span", right ? "right" : "wrong", `${Math.round(100 * sure)} %`), element("br"), element("span", "path soft", path));
     item.append(caption);
     list.append(item);
   }
-  const order = right ? "the least sure first" : "the surest first";
-  const note = rows.length ? `${rows.length === 1 ? "1 image" : `${rows.length} images`} shown, ${order}.` : "The page has no room for its images; predictions.csv lists them.";
+  const order = right ? "least confident first" : "most confident first";
+  const note = rows.length ? `${rows.length === 1 ? "1 image" : `${rows.length} images`} shown, ${order}.` : "There is no room on this page for its images; predictions.csv lists them.";
   drill.replaceChildren(close, heading, element("p", "soft small", note), list);
   drill.hidden = false;
   opener = button;
@@ -57,7 +57,7 @@ function step(event) {
   const [row, column] = event.target.dataset.place.split(",").map(Number);
   const matrix = document.getElementById("matrix");
   const size = matrix.tBodies[0].rows.length;
-  for (let far = 1; far < size; far += 1) { // cells without images are passed over
+  for (let far = 1; far < size; far += 1) { // skip cells without images
     const next = matrix.querySelector(`[data-place="${row + far * move[0]},${column + far * move[1]}"]`);
     if (next) {
       event.target.tabIndex = -1;
@@ -89,7 +89,7 @@ function sort(table, head) {
   const column = head.cellIndex;
   const numeric = head.dataset.sort === "number";
   const before = head.getAttribute("aria-sort");
-  const up = before ? before === "descending" : !numeric; // numbers: the largest first
+  const up = before ? before === "descending" : !numeric; // largest numbers first
   for (const other of table.tHead.rows[0].cells) other.removeAttribute("aria-sort");
   head.setAttribute("aria-sort", up ? "ascending" : "descending");
   const body = table.tBodies[0];
@@ -112,10 +112,10 @@ function filterable(name) {
     document.getElementById(`${name}-status`).textContent = words.length ? `${count} of ${table.tBodies[0].rows.length} shown` : "";
   };
   input.addEventListener("input", filter);
-  filter(); // a browser that goes back keeps what was typed
+  filter(); // the browser keeps the text when going back
 }
 
-for (const part of document.querySelectorAll(".controls")) part.hidden = false;
+for (const control of document.querySelectorAll(".controls")) control.hidden = false;
 for (const table of [document.getElementById("class-table"), document.getElementById("pair-table")]) if (table) sortable(table);
 for (const name of ["class", "pair"]) filterable(name);
 const first = document.querySelector("#matrix [data-place]");

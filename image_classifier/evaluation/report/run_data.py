@@ -1,4 +1,4 @@
-"""Everything that the report of one run says, read from the files that lie around: what is absent stays empty."""
+"""All data of the report of one run, read from the files next to its predictions; missing files leave fields empty."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from image_classifier.errors import DataError
 from image_classifier.evaluation.metrics.bootstrap import wilson
 from image_classifier.evaluation.metrics.compute import compute_metrics
 from image_classifier.evaluation.report.schemas import (
-    Check,
-    is_audit,
-    is_calibration,
-    is_latency,
-    is_robustness,
-    of_metrics,
+    AuditFile,
+    CalibrationFile,
+    LatencyFile,
+    MetricsFile,
+    RobustnessFile,
+    Sidecar,
     read_curves,
     read_sidecar,
 )
@@ -40,18 +40,18 @@ Interval = tuple[float, float]
 
 @dataclass(frozen=True)
 class RunPaths:
-    """Where the files of a run lie; any of them may be missing.
+    """The folders of a run; any file in them may be missing.
 
     Args:
-        part: Of predictions.csv, logits.npy and metrics.json, plots/NAME/SPLIT; there or, of a model's own part, beside it robustness.json
-            and latency.json; beside it explain/.
-        bundle: Of manifest.csv and the exports, models/NAME.
-        run: Of the learning curves, runs/NAME.
-        audits: Of one folder a data set with audit.json, data/audit.
-        root: What the paths of the predictions start from.
+        predictions: Folder plots/NAME/SPLIT with predictions.csv, logits.npy and metrics.json. robustness.json and
+            latency.json are there or, for the model's own splits, one folder up; explain/ is one folder up.
+        bundle: Folder models/NAME with manifest.csv and the exports.
+        run: Folder runs/NAME with the learning curves.
+        audits: Folder data/audit, with one folder for each data set.
+        root: Folder that the paths in the predictions start from.
     """
 
-    part: Path
+    predictions: Path
     bundle: Path | None = None
     run: Path | None = None
     audits: Path | None = None
@@ -59,42 +59,42 @@ class RunPaths:
 
     @property
     def explanations(self) -> Path:
-        """Where `infer --explain` leaves its figures."""
-        return self.part.parent / "explain"
+        """The folder that `infer --explain` writes its figures to."""
+        return self.predictions.parent / "explain"
 
     def measured(self, name: str) -> Path:
-        """Where a measurement lies: in the part's folder, else, where the part is one of the model's own, beside it."""
-        inside = self.part / name
-        return inside if inside.is_file() or self.part.name not in SPLITS else self.part.parent / name
+        """Return the path of a measurement: next to the predictions or, for the model's own splits, one folder up."""
+        inside = self.predictions / name
+        return inside if inside.is_file() or self.predictions.name not in SPLITS else self.predictions.parent / name
 
 
 @dataclass(frozen=True)
 class RunData:
-    """One run, judged on one part.
+    """One run, evaluated on one split.
 
     Args:
-        name: Of the run.
+        name: Name of the run.
         table: Its predictions.
-        metrics: As metrics.json has them.
-        places: Where the files lie.
-        info: What bundle.json says, or will say.
+        metrics: Content of metrics.json.
+        paths: Folders of the run.
+        info: Content of bundle.json.
         curves: Metric -> (epoch, value) points.
-        parts: Split -> images of each class, in the order of `labels`.
+        split_counts: Split -> images of each class, in the order of `labels`.
         labels: Classes of the manifest.
-        audit: As audit.json has it.
-        robustness: Corruption -> severity -> accuracy, and `about` what it rests on.
-        calibration: As calibration.json has it.
-        latency: `backends` -> backend -> figure -> value, and the `hardware`.
+        audit: Content of audit.json.
+        robustness: Corruption -> severity -> accuracy, and `about`: the images it was measured on.
+        calibration: Content of calibration.json.
+        latency: `backends` -> backend -> name -> value, and the `hardware`.
         sizes: File of the bundle -> (bytes, sha256).
     """
 
     name: str
     table: PredictionTable
     metrics: Mapping[str, Any]
-    places: RunPaths
+    paths: RunPaths
     info: BundleInfo | None = None
     curves: Mapping[str, Sequence[tuple[float, float]]] = field(default_factory=dict)
-    parts: Mapping[str, Sequence[int]] = field(default_factory=dict)
+    split_counts: Mapping[str, Sequence[int]] = field(default_factory=dict)
     labels: Sequence[str] = ()
     audit: Mapping[str, Any] = field(default_factory=dict)
     robustness: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
@@ -104,11 +104,11 @@ class RunData:
 
     @property
     def split(self) -> str:
-        """The part that was judged."""
-        return self.places.part.name
+        """The split that was evaluated."""
+        return self.paths.predictions.name
 
     def interval(self, metric: str) -> Interval | None:
-        """The 95 % interval of a single number, where metrics.json holds one; of the accuracy always (Wilson, 1927)."""
+        """Return the 95 % interval of a metric if metrics.json holds one; of the accuracy always (Wilson, 1927)."""
         known = (self.metrics.get("intervals") or {}).get(metric)
         if known:
             return float(known[0]), float(known[1])
@@ -120,38 +120,42 @@ class RunData:
 
     @property
     def roots(self) -> list[Path]:
-        """Where the images lie now and, as the bundle says, lay in training: under both names they may have been explained."""
+        """The folders of the images now and, by the bundle, during training: they may be explained under either."""
         known = self.info.provenance.get("data_root") if self.info else None
-        return [*([self.places.root] if self.places.root else []), *([Path(str(known))] if known else [])]
+        return [*([self.paths.root] if self.paths.root else []), *([Path(str(known))] if known else [])]
 
     @property
     def measured(self) -> Mapping[str, Any]:
-        """What the bundle's limits do on this part; {} where that was not measured, or of other limits."""
-        found = self.calibration.get("decision") or {}
-        own = {key: value for key, value in self.info.decision.items() if key != "evidence"} if self.info else {}
-        return found if all(found.get(key) == value for key, value in own.items()) else {}
+        """The effect of the bundle's limits on this split; {} where it was not measured, or with other limits."""
+        decision = self.calibration.get("decision") or {}
+        limits = {key: value for key, value in self.info.decision.items() if key != "evidence"} if self.info else {}
+        return decision if all(decision.get(key) == value for key, value in limits.items()) else {}
 
     @property
     def test_command(self) -> str:
-        """What judges this part again."""
+        """The command that evaluates this split again."""
         return _test_command(self.name, self.split)
 
 
-def _test_command(name: str, part: str) -> str:
-    more = "" if part == "test" else f" --split {part}" if part in SPLITS else " --test_dir PATH"
-    return f"{program()} test --checkpoint_name {shlex.quote(name)}{more}"
+def _test_command(name: str, split: str) -> str:
+    option = "" if split == "test" else f" --split {split}" if split in SPLITS else " --test_dir PATH"
+    return f"{program()} test --checkpoint_name {shlex.quote(name)}{option}"
 
 
 def gather(
     name: str,
     table: PredictionTable,
-    places: RunPaths,
+    paths: RunPaths,
     info: BundleInfo | None,
     sizes: Mapping[str, tuple[int, str]],
     lenient: bool = False,
 ) -> RunData:
-    """Read what there is; of a damaged file DataError, or, where that is `lenient`, a warning."""
-    again = _test_command(name, places.part.name)
+    """Read all files of a run that exist.
+
+    Raises:
+        DataError: A file is damaged. With `lenient` this is a warning in the log, and the file is skipped.
+    """
+    again = _test_command(name, paths.predictions.name)
 
     def read(reader: Callable[[], dict[str, Any]]) -> dict[str, Any]:
         try:
@@ -162,43 +166,47 @@ def gather(
             log.warning("left out of the report: %s", error)
             return {}
 
-    def sidecar(path: Path, check: Check, option: str = "") -> dict[str, Any]:
-        return read(lambda: read_sidecar(path, check, f"write it again with `{again}{option}`, or remove it"))
+    def sidecar(
+        path: Path, schema: type[Sidecar], option: str = "", of: PredictionTable | None = None
+    ) -> dict[str, Any]:
+        hint = f"write it again with `{again}{option}`, or remove it"
+        return read(lambda: read_sidecar(path, schema, hint, of))
 
-    run, (labels, parts) = places.run, _counts_of_parts(places)
+    labels, split_counts = _split_counts(paths)
+    metrics = sidecar(paths.predictions / "metrics.json", MetricsFile, of=table)
     return RunData(
         name,
         table,
-        sidecar(places.part / "metrics.json", of_metrics(table))
-        or json.loads(json.dumps(metrics_dict(compute_metrics(table), None))),
-        places,
+        metrics or json.loads(json.dumps(metrics_dict(compute_metrics(table), None))),
+        paths,
         info,
-        read(lambda: read_curves(run / "metrics.csv", "remove it to have a report without learning curves"))
-        if run
-        else {},
-        parts,
-        labels,
-        _audit(places, info),
-        sidecar(places.measured("robustness.json"), is_robustness, " --robustness"),
-        sidecar(places.part / "calibration.json", is_calibration),
-        sidecar(places.measured("latency.json"), is_latency, " --latency"),
-        sizes,
+        curves=read(lambda: _curves(paths)),
+        split_counts=split_counts,
+        labels=labels,
+        audit=_audit(paths, info),
+        robustness=sidecar(paths.measured("robustness.json"), RobustnessFile, " --robustness"),
+        calibration=sidecar(paths.predictions / "calibration.json", CalibrationFile),
+        latency=sidecar(paths.measured("latency.json"), LatencyFile, " --latency"),
+        sizes=sizes,
     )
+
+
+def _curves(paths: RunPaths) -> dict[str, list[tuple[float, float]]]:
+    hint = "remove it to get a report without learning curves"
+    return read_curves(paths.run / "metrics.csv", hint) if paths.run else {}
 
 
 def sizes_of(bundle: Path | None) -> dict[str, tuple[int, str]]:
-    """Bytes and sha256 of each file of a bundle; {} where there is none."""
-    files = sorted(path for path in bundle.rglob("*") if path.is_file() and path.name != INFO_NAME) if bundle else []
-    return (
-        {path.relative_to(bundle).as_posix(): (path.stat().st_size, sha256_of(path)) for path in files}
-        if bundle
-        else {}
-    )
+    """Return bytes and sha256 of each file of a bundle; {} without a bundle."""
+    if bundle is None:
+        return {}
+    files = sorted(path for path in bundle.rglob("*") if path.is_file() and path.name != INFO_NAME)
+    return {path.relative_to(bundle).as_posix(): (path.stat().st_size, sha256_of(path)) for path in files}
 
 
-def _counts_of_parts(places: RunPaths) -> tuple[tuple[str, ...], dict[str, list[int]]]:
-    """The manifest's classes and how many images each part has of them."""
-    path = places.bundle / "manifest.csv" if places.bundle else None
+def _split_counts(paths: RunPaths) -> tuple[tuple[str, ...], dict[str, list[int]]]:
+    """Return the manifest's classes and the number of images of each class by split."""
+    path = paths.bundle / "manifest.csv" if paths.bundle else None
     if path is None or not path.is_file():
         return (), {}
     manifest = Manifest.read(path, Path())
@@ -209,22 +217,19 @@ def _counts_of_parts(places: RunPaths) -> tuple[tuple[str, ...], dict[str, list[
     return manifest.classes, {split: row for split, row in counts.items() if any(row)}
 
 
-def _audit(places: RunPaths, info: BundleInfo | None) -> dict[str, Any]:
-    """The newest audit.json of the images that the bundle was trained on; those that cannot be read are passed over."""
+def _audit(paths: RunPaths, info: BundleInfo | None) -> dict[str, Any]:
+    """Return the newest audit.json of the images that the bundle was trained on; skip files that cannot be read."""
     root = str(info.provenance.get("data_root", "")) if info else ""
-    if not root or places.audits is None:
+    if not root or paths.audits is None:
         return {}
     settings = (info.provenance.get("config") or {}).get("audit") or {} if info else {}
-    paths = (
-        [Path(settings["output_dir"]) / "audit.json"]
-        if settings.get("output_dir")
-        else list(places.audits.glob("*/audit.json"))
-    )
-    for _, path in sorted(((path.stat().st_mtime, path) for path in paths if path.is_file()), reverse=True):
+    configured = settings.get("output_dir")
+    files = [Path(configured) / "audit.json"] if configured else list(paths.audits.glob("*/audit.json"))
+    for _, path in sorted(((path.stat().st_mtime, path) for path in files if path.is_file()), reverse=True):
         try:
-            content = read_sidecar(path, is_audit, "audit its images again, or remove it")
+            content = read_sidecar(path, AuditFile, "run the audit of its images again, or remove it")
         except DataError as error:
-            log.warning("passed over: %s", error)
+            log.warning("skipped: %s", error)
             continue
         if content and Path(content["data"]["root"]).resolve() == Path(root).resolve():
             return content

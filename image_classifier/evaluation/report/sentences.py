@@ -1,9 +1,9 @@
-"""What the report says in sentences: the verdict on top, and of everything absent how to get it."""
+"""Sentences of the report: the verdict at the top, the limits, and how to get what is missing."""
 
 from __future__ import annotations
 
 import shlex
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,67 +16,81 @@ from image_classifier.manifest import SPLITS
 from image_classifier.program import program
 from image_classifier.text import counted
 
-_NAMES = {
+_BASELINES = {
     "most_frequent": "always the most frequent class",
     "logistic": "logistic regression on the backbone's embeddings",
 }
-_NAMED = 3  # mistakes in the command that explains them
-_HONEST = 0.02  # mean confidence and accuracy this near are called honest
+_NUM_EXPLAINED = 3  # mistakes in the command that explains them
+_SMALL_GAP = 0.02  # mean confidence within this distance of the accuracy is called realistic
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """The first lines of the report: how good, how sure, compared with what, what hurts; `beats` is None where there is nothing to beat."""
+    """The first sentences of the report; `beats_baseline` is None without a baseline."""
 
     sentences: tuple[str, ...]
-    beats: bool | None
+    beats_baseline: bool | None
 
 
-def verdict(facts: RunData, sure: float, confusions: list[Pair]) -> Verdict:
-    """In a few sentences; `sure` is the mean confidence, `confusions` the most frequent mistakes."""
-    accuracy, interval = float(facts.metrics["accuracy"]), facts.interval("accuracy")
-    number = len(facts.table.targets)
-    assert interval is not None  # of the accuracy there is always one
+def verdict(run: RunData, mean_confidence: float, confusions: list[Pair]) -> Verdict:
+    """Return how good the model is, compared with what, how realistic its confidence is, and its worst mistakes.
+
+    `confusions` are the most frequent mistakes, largest first.
+    """
+    accuracy = float(run.metrics["accuracy"])
+    interval = run.interval("accuracy")
+    assert interval is not None  # the accuracy always has one
     bounds = f"95 % interval {per_cent(interval[0])} to {per_cent(interval[1])}"
-    good = f"Right on {per_cent(accuracy)} of {counted(number, f'{facts.split} image')} ({bounds})."
-    beats, compared = _compared(facts, accuracy, interval[0])
-    return Verdict((good, compared, _honesty(sure, accuracy), *_hurts(facts, confusions)), beats)
+    images = counted(len(run.table.targets), f"{run.split} image")
+    right = f"Right on {per_cent(accuracy)} of {images} ({bounds})."
+    beats, compared = _compared(run, accuracy, interval[0])
+    mistakes = _worst_mistakes(run, confusions)
+    return Verdict((right, compared, _confidence(mean_confidence, accuracy), mistakes), beats)
 
 
-def _compared(facts: RunData, accuracy: float, low: float) -> tuple[bool | None, str]:
-    known: Mapping[str, Any] = facts.metrics.get("baselines") or {}
+def _compared(run: RunData, accuracy: float, low: float) -> tuple[bool | None, str]:
+    known: Mapping[str, Any] = run.metrics.get("baselines") or {}
     if not known:
-        return None, "No baseline was judged on these images, so nothing says whether this is much."
+        return None, "There is no baseline for these images to compare with."
     name, best = max(known.items(), key=lambda item: item[1]["accuracy"])
-    said, ahead = f"{_NAMES.get(name, name)} ({per_cent(best['accuracy'])})", accuracy - best["accuracy"]
+    baseline = f"the best baseline, {_BASELINES.get(name, name)} ({per_cent(best['accuracy'])})"
+    ahead = accuracy - best["accuracy"]
     if low > best["accuracy"]:
-        return True, f"That is {100 * ahead:.1f} points above the best baseline, {said}."
-    words = "more than chance explains" if ahead > 0 else "at all"
-    return False, f"It does not beat the best baseline, {said}, {words if ahead <= 0 else 'by ' + words}."
+        return True, f"That is {100 * ahead:.1f} points better than {baseline}."
+    if ahead > 0:
+        return False, f"It is not clearly better than {baseline}: the difference may be chance."
+    return False, f"It is not better than {baseline}."
 
 
-def _honesty(sure: float, accuracy: float) -> str:
-    gap = sure - accuracy
-    if abs(gap) <= _HONEST:
-        return f"Its confidence is honest: {per_cent(sure)} on average."
-    how, side = ("too sure", "above") if gap > 0 else ("not sure enough", "below")
-    return f"It is {how}: its mean confidence is {per_cent(sure)}, {100 * abs(gap):.1f} points {side} its accuracy."
+def _confidence(mean_confidence: float, accuracy: float) -> str:
+    gap = mean_confidence - accuracy
+    if abs(gap) <= _SMALL_GAP:
+        return f"Its confidence is realistic: {per_cent(mean_confidence)} on average."
+    how, side = ("overconfident", "above") if gap > 0 else ("underconfident", "below")
+    points = f"{100 * abs(gap):.1f} points {side} its accuracy"
+    return f"It is {how}: its mean confidence is {per_cent(mean_confidence)}, {points}."
 
 
-def _hurts(facts: RunData, confusions: list[Pair]) -> Iterator[str]:
+def _worst_mistakes(run: RunData, confusions: list[Pair]) -> str:
     if not confusions:
-        yield "There is no mistake."
-        return
-    pair, classes = confusions[0], facts.table.classes
+        return "It makes no mistake on these images."
+    pair = confusions[0]
+    truth, predicted = (plain(run.table.classes[code]) for code in (pair.truth, pair.predicted))
     total = round(pair.count / pair.share)
-    words = f"What hurts most: {pair.count} of {total} images of “{plain(classes[pair.truth])}” are taken for “{plain(classes[pair.predicted])}”"
-    rows = [row for row in facts.metrics["per_class"] if row["support"]]
+    rows = [row for row in run.metrics["per_class"] if row["support"]]
     weakest = min(rows, key=lambda row: (row["f1"], -row["support"]))
-    yield f"{words}; the weakest class is “{plain(weakest['label'])}” (F1 {weakest['f1']:.2f})."
+    return (
+        f"Most frequent mistake: {pair.count} of {total} images of “{truth}” {'is' if pair.count == 1 else 'are'} "
+        f"classified as “{predicted}”; the weakest class is “{plain(weakest['label'])}” (F1 {weakest['f1']:.2f})."
+    )
 
 
 def per_cent(share: float) -> str:
-    """A share as a person reads it; what is not everything is never called 100, what is not nothing never 0."""
+    """Return a share in per cent; only 1 is shown as 100 %, only 0 as 0 %.
+
+    >>> per_cent(0.915), per_cent(0.9999), per_cent(1)
+    ('91.5 %', '99.990 %', '100.0 %')
+    """
     if share in (0, 1):
         return f"{100 * abs(share):.1f} %"
     shown = (f"{100 * share:.{digits}f}" for digits in (1, 3, 6, 14))
@@ -84,91 +98,91 @@ def per_cent(share: float) -> str:
 
 
 def limits_in_words(decision: Mapping[str, Any] | None) -> dict[str, str]:
-    """The limits of an answer as bundle.json has them, in words; {} where it holds none."""
+    """Return the limits of a bundle.json in words; {} without a decision."""
     if not decision:
         return {}
     limits = Decision.from_dict(decision)
-    asked = limits.settings
-    unsure, unlike = "no limit is set", "is not looked for"
-    if asked.risk is not None and asked.risk < 1:
-        kept = f"{per_cent(limits.answered)} of val get a label, at most {per_cent(asked.risk)} of them wrong"
-        unsure = (
-            limits.note
-            or f"a confidence below {limits.threshold:.3f}: {kept}, with {per_cent(asked.risk_confidence or 0)} confidence"
-        )
+    settings = limits.settings
+    unsure = "no limit is set"
+    unlike = "not checked"
+    if settings.risk is not None and settings.risk < 1:
+        wrong = f"at most {per_cent(settings.risk)} of these are wrong, with {per_cent(settings.risk_confidence or 0)}"
+        answered = f"{per_cent(limits.answered)} of the val images get a label, and {wrong} confidence"
+        unsure = limits.note or f"refused if the confidence is below {limits.threshold:.3f}; {answered}"
     if limits.ood_limit is not None:
-        unlike = f"a score above {limits.ood_limit:.3f}; {per_cent(asked.ood_rate or 0)} of val is refused so"
-    sets = f"classes from a probability of {limits.set_level:.3f} up hold the true one of {per_cent(asked.coverage or 0)} of the images"
+        rate = f"{per_cent(settings.ood_rate or 0)} of the val images are"
+        unlike = f"refused if the out-of-distribution score is above {limits.ood_limit:.3f} ({rate})"
+    coverage = f"they include the true class for {per_cent(settings.coverage or 0)} of the images"
+    sets = f"all classes with a probability of {limits.set_level:.3f} or more; {coverage}"
     return {"not sure enough": unsure, "unlike the training images": unlike, "prediction sets": sets}
 
 
-def measured_in_words(facts: RunData) -> dict[str, str]:
-    """What the limits did on the judged part, under the names of `limits_in_words`; {} where nothing tells."""
-    if not facts.measured:
+def measured_in_words(run: RunData) -> dict[str, str]:
+    """Return the effect of the limits on the split, with the keys of `limits_in_words`; {} where not measured."""
+    if not run.measured:
         return {}
-    found = facts.measured["measured"]
-    wrong = "" if found["risk"] is None else f", {per_cent(found['risk'])} of these wrong"
-    words = {
-        "not sure enough": f"{per_cent(found['answered'])} get a label{wrong}; {per_cent(found['unsure'])} are too unsure"
-    }
-    if facts.measured["ood"].get("threshold") is not None:
-        words["unlike the training images"] = f"{per_cent(found['unknown'])} are refused as unlike"
-    empty = f", {per_cent(found['empty_sets'])} of the sets are empty" if found["empty_sets"] else ""
-    words["prediction sets"] = (
-        f"{per_cent(found['set_coverage'])} hold the true class; {found['set_size']:.2f} classes on average{empty}"
-    )
+    measured = run.measured["measured"]
+    wrong = "" if measured["risk"] is None else f", {per_cent(measured['risk'])} of these are wrong"
+    unsure = f"{per_cent(measured['unsure'])} are not sure enough"
+    words = {"not sure enough": f"{per_cent(measured['answered'])} get a label{wrong}; {unsure}"}
+    if run.measured["ood"].get("threshold") is not None:
+        words["unlike the training images"] = f"{per_cent(measured['unknown'])} are refused"
+    empty = f", {per_cent(measured['empty_sets'])} of the sets are empty" if measured["empty_sets"] else ""
+    coverage = f"{per_cent(measured['set_coverage'])} include the true class"
+    words["prediction sets"] = f"{coverage}; {measured['set_size']:.2f} classes on average{empty}"
     return words
 
 
-def absent(facts: RunData, explained: bool) -> list[tuple[str, str]]:
-    """What the report could hold and does not: title, and how to get it."""
-    name, own, test = facts.name, facts.split in SPLITS, facts.test_command
-    part = (
-        shlex.quote(name) + ("" if facts.split == "test" else f" --split {facts.split}")
-        if own
-        else shlex.quote(str(facts.places.part))
-    )
-    again = f"then write the report anew: {program()} report {part}"
-    plots = facts.places.part.parent if own else facts.places.part
-    worst = [str((facts.places.root or Path()) / facts.table.paths[row]) for row in facts.table.surest_mistakes(_NAMED)]
-    infer = f"{program()} infer --checkpoint_name {shlex.quote(name)} --images {shlex.join(worst)} --explain"
+def missing(run: RunData, explained: bool) -> list[tuple[str, str]]:
+    """Return what this report could show but does not: title, and how to get it."""
+    paths = run.paths
+    is_own_split = run.split in SPLITS
+    option = "" if run.split == "test" else f" --split {run.split}"
+    target = shlex.quote(run.name) + option if is_own_split else shlex.quote(str(paths.predictions))
+    then = f"then write the report again: {program()} report {target}"
+    test = run.test_command
+    plots = paths.predictions.parent if is_own_split else paths.predictions
+    mistakes = run.table.surest_mistakes(_NUM_EXPLAINED)
+    images = shlex.join(str((paths.root or Path()) / run.table.paths[row]) for row in mistakes)
+    infer = f"{program()} infer --checkpoint_name {shlex.quote(run.name)} --images {images} --explain"
+    audit = f"{program()} audit with the data.* of the training"
     rows = [
         (
-            not facts.curves,
+            not run.curves,
             "Learning curves",
-            f"no metrics.csv in {facts.places.run}: give the folder of the runs with runs_dir=PATH",
+            f"no metrics.csv in {paths.run}: give the folder of the runs with runs_dir=PATH",
         ),
         (
-            own and not facts.audit,
+            is_own_split and not run.audit,
             "Data audit",
-            f"no audit.json of these images in {facts.places.audits}: {program()} audit with the same data.*, {again}",
+            f"no audit.json of these images in {paths.audits}: {audit}, {then}",
         ),
         (
-            own and not facts.parts,
+            is_own_split and not run.split_counts,
             "Split",
-            "no manifest.csv: it lies in the bundle, and there is no bundle of this name",
+            "no manifest.csv: it is in the bundle, and there is no bundle with this name",
         ),
         (
-            own and facts.info is None,
+            is_own_split and run.info is None,
             "Origin",
-            f"no bundle {name!r}: command, versions and hashes stand in its bundle.json",
+            f"no bundle {run.name!r}: command, versions and hashes are in its bundle.json",
         ),
         (
-            not facts.metrics.get("intervals"),
+            not run.metrics.get("intervals"),
             "Intervals of every metric",
             f"metrics.json holds none: {test}",
         ),
         (
             not explained,
             "Explanations",
-            f"no figures of these mistakes in {facts.places.explanations}: {infer}, {again}",
+            f"no figures of these mistakes in {paths.explanations}: {infer}, {then}",
         ),
         (
-            bool(facts.info and facts.info.decision) and not facts.measured,
-            f"What the limits do on {facts.split}",
-            f"no calibration.json of these limits in {facts.places.part}: {test}, {again}",
+            bool(run.info and run.info.decision) and not run.measured,
+            f"Effect of the limits on {run.split}",
+            f"no calibration.json with these limits in {paths.predictions}: {test}, {then}",
         ),
-        (not facts.robustness, "Robustness", f"no robustness.json in {plots}: {test} --robustness, {again}"),
-        (not facts.latency, "Latency", f"no latency.json in {plots}: {test} --latency, {again}"),
+        (not run.robustness, "Robustness", f"no robustness.json in {plots}: {test} --robustness, {then}"),
+        (not run.latency, "Latency", f"no latency.json in {plots}: {test} --latency, {then}"),
     ]
-    return [(title, how) for missing, title, how in rows if missing]
+    return [(title, how) for is_missing, title, how in rows if is_missing]

@@ -14,7 +14,8 @@ from fastapi.responses import JSONResponse, Response
 from image_classifier.serving import schemas
 from image_classifier.serving.app_state import AppState
 from image_classifier.serving.request_limits import Refusal
-from image_classifier.serving.routes.common import ONLY_KNOWN_QUERY, ModelName, ask_worker, queue_slots
+from image_classifier.serving.routes.query import ONLY_KNOWN_QUERY, ModelName
+from image_classifier.serving.routes.worker_calls import ask_worker, queue_slots
 from image_classifier.serving.uploads import Upload
 from image_classifier.serving.worker.handle import WorkerCrash, WorkerHandle
 
@@ -38,7 +39,12 @@ Label = Annotated[
 def make_router(state: AppState) -> APIRouter:
     """Return the routes."""
     router = APIRouter(tags=["answers"])
+    _add_predict(router, state)
+    _add_explain(router, state)
+    return router
 
+
+def _add_predict(router: APIRouter, state: AppState) -> None:
     @router.post(
         "/predict",
         summary="Classify images",
@@ -58,6 +64,8 @@ def make_router(state: AppState) -> APIRouter:
         content = {**_provenance(handle, request), "predictions": answers}
         return JSONResponse(content, 422 if all("error" in answer for answer in answers) else 200)
 
+
+def _add_explain(router: APIRouter, state: AppState) -> None:
     @router.post(
         "/explain",
         summary="Show which parts of an image support a class",
@@ -81,8 +89,6 @@ def make_router(state: AppState) -> APIRouter:
                 raise Refusal(404, "not_found", "the model has no such class: GET /model lists them")
             explained, heat = await _explain(state, handle, image, label)
         return JSONResponse({**_provenance(handle, request), "path": image.name, "class": explained, "heat": heat})
-
-    return router
 
 
 def _provenance(handle: WorkerHandle, request: Request) -> dict[str, str]:

@@ -23,7 +23,7 @@ from image_classifier.serving import schemas
 from image_classifier.serving.app_state import AppState
 from image_classifier.serving.registry import ServedModel
 from image_classifier.serving.request_limits import Refusal
-from image_classifier.serving.routes.common import ask_worker, queue_slots
+from image_classifier.serving.routes.worker_calls import ask_worker, queue_slots
 from image_classifier.serving.worker.handle import WorkerCrash, WorkerHandle
 
 _HEADER = "inference-header-content-length"
@@ -42,56 +42,6 @@ class V2Request:
     content: bytes
     outputs: dict[str, bool]
     id: str | None
-
-
-def make_router(state: AppState) -> APIRouter:
-    """Return the routes under /v2."""
-    router = APIRouter(prefix="/v2", tags=["V2 inference protocol"])
-    _add_metadata(router, state)
-
-    @router.get("/health/live", summary="Check whether the server is alive")
-    async def live() -> Response:
-        return JSONResponse({"live": True})
-
-    @router.get(
-        "/health/ready",
-        summary="Check whether every model answers correctly",
-        responses={503: {"description": "A model does not"}},
-    )
-    async def ready() -> Response:
-        problems = await asyncio.gather(*(state.models.probe(served) for served in state.models))
-        return JSONResponse({"ready": not any(problems)}, 503 if any(problems) else 200)
-
-    @router.get(
-        "/models/{name}/ready",
-        summary="Check whether a model answers correctly",
-        responses=_REFUSALS | {503: {"description": "The model does not"}},
-    )
-    @router.get("/models/{name}/versions/{version}/ready", include_in_schema=False)
-    async def model_ready(request: Request, name: str) -> Response:
-        _handle(state, request)
-        (served,) = (served for served in state.models if served.spec.name == name)
-        problem = await state.models.probe(served)
-        return JSONResponse({"name": name, "ready": not problem}, 503 if problem else 200)
-
-    @router.post(
-        "/models/{name}/infer",
-        summary="Pixels uint8 [N, 3, S, S] to logits [N, C] and embedding [N, D]",
-        responses=_ALL_REFUSALS | {200: _ANSWER},
-        openapi_extra=_BODY,
-    )
-    @router.post("/models/{name}/versions/{version}/infer", include_in_schema=False)
-    async def infer(request: Request, name: str) -> Response:
-        _handle(state, request)
-        with state.models.acquire(name) as handle:
-            body = bytes(request.state.body)
-            parsed = await asyncio.to_thread(_parse, body, request.headers.get(_HEADER), handle.metadata)
-            request.state.body.clear()
-            request.state.images = parsed.shape[0]
-            header, content = await _run(state, handle, parsed)
-        return _response(handle, parsed, header["shapes"], content)
-
-    return router
 
 
 _TENSOR = {
@@ -138,7 +88,17 @@ _ANSWER = {
 }
 
 
-def _add_metadata(router: APIRouter, state: AppState) -> None:
+def make_router(state: AppState) -> APIRouter:
+    """Return the routes under /v2."""
+    router = APIRouter(prefix="/v2", tags=["V2 inference protocol"])
+    _add_server(router, state)
+    _add_model(router, state)
+    _add_probes(router, state)
+    _add_infer(router, state)
+    return router
+
+
+def _add_server(router: APIRouter, state: AppState) -> None:
     @router.get("", summary="Describe the server")
     async def server() -> Response:
         return JSONResponse({"name": "image_classifier", "version": __version__, "extensions": _EXTENSIONS})
@@ -147,43 +107,96 @@ def _add_metadata(router: APIRouter, state: AppState) -> None:
     async def index() -> Response:
         return JSONResponse([_index_entry(served) for served in state.models])
 
+
+def _add_model(router: APIRouter, state: AppState) -> None:
     @router.get("/models/{name}", summary="Describe the tensors of a model", responses=_REFUSALS)
     @router.get("/models/{name}/versions/{version}", include_in_schema=False)
     async def metadata(request: Request, name: str) -> Response:
-        model = _handle(state, request).metadata
-        side = model["image_size"]
-        outputs = [{"name": "logits", "datatype": "FP32", "shape": [-1, len(model["classes"])]}]
-        if model["embeddings"]:
-            outputs.append({"name": "embedding", "datatype": "FP32", "shape": [-1, -1]})
-        content = {
-            "name": name,
-            "versions": ["1"],
-            "platform": model["backend"],
-            "inputs": [{"name": "pixels", "datatype": "UINT8", "shape": [-1, 3, side, side]}],
-            "outputs": outputs,
-            "parameters": {"classes": model["classes"], "version": model["version"]},
-        }
-        return JSONResponse(content)
+        return JSONResponse(_metadata(name, _handle(state, request)))
 
     @router.get(
         "/models/{name}/config", summary="Show the configuration of a model, as Triton does", responses=_REFUSALS
     )
     @router.get("/models/{name}/versions/{version}/config", include_in_schema=False)
     async def config(request: Request, name: str) -> Response:
-        handle = _handle(state, request)
-        model = handle.metadata
-        side = model["image_size"]
-        outputs = [{"name": "logits", "data_type": "TYPE_FP32", "dims": [len(model["classes"])]}]
-        if model["embeddings"]:
-            outputs.append({"name": "embedding", "data_type": "TYPE_FP32", "dims": [-1]})
-        content = {
-            "name": name,
-            "platform": model["backend"],
-            "max_batch_size": _max_rows(handle),
-            "input": [{"name": "pixels", "data_type": "TYPE_UINT8", "dims": [3, side, side]}],
-            "output": outputs,
-        }
-        return JSONResponse(content)
+        return JSONResponse(_config(name, _handle(state, request)))
+
+
+def _add_probes(router: APIRouter, state: AppState) -> None:
+    @router.get("/health/live", summary="Check whether the server is alive")
+    async def live() -> Response:
+        return JSONResponse({"live": True})
+
+    @router.get(
+        "/health/ready",
+        summary="Check whether every model answers correctly",
+        responses={503: {"description": "A model does not"}},
+    )
+    async def ready() -> Response:
+        problems = await asyncio.gather(*(state.models.probe(served) for served in state.models))
+        return JSONResponse({"ready": not any(problems)}, 503 if any(problems) else 200)
+
+    @router.get(
+        "/models/{name}/ready",
+        summary="Check whether a model answers correctly",
+        responses=_REFUSALS | {503: {"description": "The model does not"}},
+    )
+    @router.get("/models/{name}/versions/{version}/ready", include_in_schema=False)
+    async def model_ready(request: Request, name: str) -> Response:
+        _handle(state, request)
+        (served,) = (served for served in state.models if served.spec.name == name)
+        problem = await state.models.probe(served)
+        return JSONResponse({"name": name, "ready": not problem}, 503 if problem else 200)
+
+
+def _add_infer(router: APIRouter, state: AppState) -> None:
+    @router.post(
+        "/models/{name}/infer",
+        summary="Pixels uint8 [N, 3, S, S] to logits [N, C] and embedding [N, D]",
+        responses=_ALL_REFUSALS | {200: _ANSWER},
+        openapi_extra=_BODY,
+    )
+    @router.post("/models/{name}/versions/{version}/infer", include_in_schema=False)
+    async def infer(request: Request, name: str) -> Response:
+        _handle(state, request)
+        with state.models.acquire(name) as handle:
+            body = bytes(request.state.body)
+            parsed = await asyncio.to_thread(_parse, body, request.headers.get(_HEADER), handle.metadata)
+            request.state.body.clear()
+            request.state.images = parsed.shape[0]
+            header, content = await _run(state, handle, parsed)
+        return _response(handle, parsed, header["shapes"], content)
+
+
+def _metadata(name: str, handle: WorkerHandle) -> dict[str, Any]:
+    model = handle.metadata
+    side = model["image_size"]
+    outputs = [{"name": "logits", "datatype": "FP32", "shape": [-1, len(model["classes"])]}]
+    if model["embeddings"]:
+        outputs.append({"name": "embedding", "datatype": "FP32", "shape": [-1, -1]})
+    return {
+        "name": name,
+        "versions": ["1"],
+        "platform": model["backend"],
+        "inputs": [{"name": "pixels", "datatype": "UINT8", "shape": [-1, 3, side, side]}],
+        "outputs": outputs,
+        "parameters": {"classes": model["classes"], "version": model["version"]},
+    }
+
+
+def _config(name: str, handle: WorkerHandle) -> dict[str, Any]:
+    model = handle.metadata
+    side = model["image_size"]
+    outputs = [{"name": "logits", "data_type": "TYPE_FP32", "dims": [len(model["classes"])]}]
+    if model["embeddings"]:
+        outputs.append({"name": "embedding", "data_type": "TYPE_FP32", "dims": [-1]})
+    return {
+        "name": name,
+        "platform": model["backend"],
+        "max_batch_size": _max_rows(handle),
+        "input": [{"name": "pixels", "data_type": "TYPE_UINT8", "dims": [3, side, side]}],
+        "output": outputs,
+    }
 
 
 def _index_entry(served: ServedModel) -> dict[str, str]:

@@ -77,7 +77,7 @@ def _is_predicted(path: Path, key: str) -> bool:
 
 
 def _predict(store: EmbeddingStore, fold: Manifest, seed: int) -> PredictionTable:
-    """Return the regression's predictions for the fold's val split, at the strength with the least cross-entropy there."""
+    """Return the predictions for the fold's val split, at the strength with the smallest cross-entropy there."""
     models, rows = fit_logistic(store, fold, seed), fold.indices("val")
     trained_classes = np.unique(fold.targets[fold.indices("train")])
     logits = {strength: np.full((len(rows), len(fold.classes)), _NEVER, np.float32) for strength in models}

@@ -1,4 +1,4 @@
-"""Findings are facts: what is said of a data set is so, of files that are there, and of the real ones what is known to be wrong with them."""
+"""Every issue of an audit is true and about existing files; known problems of real data sets are found."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from image_classifier.dataset.audit.checks import Audit, AuditSettings, find_issues, kind_of
+from image_classifier.dataset.audit.checks import Audit, AuditSettings, find_issues, issue_type_of
 from image_classifier.dataset.audit.exclude import Exclusions, merge
-from image_classifier.dataset.audit.issue_types import ALIKE, EXCLUDABLE, KINDS, SEVERITIES, UNREADABLE
+from image_classifier.dataset.audit.issue_types import DUPLICATE_TYPES, EXCLUDABLE, ISSUE_TYPES, SEVERITIES, UNREADABLE
 from image_classifier.dataset.discovery import FileTree, ImageFile, discover
 from image_classifier.dataset.duplicates import DuplicateSettings, NearDuplicates, clusters, find_near_duplicates
 from image_classifier.dataset.scan import FileMetadata, scan_files
@@ -37,7 +37,7 @@ def audited(root: Path, store: Path, asked: AuditSettings | None = None, exclusi
 
 def kinds_of(audit: Audit) -> dict[str, set[str]]:
     """Kind -> the paths it names."""
-    return {kind: {path for finding in group for path in finding.paths} for kind, group in audit.by_kind.items()}
+    return {kind: {path for finding in group for path in finding.paths} for kind, group in audit.by_type.items()}
 
 
 def a_tree(
@@ -92,12 +92,13 @@ def test_findings_are_facts(data: tuple[list[tuple[str, str, int, str]], list[tu
     tree, facts, twins = a_tree(*data)
     audit = find_issues(tree, facts, twins, ALL)
     images = {image.path: image for image in tree.images}
-    for finding in audit.findings:
+    for finding in audit.issues:
         assert set(finding.paths) <= images.keys() and len(set(finding.paths)) == len(finding.paths)
         assert all(
             (item.label, item.split) == (images[item.path].label, images[item.path].split) for item in finding.items
         )
-    ranks = [(SEVERITIES.index(finding.severity), list(KINDS).index(finding.kind)) for finding in audit.findings]
+    order = list(ISSUE_TYPES)
+    ranks = [(SEVERITIES.index(issue.severity), order.index(issue.issue_type)) for issue in audit.issues]
     assert ranks == sorted(ranks)
     assert json.loads(json.dumps(audit.as_dict())) == audit.as_dict()
     named = kinds_of(audit)
@@ -149,13 +150,12 @@ def test_an_audit_repeats_itself_and_only_the_hand_silences_a_finding(
     first = find_issues(tree, facts, twins, asked)
     exclusions = Exclusions().updated(first)
     again = find_issues(tree, facts, twins, asked, exclusions)
-    assert again.findings == first.findings  # an audit that is repeated says the same
-    assert again.proposed == first.proposed == again.left_out
+    assert again.issues == first.issues  # an audit that is repeated says the same
+    assert again.proposed == first.proposed == again.excluded
     assert exclusions.updated(again) == exclusions
     by_hand = merge(Exclusions(), dict.fromkeys(first.proposed, "no good"))
     assert not any(
-        set(finding.paths) & first.proposed.keys()
-        for finding in find_issues(tree, facts, twins, asked, by_hand).findings
+        set(finding.paths) & first.proposed.keys() for finding in find_issues(tree, facts, twins, asked, by_hand).issues
     )
     assert not find_issues(tree, facts, twins, asked, by_hand).proposed.keys() & first.proposed.keys()
 
@@ -169,7 +169,7 @@ def test_one_of_each_group_of_duplicates_stays_and_the_test_part_stays_whole(
     kinds = ["exact_duplicates", "near_duplicates"]
     audit = find_issues(tree, facts, twins, AuditSettings(exclude=kinds))
     for kind in kinds:
-        for finding in audit.by_kind.get(kind, ()):
+        for finding in audit.by_type.get(kind, ()):
             assert set(finding.paths[1:]) <= audit.proposed.keys()
             reason = audit.proposed.get(
                 finding.paths[0], ""
@@ -181,14 +181,14 @@ def test_one_of_each_group_of_duplicates_stays_and_the_test_part_stays_whole(
     assert "test" not in {splits[path] for path in leaks.proposed}
     by_hand = merge(Exclusions(), dict.fromkeys(leaks.proposed, "seen"))
     assert not any(
-        finding.kind == "leak" for finding in find_issues(tree, facts, twins, AuditSettings(), by_hand).findings
+        finding.issue_type == "leak" for finding in find_issues(tree, facts, twins, AuditSettings(), by_hand).issues
     )
 
 
 def test_a_clean_folder_is_said_to_be_clean(make_tree: MakeTree, tmp_path: Path) -> None:
     audit = audited(make_tree(cat=12, dog=12), tmp_path / "store")
-    assert audit.findings == () and audit.table() == ["24 images in 2 classes: nothing found"]
-    assert audit.summary() == ["audit: nothing wrong found"]
+    assert audit.issues == () and audit.table() == ["24 images in 2 classes: no issues"]
+    assert audit.summary() == ["audit: no errors or warnings"]
     assert not audit.exceeds("info")
 
 
@@ -201,9 +201,9 @@ def test_the_checks_of_classes_and_names(tmp_path: Path) -> None:
     write_image(tmp_path / "tree/other/x/t.png", 3)
     (tmp_path / "tree/train/dog/Thumbs.txt").write_text("x")
     audit = audited(tmp_path / "tree", tmp_path / "store")
-    details = {kind: [finding.detail for finding in group] for kind, group in audit.by_kind.items()}
+    details = {kind: [finding.detail for finding in group] for kind, group in audit.by_type.items()}
     assert details["imbalance"] == ["'dog' has 130 training images, 'cat ' has 3: 43.3 to 1"]
-    assert details["few_images"] == ["'cat ' has 3 training images that can be read"]
+    assert details["few_images"] == ["'cat ' has 3 readable training images"]
     assert details["class_name_variants"] == ["'Cat' (12 images), 'cat ' (3 images)"]
     assert details["missing_in_train"] == ["'owl' is in test and not in train"]
     assert details["missing_in_test"] == ["'Cat' is in train and not in test", "'cat ' is in train and not in test"]
@@ -216,7 +216,7 @@ def test_small_images_are_tiny_among_large_ones_only(tmp_path: Path) -> None:
     for number in range(12):
         write_image(tmp_path / "tree/a" / f"{number}.png", number, 8)
         write_image(tmp_path / "tree/b" / f"{number}.png", 100 + number, 8)
-    assert "tiny" not in audited(tmp_path / "tree", tmp_path / "store").by_kind
+    assert "tiny" not in audited(tmp_path / "tree", tmp_path / "store").by_type
     for number in range(30):
         write_image(tmp_path / "tree/b" / f"large{number}.png", 200 + number, 40)
     assert audited(tmp_path / "tree", tmp_path / "store").counts["tiny"] == 24
@@ -232,7 +232,7 @@ def test_an_extreme_shape_and_a_mirrored_copy_are_found(make_tree: MakeTree, tmp
         "extreme_aspect": {"cat/banner.png"},
         "near_duplicates": {"cat/003.png", "cat/mirrored.png"},
     }
-    assert all("mirrored" in finding.detail for finding in audit.by_kind["near_duplicates"])
+    assert all("mirrored" in finding.detail for finding in audit.by_type["near_duplicates"])
 
 
 @pytest.mark.parametrize(
@@ -323,7 +323,7 @@ def test_of_every_dirty_file_the_audit_says_what_the_manifest_knows(shared_data:
             assert EXPECTED[path] is None or EXPECTED[path] in kinds, (path, kinds)
             assert (EXPECTED[path] in UNREADABLE) == bool(kinds & {*UNREADABLE}), (path, kinds)
         else:
-            assert (kinds.difference(ALIKE) or {""}) & BY_FOLDER[path.partition("/")[0]], (path, kinds)
+            assert (kinds.difference(DUPLICATE_TYPES) or {""}) & BY_FOLDER[path.partition("/")[0]], (path, kinds)
     assert audit.proposed.keys() == {path for kind in UNREADABLE for path in named.get(kind, ())}
     assert named["empty_class"] == {"junk"} and "MANIFEST.tsv" in named["stray_files"]
 
@@ -336,13 +336,13 @@ def test_the_simpsons_leak(shared_data: Path, tmp_path: Path) -> None:
     assert leak["images"] == 2000 and 260 <= leak["leaked"] <= 290
     test = {
         item.path
-        for finding in audit.by_kind["leak"]
+        for finding in audit.by_type["leak"]
         if "train" in finding.numbers
         for item in finding.items
         if item.split == "test"
     }
     assert len(test) == leak["leaked"]
-    equal = Counter(finding.kind for finding in audit.findings if finding.detail.startswith("the same bytes"))
+    equal = Counter(finding.issue_type for finding in audit.issues if finding.detail.startswith("the same bytes"))
     assert equal == {"exact_duplicates": 4, "leak": 2}
     assert any(f"{leak['leaked']} of 2 000 test images" in line for line in audit.summary())
 
@@ -350,14 +350,14 @@ def test_the_simpsons_leak(shared_data: Path, tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_the_clothing_pair_under_two_labels(shared_data: Path, tmp_path: Path) -> None:
     audit = audited(unpacked(shared_data / "clothing.tar", tmp_path / "clothing"), tmp_path / "store")
-    (conflict,) = audit.by_kind["label_conflict"]
+    (conflict,) = audit.by_type["label_conflict"]
     assert [path.split("/", 1)[1][:15] for path in conflict.paths] == ["shorts/6075b4a5", "skirt/637a56e4-"]
     assert "correlation 0.99" in conflict.detail and not audit.proposed
 
 
 def test_reasons_of_the_operating_system_and_of_limits_have_their_kind() -> None:
-    assert kind_of("Permission denied") == "no_permission"
-    assert kind_of("larger than 50 MiB") == "too_large"
-    assert kind_of("5000 x 50000 pixels, more than the 50 megapixels allowed") == "too_large"
-    assert kind_of("no such file") == "not_an_image"
-    assert kind_of("holds samples that are not numbers") == "corrupt"
+    assert issue_type_of("Permission denied") == "no_permission"
+    assert issue_type_of("larger than 50 MiB") == "too_large"
+    assert issue_type_of("5000 x 50000 pixels, more than the 50 megapixels allowed") == "too_large"
+    assert issue_type_of("no such file") == "not_an_image"
+    assert issue_type_of("holds samples that are not numbers") == "corrupt"

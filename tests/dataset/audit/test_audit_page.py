@@ -21,7 +21,7 @@ from image_classifier.dataset.audit import html_report as audit_page
 from image_classifier.dataset.audit.checks import Audit, AuditSettings
 from image_classifier.dataset.audit.exclude import Exclusions, merge
 from image_classifier.dataset.audit.html_report import render, write_audit
-from image_classifier.dataset.audit.issue_types import KINDS
+from image_classifier.dataset.audit.issue_types import ISSUE_TYPES
 from image_classifier.dataset.audit.issues import Issue, IssueItem
 from image_classifier.errors import StorageError
 from image_classifier.html import document, thumbnails
@@ -125,7 +125,7 @@ def test_without_a_page_no_picture_is_opened(messy: Audit, tmp_path: Path, monke
 
 def test_a_picture_that_went_away_becomes_a_placeholder(messy: Audit) -> None:
     (messy.root / "train/cat/00.png").unlink()
-    assert "no picture: " in render(messy)
+    assert "no image: " in render(messy)
 
 
 @pytest.mark.parametrize("per_kind", [40, pytest.param(2000, marks=pytest.mark.slow)])
@@ -140,7 +140,7 @@ def test_the_page_is_bounded_whatever_the_data_set(
     paths = [f"{number}/{'long ' * 50}.png" for number in range(per_kind)]
     findings = [
         Issue(kind, f"reason {path}", (IssueItem(path, "cat"), IssueItem(path + "2", "cat")))
-        for kind in KINDS
+        for kind in ISSUE_TYPES
         for path in paths
     ]
     classes = {f"class {number}": {"images": 1} for number in range(per_kind)}
@@ -148,17 +148,17 @@ def test_the_page_is_bounded_whatever_the_data_set(
         tuple(findings),
         DATA | {"root": str(tmp_path), "classes": classes},
         AuditSettings(max_listed=2 * per_kind),
-        left_out=dict.fromkeys(paths, "x"),
+        excluded=dict.fromkeys(paths, "x"),
     )
     html = render(audit)
     assert len(html.encode()) < 10_000_000
-    assert all(f'id="{kind}"' in html for kind in KINDS)
+    assert all(f'id="{kind}"' in html for kind in ISSUE_TYPES)
     assert "shown; all are in audit.json" in html
 
 
 def test_an_audit_of_nothing_has_a_page(tmp_path: Path) -> None:
     html = render(Audit((), DATA | {"root": str(tmp_path), "classes": {}, "images": 0}, AuditSettings()))
-    assert "Nothing found." in html
+    assert "No issues." in html
 
 
 def _luminance(colour: str) -> float:
@@ -184,12 +184,13 @@ def test_every_text_has_contrast(theme: int) -> None:
 
 
 class Browser:
-    """A headless Chromium, spoken to over a pipe; `complaints` is all that the page made it say, `requests` all it asked for."""
+    """A headless Chromium, controlled over a pipe; it records the page's `complaints` and `requests`."""
 
     def __init__(self, binary: str, profile: Path) -> None:
         ours_out, theirs_in = self._pipe()
         theirs_out, ours_in = self._pipe()
-        line = f'exec "$0" --headless --no-sandbox --disable-gpu --user-data-dir="$1" --remote-debugging-pipe 3<&{ours_out} 4>&{ours_in}'
+        options = '--headless --no-sandbox --disable-gpu --user-data-dir="$1" --remote-debugging-pipe'
+        line = f'exec "$0" {options} 3<&{ours_out} 4>&{ours_in}'
         self.process = subprocess.Popen(
             ["bash", "-c", line, binary, str(profile)],
             pass_fds=(ours_out, ours_in),
@@ -293,7 +294,7 @@ TYPE = "(text) => { const s = document.getElementById('search'); s.value = text;
 def test_the_page_works_in_a_browser(messy: Audit, browser: Browser, tmp_path: Path) -> None:
     page = write_audit(messy, tmp_path / "out").with_name("audit.html")
     browser.show(page, width=1280)
-    kinds = list(messy.by_kind)
+    kinds = list(messy.by_type)
     assert browser.run(VISIBLE) == kinds
     assert {"empty_file", "leak", "exact_duplicates", "wrong_extension", "extreme_aspect"} <= set(kinds)
     assert browser.run("window.hacked") is None
@@ -306,7 +307,7 @@ def test_the_page_works_in_a_browser(messy: Audit, browser: Browser, tmp_path: P
     assert browser.run(VISIBLE) == [] and not browser.run("document.getElementById('nothing').hidden")
     browser.run(f"({TYPE})('')")
     browser.run("document.querySelector('button[data-severity=error]').click()")
-    assert browser.run(VISIBLE) == [kind for kind in kinds if KINDS[kind].severity != "error"]
+    assert browser.run(VISIBLE) == [kind for kind in kinds if ISSUE_TYPES[kind].severity != "error"]
     assert browser.complaints == []
     assert [url for url in browser.requests if not url.startswith("data:")] == [page.as_uri()]
 

@@ -1,4 +1,4 @@
-"""fix.csv: labels are corrected and images left out as its rows say, what a person wrote stays, and a row that is gone leaves no trace."""
+"""fix.csv: its rows correct labels and exclude images, a person's text stays, and a deleted row has no effect."""
 
 from __future__ import annotations
 
@@ -91,7 +91,7 @@ def test_decisions_stay_letter_by_letter_and_proposals_are_renewed() -> None:
     ("row", "words"),
     [
         ("a.png,cat,relable,dog,", "use one of relabel, exclude, keep"),
-        ("a.png,cat,relabel,,", "does not say to what"),
+        ("a.png,cat,relabel,,", "without a new label"),
         ("a.png,cat,exclude", "has 3 columns"),
         ("a.png,cat,exclude,,\na.png,cat,keep,,", "decides twice on 'a.png'"),
     ],
@@ -114,14 +114,14 @@ def test_labels_change_and_what_does_not_fit_is_said_once(caplog: pytest.LogCapt
     assert [image.label for image in correction.tree.images] == ["dog", "cat", "dog", "dog", "dog"]
     assert correction.excluded == {"c.png": "blurred"} and correction.counts == {"relabelled": 1, "excluded": 1}
     assert [record.message for record in caplog.records] == [
-        "fix.csv: 1 row passed over, as the image is not there: 'gone.png'",
-        "fix.csv: 1 row passed over, as the image has another label by now than the row says: 'd.png'",
+        "fix.csv: 1 row skipped, the image does not exist: 'gone.png'",
+        "fix.csv: 1 row skipped, the image has another label now: 'd.png'",
     ]
     assert fixes("a.png,cat,,dog,only proposed").applied(tree) == Correction(tree)
 
 
 def test_a_label_that_is_no_class_is_refused_with_the_nearest() -> None:
-    with pytest.raises(DataError, match=r"'dgo', which is no class: did you mean dog\?"):
+    with pytest.raises(DataError, match=r"'dgo', which is not a class: did you mean dog\?"):
         fixes("a.png,cat,relabel,dgo,").applied(tree_of(a="cat", b="dog"))
 
 
@@ -130,7 +130,7 @@ def test_a_label_that_is_no_class_is_refused_with_the_nearest() -> None:
 def test_what_was_left_out_and_relabelled_comes_back_to_its_part(
     sizes: dict[str, list[int]], settings: SplitSettings, draw: int, grown: dict[str, list[int]]
 ) -> None:
-    """The splits of all images after a correction was taken back are those before it, however the data set had grown."""
+    """After a correction is undone, the splits of all images are those before it, even if the data set has grown."""
     old = manifest_of(sizes)
     before = deal(joined(old, manifest_of(grown, "new")), settings, previous=deal(old, settings))
     undealt = replace(before, splits=np.full(len(before), -1, np.int8))
@@ -157,9 +157,9 @@ def test_applying_and_taking_back_gives_the_same_manifest(tree: Path, caplog: py
     assert len(corrected) == 18 and dict(corrected.corrected) == {"relabelled": 1, "excluded": 2}
     assert {record.path: record.split for record in corrected}.items() <= parts.items()
     assert next(record for record in corrected if record.path == held[0]).label == "dog"
-    assert "fix.csv: 1 label changed, 2 images left out" in caplog.text
-    assert "audit: after fix.csv: 1 label changed, 2 images left out" in found.audit.summary()
-    assert found.audit.left_out[held[1]] == "fix.csv: blurred"
+    assert "fix.csv: 1 label changed, 2 images excluded" in caplog.text
+    assert "audit: after fix.csv: 1 label changed, 2 images excluded" in found.audit.summary()
+    assert found.audit.excluded[held[1]] == "fix.csv: blurred"
     path = manifest_path(tree, [tree], DataSettings(fix_path="fix.csv", exclude_path="exclude.csv"))
     assert {record.path for record in Manifest.read(excluded_records_path(path), tree)} == {held[1], "dog/003.png"}
     memory = with_excluded(Manifest.read(path, tree), path)
@@ -174,7 +174,7 @@ def test_an_unreadable_image_may_be_left_out_by_either_file(tree: Path) -> None:
     fixes("cat/000.png,cat,exclude,,broken")
     manifest, found = prepared(tree)
     assert len(manifest) == 19 and dict(manifest.corrected) == {"relabelled": 0, "excluded": 1}
-    assert not found.exclusions.lines and "not_an_image" not in found.audit.by_kind
+    assert not found.exclusions.lines and "not_an_image" not in found.audit.by_type
 
 
 def test_folds_are_those_that_each_run_deals(tree: Path) -> None:
@@ -189,7 +189,10 @@ def test_folds_are_those_that_each_run_deals(tree: Path) -> None:
 def test_a_settled_conflict_is_not_reported_again(tree: Path) -> None:
     write_image(tree / "cat" / "twin.png", 77)
     shutil.copy(tree / "cat/twin.png", tree / "dog/twin.png")
-    kinds = lambda: {finding.kind for finding in prepared(tree)[1].audit.findings}  # noqa: E731
+
+    def kinds() -> set[str]:
+        return {issue.issue_type for issue in prepared(tree)[1].audit.issues}
+
     assert "label_conflict" in kinds()
     fixes("dog/twin.png,dog,relabel,cat,same picture")
     assert "label_conflict" not in kinds() and "exact_duplicates" in kinds()

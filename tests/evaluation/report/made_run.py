@@ -25,7 +25,7 @@ HOSTILE = "<img src=x onerror=window.hacked=1>"
 def make_run(
     home: Path, num_classes: int = 5, each: int = 12, accuracy: float = 0.7, pictures: bool = True
 ) -> PredictionTable:
-    """models/run, plots/run/test, runs/run and data/audit under `home`; the images of its test part lie in `home`/images."""
+    """Write models/run, plots/run/test, runs/run and data/audit under `home`, and the test images into images."""
     classes = tuple(sorted([f"class_{code:03d}" for code in range(num_classes - 1)] + [HOSTILE]))
     manifest = Manifest.of(home / "images", list(_records(classes, each)))
     if pictures:
@@ -67,7 +67,9 @@ def _write_part(plots: Path, table: PredictionTable, manifest: Manifest, accurac
     replace(table, temperature=1.5).write(plots / "test")
     found = json.loads(
         json.dumps(
-            metrics_dict(compute_metrics(table), None, baselines.beside([baselines.most_frequent_of(manifest)], "test"))
+            metrics_dict(
+                compute_metrics(table), None, baselines.baseline_scores([baselines.most_frequent_of(manifest)], "test")
+            )
         )
     )
     found["intervals"] = {"accuracy": [accuracy - 0.1, accuracy + 0.1], "f1_macro": [0.5, 0.9], "ece": None}

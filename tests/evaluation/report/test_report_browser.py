@@ -78,7 +78,8 @@ def test_a_cell_shows_its_images_and_the_keyboard_is_enough(report: Path, chromi
 def test_the_class_table_sorts_by_keyboard_and_filters(report: Path, chromium: Any) -> None:
     opened = Opened(chromium, report)
     page = opened.page
-    column = "[...document.querySelectorAll('#class-table tbody tr')].filter(row => !row.hidden).map(row => row.cells[4].dataset.value)"
+    rows = "[...document.querySelectorAll('#class-table tbody tr')].filter(row => !row.hidden)"
+    column = f"{rows}.map(row => row.cells[4].dataset.value)"
     button = page.locator("#class-table .sort", has_text="F1")
     button.focus()
     page.keyboard.press("Enter")
@@ -91,7 +92,7 @@ def test_the_class_table_sorts_by_keyboard_and_filters(report: Path, chromium: A
     page.locator("#pair-filter").fill("class_000 class_001")
     assert page.locator("#pair-table tbody tr:visible").count() == 1
     page.locator("#pair-table tbody tr:visible button").click()
-    assert page.locator("#drill h3").text_content() == "class_000 taken for class_001"
+    assert page.locator("#drill h3").text_content() == "class_000 classified as class_001"
     assert opened.quiet(report)
 
 

@@ -68,12 +68,12 @@ def test_folders_are_compared_without_images_or_torch(plots: Path) -> None:
     ("line", "said"),
     [
         (("first", "first"), "are the same predictions"),
-        (("first", "second", "third"), "'third' is not key=value"),
+        (("first", "second", "third"), "unexpected word 'third'"),
         (("first", "secondo"), "there is no checkpoint 'secondo'"),
-        (("first", "second", "split=val"), "'first' has no predictions of its val part"),
+        (("first", "second", "split=val"), "'first' has no predictions for its val split"),
         (("first", "second", "split=tests"), "there is no split 'tests'"),
-        (("first", "second", "resamples=5"), "resamples must be from 100"),
-        (("first", "second", "output=page.pdf"), "does not end so"),
+        (("first", "second", "resamples=5"), "invalid resamples 5"),
+        (("first", "second", "output=page.pdf"), "invalid output page.pdf"),
         (("first", "second", "data_dir=nowhere"), "is not a folder"),
         ((), "name is missing"),
     ],
@@ -91,7 +91,7 @@ def test_predictions_that_are_damaged_are_refused(plots: Path, command: Command)
     assert answer.code == 2 and "80 rows of 4 classes, logits of the shape [10, 4]" in answer.err
     (plots / "second/test/logits.npy").write_bytes(b"")
     answer = command("report", "second", "first", f"plots_dir={plots}", "models_dir=none")
-    assert answer.code == 2 and "holds no whole predictions.csv, logits.npy" in answer.err
+    assert answer.code == 2 and "predictions.csv, logits.npy or predictions.json" in answer.err
 
 
 def test_a_run_without_a_test_part_is_read_from_val(plots: Path, command: Command) -> None:
@@ -99,11 +99,11 @@ def test_a_run_without_a_test_part_is_read_from_val(plots: Path, command: Comman
     answer = command("report", "first", f"plots_dir={plots}", "models_dir=none")
     assert answer.code == 0 and "split      val" in answer.out, answer.err
     html = (plots / "first/report.html").read_text()
-    assert "judged on the val part" in html
+    assert "evaluated on the val split" in html
     for said in ("test --checkpoint_name first --split val --robustness", "report first --split val"):
         assert said in html
     answer = command("report", "first", f"plots_dir={plots}", "models_dir=none", "split=test")
-    assert answer.code == 2 and "'first' has no predictions of its test part" in answer.err
+    assert answer.code == 2 and "'first' has no predictions for its test split" in answer.err
 
 
 def test_no_advice_leads_to_a_part_that_the_data_has_not(
@@ -118,7 +118,7 @@ def test_no_advice_leads_to_a_part_that_the_data_has_not(
     answer = command("report", "run", "--split", "test")
     assert (
         answer.code == 2
-        and "its data has no such part, only train, val" in answer.err
+        and "its data has no test split, only train, val" in answer.err
         and "test --checkpoint_name" not in answer.err
     )
 
@@ -141,7 +141,7 @@ def test_each_part_has_a_page_of_its_own(plots: Path, command: Command, monkeypa
     assert list(pages.values()) == [folder / part / "report.html" for part in ("", "val", "test-holiday-01234567", "")]
     html = (folder / "test-holiday-01234567/report.html").read_text()
     assert (
-        "judged on the test-holiday-01234567 part" in html
+        "evaluated on the test-holiday-01234567 split" in html
         and "test --checkpoint_name first --test_dir PATH --robustness" in html
     )
     assert (

@@ -16,8 +16,8 @@ from hypothesis import strategies as st
 
 from image_classifier.bundle import read_bundle
 from image_classifier.evaluation.reliability.abstention import Decision, DecisionSettings, Evidence
-from image_classifier.evaluation.reliability.results import write_trust
-from image_classifier.evaluation.reliability.selective import risk_curve
+from image_classifier.evaluation.reliability.selective_prediction import risk_curve
+from image_classifier.evaluation.reliability_results import write_trust
 from image_classifier.evaluation.report.charts import Scale
 from image_classifier.evaluation.report.confusions import frequent, images_of_cells, matrix
 from image_classifier.evaluation.report.locate import limits_of
@@ -63,7 +63,7 @@ def test_all_that_was_measured_is_there(html: str) -> None:
     assert 'id="absent"' not in html
     for said in (
         "Temperature 1.500",
-        "below a confidence of 0.250",
+        "with a confidence below 0.250",
         "p50 ms",
         "model.ckpt",
         "Accuracy on 60 images",
@@ -76,7 +76,7 @@ def test_all_that_was_measured_is_there(html: str) -> None:
     assert (
         html.count("0.40 to 0.90") == html.count("0.50 to 0.80") == 5
         and 'title="95 %' not in html
-        and "not on paper" in html
+        and "are not printed" in html
     )
     assert 'class="explanation"' in html and "0.5000 to 0.9000" in html and "most frequent class (20.0 %)" in html
 
@@ -149,13 +149,13 @@ def test_what_a_bundle_says_of_its_decisions_is_shown(home: Path) -> None:
     info = read_bundle(home / "models/run").info
     for asked, words in (
         (DecisionSettings(), "no limit is set"),
-        (DecisionSettings(risk=0.9), "at most 90.0 % of them wrong, with 95.0 % confidence"),
+        (DecisionSettings(risk=0.9), "at most 90.0 % of these are wrong, with 95.0 % confidence"),
         (DecisionSettings(risk=1e-6), "cannot promise a risk of 1e-06"),
     ):
         decision = Decision.chosen(Evidence.of(table), asked)
         object.__setattr__(info, "decision", decision.as_dict())
         html = run_page(gather("run", table, RunPaths(home / "plots/run/test"), info, {}))
-        assert words in html and "hold the true one of 90.0 % of the images" in html and "evidence" not in html
+        assert words in html and "include the true class for 90.0 % of the images" in html and "evidence" not in html
 
 
 def test_what_the_limits_do_on_the_part_stands_beside_them(home: Path, tmp_path: Path) -> None:
@@ -169,10 +169,10 @@ def test_what_the_limits_do_on_the_part_stands_beside_them(home: Path, tmp_path:
         html = run_page(gather("run", table, RunPaths(part), told, {}))
         words = (
             f"{per_cent(score.answered)} get a label",
-            f"{per_cent(score.set_coverage)} hold the true class; {score.set_size:.2f} classes",
+            f"{per_cent(score.set_coverage)} include the true class; {score.set_size:.2f} classes",
         )
         assert all((f"on test: {sentence}" in html) == known for sentence in words)
-        assert ("no calibration.json of these limits" in html) != known
+        assert ("no calibration.json with these limits" in html) != known
 
 
 def test_thumbnails_are_read_within_the_limits_of_the_training(home: Path) -> None:
@@ -215,7 +215,7 @@ def test_the_matrix_shows_the_classes_that_are_mixed_up_most() -> None:
     confusion = np.diag(np.full(60, 9))
     confusion[50, 7] = 4
     shown = matrix(confusion)
-    assert len(shown.classes) == 40 and {7, 50} <= set(shown.classes) and not shown.whole
+    assert len(shown.classes) == 40 and {7, 50} <= set(shown.classes) and not shown.complete
     (pair,) = frequent(confusion)
     assert (pair.truth, pair.predicted, pair.count) == (50, 7, 4) and pair.share == pytest.approx(4 / 13)
     assert matrix(np.diag([1, 0])).rows[1] == [None, None]

@@ -1,4 +1,6 @@
-"""The backend `triton` against a small server of the V2 protocol: what it asks, and what it makes of every way to be refused."""
+"""The backend `triton` against a small server of the V2 protocol: what it asks, and what it makes of every way to be
+refused.
+"""
 
 from __future__ import annotations
 
@@ -131,7 +133,7 @@ def test_what_may_pass_is_asked_again(server: V2Server, fault: Fault) -> None:
         (lies((1, 2), shape=[1, 100000, 100000]), r"its logits of shape \[1, 100000, 100000\] has 8 bytes"),
         (status(200, b"[" * 100_000), "not JSON"),
         (status(500, b"[" * 100_000), r"HTTP 500"),
-        (lies((0, 2), shape=[0, 2**62, 2**62]), "3 sides|instead of"),
+        (lies((0, 2), shape=[0, 2**62, 2**62]), "3 dimensions|instead of"),
         (lies((1, 2), shape=[2**32, 2**32]), "has 8 bytes"),
         (lies((1, 2), shape=[-1, -2]), r"its logits of shape \[-1, -2\]"),
         (lies((1, 2), parameters={"binary_data_size": 99999}), "not the V2 protocol .*99999"),
@@ -183,7 +185,7 @@ def test_an_answer_that_drips_is_not_waited_for(server: V2Server) -> None:
 
 
 def test_a_body_without_end_does_not_fill_the_memory(server: V2Server, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(over_http, "MOST_BYTES", 10_000)
+    monkeypatch.setattr(over_http, "MAX_ANSWER_BYTES", 10_000)
     asked = backend(server)
     server.faults = [status(200, b" " * 3_000_000)]
     with pytest.raises(ServerError, match="longer than 10000 bytes"):
