@@ -1,6 +1,4 @@
-"""pip (requirements.txt) and Poetry (poetry.lock) install one and the same set, the Dockerfile parts of it: these
-checks fail when they drift.
-"""
+"""pip (requirements.txt) and Poetry (poetry.lock) install the same set, and the Dockerfile parts of it."""
 
 from __future__ import annotations
 
@@ -61,9 +59,7 @@ def environment(python: str, machine: str) -> dict[str, str]:
 def from_poetry(
     target: dict[str, str], only: str | None = None, extras: tuple[str, ...] = tuple(EXTRAS)
 ) -> dict[str, str]:
-    """What `poetry install --all-extras` puts on the `target` environment, of every group or of `only` one: name to
-    version.
-    """
+    """Return name and version of what `poetry install --all-extras` installs, of every group or of `only` one."""
     chosen = {}
     for package in LOCK["package"]:
         groups = [group for group in package["groups"] if only in (None, group)]

@@ -121,7 +121,7 @@ def _session(content: bytes, wanted: list[str], concurrent_runs: int) -> onnxrun
 def one_line_reason(error: Exception) -> str:
     r"""Return the message of another package's error, shortened to one line.
 
-    >>> one_line_reason(ValueError("two\\n   lines"))
+    >>> one_line_reason(ValueError("two\n   lines"))
     'two lines'
     """
     return " ".join(str(error).split())[:_MAX_REASON]

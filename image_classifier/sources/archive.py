@@ -22,6 +22,7 @@ from pathlib import Path, PurePosixPath
 from typing import IO, Any, ClassVar, cast
 
 from image_classifier.errors import ConfigError, SourceError
+from image_classifier.extras import install
 from image_classifier.images import is_image_name
 from image_classifier.sources.folders import is_visible_path
 from image_classifier.sources.image_source import ImageSource
@@ -302,7 +303,7 @@ def _decompressed(file: IO[bytes], head: bytes) -> IO[bytes]:
     """Return the tar inside a compressed file, which is decompressed as it is read."""
     if head.startswith(_ZSTD):
         if find_spec("pyarrow") is None:
-            raise SourceError("unpacking it needs a package that is not installed", "pip install pyarrow")
+            raise SourceError("unpacking it needs a package that is not installed", install("arrow"))
         import pyarrow  # type: ignore[import-untyped]  # imported here: it takes a fifth of a second
 
         return cast(IO[bytes], pyarrow.CompressedInputStream(file, "zstd"))

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import IO
 
 from image_classifier.errors import ConfigError, DataError, SourceError, storage_errors
+from image_classifier.extras import install
 from image_classifier.images import DEFAULT_LIMITS, IMAGE_SUFFIXES, DecodeLimits, is_image_name
 from image_classifier.sources.archive import ZSTD_SUFFIXES, ArchiveLimits, images_in, is_archive, is_archive_name
 from image_classifier.sources.folders import expanded, walk
@@ -167,7 +168,7 @@ def _spool() -> Iterator[IO[bytes]]:
 def _check_package(item: str) -> None:
     name = file_name(item) if is_url(item) else item
     if name.lower().endswith((".parquet", *ZSTD_SUFFIXES)) and find_spec("pyarrow") is None:
-        raise ConfigError(f"{item!r} needs a package that is not installed", "pip install pyarrow")
+        raise ConfigError(f"{item!r} needs a package that is not installed", install("arrow"))
 
 
 def is_address(item: str) -> bool:

@@ -1,4 +1,6 @@
-"""TensorRT: what is ours of it, with a stand-in for its package and for CUDA; and the package itself where it is installed."""
+"""TensorRT: what is ours of it, with a stand-in for its package and for CUDA; and the package itself where it is
+installed.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""Bundles, checkpoints and ONNX files from anywhere: an answer or one clear error, nothing run, nothing read beyond their folder."""
+"""Bundles, checkpoints and ONNX files from anywhere: an answer or one clear error, nothing run, nothing read beyond
+their folder.
+"""
 
 from __future__ import annotations
 

@@ -124,7 +124,8 @@ def test_nothing_is_loaded_where_nothing_is_missing_or_tracked(tmp_path):
         import sys
         from pathlib import Path
         from image_classifier.sources.dvc import pull_missing
-        assert not pull_missing(Path.cwd()) and not pull_missing(Path("missing")) and not pull_missing(Path("missing"), False)
+        assert not pull_missing(Path.cwd())
+        assert not pull_missing(Path("missing")) and not pull_missing(Path("missing"), False)
         assert not {"dvc", "yaml"} & set(sys.modules)"""
     root = Path(__file__).resolve().parents[3]
     subprocess.run([sys.executable, "-c", code], check=True, cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(root)})
@@ -377,7 +378,8 @@ def test_s3_with_wrong_credentials(on_s3, s3, key):
     try:
         with pytest.raises(
             SourceError,
-            match=r"the DVC remote 'far' \(s3://images/dvc\) refuses access .*: check its key: dvc remote modify --local far",
+            match=r"the DVC remote 'far' \(s3://images/dvc\) refuses access .*: "
+            r"check its key: dvc remote modify --local far",
         ):
             pull_missing(on_s3.data)
     finally:

@@ -1,4 +1,6 @@
-"""Run folders and bundles that version 0.1 wrote, before modules and classes moved: they resume, load and start runs."""
+"""Run folders and bundles that version 0.1 wrote, before modules and classes moved: they resume, load and start
+runs.
+"""
 
 import csv
 import json

@@ -1,4 +1,6 @@
-"""Averaged weights: what is averaged, that it is the average which is judged and kept, and that a stopped run goes on to the last bit."""
+"""Averaged weights: what is averaged, that it is the average which is judged and kept, and that a stopped run goes on
+to the last bit.
+"""
 
 import copy
 from pathlib import Path
@@ -210,7 +212,7 @@ def test_a_compiled_backbone_is_averaged_in_place(tmp_path: Path) -> None:
 
 
 def test_swa_of_a_run_without_an_end_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="how long"):
+    with pytest.raises(ConfigError, match="needs a run of known length"):
         fit(small_module(), tmp_path, [SWA()], max_epochs=-1)
 
 

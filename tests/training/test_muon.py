@@ -1,4 +1,6 @@
-"""Muon: what a step on a hidden matrix is, whom the auxiliary optimizer steps, and that a stopped run goes on to the last bit."""
+"""Muon: what a step on a hidden matrix is, whom the auxiliary optimizer steps, and that a stopped run goes on to the
+last bit.
+"""
 
 import copy
 import io

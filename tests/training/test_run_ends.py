@@ -1,4 +1,6 @@
-"""However a run ends, what it leaves is true: metrics of the epoch they stand beside, newest and best checkpoint, exit code."""
+"""However a run ends, what it leaves is true: metrics of the epoch they stand beside, newest and best checkpoint,
+exit code.
+"""
 
 import csv
 import os

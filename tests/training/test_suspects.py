@@ -1,4 +1,6 @@
-"""`suspects`: each fold is trained once, goes on where it was stopped, and is trained anew for other images; planted errors are found and mended."""
+"""`suspects`: each fold is trained once, goes on where it was stopped, and is trained anew for other images; planted
+errors are found and mended.
+"""
 
 from __future__ import annotations
 

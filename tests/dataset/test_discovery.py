@@ -137,8 +137,8 @@ def test_strays_of_a_tree_in_parts(tmp_path):
 def test_what_is_left_out_is_said(tmp_path, caplog):
     touch(tmp_path, "train/cat/a.png", "train/dog/a.png", "train/b.png", "val/cat/a.png", "docs/d.png")
     discover([tmp_path])
-    assert "1 images beside the class folders" in caplog.text
-    assert "not part of any split and left out: docs" in caplog.text
+    assert "1 images next to the class folders" in caplog.text
+    assert "not part of any split and skipped: docs" in caplog.text
 
 
 @pytest.mark.parametrize(
@@ -302,7 +302,7 @@ def test_relative_roots_stay_relative(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("second", "words"), [("a", "named twice"), ("a/cat", "lies inside"), (".", "lies inside"), ("link", "named twice")]
+    ("second", "words"), [("a", "named twice"), ("a/cat", "is inside"), (".", "is inside"), ("link", "named twice")]
 )
 def test_roots_that_overlap_are_refused(tmp_path, second, words):
     touch(tmp_path, "a/cat/1.png")
@@ -330,8 +330,8 @@ def test_names_may_be_swapped(tmp_path):
 @pytest.mark.parametrize(
     ("rename", "words"),
     [
-        ({"Kat": "x"}, "'Kat', which is no class: did you mean 'Katze'"),
-        ({"zzz": "x"}, "no class: classes: Katze, dog"),
+        ({"Kat": "x"}, "'Kat', which is not a class: did you mean 'Katze'"),
+        ({"zzz": "x"}, "not a class: classes: Katze, dog"),
         ({"dog": " "}, "no name"),
     ],
 )
