@@ -220,7 +220,7 @@ def test_folds_answer_each_image_exactly_once(tmp_path: Path) -> None:
     assert found.probabilities.argmax(axis=1).tolist() == [1, 1, 1, 0, 0, 0]
     for places, words in (
         ([*folds, folds[0]], "'a.png' is in two folds"),
-        (folds[:2], "not in both"),
+        (folds[:2], "only in the data set or only in a fold"),
         ([*folds, tmp_path], "no whole predictions.csv"),
     ):
         with pytest.raises(DataError, match=words):
