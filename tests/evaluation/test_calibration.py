@@ -88,7 +88,7 @@ def test_parts_that_cannot_tell_a_temperature_get_a_bounded_one_and_say_so() -> 
     assert flat.nll_after == flat.nll_before == pytest.approx(np.log(4))
     with pytest.raises(DataError, match="no image"):
         fit_temperature(table(right[:0], targets[:0]))
-    with pytest.raises(DataError, match="not numbers"):
+    with pytest.raises(DataError, match="not finite numbers"):
         fit_temperature(table(np.full((2, 4), np.nan), targets[:2]))
 
 

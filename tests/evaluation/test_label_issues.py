@@ -221,7 +221,7 @@ def test_folds_answer_each_image_exactly_once(tmp_path: Path) -> None:
     for places, words in (
         ([*folds, folds[0]], "'a.png' is in two folds"),
         (folds[:2], "only in the data set or only in a fold"),
-        ([*folds, tmp_path], "no whole predictions.csv"),
+        ([*folds, tmp_path], "is missing or damaged"),
     ):
         with pytest.raises(DataError, match=words):
             out_of_fold(places, labels, {}, ("ant", "bee"))
