@@ -38,7 +38,7 @@ def torchvision_backbone(
             f"use one of {', '.join(sets)}, or a file: model.weights=PATH",
         )
     try:
-        network = models.get_model(name, weights=weights, **arguments)
+        network: nn.Module = models.get_model(name, weights=weights, **arguments)
     except OSError as error:
         raise no_pretrained(name, error) from error
     _remove_head(network, name)

@@ -125,4 +125,5 @@ class MLP(nn.Sequential):
         super().__init__(*layers)
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
-        return super().forward(images.contiguous())
+        embeddings: torch.Tensor = super().forward(images.contiguous())
+        return embeddings

@@ -120,7 +120,7 @@ def test_a_damaged_file_is_named(tmp_path: Path) -> None:
     known_embeddings(network(), DIGESTS, gather, tmp_path)
     (file,) = tmp_path.glob("*.npz")
     file.write_bytes(file.read_bytes()[:500])
-    with pytest.raises(StorageError, match=r"000000\.npz.*made again"):
+    with pytest.raises(StorageError, match=r"000000\.npz.*computed again"):
         EmbeddingStore(tmp_path).missing(DIGESTS)
 
 
