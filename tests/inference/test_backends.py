@@ -24,7 +24,7 @@ def test_each_backend_names_a_function_that_opens_it(name: str) -> None:
 def test_each_backend_gives_the_golden_answers(name: str, digits_bundle: Path) -> None:
     bundle = read_bundle(digits_bundle)
     if name.startswith("openvino"):
-        pytest.skip("OpenVINO answers in processes of their own: see test_calibrated_backends.py")
+        pytest.skip("OpenVINO answers in processes of their own: see tests/exporting/test_export.py")
     if not BACKENDS[name].fits(bundle):
         pytest.skip(f"{name} is not installed, or the bundle has no file for it")
     assert verify_backend(bundle, name).agreement == 1.0
