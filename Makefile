@@ -65,7 +65,7 @@ $(READY): requirements.txt
 	  if "$$candidate" -c "$$fits" >/dev/null 2>&1; then python=$$candidate; break; fi; \
 	done; \
 	if [ -z "$$python" ]; then \
-	  echo "$(if $(PYTHON),$(PYTHON) is not,No) Python >=3.11,<3.15 with pip$(if $(PYTHON),, was found on the PATH): install one, or name it: make setup PYTHON=/path/to/python3.11" >&2; exit 1; \
+	  echo "$(if $(PYTHON),$(PYTHON) is not,No) Python >=3.11,<3.15 (but not 3.14.1) with pip$(if $(PYTHON),, was found on the PATH): install one, or name it: make setup PYTHON=/path/to/python3.11" >&2; exit 1; \
 	fi; \
 	"$(BIN)/python" -c "$$fits" >/dev/null 2>&1 || "$$python" -m venv --clear --without-pip .venv || exit 1; \
 	"$(BIN)/python" -m pip --version >/dev/null 2>&1 || "$(BIN)/python" -m ensurepip --upgrade >/dev/null 2>&1 || true; \

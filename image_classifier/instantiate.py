@@ -207,7 +207,7 @@ def _located(key: str, target: str, allowed: tuple[str, ...]) -> Callable[..., A
     homes = (*(entry for entry in allowed if entry.endswith(".")), *_HOMES)
     if not callable(found) or not home.startswith(homes):
         raise ConfigError(
-            f"{_join(key, '_target_')} names {target}, which is {home.rstrip('.')}'s and may not be built"
+            f"{_join(key, '_target_')} names {target}, which belongs to {home.rstrip('.')} and is not allowed"
         )
     return found  # type: ignore[no-any-return]
 

@@ -75,7 +75,7 @@ class ImagePredictions(list[ImagePrediction]):
 
 @dataclass(frozen=True)
 class ImageExplanation:
-    """What in an image speaks for a class.
+    """What in an image is evidence for a class.
 
     Attributes:
         path: Of the image.

@@ -40,14 +40,14 @@ def counted(number: int, noun: str) -> str:
     return f"{number:,} {noun if number == 1 else plural}".replace(",", " ")
 
 
-def listed(names: Sequence[str], limit: int = 5, noun: str = "") -> str:
+def listed(names: Sequence[str], limit: int = 5, noun: str = "", separator: str = ", ") -> str:
     """Return the first names, separated by commas, and how many more there are.
 
     >>> listed(["a", "b", "c", "d"], limit=2)
     'a, b and 2 more'
     """
     rest = len(names) - limit
-    return ", ".join(names[:limit]) + (f" and {rest} more{noun and f' {noun}'}" if rest > 0 else "")
+    return separator.join(names[:limit]) + (f" and {rest} more{noun and f' {noun}'}" if rest > 0 else "")
 
 
 def nearest(word: str, names: Iterable[str], cutoff: float = 0.6) -> str | None:

@@ -37,7 +37,7 @@ VERBS: dict[str, str] = {
     "clean": "Remove caches that can be rebuilt: decoded pixels and image metadata. Images and models stay.",
 }
 
-# what other programs call these verbs
+# Words for these verbs in other programs, for "did you mean".
 _OTHER_NAMES = {"predict": "infer", "classify": "infer", "evaluate": "test", "eval": "test", "fit": "train"}
 
 

@@ -152,7 +152,7 @@ def answer_shards(
             reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
             raise ClusterError(
                 f"the cluster gave up ({reason})",
-                "look at the machines' memory; --resume continues after the shards that are answered",
+                "check the memory of the machines; --resume continues with the shards that are missing",
             ) from error
 
 

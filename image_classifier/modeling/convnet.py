@@ -32,7 +32,7 @@ class ConvNet(nn.Sequential):
         dropout: Probability after each block; one number for all blocks or one a block.
         global_pool: Average the last feature map; otherwise it is flattened.
         hidden: Widths of the fully connected layers, each followed by the activation.
-        hidden_dropout: Probability after each fully connected layer; one number or one a layer.
+        hidden_dropout: Probability after each fully connected layer; one number or one per layer.
 
     Raises:
         ConfigError: A value is invalid, or the image is too small for so many pools.
@@ -87,10 +87,10 @@ def _dropout(rate: float) -> list[nn.Module]:
 
 
 def _per_layer(value: float | Sequence[float], layers: int, key: str) -> list[float]:
-    """Return one dropout rate a layer from one number, or from one a layer."""
+    """Return one dropout rate per layer, from one number or from one per layer."""
     values = [float(value)] * layers if isinstance(value, int | float) else [float(item) for item in value]
     if len(values) != layers:
-        raise ConfigError(f"{key} has {len(values)} values for {layers} layers", "give one number, or one a layer")
+        raise ConfigError(f"{key} has {len(values)} values for {layers} layers", "give one number, or one per layer")
     if not all(0 <= item < 1 for item in values):
         raise ConfigError(f"{key} must be at least 0 and below 1", f"got {values}")
     return values

@@ -232,7 +232,7 @@ def _weights(values: Sequence[float] | None) -> torch.Tensor | None:
         weights = torch.tensor([float(value) for value in values])
     except (TypeError, ValueError) as error:
         raise ConfigError(
-            f"loss.weight={values} is not a list of numbers", "give one number a class, or null"
+            f"loss.weight={values} is not a list of numbers", "give one number per class, or null"
         ) from error
     if not len(weights) or not torch.isfinite(weights).all() or weights.min() < 0 or weights.max() == 0:
         raise ConfigError(

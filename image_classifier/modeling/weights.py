@@ -127,7 +127,7 @@ def fit(backbone: nn.Module, tensors: Tensors, source: str) -> Fit:
     if _count(fitting) < _MIN_SHARE * _count(expected) or not fitting:
         share = f"{len(fitting)} of its {len(expected)} tensors"
         raise CheckpointError(
-            f"the weights in {source!r} are of another network: the backbone finds {share}",
+            f"the weights in {source!r} are from another network: the backbone finds {share}",
             f"it has {listed(list(expected), 3)}, the file has {listed(list(tensors), 3)}",
         )
     missing = [name for name in expected if name not in named and not name.endswith("num_batches_tracked")]

@@ -80,7 +80,10 @@ class WhitenedNet(nn.Module):
 
 def _check(widths: Sequence[int], convolutions: int, residual: bool, whitening_size: int, norm_momentum: float) -> None:
     if not widths or min(widths) < 1:
-        raise ConfigError(f"invalid model.backbone.widths={list(widths)}", "use one of 1 or more a block, [64,256,256]")
+        raise ConfigError(
+            f"invalid model.backbone.widths={list(widths)}",
+            "use one number of at least 1 per block, such as [64,256,256]",
+        )
     min_convolutions = 3 if residual else 1
     if convolutions < min_convolutions:
         raise ConfigError(
