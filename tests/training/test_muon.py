@@ -218,7 +218,7 @@ def test_impossible_settings_are_refused(arguments: dict[str, object]) -> None:
 
 
 def test_flat_parts_of_matrices_are_refused() -> None:
-    with pytest.raises(ConfigError, match="whole matrices"):
+    with pytest.raises(ConfigError, match="complete matrices"):
         Muon([{"params": [nn.Parameter(torch.zeros(5))], "kind": "matrix"}])
 
 
