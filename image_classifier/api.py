@@ -39,7 +39,7 @@ if TYPE_CHECKING:
 # A file, an address, the bytes of a file, a PIL image, or RGB pixels uint8 [H, W, 3] (or grey [H, W]).
 ImageLike: TypeAlias = "str | os.PathLike[str] | bytes | Image.Image | np.ndarray"
 
-_MODES = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "I;16")  # of PIL images, which a PNG file keeps to the bit
+_MODES = ("1", "L", "LA", "P", "RGB", "RGBA", "I;16")  # of PIL images, which a PNG file keeps to the bit
 
 
 def train(
@@ -287,7 +287,7 @@ def _as_png(image: Image.Image | np.ndarray) -> bytes:
     if image.mode not in _MODES:
         if image.mode in ("F", "I"):
             raise ConfigError(f"a PIL image of mode {image.mode} has no fixed range", "convert it to RGB first")
-        image = image.convert("RGB")
+        image = image.convert("RGBA" if image.mode in ("PA", "La", "RGBa") else "RGB")
     buffer = io.BytesIO()
     image.save(buffer, "PNG", compress_level=1, exif=image.getexif())  # with the orientation that a camera noted
     return buffer.getvalue()

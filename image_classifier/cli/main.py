@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import importlib
 import sys
 from collections.abc import Callable
@@ -64,8 +63,8 @@ def main() -> None:
     else:
         import fire
 
-        verbs = {name: functools.partial(_run, name, arguments) for name in VERBS}
-        fire.Fire(verbs, command=[verb], name=program())
+        # Fire takes a function, not a functools.partial, which is a method descriptor from Python 3.14 on.
+        fire.Fire({verb: lambda: _run(verb, arguments)}, command=[verb], name=program())
 
 
 def run() -> None:

@@ -45,7 +45,8 @@ def torchvision_backbone(
     if small_images:
         _remove_downsampling(network, name)
     transforms = sets[weights or "DEFAULT"].transforms()
-    network.pretrained_cfg = {"mean": tuple(transforms.mean), "std": tuple(transforms.std)}
+    config = {"mean": tuple(transforms.mean), "std": tuple(transforms.std)}
+    network.pretrained_cfg = config  # type: ignore[assignment]  # as timm keeps it
     return network
 
 

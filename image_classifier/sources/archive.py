@@ -26,10 +26,9 @@ from image_classifier.extras import install
 from image_classifier.images import is_image_name
 from image_classifier.sources.folders import is_visible_path
 from image_classifier.sources.image_source import ImageSource
+from image_classifier.sources.suffixes import ARCHIVE_SUFFIXES
 from image_classifier.text import printable
 
-SUFFIXES = (".tar.bz2", ".tar.gz", ".tar.xz", ".tar.zst", ".tar", ".tbz2", ".tgz", ".txz", ".tzst", ".zip")
-ZSTD_SUFFIXES = (".tar.zst", ".tzst")
 DAMAGED = (
     tarfile.TarError,
     zipfile.BadZipFile,
@@ -109,7 +108,7 @@ def is_archive_name(name: str) -> bool:
     >>> is_archive_name("photos.TAR.ZST"), is_archive_name("photos.png")
     (True, False)
     """
-    return name.lower().endswith(SUFFIXES)
+    return name.lower().endswith(ARCHIVE_SUFFIXES)
 
 
 def stem(name: str) -> str:
@@ -118,7 +117,7 @@ def stem(name: str) -> str:
     >>> stem("photos.tar.gz")
     'photos'
     """
-    return name[: -len(next(suffix for suffix in SUFFIXES if name.lower().endswith(suffix)))]
+    return name[: -len(next(suffix for suffix in ARCHIVE_SUFFIXES if name.lower().endswith(suffix)))]
 
 
 def is_archive(head: bytes) -> bool:

@@ -152,7 +152,7 @@ def test_a_link_to_the_root_is_the_same_root(tree, facts_store, opened, fine_clo
 
 def test_a_store_that_cannot_be_written(tree, tmp_path):
     (tmp_path / "file").touch()
-    with pytest.raises(StorageError, match="a file is in the way"):
+    with pytest.raises(StorageError, match="a file has that name"):
         read(discover([tree]), tmp_path / "file" / "facts")
 
 

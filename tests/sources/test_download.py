@@ -298,7 +298,7 @@ def test_the_disk_is_looked_at_first(server, target, monkeypatch):
 
 def test_a_folder_that_cannot_be_made(server, tmp_path):
     (tmp_path / "downloads").write_text("in the way")
-    with pytest.raises(StorageError, match="a file is in the way"):
+    with pytest.raises(StorageError, match="a file has that name"):
         fetch(server, tmp_path / "downloads" / "set.zip")
 
 

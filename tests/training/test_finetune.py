@@ -107,8 +107,8 @@ def no_blueprint(content: dict[str, Any]) -> None:
     [
         (foreign, "trusted_packages=[my_networks]"),
         (loader, "is not on the list"),
-        (other_weights, "do not fit its own network"),
-        (no_blueprint, "no checkpoint of this package"),
+        (other_weights, "do not fit its network"),
+        (no_blueprint, "not a checkpoint of this package"),
     ],
 )
 def test_a_checkpoint_that_cannot_be_gone_on_from_is_refused(
@@ -123,7 +123,7 @@ def test_a_checkpoint_that_cannot_be_gone_on_from_is_refused(
         (("model.from=nothing",), "no checkpoint 'nothing'"),
         (("model.from=model.onnx",), "takes a bundle or a .ckpt"),
         (("model.weights=nothing.pth",), "no file 'nothing.pth'"),
-        (("model.weights=a.pth", "model.from=b"), "two starts"),
+        (("model.weights=a.pth", "model.from=b"), "both give the initial weights"),
         (("model.weights=other.pth",), "of another network"),
         (("model=base",), "no model.backbone"),
         (("model.from=flat.ckpt", "data.image_size=16", "model=base"), "cannot take images of 16 px"),
@@ -215,7 +215,7 @@ def test_from_weights_of_a_file_a_neck_learns_that_checkpoints_keep_and_the_bund
         (("loss=supcon", "augment=mix"), "augment.mix gives shares of several"),
         (("loss=supcon", "augment=none"), "loss.views=2"),
         (("loss=focal", "loss.weight=[1,2]"), "loss.weight has 2 numbers for 3 classes"),
-        (("loss=bce", "loss.label_smoothing=2"), "loss.label_smoothing must be within 0..1"),
+        (("loss=bce", "loss.label_smoothing=2"), "loss.label_smoothing must be from 0 to 1"),
     ],
 )
 def test_a_loss_that_cannot_be_is_refused(command: Command, line: tuple[str, ...], says: str) -> None:
