@@ -68,8 +68,8 @@ def nearest(word: str, names: Iterable[str], cutoff: float = 0.6) -> str | None:
 def did_you_mean(word: str, names: Iterable[str]) -> str:
     """Return the start of a hint, or nothing where no name is near.
 
-    >>> did_you_mean("trian", ["train", "test"])
-    'did you mean train? '
+    >>> did_you_mean("resnet81", ["resnet18", "mlp"])
+    'did you mean resnet18? '
     """
     near = nearest(word, names)
     return f"did you mean {near}? " if near else ""

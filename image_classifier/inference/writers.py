@@ -31,8 +31,8 @@ _ROW_GROUP = 4096
 def json_line(answer: Answer) -> str:
     r"""Return one answer as a line of JSON that UTF-8 can hold; bytes of a file name that are not UTF-8 become escapes.
 
-    >>> print(json_line({"path": "caf\u00e9 \udcff.png"}))
-    {"path": "café \udcff.png"}
+    >>> print(json_line({"path": "\u00e9t\u00e9 \udcff.png"}))
+    {"path": "été \udcff.png"}
     """
     text = json.dumps(answer, ensure_ascii=False)
     return "".join(f"\\u{ord(letter):04x}" if "\ud800" <= letter <= "\udfff" else letter for letter in text)
