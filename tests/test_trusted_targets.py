@@ -16,7 +16,7 @@ TRUSTED_ERRORS = [
     ({"_target_": "torch.load"}, "trusted_packages=[torch]"),
     ({"_target_": "mine.Model"}, "trusted_packages=[mine]"),
     ({"_target_": "timm.create_model_evil"}, "not on the list"),
-    ({"_target_": "image_classifier.dataset.sources.os.remove", "path": "x"}, "may not be built"),
+    ({"_target_": "image_classifier.dataset.sources.os.remove", "path": "x"}, "is not allowed"),
     ({"_target_": "image_classifier.dataset.sources.Nothing"}, "no Nothing in image_classifier.dataset.sources"),
     ({"_target_": "image_classifier.dataset.sources.Foldr"}, "did you mean Folder?"),
     (
@@ -58,7 +58,7 @@ def test_instantiate_builds_trusted_targets() -> None:
             {"_target_": "torch.optim.AdamW", "_partial_": True, "weight_dcay": 1},
             "takes no argument 'weight_dcay': did you mean weight_decay?",
         ),
-        ({"_target_": "torch.nn.init.torch.load", "f": "x"}, "which is torch.serialization's and may not be built"),
+        ({"_target_": "torch.nn.init.torch.load", "f": "x"}, "which belongs to torch.serialization and is not allowed"),
         ({"_target_": "torch.nn.Lineer"}, "did you mean Linear?"),
         ({"_target_": "nopackage.Thing"}, "pip install nopackage"),
     ],

@@ -126,7 +126,7 @@ def check_same_run(known: Mapping[str, Any], now: Mapping[str, Any], owner: str,
     >>> check_same_run({"top_k": 1}, {"top_k": 1}, "'a.csv'")
     >>> check_same_run({"top_k": 1}, {"top_k": 3}, "'a.csv'", hint="start over")
     Traceback (most recent call last):
-    image_classifier.errors.ConfigError: 'a.csv' is of another run: top_k=3 was 1: start over
+    image_classifier.errors.ConfigError: 'a.csv' belongs to another run: top_k=3 was 1: start over
     """
     for key in dict.fromkeys([*known, *now]):
         if known.get(key) != now.get(key):

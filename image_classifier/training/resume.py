@@ -191,7 +191,7 @@ def validate_resume(resume: ResumePoint, fingerprint: Mapping[str, Any], flat: M
 
     Raises:
         CheckpointError: All checkpoints are damaged.
-        DataError, ConfigError: The checkpoint is of another run.
+        DataError, ConfigError: The checkpoint belongs to another run.
     """
     path = resume.checkpoint or (newest_readable(resume.directory / "checkpoints") if resume.directory else None)
     if path is None:

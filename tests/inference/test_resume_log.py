@@ -143,7 +143,7 @@ def test_a_finished_run_is_not_answered_again(
         assert again.code == first.code == 2 and again.err.splitlines()[-1] == first.err.splitlines()[-1]
         assert f"all {content.count(bytes([10])) - 1} images are answered" in again.err and output.stat() == status
         other = command(*base, "--top_k", "2", *few)
-        assert other.code == 2 and "is of another run: top_k=2 was None" in other.err
+        assert other.code == 2 and "belongs to another run: top_k=2 was None" in other.err
         more = command(*base, *few, "another.png")
         assert more.code == 2 and "holds the answers for other images" in more.err
     assert output.read_bytes() == content

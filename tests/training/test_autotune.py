@@ -215,7 +215,7 @@ def test_trials_leave_every_random_state_as_it_was() -> None:
         (("model.tta=flip", "data.flip=false"), "model.tta=flip"),
         (("model.tta=flip_shift", "data.flip=false"), "set model.tta=shift"),
         (("model.tta=mirror",), "model.tta=mirror"),
-        (("trainer.max_epochs=null",), "nothing ends this run"),
+        (("trainer.max_epochs=null",), "this run would never end"),
         (("optimizer=muon", "optimizer.lr=auto", "optimizer.auxiliary_lr=0.1"), "optimizer.auxiliary_lr"),
         (("trainer.max_epochs=null", "trainer.max_time=soon"), "trainer.max_time=soon"),
     ],

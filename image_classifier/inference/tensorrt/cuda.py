@@ -68,7 +68,7 @@ def _cuda(function: str, *arguments: object) -> Any:
     if int(code):
         raise ConfigError(
             f"TensorRT needs an NVIDIA GPU, and there is no usable one here ({code.name})",
-            f"look at nvidia-smi, {INSTEAD}",
+            f"check nvidia-smi, {INSTEAD}",
         )
     return values[0] if values else None
 

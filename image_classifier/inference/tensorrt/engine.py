@@ -155,7 +155,7 @@ def _create(kind: Any, logger: Any) -> Any:
         RuntimeError,
     ) as error:  # a constructor that fails returns nothing, which pybind11 reports as a TypeError
         reason = (logger.errors or [str(error)])[0][:200]
-        raise ConfigError(f"TensorRT cannot be used here ({reason})", f"look at nvidia-smi, {INSTEAD}") from error
+        raise ConfigError(f"TensorRT cannot be used here ({reason})", f"check nvidia-smi, {INSTEAD}") from error
 
 
 def _parsed(trt: Any, network: Any, logger: Any, model: Path) -> tuple[int, ...]:
