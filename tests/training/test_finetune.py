@@ -121,7 +121,7 @@ def test_a_checkpoint_that_cannot_be_gone_on_from_is_refused(
         (("model.from=nothing",), "no checkpoint 'nothing'"),
         (("model.from=model.onnx",), "takes a bundle or a .ckpt"),
         (("model.weights=nothing.pth",), "no file 'nothing.pth'"),
-        (("model.weights=a.pth", "model.from=b"), "two starts"),
+        (("model.weights=a.pth", "model.from=b"), "both give the initial weights"),
         (("model.weights=other.pth",), "of another network"),
         (("model=base",), "no model.backbone"),
         (("model.from=flat.ckpt", "data.image_size=16", "model=base"), "cannot take images of 16 px"),
