@@ -39,7 +39,7 @@ if TYPE_CHECKING:
 # A file, an address, the bytes of a file, a PIL image, or RGB pixels uint8 [H, W, 3] (or grey [H, W]).
 ImageLike: TypeAlias = "str | os.PathLike[str] | bytes | Image.Image | np.ndarray"
 
-_MODES = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "I;16")  # of PIL images, which a PNG file keeps to the bit
+_MODES = ("1", "L", "LA", "P", "RGB", "RGBA", "I;16")  # of PIL images, which a PNG file keeps to the bit
 
 
 def train(
@@ -153,12 +153,14 @@ class Model:
             UnreadableImage: The only image cannot be read.
             DataError: A folder or a pattern holds no image.
         """
-        if _is_one_image(images):
-            (answer,) = self.iter_predict([images])
-            if answer.error:
-                raise UnreadableImage(answer.path, answer.error)
-            return answer
-        return ImagePredictions(self.iter_predict(images))
+        if not _is_one_image(images):
+            return ImagePredictions(self.iter_predict(images))
+        answers = ImagePredictions(self.iter_predict([images]))
+        if len(answers) > 1:  # an address of an archive or of a folder
+            return answers
+        if answers[0].error:
+            raise UnreadableImage(answers[0].path, answers[0].error)
+        return answers[0]
 
     def iter_predict(self, images: Any) -> Iterator[ImagePrediction]:
         """Yield the predictions one after the other, for more images than fit into memory; arguments as `predict`."""
@@ -184,7 +186,7 @@ class Model:
         )
 
     def explain(self, image: ImageLike, label: str | None = None) -> ImageExplanation:
-        """Return a heat map of what in an image speaks for a class.
+        """Return a heat map of what in an image is evidence for a class.
 
         The gradients of the checkpoint are used where PyTorch and model.ckpt are there, else occlusion.
 
@@ -287,7 +289,7 @@ def _as_png(image: Image.Image | np.ndarray) -> bytes:
     if image.mode not in _MODES:
         if image.mode in ("F", "I"):
             raise ConfigError(f"a PIL image of mode {image.mode} has no fixed range", "convert it to RGB first")
-        image = image.convert("RGB")
+        image = image.convert("RGBA" if image.mode in ("PA", "La", "RGBa") else "RGB")
     buffer = io.BytesIO()
     image.save(buffer, "PNG", compress_level=1, exif=image.getexif())  # with the orientation that a camera noted
     return buffer.getvalue()

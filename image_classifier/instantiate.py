@@ -14,6 +14,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from image_classifier.errors import ClassifierError, ConfigError
+from image_classifier.extras import EXTRA_OF, install_package
 from image_classifier.mappings import literal_values
 from image_classifier.text import did_you_mean
 
@@ -206,7 +207,7 @@ def _located(key: str, target: str, allowed: tuple[str, ...]) -> Callable[..., A
     homes = (*(entry for entry in allowed if entry.endswith(".")), *_HOMES)
     if not callable(found) or not home.startswith(homes):
         raise ConfigError(
-            f"{_join(key, '_target_')} names {target}, which is {home.rstrip('.')}'s and may not be built"
+            f"{_join(key, '_target_')} names {target}, which belongs to {home.rstrip('.')} and is not allowed"
         )
     return found  # type: ignore[no-any-return]
 
@@ -231,7 +232,7 @@ def _import_failed(key: str, target: str, error: Exception) -> ConfigError:
     fact = f"{_join(key, '_target_')}: cannot import {target}"
     if missing and (missing == target.partition(".")[0] or not target.startswith(missing)):
         package = missing.partition(".")[0]
-        return ConfigError(fact, f"the package {package} is not installed: pip install {package}")
+        return ConfigError(fact, f"the package {package} is not installed: {install_package(package)}")
     parent, _, name = target.rpartition(".")
     return ConfigError(fact, f"{did_you_mean(name, _names(parent))}there is no {name} in {parent}")
 
@@ -272,13 +273,19 @@ def _explained(error: InstantiationException, node: Any) -> Exception:
     if unexpected and unexpected.group(1) in given:
         return _unknown_argument(key, target, unexpected.group(1), ())
     if isinstance(cause, ModuleNotFoundError):
-        missing = f"the package {cause.name} is not installed: pip install {cause.name}" if cause.name else str(cause)
-        return ConfigError(f"cannot build {key} ({target})", missing)
+        return ConfigError(f"cannot build {key} ({target})", _missing(cause))
     lightning = type(cause).__name__ == "MisconfigurationException"  # Lightning's exception for a wrong setting
     foreign = isinstance(cause, (TypeError, ValueError, RuntimeError)) and _is_trusted(target, _FOREIGN)
     if isinstance(cause, ClassifierError) or not (lightning or foreign):
         return cause
     return ConfigError(f"{key}: {target} refuses its arguments", str(cause))
+
+
+def _missing(error: ModuleNotFoundError) -> str:
+    """Return what to install; Lightning names a missing package only in its text."""
+    known = (word for word in re.findall(r"\w+", str(error)) if word in EXTRA_OF)
+    package = error.name or next(known, "")
+    return f"the package {package} is not installed: {install_package(package)}" if package else str(error)
 
 
 def _join(*parts: str) -> str:

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from image_classifier.dataset.audit.issues import Issue
 
 _SIDE = 160  # longer side of a picture in a notebook, pixels
+_SMALL = 48  # images below this side keep their pixels as squares
 _MAX_BARS = 5
 _MAX_SHOWN = 24  # predictions of a list
 
@@ -74,7 +75,7 @@ class ImagePredictions(list[ImagePrediction]):
 
 @dataclass(frozen=True)
 class ImageExplanation:
-    """What in an image speaks for a class.
+    """What in an image is evidence for a class.
 
     Attributes:
         path: Of the image.
@@ -130,7 +131,7 @@ class AuditResult:
 
     def _repr_html_(self) -> str:
         """Return the table."""
-        return f"<pre>{_escaped(str(self))}</pre>"
+        return "<pre>" + "\n".join(_escaped(line) for line in str(self).splitlines()) + "</pre>"
 
 
 def _bar(label: str, probability: float) -> str:
@@ -150,13 +151,14 @@ def _picture(content: Content) -> str:
 
 
 def _image_tag(pixels: np.ndarray) -> str:
-    """Return pixels uint8 [H, W, 3] as an <img> element that carries them."""
+    """Return pixels uint8 [H, W, 3] as an <img> element that carries them; a small image is enlarged."""
     image, buffer = Image.fromarray(pixels), io.BytesIO()
     image.thumbnail((_SIDE, _SIDE))
     image.save(buffer, "PNG")
-    return (
-        f'<img style="max-width:{_SIDE}px" src="data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}">'
-    )
+    width = round(image.width * _SIDE / max(image.size))
+    rendering = "pixelated" if max(image.size) < _SMALL else "auto"
+    data = base64.b64encode(buffer.getvalue()).decode()
+    return f'<img style="width:{width}px;image-rendering:{rendering}" src="data:image/png;base64,{data}">'
 
 
 def _escaped(text: Any) -> str:

@@ -8,7 +8,7 @@ import unicodedata
 from collections.abc import Iterable, Sequence
 
 # What would move a terminal's cursor, begin a line, or turn the direction of letters.
-_ESCAPED_CATEGORIES = ("Cc", "Zl", "Zp")
+_ESCAPED_CATEGORIES = ("Cc", "Cs", "Zl", "Zp")
 _DIRECTION_MARKS = frozenset("\u200e\u200f\u061c\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069")
 
 
@@ -18,11 +18,13 @@ def printable(text: str) -> str:
     >>> print(printable("a\tb\u202e"))
     a\tb\u202e
     """
-    shown = text.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
-    return "".join(_escaped(letter) for letter in shown) if not shown.isascii() or not shown.isprintable() else shown
+    return text if text.isascii() and text.isprintable() else "".join(map(_escaped, text))
 
 
 def _escaped(letter: str) -> str:
+    # A byte of a file name that is not UTF-8 is such a half of a surrogate pair.
+    if "\udc80" <= letter <= "\udcff":
+        return f"\\x{ord(letter) - 0xDC00:02x}"
     if unicodedata.category(letter) in _ESCAPED_CATEGORIES or letter in _DIRECTION_MARKS:
         return letter.encode("unicode_escape").decode()
     return letter
@@ -38,14 +40,14 @@ def counted(number: int, noun: str) -> str:
     return f"{number:,} {noun if number == 1 else plural}".replace(",", " ")
 
 
-def listed(names: Sequence[str], limit: int = 5, noun: str = "") -> str:
+def listed(names: Sequence[str], limit: int = 5, noun: str = "", separator: str = ", ") -> str:
     """Return the first names, separated by commas, and how many more there are.
 
     >>> listed(["a", "b", "c", "d"], limit=2)
     'a, b and 2 more'
     """
     rest = len(names) - limit
-    return ", ".join(names[:limit]) + (f" and {rest} more{noun and f' {noun}'}" if rest > 0 else "")
+    return separator.join(names[:limit]) + (f" and {rest} more{noun and f' {noun}'}" if rest > 0 else "")
 
 
 def nearest(word: str, names: Iterable[str], cutoff: float = 0.6) -> str | None:
@@ -66,8 +68,8 @@ def nearest(word: str, names: Iterable[str], cutoff: float = 0.6) -> str | None:
 def did_you_mean(word: str, names: Iterable[str]) -> str:
     """Return the start of a hint, or nothing where no name is near.
 
-    >>> did_you_mean("trian", ["train", "test"])
-    'did you mean train? '
+    >>> did_you_mean("resnet81", ["resnet18", "mlp"])
+    'did you mean resnet18? '
     """
     near = nearest(word, names)
     return f"did you mean {near}? " if near else ""

@@ -45,9 +45,7 @@ MakeTree = Callable[..., Path]
 
 @pytest.fixture(scope="session", autouse=True)
 def one_table_of_operators() -> Iterator[None]:
-    """Torch's exporter makes its table of ONNX operators anew for each export, which takes longer than a small
-    training; here once a process.
-    """
+    """Build the exporter's table of ONNX operators once per process: it takes longer than a small training."""
     from torch.onnx._internal.exporter._registration import ONNXRegistry
 
     with pytest.MonkeyPatch.context() as patch:
@@ -74,9 +72,7 @@ def write_image(path: Path, seed: int, size: int = 12) -> Path:
 
 @pytest.fixture
 def make_tree(tmp_path: Path) -> MakeTree:
-    """`make_tree(cat=5, dog=5)` writes that many different images a class and returns the root; keys may hold
-    slashes.
-    """
+    """`make_tree(cat=5, dog=5)` writes different images, so many per class, and returns the root."""
 
     def make(name: str = "tree", /, **counts: int) -> Path:
         root = tmp_path / name
@@ -147,9 +143,7 @@ def run_apart(*line: str, folder: Path | None = None) -> Answer:
 
 @pytest.fixture(scope="session")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder of this process in which, as it looks, `python commands.py train` ran on a few batches of digits, with
-    MLflow in a local file.
-    """
+    """A folder of this process in which `train` ran on a few batches of digits, with MLflow in a local file."""
     shared = _shared(tmp_path_factory)
     _train_once(shared)
     folder = tmp_path_factory.mktemp("own") / "trained"
@@ -161,9 +155,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def training_beside_the_first_tests(
     tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest
 ) -> Iterator[None]:
-    """No process of a test run waits for the folder `trained`: one makes it while all are busy with tests of other
-    things.
-    """
+    """Make the folder `trained` in one process while all run other tests, so that none waits for it."""
     if os.environ.get("PYTEST_XDIST_WORKER") != "gw0" or not any(
         _on_the_trained_folder(item) for item in request.session.items
     ):

@@ -139,6 +139,7 @@ def test_from_a_folder_to_a_model_and_its_scores(
     tree = make_tree("photos", cat=12, dog=12)
     found = ic.audit(tree, verbose=False)
     assert found.page.is_file() and found.exclude_path.is_file() and "24 images" in str(found)
+    assert found._repr_html_().count("\n") == len(str(found).splitlines()) - 1
     result = ic.train(tree, name="mine", verbose=False, **TINY)
     assert result.name == "mine" and result.bundle_dir.resolve() == (tmp_path / "models/mine").resolve()
     trained = ic.load("mine")

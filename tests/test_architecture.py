@@ -1,6 +1,4 @@
-"""What docs/architecture.md promises and import-linter cannot see: what a verb really loads, and that every config
-composes.
-"""
+"""The promises of docs/architecture.md: what a verb loads, who prints, unique names, and that every config composes."""
 
 from __future__ import annotations
 

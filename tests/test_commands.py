@@ -14,7 +14,7 @@ import pytest
 import commands
 from image_classifier.cli.conf_files import choices, root_groups
 from image_classifier.cli.exit_codes import exit_code
-from image_classifier.cli.main import VERBS, summaries
+from image_classifier.cli.main import VERBS
 from image_classifier.errors import ConfigError, DataError
 from image_classifier.paths import CONF_DIR
 
@@ -48,7 +48,7 @@ def test_each_verb_has_a_root_file_and_a_help_page(
     monkeypatch.setattr(sys, "argv", ["commands.py", verb, "--help"])
     commands.main()
     page = capsys.readouterr().out
-    assert summaries()[verb] in page
+    assert VERBS[verb] in page
     assert "python commands.py " + verb in page
     for group, chosen in root_groups(CONF_DIR, verb).items():
         assert f"{group} ({chosen})" in page
@@ -122,18 +122,13 @@ def test_a_reader_that_leaves_is_no_error() -> None:
 @pytest.mark.skipif(shutil.which("bash") is None, reason="bash is not installed")
 @pytest.mark.parametrize("program", ["python commands.py", "image-classifier", "python -m image_classifier"])
 def test_completion_in_a_real_bash(tmp_path: Path, program: str) -> None:
-    position = len(program.split())
     script = f"""
     eval "$({program} -sc install=bash)"
-    tab() {{
-        COMP_LINE="$1"; COMP_POINT=${{#1}}; COMP_WORDS=($1); COMP_CWORD=$2
-        image_classifier_completion
-        echo "${{COMPREPLY[*]}}"
-    }}
-    tab "{program} inf" {position}
-    tab "{program} infer --form" {position + 1}
-    tab "{program} train experiment=fas" {position + 1}
-    tab "{program} train ./pho" {position + 1}
+    tab() {{ COMP_LINE="$1"; COMP_POINT=${{#1}}; image_classifier_completion; echo "${{COMPREPLY[*]}}"; }}
+    tab "{program} inf"
+    tab "{program} infer --form"
+    tab "{program} train experiment=fas"
+    tab "{program} train ./pho"
     complete -p {program.split()[0]}
     eval "$({program} -sc uninstall=bash)"
     complete -p {program.split()[0]} || echo none

@@ -1,9 +1,7 @@
-"""Thousands of damaged files: each gives a picture within the limits or the one error; no crash, no hang, no memory
-above the bound.
+"""Thousands of damaged files: each gives a picture within the limits or one error; no crash, no hang, bounded memory.
 
-Run as a program (`python -m tests.test_decoder_mutations SEED COUNT [FOLDER]`) it decodes that many in a process of
-limited memory, so
-that a crash or a blow-up is seen from outside.
+Run as a program (`python -m tests.test_decoder_mutations SEED COUNT [FOLDER]`) it decodes that many in a process
+of limited memory, so that a crash or a blow-up is seen from outside.
 """
 
 from __future__ import annotations

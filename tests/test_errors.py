@@ -7,6 +7,7 @@ import pytest
 
 from image_classifier import errors
 from image_classifier.errors import ClassifierError, DataError, StorageError, UnreadableImage, storage_errors
+from image_classifier.text import printable
 
 
 def test_every_error_is_one_of_ours_and_drawn_in_the_docstring():
@@ -41,3 +42,10 @@ def test_what_the_disk_refuses_is_a_storage_error(number, word):
 def test_other_failures_pass():
     with pytest.raises(FileNotFoundError), storage_errors("x/y"):
         raise FileNotFoundError(errno.ENOENT, "not there", "/elsewhere/file")
+
+
+def test_text_of_strangers_is_always_printable() -> None:
+    """Whatever a file name or a request holds: bytes that are not UTF-8, lone surrogates, control characters."""
+    shown = printable("a\udc80\ud800\x1b[2J\n\u202eé")
+    assert shown == r"a\x80\ud800\x1b[2J\n\u202eé"
+    shown.encode("utf-8")

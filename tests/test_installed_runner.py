@@ -1,6 +1,4 @@
-"""What `pip install 'image-classifier[infer]'` gives: answers without torch, in less than 400 MB, from a wheel and an
-empty environment.
-"""
+"""`pip install 'image-classifier[infer]'` from a wheel: answers without torch, in less than 400 MB."""
 
 from __future__ import annotations
 

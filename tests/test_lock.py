@@ -1,6 +1,4 @@
-"""pip (requirements.txt) and Poetry (poetry.lock) install one and the same set, the Dockerfile parts of it: these
-checks fail when they drift.
-"""
+"""pip (requirements.txt) and Poetry (poetry.lock) install the same set, and the Dockerfile parts of it."""
 
 from __future__ import annotations
 
@@ -34,7 +32,7 @@ MACHINES = {
     "macos": {"sys_platform": "darwin", "platform_system": "Darwin", "platform_machine": "arm64", "os_name": "posix"},
     "windows": {"sys_platform": "win32", "platform_system": "Windows", "platform_machine": "AMD64", "os_name": "nt"},
 }
-PYTHONS = ("3.11", "3.12", "3.13")
+PYTHONS = ("3.11", "3.12", "3.13", "3.14")
 
 PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
 EXTRAS = PYPROJECT["project"]["optional-dependencies"]
@@ -61,9 +59,7 @@ def environment(python: str, machine: str) -> dict[str, str]:
 def from_poetry(
     target: dict[str, str], only: str | None = None, extras: tuple[str, ...] = tuple(EXTRAS)
 ) -> dict[str, str]:
-    """What `poetry install --all-extras` puts on the `target` environment, of every group or of `only` one: name to
-    version.
-    """
+    """Return name and version of what `poetry install --all-extras` installs, of every group or of `only` one."""
     chosen = {}
     for package in LOCK["package"]:
         groups = [group for group in package["groups"] if only in (None, group)]

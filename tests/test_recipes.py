@@ -163,5 +163,5 @@ def test_a_resnet_for_small_images_does_not_shrink_them_at_once() -> None:
     network.layer1.register_forward_hook(lambda _module, _inputs, output: sizes.append(tuple(output.shape)))
     assert network.eval()(torch.zeros(2, 3, 32, 32)).shape == (2, 512)
     assert sizes == [(2, 64, 32, 32)]
-    with pytest.raises(ConfigError, match="small_images is for ResNets, and mobilenet_v2 is none"):
+    with pytest.raises(ConfigError, match="small_images is for ResNets, not for mobilenet_v2"):
         torchvision_backbone("mobilenet_v2", small_images=True)

@@ -18,23 +18,24 @@ from image_classifier.errors import ClassifierError, ConfigError
 from image_classifier.paths import CONF_DIR
 from image_classifier.program import program
 
+# Without arrays, so that zsh's bashcompinit runs it too.
 _INSTALL_BASH = """\
 image_classifier_completion()
 {
-    local words=($COMP_LINE) word=${COMP_WORDS[$COMP_CWORD]} command choices
-    case "${words[0]##*/}" in
+    local first=${COMP_LINE%% *} rest=${COMP_LINE#* } program choices
+    case "${first##*/}" in
     python*)
-        if [ "${words[1]}" == "-m" ]; then
-            [ "${words[2]}" == "image_classifier" ] || return
-            command=("${words[@]:0:3}")
-        else
-            { [ -f "${words[1]}" ] && grep -q "@hydra.main" "${words[1]}"; } || return
-            command=("${words[@]:0:2}")
-        fi ;;
-    *) command=("${words[0]}") ;;
+        case "$rest" in
+        "-m image_classifier "*) program="$first -m image_classifier" ;;
+        *)
+            program=${rest%% *}
+            [ -f "$program" ] && grep -q "@hydra.main" "$program" || return
+            program="$first $program" ;;
+        esac ;;
+    *) program=$first ;;
     esac
-    choices=$(COMP_POINT=$COMP_POINT COMP_LINE=$COMP_LINE "${command[@]}" -sc query=bash 2> /dev/null)
-    COMPREPLY=($(compgen -W "$choices" -- "$word"))
+    choices=$(COMP_POINT=$COMP_POINT COMP_LINE=$COMP_LINE $program -sc query=bash 2> /dev/null)
+    COMPREPLY=($(compgen -W "$choices" -- "${COMP_LINE##* }"))
 }
 COMP_WORDBREAKS=${COMP_WORDBREAKS//=}
 complete -o nospace -o default -F image_classifier_completion NAME

@@ -22,10 +22,14 @@ from omegaconf.errors import OmegaConfBaseException
 from image_classifier.cli.conf_files import is_base
 from image_classifier.cli.options import TEXT_KEYS
 from image_classifier.errors import ConfigError
+from image_classifier.extras import install
 from image_classifier.override_grammar import requoted
 from image_classifier.paths import CONF_DIR
 from image_classifier.program import program
 from image_classifier.text import did_you_mean, nearest
+
+_JOBLIB, _SUBMITIT = "hydra-joblib-launcher", "hydra-submitit-launcher"
+_LAUNCHERS = {"joblib": _JOBLIB, "submitit_local": _SUBMITIT, "submitit_slurm": _SUBMITIT}  # of the extra `launchers`
 
 
 def one_line(error: BaseException) -> str:
@@ -107,9 +111,11 @@ def explain(error: Exception, root: str, overrides: list[str], extra: list[str],
     Called inside an initialised Hydra; `extra` are overrides of ours, such as the search path.
     """
     loader = GlobalHydra.instance().config_loader()
-    parsed = [
-        override for override in OverridesParser.create().parse_overrides(overrides) if not override.is_hydra_override()
-    ]
+    parsed = OverridesParser.create().parse_overrides(overrides)
+    refused = _missing_launcher(loader, root, parsed, extra)
+    if refused:
+        return refused
+    parsed = [override for override in parsed if not override.is_hydra_override()]
     groups, keys = _split(loader, root, parsed, extra)
     try:
         chosen = _chosen(loader, root, extra)
@@ -123,6 +129,16 @@ def explain(error: Exception, root: str, overrides: list[str], extra: list[str],
     return _refused_key(loader, root, keys, kept, verb) or ConfigError(
         "Hydra refuses the command line", one_line(error)
     )
+
+
+def _missing_launcher(loader: ConfigLoader, root: str, parsed: list[Override], extra: list[str]) -> ConfigError | None:
+    """Return the refusal of a launcher whose package is not installed, None for other refusals."""
+    for override in parsed:
+        package = _LAUNCHERS.get(str(override.value())) if override.key_or_group == "hydra/launcher" else None
+        if package and override.value() not in _options(loader, root, "hydra/launcher", extra):
+            fact = f"{override.input_line} needs the package {package}, which is not installed"
+            return ConfigError(fact, install("launchers"))
+    return None
 
 
 def _split(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import logging
 import os
@@ -118,7 +119,21 @@ def _run(verb: str, line: CommandLine, task: Task) -> None:
 def run_hydra(verb: str, line: CommandLine, task: Task) -> None:
     """Run Hydra's own program on a line; it reads sys.argv."""
     sys.argv[1:] = line.argv()
-    hydra.main(version_base="1.3", config_path=str(CONF_DIR), config_name=verb)(task)()
+    with _unchecked_help():
+        hydra.main(version_base="1.3", config_path=str(CONF_DIR), config_name=verb)(task)()
+
+
+@contextlib.contextmanager
+def _unchecked_help() -> Iterator[None]:
+    """Let argparse accept the help of Hydra's options.
+
+    Python 3.14 refuses help that is not text, which hydra-core 1.3.8 has for --shell-completion.
+    """
+    argparse.ArgumentParser._check_help = lambda *_: None  # type: ignore[attr-defined]
+    try:
+        yield
+    finally:
+        del argparse.ArgumentParser._check_help  # type: ignore[attr-defined]
 
 
 def configure_logging() -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import importlib
 import sys
 from collections.abc import Callable
@@ -12,91 +11,34 @@ from image_classifier import __version__
 from image_classifier.cli.exit_codes import exit_code
 from image_classifier.cli.help_pages import overview, verb_help
 from image_classifier.errors import ConfigError
+from image_classifier.extras import EXTRA_OF, install_package
 from image_classifier.paths import CONF_DIR
 from image_classifier.program import program
 from image_classifier.text import did_you_mean
 
-# verb: (the function that runs it, one line for the help pages)
-VERBS: dict[str, tuple[str, str]] = {
-    "prepare": (
-        "image_classifier.cli.verbs.prepare:prepare",
-        "Find the images of a data set, check and split them, and write manifest.csv.",
-    ),
-    "audit": (
-        "image_classifier.cli.verbs.audit:audit",
-        "Check every image for problems: duplicates, leaks between splits, unreadable files.",
-    ),
-    "show": (
-        "image_classifier.cli.verbs.show:show",
-        "Write a sheet of augmented training images to look at.",
-    ),
-    "baseline": (
-        "image_classifier.cli.verbs.baseline:baseline",
-        "Score what a model must beat: the most frequent class, and logistic regression on embeddings.",
-    ),
-    "suspects": (
-        "image_classifier.cli.verbs.suspects:suspects",
-        "Find the images that are probably labelled wrong, and propose a correction for each in fix.csv.",
-    ),
-    "train": (
-        "image_classifier.cli.verbs.train:train",
-        "Train a classifier and write a bundle to models/NAME/.",
-    ),
-    "tune": (
-        "image_classifier.cli.verbs.tune:tune",
-        "Search for the best settings: many trainings, pruned and resumable, on one machine or many.",
-    ),
-    "test": (
-        "image_classifier.cli.verbs.test:test",
-        "Score a bundle or a checkpoint on images it was not trained on.",
-    ),
-    "report": (
-        "image_classifier.cli.verbs.report:report",
-        "Write one page about a run, or compare two runs and tell whether the second is really better.",
-    ),
-    "export": (
-        "image_classifier.cli.verbs.export:export",
-        "Convert a bundle's model (sealed, int8, OpenVINO, TensorRT, Triton, MLflow) and compare the answers.",
-    ),
-    "verify": (
-        "image_classifier.cli.verbs.verify:verify",
-        "Check a bundle: every file's hash, and the golden images on every backend.",
-    ),
-    "promote": (
-        "image_classifier.cli.verbs.promote:promote",
-        "Register a bundle in MLflow, after a last check, and point an alias to it.",
-    ),
-    "triton": (
-        "image_classifier.cli.verbs.triton:triton",
-        "Start a Triton server on a bundle's model repository, wait until it answers, and stop it.",
-    ),
-    "infer": (
-        "image_classifier.cli.verbs.infer:infer",
-        "Classify images with a bundle, a checkpoint or an ONNX file.",
-    ),
-    "serve": (
-        "image_classifier.cli.verbs.serve:serve",
-        "Serve models over HTTP: a web page, a REST API and the V2 protocol.",
-    ),
-    "drift": (
-        "image_classifier.cli.verbs.drift:drift",
-        "Compare the images that a server classified lately with the validation images of its model.",
-    ),
-    "clean": (
-        "image_classifier.cli.verbs.clean:clean",
-        "Remove caches that can be rebuilt: decoded pixels and image metadata. Images and models stay.",
-    ),
+# Each verb, run by the function of its name in cli/verbs/VERB.py, and its line of help.
+VERBS: dict[str, str] = {
+    "prepare": "Find the images of a data set, check and split them, and write manifest.csv.",
+    "audit": "Check every image for problems: duplicates, leaks between splits, unreadable files.",
+    "show": "Write a sheet of augmented training images to look at.",
+    "baseline": "Score what a model must beat: the most frequent class, and logistic regression on embeddings.",
+    "suspects": "Find the images that are probably labelled wrong, and propose a correction for each in fix.csv.",
+    "train": "Train a classifier and write a bundle to models/NAME/.",
+    "tune": "Search for the best settings: many trainings, pruned and resumable, on one machine or many.",
+    "test": "Score a bundle or a checkpoint on images it was not trained on.",
+    "report": "Write one page about a run, or compare two runs and tell whether the second is really better.",
+    "export": "Convert a bundle's model (sealed, int8, OpenVINO, TensorRT, Triton, MLflow) and compare the answers.",
+    "verify": "Check a bundle: every file's hash, and the golden images on every backend.",
+    "promote": "Register a bundle in MLflow, after a last check, and point an alias to it.",
+    "triton": "Start a Triton server on a bundle's model repository, wait until it answers, and stop it.",
+    "infer": "Classify images with a bundle, a checkpoint or an ONNX file.",
+    "serve": "Serve models over HTTP: a web page, a REST API and the V2 protocol.",
+    "drift": "Compare the images that a server classified lately with the validation images of its model.",
+    "clean": "Remove caches that can be rebuilt: decoded pixels and image metadata. Images and models stay.",
 }
 
-_OF_TRAIN = (
-    "torch torchvision pytorch_lightning torchmetrics timm safetensors optuna sqlalchemy mlflow dvc "
-    "onnx onnxscript scipy sklearn cleanlab matplotlib pyarrow"
-)
-_OF_SERVE = "fastapi uvicorn starlette pydantic python_multipart prometheus_client"
-# what other programs call these verbs
+# Words for these verbs in other programs, for "did you mean".
 _OTHER_NAMES = {"predict": "infer", "classify": "infer", "evaluate": "test", "eval": "test", "fit": "train"}
-# package: the extra that installs it
-_OPTIONAL = dict.fromkeys(_OF_TRAIN.split(), "train") | dict.fromkeys(_OF_SERVE.split(), "serve")
 
 
 def main() -> None:
@@ -107,7 +49,7 @@ def main() -> None:
     """
     verb, *arguments = sys.argv[1:] or ["--help"]
     if verb in ("--help", "-h", "help"):
-        print(overview(program(), summaries()))
+        print(overview(program(), VERBS))
     elif verb == "--version":
         print(f"image_classifier {__version__}")
     elif {verb, *arguments} & {"-sc", "--shell-completion"}:
@@ -117,22 +59,17 @@ def main() -> None:
     elif verb not in VERBS:
         raise _unknown(verb)
     elif {"--help", "-h"} & set(arguments):
-        print(verb_help(program(), verb, VERBS[verb][1], CONF_DIR))
+        print(verb_help(program(), verb, VERBS[verb], CONF_DIR))
     else:
         import fire
 
-        verbs = {name: functools.partial(_run, name, arguments) for name in VERBS}
-        fire.Fire(verbs, command=[verb], name=program())
+        # Fire takes a function, not a functools.partial, which is a method descriptor from Python 3.14 on.
+        fire.Fire({verb: lambda: _run(verb, arguments)}, command=[verb], name=program())
 
 
 def run() -> None:
     """Run the command line and exit with its code."""
     sys.exit(exit_code(main))
-
-
-def summaries() -> dict[str, str]:
-    """Return each verb with its line of help."""
-    return {verb: text for verb, (_, text) in VERBS.items()}
 
 
 def _unknown(verb: str) -> ConfigError:
@@ -147,20 +84,20 @@ def _unknown(verb: str) -> ConfigError:
 def _run(verb: str, arguments: list[str]) -> None:
     from image_classifier.cli.hydra_app import run_verb
 
-    run_verb(verb, arguments, _imported(VERBS[verb][0]))
+    run_verb(verb, arguments, _imported(verb))
 
 
-def _imported(name: str) -> Callable[[Any], object]:
+def _imported(verb: str) -> Callable[[Any], object]:
     """Return a task that imports its function when it runs, after the command line was checked."""
 
     def task(config: Any) -> object:
-        module, _, function = name.partition(":")
         try:
-            return getattr(importlib.import_module(module), function)(config)
+            module = importlib.import_module(f"image_classifier.cli.verbs.{verb}")
+            return getattr(module, verb)(config)
         except ModuleNotFoundError as error:
-            if error.name not in _OPTIONAL:
+            if error.name not in EXTRA_OF:
                 raise
-            extra = f"pip install 'image-classifier[{_OPTIONAL[error.name]}]'"
-            raise ConfigError(f"this needs the package {error.name}, which is not installed", extra) from error
+            fact = f"this needs the package {error.name}, which is not installed"
+            raise ConfigError(fact, install_package(error.name)) from error
 
     return task

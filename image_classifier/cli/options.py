@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from dataclasses import dataclass
 from itertools import chain
 
@@ -115,6 +115,15 @@ class CommandLine:
         """Return the words for Hydra: flags first, because argparse accepts overrides only in one block."""
         flags = [(name,) if value is None else (name, value) for name, value in self.flags]
         return [*chain.from_iterable(flags), *self.overrides]
+
+    def for_training(self, own_keys: Container[str]) -> CommandLine:
+        """Return the line for the trainings that a verb starts: without the verb's own keys and most flags."""
+        flags = tuple(item for item in self.flags if item[0] in ("--config-dir", "--config-path"))
+        return CommandLine(flags, tuple(text for text in self.overrides if _root_key(text) not in own_keys))
+
+
+def _root_key(override: str) -> str:
+    return re.split(r"[.=]", override.lstrip("+~"))[0].partition("@")[0]
 
 
 def translate(verb: str, arguments: Sequence[str]) -> CommandLine:

@@ -13,6 +13,7 @@ from image_classifier.errors import ConfigError
 from image_classifier.override_grammar import quoted
 from image_classifier.paths import CONF_DIR
 from image_classifier.program import program
+from image_classifier.sources.suffixes import ARCHIVE_SUFFIXES, TABLE_SUFFIXES
 from image_classifier.text import nearest
 
 # Verbs whose plain words are images to learn from: folders, archives, tables, or their addresses.
@@ -31,8 +32,6 @@ WORD_KEYS: dict[str, tuple[str, ...]] = {
 }
 REPEATED = frozenset({"images"})  # keys that take all the words that are left
 _SHOWN = {"checkpoint_name": "NAME", "name": "NAME", "images": "IMAGES...", "test_dir": "[FOLDER]", "other": "[OTHER]"}
-_ARCHIVES = (".zip", ".tar", ".tgz", ".tbz2", ".txz", ".tzst", ".tar.gz", ".tar.bz2", ".tar.xz", ".tar.zst")
-_TABLES = (".csv", ".tsv", ".parquet")
 _HUBS = {"hf:": "hf", "kaggle:": "kaggle"}  # how a name of a hub begins, and its choice of the group data
 
 
@@ -102,7 +101,7 @@ def _data_override(verb: str, words: Sequence[str], overrides: Sequence[str], ar
         raise ConfigError(f"unexpected word {words[0]!r}", f"the images are given already: {', '.join(sorted(taken))}")
     for word in words:
         _check_images(verb, word, arguments)
-    key = "data.archive" if all(word.lower().endswith(_ARCHIVES) for word in words) else "data.dir"
+    key = "data.archive" if all(word.lower().endswith(ARCHIVE_SUFFIXES) for word in words) else "data.dir"
     names = ",".join(quoted(word) for word in words)
     return [f"{key}={names}" if len(words) == 1 else f"{key}=[{names}]"]
 
@@ -112,7 +111,7 @@ def _check_images(verb: str, word: str, arguments: Sequence[str]) -> None:
     if "://" in word or word.startswith(tuple(_HUBS)) or os.path.isdir(word):
         return
     if os.path.isfile(word):
-        if not word.lower().endswith((*_ARCHIVES, *_TABLES)):
+        if not word.lower().endswith((*ARCHIVE_SUFFIXES, *TABLE_SUFFIXES)):
             hint = f"give a folder with one sub-folder per class: {program()} {verb} FOLDER"
             raise ConfigError(f"{word!r} is neither a folder nor an archive nor a table", hint)
         return

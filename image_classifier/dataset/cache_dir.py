@@ -13,8 +13,9 @@ from image_classifier.errors import ConfigError, DataError, storage_errors
 
 _TAG = "CACHEDIR.TAG"
 _SIGNATURE = "Signature: 8a477f597d28d172789f06886806bc55"  # https://bford.info/cachedir/
-_TEXT = f"{_SIGNATURE}\n# Decoded pixels and metadata of image files: `python commands.py clean` removes them.\n"
-_TEXTS = (_TEXT, _TEXT.replace("metadata", "facts"))  # the second is what version 0.1.0 wrote
+_TEXT = f"{_SIGNATURE}\n# Decoded pixels and metadata of image files: the verb `clean` removes them.\n"
+# The second is what version 0.1.0 wrote.
+_TEXTS = (_TEXT, f"{_SIGNATURE}\n# Decoded pixels and facts of image files: `python commands.py clean` removes them.\n")
 _NAMES = ("facts", "twins", "embeddings")
 _PIXELS = re.compile(r"[0-9a-f]{16}")
 

@@ -25,6 +25,7 @@ from image_classifier.errors import ConfigError, DataError, StorageError, Unread
 from image_classifier.images import DEFAULT_LIMITS, DecodeLimits, Preprocess
 from image_classifier.manifest import Manifest
 from image_classifier.program import program
+from image_classifier.sampling import evenly_spaced
 
 log = logging.getLogger(__name__)
 
@@ -109,7 +110,7 @@ class PixelCache:
             raise DataError("there are no training images for mean and std", "lower data.split.val and data.split.test")
         if self.live is not None and len(indices) > _SAMPLE:
             log.info("mean and std are from %d of the %d training images", _SAMPLE, len(indices))
-            indices = np.sort(indices)[np.linspace(0, len(indices) - 1, _SAMPLE).astype(np.int64)]
+            indices = np.sort(indices)[evenly_spaced(len(indices), _SAMPLE)]
         totals, squares = np.zeros(3, dtype=np.int64), np.zeros(3, dtype=np.int64)
         step = max(1, _CHUNK_BYTES // (self.size * self.size * 3))
         for start in range(0, len(indices), step):

@@ -23,11 +23,12 @@ from image_classifier.dataset.discovery import list_folder
 from image_classifier.errors import ConfigError, SourceError
 from image_classifier.progress import with_bar
 from image_classifier.sources.addresses import shown
-from image_classifier.sources.archive import SUFFIXES, UnpackLimits, is_archive_name, stem
+from image_classifier.sources.archive import UnpackLimits, is_archive_name, stem
 from image_classifier.sources.download import Download, DownloadSettings, is_of_the_disk
 from image_classifier.sources.dvc import pull_missing
 from image_classifier.sources.folders import expanded
 from image_classifier.sources.hub import fetch_from_hub, folder_name, is_hub_name
+from image_classifier.sources.suffixes import ARCHIVE_SUFFIXES
 from image_classifier.sources.table import is_table
 from image_classifier.sources.unpack import new_tree, unpack_once
 
@@ -124,13 +125,13 @@ class Folder:
         if sha256:
             raise ConfigError(
                 f"data.sha256 is for archives, but {str(path)!r} is not one",
-                f"the suffixes of archives are {', '.join(SUFFIXES)}",
+                f"the suffixes of archives are {', '.join(ARCHIVE_SUFFIXES)}",
             )
         if path.is_dir():
             return self._inside(path)
         if is_table(path):
             return path
-        hint = f"data.archive takes {', '.join(SUFFIXES)}, and data.dir .csv, .tsv and .parquet too"
+        hint = f"data.archive takes {', '.join(ARCHIVE_SUFFIXES)}, and data.dir .csv, .tsv and .parquet too"
         raise SourceError(f"{str(path)!r} is neither a folder nor an archive nor a table", hint)
 
     def _from_web(self, url: str, sha256: str) -> Path:

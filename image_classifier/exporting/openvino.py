@@ -8,6 +8,7 @@ from typing import Any
 from image_classifier.errors import ConfigError
 from image_classifier.exporting.parity import Parity
 from image_classifier.exporting.parity_data import ParitySet, answers_of
+from image_classifier.extras import install
 from image_classifier.inference.openvino_runtime import OpenVinoBackend
 from image_classifier.predictions import softmax
 
@@ -27,7 +28,7 @@ def export_openvino(parity_set: ParitySet, directory: Path) -> dict[str, Any]:
     try:
         import openvino
     except ImportError as error:
-        raise ConfigError("--to openvino needs a package that is not installed", "pip install openvino") from error
+        raise ConfigError("--to openvino needs a package that is not installed", install("openvino")) from error
     (directory / NAME).parent.mkdir()
     openvino.save_model(
         openvino.convert_model(str(parity_set.bundle.path("model.onnx"))), str(directory / NAME), compress_to_fp16=False

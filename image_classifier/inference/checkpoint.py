@@ -120,7 +120,7 @@ def _without_loading(node: Any) -> Any:
 
 def _refused(text: str) -> CheckpointError:
     return CheckpointError(
-        f"a checkpoint refers to {text[:100]!r}, and may not make us read other files", "give another, or train again"
+        f"the checkpoint refers to another file, {text[:100]!r}, which is not read", "give another, or train again"
     )
 
 

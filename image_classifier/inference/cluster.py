@@ -28,6 +28,7 @@ from typing import Any
 
 from image_classifier.cpu import usable_cores
 from image_classifier.errors import ClassifierError, ClusterError, ConfigError
+from image_classifier.extras import install
 from image_classifier.inference.cluster_worker import ShardJob, WorkerModel, answer
 from image_classifier.inference.writers import AnswerCounter
 from image_classifier.sources.image_source import ImageSource
@@ -80,7 +81,7 @@ def check_installed() -> None:
     if find_spec("ray") is None or find_spec("pyarrow") is None:
         raise ConfigError(
             "engine=ray needs a package that is not installed",
-            "pip install 'image-classifier[ray]', on every machine of the cluster",
+            f"{install('ray')}, on every machine of the cluster",
         )
 
 
@@ -151,7 +152,7 @@ def answer_shards(
             reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
             raise ClusterError(
                 f"the cluster gave up ({reason})",
-                "look at the machines' memory; --resume continues after the shards that are answered",
+                "check the memory of the machines; --resume continues with the shards that are missing",
             ) from error
 
 

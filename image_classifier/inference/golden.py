@@ -43,7 +43,7 @@ class Golden:
         ):
             shapes = ", ".join(f"{name} {list(array.shape)}" for name, array in vars(golden).items())
             raise CheckpointError(
-                f"golden.npz of {str(bundle.directory)!r} is of another model ({shapes})", "copy the bundle again"
+                f"golden.npz of {str(bundle.directory)!r} belongs to another model ({shapes})", "copy the bundle again"
             )
         return golden
 

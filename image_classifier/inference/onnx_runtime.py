@@ -73,18 +73,18 @@ def open_session(
         if tensorrt:
             raise ConfigError(
                 f"ONNX Runtime cannot run {path.name} with TensorRT ({one_line_reason(error)})",
-                "look at nvidia-smi, or use --backend onnx",
+                "check nvidia-smi, or use --backend onnx",
             ) from error
         raise CheckpointError(
             f"{str(path)!r} is not an ONNX model that can be run ({one_line_reason(error)})", "export it again"
         ) from error
     if tensorrt and _TENSORRT not in session.get_providers():
         raise ConfigError(
-            "this ONNX Runtime was built for TensorRT, which does not load here",
-            "look at nvidia-smi, or use --backend onnx",
+            "this ONNX Runtime has TensorRT built in, but its libraries cannot be loaded",
+            "check nvidia-smi, or use --backend onnx",
         )
     if _CUDA in wanted and _CUDA not in session.get_providers():
-        log.warning("ONNX Runtime was built for CUDA, which does not load here: the processor is used")
+        log.warning("ONNX Runtime has CUDA built in, but its libraries cannot be loaded: the CPU is used")
     # The session keeps the bytes to try other providers later: a second copy of the weights, as long as it lives.
     session._model_bytes = None
     return session
@@ -121,7 +121,7 @@ def _session(content: bytes, wanted: list[str], concurrent_runs: int) -> onnxrun
 def one_line_reason(error: Exception) -> str:
     r"""Return the message of another package's error, shortened to one line.
 
-    >>> one_line_reason(ValueError("two\\n   lines"))
+    >>> one_line_reason(ValueError("two\n   lines"))
     'two lines'
     """
     return " ".join(str(error).split())[:_MAX_REASON]

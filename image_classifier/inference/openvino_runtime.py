@@ -12,6 +12,7 @@ import numpy as np
 
 from image_classifier.cpu import usable_cores
 from image_classifier.errors import CheckpointError, ConfigError
+from image_classifier.extras import install
 from image_classifier.inference.backends import OpenOptions
 from image_classifier.inference.onnx_external_data import is_self_contained
 from image_classifier.inference.predictor import check_shapes
@@ -39,7 +40,7 @@ class OpenVinoBackend:
         except ImportError as error:
             raise ConfigError(
                 "the backend openvino needs a package that is not installed",
-                "pip install openvino, or use --backend onnx",
+                f"{install('openvino')}, or use --backend onnx",
             ) from error
         self.path = path
         hints: dict[str, str | int] = {"INFERENCE_PRECISION_HINT": precision, "PERFORMANCE_HINT": "LATENCY"}

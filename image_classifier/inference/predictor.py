@@ -54,7 +54,7 @@ def check_shapes(shapes: Mapping[str, Sequence[object]], size: int, num_classes:
             isinstance(side, int) and side != due for side, due in zip(actual, expected, strict=True)
         ):
             raise CheckpointError(
-                f"{name} of {str(path)!r} has the shape {actual} an image, not {expected}",
+                f"{name} of {str(path)!r} has the shape {actual} per image, not {expected}",
                 "use the bundle it came from",
             )
 

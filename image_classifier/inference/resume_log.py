@@ -131,7 +131,7 @@ def check_same_run(known: Mapping[str, Any], now: Mapping[str, Any], owner: str,
     for key in dict.fromkeys([*known, *now]):
         if known.get(key) != now.get(key):
             difference = _DIFFERENCES.get(key) or f"{key}={now.get(key)} was {known.get(key)}"
-            raise ConfigError(f"{owner} is of another run: {difference}", hint)
+            raise ConfigError(f"{owner} belongs to another run: {difference}", hint)
 
 
 class NameHash:

@@ -93,7 +93,7 @@ class Shards:
         done = len({self.name(number) for number in range(self.count)} & names)
         if names - {RUN} and not resume:
             raise ConfigError(
-                f"{self._unfinished} is of a run that was stopped",
+                f"{self._unfinished} belongs to a run that was stopped",
                 "add --resume to continue it, remove it, or choose another --output",
             )
         if names - {RUN}:

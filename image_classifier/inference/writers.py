@@ -15,6 +15,7 @@ from typing import IO, Any
 
 from image_classifier.atomic_io import is_replaceable
 from image_classifier.errors import ConfigError, storage_errors
+from image_classifier.extras import install
 from image_classifier.images import is_image_name
 from image_classifier.manifest import csv_writer
 from image_classifier.sources.image_source import ImageSource
@@ -30,8 +31,8 @@ _ROW_GROUP = 4096
 def json_line(answer: Answer) -> str:
     r"""Return one answer as a line of JSON that UTF-8 can hold; bytes of a file name that are not UTF-8 become escapes.
 
-    >>> print(json_line({"path": "caf\u00e9 \udcff.png"}))
-    {"path": "café \udcff.png"}
+    >>> print(json_line({"path": "\u00e9t\u00e9 \udcff.png"}))
+    {"path": "été \udcff.png"}
     """
     text = json.dumps(answer, ensure_ascii=False)
     return "".join(f"\\u{ord(letter):04x}" if "\ud800" <= letter <= "\udfff" else letter for letter in text)
@@ -142,7 +143,7 @@ def check_format(form: str, to_a_file: bool) -> None:
     if form == "parquet" and not to_a_file:
         raise ConfigError("format=parquet needs a file to write to", "add --output FILE")
     if form == "parquet" and find_spec("pyarrow") is None:
-        raise ConfigError("format=parquet needs a package that is not installed", "pip install pyarrow")
+        raise ConfigError("format=parquet needs a package that is not installed", install("arrow"))
 
 
 @dataclass

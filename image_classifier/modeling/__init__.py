@@ -1,1 +1,1 @@
-"""Networks: backbones, and the classifier that wraps one with normalisation and a head. Torch, no Lightning."""
+"""Networks: backbones, and the classifier that adds normalisation and a head. It needs torch, not Lightning."""

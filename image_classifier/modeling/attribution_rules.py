@@ -1,4 +1,4 @@
-"""Attention and the spread of a norm held constant: a transformer's logit is then shared out among its tokens by gradient times activation."""
+"""Constant attention weights and norm scales: gradient times activation then splits a logit between tokens."""
 
 from __future__ import annotations
 
@@ -10,35 +10,40 @@ from torch import Tensor
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
+_Function = Callable[..., Any]
+
 
 class DetachedAttention(TorchFunctionMode):
-    """A context in which no gradient flows through attention's weights or a norm's spread (Ali et al., 2022, 'XAI for Transformers').
+    """A context in which no gradient flows through attention weights or the scale of a norm.
 
-    The answers stay the same. What is called inside is replaced, not the network's modules, so attention may be fused, explicit or windowed.
+    Source: Ali et al., 2022, "XAI for Transformers".
+
+    Outputs stay the same. It replaces the functions that are called inside, not the network's modules, so attention may
+    be fused, explicit or windowed.
     """
 
     def __torch_function__(
-        self, function: Callable, types: Any, arguments: Sequence = (), options: dict | None = None
+        self, function: _Function, types: Any, arguments: Sequence[Any] = (), options: dict[str, Any] | None = None
     ) -> Any:
-        return _HELD.get(function, function)(*arguments, **(options or {}))
+        return _DETACHED.get(function, function)(*arguments, **(options or {}))
 
 
-def _attention(function: Callable) -> Callable:
-    def held(query: Tensor, key: Tensor, *rest: Any, **options: Any) -> Any:
+def _attention(function: _Function) -> _Function:
+    def detached(query: Tensor, key: Tensor, *rest: Any, **options: Any) -> Any:
         return function(query.detach(), key.detach(), *rest, **options)
 
-    return held
+    return detached
 
 
-def _softmax(function: Callable) -> Callable:
-    def held(*arguments: Any, **options: Any) -> Tensor:
+def _softmax(function: _Function) -> _Function:
+    def detached(*arguments: Any, **options: Any) -> Any:
         return function(*arguments, **options).detach()
 
-    return held
+    return detached
 
 
 def _rms_norm(tensor: Tensor, shape: Sequence[int], weight: Tensor | None = None, eps: float | None = None) -> Tensor:
-    """`functional.rms_norm` over the last axes, those of `shape`."""
+    """Compute `functional.rms_norm` over the last axes, those of `shape`, with a constant scale."""
     axes = tuple(range(-len(shape), 0))
     mean_square = tensor.detach().square().mean(axes, keepdim=True)
     scaled = tensor * (mean_square + (torch.finfo(tensor.dtype).eps if eps is None else eps)).rsqrt()
@@ -48,12 +53,12 @@ def _rms_norm(tensor: Tensor, shape: Sequence[int], weight: Tensor | None = None
 def _layer_norm(
     tensor: Tensor, shape: Sequence[int], weight: Tensor | None = None, bias: Tensor | None = None, eps: float = 1e-5
 ) -> Tensor:
-    """`functional.layer_norm` over the last axes, those of `shape`."""
+    """Compute `functional.layer_norm` over the last axes, those of `shape`, with a constant scale."""
     scaled = _rms_norm(tensor - tensor.mean(tuple(range(-len(shape), 0)), keepdim=True), shape, weight, eps)
     return scaled if bias is None else scaled + bias
 
 
-_HELD: dict[Callable, Callable] = {
+_DETACHED: dict[_Function, _Function] = {
     functional.layer_norm: _layer_norm,
     functional.rms_norm: _rms_norm,
     **{

@@ -1,4 +1,4 @@
-"""The classifier: uint8 pixels in, logits out. It normalises in its first line, so no client can forget to."""
+"""The classifier: uint8 pixels to logits. It normalises the pixels itself, so no caller can forget to."""
 
 from __future__ import annotations
 
@@ -10,13 +10,14 @@ from torch import nn
 
 from image_classifier.errors import ConfigError
 
-TTA = {"none": 1, "flip": 2, "shift": 3, "flip_shift": 6}  # views an image
+TTA = {"none": 1, "flip": 2, "shift": 3, "flip_shift": 6}  # number of views of an image
+_HINT_SIZES = "use a network that averages over positions, or one size"
 
 
 class Classifier(nn.Module):
     """Normalise, backbone, head: pixels uint8 [N, 3, H, W] -> logits float32 [N, C].
 
-    With `tta` (test-time augmentation, one of TTA) an answer in evaluation mode is averaged over views of the image.
+    With `tta` (test-time augmentation, one of TTA) logits in evaluation mode are averaged over views of the image.
     """
 
     scale: torch.Tensor
@@ -27,8 +28,10 @@ class Classifier(nn.Module):
     ) -> None:
         super().__init__()
         if tta not in TTA:
-            raise ConfigError(f"model.tta={tta} is unknown", f"use one of {', '.join(TTA)}")
-        self.backbone, self.head, self.tta = backbone, head, tta
+            raise ConfigError(f"invalid model.tta={tta}", f"use one of {', '.join(TTA)}")
+        self.backbone = backbone
+        self.head = head
+        self.tta = tta
         mean_, std_ = (torch.tensor(values, dtype=torch.float64).view(1, -1, 1, 1) for values in (mean, std))
         # (x / 255 - mean) / std as one multiplication and one addition.
         self.register_buffer("scale", (1 / (255 * std_)).float())
@@ -36,30 +39,29 @@ class Classifier(nn.Module):
 
     @property
     def num_views(self) -> int:
-        """How many images the network sees in evaluation mode for each one that is asked about."""
+        """Number of views of each image that go through the network in evaluation mode."""
         return TTA[self.tta]
 
     def embed(self, pixels: torch.Tensor) -> torch.Tensor:
-        """The backbone's pooled features before the head, [N, D]."""
+        """Return the backbone's pooled features before the head, [N, D]."""
         return torch.flatten(self.backbone(torch.addcmul(self.shift, pixels.float(), self.scale)), 1)
 
     def classify(self, embeddings: torch.Tensor) -> torch.Tensor:
-        """Logits of embeddings [N, D], float32 [N, C]."""
+        """Return the logits of embeddings [N, D], float32 [N, C]."""
         logits: torch.Tensor = self.head(embeddings).float()
         return logits
 
     def forward(self, pixels: torch.Tensor) -> torch.Tensor:
-        """Logits; in evaluation mode averaged over the views that `tta` names, which go through the network as one batch."""
+        """Return logits float32 [N, C]; in evaluation mode averaged over the views of `tta`, which are one batch."""
         return self.answer(pixels)[0]
 
     def answer(self, pixels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """The logits of `forward`, and the embeddings float32 [N, D] of the images as they are, whatever views `tta` adds."""
+        """Return the logits of `forward`, and the embeddings float32 [N, D] of the images themselves, without views."""
         if self.training or self.tta == "none":
             embeddings = self.embed(pixels)
             return self.classify(embeddings), embeddings.float()
-        views, weights = zip(
-            *tta_views(pixels.float(), self.tta), strict=True
-        )  # TensorRT cuts and joins no integers of 8 bits
+        # As floats: TensorRT does not slice or concatenate 8-bit integers.
+        views, weights = zip(*tta_views(pixels.float(), self.tta), strict=True)
         embeddings = self.embed(torch.cat(views))
         logits = self.classify(embeddings).unflatten(0, (len(views), -1))
         averaged = (logits * torch.tensor(weights, device=logits.device).view(-1, 1, 1)).sum(dim=0)
@@ -67,22 +69,26 @@ class Classifier(nn.Module):
 
 
 def tta_views(pixels: torch.Tensor, tta: str) -> list[tuple[torch.Tensor, float]]:
-    """What test-time augmentation sees of a batch [N, 3, H, W], with weights of sum 1 (Jordan, 2024, section 3.5).
+    """Return the views of a batch [N, 3, H, W] with their weights, which sum to 1 (Jordan, 2024, section 3.5).
 
-    flip: the image and its mirror image; shift: the image (1/2), and it a pixel up and left, and down and right (1/4 each); flip_shift: both.
+    flip: the image and its mirror image. shift: the image (1/2), and the image a pixel up and left, and down and right
+    (1/4 each). flip_shift: both.
+
+    >>> [weight for _, weight in tta_views(torch.zeros(1, 3, 2, 2), "shift")]
+    [0.5, 0.25, 0.25]
     """
     views = [(pixels, 1.0)]
     if "shift" in tta:
-        views = [(pixels, 0.5), *((_shifted(_shifted(pixels, 2, way), 3, way), 0.25) for way in (-1, 1))]
+        views = [(pixels, 0.5), *((_shifted(_shifted(pixels, 2, by), 3, by), 0.25) for by in (-1, 1))]
     if "flip" in tta:
         views = [(view, weight / 2) for image, weight in views for view in (image, image.flip(3))]
     return views
 
 
-def _shifted(pixels: torch.Tensor, axis: int, way: int) -> torch.Tensor:
-    """Moved by one pixel to lower (-1) or higher (1) places; the free edge is filled by reflection."""
+def _shifted(pixels: torch.Tensor, axis: int, by: int) -> torch.Tensor:
+    """Return pixels shifted by -1 or 1 along an axis; the free edge is filled by reflection."""
     side = pixels.shape[axis]
-    if way < 0:
+    if by < 0:
         return torch.cat([pixels.narrow(axis, 1, side - 1), pixels.narrow(axis, side - 2, 1)], dim=axis)
     return torch.cat([pixels.narrow(axis, 1, 1), pixels.narrow(axis, 0, side - 1)], dim=axis)
 
@@ -96,7 +102,11 @@ def build_classifier(
     dropout: float = 0.0,
     tta: str = "none",
 ) -> Classifier:
-    """Put a fresh linear head on a backbone, whatever its number of features; ConfigError where it cannot take such images."""
+    """Add a new linear head to a backbone, whatever its number of features.
+
+    Raises:
+        ConfigError: The backbone cannot take images of `image_size` px.
+    """
     features = _num_features(backbone, image_size)
     linear = nn.Linear(features, num_classes)
     head = nn.Sequential(nn.Dropout(dropout), linear) if dropout else linear
@@ -104,26 +114,25 @@ def build_classifier(
 
 
 def check_sizes(backbone: nn.Module, sizes: Sequence[int]) -> None:
-    """Try one image of each size (pixels); ConfigError where the backbone cannot learn from all of them, as one that flattens cannot."""
-    found: dict[int, int] = {}
+    """Try one image of each size in pixels.
+
+    Raises:
+        ConfigError: The backbone cannot take all of them, or its number of features changes, as after a flattening.
+    """
+    num_features: dict[int, int] = {}
     for size in sizes:
         try:
-            found[size] = _num_features(backbone, size)
+            num_features[size] = _num_features(backbone, size)
         except ConfigError as error:
-            raise ConfigError(
-                f"data.progressive_sizes: {error.fact}", "choose a network that averages over places, or one size"
-            ) from error
-    if len(set(found.values())) > 1:
-        given = ", ".join(f"{features} features at {size} px" for size, features in found.items())
-        raise ConfigError(
-            f"data.progressive_sizes: the network gives {given}",
-            "choose a network that averages over places, or one size",
-        )
+            raise ConfigError(f"data.progressive_sizes: {error.fact}", _HINT_SIZES) from error
+    if len(set(num_features.values())) > 1:
+        given = ", ".join(f"{features} features at {size} px" for size, features in num_features.items())
+        raise ConfigError(f"data.progressive_sizes: the network has {given}", _HINT_SIZES)
 
 
 @contextmanager
 def in_evaluation(network: nn.Module) -> Iterator[None]:
-    """The network in evaluation mode; each of its parts is put back as it was."""
+    """Put the network into evaluation mode inside the block; restore the mode of each module afterwards."""
     before = [(module, module.training) for module in network.modules()]
     network.eval()
     try:
@@ -134,14 +143,15 @@ def in_evaluation(network: nn.Module) -> Iterator[None]:
 
 
 def _num_features(backbone: nn.Module, image_size: int) -> int:
+    """Return the length of the embedding of an image; ConfigError where there is none."""
     try:
         with in_evaluation(backbone), torch.inference_mode():
             embedding = backbone(torch.zeros(1, 3, image_size, image_size))
     except (RuntimeError, ValueError, AssertionError) as error:
         raise ConfigError(
             f"the backbone cannot take images of {image_size} px ({' '.join(str(error).split())[:160]})",
-            "choose the size it was made for with data.image_size=, or +model.backbone.img_size= where it has one",
+            "use the size it was made for: data.image_size=, or +model.backbone.img_size= where it has one",
         ) from error
     if not isinstance(embedding, torch.Tensor) or embedding.flatten(1).shape[0] != 1:
-        raise ConfigError("the backbone returns no embedding [N, D]", "give it num_classes=0 or choose another network")
+        raise ConfigError("the backbone returns no embedding [N, D]", "give it num_classes=0 or use another network")
     return embedding.flatten(1).shape[1]

@@ -10,7 +10,7 @@ from torch import nn
 
 from image_classifier.errors import ConfigError
 
-_PARTS = ("conv", "norm", "activation", "pool")
+_LAYERS = ("conv", "norm", "activation", "pool")
 _ACTIVATIONS = {
     "relu": nn.ReLU,
     "leaky_relu": nn.LeakyReLU,
@@ -26,23 +26,23 @@ class ConvNet(nn.Sequential):
 
     Args:
         image_size: Height and width of the images in pixels.
-        channels: Output channels of each 3x3 convolution; one block an entry.
-        order: The parts of a block in the order they run: conv, norm, activation, pool (each at most once, conv required).
+        channels: Output channels of each 3x3 convolution, one entry a block.
+        order: Layers of a block in the order they run: conv, norm, activation, pool (each at most once, conv required).
         activation: One of relu, leaky_relu, gelu, silu, elu, tanh.
         dropout: Probability after each block; one number for all blocks or one a block.
         global_pool: Average the last feature map; otherwise it is flattened.
         hidden: Widths of the fully connected layers, each followed by the activation.
-        hidden_dropout: Probability after each fully connected layer; one number or one a layer.
+        hidden_dropout: Probability after each fully connected layer; one number or one per layer.
 
     Raises:
-        ConfigError: A value is impossible, or the image is too small for so many pools.
+        ConfigError: A value is invalid, or the image is too small for so many pools.
     """
 
     def __init__(
         self,
         image_size: int,
         channels: Sequence[int] = (32, 64, 128),
-        order: Sequence[str] = _PARTS,
+        order: Sequence[str] = _LAYERS,
         activation: str = "relu",
         dropout: float | Sequence[float] = 0.0,
         global_pool: bool = True,
@@ -67,17 +67,19 @@ class ConvNet(nn.Sequential):
 
 
 def _block(inputs: int, outputs: int, order: Sequence[str], activation: str, dropout: float) -> nn.Sequential:
-    bias = order[(list(order).index("conv") + 1) % len(order)] != "norm"  # a norm right after it would cancel the bias
-    normalised = (
-        outputs if list(order).index("conv") < (list(order).index("norm") if "norm" in order else 0) else inputs
-    )
-    parts: dict[str, Callable[[], nn.Module]] = {
+    names = list(order)
+    conv = names.index("conv")
+    # A norm right after the convolution would cancel its bias.
+    bias = names[(conv + 1) % len(names)] != "norm"
+    has_norm_after = "norm" in names and conv < names.index("norm")
+    normalised = outputs if has_norm_after else inputs
+    layers: dict[str, Callable[[], nn.Module]] = {
         "conv": lambda: nn.Conv2d(inputs, outputs, 3, padding=1, bias=bias),
         "norm": lambda: nn.BatchNorm2d(normalised),
         "activation": _ACTIVATIONS[activation],
         "pool": lambda: nn.MaxPool2d(2),
     }
-    return nn.Sequential(*(parts[name]() for name in order), *_dropout(dropout))
+    return nn.Sequential(*(layers[name]() for name in order), *_dropout(dropout))
 
 
 def _dropout(rate: float) -> list[nn.Module]:
@@ -85,9 +87,10 @@ def _dropout(rate: float) -> list[nn.Module]:
 
 
 def _per_layer(value: float | Sequence[float], layers: int, key: str) -> list[float]:
+    """Return one dropout rate per layer, from one number or from one per layer."""
     values = [float(value)] * layers if isinstance(value, int | float) else [float(item) for item in value]
     if len(values) != layers:
-        raise ConfigError(f"{key} has {len(values)} values for {layers} layers", "give one number, or one a layer")
+        raise ConfigError(f"{key} has {len(values)} values for {layers} layers", "give one number, or one per layer")
     if not all(0 <= item < 1 for item in values):
         raise ConfigError(f"{key} must be at least 0 and below 1", f"got {values}")
     return values
@@ -96,15 +99,13 @@ def _per_layer(value: float | Sequence[float], layers: int, key: str) -> list[fl
 def _check(image_size: int, channels: Sequence[int], order: Sequence[str], activation: str) -> None:
     if not channels:
         raise ConfigError("model.backbone.channels is empty", "give one number a block, such as [32,64,128]")
-    if "conv" not in order or len(set(order)) != len(order) or not set(order) <= set(_PARTS):
+    if "conv" not in order or len(set(order)) != len(order) or not set(order) <= set(_LAYERS):
         raise ConfigError(
-            f"model.backbone.order={list(order)} is not an order of {', '.join(_PARTS)}",
-            "name each part once, conv always",
+            f"model.backbone.order={list(order)} is not an order of {', '.join(_LAYERS)}",
+            "name each layer once, and conv always",
         )
     if activation not in _ACTIVATIONS:
-        raise ConfigError(
-            f"model.backbone.activation={activation!r} is unknown", f"use one of {', '.join(_ACTIVATIONS)}"
-        )
+        raise ConfigError(f"invalid model.backbone.activation={activation!r}", f"use one of {', '.join(_ACTIVATIONS)}")
     smallest = 2 ** len(channels) if "pool" in order else 1
     if image_size < smallest:
         raise ConfigError(
@@ -114,7 +115,7 @@ def _check(image_size: int, channels: Sequence[int], order: Sequence[str], activ
 
 
 class MLP(nn.Sequential):
-    """Fully connected layers on the flattened pixels: the plain base line. Pixels [N, 3, H, W] -> embeddings [N, D]."""
+    """Fully connected layers on the flattened pixels, a baseline: pixels [N, 3, H, W] -> embeddings [N, D]."""
 
     def __init__(self, image_size: int, hidden: Sequence[int] = (512, 256), dropout: float = 0.0) -> None:
         widths = (3 * image_size * image_size, *hidden)
@@ -124,4 +125,5 @@ class MLP(nn.Sequential):
         super().__init__(*layers)
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
-        return super().forward(images.contiguous())
+        embeddings: torch.Tensor = super().forward(images.contiguous())
+        return embeddings

@@ -1,4 +1,4 @@
-"""Weights from a file, fitted to a classifier by name and shape; what does not fit keeps its fresh values and is named in the log."""
+"""Weights from a file, matched with a classifier by name and shape; the log names tensors that do not match."""
 
 from __future__ import annotations
 
@@ -17,11 +17,12 @@ from torch import nn
 
 from image_classifier.errors import CheckpointError
 from image_classifier.modeling.classifier import Classifier
+from image_classifier.text import listed
 
 log = logging.getLogger(__name__)
 
 Tensors = Mapping[str, torch.Tensor]
-# Where training loops keep a state dict inside what they save, the averaged one first.
+# Keys of saved state dicts in the files of various training loops, averaged ones first.
 _WRAPPERS = (
     "state_dict_ema",
     "model_ema",
@@ -35,26 +36,24 @@ _WRAPPERS = (
     "net",
     "weights",
 )
-_LEAST_SHARE = 0.5  # of the backbone's numbers: a file with fewer is another network's
-_NAMED = 5  # tensors of one kind that a message names
+_MIN_SHARE = 0.5  # of the backbone's numbers: a file with fewer is of another network
 
 
 def read_weights(path: Path) -> dict[str, torch.Tensor]:
-    """The state dict in a `.safetensors`, or in what torch saved (`.pth`, `.pt`, `.bin`, `.ckpt`); no code in the file is run.
+    """Return the state dict in a `.safetensors` or torch file (`.pth`, `.pt`, `.bin`, `.ckpt`); run no code in it.
 
     Raises:
-        CheckpointError: There is no such file, it is damaged, holds code, or no state dict.
+        CheckpointError: There is no such file, it is damaged, or it holds code or no state dict.
     """
     if not path.is_file():
         raise CheckpointError(
             f"there is no file {str(path)!r}", "model.weights takes a .pth, .pt, .bin, .safetensors or .ckpt"
         )
     content = _read_safetensors(path) if path.suffix == ".safetensors" else _read_torch(path)
-    tensors = {
-        key.replace("_orig_mod.", ""): value for key, value in _state_dict(content).items()
-    }  # the mark of a compiled module
+    # "_orig_mod." is the prefix of a compiled module.
+    tensors = {key.replace("_orig_mod.", ""): value for key, value in _state_dict(content).items()}
     if not tensors:
-        raise CheckpointError(f"{str(path)!r} holds no state dict", "save the network's state_dict() in it")
+        raise CheckpointError(f"{str(path)!r} has no state dict", "save the network's state_dict() in it")
     return tensors
 
 
@@ -71,21 +70,21 @@ def _read_safetensors(path: Path) -> Any:
 def _read_torch(path: Path) -> Any:
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of damaged files torch tells strange things
+            warnings.simplefilter("ignore")  # torch's warnings about damaged files are misleading
             return torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # a damaged file makes torch raise anything, assertions too
+    except Exception as error:  # for a damaged file torch raises any type, assertions too
         code = re.search(r"GLOBAL (\S+)", str(error)) if isinstance(error, pickle.UnpicklingError) else None
         if code is None:
             raise _damaged(path, error) from error
         hint = "save the network's state_dict() alone, or as .safetensors"
         raise CheckpointError(
-            f"{str(path)!r} holds more than weights ({code.group(1)}), and code in it is never run", hint
+            f"{str(path)!r} has more than weights in it ({code.group(1)}); code in a file is never run", hint
         ) from error
 
 
 def _damaged(path: Path, error: Exception) -> CheckpointError:
     return CheckpointError(
-        f"{str(path)!r} is damaged, or no file of weights ({type(error).__name__})", "copy it anew, or give another"
+        f"{str(path)!r} is damaged or not a file of weights ({type(error).__name__})", "copy it again, or give another"
     )
 
 
@@ -100,89 +99,91 @@ def _state_dict(content: Any) -> dict[str, torch.Tensor]:
 
 @dataclass(frozen=True)
 class Fit:
-    """How the tensors of a file lie on a backbone.
+    """Tensors of a file matched with a backbone.
 
     Attributes:
         fitting: The file's tensors under the backbone's names, where the shapes agree.
         other_shape: The file's tensors under the backbone's names, where they do not.
-        missing: The backbone's names that the file lacks.
-        left: The file's tensors, under its own names, that the backbone has no place for.
+        missing: The backbone's names that are not in the file.
+        unused: The file's other tensors, under its own names.
     """
 
     fitting: Tensors
     other_shape: Tensors
     missing: Sequence[str]
-    left: Tensors
+    unused: Tensors
 
 
 def fit(backbone: nn.Module, tensors: Tensors, source: str) -> Fit:
     """Match a file's tensors with a backbone's, whatever prefix a wrapper has put before the names.
 
     Raises:
-        CheckpointError: Less than half of the backbone's numbers are in the file; both sides' first names are told.
+        CheckpointError: Less than half of the backbone's numbers are in the file; names some of both sides.
     """
-    own = backbone.state_dict()
-    prefix = _prefix(own, tensors)
-    found = {name: tensors[prefix + name] for name in own if prefix + name in tensors}
-    fitting = {name: value for name, value in found.items() if value.shape == own[name].shape}
-    if _count(fitting) < _LEAST_SHARE * _count(own) or not fitting:
-        share = f"{len(fitting)} of its {len(own)} tensors"
+    expected = backbone.state_dict()
+    prefix = _prefix(expected, tensors)
+    named = {name: tensors[prefix + name] for name in expected if prefix + name in tensors}
+    fitting = {name: value for name, value in named.items() if value.shape == expected[name].shape}
+    if _count(fitting) < _MIN_SHARE * _count(expected) or not fitting:
+        share = f"{len(fitting)} of its {len(expected)} tensors"
         raise CheckpointError(
-            f"the weights in {source!r} are of another network: the backbone finds {share}",
-            f"it has {_names(list(own), 3)}, the file has {_names(list(tensors), 3)}",
+            f"the weights in {source!r} are from another network: the backbone finds {share}",
+            f"it has {listed(list(expected), 3)}, the file has {listed(list(tensors), 3)}",
         )
-    missing = [name for name in own if name not in found and not name.endswith("num_batches_tracked")]
-    used = {prefix + name for name in found}
-    left = {key: value for key, value in tensors.items() if key not in used}
-    return Fit(fitting, {name: value for name, value in found.items() if name not in fitting}, missing, left)
+    missing = [name for name in expected if name not in named and not name.endswith("num_batches_tracked")]
+    used = {prefix + name for name in named}
+    unused = {key: value for key, value in tensors.items() if key not in used}
+    other_shape = {name: value for name, value in named.items() if name not in fitting}
+    return Fit(fitting, other_shape, missing, unused)
 
 
-def _prefix(own: Tensors, tensors: Tensors) -> str:
-    """What stands before the backbone's names in the file: of all that occur, what makes most numbers fit."""
+def _prefix(expected: Tensors, tensors: Tensors) -> str:
+    """Return the prefix of the backbone's names in the file: of all that occur, the one by which most numbers fit."""
     fitting: Counter[str] = Counter()
     for key, value in tensors.items():
         start = 0
         while start >= 0:
             name = key[start:]
-            if name in own and own[name].shape == value.shape:
+            if name in expected and expected[name].shape == value.shape:
                 fitting[key[:start]] += value.numel()
             start = key.find(".", start) + 1 or -1
     return max(fitting, key=lambda prefix: fitting[prefix], default="")
 
 
 def load_weights(classifier: Classifier, tensors: Tensors, source: str) -> None:
-    """Fill a classifier from a file's tensors; the log counts them, and names all that starts anew with both shapes.
+    """Load a file's tensors into a classifier; the log counts them and names those that keep their initial values.
 
     Raises:
-        CheckpointError: The file is another network's.
+        CheckpointError: The file is of another network.
     """
-    found = fit(classifier.backbone, tensors, source)
-    own = classifier.backbone.state_dict()
-    classifier.backbone.load_state_dict(found.fitting, strict=False)
-    log.info("weights: %d of the backbone's %d tensors from %s", len(found.fitting), len(own), source)
-    for name, value in found.other_shape.items():
-        log.info(
-            "weights: %s starts anew: its shape is %s, in the file %s", name, list(own[name].shape), list(value.shape)
-        )
-    if found.missing:
-        log.info("weights: not in the file, so they start anew: %s", _names(found.missing))
-    used = _load_head(classifier, found.left)
-    if rest := [name for name in found.left if name not in used and not name.endswith("num_batches_tracked")]:
-        log.info("weights: in the file, but not in the backbone: %s", _names(rest))
+    match = fit(classifier.backbone, tensors, source)
+    expected = classifier.backbone.state_dict()
+    classifier.backbone.load_state_dict(match.fitting, strict=False)
+    log.info("weights: %d of the backbone's %d tensors from %s", len(match.fitting), len(expected), source)
+    for name, value in match.other_shape.items():
+        shapes = f"its shape is {list(expected[name].shape)}, in the file {list(value.shape)}"
+        log.info("weights: %s is new: %s", name, shapes)
+    if match.missing:
+        log.info("weights: not in the file, so new: %s", listed(match.missing))
+    used = _load_head(classifier, match.unused)
+    if rest := [name for name in match.unused if name not in used and not name.endswith("num_batches_tracked")]:
+        log.info("weights: in the file, but not in the backbone: %s", listed(rest))
 
 
-def _load_head(classifier: Classifier, left: Tensors) -> set[str]:
-    """Fill the head where the file has one of its shape; returns the names of the file's head."""
+def _load_head(classifier: Classifier, unused: Tensors) -> set[str]:
+    """Load the head where the file has one of its shape; return the names of the file's head."""
     linear = last_linear(classifier.head)
     heads = [
         name
-        for name, value in left.items()
+        for name, value in unused.items()
         if name.endswith("weight") and value.ndim == 2 and value.shape[1] == linear.in_features
     ]
     if len(heads) != 1:
-        log.info("weights: the head starts anew: the file has none for it")
+        log.info("weights: the head is new: the file has none that fits")
         return set()
-    weight, bias = left[heads[0]], left.get(heads[0].removesuffix("weight") + "bias")
+    bias_name = heads[0].removesuffix("weight") + "bias"
+    weight = unused[heads[0]]
+    bias = unused.get(bias_name)
     if weight.shape == linear.weight.shape and bias is not None and bias.shape == linear.bias.shape:
         with torch.no_grad():
             linear.weight.copy_(weight)
@@ -190,36 +191,34 @@ def _load_head(classifier: Classifier, left: Tensors) -> set[str]:
         log.info("weights: the head from %s of the file, whose classes must be in the same order", heads[0])
     else:
         shapes = f"its shape is {list(linear.weight.shape)}, in the file {list(weight.shape)} ({heads[0]})"
-        log.info("weights: the head starts anew: %s", shapes)
-    return {heads[0], heads[0].removesuffix("weight") + "bias"}
+        log.info("weights: the head is new: %s", shapes)
+    return {heads[0], bias_name}
 
 
 def inherit(classifier: Classifier, source: Classifier, classes: Sequence[str], known: Sequence[str]) -> None:
-    """Fill a classifier of `classes` from one of the same backbone for `known`; a class of both keeps its row of the head."""
+    """Load a classifier for `classes` from one with the same backbone for `known`; common classes keep their row."""
     classifier.backbone.load_state_dict(source.backbone.state_dict())
-    new, old = last_linear(classifier.head), last_linear(source.head)
-    kept = [name for name in classes if name in known]
+    new = last_linear(classifier.head)
+    old = last_linear(source.head)
     if new.in_features != old.in_features:
-        log.info("head: starts anew: it has other features than the one before")
+        log.info("head: new, as it has another number of features than before")
         return
-    rows, sources = [list(classes).index(name) for name in kept], [list(known).index(name) for name in kept]
+    kept = [name for name in classes if name in known]
+    rows = [list(classes).index(name) for name in kept]
+    sources = [list(known).index(name) for name in kept]
     with torch.no_grad():
         new.weight[rows] = old.weight[sources]
         new.bias[rows] = old.bias[sources]
-    fresh, gone = [name for name in classes if name not in known], [name for name in known if name not in classes]
-    parts = [("keep their row", kept), ("start anew", fresh), ("left out", gone)]
-    log.info("head: classes that %s", "; ".join(f"{what}: {_names(names)}" for what, names in parts if names))
+    added = [name for name in classes if name not in known]
+    removed = [name for name in known if name not in classes]
+    groups = [("kept", kept), ("new", added), ("removed", removed)]
+    log.info("head: classes %s", "; ".join(f"{group}: {listed(names)}" for group, names in groups if names))
 
 
 def last_linear(head: nn.Module) -> nn.Linear:
-    """The head's last linear layer, which gives the logits."""
+    """Return the head's last linear layer, which gives the logits."""
     return next(module for module in reversed(list(head.modules())) if isinstance(module, nn.Linear))
 
 
 def _count(tensors: Tensors) -> int:
     return sum(value.numel() for value in tensors.values())
-
-
-def _names(names: Sequence[str], most: int = _NAMED) -> str:
-    more = f" and {len(names) - most} more" if len(names) > most else ""
-    return ", ".join(names[:most]) + more

@@ -1,4 +1,4 @@
-"""The network of the CIFAR-10 speed records: a whitened first layer, few wide blocks, quick to train on small images."""
+"""The network of the CIFAR-10 speed records: a whitened first layer, few wide blocks, fast on small images."""
 
 from __future__ import annotations
 
@@ -12,24 +12,25 @@ from torch.nn import functional
 
 from image_classifier.errors import ConfigError
 
-_SMALLEST_VARIANCE = 5e-4  # of a whitened direction: below it is noise, which must not be blown up
+_MIN_VARIANCE = 5e-4  # of a whitened direction: below it is noise, which must not be amplified
 
 
 class WhitenedNet(nn.Module):
-    """Whitening convolution, blocks that each halve the image, global max pool: images [N, 3, H, W] -> embeddings [N, D].
+    """Whitening convolution, blocks that halve the image, global max pool: images [N, 3, H, W] -> embeddings [N, D].
 
-    After airbench (Jordan, 2024, "94% on CIFAR-10 in 3.29 Seconds on a Single GPU", sections 3.1 and 3.2). The whitening filters come
-    from the training images (`fit_to`) and stay as they are; the norms learn biases only.
+    Source: airbench (Jordan, 2024, "94% on CIFAR-10 in 3.29 Seconds on a Single GPU", sections 3.1 and 3.2). The
+    whitening filters are computed from the training images (`fit_to`) and not trained; of the norms only the biases are
+    trained.
 
     Args:
         widths: Channels of the blocks, one entry a block; the last is D.
         convolutions: 3x3 convolutions a block.
         residual: Add the output of a block's second convolution to that of its last.
         whitening_size: Height and width of the whitening filters in pixels.
-        norm_momentum: Share of its old value that a running statistic keeps at each step.
+        norm_momentum: Weight of the old value of a running statistic at each step.
 
     Raises:
-        ConfigError: A value is impossible.
+        ConfigError: A value is invalid.
     """
 
     def __init__(
@@ -41,17 +42,7 @@ class WhitenedNet(nn.Module):
         norm_momentum: float = 0.6,
     ) -> None:
         super().__init__()
-        if (
-            not widths
-            or min(widths) < 1
-            or convolutions < (3 if residual else 1)
-            or whitening_size < 1
-            or not 0 <= norm_momentum < 1
-        ):
-            raise ConfigError(
-                "model.backbone of the whitened network is impossible",
-                "give widths such as [64,256,256], convolutions of 1 or more (3 with residual), whitening_size of 1 or more, norm_momentum below 1",
-            )
+        _check(widths, convolutions, residual, whitening_size, norm_momentum)
         filters = 3 * whitening_size**2
         self.whiten = nn.Conv2d(3, 2 * filters, whitening_size)
         self.whiten.weight.requires_grad_(False)
@@ -62,28 +53,51 @@ class WhitenedNet(nn.Module):
                 for inputs, outputs in pairwise((2 * filters, *widths))
             )
         )
-        self.scale = math.sqrt(
-            3 / widths[-1]
-        )  # a head as torch starts it then gives logits of standard deviation 1 / sqrt(D)
+        # A head with torch's initial weights then gives logits of standard deviation 1 / sqrt(D).
+        self.scale = math.sqrt(3 / widths[-1])
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         features = self.blocks(functional.gelu(self.whiten(images)))
-        # Not amax: its gradient looks for the places that equal the maximum, finds none where a compiled GELU is rounded otherwise, and divides by 0.
+        # Not amax: its gradient looks for positions that equal the maximum. Where a compiled GELU rounds differently it
+        # finds none, and divides by 0.
         return functional.max_pool2d(features, features.shape[2:]).flatten(1) * self.scale
 
     @torch.no_grad()
     def fit_to(self, images: torch.Tensor) -> None:
-        """Set the whitening filters from normalised training images [N, 3, H, W]: the eigenvectors of their patches, and those negated."""
+        """Set the whitening filters from normalised training images [N, 3, H, W].
+
+        They are the eigenvectors of the images' patches, scaled to equal variance, and the same negated.
+        """
         size = self.whiten.kernel_size[0]
+        # Patches [P, 3 * size * size], at most a million.
         patches = functional.unfold(images.float(), size).transpose(1, 2).reshape(-1, 3 * size**2)
         patches = patches[:: max(1, len(patches) // 1_000_000)].double()
+        # Eigenvectors of their covariance, those of the largest variance first.
         variances, directions = torch.linalg.eigh(patches.T @ patches / len(patches))
-        filters = (directions / (variances + _SMALLEST_VARIANCE).sqrt()).T.flip(0).reshape(-1, 3, size, size)
+        filters = (directions / (variances + _MIN_VARIANCE).sqrt()).T.flip(0).reshape(-1, 3, size, size)
         self.whiten.weight.copy_(torch.cat([filters, -filters]))
 
 
+def _check(widths: Sequence[int], convolutions: int, residual: bool, whitening_size: int, norm_momentum: float) -> None:
+    if not widths or min(widths) < 1:
+        raise ConfigError(
+            f"invalid model.backbone.widths={list(widths)}",
+            "use one number of at least 1 per block, such as [64,256,256]",
+        )
+    min_convolutions = 3 if residual else 1
+    if convolutions < min_convolutions:
+        raise ConfigError(
+            f"invalid model.backbone.convolutions={convolutions}",
+            f"use {min_convolutions} or more (residual={residual})",
+        )
+    if whitening_size < 1:
+        raise ConfigError(f"invalid model.backbone.whitening_size={whitening_size}", "use 1 or more")
+    if not 0 <= norm_momentum < 1:
+        raise ConfigError(f"invalid model.backbone.norm_momentum={norm_momentum}", "use a number from 0 to below 1")
+
+
 class _Block(nn.Module):
-    """Convolution, max pool, norm, GELU, then more of them without the pool."""
+    """Convolution, max pool, norm, GELU; then the same without the pool."""
 
     def __init__(self, inputs: int, outputs: int, convolutions: int, residual: bool, momentum: float) -> None:
         super().__init__()
@@ -108,7 +122,7 @@ class _Block(nn.Module):
 
 
 def _convolution(inputs: int, outputs: int) -> nn.Conv2d:
-    """Starts by passing its inputs through (section 3.2)."""
+    """Return a convolution that starts as the identity (section 3.2)."""
     convolution = nn.Conv2d(inputs, outputs, 3, padding=1, bias=False)
     nn.init.dirac_(convolution.weight.data[: min(inputs, outputs)])
     return convolution

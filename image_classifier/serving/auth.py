@@ -94,7 +94,9 @@ class AccessSettings:
             raise ConfigError(f"access.keys_file={str(path)!r} cannot be read ({reason})") from error
         keys = [(" ".join(name), key) for *name, key in _split_lines(lines)]
         if not keys:
-            raise ConfigError(f"access.keys_file={str(path)!r} holds no key", "write one a line: openssl rand -hex 24")
+            raise ConfigError(
+                f"access.keys_file={str(path)!r} holds no key", "write one per line: openssl rand -hex 24"
+            )
         if any(len(key) < _MIN_KEY_LENGTH or not (key.isascii() and key.isprintable()) for _, key in keys):
             raise ConfigError(
                 f"a key in {str(path)!r} is shorter than {_MIN_KEY_LENGTH} characters or not plain ASCII",

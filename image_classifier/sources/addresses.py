@@ -32,7 +32,7 @@ def check_url(url: str) -> None:
         usable = False
     if not usable:
         raise SourceError(
-            f"{shown(url)!r} is not fetched", "a download begins with https:// or http:// and holds no password"
+            f"{shown(url)!r} is not fetched", "a download must begin with https:// or http:// and hold no password"
         )
 
 
@@ -150,7 +150,7 @@ class _SafeRedirects(urllib.request.HTTPRedirectHandler):
         allowed = ("https",) if req.type == "https" else ("https", "http")
         if urlsplit(newurl).scheme not in allowed:
             raise SourceError(
-                f"{shown(req.full_url)} leads to {shown(newurl)}", "that is not followed: download it by hand"
+                f"the redirect from {shown(req.full_url)} to {shown(newurl)} is not followed", "download it yourself"
             )
         self.guard.check_redirect(req.full_url, newurl)
         fp.close()  # the body of a redirect may be endless, and would be read

@@ -22,13 +22,13 @@ from pathlib import Path, PurePosixPath
 from typing import IO, Any, ClassVar, cast
 
 from image_classifier.errors import ConfigError, SourceError
+from image_classifier.extras import install
 from image_classifier.images import is_image_name
 from image_classifier.sources.folders import is_visible_path
 from image_classifier.sources.image_source import ImageSource
+from image_classifier.sources.suffixes import ARCHIVE_SUFFIXES
 from image_classifier.text import printable
 
-SUFFIXES = (".tar.bz2", ".tar.gz", ".tar.xz", ".tar.zst", ".tar", ".tbz2", ".tgz", ".txz", ".tzst", ".zip")
-ZSTD_SUFFIXES = (".tar.zst", ".tzst")
 DAMAGED = (
     tarfile.TarError,
     zipfile.BadZipFile,
@@ -108,7 +108,7 @@ def is_archive_name(name: str) -> bool:
     >>> is_archive_name("photos.TAR.ZST"), is_archive_name("photos.png")
     (True, False)
     """
-    return name.lower().endswith(SUFFIXES)
+    return name.lower().endswith(ARCHIVE_SUFFIXES)
 
 
 def stem(name: str) -> str:
@@ -117,7 +117,7 @@ def stem(name: str) -> str:
     >>> stem("photos.tar.gz")
     'photos'
     """
-    return name[: -len(next(suffix for suffix in SUFFIXES if name.lower().endswith(suffix)))]
+    return name[: -len(next(suffix for suffix in ARCHIVE_SUFFIXES if name.lower().endswith(suffix)))]
 
 
 def is_archive(head: bytes) -> bool:
@@ -302,7 +302,7 @@ def _decompressed(file: IO[bytes], head: bytes) -> IO[bytes]:
     """Return the tar inside a compressed file, which is decompressed as it is read."""
     if head.startswith(_ZSTD):
         if find_spec("pyarrow") is None:
-            raise SourceError("unpacking it needs a package that is not installed", "pip install pyarrow")
+            raise SourceError("unpacking it needs a package that is not installed", install("arrow"))
         import pyarrow  # type: ignore[import-untyped]  # imported here: it takes a fifth of a second
 
         return cast(IO[bytes], pyarrow.CompressedInputStream(file, "zstd"))

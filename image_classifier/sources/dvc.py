@@ -14,6 +14,7 @@ from typing import Any
 
 from image_classifier.atomic_io import file_lock, write_text
 from image_classifier.errors import SourceError, StorageError, storage_errors
+from image_classifier.extras import install_package
 from image_classifier.sources.addresses import shown
 from image_classifier.text import listed
 
@@ -278,7 +279,7 @@ def _reason(causes: list[BaseException], tracked: Tracked, remote: tuple[str, st
     if "NoRemoteError" in kinds or not remote[0]:
         return "no DVC remote is chosen", "dvc remote add --default NAME URL, or put the files there by hand"
     if "RemoteMissingDepsError" in kinds or ("ImportError" in kinds and f"dvc-{scheme}" in text):
-        return f"{_named(remote)} needs the package dvc-{scheme}", f"pip install dvc-{scheme}"
+        return f"{_named(remote)} needs the package dvc-{scheme}", install_package(f"dvc-{scheme}")
     if kinds & _REFUSALS or any(word in text for word in _REFUSED):
         return (
             f"{_named(remote)} refuses access ({why})",

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from image_classifier.errors import ConfigError, SourceError, UnreadableImage, storage_errors
+from image_classifier.extras import install_package
 from image_classifier.images import is_image_name, read_header
 from image_classifier.progress import with_bar
 from image_classifier.sources.unpack import new_tree
@@ -200,9 +201,8 @@ def _client(package: str) -> Any:
     except ModuleNotFoundError as error:
         if error.name != package:
             raise
-        hint = (
-            f"pip install {package}, or fetch the data set in a browser and pass data.dir=FOLDER or data.archive=FILE"
-        )
+        otherwise = "or fetch the data set in a browser and pass data.dir=FOLDER or data.archive=FILE"
+        hint = f"{install_package(package)}, {otherwise}"
         raise SourceError(f"the client {package} is not installed", hint) from error
 
 

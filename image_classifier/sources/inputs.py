@@ -18,12 +18,14 @@ from pathlib import Path
 from typing import IO
 
 from image_classifier.errors import ConfigError, DataError, SourceError, storage_errors
+from image_classifier.extras import install
 from image_classifier.images import DEFAULT_LIMITS, IMAGE_SUFFIXES, DecodeLimits, is_image_name
-from image_classifier.sources.archive import ZSTD_SUFFIXES, ArchiveLimits, images_in, is_archive, is_archive_name
+from image_classifier.sources.archive import ArchiveLimits, images_in, is_archive, is_archive_name
 from image_classifier.sources.folders import expanded, walk
 from image_classifier.sources.image_source import ImageSource
 from image_classifier.sources.object_store import Storage, is_stored
 from image_classifier.sources.stdin import HEAD, is_picture, lines, read_head
+from image_classifier.sources.suffixes import ZSTD_SUFFIXES
 from image_classifier.sources.table import is_table, read_paths
 from image_classifier.sources.web import UrlLimits, WebClient, file_name, is_url
 
@@ -167,7 +169,7 @@ def _spool() -> Iterator[IO[bytes]]:
 def _check_package(item: str) -> None:
     name = file_name(item) if is_url(item) else item
     if name.lower().endswith((".parquet", *ZSTD_SUFFIXES)) and find_spec("pyarrow") is None:
-        raise ConfigError(f"{item!r} needs a package that is not installed", "pip install pyarrow")
+        raise ConfigError(f"{item!r} needs a package that is not installed", install("arrow"))
 
 
 def is_address(item: str) -> bool:

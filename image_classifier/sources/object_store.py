@@ -13,6 +13,7 @@ from functools import cache, partial
 from typing import Any
 
 from image_classifier.errors import ConfigError, DataError, SourceError, StorageError, UnreadableImage
+from image_classifier.extras import install
 from image_classifier.images import IMAGE_SUFFIXES, is_image_name
 from image_classifier.sources.folders import is_visible
 from image_classifier.sources.image_source import ImageSource
@@ -55,9 +56,9 @@ class Storage:
         """
         path = _path_of(address)
         try:
-            from pyarrow.fs import FileSelector, FileType  # type: ignore[import-untyped]  # imported here: it takes half a second
-
             files = _opened(self, path)
+            from pyarrow.fs import FileSelector, FileType  # type: ignore[import-untyped]
+
             (info,) = files.get_file_info([path])
             if info.type == FileType.File:
                 yield self.item(address, max_bytes)
@@ -101,14 +102,12 @@ class Prefix:
 
     def names(self) -> set[str]:
         """Return the names directly in it; StorageError if it cannot be listed."""
-        from pyarrow.fs import FileSelector
-
         try:
             path = _path_of(self.address)
-            return {
-                info.base_name
-                for info in _opened(self.storage, path).get_file_info(FileSelector(path, allow_not_found=True))
-            }
+            files = _opened(self.storage, path)
+            from pyarrow.fs import FileSelector
+
+            return {info.base_name for info in files.get_file_info(FileSelector(path, allow_not_found=True))}
         except OSError as error:
             raise self._refused(error) from error
 
@@ -149,7 +148,7 @@ def _path_of(address: str) -> str:
 
 @cache
 def _connected(storage: Storage, bucket: str) -> Any:
-    from pyarrow import fs  # type: ignore[import-untyped]
+    from pyarrow import fs  # type: ignore[import-untyped]  # imported here: it takes half a second
 
     region = storage.region or (None if storage.endpoint else fs.resolve_s3_region(bucket))
     keys = {
@@ -164,7 +163,7 @@ def _opened(storage: Storage, path: str) -> Any:
     try:
         return _connected(storage, path.partition("/")[0])
     except ImportError as error:
-        raise ConfigError("s3:// needs a package that is not installed", "pip install pyarrow") from error
+        raise ConfigError("s3:// needs a package that is not installed", install("arrow")) from error
 
 
 def _reason(error: Exception) -> str:

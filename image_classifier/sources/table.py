@@ -14,9 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from image_classifier.errors import DataError
+from image_classifier.sources.suffixes import TABLE_SUFFIXES
 from image_classifier.text import counted
 
-SUFFIXES = frozenset({".csv", ".tsv", ".parquet"})
 SPLIT_NAMES = {
     "train": "train",
     "training": "train",
@@ -51,7 +51,7 @@ class TableRow:
 
 def is_table(path: Path) -> bool:
     """Return whether a path is taken for a table: by its suffix, unless it is a folder."""
-    return path.suffix.lower() in SUFFIXES and not path.is_dir()
+    return path.suffix.lower() in TABLE_SUFFIXES and not path.is_dir()
 
 
 def read_table(path: Path, group_column: str | None = None) -> list[TableRow]:

@@ -25,7 +25,7 @@ def unpack_once(archive: Path, unpack_dir: Path, sha256: str = "", limits: Archi
     """Return the folder `unpack_dir/<stem>-<8 hex of the archive>`, which is unpacked if it is not there.
 
     Args:
-        archive: A file with one of `archive.SUFFIXES`.
+        archive: A file with one of `suffixes.ARCHIVE_SUFFIXES`.
         unpack_dir: Where the folder goes.
         sha256: Compared with the archive before it is unpacked, unless it is "".
         limits: What the archive may hold; None for those of `data.unpack`.

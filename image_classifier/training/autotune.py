@@ -147,7 +147,7 @@ def _check_tta(config: TrainConfig) -> None:
 def _check_length(config: TrainConfig) -> None:
     trainer = config.trainer
     if trainer.max_epochs in (None, -1) and trainer.max_time is None and not trainer.has_max_steps:
-        raise ConfigError("nothing ends this run", "set trainer.max_epochs, trainer.max_steps or trainer.max_time")
+        raise ConfigError("this run would never end", "set trainer.max_epochs, trainer.max_steps or trainer.max_time")
     if trainer.max_time is not None:
         seconds_of(trainer.max_time)
 

@@ -316,7 +316,7 @@ def build_criteria(
     if getattr(criterion, "weight", None) is not None and len(criterion.weight) != num_classes:
         raise ConfigError(
             f"loss.weight has {len(criterion.weight)} numbers for {num_classes} classes",
-            "give one number a class, or null",
+            "give one number per class, or null",
         )
     if getattr(val_criterion, "weight", None) is not None:
         val_criterion.weight = None

@@ -116,13 +116,13 @@ def go_back_to(path: Path, step: int) -> None:
     last = directory / LAST
     for other, later in steps(directory):
         if other > step:
-            log.warning("%s is of a later step and is removed", later)
+            log.warning("%s is from a later step and is removed", later)
             later.unlink(missing_ok=True)
     if last.exists() and path != last and not any(last.samefile(kept) for _, kept in steps(directory)):
         last.unlink()
     best = directory / BEST
     if best.exists() and path != best and read_part(best, "global_step") > step:
-        log.warning("%s is of a later step and is removed", best)
+        log.warning("%s is from a later step and is removed", best)
         best.unlink()
 
 

@@ -140,7 +140,7 @@ def process_group(on_gpu: bool) -> Iterator[None]:
         if torch.cuda.device_count() < here.local_world_size:
             raise ConfigError(
                 f"{here.local_world_size} processes on this machine see {torch.cuda.device_count()} GPUs",
-                "start one a GPU; with srun give them to the node, --gpus-per-node=N, not to the tasks",
+                "start one per GPU; with srun give them to the node, --gpus-per-node=N, not to the tasks",
             )
         torch.cuda.set_device(here.local_rank)
     store = _store(here)

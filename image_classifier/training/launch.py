@@ -77,7 +77,7 @@ def run_ranks(accelerator: str, devices: Any, command: Sequence[str]) -> None:
         SystemExit: The exit code of the ranks, where it is not 0; they have logged why.
     """
     count = device_count(accelerator, devices)
-    log.info("starting %d processes, one a device", count)
+    log.info("starting %d processes, one per device", count)
     code = _run(count, command, _visible(accelerator, devices))
     if code:
         raise SystemExit(code)

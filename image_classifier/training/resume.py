@@ -37,6 +37,8 @@ _FIXED = (
 _FREE = (
     "data.dir",
     "data.archive",
+    "data.download.",
+    "data.unpack.",
     "data.sha256",
     "data.dvc",
     "data.name",

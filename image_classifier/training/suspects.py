@@ -99,7 +99,7 @@ class SuspectSearch:
         if not isinstance(self.apply, bool | int) or self.apply < 0:
             raise ConfigError(
                 f"invalid apply={self.apply!r}",
-                "apply=true accepts what confident learning says, apply=50 the worst fifty",
+                "apply=true accepts the proposals of confident learning, apply=50 the fifty worst labels",
             )
 
 

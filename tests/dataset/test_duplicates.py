@@ -107,7 +107,8 @@ def test_every_pair_listed_is_one_by_definition(seed: int, noise: float, thresho
     "threshold", [0.9, pytest.param(0.95, marks=pytest.mark.slow), pytest.param(0.98, marks=pytest.mark.slow), 0.995]
 )
 def test_all_but_one_in_a_hundred_of_brute_forces_pairs_are_found(threshold: float, mirrored: bool) -> None:
-    # The hash is a matter of chance: for single pairs nothing can be promised, so that many are counted, from seeds that stay.
+    # The hash is a matter of chance: for single pairs nothing can be promised, so that many are counted, from seeds
+    # that stay.
     true = hit = 0
     for seed in range(12):
         thumbnails = case(seed, noise=2 + seed % 4)

@@ -264,7 +264,8 @@ def test_each_config_becomes_settings(name):
     config.pop("defaults", None)
     schema = OmegaConf.structured(DataSettings)
     OmegaConf.set_readonly(schema, False)
-    for part in (schema.split, schema.cache, schema.classes, schema.limits, schema.duplicates):
+    groups = ("split", "cache", "classes", "limits", "duplicates", "unpack", "download")
+    for part in (schema[name] for name in groups):
         OmegaConf.set_readonly(part, None)
     root = OmegaConf.merge({"seed": 3, "data": schema}, {"data": config})
     OmegaConf.resolve(root)

@@ -102,8 +102,9 @@ def test_the_summary_says_which_step_left_what_out():
     images = images_of(ant=9, bee=5, cat=5, dog=2, eel=7)
     settings = ClassSettings(top=2, exclude=["ant"], max_images=4, min_images=3)
     assert chosen(images, settings).summary == (
-        "data.classes keeps 2 of 5 classes, 8 of 28 images: exclude leaves out ant; min_images=3 leaves out dog; top=2 leaves out cat; "
-        "max_images=4 leaves out 4 images of 2 classes"
+        "data.classes keeps 2 of 5 classes, 8 of 28 images: exclude drops ant; min_images=3 drops dog; "
+        "top=2 drops cat; "
+        "max_images=4 drops 4 images of 2 classes"
     )
 
 
@@ -122,15 +123,16 @@ def test_the_test_part_has_no_say_and_is_never_cut():
     [
         (
             {"include": ["ant", "bea"]},
-            r"data\.classes\.include names 'bea', which is no class: did you mean bee\? the classes are ant, bee, cat$",
+            r"data\.classes\.include names 'bea', which is not a class: "
+            r"did you mean bee\? the classes are ant, bee, cat$",
         ),
         (
             {"exclude": ["zebra"]},
-            r"data\.classes\.exclude names 'zebra', which is no class: the classes are ant, bee, cat$",
+            r"data\.classes\.exclude names 'zebra', which is not a class: the classes are ant, bee, cat$",
         ),
         ({"exclude": ["ant", "bee"]}, "leaves one class only, 'cat'"),
         ({"min_images": 99}, "leaves no class"),
-        ({"top": 1}, r"leaves one class only, 'ant' \(top=1 leaves out bee, cat\)"),
+        ({"top": 1}, r"leaves one class only, 'ant' \(top=1 drops bee, cat\)"),
     ],
 )
 def test_a_choice_that_cannot_be_made_is_one_line(values, words):

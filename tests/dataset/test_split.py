@@ -287,7 +287,9 @@ def test_the_seed_matters():
 
 @pytest.mark.parametrize("seed", range(10))
 def test_the_sum_of_classes_that_share_clusters_is_held_to_the_ratio(seed):
-    """Ants come only with two bees each: where bees are full and ants lack, a cluster more helps the sum, though no class."""
+    """Ants come only with two bees each: where bees are full and ants lack, a cluster more helps the sum, though no
+    class.
+    """
     shared = [(label, cluster) for cluster in range(20) for label in ("ant", "bee", "bee")]
     dealt = assign_splits(
         mixed(shared + [("bee", cluster) for cluster in range(20, 60) for _ in range(2)]), SplitSettings(0.0, 0.3, seed)

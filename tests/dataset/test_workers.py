@@ -184,7 +184,8 @@ def test_workers_start_from_any_main(tmp_path, way):
 
 def test_workers_start_in_a_daemonic_process(tmp_path):
     text = f"import multiprocessing\ndef work():\n    exec({PIDS!r})\nif __name__ == '__main__':\n"
-    text += "    p = multiprocessing.get_context('spawn').Process(target=work, daemon=True); p.start(); p.join(); raise SystemExit(p.exitcode)\n"
+    text += "    p = multiprocessing.get_context('spawn').Process(target=work, daemon=True)\n"
+    text += "    p.start(); p.join(); raise SystemExit(p.exitcode)\n"
     process = start(as_script(tmp_path, text))
     out, err = process.communicate(timeout=60)
     assert process.returncode == 0, err

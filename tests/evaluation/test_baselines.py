@@ -16,7 +16,7 @@ from image_classifier.evaluation.baselines import (
     LOGISTIC,
     Baseline,
     as_metrics,
-    beside,
+    baseline_scores,
     from_dict,
     known_baseline,
     lines,
@@ -50,7 +50,7 @@ def test_a_part_without_images_has_no_score() -> None:
         np.array([0, 1, 1]), ("cat", "dog"), {"val": np.array([1]), "test": np.array([], dtype=np.int64)}
     )
     assert set(baseline.scores) == {"val"} and "'dog'" in baseline.about
-    assert list(lines([baseline], "test")) == [] and beside([baseline], "test") == {}
+    assert list(lines([baseline], "test")) == [] and baseline_scores([baseline], "test") == {}
 
 
 def test_a_table_ends_with_the_model() -> None:
@@ -105,7 +105,7 @@ def test_baselines_survive_json() -> None:
     ids=str,
 )
 def test_what_describes_no_baseline_is_refused(content: object) -> None:
-    with pytest.raises(ValueError, match="baselines of the wrong kind"):
+    with pytest.raises(ValueError, match="invalid baselines"):
         from_dict(content)
 
 

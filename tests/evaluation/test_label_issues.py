@@ -220,8 +220,8 @@ def test_folds_answer_each_image_exactly_once(tmp_path: Path) -> None:
     assert found.probabilities.argmax(axis=1).tolist() == [1, 1, 1, 0, 0, 0]
     for places, words in (
         ([*folds, folds[0]], "'a.png' is in two folds"),
-        (folds[:2], "not in both"),
-        ([*folds, tmp_path], "no whole predictions.csv"),
+        (folds[:2], "only in the data set or only in a fold"),
+        ([*folds, tmp_path], "is missing or damaged"),
     ):
         with pytest.raises(DataError, match=words):
             out_of_fold(places, labels, {}, ("ant", "bee"))

@@ -1,4 +1,6 @@
-"""The bundle as a model of MLflow: any way to give a picture, the same answers, no torch; promoted and served for real."""
+"""The bundle as a model of MLflow: any way to give a picture, the same answers, no torch; promoted and served for
+real.
+"""
 
 from __future__ import annotations
 

@@ -44,7 +44,9 @@ def test_the_file_is_whole_and_says_what_it_is(exported: tuple[CheckpointBackend
     "tta", [pytest.param(name, marks=[] if name == "flip_shift" else pytest.mark.slow) for name in TTA]
 )
 def test_pixels_become_floats_before_all_else(tta: str, tmp_path: Path) -> None:
-    """TensorRT takes integers of 8 bits as an input, to be cast and for nothing more; the answers are those of the classifier."""
+    """TensorRT takes integers of 8 bits as an input, to be cast and for nothing more; the answers are those of the
+    classifier.
+    """
     torch.manual_seed(0)
     classifier = build_classifier(ConvNet(16, [8, 16]), 4, 16, [0.5] * 3, [0.2] * 3, tta=tta).eval()
     export_onnx(classifier, 16, {}, tmp_path / "model.onnx")

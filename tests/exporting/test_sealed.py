@@ -1,4 +1,6 @@
-"""The sealed graph resizes as `images.Preprocess` does, for pictures of any shape, and answers with calibrated probabilities."""
+"""The sealed graph resizes as `images.Preprocess` does, for pictures of any shape, and answers with calibrated
+probabilities.
+"""
 
 from __future__ import annotations
 
@@ -72,7 +74,9 @@ def test_a_picture_of_any_size_gets_the_answer_of_its_square(
 
 
 def pixels_of(model: SealedModel, image: np.ndarray) -> np.ndarray:
-    """What the network of a sealed model was given but for a common addend, where that network gives its pixels as logits."""
+    """What the network of a sealed model was given but for a common addend, where that network gives its pixels as
+    logits.
+    """
     return np.asarray(
         np.log(model.probabilities(image).astype(np.float64)).reshape(3, SIDE, SIDE).transpose(1, 2, 0) * 64
     )

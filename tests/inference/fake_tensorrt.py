@@ -1,4 +1,5 @@
-"""TensorRT and CUDA for machines without a GPU: the names, arguments and order of calls of `tensorrt` 10 and 11 and of `cuda.bindings`.
+"""TensorRT and CUDA for machines without a GPU: the names, arguments and order of calls of `tensorrt` 10 and 11 and
+of `cuda.bindings`.
 
 What an engine answers is ONNX Runtime's. Every name was found in the bindings 10.16 and 11.4 themselves.
 """
@@ -28,7 +29,9 @@ def session_of(model: bytes) -> onnxruntime.InferenceSession:
 
 
 class Cuda:
-    """`cuda.bindings.runtime`: memory that is bounded and must not be touched once freed, work that is done when it is waited for."""
+    """`cuda.bindings.runtime`: memory that is bounded and must not be touched once freed, work that is done when it
+    is waited for.
+    """
 
     class cudaMemcpyKind(enum.IntEnum):
         cudaMemcpyHostToDevice = 1

@@ -1,4 +1,6 @@
-"""Bundles, checkpoints and ONNX files from anywhere: an answer or one clear error, nothing run, nothing read beyond their folder."""
+"""Bundles, checkpoints and ONNX files from anywhere: an answer or one clear error, nothing run, nothing read beyond
+their folder.
+"""
 
 from __future__ import annotations
 
@@ -281,7 +283,7 @@ def test_arrays_that_would_fill_the_memory_are_not_unpacked(
     read()
     monkeypatch.setattr(np, "load", lambda *_, **__: pytest.fail("unpacked"))
     monkeypatch.setattr(image_classifier.bundle, "_MAX_ARRAY_BYTES", 2**23)
-    with pytest.raises(ClassifierError, match=rf"{name}.* 8388608 may be"):
+    with pytest.raises(ClassifierError, match=rf"{name}.* the limit is 8388608"):
         read()
 
 
@@ -320,5 +322,5 @@ def test_a_detector_of_another_network_is_refused(bundle: Path, tmp_path: Path, 
         "ood.npz",
         npz(tmp_path, **{**known, "means": known["means"][:, :5], "whitening": known["whitening"][:5, :5]}),
     )
-    with pytest.raises(ClassifierError, match="takes 5 features, the model gives"):
+    with pytest.raises(ClassifierError, match="expects 5 features, but the model gives"):
         list(load_predictor(bundle).predict([image(digits_bundle)]))

@@ -1,6 +1,8 @@
-"""A Ray cluster of two machines as far as Ray knows, each a raylet with a store and a processor of its own, on loopback.
+"""A Ray cluster of two machines as far as Ray knows, each a raylet with a store and a processor of its own, on
+loopback.
 
-python tests/inference/two_nodes.py   prints the address and the process ids of both raylets, and ends with its standard input
+python tests/inference/two_nodes.py   prints the address and the process ids of both raylets, and ends with its
+standard input
 """
 
 from __future__ import annotations

@@ -1,4 +1,6 @@
-"""Weights from files: found under any wrapper and prefix, fitted by name and shape, told in the log; nothing in a file is run."""
+"""Weights from files: found under any wrapper and prefix, fitted by name and shape, told in the log; nothing in a
+file is run.
+"""
 
 import contextlib
 import logging
@@ -107,9 +109,9 @@ def test_a_head_and_a_stem_that_do_not_fit_start_anew_and_are_named(said: Callab
     assert torch.equal(target.backbone[0][0].weight, stem) and torch.equal(last_linear(target.head).weight, head)
     assert torch.equal(target.backbone[1][0].weight, source.backbone[1][0].weight)
     assert "10 of the backbone's 12 tensors" in said()
-    assert "0.0.weight starts anew: its shape is [4, 3, 3, 3], in the file [4, 1, 3, 3]" in said()
-    assert "not in the file, so they start anew: 1.1.bias" in said()
-    assert "the head starts anew: its shape is [3, 6], in the file [7, 6] (head.weight)" in said()
+    assert "0.0.weight is new: its shape is [4, 3, 3, 3], in the file [4, 1, 3, 3]" in said()
+    assert "not in the file, so new: 1.1.bias" in said()
+    assert "the head is new: its shape is [3, 6], in the file [7, 6] (head.weight)" in said()
 
 
 def test_a_file_of_another_network_is_refused_with_names_of_both_sides() -> None:
@@ -184,7 +186,7 @@ def test_a_damaged_byte_never_ends_in_a_traceback(tmp_path: Path, data: st.DataO
 
 def test_pickled_code_is_not_run(tmp_path: Path) -> None:
     torch.save({"state_dict": network(0).state_dict(), "run": Runs(tmp_path / "trace")}, tmp_path / "w.pth")
-    with pytest.raises(CheckpointError, match="holds more than weights"):
+    with pytest.raises(CheckpointError, match="has more than weights in it"):
         read_weights(tmp_path / "w.pth")
     torch.save(network(0), tmp_path / "whole.pth")
     with pytest.raises(CheckpointError, match=r"Classifier.*state_dict\(\) alone"):
@@ -210,7 +212,7 @@ def test_a_class_of_both_keeps_its_row(known: list[str], classes: list[str], dro
 
 def test_the_log_names_the_classes(said: Callable[[], str]) -> None:
     inherit(network(0), network(1), CLASSES, ("cow", "dog", "ant"))
-    assert said() == "head: classes that keep their row: ant, cow; start anew: bee; left out: dog"
+    assert said() == "head: classes kept: ant, cow; new: bee; removed: dog"
 
 
 def test_normalisation_is_known_of_weights_from_a_file() -> None:
@@ -232,7 +234,9 @@ def test_pretrained_weights_that_cannot_be_downloaded_are_one_line(
 
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
     monkeypatch.setattr("torch.hub.download_url_to_file", offline)
-    with pytest.raises(CheckpointError, match=r"mobilenet_v3_small cannot be downloaded.*model\.weights=PATH"):
+    with pytest.raises(
+        CheckpointError, match=r"cannot download the pretrained weights of mobilenet_v3_small.*model\.weights=PATH"
+    ):
         torchvision_backbone("mobilenet_v3_small", weights="DEFAULT")
 
 
@@ -264,7 +268,7 @@ def test_imagenet_weights_tell_flowers_apart(imagenet: Path, shared_data: Path, 
     classifier = build_classifier(backbone, len(pixels), 160, mean, std).eval()
     load_weights(classifier, read_weights(imagenet), imagenet.name)
     assert "weights: 312 of the backbone's 312 tensors" in said()
-    assert "the head starts anew: its shape is [5, 1280], in the file [1000, 1280] (classifier.1.weight)" in said()
+    assert "the head is new: its shape is [5, 1280], in the file [1000, 1280] (classifier.1.weight)" in said()
     with torch.inference_mode():
         embeddings = nn.functional.normalize(classifier.embed(pixels.flatten(0, 1)), dim=1).unflatten(
             0, pixels.shape[:2]

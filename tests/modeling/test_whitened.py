@@ -73,7 +73,7 @@ def test_any_image_size_gives_one_embedding_of_the_last_width(
     [{"widths": ()}, {"convolutions": 0}, {"residual": True}, {"norm_momentum": 1.0}, {"whitening_size": 0}],
 )
 def test_impossible_settings_are_one_line(impossible: dict[str, object]) -> None:
-    with pytest.raises(ConfigError, match="impossible"):
+    with pytest.raises(ConfigError, match="invalid model.backbone"):
         WhitenedNet(**impossible)  # type: ignore[arg-type]
 
 

@@ -7,7 +7,7 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from http.client import HTTPConnection
 from pathlib import Path
@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from tests.conftest import ROOT
+from tests.conftest import ROOT, write_image
 from tests.serving.page_stub import StubServer
 from tests.serving.page_tab import Open, Tab
 
@@ -168,3 +168,8 @@ def opened(chromium: Any, stub: StubServer) -> Iterator[Open]:
     for each in all_opened:
         each.context.close()
     assert [each.complaints for each in all_opened if not each.quiet()] == []
+
+
+@pytest.fixture
+def picture(tmp_path: Path) -> Callable[..., Path]:
+    return lambda name, size=40: write_image(tmp_path / name, sum(map(ord, name)), size)

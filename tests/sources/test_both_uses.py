@@ -19,10 +19,11 @@ from image_classifier.dataset.sources import Folder
 from image_classifier.errors import DataError, SourceError
 from image_classifier.manifest import Manifest
 from image_classifier.sources import addresses
-from image_classifier.sources.archive import SUFFIXES, ArchiveLimits, UnpackLimits
+from image_classifier.sources.archive import ArchiveLimits, UnpackLimits
 from image_classifier.sources.download import Download, DownloadSettings
 from image_classifier.sources.image_source import ImageSource
 from image_classifier.sources.inputs import Inputs
+from image_classifier.sources.suffixes import ARCHIVE_SUFFIXES
 from image_classifier.sources.web import UrlLimits, WebClient
 from tests.conftest import Command, write_image
 from tests.sources.test_unpack import packed
@@ -57,7 +58,7 @@ def trained_on(root: Path) -> list[bytes]:
 # Archives
 
 
-@pytest.mark.parametrize("suffix", SUFFIXES)
+@pytest.mark.parametrize("suffix", ARCHIVE_SUFFIXES)
 def test_the_same_archive_is_trained_from_and_inferred_on(tree: Path, command: Command, suffix: str) -> None:
     archive = packed(tree, Path(f"set{suffix}"))
     images = trained_on(tree)

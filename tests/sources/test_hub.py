@@ -148,14 +148,15 @@ def test_labels_may_be_texts_and_rows_unlabelled(here, hugging_face, caplog):
         row["label"] = label
     hugging_face({"train": table})
     assert files(fetch_from_hub("hf:birds", here)) == ["emu/000001.jpg", "owl/000000.png"]
-    assert "2 images without a label were left out" in caplog.text
+    assert "2 images without a label are skipped" in caplog.text
 
 
 def test_columns_that_cannot_be_told_are_asked_for(here, hugging_face):
     hugging_face({"train": rows(4, ["cat", "dog"], mask=ImageFeature(), breed=ClassLabel(["a", "b"]))})
     with pytest.raises(
         ConfigError,
-        match=r"image_column\? there are image, label, mask, breed: pass data=hf data\.source\.image_column=NAME",
+        match=r"image_column is not clear: the columns are image, label, mask, breed: "
+        r"pass data=hf data\.source\.image_column=NAME",
     ):
         fetch_from_hub("hf:owner/pets", here)
     assert not (here / "hf/owner--pets").exists()
@@ -174,17 +175,20 @@ def test_what_the_client_says_is_one_line(here, hugging_face):
     assert not (here / "hf").exists()
 
 
-@pytest.mark.parametrize(("name", "package"), [("hf:owner/pets", "datasets"), ("kaggle:owner/pets", "kagglehub")])
-def test_a_client_that_is_not_installed(here, monkeypatch, name, package):
+@pytest.mark.parametrize(
+    ("name", "package", "extra"), [("hf:owner/pets", "datasets", "hf"), ("kaggle:owner/pets", "kagglehub", "kaggle")]
+)
+def test_a_client_that_is_not_installed(here, monkeypatch, name, package, extra):
     monkeypatch.setitem(sys.modules, package, None)
-    with pytest.raises(SourceError, match=f"the client {package} is not installed: pip install {package}"):
+    hint = rf"pip install 'image-classifier\[{extra}\]'"
+    with pytest.raises(SourceError, match=f"the client {package} is not installed: {hint}"):
         fetch_from_hub(name, here)
 
 
 @pytest.mark.parametrize("name", ["hf:", "hf:../x", "kaggle:/etc", "hf:owner/", "hf:a b"])
 def test_names_that_cannot_be(here, name):
     assert is_hub_name(name)
-    with pytest.raises(ConfigError, match="is no name of a data set"):
+    with pytest.raises(ConfigError, match="is not the name of a data set"):
         fetch_from_hub(name, here)
 
 
@@ -233,7 +237,7 @@ def test_kaggle_without_a_network(here, kaggle):
 @pytest.mark.parametrize("label", ["..", ".", ".hidden", "", "a\0b"])
 def test_a_class_that_is_no_folder_is_refused_and_nothing_is_left(hugging_face, here, label):
     hugging_face({"train": rows(4, ["cat", label])})
-    with pytest.raises(SourceError, match="cannot be the name of a folder"):
+    with pytest.raises(SourceError, match="cannot be used as the name of a folder"):
         fetch_from_hub("hf:owner/pets", here / "data")
     assert not [path for path in here.rglob("*") if path.is_file()]
 
@@ -249,6 +253,6 @@ def test_a_row_cannot_name_a_file_of_this_machine(hugging_face, here):
     wicked = rows(2, ["cat", "dog"])
     wicked.rows[0]["image"] = {"bytes": None, "path": str(here / "secret.png")}
     hugging_face({"train": wicked})
-    with pytest.raises(SourceError, match="not its own"):
+    with pytest.raises(SourceError, match="does not belong to it"):
         fetch_from_hub("hf:owner/pets", here / "data")
     assert not list((here / "data").rglob("*.png"))

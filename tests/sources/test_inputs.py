@@ -227,9 +227,9 @@ def test_an_archive_that_needs_too_much_memory_is_a_row(tmp_path: Path, monkeypa
 def test_a_package_that_is_missing_is_told_before_work_begins(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     for module in (inputs, writers, archive):
         monkeypatch.setattr(module, "find_spec", lambda package: None)
-    with pytest.raises(ConfigError, match="pip install pyarrow"):
+    with pytest.raises(ConfigError, match=r"pip install 'image-classifier\[arrow\]'"):
         Inputs([name], io.BytesIO).check()
-    with pytest.raises(ConfigError, match="pip install pyarrow"):
+    with pytest.raises(ConfigError, match=r"pip install 'image-classifier\[arrow\]'"):
         writers.check_format("parquet", to_a_file=True)
 
 
@@ -239,7 +239,7 @@ def test_a_package_that_is_missing_for_an_archive_without_a_suffix_is_a_row(
     as_tar(tmp_path / "a.tar.zst", FILES)
     monkeypatch.setattr(archive, "find_spec", lambda package: None)
     (item,) = found(["-"], (tmp_path / "a.tar.zst").read_bytes())
-    assert "pip install pyarrow" in reason(item)
+    assert "pip install 'image-classifier[arrow]'" in reason(item)
 
 
 @pytest.mark.parametrize("name", ["a.zip", "a.tar"])

@@ -1,4 +1,6 @@
-"""`--images -`: an image, an archive or a list, each line of which counts as soon as it is there; nothing else becomes rows."""
+"""`--images -`: an image, an archive or a list, each line of which counts as soon as it is there; nothing else
+becomes rows.
+"""
 
 from __future__ import annotations
 
@@ -36,12 +38,12 @@ def test_an_archive_on_standard_input_is_its_images(tmp_path: Path, name: str) -
     ],
 )
 def test_what_is_no_text_is_one_error(content: bytes) -> None:
-    with pytest.raises(DataError, match="no image, no archive and no list"):
+    with pytest.raises(DataError, match="not an image, an archive or a list"):
         found(["-"], content)
 
 
 def test_a_zero_far_down_a_list_is_an_error() -> None:
-    with pytest.raises(DataError, match="no list"):
+    with pytest.raises(DataError, match="not an image, an archive or a list"):
         found(["-"], b"a.png\n" * 2000 + b"\0\n")
 
 

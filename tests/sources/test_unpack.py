@@ -13,7 +13,8 @@ import pytest
 from image_classifier.dataset.sources import unwrapped
 from image_classifier.errors import SourceError, StorageError
 from image_classifier.sources import unpack as module
-from image_classifier.sources.archive import SUFFIXES, is_archive_name, stem
+from image_classifier.sources.archive import is_archive_name, stem
+from image_classifier.sources.suffixes import ARCHIVE_SUFFIXES
 from image_classifier.sources.unpack import unpack_once
 
 
@@ -45,7 +46,7 @@ def content(root: Path) -> dict[str, bytes]:
     return {path.relative_to(root).as_posix(): path.read_bytes() for path in sorted(root.rglob("*.png"))}
 
 
-@pytest.mark.parametrize("suffix", SUFFIXES)
+@pytest.mark.parametrize("suffix", ARCHIVE_SUFFIXES)
 @pytest.mark.parametrize("prefix", ["", "a/b/"])
 def test_archives_are_unpacked_once(tmp_path, tree, suffix, prefix):
     archive = packed(tree, tmp_path / f"set{suffix}", prefix)

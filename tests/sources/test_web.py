@@ -198,8 +198,14 @@ def test_a_name_with_one_private_address_is_refused(monkeypatch: pytest.MonkeyPa
         WebClient(UrlLimits()).fetch("http://example.org/1.png", io.BytesIO(), 10)
 
 
-PRIVATE_4 = "127.0.0.1 10.1.2.3 172.16.0.1 192.168.1.1 169.254.169.254 0.0.0.0 100.64.0.1 224.0.0.1 255.255.255.255 240.0.0.1 168.63.129.16 192.0.0.192"
-PRIVATE_6 = "::1 :: fe80::1%eth0 fc00::1 ff02::1 ::ffff:10.0.0.1 64:ff9b::7f00:1 2002:7f00:1:: ::ffff:169.254.169.254 fec0::1 64:ff9b::a83f:8110"
+PRIVATE_4 = (
+    "127.0.0.1 10.1.2.3 172.16.0.1 192.168.1.1 169.254.169.254 0.0.0.0 100.64.0.1 224.0.0.1 "
+    "255.255.255.255 240.0.0.1 168.63.129.16 192.0.0.192"
+)
+PRIVATE_6 = (
+    "::1 :: fe80::1%eth0 fc00::1 ff02::1 ::ffff:10.0.0.1 64:ff9b::7f00:1 2002:7f00:1:: ::ffff:169.254.169.254 "
+    "fec0::1 64:ff9b::a83f:8110"
+)
 
 
 @pytest.mark.parametrize("address", [*PRIVATE_4.split(), *PRIVATE_6.split()])

@@ -1,4 +1,6 @@
-"""Small trainings in this process that can be cut at any hook and gone on with, to compare bit by bit with one that never stopped."""
+"""Small trainings in this process that can be cut at any hook and gone on with, to compare bit by bit with one that
+never stopped.
+"""
 
 from __future__ import annotations
 
@@ -65,7 +67,9 @@ def data() -> tuple[Manifest, PixelCache]:
 
 
 class Cut(Callback):
-    """Ends the training at the n-th call of a hook: as a signal does, or (`killed`) as a kill does, at once and with nothing saved."""
+    """Ends the training at the n-th call of a hook: as a signal does, or (`killed`) as a kill does, at once and with
+    nothing saved.
+    """
 
     def __init__(self, hook: str, number: int, signals: SignalHandler, killed: bool) -> None:
         self.left, self.signals, self.killed = number, signals, killed
@@ -81,7 +85,9 @@ class Cut(Callback):
 
 @dataclass(frozen=True)
 class Result:
-    """What a training left: the weights of the newest and of the best checkpoint, the metrics of each epoch, and the module itself."""
+    """What a training left: the weights of the newest and of the best checkpoint, the metrics of each epoch, and the
+    module itself.
+    """
 
     ended: bool
     last: dict[str, torch.Tensor]

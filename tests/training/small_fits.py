@@ -1,4 +1,6 @@
-"""A training that takes a fraction of a second: a small network on coloured noise, without files, for tests of what steps the weights."""
+"""A training that takes a fraction of a second: a small network on coloured noise, without files, for tests of what
+steps the weights.
+"""
 
 from collections.abc import Sequence
 from functools import partial

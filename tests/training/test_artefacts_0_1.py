@@ -1,4 +1,4 @@
-"""Run folders and bundles that version 0.1 wrote, before modules and classes moved: they resume, load and start runs."""
+"""Run folders and bundles of version 0.1, from before modules and classes moved: they resume, load and start runs."""
 
 import csv
 import json
@@ -48,6 +48,22 @@ def test_a_run_folder_resumes_to_its_end(run: Path, command: Command) -> None:
 def test_a_run_folder_is_compared_with_what_it_was(run: Path, command: Command) -> None:
     answer = command("train", "resume=last", "name=old-run", "optimizer.lr=0.5", *SAFE)
     assert answer.code == 2 and "optimizer.lr=0.5 in a run that began with 0.03" in answer.err
+
+
+@pytest.mark.slow
+def test_a_checkpoint_without_its_run_folder_starts_a_run_that_resumes_it(run: Path, command: Command) -> None:
+    """Keys that version 0.1 did not have, such as data.unpack.*, are no difference."""
+    shutil.copy(run / "checkpoints" / "last.ckpt", "old.ckpt")
+    line = (
+        "data.image_size=16 data.batch_size=128 model=whitened model.backbone.widths=[4,8,8] "
+        "model.backbone.convolutions=1 augment=strong augment.shift=1 loss=bce optimizer=muon optimizer.lr=0.03 "
+        "scheduler=linear scheduler.warmup=4 callbacks=ema callbacks.averaging.decay=0.9 "
+        "callbacks.unfreeze.every_n_epochs=1 trainer.max_epochs=5 trainer.speed=safe trainer.deterministic=true "
+        "plots.figures=false diagnostics=none"
+    )
+    answer = command("train", "resume=old.ckpt", "name=again", *line.split(), *SAFE)
+    assert answer.code == 0, answer.err
+    assert "step 19" in answer.err
 
 
 @pytest.mark.parametrize("backend", ["checkpoint", "onnx"])

@@ -1,4 +1,6 @@
-"""A recipe changes pictures, never their shape, type or the run's repeatability; the moves of an image are one resampling."""
+"""A recipe changes pictures, never their shape, type or the run's repeatability; the moves of an image are one
+resampling.
+"""
 
 import math
 from collections.abc import Callable

@@ -1,4 +1,6 @@
-"""Flips and shifts by whole pixels are exact copies; an alternating flip shows each image from both sides in any two epochs."""
+"""Flips and shifts by whole pixels are exact copies; an alternating flip shows each image from both sides in any two
+epochs.
+"""
 
 from pathlib import Path
 from typing import Any

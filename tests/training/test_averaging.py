@@ -1,4 +1,6 @@
-"""Averaged weights: what is averaged, that it is the average which is judged and kept, and that a stopped run goes on to the last bit."""
+"""Averaged weights: what is averaged, that it is the average which is judged and kept, and that a stopped run goes on
+to the last bit.
+"""
 
 import copy
 from pathlib import Path

@@ -1,4 +1,6 @@
-"""Imbalance: the sampler draws classes equally often and wears no image out; weights count rare classes more, in training only."""
+"""Imbalance: the sampler draws classes equally often and wears no image out; weights count rare classes more, in
+training only.
+"""
 
 from collections import Counter
 from typing import Any

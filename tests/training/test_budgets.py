@@ -1,4 +1,6 @@
-"""Epochs, steps, minutes and patience bound a run together; whichever ends it, its last step is validated and there is a bundle."""
+"""Epochs, steps, minutes and patience bound a run together; whichever ends it, its last step is validated and there
+is a bundle.
+"""
 
 import csv
 from pathlib import Path

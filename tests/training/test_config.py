@@ -43,7 +43,7 @@ def test_what_is_saved_is_every_key_with_its_value() -> None:
         ("trainer.max_epochs=many", "trainer.max_epochs must be an int or null"),
         ("data.image_size=large", "data.image_size must be an int"),
         ("decision.risk=2", "decision.risk"),
-        ("modle=mlp", "did you mean model"),
+        ("modell=mlp", "did you mean model"),
     ],
 )
 def test_a_wrong_value_is_refused_from_python_as_on_the_command_line(override: str, says: str) -> None:

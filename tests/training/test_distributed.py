@@ -1,4 +1,6 @@
-"""Several processes, one training: the shares fit together, the result is that of one process, and however one ends, all do."""
+"""Several processes, one training: the shares fit together, the result is that of one process, and however one ends,
+all do.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""One checkpoint, many lives: runs that start from a bundle or a file, and losses whose neck the bundle leaves behind."""
+"""One checkpoint, many lives: runs that start from a bundle or a file, and losses whose neck the bundle leaves
+behind.
+"""
 
 import json
 import shutil
@@ -53,7 +55,7 @@ def test_a_run_goes_on_from_a_bundle_with_other_classes(command: Command, digits
     assert answer.code == 0, answer.err
     for text in (
         "from: network, normalisation and weights of models/digits/model.ckpt (10 classes)",
-        "head: classes that keep their row: 3, 7; start anew: owl; left out: 0, 1, 2, 4, 5 and 3 more",
+        "head: classes kept: 3, 7; new: owl; removed: 0, 1, 2, 4, 5 and 3 more",
     ):
         assert text in answer.err
     (parent, old), (child, new) = (
@@ -105,8 +107,8 @@ def no_blueprint(content: dict[str, Any]) -> None:
     [
         (foreign, "trusted_packages=[my_networks]"),
         (loader, "is not on the list"),
-        (other_weights, "do not fit its own network"),
-        (no_blueprint, "no checkpoint of this package"),
+        (other_weights, "do not fit its network"),
+        (no_blueprint, "not a checkpoint of this package"),
     ],
 )
 def test_a_checkpoint_that_cannot_be_gone_on_from_is_refused(
@@ -158,7 +160,7 @@ def test_pretrained_weights_without_a_network_name_the_way_out(
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     line = ("model=timm", "model.backbone.model_name=resnet18", "model.backbone.pretrained=true")
-    answer = assert_refused(command, tmp_path, line, "resnet18 cannot be downloaded")
+    answer = assert_refused(command, tmp_path, line, "cannot download the pretrained weights of resnet18")
     assert "model.weights=PATH" in answer.err
 
 
@@ -192,7 +194,7 @@ def test_from_weights_of_a_file_a_neck_learns_that_checkpoints_keep_and_the_bund
     )
     assert answer.code == 0, answer.err
     assert "weights: 18 of the backbone's 18 tensors" in answer.err
-    assert "the head starts anew: its shape is [3, 128], in the file [10, 128] (classifier.head.weight)" in answer.err
+    assert "the head is new: its shape is [3, 128], in the file [10, 128] (classifier.head.weight)" in answer.err
     kept = torch.load(tmp_path / "runs/child/checkpoints/best.ckpt", weights_only=True)
     necks = [value for name, value in kept["state_dict"].items() if name.startswith("criterion.neck.")]
     assert (
@@ -213,7 +215,7 @@ def test_from_weights_of_a_file_a_neck_learns_that_checkpoints_keep_and_the_bund
         (("loss=supcon", "augment=mix"), "augment.mix gives shares of several"),
         (("loss=supcon", "augment=none"), "loss.views=2"),
         (("loss=focal", "loss.weight=[1,2]"), "loss.weight has 2 numbers for 3 classes"),
-        (("loss=bce", "loss.label_smoothing=2"), "loss.label_smoothing must be within 0..1"),
+        (("loss=bce", "loss.label_smoothing=2"), "loss.label_smoothing must be from 0 to 1"),
     ],
 )
 def test_a_loss_that_cannot_be_is_refused(command: Command, line: tuple[str, ...], says: str) -> None:

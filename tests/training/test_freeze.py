@@ -1,4 +1,6 @@
-"""Freezing: what is frozen does not move, neither weights nor statistics; layers join from the head down, exactly after a resume too."""
+"""Freezing: what is frozen does not move, neither weights nor statistics; layers join from the head down, exactly
+after a resume too.
+"""
 
 import copy
 from functools import partial

@@ -1,4 +1,6 @@
-"""Every logger gets the same metrics, the run's parameters and its ending; nothing leaves the machine where that is asked for."""
+"""Every logger gets the same metrics, the run's parameters and its ending; nothing leaves the machine where that is
+asked for.
+"""
 
 from __future__ import annotations
 
@@ -108,14 +110,14 @@ def test_no_logger_is_fine() -> None:
 @pytest.mark.parametrize(
     ("target", "flags", "says"),
     [
-        ("WandbLogger", ["pytorch_lightning.loggers.wandb._WANDB_AVAILABLE"], "pip install -U 'wandb"),
+        ("WandbLogger", ["pytorch_lightning.loggers.wandb._WANDB_AVAILABLE"], "pip install 'image-classifier[wandb]'"),
         (
             "TensorBoardLogger",
             [
                 "lightning_fabric.loggers.tensorboard._TENSORBOARD_AVAILABLE",
                 "lightning_fabric.loggers.tensorboard._TENSORBOARDX_AVAILABLE",
             ],
-            "pip install",
+            "pip install 'image-classifier[tensorboard]'",
         ),
     ],
 )

@@ -1,4 +1,6 @@
-"""Muon: what a step on a hidden matrix is, whom the auxiliary optimizer steps, and that a stopped run goes on to the last bit."""
+"""Muon: what a step on a hidden matrix is, whom the auxiliary optimizer steps, and that a stopped run goes on to the
+last bit.
+"""
 
 import copy
 import io
@@ -216,7 +218,7 @@ def test_impossible_settings_are_refused(arguments: dict[str, object]) -> None:
 
 
 def test_flat_parts_of_matrices_are_refused() -> None:
-    with pytest.raises(ConfigError, match="whole matrices"):
+    with pytest.raises(ConfigError, match="complete matrices"):
         Muon([{"params": [nn.Parameter(torch.zeros(5))], "kind": "matrix"}])
 
 

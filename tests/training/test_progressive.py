@@ -1,4 +1,6 @@
-"""Progressive sizes: equal shares of the run's steps, decided by the step alone; networks and settings that cannot are refused in one line."""
+"""Progressive sizes: equal shares of the run's steps, decided by the step alone; networks and settings that cannot
+are refused in one line.
+"""
 
 from typing import Any
 

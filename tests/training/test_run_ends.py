@@ -1,4 +1,6 @@
-"""However a run ends, what it leaves is true: metrics of the epoch they stand beside, newest and best checkpoint, exit code."""
+"""However a run ends, what it leaves is true: metrics of the epoch they stand beside, newest and best checkpoint,
+exit code.
+"""
 
 import csv
 import os
@@ -80,7 +82,7 @@ def test_a_broken_network_never_replaces_a_good_checkpoint(command: Command) -> 
     ("line", "says"),
     [
         (("optimizer._target_=torch.optim.Adagrad",), "cannot build the optimizer or the scheduler"),
-        (("trainer.max_epochs=-1", "trainer.max_time=00:00:00:05"), "needs a run of known length"),
+        (("trainer.max_epochs=-1", "trainer.max_time=00:00:00:05"), "needs the length of the run"),
         (("trainer.precision=bf16-true",), "bf16-mixed"),
         (("trainer.devices=0", "trainer.accelerator=cpu"), "invalid trainer.devices=0"),
     ],

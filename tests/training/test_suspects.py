@@ -1,4 +1,6 @@
-"""`suspects`: each fold is trained once, goes on where it was stopped, and is trained anew for other images; planted errors are found and mended."""
+"""`suspects`: each fold is trained once, goes on where it was stopped, and is trained anew for other images; planted
+errors are found and mended.
+"""
 
 from __future__ import annotations
 
@@ -137,7 +139,7 @@ def test_a_setting_that_cannot_be_is_named(key: str, value: object) -> None:
         ("data.folds=3", "makes all folds itself"),
         ("overwrite=true", "resumes by itself"),
         ("apply=often", "accepts what"),
-        ("suspects.folds=40", "folds would hold no image: take at most"),
+        ("suspects.folds=40", "folds would have no image: take at most"),
     ],
 )
 def test_a_command_that_cannot_be_is_one_line(command: Command, tree: Path, word: str, words: str) -> None:

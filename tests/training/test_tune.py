@@ -1,4 +1,6 @@
-"""`tune`: spaces that cannot be are refused at once; no trial is lost, however its worker ends; a broken trial ends no study."""
+"""`tune`: spaces that cannot be are refused at once; no trial is lost, however its worker ends; a broken trial ends
+no study.
+"""
 
 from __future__ import annotations
 
@@ -34,7 +36,8 @@ RANGE = {"kind": "float", "low": 0.0, "high": 1.0}
 SPACE = parse_space({"optimizer": {"lr": RANGE}})
 STORAGE = "sqlite:///tune.db"
 
-# Stands in for `train`: reports three values below lr, as its arguments say; keeps a checkpoint and a bundle as a run does.
+# Stands in for `train`: reports three values below lr, as its arguments say; keeps a checkpoint and a bundle as a run
+# does.
 TRAIN = (
     """
 import os, pathlib, sys, time

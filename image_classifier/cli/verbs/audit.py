@@ -9,7 +9,7 @@ from image_classifier.dataset.run import audit_dataset
 
 
 def audit(config: Any) -> None:
-    """Look at every image, print the issues and the files written; exit code 1 for issues of `audit.fail_on` or above."""
+    """Check every image, print the issues and the files written; exit with 1 for issues of `audit.fail_on` or above."""
     data, settings, trusted = typed_settings(config)
     scan = audit_dataset(data, settings, trusted)
     print("\n".join(scan.audit.table()))

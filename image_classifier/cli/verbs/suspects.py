@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from pathlib import Path
 
 from omegaconf import DictConfig
 
 from image_classifier.cli import hydra_app
+from image_classifier.cli.options import CommandLine
 from image_classifier.cli.verbs.prepare import typed_settings
 from image_classifier.dataset.prepare import DataSettings
 from image_classifier.errors import ConfigError
@@ -94,15 +94,7 @@ def _by_training(config: DictConfig) -> PredictFolds:
 
 def _words(config: DictConfig, study: str) -> tuple[str, ...]:
     """Return the flags and overrides of this command that every fold is given too."""
-    line = hydra_app.running_line("suspects")
-    flags = [
-        word for flag, value in line.flags if flag in ("--config-dir", "--config-path") for word in (flag, str(value))
-    ]
-    overrides = [text for text in line.overrides if _root_key(text) not in _OWN_KEYS]
-    kept = [text for text in overrides if not text.lstrip("+~").startswith(_FOLD_KEYS)]
+    line = hydra_app.running_line("suspects").for_training(_OWN_KEYS)
+    kept = tuple(text for text in line.overrides if not text.lstrip("+~").startswith(_FOLD_KEYS))
     tracking = tracking_words(hydra_app.to_plain(config), study)
-    return (*flags, *kept, "plots.figures=false", *spared_words(kept), *tracking)
-
-
-def _root_key(override: str) -> str:
-    return re.split(r"[.=]", override.lstrip("+~"))[0].partition("@")[0]
+    return (*CommandLine(line.flags, kept).argv(), "plots.figures=false", *spared_words(kept), *tracking)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -68,18 +67,12 @@ def _trials_line(space: tuple[SearchDimension, ...]) -> CommandLine:
     Raises:
         ConfigError: A key is both given and searched.
     """
-    line = hydra_app.running_line("tune")
-    overrides = tuple(text for text in line.overrides if _root_key(text) not in _OWN_KEYS)
+    line = hydra_app.running_line("tune").for_training(_OWN_KEYS)
     searched = {entry.key for entry in space}
-    for text in overrides:
+    for text in line.overrides:
         if (key := text.lstrip("+~").partition("=")[0]) in searched:
             raise ConfigError(f"{key} is both given and searched", f"leave {key}= out, or search.{key}=null")
-    flags = tuple((flag, value) for flag, value in line.flags if flag in ("--config-dir", "--config-path"))
-    return CommandLine(flags, overrides)
-
-
-def _root_key(override: str) -> str:
-    return re.split(r"[.=]", override.lstrip("+~"))[0].partition("@")[0]
+    return line
 
 
 def _check_trials(line: CommandLine, space: tuple[SearchDimension, ...]) -> None:

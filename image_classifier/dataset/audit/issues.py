@@ -18,7 +18,7 @@ from image_classifier.dataset.audit.issue_types import (
     UNREADABLE,
 )
 from image_classifier.errors import ConfigError
-from image_classifier.text import counted, printable
+from image_classifier.text import counted, listed, printable
 
 SCHEMA_VERSION = 1
 
@@ -228,8 +228,7 @@ class Audit:
         if not self.exceeds("warning"):
             return ["audit: no errors or warnings", *corrected]
         found = [f"{name} {self.amount(name)}" for name in self.by_type if ISSUE_TYPES[name].severity != "info"]
-        more = f" and {len(found) - 6} more types" if len(found) > 6 else ""
-        lines = [f"audit: {'; '.join(found[:6])}{more}"]
+        lines = [f"audit: {listed(found, 6, 'types', separator='; ')}"]
         return [*lines, *([f"audit: {self.headlines['leak']}"] if "leak" in self.headlines else []), *corrected]
 
     def as_dict(self) -> dict[str, Any]:

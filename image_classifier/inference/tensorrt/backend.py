@@ -46,7 +46,7 @@ class TensorRtBackend:
             if self._shapes.get(name) != expected:
                 shape = list(self._shapes.get(name, ()))
                 raise CheckpointError(
-                    f"{name} of the engine have the shape {shape} an image, not {list(expected)}",
+                    f"{name} of the engine have the shape {shape} per image, not {list(expected)}",
                     "use the bundle it came from",
                 )
 

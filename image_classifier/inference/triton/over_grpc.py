@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 
 from image_classifier.errors import ConfigError
+from image_classifier.extras import install
 from image_classifier.inference.triton.protocol import MAX_ANSWER_BYTES, Address, Outputs, Refused, tensor
 
 # The fields that are used of each message: name, number, type; `*` is `repeated`, a type with a capital is a message.
@@ -55,7 +56,7 @@ class GrpcChannel:
             import grpc
         except ImportError as error:
             raise ConfigError(
-                f"{address} needs a package that is not installed", "pip install grpcio, or use http://"
+                f"{address} needs a package that is not installed", f"{install('triton')}, or use http://"
             ) from error
         self.grpc = grpc
         self.messages = _messages()

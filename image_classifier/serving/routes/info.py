@@ -9,7 +9,7 @@ from fastapi.responses import JSONResponse, Response
 
 from image_classifier.serving import schemas
 from image_classifier.serving.app_state import AppState
-from image_classifier.serving.routes.common import ONLY_KNOWN_QUERY, ModelName
+from image_classifier.serving.routes.query import ONLY_KNOWN_QUERY, ModelName
 
 _FORM_BYTES = 1024  # of a form around one image
 

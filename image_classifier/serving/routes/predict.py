@@ -14,7 +14,8 @@ from fastapi.responses import JSONResponse, Response
 from image_classifier.serving import schemas
 from image_classifier.serving.app_state import AppState
 from image_classifier.serving.request_limits import Refusal
-from image_classifier.serving.routes.common import ONLY_KNOWN_QUERY, ModelName, ask_worker, queue_slots
+from image_classifier.serving.routes.query import ONLY_KNOWN_QUERY, ModelName
+from image_classifier.serving.routes.worker_calls import ask_worker, queue_slots
 from image_classifier.serving.uploads import Upload
 from image_classifier.serving.worker.handle import WorkerCrash, WorkerHandle
 

@@ -23,7 +23,7 @@ from image_classifier.serving import schemas
 from image_classifier.serving.app_state import AppState
 from image_classifier.serving.registry import ServedModel
 from image_classifier.serving.request_limits import Refusal
-from image_classifier.serving.routes.common import ask_worker, queue_slots
+from image_classifier.serving.routes.worker_calls import ask_worker, queue_slots
 from image_classifier.serving.worker.handle import WorkerCrash, WorkerHandle
 
 _HEADER = "inference-header-content-length"

@@ -167,11 +167,11 @@ class NanGuard(Callback):
             self._shown(trainer, self._paths(trainer)),
         )
         if self._skips_in_a_row >= _MAX_SKIPS_IN_A_ROW:
-            streak = f"{self._skips_in_a_row} steps in a row were skipped, and "
-            self._stop(trainer, pl_module, loss, trainer.fit_loop.total_batch_idx, streak)
+            prefix = f"{self._skips_in_a_row} steps in a row were skipped, and "
+            self._stop(trainer, pl_module, loss, trainer.fit_loop.total_batch_idx, prefix)
 
     def _stop(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, loss: float | None, batch: int, before: str = ""
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, loss: float | None, batch: int, prefix: str = ""
     ) -> None:
         """Raise TrainingError about a training batch, by its number from 0 over all epochs; no loss: bad weights."""
         batches_back = trainer.fit_loop.total_batch_idx - batch
@@ -188,7 +188,7 @@ class NanGuard(Callback):
         rate = cast(ClassifierModule, pl_module).learning_rate
         where = f"epoch {trainer.current_epoch + 1}, step {step}, learning rate {rate:g}"
         raise TrainingError(
-            f"{before}{what}{source} at {where}; batch: {self._shown(trainer, paths)}",
+            f"{prefix}{what}{source} at {where}; batch: {self._shown(trainer, paths)}",
             "lower optimizer.lr, or set trainer.gradient_clip_val=1.0 or trainer.on_nan=skip; "
             f"{_last_good_checkpoint(trainer)}",
         )

@@ -150,7 +150,7 @@ class Muon(torch.optim.Optimizer):
 
 
 def orthogonalised(directions: list[Tensor], steps: int, exact: bool = False) -> list[Tensor]:
-    """Return a nearly orthogonal matrix for each matrix or kernel, of its shape and type; equal shapes are one batch."""
+    """Return a nearly orthogonal matrix of the same shape and type for each; equal shapes are one batch."""
     shapes: dict[torch.Size, list[int]] = defaultdict(list)
     for position, direction in enumerate(directions):
         shapes[direction.shape].append(position)

@@ -92,7 +92,7 @@ def test_the_class_table_sorts_by_keyboard_and_filters(report: Path, chromium: A
     page.locator("#pair-filter").fill("class_000 class_001")
     assert page.locator("#pair-table tbody tr:visible").count() == 1
     page.locator("#pair-table tbody tr:visible button").click()
-    assert page.locator("#drill h3").text_content() == "class_000 taken for class_001"
+    assert page.locator("#drill h3").text_content() == "class_000 classified as class_001"
     assert opened.quiet(report)
 
 

@@ -1,10 +1,11 @@
-"""A real Triton server without a container: the one inside NVIDIA's pip package, in an environment of its own that TRITON_ENV names.
+"""A real Triton server without a container: the one inside NVIDIA's pip package, in an environment of its own that
+TRITON_ENV names.
 
     python3 -m venv /some/env && /some/env/bin/pip install nvidia-pytriton==0.7.0 'numpy<2' onnxruntime
     TRITON_ENV=/some/env python -m pytest -m triton
 
-It has no ONNX Runtime backend of its own; one written in Python takes its name and its place, so that it serves what `export --to triton`
-wrote, unchanged.
+It has no ONNX Runtime backend of its own; one written in Python takes its name and its place, so that it serves what
+`export --to triton` wrote, unchanged.
 """
 
 from __future__ import annotations
@@ -47,7 +48,8 @@ class TritonPythonModel:
 '''
 
 PROGRAM = """#!/bin/sh
-PATH={env}/bin:$PATH LD_LIBRARY_PATH={libraries} exec {server}/bin/tritonserver --backend-directory={backends} --allow-gpu-metrics=false "$@"
+PATH={env}/bin:$PATH LD_LIBRARY_PATH={libraries} exec {server}/bin/tritonserver \\
+  --backend-directory={backends} --allow-gpu-metrics=false "$@"
 """
 
 
@@ -56,7 +58,8 @@ def environment() -> Path:
     named = os.environ.get("TRITON_ENV", "")
     if not named or not (Path(named) / "bin/python").exists():
         pytest.skip(
-            "TRITON_ENV names no environment with nvidia-pytriton: tests/inference/triton/real_server.py says how one is made"
+            "TRITON_ENV names no environment with nvidia-pytriton: tests/inference/triton/real_server.py "
+            "says how one is made"
         )
     return Path(named).absolute()
 
@@ -64,7 +67,10 @@ def environment() -> Path:
 def real_program(folder: Path) -> Path:
     """A `tritonserver` that runs with its own Python and libraries, written into a new folder."""
     env = environment()
-    ask = "import sys, sysconfig; print(sysconfig.get_path('purelib'), sysconfig.get_config_var('LIBDIR'), '%d.%d' % sys.version_info[:2])"
+    ask = (
+        "import sys, sysconfig; "
+        "print(sysconfig.get_path('purelib'), sysconfig.get_config_var('LIBDIR'), '%d.%d' % sys.version_info[:2])"
+    )
     site, libdir, version = subprocess.run(
         [env / "bin/python", "-c", ask], capture_output=True, text=True, check=True
     ).stdout.split()

@@ -1,4 +1,6 @@
-"""The backend `triton` against a small server of the V2 protocol: what it asks, and what it makes of every way to be refused."""
+"""The backend `triton` against a small server of the V2 protocol: what it asks, and what it makes of every way to be
+refused.
+"""
 
 from __future__ import annotations
 

@@ -21,7 +21,9 @@ grpc = pytest.importorskip("grpc")
 
 
 class GrpcServer:
-    """Answers for the model `m`; `faults` are taken one a request for inference, each a function of the call's context and the right answer."""
+    """Answers for the model `m`; `faults` are taken one a request for inference, each a function of the call's
+    context and the right answer.
+    """
 
     def __init__(self) -> None:
         self.server, self.messages = grpc.server(ThreadPoolExecutor(4)), _messages()
@@ -132,5 +134,5 @@ def test_nobody_there_another_model_or_no_package(server: GrpcServer, monkeypatc
     with pytest.raises(ServerError, match="UNAVAILABLE.*6 times: is it running there"):
         TritonBackend(server.url, "m", 2, 5)
     monkeypatch.setitem(sys.modules, "grpc", None)
-    with pytest.raises(ConfigError, match="pip install grpcio, or use http://"):
+    with pytest.raises(ConfigError, match=r"pip install 'image-classifier\[triton\]', or use http://"):
         TritonBackend(server.url, "m", 2)

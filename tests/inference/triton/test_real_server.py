@@ -1,4 +1,6 @@
-"""A real Triton server on loopback serves what `export --to triton` wrote: the same answers, and the ways it refuses."""
+"""A real Triton server on loopback serves what `export --to triton` wrote: the same answers, and the ways it
+refuses.
+"""
 
 from __future__ import annotations
 
@@ -206,7 +208,9 @@ client = http.InferenceServerClient(sys.argv[2].removeprefix("http://"))
 given = http.InferInput("pixels", pixels.shape, "UINT8")
 given.set_data_from_numpy(pixels)
 print(client.infer("digits", [given], outputs=[http.InferRequestedOutput("logits")]).as_numpy("logits").tolist())
-print(client.infer("digits", [given], outputs=[http.InferRequestedOutput("logits", class_count=1)]).as_numpy("logits")[0][0].decode().split(":")[-1])
+output = http.InferRequestedOutput("logits", class_count=1)
+answer = client.infer("digits", [given], outputs=[output]).as_numpy("logits")[0][0]
+print(answer.decode().split(":")[-1])
 client.close()
 config = text_format.Parse(open(sys.argv[3]).read(), model_config_pb2.ModelConfig())
 print(config.max_batch_size, config.backend, [list(item.dims) for item in config.input])

@@ -1,4 +1,6 @@
-"""The verb `triton` with stand-ins for tritonserver and docker: it waits for a right answer, says what failed, and stops what it started."""
+"""The verb `triton` with stand-ins for tritonserver and docker: it waits for a right answer, says what failed, and
+stops what it started.
+"""
 
 from __future__ import annotations
 
@@ -25,7 +27,9 @@ from tests.conftest import PROGRAM, ROOT, Answer, Command
 
 @pytest.fixture
 def bundle(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A bundle with golden answers and a model repository, of which only the names matter here; the current folder is above it."""
+    """A bundle with golden answers and a model repository, of which only the names matter here; the current folder is
+    above it.
+    """
     monkeypatch.chdir(tmp_path)
     folder, rng = tmp_path / "models" / "small", np.random.default_rng(0)
     repository = folder / "triton" / "small"
@@ -200,7 +204,8 @@ def test_docker_compose_is_told_where_and_ends_its_own_project(
     bundle: Path, tmp_path: Path, command: Command, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     given = ports()
-    flags = f"--model-control-mode=none --http-address=127.0.0.1 --http-port={given[1]} --model-repository={bundle / 'triton'}"
+    flags = f"--model-control-mode=none --http-address=127.0.0.1 --http-port={given[1]} "
+    flags += f"--model-repository={bundle / 'triton'}"
     serve = program(tmp_path / "tritonserver", "right", bundle / "golden.npz")
     folder = docker(tmp_path / "bin", f"{serve} {flags} >/dev/null 2>&1 & echo $! > {tmp_path / 'bin' / 'pid'}")
     monkeypatch.setenv("PATH", f"{folder}:{os.environ['PATH']}")

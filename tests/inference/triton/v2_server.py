@@ -1,4 +1,6 @@
-"""A small server of the V2 protocol on loopback, which answers as it is told to: the right way, or in one of the ways that go wrong."""
+"""A small server of the V2 protocol on loopback, which answers as it is told to: the right way, or in one of the ways
+that go wrong.
+"""
 
 from __future__ import annotations
 
@@ -123,14 +125,17 @@ def serving(server: V2Server) -> Iterator[V2Server]:
 
 
 def main(line: list[str]) -> None:
-    """Play `tritonserver` in a process of its own: MODE (right, wrong, zeros, dies, never) and golden.npz first, then the real program's flags."""
+    """Play `tritonserver` in a process of its own: MODE (right, wrong, zeros, dies, never) and golden.npz first, then
+    the real program's flags.
+    """
     mode, golden = line[0], np.load(line[1])
     flags = dict(word.removeprefix("--").partition("=")[::2] for word in line[2:])
     assert flags["model-control-mode"] == "none" and flags["http-address"] == "127.0.0.1", flags
     (name,) = (path.name for path in Path(flags["model-repository"]).iterdir() if path.is_dir())
     if mode == "dies":
         print(
-            "I1122 tritonserver.cc:1 a banner\nE1122 model_repository_manager.cc:1 the model cannot be loaded\nI1122 bye",
+            "I1122 tritonserver.cc:1 a banner\nE1122 model_repository_manager.cc:1 the model cannot be "
+            "loaded\nI1122 bye",
             flush=True,
         )
         raise SystemExit(1)

@@ -131,7 +131,7 @@ from pathlib import Path
 import numpy as np, openvino
 from image_classifier.errors import CheckpointError
 from image_classifier.inference.openvino_runtime import OpenVinoBackend
-from tests.inference.test_self_contained import weights_moved
+from tests.inference.test_onnx_external_data import weights_moved
 xml, onnx, size = Path("model.xml"), Path("model.onnx"), int(sys.argv[1])
 openvino.save_model(openvino.convert_model(str(onnx)), "model.xml", compress_to_fp16=False)
 words, backend = xml.read_text(), OpenVinoBackend(xml)

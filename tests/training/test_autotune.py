@@ -1,4 +1,6 @@
-"""What a run finds out before it begins: sound values, the same run as if they had been given, and no trace of the trials."""
+"""What a run finds out before it begins: sound values, the same run as if they had been given, and no trace of the
+trials.
+"""
 
 import csv
 import logging

@@ -18,7 +18,9 @@ from tests.conftest import MakeTree, listed
 
 @pytest.fixture
 def folders(make_tree: MakeTree, tmp_path: Path) -> tuple[Path, Path]:
-    """A training tree, and a folder with an equal file, two re-encoded copies (one mirrored) and one picture of its own."""
+    """A training tree, and a folder with an equal file, two re-encoded copies (one mirrored) and one picture of its
+    own.
+    """
     train, mine = make_tree("train", cat=4, dog=4), make_tree("other", cat=1)
     (mine / "cat/000.png").rename(mine / "cat/own.png")
     Image.fromarray(np.random.default_rng(99).integers(0, 256, (12, 12, 3), dtype=np.uint8)).save(mine / "cat/own.png")

@@ -149,7 +149,7 @@ def test_a_damaged_detector_is_noticed(command: Command, tmp_path: Path) -> None
 
 def test_a_share_that_cannot_be_is_one_line(command: Command) -> None:
     answer = command("infer", "--checkpoint_name", "digits", "decision.risk=5", "--images", "data/digits/test/0")
-    assert answer.code == 2 and "decision.risk=5" in answer.err
+    assert answer.code == 2 and "invalid decision.risk 5" in answer.err
 
 
 def test_a_risk_that_val_cannot_promise_is_said_and_holds_no_label_back(command: Command) -> None:

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from image_classifier.dataset.discovery import discover, discover_test, list_folder, unreadable
+from image_classifier.dataset.discovery import discover, list_folder, unreadable
 from image_classifier.errors import ConfigError, DataError, UnreadableImage
 from tests.conftest import write_image
 
@@ -137,8 +137,8 @@ def test_strays_of_a_tree_in_parts(tmp_path):
 def test_what_is_left_out_is_said(tmp_path, caplog):
     touch(tmp_path, "train/cat/a.png", "train/dog/a.png", "train/b.png", "val/cat/a.png", "docs/d.png")
     discover([tmp_path])
-    assert "1 images beside the class folders" in caplog.text
-    assert "not part of any split and left out: docs" in caplog.text
+    assert "1 images next to the class folders" in caplog.text
+    assert "not part of any split and skipped: docs" in caplog.text
 
 
 @pytest.mark.parametrize(
@@ -302,7 +302,7 @@ def test_relative_roots_stay_relative(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("second", "words"), [("a", "named twice"), ("a/cat", "lies inside"), (".", "lies inside"), ("link", "named twice")]
+    ("second", "words"), [("a", "named twice"), ("a/cat", "is inside"), (".", "is inside"), ("link", "named twice")]
 )
 def test_roots_that_overlap_are_refused(tmp_path, second, words):
     touch(tmp_path, "a/cat/1.png")
@@ -330,8 +330,8 @@ def test_names_may_be_swapped(tmp_path):
 @pytest.mark.parametrize(
     ("rename", "words"),
     [
-        ({"Kat": "x"}, "'Kat', which is no class: did you mean 'Katze'"),
-        ({"zzz": "x"}, "no class: classes: Katze, dog"),
+        ({"Kat": "x"}, "'Kat', which is not a class: did you mean 'Katze'"),
+        ({"zzz": "x"}, "not a class: classes: Katze, dog"),
         ({"dog": " "}, "no name"),
     ],
 )
@@ -339,78 +339,6 @@ def test_a_rename_that_cannot_be(tmp_path, rename, words):
     touch(tmp_path, "Katze/1.png", "dog/1.png")
     with pytest.raises(ConfigError, match=words):
         discover([tmp_path], rename)
-
-
-# Tables
-
-
-def test_tables_and_folders_together(tmp_path):
-    touch(tmp_path, "a/cat/1.png", "pictures/1.png", "pictures/2")
-    (tmp_path / "t.csv").write_text("path,label,split,who\npictures/1.png,cat,test,ann\npictures/2,dog,,bob\n")
-    found = discover([tmp_path / "a", tmp_path / "t.csv"], {"dog": "cat"}, group_column="who")
-    assert found.root == tmp_path
-    assert [(image.path, image.label, image.split, image.key) for image in found.images] == [
-        ("a/cat/1.png", "cat", "", ""),
-        ("pictures/1.png", "cat", "test", "ann"),
-        ("pictures/2", "cat", "", "bob"),
-    ]
-    assert all(image.size == (tmp_path / image.path).stat().st_size for image in found.images)
-
-
-def test_a_table_alone_starts_from_its_folder_or_from_what_its_files_have_in_common(tmp_path, monkeypatch):
-    touch(tmp_path, "t/in/1.png", "out/2.png")
-    (tmp_path / "t/a.csv").write_text("path,label\nin/1.png,cat\n")
-    (tmp_path / "t/b.csv").write_text(f"path,label\nin/1.png,cat\n{tmp_path}/out/2.png,dog\n")
-    (tmp_path / "t/c.csv").write_text("path,label\n../out/2.png,dog\n")
-    assert (discover([tmp_path / "t/a.csv"]).root, labels(discover([tmp_path / "t/a.csv"]))) == (
-        tmp_path / "t",
-        {"in/1.png": "cat"},
-    )
-    assert (discover([tmp_path / "t/b.csv"]).root, labels(discover([tmp_path / "t/b.csv"]))) == (
-        tmp_path,
-        {"t/in/1.png": "cat", "out/2.png": "dog"},
-    )
-    assert labels(discover([tmp_path / "t/c.csv"])) == {"out/2.png": "dog"}
-    monkeypatch.chdir(tmp_path / "t")
-    assert discover([Path("a.csv")]).root == Path(".")
-    assert discover([Path("b.csv")]).root == Path("..")
-
-
-def test_an_image_given_by_two_sources_is_refused(tmp_path):
-    touch(tmp_path, "a/cat/1.png")
-    (tmp_path / "t.csv").write_text("path,label\na/cat/1.png,dog\n")
-    with pytest.raises(DataError, match=r"1.png' is given twice"):
-        discover([tmp_path / "a", tmp_path / "t.csv"])
-
-
-def test_a_class_of_a_table_must_be_utf8_too(tmp_path):
-    touch(tmp_path, "1.png")
-    (tmp_path / "t.csv").write_bytes(b"path,label\n1.png,\xe9\n")
-    with pytest.raises(DataError, match="is not UTF-8"):
-        discover([tmp_path / "t.csv"])
-
-
-# What to test on
-
-
-def test_the_test_part_of_a_tree_or_all_of_a_folder(tmp_path):
-    touch(tmp_path, "train/cat/a.png", "train/dog/a.png", "test/cat/a.png")
-    for root, path in ((tmp_path, "test/cat/a.png"), (tmp_path / "test", "cat/a.png")):
-        found = discover_test([root])
-        assert [(image.path, image.label, image.split) for image in found.images] == [(path, "cat", "test")]
-
-
-def test_a_test_part_without_a_train_part_is_one_all_the_same(tmp_path):
-    touch(tmp_path, "val/cat/a.png", "Testing/cat/a.png")
-    assert labels(discover_test([tmp_path])) == {"Testing/cat/a.png": "cat"}
-
-
-def test_one_test_part_among_several_roots_is_all_that_is_tested(tmp_path):
-    touch(tmp_path, "a/train/cat/1.png", "a/test/cat/1.png", "b/cat/1.png", "1.png", "2.png")
-    (tmp_path / "t.csv").write_text("path,label,split\n1.png,cat,test\n2.png,cat,train\n")
-    assert set(labels(discover_test([tmp_path / "a", tmp_path / "b"]))) == {"a/test/cat/1.png"}
-    assert set(labels(discover_test([tmp_path / "b", tmp_path / "t.csv"]))) == {"1.png"}
-    assert {image.split for image in discover_test([tmp_path / "b"], {"other": "x"}).images} == {"test"}
 
 
 # Names and lines

@@ -1,4 +1,6 @@
-"""`infer --resume`: killed at any moment and gone on with, the answers are those of a run that was never stopped, to the byte."""
+"""`infer --resume`: killed at any moment and gone on with, the answers are those of a run that was never stopped, to
+the byte.
+"""
 
 from __future__ import annotations
 

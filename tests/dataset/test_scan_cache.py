@@ -152,7 +152,7 @@ def test_a_link_to_the_root_is_the_same_root(tree, facts_store, opened, fine_clo
 
 def test_a_store_that_cannot_be_written(tree, tmp_path):
     (tmp_path / "file").touch()
-    with pytest.raises(StorageError, match="a file is in the way"):
+    with pytest.raises(StorageError, match="a file has that name"):
         read(discover([tree]), tmp_path / "file" / "facts")
 
 
@@ -182,7 +182,8 @@ from image_classifier.images import DecodeLimits
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 tree, store = discover([Path(sys.argv[1])]), Path(sys.argv[2])
 refused = 0
-for most in (1, 100, 500, 2000, 5000, 10_000, 15_000):  # bytes a file may have: at each the system refuses another write
+# Bytes a file may have: at each the system refuses another write.
+for most in (1, 100, 500, 2000, 5000, 10_000, 15_000):
     resource.setrlimit(resource.RLIMIT_FSIZE, (most, resource.RLIM_INFINITY))
     try:
         scan_files(tree, store, DecodeLimits(), (255, 255, 255))

@@ -1,4 +1,6 @@
-"""Batches: every training image at most once an epoch, in an order decided by seed and epoch alone; only training batches are augmented."""
+"""Batches: every training image at most once an epoch, in an order decided by seed and epoch alone; only training
+batches are augmented.
+"""
 
 from dataclasses import replace
 from pathlib import Path
@@ -105,7 +107,8 @@ def test_no_row_of_val_or_test_is_ever_augmented(balanced: bool, tmp_path: Path)
     augment, module = Watched(), Looker()
     datamodule = ImageDataModule(cache, manifest, 4, augment, 0, channels_last=False, balanced=balanced)
     trainer = pl.Trainer(
-        max_epochs=2, accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
+        max_epochs=2, accelerator="cpu", logger=False,
+        enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
         default_root_dir=tmp_path, use_distributed_sampler=False,
     )  # fmt: skip
     trainer.fit(module, datamodule=datamodule)

@@ -180,7 +180,9 @@ def test_pixels_that_an_mlp_does_not_weigh_stay_cold() -> None:
 
 
 def squares(rng: np.random.Generator, count: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Noise uint8 [N, 3, 32, 32] with one 8 px square whose colour is the class [N]; its corner, a multiple of 4 px, [N, 2]."""
+    """Noise uint8 [N, 3, 32, 32] with one 8 px square whose colour is the class [N]; its corner, a multiple of 4 px,
+    [N, 2].
+    """
     colours = np.array([[255, 0, 0], [0, 255, 0], [0, 0, 255]], dtype=np.uint8)
     pixels = rng.integers(60, 196, (count, 3, 32, 32), dtype=np.uint8)
     targets, corners = rng.integers(0, 3, count), 4 * rng.integers(0, 7, (count, 2))
@@ -199,7 +201,9 @@ def one_thread() -> Iterator[None]:
 
 
 def share_of_hits(name: str, steps: int, count: int) -> float:
-    """The pointing game (Zhang et al., 2018) after some training: how often the hottest place is in the object; by chance for 1 image in 7."""
+    """The pointing game (Zhang et al., 2018) after some training: how often the hottest place is in the object; by
+    chance for 1 image in 7.
+    """
     classifier, _ = classifier_of(name)
     rng, optimizer = np.random.default_rng(0), torch.optim.AdamW(classifier.parameters(), lr=2e-3)
     for _ in range(steps):

@@ -85,7 +85,7 @@ def test_a_part_of_somebody_else_is_not_replaced(place: Path, command: Command, 
 def test_no_verb_replaces_what_is_no_file(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe")
     for path in (tmp_path / "pipe", tmp_path, Path("/dev/stderr")):
-        with pytest.raises(StorageError, match="is no file"), atomic_file(path) as file:
+        with pytest.raises(StorageError, match="is not a regular file"), atomic_file(path) as file:
             file.write(b"x")
     (tmp_path / "link").symlink_to(tmp_path / "gone")  # as DVC leaves them
     with atomic_file(tmp_path / "link") as file:

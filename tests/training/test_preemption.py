@@ -1,4 +1,6 @@
-"""A kill, a signal or SLURM may come at any moment: exit codes, what is saved, and that the run then goes on to the same end."""
+"""A kill, a signal or SLURM may come at any moment: exit codes, what is saved, and that the run then goes on to the
+same end.
+"""
 
 from __future__ import annotations
 

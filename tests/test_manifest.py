@@ -13,8 +13,7 @@ from image_classifier.errors import DataError
 from image_classifier.manifest import SPLITS, Manifest, Record
 from image_classifier.predictions import Prediction, PredictionTable, softmax
 
-# Any name a file system can give: spaces, quotes, newlines, and bytes that are not UTF-8 (lone surrogates
-# \udc80..\udcff).
+# Any file name: spaces, quotes, newlines, and bytes that are not UTF-8 (lone surrogates \udc80..\udcff).
 NAMES = st.text(
     st.characters(codec="utf-8", exclude_characters="\0")
     | st.characters(min_codepoint=0xDC80, max_codepoint=0xDCFF, categories=["Cs"]),

@@ -1,4 +1,6 @@
-"""`test --test_dir`: what is no labelled folder is refused in one line, with the command that fits, and that command works."""
+"""`test --test_dir`: what is no labelled folder is refused in one line, with the command that fits, and that command
+works.
+"""
 
 from __future__ import annotations
 
@@ -144,7 +146,7 @@ def test_images_beside_the_classes_are_left_out_and_said(command: Command, train
     fill(Path("mine/3"), digits(trained, "3"))
     shutil.copy(digits(trained, "4")[0], "mine/stray.png")
     answer = command("test", "--checkpoint_name", "digits", "--test_dir", "mine")
-    assert answer.code == 0 and "1 images beside the class folders" in answer.err and "test images 3" in answer.out
+    assert answer.code == 0 and "1 images next to the class folders" in answer.err and "test images 3" in answer.out
 
 
 def test_one_labelled_image_is_enough(command: Command, trained: Path) -> None:

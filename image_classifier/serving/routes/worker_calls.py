@@ -1,32 +1,14 @@
-"""What several routes use: query parameters, and requests to a worker process whose errors become HTTP errors."""
+"""Requests of the routes to a worker process, whose errors become HTTP errors."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import Annotated, Any
-
-from fastapi import Depends, Query, Request
+from typing import Any
 
 from image_classifier.errors import ClassifierError
 from image_classifier.serving.request_limits import Refusal
 from image_classifier.serving.worker.handle import DeadlineExceeded, QueueFull, WorkerEnded, WorkerHandle
-
-ModelName = Annotated[
-    str | None,
-    Query(alias="model", description="A name from GET /models. The default is the first model.", max_length=300),
-]
-
-
-async def _check_query(request: Request) -> None:
-    """Refuse unknown query parameters: a mistyped one would change the answer unnoticed."""
-    known = [field.alias for field in request.scope["route"].dependant.query_params]  # codespell:ignore dependant
-    for key in request.query_params:
-        if key not in known:
-            raise Refusal(422, "invalid", f"unknown query parameter {key[:100]!r}: this path has {' and '.join(known)}")
-
-
-ONLY_KNOWN_QUERY = [Depends(_check_query)]
 
 
 @contextmanager

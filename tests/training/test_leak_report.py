@@ -1,4 +1,6 @@
-"""A run on folders that leak says what its figures are worth: on the terminal, in the report, in the bundle; and `test` says it again."""
+"""A run on folders that leak says what its figures are worth: on the terminal, in the report, in the bundle; and
+`test` says it again.
+"""
 
 import json
 import shutil

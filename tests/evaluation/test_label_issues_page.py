@@ -69,7 +69,7 @@ def test_the_page_is_bounded_and_says_so(tmp_path: Path, monkeypatch) -> None:
     html = render([suspect(path) for path in paths], gallery(tmp_path, *paths), 5000)
     assert len(html.encode()) < 10_000_000 and "of 2 000 suspects shown; all are in suspects.csv" in html
     assert "3 of 2 000 suspects shown" in render([suspect(path) for path in paths], gallery(tmp_path, *paths), 3)
-    assert "Nothing in doubt" in render([], gallery(tmp_path), 500)
+    assert "No doubtful labels" in render([], gallery(tmp_path), 500)
 
 
 @pytest.mark.browser

@@ -45,7 +45,7 @@ def whole(store: EmbeddingStore, digests: np.ndarray = DIGESTS) -> np.ndarray:
 def test_embeddings_are_those_of_the_network_in_use(
     batch: int, channels_last: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(embeddings, "_BATCH", batch)
+    monkeypatch.setattr(embeddings, "_MAX_BATCH", batch)
     model = network().train()
     rows = np.arange(39, -1, -1)
     found = np.concatenate(list(embed(model, rows, gather, channels_last=channels_last)))
@@ -87,7 +87,7 @@ def test_only_what_is_missing_is_computed(
         return np.array([]) if len(rows) == 0 else PIXELS[rows]
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(embeddings, "_PART", part)
+        patch.setattr(embeddings, "_IMAGES_PER_FILE", part)
         add = EmbeddingStore.add
         patch.setattr(
             EmbeddingStore,
@@ -120,7 +120,7 @@ def test_a_damaged_file_is_named(tmp_path: Path) -> None:
     known_embeddings(network(), DIGESTS, gather, tmp_path)
     (file,) = tmp_path.glob("*.npz")
     file.write_bytes(file.read_bytes()[:500])
-    with pytest.raises(StorageError, match=r"000000\.npz.*made again"):
+    with pytest.raises(StorageError, match=r"000000\.npz.*computed again"):
         EmbeddingStore(tmp_path).missing(DIGESTS)
 
 

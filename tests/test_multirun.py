@@ -13,6 +13,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from hydra.core.config_store import ConfigStore
 
 from image_classifier.cli.multirun import Escape, _Sent
 from image_classifier.errors import DataError
@@ -42,6 +43,29 @@ def test_the_launchers_are_known(launcher: str, command: Command, folder: Path) 
     assert answer.code == 0, answer.err
     assert f"_target_: hydra_plugins.hydra_{launcher.split('_')[0]}_launcher" in answer.out
     assert command("prepare", "-m", *line).code == 2  # Hydra would end in a traceback
+
+
+@pytest.mark.parametrize("launcher", ["joblib", "submitit_local", "submitit_slurm"])
+def test_a_launcher_that_is_not_installed_is_one_line(
+    launcher: str, command: Command, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plugin = f"hydra-{launcher.split('_')[0]}-launcher"
+    pytest.importorskip(f"hydra_plugins.{plugin.replace('-', '_')}")
+    command(
+        "prepare", f"hydra/launcher={launcher}", "data=folder", "data.dir=tree", "--cfg", "hydra"
+    )  # finds the plugins
+    monkeypatch.delitem(ConfigStore.instance().repo["hydra"]["launcher"], f"{launcher}.yaml")
+    for line in ((f"hydra/launcher={launcher}",), ("-m", f"hydra/launcher={launcher}", "hydra.launcher.n_jobs=2")):
+        answer = command("prepare", "data=folder", "data.dir=tree", *line)
+        assert (
+            answer.code == 2
+            and answer.out == ""
+            and answer.err
+            == (
+                f"error: hydra/launcher={launcher} needs the package {plugin}, which is not installed: "
+                "pip install 'image-classifier[launchers]'\n"
+            )
+        )
 
 
 def test_a_job_of_a_sweep_knows_the_line_that_runs_it_alone(
@@ -114,8 +138,8 @@ SBATCH = """#!{python}
 import os, re, subprocess, sys
 count = int(re.search(r"--array=0-(\\d+)", open(sys.argv[-1]).read())[1]) + 1
 for task in range(count):
-    array = {{"SLURM_ARRAY_JOB_ID": "100", "SLURM_ARRAY_TASK_ID": str(task)}}
-    job = {{"SLURM_JOB_ID": str(100 + task), "SLURM_NTASKS": "1", **array}}
+    job = {{"SLURM_JOB_ID": str(100 + task), "SLURM_ARRAY_JOB_ID": "100", "SLURM_NTASKS": "1"}}
+    job["SLURM_ARRAY_TASK_ID"] = str(task)
     quiet = {{"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}}
     subprocess.Popen(["bash", sys.argv[-1]], env=os.environ | job, start_new_session=True, **quiet)
 print("Submitted batch job 100")

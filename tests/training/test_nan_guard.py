@@ -1,4 +1,6 @@
-"""A loss or gradient that is not a finite number never reaches a checkpoint: it stops the run, saying how to find out why, or is skipped."""
+"""A loss or gradient that is not a finite number never reaches a checkpoint: it stops the run, saying how to find out
+why, or is skipped.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +25,9 @@ STEADY = Options(optimizer=partial(SGD, lr=0.01, momentum=0.9), scheduler="expon
 
 
 class Spoil(Callback):
-    """Makes the loss, or only the gradients, of some steps not a number, as a picture with an impossible pixel would."""
+    """Makes the loss, or only the gradients, of some steps not a number, as a picture with an impossible pixel
+    would.
+    """
 
     def __init__(self, *steps: int, gradients: bool = False) -> None:
         self.steps, self.gradients = steps, gradients

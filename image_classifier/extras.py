@@ -1,0 +1,34 @@
+"""What brings a package that is optional: the extra of this package, in the words that install it."""
+
+from __future__ import annotations
+
+# By the names under which they are imported.
+_PACKAGES = {
+    "train": """
+        torch torchvision pytorch_lightning torchmetrics timm safetensors optuna sqlalchemy mlflow dvc
+        onnx onnxscript scipy sklearn matplotlib
+    """,
+    "serve": "fastapi uvicorn starlette pydantic python_multipart prometheus_client",
+    "arrow": "pyarrow",
+    "openvino": "openvino",
+    "triton": "grpc",
+    "ray": "ray",
+    "s3": "dvc_s3",
+    "hf": "datasets",
+    "kaggle": "kagglehub",
+    "wandb": "wandb",
+    "tensorboard": "tensorboard",
+    "launchers": "hydra_joblib_launcher hydra_submitit_launcher",
+}
+EXTRA_OF = {package: extra for extra, packages in _PACKAGES.items() for package in packages.split()}
+
+
+def install(extra: str) -> str:
+    """Return the command that installs an extra."""
+    return f"pip install 'image-classifier[{extra}]'"
+
+
+def install_package(package: str) -> str:
+    """Return the command that installs a package: the extra that brings it, else the package itself."""
+    extra = EXTRA_OF.get(package.replace("-", "_"))
+    return install(extra) if extra else f"pip install {package}"
