@@ -21,6 +21,7 @@ from PIL import Image
 
 from image_classifier.bundle import INFO_NAME
 from image_classifier.errors import ConfigError, UnreadableImage
+from image_classifier.extras import missing_packages_named
 from image_classifier.inference.explain_images import Explained, explainer_of, over_picture
 from image_classifier.inference.load import load_predictor, pulled_checkpoint
 from image_classifier.inference.predictor import Predictor
@@ -60,13 +61,12 @@ def train(
         DataError: The images cannot be found or trained on.
         TrainingError: The loss is not finite.
     """
-    from image_classifier.cli.python_settings import train_overrides
-    from image_classifier.cli.train_config import compose_train_config
-    from image_classifier.training.run import train as run_training
+    with missing_packages_named(), _logging_to_stderr(verbose):
+        from image_classifier.cli.python_settings import train_overrides
+        from image_classifier.cli.train_config import compose_train_config
+        from image_classifier.training.run import train as run_training
 
-    config = compose_train_config(train_overrides(data, name, settings))
-    with _logging_to_stderr(verbose):
-        return run_training(config)
+        return run_training(compose_train_config(train_overrides(data, name, settings)))
 
 
 def audit(data: str | os.PathLike[str] | None = None, /, *, verbose: bool = True, **settings: Any) -> AuditResult:
@@ -111,7 +111,8 @@ def load(
         ConfigError: The backend is unknown or not installed.
     """
     path = pulled_checkpoint(os.fspath(name), Path(models_dir))
-    return Model(path, load_predictor(path, backend, batch_size))
+    with missing_packages_named():
+        return Model(path, load_predictor(path, backend, batch_size))
 
 
 class Model:
@@ -178,8 +179,8 @@ class Model:
             DataError: There are no such images.
             UnreadableImage: One of them cannot be read.
         """
-        from image_classifier.inference.evaluate import TestSettings, evaluate
-
+        with missing_packages_named():
+            from image_classifier.inference.evaluate import TestSettings, evaluate
         folder = None if test_dir is None else os.fspath(test_dir)
         return evaluate(
             _typed(TestSettings, checkpoint_name=str(self.path), test_dir=folder, **settings), self.predictor
@@ -234,8 +235,8 @@ class Model:
             ConfigError: A form is unknown, or needs a package that is missing.
             ParityError: A form answers differently from the checkpoint and is not kept.
         """
-        from image_classifier.exporting.export import ExportSettings, export
-
+        with missing_packages_named():
+            from image_classifier.exporting.export import ExportSettings, export
         if not (self.path / INFO_NAME).is_file():
             raise ConfigError(f"{str(self.path)!r} is not a bundle", "load the bundle's folder to export other forms")
         return export(_typed(ExportSettings, checkpoint_name=str(self.path), to=list(forms), **settings))

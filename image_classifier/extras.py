@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from image_classifier.errors import ConfigError
+
 # By the names under which they are imported.
 _PACKAGES = {
     "train": """
@@ -32,3 +37,19 @@ def install_package(package: str) -> str:
     """Return the command that installs a package: the extra that brings it, else the package itself."""
     extra = EXTRA_OF.get(package.replace("-", "_"))
     return install(extra) if extra else f"pip install {package}"
+
+
+@contextmanager
+def missing_packages_named() -> Iterator[None]:
+    """Turn the import of an optional package that is not installed into one line that says what brings it.
+
+    Raises:
+        ConfigError: The package, and the command that installs it.
+    """
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        if error.name not in EXTRA_OF:
+            raise
+        fact = f"this needs the package {error.name}, which is not installed"
+        raise ConfigError(fact, install_package(error.name)) from error

@@ -177,3 +177,18 @@ assert not {{"torch", "hydra", "omegaconf"}} & set(sys.modules), "predict"
 """
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
+
+
+def test_training_without_its_packages_says_what_brings_them(make_tree: MakeTree) -> None:
+    tree = make_tree(cat=2, dog=2)
+    code = f"""
+import sys
+sys.modules["torch"] = None
+import image_classifier as ic
+try:
+    ic.train({str(tree)!r})
+except Exception as error:
+    print(type(error).__name__, error)
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert "ConfigError this needs the package torch" in done.stdout and "image-classifier[train]" in done.stdout

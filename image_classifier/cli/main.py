@@ -11,7 +11,7 @@ from image_classifier import __version__
 from image_classifier.cli.exit_codes import exit_code
 from image_classifier.cli.help_pages import overview, verb_help
 from image_classifier.errors import ConfigError
-from image_classifier.extras import EXTRA_OF, install_package
+from image_classifier.extras import missing_packages_named
 from image_classifier.paths import CONF_DIR
 from image_classifier.program import program
 from image_classifier.text import did_you_mean
@@ -91,13 +91,8 @@ def _imported(verb: str) -> Callable[[Any], object]:
     """Return a task that imports its function when it runs, after the command line was checked."""
 
     def task(config: Any) -> object:
-        try:
+        with missing_packages_named():
             module = importlib.import_module(f"image_classifier.cli.verbs.{verb}")
             return getattr(module, verb)(config)
-        except ModuleNotFoundError as error:
-            if error.name not in EXTRA_OF:
-                raise
-            fact = f"this needs the package {error.name}, which is not installed"
-            raise ConfigError(fact, install_package(error.name)) from error
 
     return task
