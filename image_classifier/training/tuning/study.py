@@ -13,6 +13,7 @@ import numpy as np
 import optuna
 from optuna.distributions import BaseDistribution
 from optuna.samplers import BaseSampler, RandomSampler, TPESampler
+from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial
 
 from image_classifier.errors import ConfigError
@@ -94,7 +95,7 @@ def open_study(settings: TuneSettings, name: str, seed: int, fingerprint: Mappin
     """
     _quiet()
     storage = open_storage(settings.storage)
-    direction = "maximize" if settings.maximise else "minimize"
+    direction = StudyDirection.MAXIMIZE if settings.maximise else StudyDirection.MINIMIZE
     study = patiently(
         lambda: optuna.create_study(storage=storage, study_name=name, direction=direction, load_if_exists=True)
     )
