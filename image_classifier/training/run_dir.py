@@ -73,9 +73,7 @@ class RunSettings:
     def __post_init__(self) -> None:
         name = self.name
         if name is not None and (not re.fullmatch(r"[^/\\\0]{1,150}", name) or name.startswith(".")):
-            raise ConfigError(
-                f"invalid name={name!r}: it is not the name of a folder", "use letters, digits, '-', '_' or '.'"
-            )
+            raise ConfigError(f"invalid name={name!r}", "it names a folder: use letters, digits, '-', '_' or '.'")
         if isinstance(self.seed, int) and not 0 <= self.seed < 2**32:
             raise ConfigError(f"invalid seed={self.seed}", "use a whole number from 0 to 4294967295")
 

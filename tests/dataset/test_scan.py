@@ -257,6 +257,7 @@ def test_parts_of_a_tree_share_what_is_known(tmp_path, facts_store, opened, fine
     assert_fresh(found, facts, tmp_path)
 
 
+@pytest.mark.slow
 def test_processes_tell_what_threads_tell(make_tree, facts_store, tmp_path, monkeypatch):
     root = make_tree(cat=300, dog=300)
     (root / "cat" / "bad.png").write_bytes(b"bad")

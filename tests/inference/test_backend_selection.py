@@ -210,7 +210,7 @@ def test_a_gpu_that_does_not_load_is_said_and_never_replaced_where_it_was_asked_
         caplog.clear()
         np.testing.assert_allclose(OnnxBackend(model).logits(golden.pixels), golden.logits, atol=1e-4)
         assert [record.getMessage() for record in caplog.records] == [
-            "ONNX Runtime was built for CUDA, which does not load here: the processor is used"
+            "ONNX Runtime has CUDA built in, but its libraries cannot be loaded: the CPU is used"
         ]
         with pytest.raises(ConfigError, match="insufficient" if raises else "does not load") as caught:
             OnnxBackend(model, tensorrt=True)

@@ -160,7 +160,7 @@ def test_what_the_engine_does_not_take_is_said(bundle: Bundle, trt: TensorRt) ->
         backend.logits(np.zeros((1, 3, 32, 32), np.float32))
     backend.check(32, 10)
     for size, classes in ((28, 10), (32, 9)):
-        with pytest.raises(CheckpointError, match="an image, not"):
+        with pytest.raises(CheckpointError, match="per image, not"):
             backend.check(size, classes)
 
 

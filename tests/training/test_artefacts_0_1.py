@@ -75,6 +75,7 @@ def test_a_bundle_predicts_what_it_did(backend: str) -> None:
         np.testing.assert_allclose(predictor.backend.logits(golden["pixels"]), golden["logits"], atol=2e-4)
 
 
+@pytest.mark.slow
 def test_a_bundle_starts_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: Command) -> None:
     monkeypatch.chdir(tmp_path)
     shutil.copytree(ARTEFACTS / "bundle", tmp_path / "models" / "old")

@@ -105,7 +105,7 @@ def test_a_broken_image_is_left_out_unless_it_is_to_be_an_error(
         (("model.backbone.channels=[4,4,4,4,4,4]",), "data.image_size"),
         (("+trainer.x=1",), "takes no argument 'x'"),
         (("optimizer._target_=os.system",), "os.system"),
-        (("name=a/b",), "cannot be the name"),
+        (("name=a/b",), "invalid name="),
         (("logger=mlflow", "logger.tracking_uri=./mlruns"), "sqlite:///mlflow.db"),
         (("trainer.precision=7",), "precision"),
     ],

@@ -91,6 +91,7 @@ def test_each_fold_is_trained_once_and_all_images_are_answered() -> None:
     assert calls() == ["study-fold-1 anew"]
 
 
+@pytest.mark.slow
 def test_other_images_or_settings_are_trained_anew() -> None:
     predict_by_training(runs(folds()))
     calls()
@@ -138,7 +139,7 @@ def test_a_setting_that_cannot_be_is_named(key: str, value: object) -> None:
     [
         ("data.folds=3", "makes all folds itself"),
         ("overwrite=true", "resumes by itself"),
-        ("apply=often", "accepts what"),
+        ("apply=often", "accepts the proposals"),
         ("suspects.folds=40", "folds would have no image: take at most"),
     ],
 )
