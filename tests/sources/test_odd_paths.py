@@ -38,7 +38,9 @@ def test_such_a_name_is_one_row_and_exit_code_2(
 ) -> None:
     monkeypatch.chdir(trained)
     answer = command("infer", "--checkpoint_name", "digits", "--format", "json", "--images", LONG)
-    assert answer.code == 2 and json.loads(answer.out) == [{"path": LONG, "error": "File name too long"}]
+    (row,) = json.loads(answer.out)
+    assert answer.code == 2 and row["path"] == LONG
+    assert row["error"] in ("File name too long", "no such file")  # the latter from Python 3.14 on
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may look anywhere")
