@@ -156,7 +156,7 @@ class Model:
         """
         if not _is_one_image(images):
             return ImagePredictions(self.iter_predict(images))
-        answers = ImagePredictions(self.iter_predict([images]))
+        answers = ImagePredictions(self.iter_predict(images))
         if len(answers) > 1:  # an address of an archive or of a folder
             return answers
         if answers[0].error:
@@ -179,12 +179,12 @@ class Model:
             DataError: There are no such images.
             UnreadableImage: One of them cannot be read.
         """
+        from image_classifier.cli.python_settings import verb_settings
+        from image_classifier.inference.evaluate import TestSettings, evaluate
+
+        chosen = {"checkpoint_name": str(self.path), "test_dir": test_dir, **settings}
         with missing_packages_named():
-            from image_classifier.inference.evaluate import TestSettings, evaluate
-        folder = None if test_dir is None else os.fspath(test_dir)
-        return evaluate(
-            _typed(TestSettings, checkpoint_name=str(self.path), test_dir=folder, **settings), self.predictor
-        )
+            return evaluate(verb_settings(TestSettings, "test", chosen), self.predictor)
 
     def explain(self, image: ImageLike, label: str | None = None) -> ImageExplanation:
         """Return a heat map of what in an image is evidence for a class.
@@ -236,17 +236,15 @@ class Model:
             ParityError: A form answers differently from the checkpoint and is not kept.
         """
         with missing_packages_named():
+            from image_classifier.cli.python_settings import verb_settings
             from image_classifier.exporting.export import ExportSettings, export
-        if not (self.path / INFO_NAME).is_file():
-            raise ConfigError(f"{str(self.path)!r} is not a bundle", "load the bundle's folder to export other forms")
-        return export(_typed(ExportSettings, checkpoint_name=str(self.path), to=list(forms), **settings))
 
-
-def _typed(cls: Any, **settings: Any) -> Any:
-    """Return a verb's settings; an unknown key is named with the nearest right one."""
-    from image_classifier.cli.python_settings import checked_keys
-
-    return cls(**checked_keys(cls, settings))
+            if not (self.path / INFO_NAME).is_file():
+                raise ConfigError(
+                    f"{str(self.path)!r} is not a bundle", "load the bundle's folder to export other forms"
+                )
+            chosen = {"checkpoint_name": str(self.path), "to": forms, **settings}
+            return export(verb_settings(ExportSettings, "export", chosen))
 
 
 def _is_one_image(images: Any) -> bool:
@@ -263,7 +261,7 @@ def _is_one_image(images: Any) -> bool:
 
 def _image_sources(images: Any) -> Iterator[ImageSource]:
     """Yield every image, named by its path, or by its number where it has none."""
-    items = [images] if isinstance(images, str | os.PathLike) else images
+    items = [images] if isinstance(images, str | os.PathLike) or _is_one_image(images) else images
     for number, item in enumerate(items):
         if isinstance(item, str | os.PathLike):
             yield from Inputs([os.fspath(item)], lambda: sys.stdin.buffer)

@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping
-from dataclasses import fields
-from typing import Any
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any, TypeVar
+
+from omegaconf import DictConfig
 
 from image_classifier.cli import hydra_app
 from image_classifier.cli.conf_files import root_groups
 from image_classifier.cli.positional import data_choice, word_overrides
+from image_classifier.cli.verbs.prepare import typed_settings
 from image_classifier.dataset.audit.issues import AuditSettings
 from image_classifier.dataset.prepare import DataSettings
 from image_classifier.errors import ConfigError
 from image_classifier.override_grammar import quoted
 from image_classifier.paths import CONF_DIR
-from image_classifier.text import did_you_mean
+
+T = TypeVar("T")
 
 
 def train_overrides(data: str | os.PathLike[str] | None, name: str | None, settings: Mapping[str, Any]) -> list[str]:
@@ -35,25 +38,21 @@ def audit_settings(
     Raises:
         ConfigError: A setting is unknown or invalid.
     """
-    from image_classifier.cli.verbs.prepare import typed_settings
-
-    with hydra_app.composer(CONF_DIR):
-        return typed_settings(hydra_app.composed("audit", _line("audit", data, settings)))
+    return typed_settings(_composed("audit", _line("audit", data, settings)))
 
 
-def checked_keys(cls: Any, settings: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Return the settings where a dataclass has all of their keys.
+def verb_settings(cls: type[T], verb: str, settings: Mapping[str, Any]) -> T:
+    """Return the settings of a verb as its dataclass, with the defaults of conf/VERB.yaml.
 
     Raises:
-        ConfigError: Names the unknown key, and the nearest right one.
+        ConfigError: A setting is unknown or invalid.
     """
-    names = [item.name for item in fields(cls)]
-    for key in settings:
-        if key not in names:
-            raise ConfigError(
-                f"there is no setting {key!r}", f"{did_you_mean(key, names)}The settings are {', '.join(names)}"
-            )
-    return settings
+    return hydra_app.typed(cls, _composed(verb, _overrides(verb, settings)), "")
+
+
+def _composed(verb: str, overrides: Iterable[str]) -> DictConfig:
+    with hydra_app.composer(CONF_DIR):
+        return hydra_app.composed(verb, overrides)
 
 
 def _line(verb: str, data: str | os.PathLike[str] | None, settings: Mapping[str, Any]) -> list[str]:

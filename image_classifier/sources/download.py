@@ -203,19 +203,6 @@ def _check_space(path: Path, needed: int) -> None:
         raise StorageError(fact, "free some space and run the same command again")
 
 
-def _progress(name: str, done: int, total: int) -> Progress:
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        DownloadColumn(),
-        TransferSpeedColumn(),
-        TimeRemainingColumn(),
-    )
-    bar = Progress(*columns, console=Console(stderr=True), transient=True, disable=not sys.stderr.isatty())
-    bar.add_task(name, completed=done, total=total or None)
-    return bar
-
-
 def _progress_bar(name: str) -> Progress:
     columns = (
         TextColumn("{task.description}"),

@@ -155,10 +155,11 @@ def _outputs(length: str | None, body: bytes) -> Outputs:
                 content = body[start:end]
                 start = end
             else:
-                content = np.asarray(item["data"], "<f4").tobytes()
+                with np.errstate(over="raise"):  # a number that float32 cannot hold
+                    content = np.asarray(item["data"], "<f4").tobytes()
             outputs[str(item["name"])] = tensor(str(item["name"]), item["datatype"], shape, content)
         return outputs
-    except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
         raise Refused(
             f"it answers with something that is not the V2 protocol ({type(error).__name__}: {error})"
         ) from error
