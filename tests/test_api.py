@@ -65,6 +65,7 @@ def test_several_images_come_as_a_list_in_their_order(model: ic.Model, images: P
     assert isinstance(in_folder, list) and len(in_folder) == len(list((images / "3").iterdir()))
     assert model.predict(str(images / "3" / "*.png")) == in_folder
     assert model.predict([paths[0]]) == by_path[:1]
+    assert [one.label for one in model.iter_predict(paths[0].read_bytes())] == [by_path[0].label]
 
 
 def test_it_answers_as_the_command_line(model: ic.Model, images: Path, command: Command) -> None:
@@ -146,7 +147,9 @@ def test_from_a_folder_to_a_model_and_its_scores(
     assert trained.classes == ("cat", "dog")
     scores = trained.evaluate()
     assert scores.metrics.scalars()["accuracy"] == pytest.approx(result.metrics["test"]["accuracy"])
-    assert trained.evaluate(tree).table.targets.tolist() == [0] * 12 + [1] * 12
+    with pytest.raises(ConfigError, match="decision.risk 2"):
+        trained.evaluate(decision={"risk": 2})
+    assert trained.evaluate(tree, decision={"risk": 0.3}).table.targets.tolist() == [0] * 12 + [1] * 12
     (export,) = trained.export("sealed")
     assert export.form == "sealed" and (result.bundle_dir / "sealed.onnx").is_file()
 
