@@ -347,7 +347,7 @@ def _built(factory: Callable[..., IndexedImages], scratch: Path) -> IndexedImage
     except (OSError, RuntimeError) as error:  # URLError is an OSError; torchvision raises RuntimeError for damage
         if is_of_the_disk(error):
             raise
-        hint = "no network? pass data.archive=PATH, a .tar.gz or .zip with one folder a class"
+        hint = "no network? pass data.archive=PATH, a .tar.gz or .zip with one folder per class"
         raise SourceError(f"the data set could not be downloaded ({str(error)[:120]})", hint) from error
 
 

@@ -78,7 +78,7 @@ class ServedClassifier(PythonModel):
 
 
 def _items(model_input: Any) -> Iterator[Any]:
-    """Yield one item an image.
+    """Yield one item per image.
 
     The input is a list, an array uint8 [H, W, 3] or [N, H, W, 3], or a table with the column `image` or `path`.
     """

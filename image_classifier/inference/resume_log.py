@@ -1,7 +1,7 @@
-"""The files by which a run into FILE can be resumed: FILE.part has the answers so far, .FILE.run is of a finished run.
+"""The files from which a run into FILE resumes: FILE.part has the answers so far, .FILE.run describes a finished run.
 
-FILE.part has a first line of JSON that identifies the run, then one answer a line. A run that was killed at any moment
-leaves a file whose complete lines are valid.
+FILE.part has a first line of JSON that identifies the run, then one answer per line. A run that was killed at any
+moment leaves a file whose complete lines are valid.
 """
 
 from __future__ import annotations

@@ -158,7 +158,7 @@ class SupervisedContrastive(nn.Module):
             TypeError: `attach` was not called.
         """
         if targets.is_floating_point():
-            raise ValueError("the contrastive loss needs one class an image, and mixed images have several")
+            raise ValueError("the contrastive loss needs one class per image, and mixed images have several")
         entropy = functional.cross_entropy(
             _at_least_float32(logits), targets, self.weight, label_smoothing=self.label_smoothing
         )

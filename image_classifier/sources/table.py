@@ -79,7 +79,7 @@ def read_table(path: Path, group_column: str | None = None) -> list[TableRow]:
     reader = _TrainingReader(path, columns, group)
     images = [reader.row(location, values) for location, values in rows]
     if not images:
-        raise DataError(f"the table {str(path)!r} holds no rows", "give it one row an image: path,label")
+        raise DataError(f"the table {str(path)!r} holds no rows", "give it one row per image: path,label")
     reader.check_absent()
     return images
 
@@ -129,7 +129,7 @@ def _text_rows(path: Path, wanted: Callable[[Sequence[str]], Sequence[str]]) -> 
             rows = _numbered(path, lines)
             columns = next(rows, None)
             if columns is None:
-                hint = "give it a first line path,label and one row an image"
+                hint = "give it a first line path,label and one row per image"
                 raise DataError(f"the table {str(path)!r} is empty", hint)
             wanted(columns[1])
             yield columns
@@ -221,7 +221,7 @@ class _TrainingReader:
             raise self._wrong(location, f"has no label for {name!r}")
         path = os.path.normpath(os.path.join(self.folder, name))
         if path in self.locations:
-            raise self._wrong(location, f"names {name!r} again, after {self.locations[path]}", "keep one row an image")
+            raise self._wrong(location, f"names {name!r} again, after {self.locations[path]}", "keep one row per image")
         self.locations[path] = location
         key = "" if self.key is None else values[self.key].strip()
         return TableRow(path, label, self._split(location, values), key, self._status(location, path))

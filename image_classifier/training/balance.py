@@ -64,4 +64,4 @@ def describe(choice: str, targets: np.ndarray, classes: tuple[str, ...]) -> str:
     if counts[small] == counts[large]:
         return f"balance: {choice} (every class has {counts[small]} training images)"
     fewest, most = f"{counts[small]} of {classes[small]!r}", f"{counts[large]} of {classes[large]!r}"
-    return f"balance: {choice} (training images a class: {fewest} to {most})"
+    return f"balance: {choice} (training images per class: {fewest} to {most})"

@@ -330,7 +330,7 @@ def _check_takes_mixed(criterion: nn.Module, node: Node, num_classes: int) -> No
         criterion(torch.zeros(2, num_classes), torch.full((2, num_classes), 1 / num_classes))
     except (RuntimeError, ValueError, TypeError, IndexError) as error:
         raise ConfigError(
-            f"loss: {node['_target_']} takes one class an image, and augment.mix gives shares of several",
+            f"loss: {node['_target_']} takes one class per image, and augment.mix gives shares of several",
             "use loss=cross_entropy, or augment.mix=null",
         ) from error
 

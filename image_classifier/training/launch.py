@@ -1,4 +1,4 @@
-"""One process a device: a command that wants several devices starts itself again once for each, as torchrun would."""
+"""One process per device: a command that wants several devices starts itself again once for each, as torchrun would."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
 """Private names of Lightning, each behind one function that says which public name is missing.
 
-No other module of the package touches them. tests/training/test_lightning_compat.py has one test a name, so an upgrade
-of Lightning fails there first. TorchMetrics and the loggers are Lightning's own packages and belong here too. The last
-section holds public attributes that Lightning sets without declaring them, so that type checkers do not know them.
+No other module of the package touches them. tests/training/test_lightning_compat.py has one test per name, so an
+upgrade of Lightning fails there first. TorchMetrics and the loggers are Lightning's own packages and belong here too.
+The last section holds public attributes that Lightning sets without declaring them, so that type checkers do not know them.
 """
 
 from __future__ import annotations

@@ -109,7 +109,7 @@ def train(config: TrainConfig, *, resume: ResumePoint | None = None, overrides: 
     trainer = config.trainer
     if needs_ranks(trainer.accelerator, trainer.devices, trainer.num_nodes):
         raise ConfigError(
-            f"trainer.devices={trainer.devices} needs one process a device, which only the verb train starts",
+            f"trainer.devices={trainer.devices} needs one process per device, which only the verb train starts",
             "set trainer.devices=1",
         )
     with process_group(uses_gpu(trainer.accelerator)):

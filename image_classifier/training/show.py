@@ -88,7 +88,7 @@ def choose_rows(manifest: Manifest, count: int, seed: int) -> np.ndarray:
 
 
 def draw_sheet(batches: list[Batch], classes: tuple[str, ...]) -> bytes:
-    """Return a PNG with one column a batch and one row an image; the first column shows originals and classes."""
+    """Return a PNG with one column per batch and one row per image; the first column shows originals and classes."""
     scale = max(1, -(-_CELL // batches[0][0].shape[2]))  # whole pixels: one sees what the network sees
     side = scale * batches[0][0].shape[2]
     is_mixed = any(targets.is_floating_point() for _, targets in batches)

@@ -121,7 +121,7 @@ def test_names_that_are_not_utf8(folder):
         ("path,label\nx.jpg,cat\na.jpg/y.jpg,cat\n\0,cat\n", "line 2 .*x.jpg', which does not exist and 2 more rows"),
         (
             "path,label\na.jpg,cat\nb.jpg,dog\n./a.jpg,dog\n",
-            "line 4 of '.*t.csv' names './a.jpg' again, after line 2: keep one row an image",
+            "line 4 of '.*t.csv' names './a.jpg' again, after line 2: keep one row per image",
         ),
         ("path,label,split\na.jpg,cat,trains\n", "line 2 of '.*t.csv' has the split 'trains': use train, val or test"),
         ('path,label\na.jpg,cat\n"b.jpg"x,cat\n', "line 3 of '.*t.csv' is not CSV"),

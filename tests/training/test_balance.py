@@ -72,7 +72,7 @@ def test_the_log_names_the_choice_and_both_extremes() -> None:
     _, targets = sized([3, 9, 5])
     assert (
         describe("sampler", targets, ("ant", "bee", "cow"))
-        == "balance: sampler (training images a class: 3 of 'ant' to 9 of 'bee')"
+        == "balance: sampler (training images per class: 3 of 'ant' to 9 of 'bee')"
     )
 
 
@@ -118,7 +118,7 @@ def test_a_loss_that_takes_no_shares_is_refused_where_images_are_mixed() -> None
     margin = {"_target_": "torch.nn.MultiMarginLoss"}
     criteria(margin)
     with pytest.raises(
-        ConfigError, match=r"takes one class an image, and augment.mix gives shares of several: use loss=cross_entropy"
+        ConfigError, match=r"takes one class per image, and augment.mix gives shares of several: use loss=cross_entropy"
     ) as refusal:
         criteria(margin, mix=True)
     assert "\n" not in str(refusal.value)

@@ -112,5 +112,5 @@ def test_a_loss_that_takes_no_mixed_labels_is_one_line(
     loss = ("loss._target_=torch.nn.MultiMarginLoss", "~loss.label_smoothing")
     answer = command("train", *DATA, *loss, "augment=mix", *QUICK, "name=x")
     assert answer.code == 2 and answer.err.splitlines()[-1].startswith(
-        "error: loss: torch.nn.MultiMarginLoss takes one class an image"
+        "error: loss: torch.nn.MultiMarginLoss takes one class per image"
     )

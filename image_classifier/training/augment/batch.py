@@ -110,7 +110,7 @@ class BatchAugment:
         """
         is_channels_last = pixels.is_contiguous(memory_format=torch.channels_last)
         layout = torch.channels_last if is_channels_last else torch.contiguous_format
-        # Geometry by copies, then all other geometry as one map an image [N, 3, 3] and one resampling.
+        # Geometry by copies, then all other geometry as one map per image [N, 3, 3] and one resampling.
         flip = self.flip
         if mirrored is not None or self.shift:
             pixels = self._copied(pixels, mirrored, generator)
@@ -142,7 +142,7 @@ class BatchAugment:
         return geometry.copied(pixels, down, across, mirrored, self.border)
 
     def _maps(self, count: int, flip: bool, generator: torch.Generator) -> torch.Tensor:
-        """Return crop, rotation, flip (of half of the images) and perspective as one map an image [N, 3, 3]."""
+        """Return crop, rotation, flip (of half of the images) and perspective as one map per image [N, 3, 3]."""
         scale, aspect, across, down, side, turn, slant = torch.rand(7, count, generator=generator)
         # The crop's area is uniform, its aspect log-uniform; it is at most the image.
         area = self.crop_scale[0] + scale * (self.crop_scale[1] - self.crop_scale[0])

@@ -22,7 +22,7 @@ log = logging.getLogger(__name__)
 
 
 class CSVMetrics(Callback):
-    """Writer of `metrics.csv`: one row an epoch, rewritten and logged after each epoch."""
+    """Writer of `metrics.csv`: one row per epoch, rewritten and logged after each epoch."""
 
     def __init__(self, path: Path, throughput: Throughput) -> None:
         self.path = path

@@ -16,7 +16,7 @@ _SMOOTHING = 0.9  # of the running mean, which only decides when to stop
 
 
 class LearningRateSweep(Callback):
-    """Learning rate range test (Smith, 2017): multiplies the rates by one factor a step, records losses, stops early.
+    """Learning rate range test (Smith, 2017): multiplies the rates by one factor per step, records losses, stops early.
 
     Raises the learning rate of every parameter group from `lowest` to `highest`, and stops where the loss diverges.
     """

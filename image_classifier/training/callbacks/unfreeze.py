@@ -38,7 +38,7 @@ class Unfreeze(Callback):
                 raise ConfigError(f"invalid callbacks.unfreeze.{name}={value}", "use 1 or more")
         self.every_n_epochs = every_n_epochs
         self.layers_at_once = layers_at_once
-        self._layers: list[list[str]] = []  # names of the trainable parameters, one list a layer, from the head down
+        self._layers: list[list[str]] = []  # names of the trainable parameters, one list per layer, from the head down
         self._always_frozen: frozenset[str] = frozenset()
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:

@@ -1,4 +1,4 @@
-"""Out-of-fold predictions by real trainings: one run a fold, each in a process of its own, resumed where it stopped."""
+"""Out-of-fold predictions by real trainings: one run per fold, each a process, resumed where it stopped."""
 
 from __future__ import annotations
 
