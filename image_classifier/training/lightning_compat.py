@@ -2,7 +2,7 @@
 
 No other module of the package touches them. tests/training/test_lightning_compat.py has one test per name, so an
 upgrade of Lightning fails there first. TorchMetrics and the loggers are Lightning's own packages and belong here too.
-The last section holds public attributes that Lightning sets without declaring them, so that type checkers do not know them.
+The last section holds public attributes that Lightning sets without declaring them; type checkers do not know them.
 """
 
 from __future__ import annotations
