@@ -28,13 +28,12 @@ from image_classifier.images import DecodeLimits
 from image_classifier.manifest import Manifest
 
 if "PYTEST_XDIST_WORKER" in os.environ:
-    os.environ.setdefault(
-        "OMP_NUM_THREADS", "1"
-    )  # the processes of a test run share the cores; torch's threads would wait for each other
+    # The processes of a test run share the cores; torch's threads would wait for each other.
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-settings.register_profile(
-    "project", deadline=None
-)  # how long an example takes says more about the machine's other work
+# No deadline: how long an example takes says more about the machine's other work.
+settings.register_profile("project", deadline=None, max_examples=50)
+settings.register_profile("thorough", deadline=None, max_examples=1000)  # make test ARGS=--hypothesis-profile=thorough
 settings.load_profile("project")
 
 ROOT = Path(__file__).resolve().parents[1]

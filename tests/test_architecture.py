@@ -85,6 +85,7 @@ def test_infer_with_an_onnx_bundle_loads_no_torch(digits_bundle: Path, tmp_path:
     assert '"predicted_class"' in printed
 
 
+@pytest.mark.slow
 def test_testing_an_onnx_bundle_loads_no_torch(digits_bundle: Path, tmp_path: Path) -> None:
     data = digits_bundle.parents[1] / "data/digits/test"
     line = ["--test_dir", str(data), "--plots_dir", str(tmp_path), "--robustness", "--robustness_images", "20"]

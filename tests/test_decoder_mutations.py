@@ -187,6 +187,7 @@ def check(result: dict[str, float], count: int) -> None:
     assert result["grown_bytes"] < BYTES_A_PIXEL * LIMITS.max_pixels + SLACK, result
 
 
+@pytest.mark.slow
 def test_damaged_files_neither_crash_nor_hang_nor_fill_the_memory():
     check(run_in_limited_memory(seed=1, count=600, folder=None), 600)
 

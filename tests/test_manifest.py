@@ -60,6 +60,7 @@ def test_records_whose_group_is_in_train_have_leaked():
     assert manifest.leaked("val").tolist() == [False]
 
 
+@pytest.mark.slow
 def test_a_million_rows_take_little_memory():
     rows = 20_000
     tracemalloc.start()

@@ -19,6 +19,7 @@ def read_back(uri: str, run_id: str) -> tuple[dict[str, float], dict[str, str], 
     return run.data.metrics, run.data.params, run.info.status
 
 
+@pytest.mark.slow
 def test_everything_is_logged_to_a_local_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     tracker = Tracker("sqlite:///mlflow.db", "tests", "run", {"kind": "test"})
@@ -52,6 +53,7 @@ def test_a_dead_server_warns_once_and_everything_goes_on(caplog: pytest.LogCaptu
     assert "did not answer" in tracker.where
 
 
+@pytest.mark.slow
 def test_what_was_said_while_the_store_was_down_is_logged_when_it_is_back(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

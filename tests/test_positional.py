@@ -138,6 +138,7 @@ def _write_own(folder: Path) -> None:
     (folder / "conf/experiment/mine.yaml").write_text("# @package _global_\nseed: 7\n")
 
 
+@pytest.mark.slow
 def test_a_conf_folder_of_ones_own_adds_choices(command: Command, folder: Path) -> None:
     _write_own(folder)
     assert "\nseed: 7\n" in command("train", "experiment=mine", "--cfg", "job").out
@@ -149,6 +150,7 @@ def test_a_conf_folder_of_ones_own_adds_choices(command: Command, folder: Path) 
     assert ", mine, " in next(line for line in command("train", "--help").out.split("\n") if "experiment (" in line)
 
 
+@pytest.mark.slow
 def test_a_run_sees_a_conf_folder_of_ones_own_in_any_folder(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, make_tree: MakeTree, command: Command
 ) -> None:

@@ -102,6 +102,7 @@ def test_every_pair_listed_is_one_by_definition(seed: int, noise: float, thresho
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mirrored", [True, False])
 @pytest.mark.parametrize(
     "threshold", [0.9, pytest.param(0.95, marks=pytest.mark.slow), pytest.param(0.98, marks=pytest.mark.slow), 0.995]
@@ -119,6 +120,7 @@ def test_all_but_one_in_a_hundred_of_brute_forces_pairs_are_found(threshold: flo
     assert hit >= 0.99 * true
 
 
+@pytest.mark.slow
 def test_at_the_threshold_the_promised_part_is_found() -> None:
     originals = pictures(4000)
     near = copies(originals, 6)
@@ -170,6 +172,7 @@ def test_small_things_on_one_sky_are_no_twins() -> None:
     assert len(find_near_duplicates(sky, DuplicateSettings(0.9))) == 0
 
 
+@pytest.mark.slow
 def test_a_thousand_plain_skies_do_not_hide_their_twins() -> None:
     rng = np.random.default_rng(0)
     skies = np.array([110, 150, 210]) + rng.normal(0, 3, (1000, 16, 16, 3))
@@ -204,6 +207,7 @@ def test_equal_thumbnails_make_a_star_not_a_square() -> None:
     assert np.bincount(named(twins, len(thumbnails))).max() == 3000
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("count", [300, 3000])
 def test_a_crowd_is_one_cluster_without_all_its_pairs(count: int) -> None:
     rng = np.random.default_rng(0)
@@ -216,6 +220,7 @@ def test_a_crowd_is_one_cluster_without_all_its_pairs(count: int) -> None:
         assert len(twins) < count * ENOUGH * 3
 
 
+@pytest.mark.slow
 def test_a_slow_film_is_one_cluster() -> None:
     rng = np.random.default_rng(0)
     film = np.clip(pictures(1) + np.cumsum(rng.normal(0, 1.5, (2000, 16, 16, 3)), axis=0), 0, 255).astype(np.uint8)

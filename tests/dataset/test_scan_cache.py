@@ -104,6 +104,7 @@ print(found.digests.tobytes().hex() + found.thumbnails.tobytes().hex())
 """
 
 
+@pytest.mark.slow
 def test_two_scans_at_once(make_tree, facts_store, tmp_path):
     root = make_tree(cat=20, dog=20)
     line = [sys.executable, "-c", TWO, str(root), str(facts_store)]
@@ -194,6 +195,7 @@ print(refused, len(scan_files(tree, store, DecodeLimits(), (255, 255, 255)).erro
 """
 
 
+@pytest.mark.slow
 def test_a_disk_that_refuses_is_a_storage_error_wherever_it_does(make_tree, tmp_path):
     line = [sys.executable, "-c", _REFUSED, str(make_tree(cat=100, dog=100)), str(tmp_path / "store")]
     done = subprocess.run(line, cwd=ROOT, capture_output=True, text=True, timeout=60, check=False)

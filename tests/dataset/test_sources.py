@@ -153,6 +153,7 @@ def test_two_sets_of_cats_are_merged(here, make_tree):
         source_of("data=cats")()
 
 
+@pytest.mark.slow
 def test_the_recipes_of_the_systems_are_plain_yaml():
     from hydra import compose, initialize_config_dir
 
@@ -322,6 +323,7 @@ def test_a_hub_needs_a_name():
         Hub(None, "hf")()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "images", "labels", "splits"),
     [

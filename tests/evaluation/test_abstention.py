@@ -63,6 +63,7 @@ def test_a_lower_risk_never_answers_more(errors: list[bool], risks: tuple[float,
     assert strict is None or strict.wrong <= min(risks) * strict.answered
 
 
+@pytest.mark.slow
 def test_the_promised_risk_is_kept_as_often_as_is_said() -> None:
     broken, answered, truth = 0, [], honest(200_000, seed=99)
     confidence, wrong = truth.probabilities.max(axis=1), truth.probabilities.argmax(axis=1) != truth.targets
@@ -87,6 +88,7 @@ def test_where_val_cannot_promise_a_risk_there_is_no_threshold_and_it_is_said() 
     assert Decision.chosen(evidence, DecisionSettings(risk=least)).threshold > 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("coverage", [0.8, 0.9, 0.95])
 @pytest.mark.parametrize("num_val", [40, 500, 3000])
 def test_prediction_sets_hold_the_true_class_as_often_as_stated(coverage: float, num_val: int) -> None:
@@ -116,6 +118,7 @@ def test_no_more_of_val_is_refused_as_unknown_than_meant(count: int, rate: float
     assert Evidence.of(table).ood_limit(0) is None and Evidence.of(honest(count, 1)).ood_limit(rate) is None
 
 
+@pytest.mark.slow
 @given(seed=st.integers(0, 100), risk=st.one_of(st.none(), st.floats(0.01, 1)), rate=st.sampled_from([0.0, 0.02]))
 def test_a_decision_is_the_same_after_json(seed: int, risk: float | None, rate: float) -> None:
     decision = Decision.chosen(Evidence.of(honest(120, seed, scores=True)), DecisionSettings(risk=risk, ood_rate=rate))

@@ -70,6 +70,7 @@ def test_intervals_hold_the_value_and_shrink_with_the_part() -> None:
         assert all(bounds and bounds[0] < getattr(score, name) < bounds[1] for name, bounds in score.intervals.items())
 
 
+@pytest.mark.slow
 def test_the_interval_of_f1_is_that_of_judging_resamples_by_scikit_learn() -> None:
     table = made_table(300, 4, 6)
     predicted, rng = table.logits.argmax(axis=1), np.random.default_rng(1)
@@ -80,6 +81,7 @@ def test_the_interval_of_f1_is_that_of_judging_resamples_by_scikit_learn() -> No
     assert compute_metrics(table).intervals["f1_macro"] == pytest.approx(expected.tolist(), abs=0.012)
 
 
+@pytest.mark.slow
 def test_intervals_cover_the_truth_about_as_often_as_they_say() -> None:
     truth, covered = 0.8, 0
     for seed in range(100):

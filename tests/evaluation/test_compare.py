@@ -101,6 +101,7 @@ def test_the_interval_is_as_wide_as_theory_says(seed: int) -> None:
     assert high - low == pytest.approx(2 * 1.96 * deviation, rel=0.1)
 
 
+@pytest.mark.slow
 def test_luck_is_called_better_about_as_seldom_as_promised() -> None:
     generator = np.random.default_rng(0)
     verdicts = []

@@ -24,6 +24,7 @@ def test_more_heat_is_lighter_and_what_was_not_seen_is_pale() -> None:
     assert unseen.min() > 190 and np.ptp(unseen) == 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shape", [(40, 60), (60, 40), (200, 4), (4, 200), (1, 1)])
 @pytest.mark.parametrize("cut", [False, True])
 def test_a_figure_of_any_shape_is_drawn(tmp_path: Path, shape: tuple[int, int], cut: bool) -> None:

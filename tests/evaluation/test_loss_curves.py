@@ -14,6 +14,7 @@ from tests.evaluation.test_plots import assert_legible, assert_png, curve, drawn
 __all__ = ["drawn"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "num_epochs", [40, pytest.param(150, marks=pytest.mark.slow), pytest.param(2000, marks=pytest.mark.slow)]
 )

@@ -121,6 +121,7 @@ def test_confusion_matrix_is_legible(num_classes: int, tmp_path: Path, drawn: li
     assert_legible(drawn[0])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("num_classes", "scale"), [(2, 10_000_000), pytest.param(10, 1_000_000, marks=pytest.mark.slow), (34, 1000)]
 )
@@ -131,6 +132,7 @@ def test_confusion_matrix_with_large_counts_is_legible(
     assert_legible(drawn[0])
 
 
+@pytest.mark.slow
 def test_confusion_matrix_lists_the_most_frequent_confusions(tmp_path: Path, drawn: list[Figure]) -> None:
     confusion = np.eye(60, dtype=np.int64) * 9
     confusion[3, 7], confusion[5, 1] = 4, 6
@@ -140,6 +142,7 @@ def test_confusion_matrix_lists_the_most_frequent_confusions(tmp_path: Path, dra
     assert {"6 of 15", "4 of 13"} <= set(texts)
 
 
+@pytest.mark.slow
 def test_confusion_matrix_without_errors_says_so(tmp_path: Path, drawn: list[Figure]) -> None:
     plot_confusion_matrix(np.eye(40, dtype=np.int64), names(40), tmp_path / "confusion.png")
     assert any("none: every prediction is right" in text.get_text() for text in drawn[0].findobj(Text))

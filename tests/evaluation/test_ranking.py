@@ -58,6 +58,7 @@ def test_influence_is_the_derivative_by_an_images_weight(seed: int, ties: bool, 
         np.testing.assert_allclose(influence[:, image], slope, atol=1e-7)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("signal", [1.0, 3.0])
 def test_intervals_of_the_derivative_are_those_of_ranking_every_resample_anew(signal: float) -> None:
     table, drawn = made_table(150, 3, 4, signal=signal), []

@@ -25,6 +25,7 @@ def table(num_images: int, spread: float) -> PredictionTable:
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("num_images", "spread"), [(1, 1.0), (3, 50.0), (200, 2.0), (3000, 0.0), (2000, 100.0)])
 @pytest.mark.parametrize("risk", [None, 0.2])
 def test_pictures_are_legible_and_the_numbers_are_beside_them(

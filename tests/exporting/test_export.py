@@ -38,6 +38,7 @@ def kept(folder: Path) -> dict[str, bytes]:
     return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
+@pytest.mark.slow
 def test_every_form_is_held_against_the_checkpoint_and_verified(bundle: Path, command: Command) -> None:
     before = kept(bundle)
     answer = command("export", str(bundle), "--to", "sealed", "onnx", "--images", "40")

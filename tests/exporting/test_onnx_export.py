@@ -40,6 +40,7 @@ def test_the_file_is_whole_and_says_what_it_is(exported: tuple[CheckpointBackend
     assert backend.metadata() == {"classes": ["a", "кот", "c", "d"], "preprocess": {"size": 16}}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "tta", [pytest.param(name, marks=[] if name == "flip_shift" else pytest.mark.slow) for name in TTA]
 )

@@ -56,6 +56,7 @@ def test_checkpoint_and_onnx_give_equal_answers(command: Command) -> None:
         assert first["all_predictions"] == pytest.approx(second["all_predictions"], abs=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "source", ["runs/digits/checkpoints/best.ckpt", "models/digits/model.ckpt", "models/digits/model.onnx"]
 )
@@ -130,6 +131,7 @@ def test_the_test_verb_repeats_the_figures_of_the_run(command: Command, trained:
     assert {path.name for path in tmp_path.iterdir()} == names
 
 
+@pytest.mark.slow
 def test_a_labelled_folder_of_ones_own_can_be_tested(command: Command, tmp_path: Path) -> None:
     for label in ("3", "7"):
         shutil.copytree(f"data/digits/test/{label}", tmp_path / "mine" / label)
@@ -236,6 +238,7 @@ def test_a_folder_of_the_bundles_name_does_not_hide_it(
     assert answer.code == 0, answer.err
 
 
+@pytest.mark.slow
 def test_results_go_under_the_whole_name_of_a_bundle(command: Command, trained: Path, tmp_path: Path) -> None:
     shutil.copytree(trained / "models/digits", tmp_path / "v1.5")
     answer = command(

@@ -123,6 +123,7 @@ def test_what_an_export_found_counts_more_than_eight_golden_images(
     assert set(candidates(Bundle(digits_bundle, replace(known.info, exports=exports)))) == set(expected.split())
 
 
+@pytest.mark.slow
 def test_auto_answers_as_the_backend_that_it_takes(
     digits_bundle: Path, command: Command, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -61,6 +61,7 @@ def in_the_trained_folder(trained: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.chdir(trained)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("source", ["digits", "runs/digits/checkpoints/best.ckpt"])
 def test_each_answer_gets_a_figure_and_stays_the_same(
     command: Command, trained: Path, tmp_path: Path, source: str
@@ -94,6 +95,7 @@ def test_figures_go_beside_the_others_of_the_model(command: Command, trained: Pa
     assert next(tmp_path.rglob("*.png")).read_bytes() == first
 
 
+@pytest.mark.slow
 def test_the_report_shows_the_figures_of_images_however_their_paths_were_written(
     command: Command, trained: Path, tmp_path: Path
 ) -> None:

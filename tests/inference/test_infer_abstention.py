@@ -74,6 +74,7 @@ def test_the_bundle_says_its_limits_and_noise_is_refused_where_test_images_are_n
     assert all(set(row["prediction_set"]) <= set("0123456789") for row in own)
 
 
+@pytest.mark.slow
 def test_backends_agree_and_files_alone_know_all_but_what_is_unlike(command: Command, noise: Path) -> None:
     line = ("decision.risk=0.3", "decision.coverage=0.8", f"images=[data/digits/test,{noise}]")
     onnx, torch = (
@@ -127,6 +128,7 @@ def test_a_bundle_of_an_older_version_still_answers(command: Command, tmp_path: 
     assert refused.code == 2 and "has no validation results" in refused.err
 
 
+@pytest.mark.slow
 def test_test_measures_what_is_asked_for(command: Command, tmp_path: Path) -> None:
     answer = command(
         "test", "--checkpoint_name", "digits", "--output_dir", str(tmp_path), f"decision.risk={least_risk()}"

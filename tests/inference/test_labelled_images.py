@@ -63,6 +63,7 @@ def test_one_image_is_for_infer(command: Command, trained: Path) -> None:
     refused(command("test", "--checkpoint_name", "digits", "--test_dir", "one"), "have no labels", "--images one")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "name",
     ["mine", pytest.param("./mine/", marks=pytest.mark.slow), pytest.param("../{}/mine", marks=pytest.mark.slow)],
@@ -142,6 +143,7 @@ def test_an_unreadable_image_is_named(command: Command, trained: Path) -> None:
     refused(command("test", "--checkpoint_name", "digits", "--test_dir", "mine"), "bröken one.png", "delete or replace")
 
 
+@pytest.mark.slow
 def test_images_beside_the_classes_are_left_out_and_said(command: Command, trained: Path) -> None:
     fill(Path("mine/3"), digits(trained, "3"))
     shutil.copy(digits(trained, "4")[0], "mine/stray.png")
@@ -149,6 +151,7 @@ def test_images_beside_the_classes_are_left_out_and_said(command: Command, train
     assert answer.code == 0 and "1 images next to the class folders" in answer.err and "test images 3" in answer.out
 
 
+@pytest.mark.slow
 def test_one_labelled_image_is_enough(command: Command, trained: Path) -> None:
     fill(Path("mine/3"), digits(trained, "3", 1))
     answer = command("test", "--checkpoint_name", "digits", "--test_dir", "mine")

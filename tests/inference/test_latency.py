@@ -36,6 +36,7 @@ class Sleeper:
         return np.zeros((len(pixels), 2), np.float32)
 
 
+@pytest.mark.slow
 def test_the_first_calls_do_not_count_and_times_are_what_they_are() -> None:
     sleeper = Sleeper()
     found = measure_backend(sleeper, 8, 4)

@@ -49,6 +49,7 @@ def line(output: Path, *more: str) -> list[str]:
     ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("form", ["jsonl", pytest.param("parquet", marks=pytest.mark.slow)])
 def test_killed_at_any_moment_and_resumed_the_answers_are_the_same_to_the_byte(
     form: str, tmp_path: Path, command: Command
@@ -108,6 +109,7 @@ def test_whatever_was_written_is_gone_on_with(
     assert output.read_bytes() == whole.read_bytes() and not ResumeLog.of(output).path.exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("more", "says"),
     [
@@ -178,6 +180,7 @@ def test_another_model_and_other_images_are_refused(
     assert model.code == 2 and "the model is another one" in model.err
 
 
+@pytest.mark.slow
 def test_without_resume_a_run_starts_over_and_says_so(
     tmp_path: Path, command: Command, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -260,6 +260,7 @@ def photographs(archive: Path, count: int) -> torch.Tensor:
     return torch.from_numpy(np.stack([np.stack(images) for images in by_class.values() if images]))
 
 
+@pytest.mark.slow
 def test_imagenet_weights_tell_flowers_apart(imagenet: Path, shared_data: Path, said: Callable[[], str]) -> None:
     """The class whose mean embedding is nearest is the right one far more often than by chance (1 in 5)."""
     pixels = photographs(shared_data / "flowers-native.tar", 20)

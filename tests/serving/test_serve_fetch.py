@@ -185,6 +185,7 @@ def test_what_is_no_address_is_one_images_error(fetching: Server, url: str) -> N
     assert words_of(ask(fetching, f"http://{'ü' * 99}.example/"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("path", "says"),
     [

@@ -181,6 +181,7 @@ def test_an_allowed_site_may_ask_and_no_other(strict: Server, digit: bytes) -> N
     assert "retry-after" in refused.headers["access-control-expose-headers"]
 
 
+@pytest.mark.slow
 def test_too_much_is_refused_before_it_is_taken(strict: Server, digit: bytes) -> None:
     body, kind = form(("large.png", bytes(30_000)))
     told = strict.ask("POST", "/predict", body, {"Content-Type": kind, **WITH_KEY})
@@ -229,6 +230,7 @@ GET = b"GET /healthz HTTP/1.1\r\nHost: localhost\r\n"
 POST = b"POST /predict HTTP/1.1\r\nHost: localhost\r\n"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("begun", [b"", b"G", GET, GET + b"\r\nGET /he"])
 def test_a_head_that_never_ends_is_cut_off(strict: Server, begun: bytes) -> None:
     start = time.monotonic()
@@ -267,6 +269,7 @@ def test_what_is_no_http_gets_a_400_or_nothing(strict: Server, nonsense: bytes) 
     assert strict.ask("GET", "/healthz").json == {"status": "alive"}
 
 
+@pytest.mark.slow
 def test_a_client_that_asks_too_often_is_told_when_to_come_back(digits_bundle, tmp_path) -> None:
     from tests.serving.conftest import start_server
 

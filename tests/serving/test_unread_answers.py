@@ -22,6 +22,7 @@ def app_of(size: int) -> Any:
     return app
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("size", [40_000, 60_000, 400_000])
 @pytest.mark.parametrize("more", [b"Connection: close\r\n", b""])
 def test_it_is_gone_in_time(monkeypatch: pytest.MonkeyPatch, size: int, more: bytes) -> None:
@@ -59,6 +60,7 @@ def test_it_is_gone_in_time(monkeypatch: pytest.MonkeyPatch, size: int, more: by
     assert 0 < asyncio.run(scenario()) < size  # it was not all read, or this tests nothing
 
 
+@pytest.mark.slow
 def test_a_client_that_goes_on_reading_gets_all(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(http_protocol, "_READ_S", 0.2)
     size = 3_000_000

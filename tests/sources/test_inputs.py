@@ -206,6 +206,7 @@ def test_more_than_an_archive_may_hold_ends_it(tmp_path: Path, name: str, limits
     assert 2 <= len(items) <= 3 and says in reason(items[-1])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["a.zip", "a.tar.gz", "a.tar.zst"])
 def test_a_bomb_is_refused_before_it_is_unpacked(tmp_path: Path, name: str) -> None:
     ARCHIVES[name](tmp_path / name, [("big.png", bytes(300 * 2**20))])

@@ -61,6 +61,7 @@ def drip() -> Iterator[Drip]:
         thread.join()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ENDLESS)
 def test_no_download_takes_longer_than_it_may(drip: Drip, kind: str) -> None:
     web, start = WebClient(UrlLimits(timeout_s=3, total_s=0.3), allow_private=True), time.monotonic()

@@ -155,6 +155,7 @@ def test_an_archive_that_is_too_large_is_a_row(server: str) -> None:
     assert "larger than" in reason(item)
 
 
+@pytest.mark.slow
 def test_a_server_that_falls_silent_is_left() -> None:
     start = time.monotonic()
     web = WebClient(UrlLimits(timeout_s=0.3), allow_private=True)

@@ -45,6 +45,7 @@ def test_a_run_folder_resumes_to_its_end(run: Path, command: Command) -> None:
     assert {**saved, "logger": None, "trainer": None} == {**settings, "logger": None, "trainer": None}
 
 
+@pytest.mark.slow
 def test_a_run_folder_is_compared_with_what_it_was(run: Path, command: Command) -> None:
     answer = command("train", "resume=last", "name=old-run", "optimizer.lr=0.5", *SAFE)
     assert answer.code == 2 and "optimizer.lr=0.5 in a run that began with 0.03" in answer.err

@@ -110,6 +110,7 @@ def test_all_geometry_of_a_batch_is_one_resampling(name: str, monkeypatch: pytes
     assert calls == ([] if name == "small" else [16])  # which only copies
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [name for name in RECIPES if name != "small"])
 def test_where_a_mirrored_image_is_another_class_nothing_is_mirrored(
     name: str, monkeypatch: pytest.MonkeyPatch

@@ -51,6 +51,7 @@ def test_a_wrong_value_is_refused_from_python_as_on_the_command_line(override: s
         compose_train_config([override])
 
 
+@pytest.mark.slow
 def test_a_training_from_python_returns_its_result_and_prints_nothing(
     tmp_path: Path, make_tree: MakeTree, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

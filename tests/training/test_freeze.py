@@ -158,6 +158,7 @@ def test_a_linear_probe_from_the_command_line(
     assert "frozen by model.freeze" in done.err
 
 
+@pytest.mark.slow
 def test_a_prefix_that_no_parameter_has_is_one_line(
     command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -162,6 +162,7 @@ def test_a_run_that_died_before_its_first_checkpoint_begins_again(command: Comma
     assert rows("cut") == rows("whole") and not list(folder.glob(".*.part"))
 
 
+@pytest.mark.slow
 def test_a_longer_schedule_is_refused_where_it_is_laid_out_for_the_run(command: Command, stopped: Any) -> None:
     line = (*SHORT, "scheduler=one_cycle", "name=cut")
     assert stopped(*line).code == 143

@@ -43,6 +43,7 @@ def checkpoint(name: str) -> dict[str, object]:
     return content
 
 
+@pytest.mark.slow
 def test_an_epoch_without_validation_has_no_validation_metrics(command: Command) -> None:
     answer = command("train", *SMALL, "trainer.max_epochs=3", "trainer.check_val_every_n_epoch=2", "scheduler=plateau")
     assert answer.code == 0, answer.err
@@ -51,6 +52,7 @@ def test_an_epoch_without_validation_has_no_validation_metrics(command: Command)
     assert checkpoint("best")["global_step"] == 16
 
 
+@pytest.mark.slow
 def test_a_run_cut_in_the_middle_of_an_epoch_says_that_epochs_loss(command: Command) -> None:
     answer = command("train", *SMALL, "trainer.max_epochs=5", "trainer.max_steps=11")
     assert answer.code == 0, answer.err

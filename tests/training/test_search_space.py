@@ -105,6 +105,7 @@ def test_entries_may_stand_below_a_group_and_be_left_out() -> None:
     assert space[1].override(0.30000000000000004) == "model.head_dropout=0.3"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("line", "says"),
     [

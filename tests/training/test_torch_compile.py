@@ -70,6 +70,7 @@ def test_a_short_run_is_not_compiled(clock: Clock) -> None:
     assert not any(run(clock, step_s=1.0, compiled_step_s=0.1, steps=600))
 
 
+@pytest.mark.slow
 def test_a_run_whose_time_will_be_over_is_not_compiled(clock: Clock) -> None:
     assert not any(run(clock, step_s=1.0, compiled_step_s=0.5, steps=6000, allowed_s=600))
     assert any(run(clock, step_s=1.0, compiled_step_s=0.5, steps=6000, allowed_s=1200))

@@ -133,6 +133,7 @@ def test_last_and_best_checkpoint_are_apart_and_load_without_pickled_code(traine
     assert best["global_step"] == int(top["step"])
 
 
+@pytest.mark.slow
 def test_mlflow_has_parameters_metrics_an_epoch_tags_and_artifacts(
     trained: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -155,6 +155,7 @@ def test_a_trial_that_lags_behind_is_pruned_and_keeps_nothing() -> None:
     assert not Path("models/study-6").exists() and not Path("runs/study-6").exists()
 
 
+@pytest.mark.slow
 def test_time_over_gives_trials_back_and_the_next_command_finishes_them() -> None:
     start = time.monotonic()
     trials = run("time.sleep(30)", num_trials=2, max_time="0.02", workers=2)
@@ -241,6 +242,7 @@ def test_a_trial_without_any_heartbeat_is_taken_up_too() -> None:
     assert states(run(num_trials=1)) == [TrialState.COMPLETE]
 
 
+@pytest.mark.slow
 def test_the_heartbeat_survives_a_database_that_does_not_answer(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(storage_module, "HEARTBEAT_S", 1)
     trials, beats = opened(), []

@@ -132,6 +132,7 @@ class TestProgram:
         )
         assert not (tmp_path / "runs/triton/small/server.json").exists()
 
+    @pytest.mark.slow
     def test_one_that_is_never_ready_is_stopped(self, start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
         pids: list[int] = []
         spawn = os.posix_spawn

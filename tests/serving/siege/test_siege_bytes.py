@@ -65,6 +65,7 @@ def test_a_chunk_of_no_size_is_refused(besieged: Victim, chunk: bytes) -> None:
     assert reply_of(besieged.raw(CHUNKED + b"\r\n" + chunk + b"\r\nhello\r\n0\r\n\r\n"))[0] == 400
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "chunk", [b"F" * 18 + b"\r\nxx", b"5;" + b"x" * 70_000, b"5;", b"0\r\n" + b"a: b\r\n" * 20_000]
 )
@@ -173,6 +174,7 @@ def test_head_is_get_without_the_content(besieged: Victim, path: str) -> None:
     assert (status, content) == (200, b"") and int(headers["content-length"]) > 0
 
 
+@pytest.mark.slow
 def test_an_answer_waits_for_nobody_who_sends_a_byte_a_second(besieged: Victim) -> None:
     with closing(besieged.connect()) as slow:
         start = time.monotonic()

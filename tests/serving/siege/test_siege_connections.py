@@ -48,6 +48,7 @@ def opened(small: Victim, count: int, stack: ExitStack, said: bytes = b"") -> li
     return found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "said",
     [

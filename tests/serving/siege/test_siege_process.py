@@ -108,6 +108,7 @@ def test_a_process_that_is_asked_nothing_hangs_not() -> None:
     run(scenario())
 
 
+@pytest.mark.slow
 def test_a_request_outlives_processes_that_are_killed_from_outside() -> None:
     async def scenario() -> None:
         async with fake() as handle:

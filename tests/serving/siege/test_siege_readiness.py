@@ -36,6 +36,7 @@ def handle_of(tmp_path: Path, hang_s: float, **spec: float) -> WorkerHandle:
     return WorkerHandle(WorkerProcess({"name": "fake", "starts": str(tmp_path / "starts"), **spec}), 256, hang_s)
 
 
+@pytest.mark.slow
 def test_a_start_that_takes_longer_than_a_hang_is_let_be_though_probes_come(tmp_path: Path) -> None:
     async def scenario() -> None:
         handle = handle_of(tmp_path, 0.5, slow_s=2.0)
@@ -66,6 +67,7 @@ def test_what_is_started_again_must_answer_the_known_image_first(tmp_path: Path)
     run(scenario())
 
 
+@pytest.mark.slow
 def test_a_probe_that_goes_away_leaves_the_verdict_to_the_others(tmp_path: Path) -> None:
     async def scenario() -> None:
         served = ModelRegistry([(SPEC, WorkerProcess({"name": "fake"}))], 256, 20, 0.6)
