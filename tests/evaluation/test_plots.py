@@ -213,6 +213,7 @@ def curve(num_epochs: int, start: float, end: float) -> list[tuple[float, float]
     return [(epoch, end + (start - end) * float(np.exp(-epoch / 10))) for epoch in range(num_epochs)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("num_epochs", [1, 2, 30, 2000])
 def test_learning_curves_are_legible(num_epochs: int, tmp_path: Path, drawn: list[Figure]) -> None:
     history = {

@@ -71,6 +71,7 @@ def expected(command: Command, tmp_path: Path, photos: list[str]) -> pyarrow.Tab
 # Without a cluster
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("more", "told"),
     [

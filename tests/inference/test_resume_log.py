@@ -97,6 +97,7 @@ CUT = [("jsonl", 0.0), ("csv", 0.77), ("parquet", 0.5)]
 CUT_MORE = [pytest.param(*cut, marks=pytest.mark.slow) for cut in [("jsonl", 1.0), ("json", 0.9), ("table", 0.2)]]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("form", "share"), [*CUT, *CUT_MORE])
 def test_whatever_was_written_is_gone_on_with(
     form: str, share: float, tmp_path: Path, command: Command, monkeypatch: pytest.MonkeyPatch

@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -22,33 +21,14 @@ from image_classifier.errors import CheckpointError, ConfigError, ParityError, S
 from image_classifier.inference.backend_selection import candidates
 from image_classifier.inference.backends import fitting, open_backend, takes_minutes
 from image_classifier.inference.onnx_runtime import OnnxBackend
-from image_classifier.inference.tensorrt import cuda
 from image_classifier.inference.tensorrt.backend import TensorRtBackend, open_engine
 from image_classifier.inference.tensorrt.cache import PLACE, EngineCache
 from image_classifier.inference.tensorrt.engine import EngineSettings, build, logger_of
 from image_classifier.inference.verify import verify_backend
 from tests.conftest import Command
-from tests.inference.fake_tensorrt import Cuda, TensorRt
+from tests.inference.fake_tensorrt import TensorRt
 
 HALF_A_MINUTE = hypothesis_settings(max_examples=15, suppress_health_check=[HealthCheck.function_scoped_fixture])
-
-
-@pytest.fixture
-def bundle(trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Bundle:
-    """A bundle of one's own, and a home without engines; the training data lies where it was made."""
-    monkeypatch.chdir(trained)
-    monkeypatch.setenv("HOME", str(tmp_path / "home"))
-    shutil.copytree(trained / "models/digits", tmp_path / "models/mine")
-    return read_bundle(tmp_path / "models/mine")
-
-
-@pytest.fixture
-def trt(monkeypatch: pytest.MonkeyPatch) -> TensorRt:
-    """A machine with a GPU and TensorRT, as it seems."""
-    fake = TensorRt(Cuda())
-    monkeypatch.setitem(sys.modules, "tensorrt", fake)
-    monkeypatch.setattr(cuda, "_runtime", lambda: fake.cuda)
-    return fake
 
 
 def engines() -> list[str]:
@@ -59,6 +39,7 @@ def engine_of(bundle: Bundle, **asked: object) -> TensorRtBackend:
     return open_engine(bundle, bundle.path("model.onnx"), EngineSettings(**asked))[0]  # type: ignore[arg-type]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("precision", "tf32", "files"), [("fp32", False, []), ("tf32", True, []), ("fp16", False, ["model.fp16.onnx"])]
 )

@@ -3,55 +3,23 @@
 from __future__ import annotations
 
 import json
-import shutil
 import sys
 from pathlib import Path
 
 import onnx
 import onnxruntime
 import pytest
-from hypothesis import HealthCheck
-from hypothesis import settings as hypothesis_settings
 
 from image_classifier.bundle import Bundle, read_bundle
 from image_classifier.errors import CheckpointError, ConfigError
 from image_classifier.inference.backend_selection import candidates
 from image_classifier.inference.backends import fitting, open_backend, takes_minutes
 from image_classifier.inference.onnx_runtime import OnnxBackend
-from image_classifier.inference.tensorrt import cuda
-from image_classifier.inference.tensorrt.backend import TensorRtBackend, open_engine
+from image_classifier.inference.tensorrt.backend import TensorRtBackend
 from image_classifier.inference.tensorrt.cache import PLACE
 from image_classifier.inference.tensorrt.engine import EngineSettings, build, is_installed, package
 from tests.conftest import Command
-from tests.inference.fake_tensorrt import Cuda, TensorRt
-
-HALF_A_MINUTE = hypothesis_settings(max_examples=15, suppress_health_check=[HealthCheck.function_scoped_fixture])
-
-
-@pytest.fixture
-def bundle(trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Bundle:
-    """A bundle of one's own, and a home without engines; the training data lies where it was made."""
-    monkeypatch.chdir(trained)
-    monkeypatch.setenv("HOME", str(tmp_path / "home"))
-    shutil.copytree(trained / "models/digits", tmp_path / "models/mine")
-    return read_bundle(tmp_path / "models/mine")
-
-
-@pytest.fixture
-def trt(monkeypatch: pytest.MonkeyPatch) -> TensorRt:
-    """A machine with a GPU and TensorRT, as it seems."""
-    fake = TensorRt(Cuda())
-    monkeypatch.setitem(sys.modules, "tensorrt", fake)
-    monkeypatch.setattr(cuda, "_runtime", lambda: fake.cuda)
-    return fake
-
-
-def engines() -> list[str]:
-    return sorted(path.suffix for path in (Path.home() / PLACE).glob("*") if path.suffix != ".lock")
-
-
-def engine_of(bundle: Bundle, **asked: object) -> TensorRtBackend:
-    return open_engine(bundle, bundle.path("model.onnx"), EngineSettings(**asked))[0]  # type: ignore[arg-type]
+from tests.inference.fake_tensorrt import TensorRt
 
 
 def test_a_model_that_is_none_of_ours_is_refused(bundle: Bundle, trt: TensorRt, tmp_path: Path) -> None:

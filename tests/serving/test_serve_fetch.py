@@ -242,6 +242,7 @@ def begin_to_hold(server: Server, site: Site) -> socket:
     return connection
 
 
+@pytest.mark.slow
 def test_who_leaves_ends_what_was_fetched_for_him(patient: Server, site: Site) -> None:
     with closing(begin_to_hold(patient, site)):
         assert_full(ask(patient, *[site.url("/large")] * 4))

@@ -158,6 +158,7 @@ def test_what_a_bundle_says_of_its_decisions_is_shown(home: Path) -> None:
         assert words in html and "include the true class for 90.0 % of the images" in html and "evidence" not in html
 
 
+@pytest.mark.slow
 def test_what_the_limits_do_on_the_part_stands_beside_them(home: Path, tmp_path: Path) -> None:
     table = PredictionTable.read(home / "plots/run/test")
     info, part = read_bundle(home / "models/run").info, tmp_path / "test"

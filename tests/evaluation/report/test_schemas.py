@@ -82,6 +82,7 @@ def replaced(draw: st.DrawFn, content: Any) -> Any:
     return content
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", FILES)
 @settings(max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
 @given(data=st.data())

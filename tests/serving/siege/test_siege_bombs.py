@@ -22,6 +22,7 @@ def tensor(data: bytes, rows: int = 1) -> bytes:
     return b'{"inputs":[{"name":"pixels","datatype":"UINT8","shape":[%d,3,32,32],"data":[%s]}]}' % (rows, data)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("path", "kind", "body", "status"),
     [

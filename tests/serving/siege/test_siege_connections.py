@@ -66,6 +66,7 @@ def test_connections_that_say_nothing_more_are_closed(small: Victim, said: bytes
             assert reply_of(all_of(connection))[0] in (0, 408)
 
 
+@pytest.mark.slow
 def test_more_connections_than_may_be_are_closed_as_they_come(small: Victim) -> None:
     with ExitStack() as stack:
         crowd = opened(small, 150, stack)
