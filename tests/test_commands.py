@@ -120,7 +120,10 @@ def test_a_reader_that_leaves_is_no_error() -> None:
 
 
 @pytest.mark.skipif(shutil.which("bash") is None, reason="bash is not installed")
-@pytest.mark.parametrize("program", ["python commands.py", "image-classifier", "python -m image_classifier"])
+@pytest.mark.parametrize(
+    "program",
+    ["python commands.py", "image-classifier", pytest.param("python -m image_classifier", marks=pytest.mark.slow)],
+)
 def test_completion_in_a_real_bash(tmp_path: Path, program: str) -> None:
     script = f"""
     eval "$({program} -sc install=bash)"

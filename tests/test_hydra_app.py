@@ -203,6 +203,7 @@ def test_a_run_sees_the_config_and_the_whole_command_line(run: Any, tmp_path: Pa
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 def test_experiments_deletions_and_sweeps(run: Any) -> None:
     assert [(job.model.name, job.seed) for job in run("train", "experiment=quick")] == [("large", 7)]
     assert "model" not in run("train", "~model")[0]

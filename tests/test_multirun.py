@@ -45,6 +45,7 @@ def test_the_launchers_are_known(launcher: str, command: Command, folder: Path) 
     assert command("prepare", "-m", *line).code == 2  # Hydra would end in a traceback
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("launcher", ["joblib", "submitit_local", "submitit_slurm"])
 def test_a_launcher_that_is_not_installed_is_one_line(
     launcher: str, command: Command, folder: Path, monkeypatch: pytest.MonkeyPatch

@@ -182,6 +182,7 @@ def test_other_conf_folders_are_not_ours(folder: Path, monkeypatch: pytest.Monke
     assert own_conf() is None
 
 
+@pytest.mark.slow
 def test_a_config_dir_that_is_named_wins(command: Command, folder: Path) -> None:
     _write_own(folder)
     (folder / "other/experiment").mkdir(parents=True)
@@ -199,7 +200,9 @@ def _script(folder: Path) -> Path:
     return script
 
 
-@pytest.mark.parametrize("name", ["image-classifier", "python -m image_classifier"])
+@pytest.mark.parametrize(
+    "name", ["image-classifier", pytest.param("python -m image_classifier", marks=pytest.mark.slow)]
+)
 def test_the_installed_command_works_from_any_folder_and_names_itself(
     folder: Path, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:

@@ -46,6 +46,7 @@ scan.scan_files(discover([Path(sys.argv[1])]), Path(sys.argv[2]), DecodeLimits()
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("place", "kept"),
     [

@@ -91,6 +91,7 @@ def test_the_order_of_rows_and_of_classes_does_not_matter() -> None:
     assert actual.paired == expected.paired and actual.only_right == expected.only_right
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", range(3))
 def test_the_interval_is_as_wide_as_theory_says(seed: int) -> None:
     targets = np.random.default_rng(seed).integers(0, 4, 2000)

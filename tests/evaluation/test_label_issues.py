@@ -122,6 +122,7 @@ def hostile_answers(seed: int) -> OutOfFoldPredictions:
     )
 
 
+@pytest.mark.slow
 @settings(max_examples=200)
 @given(st.integers(0, 2**32 - 1))
 def test_confident_learning_finds_what_cleanlab_finds(seed: int) -> None:

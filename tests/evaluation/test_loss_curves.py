@@ -38,6 +38,7 @@ def test_a_short_run_needs_none(tmp_path: Path) -> None:
     assert plot_loss_in_parts({}, tmp_path) == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "parts",
     [

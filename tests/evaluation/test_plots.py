@@ -287,6 +287,7 @@ def test_rates_on_the_axis_are_plain_numbers(tmp_path: Path, monkeypatch: pytest
     assert {"1e-06", "0.001", "0.1"} <= set(labels) and not any("$" in label for label in labels)
 
 
+@pytest.mark.slow
 def test_the_svg_beside_it_is_the_same_each_time_and_holds_no_code_font_or_date(tmp_path: Path) -> None:
     for name in ("one", "two"):
         plot_confusion_matrix(

@@ -44,6 +44,7 @@ def weighted(table: PredictionTable, weights: np.ndarray) -> np.ndarray:
     return np.mean(figures, axis=1)
 
 
+@pytest.mark.slow
 @settings(max_examples=15)
 @given(seed=st.integers(0, 2**31), ties=st.booleans(), num_classes=st.integers(2, 4))
 def test_influence_is_the_derivative_by_an_images_weight(seed: int, ties: bool, num_classes: int) -> None:

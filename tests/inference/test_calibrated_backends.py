@@ -42,6 +42,7 @@ def test_every_file_gives_the_confidence_of_the_predictions(command: Command) ->
             assert row["confidence"] == pytest.approx(told[str(Path(row["path"]).relative_to("data/digits"))], abs=1e-4)
 
 
+@pytest.mark.slow
 def test_test_judges_with_the_temperature_of_the_bundle(command: Command, tmp_path: Path) -> None:
     answer = command("test", "--checkpoint_name", "digits", "--output_dir", str(tmp_path))
     assert answer.code == 0, answer.err

@@ -40,6 +40,7 @@ def refused(answer: Answer, *says: str) -> str:
     return answer.err.strip()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["holiday", "Ferien über Bäume, 2024's [1]", "-dash", "deep/er/one/"])
 def test_unlabelled_images_are_for_infer_and_the_line_can_be_copied(command: Command, trained: Path, name: str) -> None:
     fill(Path(name), digits(trained, "3"))

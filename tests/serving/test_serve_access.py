@@ -87,6 +87,7 @@ def test_only_proxies_of_ours_say_who_asks(
         assert server.end() == 0
 
 
+@pytest.mark.slow
 def test_a_running_server_looks_at_its_keys_again(digits_bundle: Path, tmp_path: Path) -> None:
     file = tmp_path / "keys.txt"
     file.write_text(f"old {OLD}\n")

@@ -64,6 +64,7 @@ def assert_equal(found: list[dict[str, object]], expected: list[dict[str, object
         assert one == {key: other[key] for key in ("path", "predicted_class", "decision", "prediction_set")}
 
 
+@pytest.mark.slow
 def test_many_at_once_answer_as_infer(server: Server, images, expected) -> None:
     reply = server.send("/predict", *images)
     assert reply.status == 200

@@ -218,6 +218,7 @@ def test_too_many_pixels_and_other_formats_are_unreadable(strict: Server) -> Non
         assert reply.status == 422 and words in reply.json["predictions"][0]["error"]
 
 
+@pytest.mark.slow
 def test_a_body_that_never_ends_is_cut_off(strict: Server, digit: bytes) -> None:
     body, kind = form(("7.png", digit))
     start = f"POST /predict HTTP/1.1\r\nHost: localhost\r\nX-API-Key: {KEY}\r\n"

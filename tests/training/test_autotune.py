@@ -197,6 +197,7 @@ def test_more_time_given_on_resume_is_planned_anew(in_a_folder_with_a_tree: None
     assert yaml.safe_load(Path("runs/timed/config.yaml").read_text())["trainer"]["max_steps"] > 1.5 * short > 0
 
 
+@pytest.mark.slow
 def test_trials_leave_every_random_state_as_it_was() -> None:
     random.seed(5), np.random.seed(5), torch.manual_seed(5)  # noqa: NPY002
     expected = (random.random(), np.random.random(), torch.rand(3))  # noqa: NPY002

@@ -134,6 +134,7 @@ def test_a_setting_that_cannot_be_is_named(key: str, value: object) -> None:
         SuspectSettings(**{key: value})  # type: ignore[arg-type]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("word", "words"),
     [

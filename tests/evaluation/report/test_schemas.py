@@ -121,6 +121,7 @@ def test_any_table_gives_a_page_or_one_line(home: Path, rows: list[list[str]], w
         path.write_text(text)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("file", "text"),
     [

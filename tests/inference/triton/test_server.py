@@ -152,6 +152,7 @@ class TestProgram:
         assert command("triton", "stop", "small").code == 0
         assert not runs(known["pid"])
 
+    @pytest.mark.slow
     def test_a_server_that_was_killed_can_be_started_again(
         self, start: Start, command: Command, tmp_path: Path
     ) -> None:

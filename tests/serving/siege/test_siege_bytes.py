@@ -50,6 +50,7 @@ def test_a_length_beside_chunks_is_refused(besieged: Victim, seven: bytes) -> No
     assert reply_of(said)[0] == 400 and said.count(b"HTTP/1.1 ") == 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "coding",
     [b"xchunked", b"chunked, identity", b"identity", b"gzip, chunked", b"chunked\r\nTransfer-Encoding: chunked"],

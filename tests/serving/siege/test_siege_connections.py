@@ -74,6 +74,7 @@ def test_more_connections_than_may_be_are_closed_as_they_come(small: Victim) -> 
     assert small.ask("/healthz")[0] == 200
 
 
+@pytest.mark.slow
 def test_whoever_sends_a_byte_now_and_then_is_told_that_it_takes_too_long(small: Victim) -> None:
     with closing(small.connect()) as slow:
         slow.sendall(head("POST", "/predict", bytes(1000)))

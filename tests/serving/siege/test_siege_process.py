@@ -98,6 +98,7 @@ def test_a_process_that_hangs_is_replaced_also_where_few_ask() -> None:
     run(scenario())
 
 
+@pytest.mark.slow
 def test_a_process_that_is_asked_nothing_hangs_not() -> None:
     async def scenario() -> None:
         async with fake(hang_s=0.4) as handle:
