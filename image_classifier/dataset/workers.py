@@ -179,7 +179,9 @@ def serve() -> None:
     """Run a worker: read a function and then blocks from standard input, and write each result to standard output."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     with suppress(EOFError, BrokenPipeError), os.fdopen(os.dup(1), "wb") as output:
-        os.dup2(2, 1)  # prints of a library must not mix with the results
+        # What a library prints must not mix with the results; standard error loses nothing when the worker is killed.
+        os.dup2(2, 1)
+        sys.stdout = sys.stderr
         function = pickle.load(sys.stdin.buffer)
         while True:
             answer = _answer(function, pickle.load(sys.stdin.buffer))

@@ -91,7 +91,8 @@ def test_a_lost_worker_is_one_line(ending, told):
     assert "\n" not in str(caught.value)
 
 
-def test_what_a_worker_prints_does_not_disturb(capfd):
+def test_what_a_worker_prints_does_not_disturb(capfd, monkeypatch):
+    monkeypatch.delenv("PYTHONUNBUFFERED", raising=False)
     assert list(map_blocks(print, ["hello"] * 4, MANY, 2)) == [None] * 4
     out, err = capfd.readouterr()
     assert out == ""
