@@ -59,7 +59,7 @@ from image_classifier.training.resume import (
     training_length,
     validate_resume,
 )
-from image_classifier.training.run_dir import RunDir, acquire_run_dir, buffered_log, mark_finished
+from image_classifier.training.run_dir import RunDir, acquire_run_dir, buffered_log, check_name, mark_finished
 
 log = logging.getLogger(__name__)
 
@@ -134,6 +134,7 @@ def _train_on_this_rank(
     config: TrainConfig, resume: ResumePoint | None, overrides: Sequence[str], signals: SignalHandler
 ) -> TrainResult | None:
     """Prepare the data and take a run folder, then train in it; return the result on rank 0."""
+    from_rank_zero(lambda: check_name(config.run, resume.directory if resume else None))
     with buffered_log() as early:
         model = first_on_each_node(lambda: resolve_initial_weights(config.model, config.data.image_size))
         config = config.with_model(model)

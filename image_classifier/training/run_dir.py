@@ -78,6 +78,19 @@ class RunSettings:
             raise ConfigError(f"invalid seed={self.seed}", "use a whole number from 0 to 4294967295")
 
 
+def check_name(settings: RunSettings, resumed: Path | None = None) -> None:
+    """Refuse a name that is taken, before hours of work; `acquire_run_dir` takes it.
+
+    Raises:
+        StorageError: A run folder or bundle of that name exists, without `overwrite` or `resumed`.
+    """
+    if settings.name is None or settings.overwrite or resumed:
+        return
+    run = _folders(settings, settings.name)
+    if run.directory.exists() or run.bundle.exists():
+        raise _name_is_taken(run)
+
+
 @contextmanager
 def buffered_log() -> Iterator[list[logging.LogRecord]]:
     """Collect log records for a run that has no folder yet; `acquire_run_dir` writes them to train.log."""

@@ -142,3 +142,12 @@ def test_a_name_that_exists_is_refused_then_replaced_when_asked(command: Command
     assert command("train", *SMALL, "name=mine", "overwrite=true", "seed=1").code == 0
     assert Path("models/mine/bundle.json").read_bytes() != before
     assert sorted(path.name for path in Path("models").iterdir()) == ["mine"]
+
+
+@pytest.mark.parametrize("taken", ["runs/mine", "models/mine"])
+def test_a_name_that_is_taken_is_refused_before_the_data_is_read(tree: Path, command: Command, taken: str) -> None:
+    Path(taken).mkdir(parents=True)
+    answer = command("train", *SMALL, "name=mine")
+    assert answer.code == 2 and answer.out == "" and not Path("data").exists()
+    (line,) = answer.err.splitlines()
+    assert line.startswith(f"error: the name 'mine' is taken: '{taken}' exists: ") and "overwrite=true" in line
