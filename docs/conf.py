@@ -49,6 +49,7 @@ html_css_files = ["site.css"]
 html_logo = html_favicon = "static/icon.svg"
 html_copy_source = False
 html_use_index = False
+html_domain_indices = False
 html_show_sphinx = False
 html_last_updated_fmt = None  # the same sources give the same site
 html_theme_options = {

@@ -92,7 +92,9 @@ def test_the_search_finds_pages_that_there_are(site: Path) -> None:
 def test_a_broken_link_or_anchor_fails(tmp_path: Path) -> None:
     (tmp_path / "docs").mkdir()
     shutil.copytree(ROOT / "docs/static", tmp_path / "docs/static")
-    shutil.copyfile(ROOT / "docs/conf.py", tmp_path / "docs/conf.py")
+    for name in ("conf.py", "files.py"):
+        shutil.copyfile(ROOT / "docs" / name, tmp_path / "docs" / name)
+    (tmp_path / "image_classifier").symlink_to(ROOT / "image_classifier")  # the site lists its files
     (tmp_path / "README.md").write_text("# Home\n\n[a](docs/none.md) [b](docs/page.md#nowhere)\n", encoding="utf-8")
     (tmp_path / "docs/page.md").write_text("# Page\n\n## Here\n", encoding="utf-8")
     done = sphinx(tmp_path, tmp_path / "site")

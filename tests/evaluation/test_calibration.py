@@ -70,7 +70,7 @@ def test_no_other_temperature_is_likelier(content: tuple[list[list[float]], list
     part = table(np.array(content[0], dtype=np.float32), np.array(content[1]))
     fit = fit_temperature(part)
     if (part.logits.argmax(axis=1) == part.targets).all():
-        assert fit.temperature == 1.0 and "every val image is right" in fit.note
+        assert fit.temperature == 1.0 and "all val images are classified correctly" in fit.note
         return
     for other in np.geomspace(0.05, 20, 12):
         assert fit.nll_after <= compute_metrics(replace(part, temperature=float(other)), resamples=0).log_loss + 1e-6

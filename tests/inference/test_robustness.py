@@ -132,7 +132,7 @@ def test_the_verb_writes_it_beside_the_figures(
     assert written["about"]["part"] == "test"
     assert command(*line, "--split", "val", "--robustness", "--robustness_images", "20").code == 0
     assert json.loads((tmp_path / "digits/robustness.json").read_text())["about"]["part"] == "val"
-    assert "of val after each was blurred" in report_of(
+    assert "of val after blurring, darkening, turning or compressing them" in report_of(
         command, tmp_path, "--split", "val", page="digits/val/report.html"
     )
     plain = command(*line)

@@ -94,7 +94,9 @@ class SignalHandler:
             return
         if number == signal.SIGINT:
             raise KeyboardInterrupt
-        _write_stderr(f"stopped by {_name_of(number)}")
+        # The other ranks are stopped by the launcher too, also where rank 0 has already said what is wrong.
+        if is_rank_zero():
+            _write_stderr(f"stopped by {_name_of(number)}")
         raise SystemExit(128 + number)
 
 
