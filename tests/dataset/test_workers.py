@@ -196,7 +196,8 @@ def test_workers_start_in_a_daemonic_process(tmp_path):
 @pytest.mark.parametrize("kill", [signal.SIGKILL, signal.SIGINT, signal.SIGTERM], ids=lambda kill: kill.name)
 def test_however_the_caller_ends_the_workers_end(tmp_path, kill):
     line = SCRIPT.format(blocks=[PID, PID, *["__import__('time').sleep(1)"] * 50])
-    process = start("-c", line, start_new_session=True)
+    heed = partial(signal.signal, signal.SIGINT, signal.default_int_handler)  # a background job of a shell ignores it
+    process = start("-c", line, start_new_session=True, preexec_fn=heed)
     pids = [int(process.stdout.readline()), int(process.stdout.readline())]
     os.killpg(process.pid, kill)  # as the terminal does it: the whole group
     _, err = process.communicate(timeout=60)
