@@ -79,16 +79,18 @@ class RunSettings:
 
 
 def check_name(settings: RunSettings, resumed: Path | None = None) -> None:
-    """Refuse a name that is taken, before hours of work; `acquire_run_dir` takes it.
+    """Refuse a name that is taken before the data is read: `acquire_run_dir`, which decides it, comes after.
 
     Raises:
-        StorageError: A run folder or bundle of that name exists, without `overwrite` or `resumed`.
+        StorageError: A run of that name is in progress, or its folder or bundle exists without `overwrite`.
     """
-    if settings.name is None or settings.overwrite or resumed:
+    if settings.name is None or resumed:
         return
     run = _folders(settings, settings.name)
     if run.directory.exists() or run.bundle.exists():
-        raise _name_is_taken(run)
+        with _name_lock(settings):  # a run in progress is no run to resume
+            if not settings.overwrite:
+                raise _name_is_taken(run)
 
 
 @contextmanager

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from image_classifier.atomic_io import file_lock
 from tests.conftest import QUICK, Command, MakeTree, write_image
 
 SMALL = (
@@ -151,3 +152,12 @@ def test_a_name_that_is_taken_is_refused_before_the_data_is_read(tree: Path, com
     assert answer.code == 2 and answer.out == "" and not Path("data").exists()
     (line,) = answer.err.splitlines()
     assert line.startswith(f"error: the name 'mine' is taken: '{taken}' exists: ") and "overwrite=true" in line
+
+
+@pytest.mark.parametrize("line", [(), ("overwrite=true",)], ids=" ".join)
+def test_a_run_in_progress_is_not_resumed_or_replaced(tree: Path, command: Command, line: tuple[str, ...]) -> None:
+    Path("runs/mine").mkdir(parents=True)
+    with file_lock(Path("runs/.mine.lock")):
+        answer = command("train", *SMALL, "name=mine", *line)
+    assert answer.code == 2 and not Path("data").exists()
+    assert answer.err == "error: a run named 'mine' is in progress: wait for it, or choose another name=\n"
