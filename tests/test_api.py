@@ -146,6 +146,7 @@ def test_from_a_folder_to_a_model_and_its_scores(
     trained = ic.load("mine")
     assert trained.classes == ("cat", "dog")
     scores = trained.evaluate()
+    assert repr(scores).splitlines()[0].startswith("class ") and "test accuracy" in repr(scores)
     assert scores.metrics.scalars()["accuracy"] == pytest.approx(result.metrics["test"]["accuracy"])
     with pytest.raises(ConfigError, match="decision.risk 2"):
         trained.evaluate(decision={"risk": 2})

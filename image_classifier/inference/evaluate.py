@@ -69,7 +69,7 @@ class TestSettings(ModelReference):
             raise ConfigError("batch_size and robustness_images must be at least 1")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class EvaluationResult:
     """All that was measured of a model on one set of labelled images.
 
@@ -92,6 +92,10 @@ class EvaluationResult:
     baselines: tuple[Baseline, ...]
     robustness: Robustness | None
     latency: Latency | None
+
+    def __repr__(self) -> str:
+        """Return the lines for a terminal: the fields hold every image."""
+        return "\n".join(self.lines())
 
     def as_dict(self) -> dict[str, Any]:
         """Return plain values, ready for JSON."""

@@ -10,8 +10,8 @@ import numpy as np
 def balanced_rows(rows: np.ndarray, targets: np.ndarray, seed: int, epoch: int) -> np.ndarray:
     """Return as many rows as there are, each class equally often, int64 [N], in an order decided by (seed, epoch).
 
-    Each class deals its rows like a deck of cards that is shuffled when it is used up, and continues where the last
-    epoch stopped: no image comes twice before all of its class have come once.
+    Each class is drawn without replacement and shuffled again when it is used up; an epoch continues where the last
+    one stopped. So no image comes twice before all images of its class have come once.
 
     Args:
         rows: Training rows, int64 [N].
@@ -28,19 +28,19 @@ def balanced_rows(rows: np.ndarray, targets: np.ndarray, seed: int, epoch: int) 
     ranks = np.random.default_rng((seed, 0, 0, 1)).permutation(len(present)).tolist()
     drawn: list[np.ndarray] = []
     for code, rank in zip(present.tolist(), ranks, strict=True):
-        # How many cards this class has dealt before and after this epoch. Over all classes the differences add up to N
-        # (Hermite's identity).
+        # How many rows of this class are drawn before this epoch and after it. The differences of all classes add up to
+        # N (Hermite's identity).
         first, last = ((number * len(rows) + rank) // len(present) for number in (epoch, epoch + 1))
-        drawn += _cards(rows[targets == code], code, first, last, seed)
+        drawn += _draws(rows[targets == code], code, first, last, seed)
     return np.random.default_rng((seed, epoch)).permutation(np.concatenate(drawn))
 
 
-def _cards(deck: np.ndarray, code: int, first: int, last: int, seed: int) -> Iterator[np.ndarray]:
-    """Yield the cards `first` to `last` of a class's endless deal: its deck, shuffled again in each cycle."""
+def _draws(rows: np.ndarray, code: int, first: int, last: int, seed: int) -> Iterator[np.ndarray]:
+    """Yield the draws `first` to `last` of one class: all its rows, shuffled again for each cycle."""
     while first < last:
-        cycle, start = divmod(first, len(deck))
-        stop = min(len(deck), start + last - first)
-        yield np.random.default_rng((seed, code, cycle, 2)).permutation(deck)[start:stop]
+        cycle, start = divmod(first, len(rows))
+        stop = min(len(rows), start + last - first)
+        yield np.random.default_rng((seed, code, cycle, 2)).permutation(rows)[start:stop]
         first += stop - start
 
 
