@@ -65,6 +65,15 @@ def nearest(word: str, names: Iterable[str], cutoff: float = 0.6) -> str | None:
     return best if best is not None and likeness(best) >= cutoff else None
 
 
+def similar(word: str, names: Iterable[str]) -> list[str]:
+    """Return the names like `word`, the most alike first.
+
+    >>> similar("mobilenet_v2", ["resnet18", "mobilenet_v2", "mobilenet_v3_small"])
+    ['mobilenet_v2', 'mobilenet_v3_small']
+    """
+    return difflib.get_close_matches(word, sorted(names), n=20, cutoff=0.5)
+
+
 def did_you_mean(word: str, names: Iterable[str]) -> str:
     """Return the start of a hint, or nothing where no name is near.
 

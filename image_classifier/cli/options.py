@@ -8,7 +8,7 @@ from collections.abc import Container, Sequence
 from dataclasses import dataclass
 from itertools import chain
 
-from image_classifier.cli.positional import data_choice, word_overrides
+from image_classifier.cli.positional import data_choice, model_choice, word_overrides
 from image_classifier.errors import ConfigError
 from image_classifier.override_grammar import quoted
 
@@ -155,6 +155,7 @@ def translate(verb: str, arguments: Sequence[str]) -> CommandLine:
     overrides = [*word_overrides(verb, words, overrides, arguments), *overrides]
     if "--config-name" not in dict(flags):
         overrides = [*data_choice(verb, overrides, dict(flags).get("--config-dir")), *overrides]
+        overrides = [*model_choice(verb, overrides), *overrides]
     return CommandLine(tuple(flags), tuple(overrides))
 
 

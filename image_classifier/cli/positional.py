@@ -18,6 +18,8 @@ from image_classifier.text import nearest
 
 # Verbs whose plain words are images to learn from: folders, archives, tables, or their addresses.
 DATA_VERBS = frozenset({"prepare", "audit", "show", "baseline", "suspects", "train", "tune"})
+# Verbs that choose the network by the images where nobody else does.
+AUTO_VERBS = frozenset({"train"})
 # The keys of the plain words of the other verbs, in their order.
 WORD_KEYS: dict[str, tuple[str, ...]] = {
     "report": ("name", "other"),
@@ -160,6 +162,29 @@ def data_choice(verb: str, overrides: Sequence[str], conf_dir: str | None) -> li
         return []
     hub = next((choice for prefix, choice in _HUBS.items() if named[0].lstrip("'\"").startswith(prefix)), "folder")
     return [f"data={hub}"]
+
+
+def model_choice(verb: str, overrides: Sequence[str]) -> list[str]:
+    """Return `model=auto` where a training is on images of one's own and nothing chooses the network, else nothing.
+
+    >>> model_choice("train", ["data=folder", "data.dir=photos"]), model_choice("train", ["data=digits"])
+    (['model=auto'], [])
+    """
+    values = {override.lstrip("+~").partition("=")[0]: override.partition("=")[2] for override in overrides}
+    chosen = any(key in ("model", "experiment") or key.startswith(("model.backbone", "search")) for key in values)
+    is_own = values.get("data") in ("folder", "table", *_HUBS.values()) and values.get("resume", "null") == "null"
+    return ["model=auto"] if verb in AUTO_VERBS and is_own and not chosen else []
+
+
+def with_recipe(recipe: Sequence[str], given_overrides: Sequence[str]) -> tuple[str, ...]:
+    """Return the overrides of a recipe with those given on top: a choice of a group, or a key, that is given wins.
+
+    >>> with_recipe(["model=timm", "optimizer=adamw"], ["model=auto", "optimizer=sgd", "seed=1"])
+    ('model=timm', 'optimizer=sgd', 'seed=1')
+    """
+    kept = [override for override in given_overrides if override != "model=auto"]
+    keys = given(kept)
+    return (*(override for override in recipe if not given([override]) & keys), *kept)
 
 
 def _chooses_data(experiment: str, conf_dir: str | None) -> bool:

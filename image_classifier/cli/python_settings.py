@@ -10,7 +10,7 @@ from omegaconf import DictConfig
 
 from image_classifier.cli import hydra_app
 from image_classifier.cli.conf_files import root_groups
-from image_classifier.cli.positional import data_choice, word_overrides
+from image_classifier.cli.positional import data_choice, model_choice, word_overrides
 from image_classifier.cli.verbs.prepare import typed_settings
 from image_classifier.dataset.audit.issues import AuditSettings
 from image_classifier.dataset.prepare import DataSettings
@@ -62,7 +62,8 @@ def _line(verb: str, data: str | os.PathLike[str] | None, settings: Mapping[str,
         return given
     word = os.fspath(data)
     overrides = [*word_overrides(verb, [word], given, [word]), *given]
-    return [*data_choice(verb, overrides, None), *overrides]
+    overrides = [*data_choice(verb, overrides, None), *overrides]
+    return [*model_choice(verb, overrides), *overrides]
 
 
 def _overrides(verb: str, settings: Mapping[str, Any]) -> Iterator[str]:

@@ -2,25 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
+from hydra.core.global_hydra import GlobalHydra
 from omegaconf import DictConfig
 
 from image_classifier.cli import hydra_app
+from image_classifier.cli.positional import with_recipe
 from image_classifier.dataset.audit.issues import AuditSettings
-from image_classifier.dataset.prepare import DataSettings
+from image_classifier.dataset.prepare import NO_WEIGHTS, DataSettings
 from image_classifier.evaluation.reliability.abstention import DEFAULTS, DecisionSettings
 from image_classifier.paths import CONF_DIR
 from image_classifier.training.config import (
+    AUTO,
+    FinetuneSettings,
     ModelConfig,
     Node,
     OptimizerConfig,
     SchedulerConfig,
     TrainConfig,
     TrainerConfig,
+    has_own_preprocessing,
 )
 from image_classifier.training.diagnostics import DiagnosticsSettings
 from image_classifier.training.hardware import SpeedSettings
@@ -36,21 +42,23 @@ def compose_train_config(overrides: Iterable[str], conf: Path = CONF_DIR) -> Tra
         ConfigError: An override that the command line would refuse.
     """
     with hydra_app.composer(conf):
-        return train_config(hydra_app.composed("train", overrides))
+        return train_config(hydra_app.composed("train", overrides), tuple(overrides))
 
 
-def train_config(config: DictConfig) -> TrainConfig:
-    """Return the typed configuration of a training.
+def train_config(config: DictConfig, overrides: Sequence[str] = ()) -> TrainConfig:
+    """Return the typed configuration of a training; `overrides` are those that it was composed from.
 
     Raises:
         ConfigError: A key that is unknown, or a value of the wrong type.
     """
+    config = _with_default_preprocessing(config)
     plain = hydra_app.to_plain(config)
     return TrainConfig(
         run=hydra_app.selected(RunSettings, config),
         data=hydra_app.typed(DataSettings, config.data, "data"),
         audit=hydra_app.typed(AuditSettings, config.audit, "audit"),
         model=model_config(config),
+        finetune=hydra_app.typed(FinetuneSettings, config.finetune, "finetune"),
         loss=plain["loss"],
         optimizer=_optimizer(plain["optimizer"]),
         scheduler=SchedulerConfig(**_known(SchedulerConfig, plain["scheduler"])),
@@ -62,8 +70,26 @@ def train_config(config: DictConfig) -> TrainConfig:
         diagnostics=hydra_app.typed(DiagnosticsSettings, config.diagnostics, "diagnostics"),
         plain=plain,
         yaml=hydra_app.to_yaml(config),
-        change=lambda values: train_config(hydra_app.replaced(config, values)),
+        change=lambda values: train_config(hydra_app.replaced(config, values), overrides),
+        recompose=lambda recipe: _recomposed(recipe, overrides),
     )
+
+
+def _recomposed(recipe: Sequence[str], given: Sequence[str]) -> TrainConfig:
+    """Return the configuration of a recipe with the given overrides on top, which win."""
+    line = with_recipe(recipe, given)
+    context = nullcontext() if GlobalHydra.instance().is_initialized() else hydra_app.composer(CONF_DIR)
+    with context:
+        return train_config(hydra_app.composed("train", line), line)
+
+
+def _with_default_preprocessing(config: DictConfig) -> DictConfig:
+    """Return the configuration with numbers where the preprocessing is auto and no pretrained weights will decide."""
+    backbone: Any = hydra_app.to_plain(config.model)["backbone"]
+    if backbone == AUTO or has_own_preprocessing(backbone, config.model.weights, config.model["from"]):
+        return config
+    found = {f"data.{name}": value for name, value in NO_WEIGHTS.items() if config.data[name] == AUTO}
+    return hydra_app.replaced(config, found) if found else config
 
 
 def model_config(config: DictConfig) -> ModelConfig:

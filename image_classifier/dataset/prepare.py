@@ -6,7 +6,7 @@ import hashlib
 import logging
 import os
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import astuple, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -48,6 +48,8 @@ from image_classifier.text import counted, listed
 log = logging.getLogger(__name__)
 
 BALANCES = ("none", "sampler", "weights")
+AUTO = "auto"
+NO_WEIGHTS: Mapping[str, Any] = {"image_size": 128, "interpolation": "bilinear", "crop_fraction": 1.0}
 
 
 @dataclass(frozen=True)
@@ -63,12 +65,12 @@ class DataSettings:
     archive: Any = None
     sha256: Any = None
     dvc: bool | None = None
-    image_size: int = 64
+    image_size: Any = 64
     batch_size: Any = 64
     progressive_sizes: list[int] | None = None
     resize: str = "crop"
     interpolation: str = "bilinear"
-    crop_fraction: float = 1.0
+    crop_fraction: Any = 1.0
     background: tuple[int, int, int] = (255, 255, 255)
     scaled_decoding: bool = True
     flip: bool = True
@@ -93,19 +95,28 @@ class DataSettings:
             raise ConfigError(f"data.batch_size must be an int, or auto, got {self.batch_size!r}")
         if isinstance(self.batch_size, int) and self.batch_size < 1:
             raise ConfigError(f"data.batch_size must be at least 1, not {self.batch_size}")
-        if isinstance(self.progressive_sizes, list):
+        for name, kind in (("image_size", int), ("crop_fraction", int | float)):
+            value = getattr(self, name)
+            if value != AUTO and (isinstance(value, bool) or not isinstance(value, kind)):
+                raise ConfigError(f"data.{name} must be {'an int' if kind is int else 'a number'}, got {value!r}")
+        if isinstance(self.progressive_sizes, list) and self.image_size != AUTO:
             _check_sizes(self.progressive_sizes, self.image_size)
         if isinstance(self.balance, str) and self.balance not in BALANCES:
             raise ConfigError(f"data.balance must be one of {', '.join(BALANCES)}, not {self.balance!r}")
         check_folds(self.fold, self.folds)
         _ = self.preprocess
 
+    def settled(self, found: Mapping[str, Any] = NO_WEIGHTS) -> DataSettings:
+        """Return the settings with what was found in place of each `auto`: what the pretrained weights want, if any."""
+        return replace(self, **{name: value for name, value in found.items() if getattr(self, name) == AUTO})
+
     @property
     def preprocess(self) -> Preprocess:
-        """The evaluation preprocessing of these settings; ConfigError for invalid ones."""
-        return Preprocess(
-            self.image_size, self.resize, self.interpolation, self.crop_fraction, self.background, self.scaled_decoding
+        """The evaluation preprocessing of these settings, without pretrained weights; ConfigError for invalid ones."""
+        size, interpolation, fraction = (
+            value if (given := getattr(self, name)) == AUTO else given for name, value in NO_WEIGHTS.items()
         )
+        return Preprocess(size, self.resize, interpolation, fraction, self.background, self.scaled_decoding)
 
     def unique_name(self, root: Path, paths: Sequence[Path], *more: Any) -> str:
         """Return the data set's name and 8 hex digits of its folders, its tables and of `more`."""

@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -22,6 +23,8 @@ from image_classifier.inference.onnx_runtime import OnnxBackend
 from image_classifier.modeling.classifier import Classifier
 from image_classifier.predictions import softmax
 
+log = logging.getLogger(__name__)
+
 NAME = "model.onnx"
 OPSET = 20
 _METADATA = ("classes", "preprocess", "normalise", "temperature", "decision")
@@ -29,23 +32,65 @@ _EXPORTER_LOGGERS = ("torch.onnx", "onnxscript", "onnx_ir", "torch.export")
 
 
 def export_onnx(classifier: Classifier, image_size: int, metadata: Mapping[str, Any], path: Path) -> None:
-    """Write `classifier` (on the CPU, in float32) to `path`, with `metadata` as JSON values in the file."""
+    """Write `classifier` (on the CPU, in float32) to `path`, with `metadata` as JSON values in the file.
+
+    The TorchScript exporter, which takes a second, comes first; a network that it cannot trace goes through
+    `torch.export`, which takes ten (docs/decisions/025).
+    """
+    import onnx
+
     classifier.eval()
-    example = torch.zeros(2, 3, image_size, image_size, dtype=torch.uint8)
     with _quiet_exporter(), torch.inference_mode(mode=False):
-        program = torch.onnx.export(
+        if not _traced(classifier, image_size, path):
+            _torch_export(classifier, image_size, path)
+    model = onnx.load(str(path))
+    onnx.helper.set_model_props(
+        model, {key: json.dumps(value, ensure_ascii=False) for key, value in metadata.items()}
+    )
+    onnx.save(model, str(path))
+
+
+def _traced(classifier: Classifier, image_size: int, path: Path) -> bool:
+    """Write a trace to `path`; return whether it is right for a batch of another size than it was traced with."""
+    names = ["pixels", "logits", "embedding"]
+    try:
+        torch.onnx.export(
             _EmbeddingAndLogits(classifier),
-            (example,),
-            dynamo=True,
+            (_example(image_size),),
+            str(path),
+            dynamo=False,
             opset_version=OPSET,
-            input_names=["pixels"],
-            output_names=["logits", "embedding"],
-            dynamic_shapes=({0: torch.export.Dim("batch")},),
-            verbose=False,
+            input_names=names[:1],
+            output_names=names[1:],
+            dynamic_axes={name: {0: "batch"} for name in names},
         )
+        pixels = torch.from_numpy(np.random.default_rng(0).integers(0, 256, (3, 3, image_size, image_size), np.uint8))
+        with torch.no_grad():
+            expected = classifier(pixels).numpy()
+        actual = OnnxBackend(path).logits(pixels.numpy())
+    except Exception as error:  # the exporter raises anything
+        log.debug("the TorchScript exporter refuses the network: %s", error)
+        return False
+    return actual.shape == expected.shape and bool(np.allclose(softmax(actual), softmax(expected), atol=TOLERANCE))
+
+
+def _torch_export(classifier: Classifier, image_size: int, path: Path) -> None:
+    program = torch.onnx.export(
+        _EmbeddingAndLogits(classifier),
+        (_example(image_size),),
+        dynamo=True,
+        opset_version=OPSET,
+        input_names=["pixels"],
+        output_names=["logits", "embedding"],
+        dynamic_shapes=({0: torch.export.Dim("batch")},),
+        verbose=False,
+    )
     assert program is not None
-    program.model.metadata_props.update({key: json.dumps(value, ensure_ascii=False) for key, value in metadata.items()})
     program.save(str(path), external_data=False)
+
+
+def _example(image_size: int) -> torch.Tensor:
+    return torch.zeros(2, 3, image_size, image_size, dtype=torch.uint8)
 
 
 def re_export(parity_set: ParitySet, directory: Path) -> dict[str, Any]:

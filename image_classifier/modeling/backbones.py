@@ -44,8 +44,15 @@ def torchvision_backbone(
     _remove_head(network, name)
     if small_images:
         _remove_downsampling(network, name)
-    transforms = sets[weights or "DEFAULT"].transforms()
-    config = {"mean": tuple(transforms.mean), "std": tuple(transforms.std)}
+    # Without a name of weights those of a file are meant: most have torchvision's first recipe.
+    transforms = (sets[weights] if weights else next(iter(sets.values()))).transforms()
+    config = {
+        "mean": tuple(transforms.mean),
+        "std": tuple(transforms.std),
+        "input_size": (3, *(2 * transforms.crop_size)),
+        "crop_pct": transforms.crop_size[0] / transforms.resize_size[0],
+        "interpolation": transforms.interpolation.value,
+    }
     network.pretrained_cfg = config  # type: ignore[assignment]  # as timm keeps it
     return network
 
@@ -77,6 +84,19 @@ def _remove_head(network: nn.Module, name: str) -> None:
             "use another network or model=timm",
         )
     network.set_submodule(linears[-1], nn.Identity())
+
+
+def pretrained_preprocessing(backbone: nn.Module) -> dict[str, Any]:
+    """Return the image_size, interpolation and crop_fraction that a backbone's weights were trained with, if known."""
+    config = getattr(backbone, "pretrained_cfg", None) or {}
+    found: dict[str, Any] = {}
+    if config.get("input_size"):
+        found["image_size"] = int(config["input_size"][-1])
+    if config.get("interpolation") in ("bilinear", "bicubic"):
+        found["interpolation"] = config["interpolation"]
+    if config.get("crop_pct"):
+        found["crop_fraction"] = min(1.0, round(float(config["crop_pct"]), 4))
+    return found
 
 
 def pretrained_normalise(backbone: nn.Module, settings: Mapping[str, Any]) -> tuple[list[float], list[float]] | None:

@@ -27,6 +27,8 @@ _HALVES = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}
 
 # Rows int64 [n] of images -> their pixels uint8 [n, S, S, 3].
 Gather = Callable[[np.ndarray], np.ndarray]
+# Rows int64 [n] of images -> their embeddings float32 [m, D], batch by batch.
+EmbedRows = Callable[[np.ndarray], Iterator[np.ndarray]]
 
 
 def fingerprint(classifier: Classifier, backbone: Mapping[str, Any], precision: str) -> str:
@@ -79,6 +81,11 @@ class EmbeddingStore:
                 chosen, stored = np.array(pairs, dtype=np.int64).T
                 yield chosen, self._read(path, "embeddings")[stored]
 
+    def of(self, digests: np.ndarray) -> np.ndarray:
+        """Return the embeddings float32 [N, D] of stored images."""
+        found = dict(((row, values) for rows, part in self.parts(digests) for row, values in zip(rows.tolist(), part, strict=True)))
+        return np.stack([found[row] for row in range(len(digests))])
+
     def _files(self) -> list[Path]:
         return sorted(self.directory.glob("*.npz"))
 
@@ -94,23 +101,13 @@ class EmbeddingStore:
         return array
 
 
-def known_embeddings(
-    classifier: Classifier,
-    digests: np.ndarray,
-    gather: Gather,
-    directory: Path,
-    precision: str = "32-true",
-    channels_last: bool = False,
-) -> EmbeddingStore:
+def known_embeddings(embed_rows: EmbedRows, digests: np.ndarray, directory: Path) -> EmbeddingStore:
     """Return the store in `directory` with the embeddings of all images; compute only those that are missing.
 
     Args:
-        classifier: Its backbone makes the embeddings.
+        embed_rows: Computes the embeddings of rows, such as `embed` with all its other arguments.
         digests: sha256 of the images' files, uint8 [N, 32].
-        gather: Reads the pixels of rows.
         directory: Of the store.
-        precision: As in the trainer's `precision`.
-        channels_last: Memory layout of the batches.
 
     Raises:
         TrainingError: An embedding is not finite.
@@ -124,7 +121,7 @@ def known_embeddings(
         log.info("embeddings: %d of %d images are in %s", num_stored, len(digests), directory)
         for start in range(0, len(todo), _IMAGES_PER_FILE):
             rows = todo[start : start + _IMAGES_PER_FILE]
-            store.add(digests[rows], np.concatenate(list(embed(classifier, rows, gather, precision, channels_last))))
+            store.add(digests[rows], np.concatenate(list(embed_rows(rows))))
             log.info("embeddings: %d of %d images computed", start + len(rows), len(todo))
     return store
 
@@ -141,18 +138,21 @@ def embed(
     layout = torch.channels_last if channels_last else torch.contiguous_format
     half = _HALVES.get(precision)
     with in_evaluation(classifier), torch.inference_mode(), torch.autocast(device.type, half, enabled=half is not None):
-        for pixels in _prefetched(rows, gather):
+        for pixels in prefetched(rows, gather):
             batch = torch.from_numpy(pixels).permute(0, 3, 1, 2).contiguous(memory_format=layout)
-            embeddings = classifier.embed(batch.to(device, non_blocking=True)).float()
-            if not torch.isfinite(embeddings).all():
-                raise TrainingError(
-                    "the backbone returns embeddings that are not finite",
-                    "use other weights, or precision=32-true",
-                )
-            yield embeddings.cpu().numpy()
+            yield finite(classifier.embed(batch.to(device, non_blocking=True)).float().cpu().numpy())
 
 
-def _prefetched(rows: np.ndarray, gather: Gather) -> Iterator[np.ndarray]:
+def finite(embeddings: np.ndarray) -> np.ndarray:
+    """Return embeddings; raise TrainingError where one is not finite."""
+    if not np.isfinite(embeddings).all():
+        raise TrainingError(
+            "the backbone returns embeddings that are not finite", "use other weights, or precision=32-true"
+        )
+    return embeddings
+
+
+def prefetched(rows: np.ndarray, gather: Gather) -> Iterator[np.ndarray]:
     """Yield pixels uint8 [n, S, S, 3]; the next batch is read while the caller works on this one."""
     size = _batch_size(gather(rows[:1]).nbytes)
     batches = [rows[start : start + size] for start in range(0, len(rows), size)]

@@ -8,7 +8,7 @@ import logging
 import sys
 import time
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -34,18 +34,19 @@ from image_classifier.evaluation.baselines import (
 )
 from image_classifier.manifest import SPLITS, Manifest
 from image_classifier.modeling.classifier import Classifier
-from image_classifier.modeling.embeddings import EmbeddingStore, fingerprint, known_embeddings
-from image_classifier.predictions import PredictionTable
+from image_classifier.modeling.embeddings import EmbeddingStore, embed, fingerprint, known_embeddings
+from image_classifier.predictions import PredictionTable, softmax
 from image_classifier.training.builders import NetworkInputs, TrainingInputs, build_network
 from image_classifier.training.config import ModelConfig
+from image_classifier.training.forward import fast_backend, forward
 from image_classifier.training.hardware import Hardware, choose_channels_last, choose_precision
 from image_classifier.training.initial_weights import resolve_initial_weights
 from image_classifier.training.run_dir import RunDir
 
 log = logging.getLogger(__name__)
 
-_FORMAT = 1
-_STRENGTHS = (1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0)  # C of scikit-learn, the most regularised first
+_FORMAT = 2
+_STRENGTHS = (1e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 1.0)  # C of scikit-learn, the most regularised first
 _MAX_NUMBERS = 2**28  # of training features in memory, 1 GiB
 _MAX_ITER = 300
 
@@ -153,26 +154,30 @@ def logistic(inputs: NetworkInputs, classifier: Classifier) -> Baseline:
     """
     store = embeddings_of(inputs, classifier)
     models = fit_logistic(store, inputs.manifest, inputs.seed)
-    strength, tables = _best_on_val(models, store, inputs.manifest)
+    tables = tables_of(models, store, inputs.manifest)
+    strength = best_by_log_loss(tables)
     num_features = len(models[strength].mean)
     origin = f"{inputs.model.name} ({_origin(inputs.model, inputs.seed)})"
     features = f"{num_features} features of {origin} at {inputs.data.image_size} px"
-    return evaluated(LOGISTIC, f"logistic regression (C={strength:g}) on {features}", tables)
+    return evaluated(LOGISTIC, f"logistic regression (C={strength:g}) on {features}", tables[strength])
 
 
 def embeddings_of(inputs: NetworkInputs, classifier: Classifier) -> EmbeddingStore:
     """Return the backbone's embeddings of all images, computed where they are not kept yet."""
-    data, hardware = inputs.data, inputs.hardware
-    network = fingerprint(classifier, dict(inputs.model.backbone or {}), hardware.precision)
+    data, gather = inputs.data, inputs.cache.gather
+    on_gpu = classifier.scale.device.type != "cpu"
+    precision = inputs.hardware.precision if on_gpu else "32-true"
+    network = fingerprint(classifier, dict(inputs.model.backbone or {}), precision)
     key = hashlib.sha256(json.dumps([_FORMAT, pixels_key(data.preprocess), network]).encode()).hexdigest()[:16]
-    return known_embeddings(
-        classifier,
-        inputs.manifest.digests,
-        inputs.cache.gather,
-        Path(data.cache.dir) / "embeddings" / key,
-        hardware.precision,
-        hardware.channels_last,
-    )
+
+    def embed_rows(rows: np.ndarray) -> Iterator[np.ndarray]:
+        if on_gpu:
+            yield from embed(classifier, rows, gather, precision, inputs.hardware.channels_last)
+        else:
+            backend = fast_backend(classifier, data.image_size)
+            yield from (embeddings for _, _, embeddings in forward(backend, rows, gather))
+
+    return known_embeddings(embed_rows, inputs.manifest.digests, Path(data.cache.dir) / "embeddings" / key)
 
 
 def fit_logistic(store: EmbeddingStore, manifest: Manifest, seed: int) -> dict[float, LinearModel]:
@@ -232,26 +237,38 @@ def _sampled(rows: np.ndarray, targets: np.ndarray, count: int, seed: int) -> np
     return np.asarray(np.sort(rows[order[chosen]]))
 
 
-def _best_on_val(
+def tables_of(
     models: Mapping[float, LinearModel], store: EmbeddingStore, manifest: Manifest
-) -> tuple[float, dict[str, PredictionTable]]:
-    """Return the strength with the best accuracy on val (the weaker of equals), and its predictions of val and test."""
+) -> dict[float, dict[str, PredictionTable]]:
+    """Return each regression's predictions of val and test."""
     rows = {split: manifest.indices(split) for split in SPLITS[1:] if len(manifest.indices(split))}
     logits = {split: _logits(models, store, manifest, split_rows) for split, split_rows in rows.items()}
-    accuracy = {
-        strength: (values.argmax(axis=1) == manifest.targets[rows["val"]]).mean()
-        for strength, values in logits["val"].items()
+    return {
+        strength: {
+            split: PredictionTable(
+                tuple(manifest.paths[row] for row in split_rows.tolist()),
+                manifest.targets[split_rows],
+                logits[split][strength],
+                manifest.classes,
+            )
+            for split, split_rows in rows.items()
+        }
+        for strength in models
     }
-    shown = ", ".join(f"{share:.4f} with C={strength:g}" for strength, share in accuracy.items())
-    log.info("logistic regression: val accuracy %s", shown)
-    best = max(accuracy, key=lambda strength: accuracy[strength])
-    tables = {
-        split: PredictionTable(
-            ("",) * len(split_rows), manifest.targets[split_rows], logits[split][best], manifest.classes
-        )
-        for split, split_rows in rows.items()
-    }
-    return best, tables
+
+
+def best_by_log_loss(tables: Mapping[float, Mapping[str, PredictionTable]]) -> float:
+    """Return the strength with the smallest log loss on val."""
+    losses = {strength: log_loss(by_split["val"]) for strength, by_split in tables.items()}
+    shown = ", ".join(f"{loss:.3f} with C={strength:g}" for strength, loss in losses.items())
+    log.info("logistic regression: val log loss %s", shown)
+    return min(losses, key=lambda strength: losses[strength])
+
+
+def log_loss(table: PredictionTable) -> float:
+    """Return the mean negative log-likelihood of the true classes, in nats, without a temperature."""
+    likelihood = softmax(table.logits)[np.arange(len(table.targets)), table.targets]
+    return float(-np.log(np.maximum(likelihood, 1e-12)).mean())
 
 
 def _logits(

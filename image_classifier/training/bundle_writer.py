@@ -38,7 +38,7 @@ from image_classifier.training.run_dir import provenance
 
 log = logging.getLogger(__name__)
 
-_NUM_PARITY_IMAGES = 256
+_NUM_PARITY_IMAGES = 64
 _NUM_GOLDEN_IMAGES = 8
 
 
@@ -87,6 +87,8 @@ def _provenance(trained: TrainedRun) -> dict[str, Any]:
         data_root=str(trained.manifest.root),
         images_per_second=round(trained.images_per_second, 1),
         baselines={baseline.name: baseline.as_dict() for baseline in trained.baselines},
+        candidates=trained.choice.as_dict() if trained.choice else [],
+        learning_curve=trained.probe.curve.as_dict(trained.manifest.classes) if trained.probe else {},
         config=trained.config.to_dict(),
     )
     return dict(without_passwords(facts))

@@ -13,18 +13,17 @@ from image_classifier.evaluation.reliability.abstention import Decision, Decisio
 from image_classifier.evaluation.reliability.calibration import fit_temperature
 from image_classifier.evaluation.reliability.ood import Detector, looks
 from image_classifier.manifest import Manifest
-from image_classifier.modeling.classifier import Classifier
-from image_classifier.modeling.embeddings import embed
+from image_classifier.inference.predictor import EmbeddingBackend
 from image_classifier.predictions import PredictionTable
+from image_classifier.training.forward import forward
 
 log = logging.getLogger(__name__)
 
 _MAX_IMAGES = 2000  # that the detector is fitted to: with more the measured AUROC stays the same
-_BLOCK = 64
 
 
 def fit_detector(
-    classifier: Classifier, manifest: Manifest, cache: PixelCache, settings: DecisionSettings
+    backend: EmbeddingBackend, manifest: Manifest, cache: PixelCache, settings: DecisionSettings
 ) -> Detector | None:
     """Return a detector fitted to the embeddings of training images, not augmented, evenly spaced within each class.
 
@@ -33,9 +32,8 @@ def fit_detector(
     if settings.ood_rate == 0:
         return None
     rows = _spread(manifest.indices("train"), manifest.targets, _MAX_IMAGES)
-    embeddings = np.concatenate(list(embed(classifier, rows, cache.gather)))
-    blocks = (cache.gather(rows[start : start + _BLOCK]).transpose(0, 3, 1, 2) for start in range(0, len(rows), _BLOCK))
-    seen = np.concatenate([looks(pixels) for pixels in blocks])
+    parts = [(embeddings, looks(pixels)) for pixels, _, embeddings in forward(backend, rows, cache.gather)]
+    embeddings, seen = (np.concatenate(column) for column in zip(*parts, strict=True))
     log.info(
         "out of distribution: detector fitted to %d of %d training images", len(rows), len(manifest.indices("train"))
     )

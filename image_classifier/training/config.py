@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from image_classifier.dataset.audit.issues import AuditSettings
-from image_classifier.dataset.prepare import DataSettings
+from image_classifier.dataset.prepare import NO_WEIGHTS, DataSettings
 from image_classifier.errors import ConfigError
 from image_classifier.evaluation.reliability.abstention import DecisionSettings
 from image_classifier.instantiate import instantiate
@@ -31,7 +31,8 @@ class ModelConfig:
 
     Attributes:
         name: For names of runs and reports.
-        backbone: Builds the network without its last layer; None: that of `bundle`.
+        backbone: The node that builds the network without its last layer; None: that of `bundle`; auto: chosen by the
+            images and by what weights can be had.
         head_dropout: Dropout in front of the last layer.
         normalise: auto, dataset, backbone, or {mean: [...], std: [...]}.
         weights: A file of weights to start from.
@@ -43,7 +44,7 @@ class ModelConfig:
     """
 
     name: str | None = None
-    backbone: Node | None = None
+    backbone: Any = None
     head_dropout: float = 0.0
     normalise: Any = AUTO
     weights: str | None = None
@@ -52,6 +53,37 @@ class ModelConfig:
     tta: str = "none"
     models_dir: str = "models"
     trusted_packages: Sequence[str] = ()
+
+
+def has_own_preprocessing(backbone: Node | None, weights: Any, bundle: Any) -> bool:
+    """Return whether a network starts from weights that were trained with a size and a crop of their own."""
+    node = backbone or {}
+    return bool(bundle or ((weights or node.get("pretrained") or node.get("weights")) and "image_size" not in node))
+
+
+@dataclass(frozen=True)
+class FinetuneSettings:
+    """The section `finetune`: how a run goes about the pretrained weights that it starts from.
+
+    Attributes:
+        probe: Whether the head starts as logistic regression on the frozen backbone's embeddings; that model is
+            delivered where training does not beat it on val.
+        interpolate: Shares of the way from the probe's weights to the trained ones at which a model is tried too.
+        views: How many augmented views of each image are kept as activations below the trained layers; null: none, every
+            view is computed anew.
+    """
+
+    probe: bool = False
+    interpolate: list[float] = field(default_factory=list)
+    views: int | None = None
+
+    def __post_init__(self) -> None:
+        if not all(0 < share < 1 for share in self.interpolate):
+            raise ConfigError(f"finetune.interpolate={self.interpolate} must be between 0 and 1", "such as [0.5,0.75]")
+        if self.interpolate and not self.probe:
+            raise ConfigError("finetune.interpolate needs finetune.probe=true, whose weights it starts from")
+        if self.views is not None and self.views < 1:
+            raise ConfigError(f"finetune.views must be 1 or more, or null, not {self.views}")
 
 
 @dataclass(frozen=True)
@@ -113,6 +145,7 @@ class TrainConfig:
         data: Which images.
         audit: How they are audited.
         model: The network.
+        finetune: How pretrained weights are used.
         loss: Builds the loss.
         optimizer: Builds the optimizer.
         scheduler: Builds the learning rate scheduler.
@@ -125,12 +158,14 @@ class TrainConfig:
         plain: All keys as plain resolved values, as they are saved and compared.
         yaml: The same as text, as config.yaml keeps it, without passwords.
         change: Returns the configuration with other values at dotted keys.
+        recompose: Returns the configuration of a recipe, a list of overrides, with the user's own choices on top.
     """
 
     run: RunSettings
     data: DataSettings
     audit: AuditSettings
     model: ModelConfig
+    finetune: FinetuneSettings
     loss: Node
     optimizer: OptimizerConfig
     scheduler: SchedulerConfig
@@ -143,6 +178,7 @@ class TrainConfig:
     plain: Mapping[str, Any] = field(repr=False)
     yaml: str = field(repr=False)
     change: Callable[[Mapping[str, Any]], TrainConfig] = field(repr=False, compare=False)
+    recompose: Callable[[Sequence[str]], TrainConfig] = field(repr=False, compare=False)
 
     @property
     def views(self) -> int:
@@ -163,6 +199,12 @@ class TrainConfig:
             return self
         names = ("name", "backbone", "head_dropout", "normalise")
         return self.with_values({f"model.{name}": getattr(model, name) for name in names})
+
+    def with_preprocessing(self, found: Mapping[str, Any]) -> TrainConfig:
+        """Return the configuration with what the pretrained weights want in place of each `auto` of the preprocessing."""
+        wanted = {**NO_WEIGHTS, **found}
+        values = {f"data.{name}": value for name, value in wanted.items() if getattr(self.data, name) == AUTO}
+        return self.with_values(values) if values else self
 
     def to_dict(self) -> dict[str, Any]:
         """Return all keys as plain values."""

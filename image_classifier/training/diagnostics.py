@@ -13,7 +13,6 @@ from typing import Any
 
 from image_classifier.dataset.prepare import DataSettings
 from image_classifier.errors import ClassifierError, ConfigError
-from image_classifier.inference.checkpoint import CheckpointBackend
 from image_classifier.inference.explain_images import explainer_with, write_explanation
 from image_classifier.inference.latency import Latency, hardware, in_this_process
 from image_classifier.inference.predictor import Backend, Predictor
@@ -62,6 +61,7 @@ class DiagnosticsSettings:
 
 def run_diagnostics(
     classifier: Classifier,
+    backend: Backend,
     table: PredictionTable,
     images: Manifest,
     run: RunDir,
@@ -73,6 +73,7 @@ def run_diagnostics(
 
     Args:
         classifier: The finished model.
+        backend: The same, as fast as this machine computes it.
         table: Its predictions of one split.
         images: That split, in the order of the table's rows.
         run: Where the files go.
@@ -85,7 +86,7 @@ def run_diagnostics(
         _explain(classifier, table, images, run.plots / "explain", data, settings.explanations)
     if limit := settings.max_images(images_seen):
         with _optional("robustness"):
-            predictor = Predictor(CheckpointBackend(classifier), table.classes, data.preprocess, limits=data.limits)
+            predictor = Predictor(backend, table.classes, data.preprocess, limits=data.limits)
             files = [images.file(record) for record in images]
             measured = measure_robustness(predictor, files, table.targets, limit, images[0].split)
             measured.write(run.plots, f"Robustness of {run.name}")

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
+import numpy as np
 import pytorch_lightning as pl
 import torch
 
 from image_classifier.evaluation.reliability.ood import Detector, looks
+from image_classifier.inference.predictor import EmbeddingBackend
 from image_classifier.manifest import Manifest
 from image_classifier.modeling.classifier import Classifier
 from image_classifier.predictions import PredictionTable
@@ -31,30 +31,20 @@ def best_classifier(trainer: pl.Trainer, module: ClassifierModule) -> Classifier
 
 
 def predict_split(
-    classifier: Classifier, detector: Detector | None, datamodule: ImageDataModule, manifest: Manifest, split: str
+    backend: EmbeddingBackend, detector: Detector | None, datamodule: ImageDataModule, manifest: Manifest, split: str
 ) -> PredictionTable:
     """Return the predictions for a split in manifest order, on every rank; ood scores need a detector."""
-    device = classifier.scale.device
     logits: list[torch.Tensor] = []
     scores: list[torch.Tensor] = []
-    with torch.inference_mode():
-        for pixels in _view_sized_batches(datamodule, split, classifier.num_views):
-            batch_logits, embeddings = classifier.answer(pixels.to(device))
-            logits.append(batch_logits.cpu())
-            if detector:
-                unlike = detector.scores(embeddings.cpu().numpy(), looks(pixels.cpu().numpy()))
-                scores.append(torch.from_numpy(unlike))
-            else:
-                scores.append(torch.zeros(len(batch_logits)))
-        all_logits, all_scores = gather_rows(logits).numpy(), gather_rows(scores).numpy()
+    for batch, _ in datamodule.in_order(split):
+        pixels = np.ascontiguousarray(batch.numpy())
+        batch_logits, embeddings = backend.logits_and_embeddings(pixels)
+        unlike = detector.scores(embeddings, looks(pixels)) if detector else np.zeros(len(pixels), np.float32)
+        logits.append(torch.from_numpy(batch_logits))
+        scores.append(torch.from_numpy(unlike))
+    all_logits, all_scores = gather_rows(logits).numpy(), gather_rows(scores).numpy()
     rows = manifest.indices(split)
     paths = tuple(manifest.paths[row] for row in rows)
     return PredictionTable(
         paths, manifest.targets[rows], all_logits, manifest.classes, ood_scores=all_scores if detector else None
     )
-
-
-def _view_sized_batches(datamodule: ImageDataModule, split: str, num_views: int) -> Iterator[torch.Tensor]:
-    """Yield pixels uint8 [n, 3, S, S], n so small that all views of a batch need the memory of one validation batch."""
-    for pixels, _ in datamodule.in_order(split):
-        yield from torch.split(pixels, -(-len(pixels) // num_views))

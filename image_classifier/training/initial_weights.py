@@ -15,7 +15,7 @@ from image_classifier.errors import CheckpointError, ConfigError
 from image_classifier.inference.checkpoint import load_classifier, network_of
 from image_classifier.inference.load import pulled_checkpoint
 from image_classifier.instantiate import NETWORKS, TRUSTED, instantiate
-from image_classifier.modeling.backbones import no_pretrained
+from image_classifier.modeling.backbones import no_pretrained, pretrained_preprocessing
 from image_classifier.modeling.classifier import Classifier, build_classifier
 from image_classifier.modeling.weights import fit, inherit, load_weights, read_weights
 from image_classifier.training.config import AUTO, ModelConfig
@@ -25,7 +25,7 @@ log = logging.getLogger(__name__)
 _DOWNLOADING = ("pretrained", "weights")  # arguments of backbones by which a library downloads weights
 
 
-def resolve_initial_weights(model: ModelConfig, image_size: int) -> ModelConfig:
+def resolve_initial_weights(model: ModelConfig, image_size: Any) -> ModelConfig:
     """Check what a run starts from, before the data is read; return the settings with the network of `model.from`.
 
     Raises:
@@ -78,18 +78,36 @@ def initial_weights(model: ModelConfig, classifier: Classifier, classes: tuple[s
         inherit(classifier, source, classes, blueprint["classes"])
 
 
+def own_preprocessing(model: ModelConfig) -> dict[str, Any]:
+    """Return image_size, interpolation and crop_fraction with which the weights that a run starts from were trained.
+
+    Those that are not known are left out.
+    """
+    if model.bundle:
+        wanted = load_classifier(_checkpoint(model), model.trusted_packages)[1]["preprocess"]
+        return {
+            "image_size": wanted["size"],
+            "interpolation": wanted["interpolation"],
+            "crop_fraction": wanted["crop_fraction"],
+        }
+    settings = pretrained_settings(model)
+    if not (settings["pretrained"] or settings.get("weights")):
+        return {}
+    return pretrained_preprocessing(build_backbone(model))
+
+
 def pretrained_settings(model: ModelConfig) -> dict[str, Any]:
     """Return the arguments of the backbone, with `pretrained` true where `model.weights` makes it so."""
     backbone = dict(model.backbone or {})
     return {**backbone, "pretrained": backbone.get("pretrained") or model.weights}
 
 
-def _with_network_of_bundle(model: ModelConfig, image_size: int) -> ModelConfig:
+def _with_network_of_bundle(model: ModelConfig, image_size: Any) -> ModelConfig:
     """Return the settings with network, dropout and normalisation of the bundle, unless the last two are given."""
     path = _checkpoint(model)
     source, blueprint = load_classifier(path, model.trusted_packages)
     trained_size = blueprint["preprocess"]["size"]
-    if image_size != trained_size:
+    if image_size not in (trained_size, AUTO):
         # This refuses a size that the network cannot take.
         build_classifier(source.backbone, 2, image_size, *blueprint["normalise"].values())
         log.info(

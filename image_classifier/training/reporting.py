@@ -21,6 +21,7 @@ from image_classifier.evaluation.reliability.abstention import Decision
 from image_classifier.evaluation.reliability.ood import Detector
 from image_classifier.evaluation.reliability_results import Trust, write_trust
 from image_classifier.evaluation.results import answer_columns, class_columns, metrics_lines, scalars, write_evaluation
+from image_classifier.inference.predictor import EmbeddingBackend
 from image_classifier.manifest import SPLITS, Manifest
 from image_classifier.modeling.classifier import Classifier
 from image_classifier.predictions import PredictionTable
@@ -30,6 +31,8 @@ from image_classifier.training.config import TrainConfig
 from image_classifier.training.diagnostics import diagnose
 from image_classifier.training.loggers import RunLoggers
 from image_classifier.training.run_dir import RunDir
+from image_classifier.training.transfer.candidates import Choice
+from image_classifier.training.transfer.probe import Probe
 
 
 @dataclass(frozen=True)
@@ -40,11 +43,14 @@ class TrainedRun:
         run: Name and folders.
         inputs: What it was trained from.
         classifier: The best epoch's weights.
+        backend: The same, as fast as this machine computes it.
         blueprint: What a checkpoint needs to rebuild the classifier, calibration included.
         tables: Calibrated predictions by split.
         decision: When the model abstains.
         detector: Finds images unlike the training's; None: there is none.
         baselines: Simple classifiers to compare with.
+        probe: The logistic regression that the head started from; None: it did not.
+        choice: The candidates for delivery; None: there was one.
         history: The metrics of each epoch.
         images_per_second: Training images.
         epochs: Epochs trained.
@@ -54,11 +60,14 @@ class TrainedRun:
     run: RunDir
     inputs: TrainingInputs
     classifier: Classifier
+    backend: EmbeddingBackend
     blueprint: dict[str, Any]
     tables: Mapping[str, PredictionTable]
     decision: Decision
     detector: Detector | None
     baselines: Sequence[Baseline]
+    probe: Probe | None
+    choice: Choice | None
     history: CSVMetrics
     images_per_second: float
     epochs: int
@@ -137,6 +146,8 @@ def write_results(trained: TrainedRun) -> Results:
 
 
 def _plot_curves(trained: TrainedRun) -> None:
+    if not trained.history.rows:
+        return
     curves, plots, parts = trained.history.curves(), trained.run.plots, trained.config.run.plots.parts
     plot_learning_curves(curves, plots)
     if parts:
@@ -185,7 +196,8 @@ def summary_lines(trained: TrainedRun, results: Results, logged_to: Sequence[str
             "these scores are from the validation images, which also picked the best epoch, "
             f"so they are slightly too good; {hint}"
         )
-    yield f"images/s {trained.images_per_second:.1f}"
+    if trained.images_per_second:
+        yield f"images/s {trained.images_per_second:.1f}"
     yield f"bundle   {run.bundle}"
     yield f"plots    {run.plots}"
     yield from logged_to

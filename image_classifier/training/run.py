@@ -46,8 +46,9 @@ from image_classifier.training.distributed import (
 )
 from image_classifier.training.final_model import best_classifier, predict_split
 from image_classifier.training.fit import fit
+from image_classifier.training.forward import fast_backend
 from image_classifier.training.hardware import choose_hardware
-from image_classifier.training.initial_weights import resolve_initial_weights
+from image_classifier.training.initial_weights import own_preprocessing, resolve_initial_weights
 from image_classifier.training.launch import needs_ranks, uses_gpu
 from image_classifier.training.loggers import RunLoggers
 from image_classifier.training.reporting import TrainedRun, log_outcome, summary_lines, write_results
@@ -60,6 +61,9 @@ from image_classifier.training.resume import (
     validate_resume,
 )
 from image_classifier.training.run_dir import RunDir, acquire_run_dir, buffered_log, check_name, mark_finished
+from image_classifier.training.transfer.candidates import PROBE, start_from_probe
+from image_classifier.training.transfer.plan import ImageFacts, find_pretrained, plan
+from image_classifier.training.transfer.pretrained import Pretrained, fetching_command
 
 log = logging.getLogger(__name__)
 
@@ -136,9 +140,13 @@ def _train_on_this_rank(
     """Prepare the data and take a run folder, then train in it; return the result on rank 0."""
     from_rank_zero(lambda: check_name(config.run, resume.directory if resume else None))
     with buffered_log() as early:
-        model = first_on_each_node(lambda: resolve_initial_weights(config.model, config.data.image_size))
-        config = config.with_model(model)
+        # Missing or damaged weights are reported before any image is read.
+        found = None if resume else from_rank_zero(lambda: find_pretrained(config))
+        config = _with_weights(config)
         manifest = from_rank_zero(lambda: prepare_dataset(config.data, config.audit, config.run.trusted_packages)[0])
+        if found is not None:
+            config = _with_weights(config.recompose(from_rank_zero(lambda: _planned(config, found, manifest))))
+        config = config.with_preprocessing(own_preprocessing(config.model))
     _check_splits(config, manifest)
     resume = from_rank_zero(lambda: _validated(resume, config, manifest))
     default_name = f"{config.data.name or manifest.root.resolve().name}-{config.model.name}"
@@ -150,6 +158,24 @@ def _train_on_this_rank(
         config = config.with_values({"name": run.name, "run_dir": str(run.directory)})
         _save_config(config, run)
         return _train_in(run, config, manifest, resume, signals)
+
+
+def _with_weights(config: TrainConfig) -> TrainConfig:
+    """Return the configuration with the network of the bundle that the run starts from, once its weights are there."""
+    if config.model.backbone == AUTO and not config.model.bundle:
+        return config
+    return config.with_model(
+        first_on_each_node(lambda: resolve_initial_weights(config.model, config.data.image_size))
+    )
+
+
+def _planned(config: TrainConfig, found: Pretrained | str, manifest: Manifest) -> tuple[str, ...]:
+    """Log what the run does and why in three lines; return the overrides."""
+    on_gpu = uses_gpu(config.trainer.accelerator)
+    planned = plan(ImageFacts.of(manifest), found, config.run.effort, fetching_command(on_gpu))
+    for line in planned.lines:
+        log.info("%s", line)
+    return planned.overrides
 
 
 def _check_splits(config: TrainConfig, manifest: Manifest) -> None:
@@ -188,6 +214,7 @@ def _train_in(
     datamodule = build_datamodule(inputs)
     module = build_module(inputs)
     baselines = from_rank_zero(lambda: baselines_of_run(inputs, module.classifier, run))
+    probe = start_from_probe(inputs, module.classifier) if config.finetune.probe else None
     seed_per_rank(config.run.seed)
     throughput = Throughput()
     history = CSVMetrics(run.directory / "metrics.csv", throughput)
@@ -196,14 +223,19 @@ def _train_in(
     trainer = build_trainer(config, inputs.hardware, throughput, history, state, StopOnSignal(signals), guard)
 
     with _logged_run(RunLoggers(trainer.loggers), config, manifest, run) as loggers:
-        with signals.deferred():
-            fit(trainer, module, datamodule, resume.checkpoint if resume else None)
+        if config.trainer.max_epochs != 0:
+            with signals.deferred():
+                fit(trainer, module, datamodule, resume.checkpoint if resume else None)
 
-        # The finished model: best weights, detector of unlike images, predictions.
+        # The finished model: the best weights, detector of unlike images, predictions.
         classifier = best_classifier(trainer, module)
-        detector = from_rank_zero(lambda: fit_detector(classifier, manifest, inputs.cache, config.decision))
+        choice = probe.choose(classifier, inputs) if probe else None
+        if probe and choice and choice.chosen.name != PROBE:
+            baselines = (*baselines, probe.fitted.as_baseline())
+        backend = fast_backend(classifier, config.data.image_size)
+        detector = from_rank_zero(lambda: fit_detector(backend, manifest, inputs.cache, config.decision))
         splits = _evaluated_splits(config, manifest)
-        tables = {split: predict_split(classifier, detector, datamodule, manifest, split) for split in splits}
+        tables = {split: predict_split(backend, detector, datamodule, manifest, split) for split in splits}
         if not is_rank_zero():
             return None
 
@@ -214,13 +246,16 @@ def _train_in(
             run=run,
             inputs=inputs,
             classifier=classifier,
+            backend=backend,
             blueprint={**module.hparams["blueprint"], **calibration},
             tables=tables,
             decision=decision,
             detector=detector,
             baselines=baselines,
+            probe=probe.fitted if probe else None,
+            choice=choice,
             history=history,
-            images_per_second=throughput.images_per_second,
+            images_per_second=throughput.images_per_second if trainer.global_step else 0.0,
             epochs=trainer.current_epoch,
             steps=trainer.global_step,
         )
@@ -261,6 +296,7 @@ def _finish(trained: TrainedRun, loggers: RunLoggers) -> TrainResult:
     split = results.reported_split
     run_diagnostics(
         trained.classifier,
+        trained.backend,
         trained.tables[split],
         trained.manifest.part(split),
         run,

@@ -24,6 +24,7 @@ from image_classifier import __version__
 from image_classifier.atomic_io import file_lock, write_text
 from image_classifier.errors import ConfigError, StorageError, storage_errors
 
+EFFORTS = ("quick", "normal", "thorough")
 _PACKAGES = ("torch", "torchvision", "pytorch-lightning", "timm", "onnx", "onnxruntime", "numpy", "pillow")
 
 
@@ -66,6 +67,7 @@ class RunSettings:
     plots_dir: str = "plots"
     runs_dir: str = "runs"
     baselines: bool = False
+    effort: str | None = None
     test: bool = True
     plots: PlotSettings = field(default_factory=PlotSettings)
     trusted_packages: list[str] = field(default_factory=list)
@@ -74,6 +76,8 @@ class RunSettings:
         name = self.name
         if name is not None and (not re.fullmatch(r"[^/\\\0]{1,150}", name) or name.startswith(".")):
             raise ConfigError(f"invalid name={name!r}", "it names a folder: use letters, digits, '-', '_' or '.'")
+        if self.effort is not None and self.effort not in EFFORTS:
+            raise ConfigError(f"invalid effort={self.effort!r}", f"use {', '.join(EFFORTS)}, or null")
         if isinstance(self.seed, int) and not 0 <= self.seed < 2**32:
             raise ConfigError(f"invalid seed={self.seed}", "use a whole number from 0 to 4294967295")
 

@@ -97,7 +97,7 @@ def test_only_what_is_missing_is_computed(
         for rows in filter(None, (known, asked)):  # a content may come twice
             positions = np.array(rows)
             store = known_embeddings(
-                model, DIGESTS[positions], lambda chosen, of=positions: counted(of[chosen]), folder
+                lambda chosen, of=positions: embed(model, of[chosen], counted), DIGESTS[positions], folder
             )
             expected = np.concatenate(list(embed(model, positions, gather)))
             np.testing.assert_allclose(whole(store, DIGESTS[positions]), expected, rtol=1e-4, atol=1e-5)
@@ -105,19 +105,16 @@ def test_only_what_is_missing_is_computed(
     assert max(computed) <= part
 
 
-def test_a_second_call_computes_nothing(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    first = whole(known_embeddings(network(), DIGESTS, gather, tmp_path))
-    monkeypatch.setattr(embeddings, "embed", lambda *_: pytest.fail("computed again"))
+def test_a_second_call_computes_nothing(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    first = whole(known_embeddings(lambda rows: embed(network(), rows, gather), DIGESTS, tmp_path))
     with caplog.at_level("INFO"):
-        again = known_embeddings(network(), DIGESTS, gather, tmp_path)
+        again = known_embeddings(lambda _: pytest.fail("computed again"), DIGESTS, tmp_path)
     assert np.array_equal(whole(again), first)
     assert "40 of 40 images are in" in caplog.text
 
 
 def test_a_damaged_file_is_named(tmp_path: Path) -> None:
-    known_embeddings(network(), DIGESTS, gather, tmp_path)
+    known_embeddings(lambda rows: embed(network(), rows, gather), DIGESTS, tmp_path)
     (file,) = tmp_path.glob("*.npz")
     file.write_bytes(file.read_bytes()[:500])
     with pytest.raises(StorageError, match=r"000000\.npz.*computed again"):

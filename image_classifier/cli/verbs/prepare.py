@@ -21,6 +21,6 @@ def typed_settings(config: Any) -> tuple[DataSettings, AuditSettings, tuple[str,
     Raises:
         ConfigError: An unknown key or an invalid value.
     """
-    data = hydra_app.typed(DataSettings, config.data, "data")
+    data = hydra_app.typed(DataSettings, config.data, "data").settled()
     audit = hydra_app.typed(AuditSettings, config.audit, "audit")
     return data, audit, tuple(config.get("trusted_packages") or ())

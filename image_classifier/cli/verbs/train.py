@@ -26,7 +26,7 @@ def train(config: DictConfig) -> float:
     resume = find_resume_point(settings, overrides)
     if resume:
         config = _resumed(config, resume, overrides)
-    typed = train_config(hydra_app.replaced(config, {"resume": None}))
+    typed = train_config(hydra_app.replaced(config, {"resume": None}), overrides)
     if resume:
         score = score_if_finished(resume, typed.flat(), settings.resume)
         if score is not None:

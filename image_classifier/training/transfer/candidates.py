@@ -1,0 +1,156 @@
+"""The models that a run could deliver, compared on the same val images; the choice is kept with its figures."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+from scipy.stats import binomtest
+
+from image_classifier.modeling.classifier import Classifier
+from image_classifier.predictions import PredictionTable
+from image_classifier.training.baseline import log_loss
+from image_classifier.training.builders import TrainingInputs
+from image_classifier.training.distributed import from_rank_zero
+from image_classifier.training.forward import fast_backend, forward
+from image_classifier.training.transfer.probe import Probe, fit_probe, install
+
+log = logging.getLogger(__name__)
+
+PROBE = "probe"  # the candidate that is always there
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One model: its name, what it is in words, the seconds it took, and its predictions of val."""
+
+    name: str
+    about: str
+    seconds: float
+    val: PredictionTable
+
+    @property
+    def right(self) -> np.ndarray:
+        """Whether each val image is predicted right, bool [N]."""
+        return np.asarray(self.val.logits.argmax(axis=1) == self.val.targets)
+
+    @property
+    def accuracy(self) -> float:
+        """On val, 0..1."""
+        return float(self.right.mean())
+
+    @property
+    def log_loss(self) -> float:
+        """On val before calibration, nats."""
+        return log_loss(self.val)
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The candidates in the order they were made, and the delivered one."""
+
+    candidates: tuple[Candidate, ...]
+    chosen: Candidate
+
+    def as_dict(self) -> list[dict[str, Any]]:
+        """Return plain values for JSON: a row for each candidate, with the paired test against the delivered one."""
+        return [
+            {
+                "name": one.name,
+                "about": one.about,
+                "seconds": round(one.seconds, 1),
+                "val_accuracy": one.accuracy,
+                "val_log_loss": one.log_loss,
+                "delivered": one is self.chosen,
+                "p_value": None if one is self.chosen else paired_p(self.chosen.right, one.right),
+            }
+            for one in self.candidates
+        ]
+
+
+def choose(candidates: Sequence[Candidate]) -> Choice:
+    """Return the choice: most val images right; of equals the one with the smaller log loss.
+
+    The first candidate, the probe, is the fall-back: another one must not be worse on val.
+    """
+    best = max(candidates, key=lambda one: (one.accuracy, -one.log_loss))
+    choice = Choice(tuple(candidates), best)
+    for row in choice.as_dict():
+        against = "" if row["p_value"] is None else f", p {row['p_value']:.2f} against it"
+        log.info(
+            "tried %-15s val accuracy %.4f  log loss %.4f  %5.1f s  %s%s",
+            *(row["name"], row["val_accuracy"], row["val_log_loss"], row["seconds"]),
+            "delivered" if row["delivered"] else "not delivered",
+            against,
+        )
+    return choice
+
+
+@dataclass
+class ProbeStart:
+    """The probe in the last layer, and all weights as they were then, for the choice at the end of the run."""
+
+    fitted: Probe
+    weights: Mapping[str, torch.Tensor]
+    started: float
+
+    def choose(self, classifier: Classifier, inputs: TrainingInputs) -> Choice:
+        """Compare the probe, the trained weights and weights between them on val; load the best into `classifier`."""
+        size, rows = inputs.config.data.image_size, inputs.manifest.indices("val")
+        seconds = time.perf_counter() - self.started
+        trained = {name: value.detach().clone() for name, value in classifier.state_dict().items()}
+        candidates = [Candidate(PROBE, self.fitted.about, self.fitted.seconds, self.fitted.tables["val"])]
+        weights = {PROBE: self.weights}
+        if inputs.config.trainer.max_epochs != 0:
+            for share in (*inputs.config.finetune.interpolate, 1.0):
+                name = "fine-tuned" if share == 1 else f"{share:.0%} of the way"
+                weights[name] = interpolated(self.weights, trained, share)
+                classifier.load_state_dict(weights[name])
+                backend = fast_backend(classifier, size)
+                logits = np.concatenate([part for _, part, _ in forward(backend, rows, inputs.cache.gather)])
+                about = "all trained weights" if share == 1 else "weights between the probe's and the trained ones"
+                candidates.append(Candidate(name, about, seconds, replace(self.fitted.tables["val"], logits=logits)))
+        choice = choose(candidates)
+        classifier.load_state_dict(weights[choice.chosen.name])
+        return choice
+
+
+def start_from_probe(inputs: TrainingInputs, classifier: Classifier) -> ProbeStart:
+    """Fit the probe, write it into the classifier's last layer, and return it with the weights of this moment."""
+    fitted = from_rank_zero(lambda: fit_probe(inputs.network, classifier))
+    install(fitted.model, classifier)
+    weights = {name: value.detach().cpu().clone() for name, value in classifier.state_dict().items()}
+    return ProbeStart(fitted, weights, time.perf_counter())
+
+
+def interpolated(
+    start: Mapping[str, torch.Tensor], end: Mapping[str, torch.Tensor], share: float
+) -> dict[str, torch.Tensor]:
+    """Return weights at a share of the way from start to end, 0..1 (Wortsman et al., 2022, section 3).
+
+    >>> interpolated({"w": torch.tensor([0.0])}, {"w": torch.tensor([2.0])}, 0.75)["w"].item()
+    1.5
+    """
+    return {
+        name: torch.lerp(start[name].to(value), value, share) if value.is_floating_point() else value
+        for name, value in end.items()
+    }
+
+
+def paired_p(first: np.ndarray, second: np.ndarray) -> float:
+    """Return the p-value of McNemar's exact test: do two classifiers, right or wrong bool [N], differ?
+
+    Source: McNemar (1947); Dietterich (1998), section 3.1.
+
+    >>> paired_p(np.array([True] * 8), np.array([False] * 8))
+    0.0078125
+    """
+    only_first, only_second = int((first & ~second).sum()), int((second & ~first).sum())
+    if not only_first + only_second:
+        return 1.0
+    return float(binomtest(only_first, only_first + only_second).pvalue)
