@@ -44,8 +44,17 @@ def torchvision_backbone(
     _remove_head(network, name)
     if small_images:
         _remove_downsampling(network, name)
-    transforms = sets[weights or "DEFAULT"].transforms()
-    config = {"mean": tuple(transforms.mean), "std": tuple(transforms.std)}
+    chosen = sets[weights or "DEFAULT"]
+    transforms = chosen.transforms()
+    config = {
+        "architecture": name,
+        "tag": chosen.name,
+        "mean": tuple(transforms.mean),
+        "std": tuple(transforms.std),
+        "url": chosen.url,
+        "origin_url": chosen.meta.get("recipe"),
+        "license": chosen.meta.get("license"),
+    }
     network.pretrained_cfg = config  # type: ignore[assignment]  # as timm keeps it
     return network
 
