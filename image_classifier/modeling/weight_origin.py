@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from image_classifier.bundle import INFO_NAME, sha256_of
-from image_classifier.text import listed
+from image_classifier.text import listed, printable
 
 SCRATCH, TIMM, TORCHVISION, LIBRARY, FILE, UNKNOWN = "scratch", "timm", "torchvision", "library", "file", "unknown"
 _TORCHVISION_PAGE = "https://docs.pytorch.org/vision/stable/models.html"
@@ -109,21 +109,21 @@ def restriction(licence: str) -> str:
 
 
 def weights_in_words(origin: WeightOrigin) -> tuple[str, ...]:
-    """Return sentences: what the initial weights are, their licence, and what it restricts if it does."""
-    restricts = restriction(origin.licence)
+    """Return printable sentences: what the initial weights are, their licence, and what it restricts if it does."""
+    source, restricts = printable(_source_in_words(origin)), restriction(origin.licence)
     if not restricts:
-        return (_source_in_words(origin),)
+        return (source,)
     bound = (
         f"The licence {origin.licence} {restricts}, and a model that is trained from these weights may be bound by it: "
         "read it before the model is used or passed on, or start from other weights."
     )
-    return _source_in_words(origin), bound
+    return source, printable(bound)
 
 
 def licence_warning(origin: WeightOrigin) -> str:
     """Return a line about a licence that restricts, for the log; "" for others."""
     source, *bound = weights_in_words(origin)
-    return " ".join([source, *bound, *([f"See {origin.page}"] if origin.page else [])]) if bound else ""
+    return " ".join([source, *bound, *([f"See {printable(origin.page)}"] if origin.page else [])]) if bound else ""
 
 
 def _source_in_words(origin: WeightOrigin) -> str:

@@ -22,6 +22,7 @@ from image_classifier.modeling.weight_origin import (
     restriction,
     weights_in_words,
 )
+from image_classifier.text import printable
 
 KINDS = st.sampled_from(["scratch", "timm", "torchvision", "library", "file", "unknown"])
 TEXTS = st.text(max_size=20).map(lambda text: " ".join(text.split()))
@@ -40,7 +41,9 @@ def test_an_origin_is_read_as_it_was_written(origin: WeightOrigin) -> None:
 @given(JSON)
 def test_whatever_a_strangers_bundle_records_gives_sentences_of_text(recorded: Any) -> None:
     origin = bundle_origin("parent", recorded)
-    assert origin.bundles[0] == "parent" and all("\n" not in sentence for sentence in weights_in_words(origin))
+    assert origin.bundles[0] == "parent" and all(
+        printable(sentence) == sentence for sentence in weights_in_words(origin)
+    )
     assert WeightOrigin.from_dict(json.loads(json.dumps(origin.as_dict()))) == origin
 
 

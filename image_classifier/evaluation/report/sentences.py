@@ -15,7 +15,7 @@ from image_classifier.html.text import plain
 from image_classifier.manifest import SPLITS
 from image_classifier.modeling.weight_origin import WeightOrigin, weights_in_words
 from image_classifier.program import program
-from image_classifier.text import counted, printable
+from image_classifier.text import counted
 
 _BASELINES = {
     "most_frequent": "always the most frequent class",
@@ -137,7 +137,7 @@ def measured_in_words(run: RunData) -> dict[str, str]:
 def initial_weights_in_words(run: RunData) -> tuple[str, ...]:
     """Return what the training started from, its licence and what that restricts; () where it is not recorded."""
     origin = WeightOrigin.from_dict(run.info.provenance.get("initial_weights")) if run.info else None
-    return tuple(map(printable, weights_in_words(origin))) if origin else ()
+    return weights_in_words(origin) if origin else ()
 
 
 def missing(run: RunData, explained: bool) -> list[tuple[str, str]]:
