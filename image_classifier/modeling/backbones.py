@@ -45,13 +45,19 @@ def torchvision_backbone(
     if small_images:
         _remove_downsampling(network, name)
     # Without a name of weights those of a file are meant: most have torchvision's first recipe.
-    transforms = (sets[weights] if weights else next(iter(sets.values()))).transforms()
+    chosen = sets[weights] if weights else next(iter(sets.values()))
+    transforms = chosen.transforms()
     config = {
+        "architecture": name,
+        "tag": chosen.name,
         "mean": tuple(transforms.mean),
         "std": tuple(transforms.std),
         "input_size": (3, *(2 * transforms.crop_size)),
         "crop_pct": transforms.crop_size[0] / transforms.resize_size[0],
         "interpolation": transforms.interpolation.value,
+        "url": chosen.url,
+        "origin_url": chosen.meta.get("recipe"),
+        "license": chosen.meta.get("license"),
     }
     network.pretrained_cfg = config  # type: ignore[assignment]  # as timm keeps it
     return network

@@ -177,7 +177,7 @@ def build_network(inputs: NetworkInputs) -> tuple[Classifier, dict[str, Any]]:
     # A whitened network computes its first layer from images.
     if fit_to := getattr(backbone, "fit_to", None):
         fit_to(_some_images(inputs.cache, rows, mean, std))
-    initial_weights(model, classifier, classes)
+    origin = initial_weights(model, classifier, classes)
     if inputs.hardware.channels_last:
         classifier = classifier.to(memory_format=torch.channels_last)
     blueprint = {
@@ -187,6 +187,7 @@ def build_network(inputs: NetworkInputs) -> tuple[Classifier, dict[str, Any]]:
         "backbone": model.backbone,
         "head_dropout": model.head_dropout,
         "tta": model.tta,
+        "initial_weights": origin.as_dict(),
     }
     return classifier, blueprint
 

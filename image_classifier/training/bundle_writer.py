@@ -22,12 +22,14 @@ from image_classifier.evaluation.report.sentences import limits_in_words
 from image_classifier.evaluation.results import shown
 from image_classifier.exporting.onnx import export_onnx
 from image_classifier.exporting.parity import check_embeddings, check_parity
+from image_classifier.exporting.weights_file import write_weights_file
 from image_classifier.inference.checkpoint import CheckpointBackend
 from image_classifier.inference.onnx_runtime import OnnxBackend
 from image_classifier.inference.predictor import EmbeddingBackend
 from image_classifier.manifest import SPLITS, Manifest
 from image_classifier.mappings import without_passwords
 from image_classifier.modeling.classifier import Classifier
+from image_classifier.modeling.weight_origin import WeightOrigin, weights_in_words
 from image_classifier.predictions import PredictionTable
 from image_classifier.sampling import evenly_spaced
 from image_classifier.training.builders import TrainingInputs
@@ -65,6 +67,8 @@ def write_bundle(trained: TrainedRun, results: Results) -> dict[str, Any]:
         difference = _check_export(checkpoint, onnx, directory, trained.inputs)
         facts["onnx_largest_difference"] = difference
         log.info("ONNX agrees with torch: largest difference of a probability %.1e", difference)
+        with np.load(directory / "golden.npz") as golden:
+            write_weights_file(classifier, blueprint, golden["pixels"], directory)
         if config.diagnostics.latency:
             measure_exports({"onnx": (onnx, files["onnx"]), "checkpoint": (checkpoint, files["checkpoint"])}, run, size)
 
@@ -90,6 +94,7 @@ def _provenance(trained: TrainedRun) -> dict[str, Any]:
         candidates=trained.choice.as_dict() if trained.choice else [],
         learning_curve=trained.probe.curve.as_dict(trained.manifest.classes) if trained.probe else {},
         config=trained.config.to_dict(),
+        initial_weights=trained.blueprint["initial_weights"],
     )
     return dict(without_passwords(facts))
 
@@ -168,6 +173,7 @@ def model_card(info: BundleInfo, manifest: Manifest) -> str:
         "## Data",
         f"{len(manifest)} images ({', '.join(f'{count} {split}' for split, count in counts.items())}), "
         f"manifest sha256 `{facts['manifest_sha256']}`.{corrected}",
+        *_initial_weights_section(facts),
         "## Input and output",
         f"Pixels uint8 [batch, 3, {size}, {size}] after preprocessing `{json.dumps(info.preprocess)}`; "
         "logits float32 [batch, classes]. Normalisation is inside the model; "
@@ -185,6 +191,18 @@ def model_card(info: BundleInfo, manifest: Manifest) -> str:
         f"seed {facts['seed']}, torch {facts['packages']['torch']}, Python {facts['python']}.",
     ]
     return "\n\n".join(sections) + "\n"
+
+
+def _initial_weights_section(facts: Mapping[str, Any]) -> Iterator[str]:
+    """Yield what the training started from, and what its licence restricts; nothing where that is not recorded."""
+    origin = WeightOrigin.from_dict(facts.get("initial_weights"))
+    if origin is None:
+        return
+    yield "## Initial weights"
+    yield _escaped(" ".join(weights_in_words(origin)))
+    rows = {"page": origin.page, "sha256 of the file": origin.sha256}
+    if lines := [f"- {name}: `{value.replace('`', '')}`" for name, value in rows.items() if value]:
+        yield "\n".join(lines)
 
 
 def _escaped(text: str) -> str:

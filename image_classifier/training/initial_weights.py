@@ -17,6 +17,14 @@ from image_classifier.inference.load import pulled_checkpoint
 from image_classifier.instantiate import NETWORKS, TRUSTED, instantiate
 from image_classifier.modeling.backbones import no_pretrained, pretrained_preprocessing
 from image_classifier.modeling.classifier import Classifier, build_classifier
+from image_classifier.modeling.weight_origin import (
+    SCRATCH,
+    WeightOrigin,
+    bundle_origin,
+    file_origin,
+    library_origin,
+    licence_warning,
+)
 from image_classifier.modeling.weights import fit, inherit, load_weights, read_weights
 from image_classifier.training.config import AUTO, ModelConfig
 
@@ -28,23 +36,31 @@ _DOWNLOADING = ("pretrained", "weights")  # arguments of backbones by which a li
 def resolve_initial_weights(model: ModelConfig, image_size: Any) -> ModelConfig:
     """Check what a run starts from, before the data is read; return the settings with the network of `model.from`.
 
+    A licence that restricts the weights is logged as a warning.
+
     Raises:
         ConfigError: Both `model.weights` and `model.from` are given, or there is no network.
         CheckpointError: The file or bundle is missing, damaged, or of another network; a download failed.
     """
     if model.weights and model.bundle:
         raise ConfigError("model.weights and model.from both give the initial weights", "leave one of them out")
-    if model.bundle:
-        return _with_network_of_bundle(model, image_size)
-    if not model.backbone:
+    if not model.bundle and not model.backbone:
         raise ConfigError(
             "there is no model.backbone", "choose one such as model=convnet, or start from a bundle: model.from=NAME"
         )
-    if model.weights:
-        fit(build_backbone(model), read_weights(Path(model.weights).expanduser()), model.weights)
-    elif _downloads(model.backbone):
-        build_backbone(model)
+    model, origin = _with_network_of_bundle(model, image_size) if model.bundle else (model, _checked_origin(model))
+    if warning := licence_warning(origin):
+        log.warning(warning)
     return model
+
+
+def _checked_origin(model: ModelConfig) -> WeightOrigin:
+    """Try the file or the download that the backbone starts from, and return its origin."""
+    if model.weights:
+        path = Path(model.weights).expanduser()
+        fit(build_backbone(model), read_weights(path), model.weights)
+        return file_origin(path)
+    return _library_origin(model, build_backbone(model)) if _downloads(model.backbone or {}) else WeightOrigin(SCRATCH)
 
 
 def build_backbone(model: ModelConfig) -> nn.Module:
@@ -69,13 +85,18 @@ def build_backbone(model: ModelConfig) -> nn.Module:
     return backbone
 
 
-def initial_weights(model: ModelConfig, classifier: Classifier, classes: tuple[str, ...]) -> None:
-    """Load the configured weights into a fresh classifier; the log names what is trained from scratch."""
+def initial_weights(model: ModelConfig, classifier: Classifier, classes: tuple[str, ...]) -> WeightOrigin:
+    """Load the configured weights into a fresh classifier, and return their origin; the log names what is new."""
     if model.weights:
-        load_weights(classifier, read_weights(Path(model.weights).expanduser()), model.weights)
-    elif model.bundle:
-        source, blueprint = load_classifier(_checkpoint(model), model.trusted_packages)
+        path = Path(model.weights).expanduser()
+        load_weights(classifier, read_weights(path), model.weights)
+        return file_origin(path)
+    if model.bundle:
+        path = _checkpoint(model)
+        source, blueprint = load_classifier(path, model.trusted_packages)
         inherit(classifier, source, classes, blueprint["classes"])
+        return _bundle_origin(path, blueprint)
+    return _library_origin(model, classifier.backbone)
 
 
 def own_preprocessing(model: ModelConfig) -> dict[str, Any]:
@@ -102,8 +123,27 @@ def pretrained_settings(model: ModelConfig) -> dict[str, Any]:
     return {**backbone, "pretrained": backbone.get("pretrained") or model.weights}
 
 
-def _with_network_of_bundle(model: ModelConfig, image_size: Any) -> ModelConfig:
-    """Return the settings with network, dropout and normalisation of the bundle, unless the last two are given."""
+def _library_origin(model: ModelConfig, backbone: nn.Module) -> WeightOrigin:
+    node = model.backbone or {}
+    config = getattr(backbone, "pretrained_cfg", None)
+    known = config if isinstance(config, Mapping) else {}
+    return library_origin(str(node.get("_target_")), known) if _downloads(node) else WeightOrigin(SCRATCH)
+
+
+def _bundle_origin(path: Path, blueprint: Mapping[str, Any]) -> WeightOrigin:
+    return bundle_origin(_name(path), blueprint.get("initial_weights"))
+
+
+def _name(path: Path) -> str:
+    """Return the name of the bundle of a `model.ckpt`, or that of a checkpoint of a run."""
+    return path.parent.name if path.name == "model.ckpt" else path.stem
+
+
+def _with_network_of_bundle(model: ModelConfig, image_size: Any) -> tuple[ModelConfig, WeightOrigin]:
+    """Return the settings with network, dropout and normalisation of the bundle, unless the last two are given.
+
+    The second value is the origin of its weights.
+    """
     path = _checkpoint(model)
     source, blueprint = load_classifier(path, model.trusted_packages)
     trained_size = blueprint["preprocess"]["size"]
@@ -118,14 +158,14 @@ def _with_network_of_bundle(model: ModelConfig, image_size: Any) -> ModelConfig:
             trained_size,
         )
     log.info("from: network, normalisation and weights of %s (%d classes)", path, len(blueprint["classes"]))
-    is_plain_checkpoint = path.suffix == ".ckpt" and path.name != "model.ckpt"
-    return replace(
+    resolved = replace(
         model,
         backbone=network_of(blueprint),
-        name=path.stem if is_plain_checkpoint else path.parent.name,
+        name=_name(path),
         head_dropout=model.head_dropout or blueprint["head_dropout"],
         normalise=blueprint["normalise"] if model.normalise == AUTO else model.normalise,
     )
+    return resolved, _bundle_origin(path, blueprint)
 
 
 def _checkpoint(model: ModelConfig) -> Path:

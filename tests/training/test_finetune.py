@@ -11,8 +11,9 @@ import numpy as np
 import pytest
 import timm
 import torch
+from safetensors.torch import save_file
 
-from image_classifier.bundle import read_bundle
+from image_classifier.bundle import read_bundle, sha256_of
 from image_classifier.cli.train_config import compose_train_config
 from image_classifier.inference.checkpoint import load_classifier
 from image_classifier.modeling.losses import BinaryCrossEntropy, CrossEntropy, FocalLoss
@@ -71,6 +72,8 @@ def test_a_run_goes_on_from_a_bundle_with_other_classes(command: Command, digits
     torch.testing.assert_close(last_linear(child.head).weight[:2], last_linear(parent.head).weight[[3, 7]])
     assert not torch.allclose(last_linear(child.head).weight[2], last_linear(parent.head).weight[5], atol=1e-3)
     assert "ConvNet" in (tmp_path / "runs/child/config.yaml").read_text()
+    origin = read_bundle(tmp_path / "models/child").info.provenance["initial_weights"]
+    assert origin == {"origin": "scratch", "bundles": ["digits"]}
 
 
 @pytest.mark.slow
@@ -164,25 +167,34 @@ def test_pretrained_weights_without_a_network_name_the_way_out(
     assert "model.weights=PATH" in answer.err
 
 
-@pytest.mark.slow
-def test_weights_of_a_file_leave_nothing_to_download(
+def test_a_run_from_the_weights_of_a_file_downloads_nothing_and_says_what_their_licence_restricts(
     command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    torch.save(timm.create_model("test_resnet").state_dict(), "weights.pth")
-    answer = command(
-        "train",
-        *SMALL,
-        "model=timm",
-        "model.backbone.model_name=test_resnet",
-        "model.backbone.pretrained=true",
-        "model.weights=weights.pth",
-    )
+    save_file(timm.create_model("test_resnet").state_dict(), "weights.safetensors", {"license": "cc-by-nc-4.0"})
+    network = ("model=timm", "model.backbone.model_name=test_resnet", "model.backbone.pretrained=true")
+    answer = command("train", *SMALL, *network, "model.weights=weights.safetensors")
     assert answer.code == 0, answer.err
-    assert "weights.pth" in answer.err
-    assert read_bundle(Path("models/child")).info.normalise["mean"] == list(
-        timm.get_pretrained_cfg("test_resnet").mean
-    )  # which the weights know
+    said = "The training started from the file weights.safetensors (licence cc-by-nc-4.0)."
+    assert answer.err.count("The licence cc-by-nc-4.0 forbids commercial use") == 1 and said in answer.err
+    bundle = read_bundle(Path("models/child"))
+    bundle.verify()
+    # Mean and std are known by the weights.
+    assert bundle.info.normalise["mean"] == list(timm.get_pretrained_cfg("test_resnet").mean)
+    assert bundle.info.provenance["initial_weights"] == {
+        "origin": "file",
+        "name": "weights.safetensors",
+        "licence": "cc-by-nc-4.0",
+        "sha256": sha256_of(Path("weights.safetensors")),
+    }
+    card, page = bundle.path("MODEL_CARD.md").read_text(), bundle.path("report.html").read_text()
+    assert "forbids commercial use" in card and said in page and "forbids commercial use" in page
+    assert timm.create_model("local-dir:models/child", pretrained=True).num_classes == 3
+    # A run that starts from this one inherits the restriction.
+    answer = command("train", *SMALL, "name=grandchild", "model=base", "model.from=child")
+    assert answer.code == 0 and "by way of the model child (licence cc-by-nc-4.0)" in answer.err, answer.err
+    inherited = read_bundle(Path("models/grandchild")).info.provenance["initial_weights"]
+    assert inherited == {**bundle.info.provenance["initial_weights"], "bundles": ["child"]}
 
 
 @pytest.mark.slow

@@ -63,6 +63,7 @@ def test_the_bundle_is_whole_and_hashed(digits_bundle: Path) -> None:
     assert set(bundle.info.files) == {
         "model.onnx",
         "model.ckpt",
+        "model.safetensors",
         "manifest.csv",
         "config.yaml",
         "golden.npz",
@@ -81,6 +82,9 @@ def test_the_bundle_is_whole_and_hashed(digits_bundle: Path) -> None:
         "trainer.max_epochs=2",
         "+trainer.limit_train_batches=6",
     ]
+    assert bundle.info.provenance["initial_weights"] == {"origin": "scratch"}
+    for name in ("MODEL_CARD.md", "report.html"):
+        assert "The training started from scratch." in bundle.path(name).read_text()
     assert not [path for path in digits_bundle.parent.iterdir() if path.name != "digits"]
 
 

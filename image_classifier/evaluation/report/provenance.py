@@ -8,7 +8,9 @@ from collections.abc import Mapping
 from typing import Any
 
 from image_classifier.evaluation.report.run_data import RunData
+from image_classifier.evaluation.report.sentences import initial_weights_in_words
 from image_classifier.html.text import plain
+from image_classifier.modeling.weight_origin import WeightOrigin
 
 _MAX_CLASSES = 100  # classes that are drawn
 _FILES = {"onnx": "model.onnx", "checkpoint": "model.ckpt"}  # backend -> the export it reads
@@ -73,11 +75,12 @@ def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def origin(run: RunData) -> dict[str, Any]:
-    """Return command, versions and hashes; {} without a bundle."""
+    """Return command, versions, hashes and initial weights; {} without a bundle."""
     if run.info is None:
         return {}
     known = run.info.provenance
     command = known.get("command", [])
+    weights = WeightOrigin.from_dict(known.get("initial_weights"))
     rows = {
         "trained": known.get("created", ""),
         "image_classifier": known.get("version", ""),
@@ -87,11 +90,13 @@ def origin(run: RunData) -> dict[str, Any]:
         "images": known.get("data_root", ""),
         "Python": known.get("python", ""),
         "packages": ", ".join(f"{name} {version}" for name, version in (known.get("packages") or {}).items()),
+        "initial weights": " ".join(filter(None, [weights.page, weights.sha256])) if weights else "",
         "training speed": f"{known['images_per_second']} images/s" if "images_per_second" in known else "",
         "preprocessing": json.dumps(run.info.preprocess),
     }
     return {
         "command": command if isinstance(command, str) else shlex.join(map(str, command)),
         "rows": [(name, plain(str(value))) for name, value in rows.items() if value],
+        "weights": initial_weights_in_words(run),
         "files": [(plain(name), size, digest) for name, (size, digest) in run.sizes.items()],
     }

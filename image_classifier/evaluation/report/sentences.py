@@ -13,6 +13,7 @@ from image_classifier.evaluation.report.confusions import Pair
 from image_classifier.evaluation.report.run_data import RunData
 from image_classifier.html.text import plain
 from image_classifier.manifest import SPLITS
+from image_classifier.modeling.weight_origin import WeightOrigin, weights_in_words
 from image_classifier.program import program
 from image_classifier.text import counted
 
@@ -131,6 +132,12 @@ def measured_in_words(run: RunData) -> dict[str, str]:
     coverage = f"{per_cent(measured['set_coverage'])} include the true class"
     words["prediction sets"] = f"{coverage}; {measured['set_size']:.2f} classes on average{empty}"
     return words
+
+
+def initial_weights_in_words(run: RunData) -> tuple[str, ...]:
+    """Return what the training started from, its licence and what that restricts; () where it is not recorded."""
+    origin = WeightOrigin.from_dict(run.info.provenance.get("initial_weights")) if run.info else None
+    return weights_in_words(origin) if origin else ()
 
 
 def missing(run: RunData, explained: bool) -> list[tuple[str, str]]:

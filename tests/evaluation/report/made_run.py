@@ -102,6 +102,7 @@ def _write_bundle(bundle: Path, manifest: Manifest) -> None:
         "command": ["python", "commands.py", "train", "name=a b"],
         "git": "abc123",
         "seed": 7,
+        "initial_weights": {"origin": "file", "name": HOSTILE, "licence": "cc-by-nc-4.0", "sha256": "ab" * 32},
     }
     seal(bundle, BundleInfo("run", manifest.classes, {"size": 24}, {}, {}, provenance, temperature=1.5, threshold=0.25))
 

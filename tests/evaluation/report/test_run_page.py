@@ -71,6 +71,8 @@ def test_all_that_was_measured_is_there(html: str) -> None:
         "cores: 2",
         "&#39;name=a b&#39;",
         "near duplicates",
+        "The licence cc-by-nc-4.0 forbids commercial use",
+        "ab" * 32,
     ):
         assert said in html, said
     assert (
