@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import logging
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -52,26 +52,31 @@ def export_onnx(classifier: Classifier, image_size: int, metadata: Mapping[str, 
 
 def _traced(classifier: Classifier, image_size: int, path: Path) -> bool:
     """Write a trace to `path`; return whether it is right for a batch of another size than it was traced with."""
-    names = ["pixels", "logits", "embedding"]
     try:
-        torch.onnx.export(
-            _EmbeddingAndLogits(classifier),
-            (_example(image_size),),
-            str(path),
-            dynamo=False,
-            opset_version=OPSET,
-            input_names=names[:1],
-            output_names=names[1:],
-            dynamic_axes={name: {0: "batch"} for name in names},
-        )
-        pixels = torch.from_numpy(np.random.default_rng(0).integers(0, 256, (3, 3, image_size, image_size), np.uint8))
+        trace(_EmbeddingAndLogits(classifier), image_size, ["logits", "embedding"], path)
+        pixels = np.random.default_rng(0).integers(0, 256, (3, 3, image_size, image_size), np.uint8)
         with torch.no_grad():
-            expected = classifier(pixels).numpy()
-        actual = OnnxBackend(path).logits(pixels.numpy())
+            expected = classifier(torch.from_numpy(pixels)).numpy()
+        actual = OnnxBackend(path).logits(pixels)
     except Exception as error:  # the exporter raises anything
         log.debug("the TorchScript exporter refuses the network: %s", error)
         return False
     return actual.shape == expected.shape and bool(np.allclose(softmax(actual), softmax(expected), atol=TOLERANCE))
+
+
+def trace(module: nn.Module, image_size: int, outputs: Sequence[str], path: Path) -> None:
+    """Write a module that takes `pixels` uint8 [batch, 3, S, S] by the TorchScript exporter, for any batch."""
+    with _quiet_exporter(), torch.inference_mode(mode=False):
+        torch.onnx.export(
+            module.eval(),
+            (_example(image_size),),
+            str(path),
+            dynamo=False,
+            opset_version=OPSET,
+            input_names=["pixels"],
+            output_names=list(outputs),
+            dynamic_axes={name: {0: "batch"} for name in ("pixels", *outputs)},
+        )
 
 
 def _torch_export(classifier: Classifier, image_size: int, path: Path) -> None:

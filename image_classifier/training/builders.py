@@ -140,6 +140,7 @@ def build_module(inputs: TrainingInputs) -> ClassifierModule:
         blueprint=blueprint,
         layer_decay=config.optimizer.layer_decay,
         frozen=frozen,
+        keep_norm_stats=config.finetune.keep_norm_stats,
     )
 
 

@@ -69,13 +69,21 @@ class FinetuneSettings:
         probe: Whether the head starts as logistic regression on the frozen backbone's embeddings; that model is
             delivered where training does not beat it on val.
         interpolate: Shares of the way from the probe's weights to the trained ones at which a model is tried too.
+        keep_norm_stats: Whether batch normalisation keeps the mean and variance of the pretrained weights.
         views: How many augmented views of each image are kept as activations below the trained layers; null: none, every
             view is computed anew.
+        cut: The layer below which activations are kept; null: found by measuring.
+        cost: How much work a cut may make, in epochs of training all layers.
+        max_gb: Limit of the kept activations on the disk, GB.
     """
 
     probe: bool = False
     interpolate: list[float] = field(default_factory=list)
+    keep_norm_stats: bool = False
     views: int | None = None
+    cut: str | None = None
+    cost: float = 4.0
+    max_gb: float = 8.0
 
     def __post_init__(self) -> None:
         if not all(0 < share < 1 for share in self.interpolate):

@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import copy
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import numpy as np
 import torch
+from torch import nn
 
-from image_classifier.exporting.onnx import export_onnx
+from image_classifier.exporting.onnx import export_onnx, trace
 from image_classifier.inference.checkpoint import CheckpointBackend
-from image_classifier.inference.onnx_runtime import OnnxBackend
+from image_classifier.inference.onnx_runtime import OnnxBackend, open_session
 from image_classifier.inference.predictor import EmbeddingBackend
-from image_classifier.modeling.classifier import Classifier
+from image_classifier.modeling.classifier import Classifier, in_evaluation
 from image_classifier.modeling.embeddings import Gather, finite, prefetched
 
 log = logging.getLogger(__name__)
@@ -37,6 +38,28 @@ def fast_backend(classifier: Classifier, image_size: int) -> EmbeddingBackend:
     except Exception as error:  # of an exporter; what cannot be exported can still be computed
         log.info("forward passes by torch: the network has no ONNX form (%s)", " ".join(str(error).split())[:120])
         return CheckpointBackend(classifier)
+
+
+def fast_function(module: nn.Module, image_size: int) -> Callable[[np.ndarray], np.ndarray]:
+    """Return what computes a module of pixels uint8 [N, 3, S, S] in float32: by ONNX Runtime, on a GPU by torch."""
+    device = next(module.parameters()).device
+
+    def by_torch(pixels: np.ndarray) -> np.ndarray:
+        with in_evaluation(module), torch.inference_mode():
+            values: np.ndarray = module(torch.from_numpy(pixels).to(device)).float().cpu().numpy()
+        return values
+
+    if device.type != "cpu":
+        return by_torch
+    try:
+        with TemporaryDirectory() as directory, in_evaluation(module):
+            path = Path(directory) / "module.onnx"
+            trace(copy.deepcopy(module).to(memory_format=torch.contiguous_format), image_size, ["values"], path)
+            session = open_session(path)
+    except Exception as error:  # of an exporter; what cannot be exported can still be computed
+        log.info("forward passes by torch: the layers have no ONNX form (%s)", " ".join(str(error).split())[:120])
+        return by_torch
+    return lambda pixels: np.asarray(session.run(["values"], {"pixels": pixels})[0])
 
 
 def forward(

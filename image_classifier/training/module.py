@@ -17,7 +17,7 @@ from image_classifier.modeling.classifier import Classifier
 from image_classifier.predictions import PredictionTable
 from image_classifier.training.datamodule import Batch
 from image_classifier.training.distributed import gather_rows
-from image_classifier.training.optimizers.freezing import freeze_norm_stats
+from image_classifier.training.optimizers.freezing import freeze_batch_norm, freeze_norm_stats, set_frozen
 from image_classifier.training.optimizers.groups import parameter_groups
 from image_classifier.training.optimizers.schedules import (
     OptimizerFactory,
@@ -44,6 +44,7 @@ class ClassifierModule(pl.LightningModule):
         val_criterion: nn.Module | None = None,
         layer_decay: float = 1.0,
         frozen: frozenset[str] = frozenset(),
+        keep_norm_stats: bool = False,
     ) -> None:
         """The training of `classifier`.
 
@@ -60,6 +61,7 @@ class ClassifierModule(pl.LightningModule):
             layer_decay: Factor of the learning rate from each layer to the one below it.
             frozen: Names of the classifier's parameters that are not trained; modules in which all are frozen stay in
                 evaluation mode.
+            keep_norm_stats: Whether batch normalisation keeps the mean and variance that it starts with.
         """
         super().__init__()
         self.classifier = classifier
@@ -70,12 +72,15 @@ class ClassifierModule(pl.LightningModule):
         self.classes = classes
         self.layer_decay = layer_decay
         self.frozen = frozen
+        self.keep_norm_stats = keep_norm_stats
         self.save_hyperparameters({"blueprint": blueprint}, logger=False)
         self.train_accuracy = MulticlassAccuracy(len(classes), average="micro", validate_args=False)
         self.train_loss = MeanMetric(nan_strategy="disable")
         self._seen: list[tuple[torch.Tensor, torch.Tensor]] = []
         self._warmup_steps = 0
-        self._unsharded: tuple[Classifier] | None = None  # a tuple, so that torch does not register it
+        # Tuples, so that torch does not register what is in them a second time.
+        self._unsharded: tuple[Classifier] | None = None
+        self._upper: tuple[nn.Module] | None = None
 
     def configure_model(self) -> None:
         if self.device_mesh is not None and self._unsharded is None:
@@ -89,6 +94,12 @@ class ClassifierModule(pl.LightningModule):
         self._unsharded[0].load_state_dict(unsharded(self.classifier.state_dict()))
         return self._unsharded[0]
 
+    def train_above(self, upper: nn.Module, frozen: frozenset[str]) -> None:
+        """Train only the layers above a cut, from kept activations; `frozen` are the parameters below it."""
+        self._upper = (upper,)
+        self.frozen |= frozen
+        set_frozen(self.classifier, frozen)
+
     def training_step(self, batch: Batch, batch_idx: int) -> torch.Tensor:
         pixels, targets = batch
         logits, loss = self._logits_and_loss(pixels, targets)
@@ -100,17 +111,31 @@ class ClassifierModule(pl.LightningModule):
 
     def _logits_and_loss(self, pixels: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         if not getattr(self.criterion, "takes_embeddings", False):
-            logits = self.classifier(pixels)
+            logits = self._logits(pixels)
             return logits, self.criterion(logits, targets)
         embeddings = self.classifier.embed(pixels)
         logits = self.classifier.classify(embeddings.detach() if self.criterion.head_apart else embeddings)
         return logits, self.criterion(logits, targets, embeddings)
 
+    def _logits(self, values: torch.Tensor) -> torch.Tensor:
+        """Return the logits of pixels uint8, or of kept activations bfloat16 (transfer/activations.py)."""
+        if self._upper is None or values.dtype == torch.uint8:
+            logits: torch.Tensor = self.classifier(values)
+            return logits
+        if not torch.is_autocast_enabled(values.device.type):
+            values = values.float()
+        return self.classifier.classify(torch.flatten(self._upper[0](values), 1))
+
     def on_train_start(self) -> None:
-        freeze_norm_stats(self.classifier, self.frozen)  # a run that resumes within an epoch does not start one
+        self._freeze_norms()  # a run that resumes within an epoch does not start one
+
+    def _freeze_norms(self) -> None:
+        freeze_norm_stats(self.classifier, self.frozen)
+        if self.keep_norm_stats:
+            freeze_batch_norm(self.classifier)
 
     def on_train_epoch_start(self) -> None:
-        freeze_norm_stats(self.classifier, self.frozen)
+        self._freeze_norms()
         self.train_loss.reset()
         self.train_accuracy.reset()
 

@@ -6,7 +6,7 @@ import logging
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytorch_lightning as pl
@@ -61,6 +61,7 @@ from image_classifier.training.resume import (
     validate_resume,
 )
 from image_classifier.training.run_dir import RunDir, acquire_run_dir, buffered_log, check_name, mark_finished
+from image_classifier.training.transfer.activations import keep_activations, remove_activations
 from image_classifier.training.transfer.candidates import PROBE, start_from_probe
 from image_classifier.training.transfer.plan import ImageFacts, find_pretrained, plan
 from image_classifier.training.transfer.pretrained import Pretrained, fetching_command
@@ -215,6 +216,12 @@ def _train_in(
     module = build_module(inputs)
     baselines = from_rank_zero(lambda: baselines_of_run(inputs, module.classifier, run))
     probe = start_from_probe(inputs, module.classifier) if config.finetune.probe else None
+    kept = None
+    if config.finetune.views and config.trainer.max_epochs != 0:
+        kept = keep_activations(inputs, module, datamodule, run.directory)
+        config = config.with_values({"finetune.cut": kept.cut.name if kept else None})
+        inputs = replace(inputs, config=config)
+        _save_config(config, run)
     seed_per_rank(config.run.seed)
     throughput = Throughput()
     history = CSVMetrics(run.directory / "metrics.csv", throughput)
@@ -229,6 +236,8 @@ def _train_in(
 
         # The finished model: the best weights, detector of unlike images, predictions.
         classifier = best_classifier(trainer, module)
+        if kept:
+            remove_activations(run.directory)
         choice = probe.choose(classifier, inputs) if probe else None
         if probe and choice and choice.chosen.name != PROBE:
             baselines = (*baselines, probe.fitted.as_baseline())

@@ -49,6 +49,13 @@ def freeze_norm_stats(classifier: nn.Module, frozen: Collection[str]) -> None:
             module.eval()
 
 
+def freeze_batch_norm(network: nn.Module) -> None:
+    """Put every batch normalisation into evaluation mode: its mean and variance stay, its scale and shift are trained."""
+    for module in network.modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm):
+            module.eval()
+
+
 def describe(classifier: nn.Module, frozen: Collection[str]) -> str:
     """Return a line of the log: the number of parameters, and how many are trained.
 
