@@ -83,7 +83,13 @@ class EmbeddingStore:
 
     def of(self, digests: np.ndarray) -> np.ndarray:
         """Return the embeddings float32 [N, D] of stored images."""
-        found = dict(((row, values) for rows, part in self.parts(digests) for row, values in zip(rows.tolist(), part, strict=True)))
+        found = dict(
+            (
+                (row, values)
+                for rows, part in self.parts(digests)
+                for row, values in zip(rows.tolist(), part, strict=True)
+            )
+        )
         return np.stack([found[row] for row in range(len(digests))])
 
     def _files(self) -> list[Path]:

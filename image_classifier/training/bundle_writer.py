@@ -40,7 +40,7 @@ from image_classifier.training.run_dir import provenance
 
 log = logging.getLogger(__name__)
 
-_NUM_PARITY_IMAGES = 64
+_NUM_PARITY_IMAGES = 32
 _NUM_GOLDEN_IMAGES = 8
 
 
@@ -184,6 +184,7 @@ def model_card(info: BundleInfo, manifest: Manifest) -> str:
         "### Baselines",
         "What simple classifiers reach on the same splits:",
         "\n".join(_baseline_rows(facts.get("baselines", {}), info.metrics)),
+        *_tried_sections(facts),
         "## When it abstains",
         "\n".join(f"- {name}: {limit}." for name, limit in limits_in_words(info.decision).items()),
         "## Origin",
@@ -203,6 +204,24 @@ def _initial_weights_section(facts: Mapping[str, Any]) -> Iterator[str]:
     rows = {"page": origin.page, "sha256 of the file": origin.sha256}
     if lines := [f"- {name}: `{value.replace('`', '')}`" for name, value in rows.items() if value]:
         yield "\n".join(lines)
+
+
+def _tried_sections(facts: Mapping[str, Any]) -> Iterator[str]:
+    """Yield a table of Markdown: the models that were compared on val, where there were several."""
+    if rows := facts.get("candidates"):
+        yield "### Candidates"
+        yield "Compared on val; p is that of McNemar's paired test against the delivered one."
+        yield "\n".join(
+            [
+                "| model | val accuracy | val log loss | p | delivered |\n|---|---|---|---|---|",
+                *(
+                    f"| {row['name']}: {row['about']} | {row['val_accuracy']:.4f} | {row['val_log_loss']:.4f} "
+                    f"| {'' if row['p_value'] is None else format(row['p_value'], '.2f')} "
+                    f"| {'yes' if row['delivered'] else ''} |"
+                    for row in rows
+                ),
+            ]
+        )
 
 
 def _escaped(text: str) -> str:

@@ -145,19 +145,19 @@ class ImageDataModule(pl.LightningDataModule):
         self.augment, self.seed, self.balanced, self.views = augment, seed, balanced, views
         self.paths = manifest.paths
         self.progressive_sizes = progressive_sizes
-        # Another loader of training batches, which are augmented already (transfer/activations.py).
-        self.train_loader: Callable[[ShuffledBatches], BatchLoader] | None = None
+        # Puts another loader in the place of one of a fit, such as one of kept activations (transfer/activations.py).
+        self.replaced: Callable[[BatchLoader], BatchLoader] | None = None
         self._steps = 0  # of the run, once known
         self._generator = torch.Generator()
         self._epoch, self._batches = -1, list[np.ndarray]()
 
     def train_dataloader(self) -> BatchLoader:
-        if self.train_loader:
-            return self.train_loader(self._train_batches())
-        return BatchLoader(self.batches, self._train_batches(), self._on_cuda())
+        loader = BatchLoader(self.batches, self._train_batches(), self._on_cuda())
+        return self.replaced(loader) if self.replaced else loader
 
     def val_dataloader(self) -> BatchLoader:
-        return self.in_order("val")
+        loader = self.in_order("val")
+        return self.replaced(loader) if self.replaced else loader
 
     def in_order(self, split: str) -> BatchLoader:
         """Return this rank's share of one split (of a single process: all rows) in manifest order."""
@@ -217,7 +217,7 @@ class ImageDataModule(pl.LightningDataModule):
         return self._batches[batch_idx]
 
     def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
-        if self.trainer is None or not self.trainer.training or self.train_loader:
+        if self.trainer is None or not self.trainer.training or self.replaced:
             return batch
         loop = self.trainer.fit_loop.epoch_loop
         rows = self.batch_rows(self.trainer.current_epoch, loop.batch_idx + 1) if self.alternates else None

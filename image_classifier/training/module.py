@@ -110,21 +110,20 @@ class ClassifierModule(pl.LightningModule):
         return loss
 
     def _logits_and_loss(self, pixels: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        embeddings = self._embed(pixels)
         if not getattr(self.criterion, "takes_embeddings", False):
-            logits = self._logits(pixels)
+            logits = self.classifier.classify(embeddings)
             return logits, self.criterion(logits, targets)
-        embeddings = self.classifier.embed(pixels)
         logits = self.classifier.classify(embeddings.detach() if self.criterion.head_apart else embeddings)
         return logits, self.criterion(logits, targets, embeddings)
 
-    def _logits(self, values: torch.Tensor) -> torch.Tensor:
-        """Return the logits of pixels uint8, or of kept activations bfloat16 (transfer/activations.py)."""
+    def _embed(self, values: torch.Tensor) -> torch.Tensor:
+        """Return the embeddings of pixels uint8, or of kept activations bfloat16 (transfer/activations.py)."""
         if self._upper is None or values.dtype == torch.uint8:
-            logits: torch.Tensor = self.classifier(values)
-            return logits
+            return self.classifier.embed(values)
         if not torch.is_autocast_enabled(values.device.type):
             values = values.float()
-        return self.classifier.classify(torch.flatten(self._upper[0](values), 1))
+        return torch.flatten(self._upper[0](values), 1)
 
     def on_train_start(self) -> None:
         self._freeze_norms()  # a run that resumes within an epoch does not start one
@@ -165,7 +164,7 @@ class ClassifierModule(pl.LightningModule):
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         pixels, targets = batch
         # One view an image, also where the finished model averages several: this is cheaper, and epochs rank the same.
-        logits = self.classifier.classify(self.classifier.embed(pixels))
+        logits = self.classifier.classify(self._embed(pixels))
         self._seen.append((logits, targets))
 
     def on_validation_epoch_end(self) -> None:

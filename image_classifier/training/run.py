@@ -165,9 +165,7 @@ def _with_weights(config: TrainConfig) -> TrainConfig:
     """Return the configuration with the network of the bundle that the run starts from, once its weights are there."""
     if config.model.backbone == AUTO and not config.model.bundle:
         return config
-    return config.with_model(
-        first_on_each_node(lambda: resolve_initial_weights(config.model, config.data.image_size))
-    )
+    return config.with_model(first_on_each_node(lambda: resolve_initial_weights(config.model, config.data.image_size)))
 
 
 def _planned(config: TrainConfig, found: Pretrained | str, manifest: Manifest) -> tuple[str, ...]:
@@ -236,13 +234,15 @@ def _train_in(
 
         # The finished model: the best weights, detector of unlike images, predictions.
         classifier = best_classifier(trainer, module)
+        choice = probe.choose(classifier, inputs, kept) if probe else None
         if kept:
             remove_activations(run.directory)
-        choice = probe.choose(classifier, inputs) if probe else None
-        if probe and choice and choice.chosen.name != PROBE:
+        is_probe = probe is not None and choice is not None and choice.chosen.name == PROBE
+        if probe and not is_probe:
             baselines = (*baselines, probe.fitted.as_baseline())
         backend = fast_backend(classifier, config.data.image_size)
-        detector = from_rank_zero(lambda: fit_detector(backend, manifest, inputs.cache, config.decision))
+        known = probe.fitted.store if probe and is_probe else None
+        detector = from_rank_zero(lambda: fit_detector(backend, manifest, inputs.cache, config.decision, known))
         splits = _evaluated_splits(config, manifest)
         tables = {split: predict_split(backend, detector, datamodule, manifest, split) for split in splits}
         if not is_rank_zero():

@@ -69,17 +69,21 @@ def plan(facts: ImageFacts, found: Pretrained | str, effort: str | None, fetchin
     effort = effort or "normal"
     images = f"images   {facts}"
     if isinstance(found, str):
-        why = f"network  from scratch, no pretrained weights: {found}. Expect less of photographs; to fetch weights: {fetching}"
+        why = f"network  from scratch: {found}; expect less of photographs. To fetch weights: {fetching}"
         return _from_scratch(facts, effort, images, why)
     is_tiny = facts.side < _TINY
     if is_tiny and facts.num_train >= _MIN_PER_CLASS * facts.num_classes:
-        why = f"network  from scratch at the images' own size: at {facts.side} px pretrained weights of photographs help less"
+        why = f"network  from scratch at the images' own size: weights of photographs help less at {facts.side} px"
         return _from_scratch(facts, effort, images, why)
     size = [f"data.image_size={_SMALLEST}"] if is_tiny else []
     at = f" at {_SMALLEST} px" if is_tiny else " at the size it was trained with"
     return Plan(
         (f"experiment={RECIPES[effort]}", f"effort={effort}", *found.overrides, *size),
-        (images, f"network  {found.name}, pretrained ({found.origin}){at}", f"plan     effort={effort}: {_WORDS[effort]}"),
+        (
+            images,
+            f"network  {found.name}, pretrained ({found.origin}){at}",
+            f"plan     effort={effort}: {_WORDS[effort]}",
+        ),
     )
 
 
@@ -134,4 +138,6 @@ def _from_scratch(facts: ImageFacts, effort: str, images: str, why: str) -> Plan
         f"optimizer.auxiliary_lr={0.052 * batch:g}",
         f"trainer.max_epochs={epochs}",
     )
-    return Plan(overrides, (images, why, f"plan     effort={effort}: {epochs} epochs at {size} px in batches of {batch}"))
+    return Plan(
+        overrides, (images, why, f"plan     effort={effort}: {epochs} epochs at {size} px in batches of {batch}")
+    )
