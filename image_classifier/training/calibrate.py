@@ -12,8 +12,8 @@ from image_classifier.dataset.pixel_cache import PixelCache
 from image_classifier.evaluation.reliability.abstention import Decision, DecisionSettings, Evidence
 from image_classifier.evaluation.reliability.calibration import fit_temperature
 from image_classifier.evaluation.reliability.ood import Detector, looks
-from image_classifier.manifest import Manifest
 from image_classifier.inference.predictor import EmbeddingBackend
+from image_classifier.manifest import Manifest
 from image_classifier.modeling.embeddings import EmbeddingStore, prefetched
 from image_classifier.predictions import PredictionTable
 from image_classifier.training.forward import forward

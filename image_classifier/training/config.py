@@ -70,8 +70,8 @@ class FinetuneSettings:
             delivered where training does not beat it on val.
         interpolate: Shares of the way from the probe's weights to the trained ones at which a model is tried too.
         keep_norm_stats: Whether batch normalisation keeps the mean and variance of the pretrained weights.
-        views: How many augmented views of each image are kept as activations below the trained layers; null: none, every
-            view is computed anew.
+        views: How many augmented views of each image are kept as activations below the trained layers; null: none,
+            every view is computed anew.
         cut: The layer below which activations are kept; null: found by measuring.
         cost: How much work a cut may make, in epochs of training all layers.
         max_gb: Limit of the kept activations on the disk, GB.
@@ -209,7 +209,10 @@ class TrainConfig:
         return self.with_values({f"model.{name}": getattr(model, name) for name in names})
 
     def with_preprocessing(self, found: Mapping[str, Any]) -> TrainConfig:
-        """Return the configuration with what the pretrained weights want in place of each `auto` of the preprocessing."""
+        """Return the configuration with what the pretrained weights want in place of each `auto` of its preprocessing.
+
+        What is not known of them is as without weights.
+        """
         wanted = {**NO_WEIGHTS, **found}
         values = {f"data.{name}": value for name, value in wanted.items() if getattr(self.data, name) == AUTO}
         return self.with_values(values) if values else self

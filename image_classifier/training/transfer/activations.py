@@ -12,6 +12,7 @@ import shutil
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from itertools import islice
 from pathlib import Path
 
@@ -157,9 +158,8 @@ def _chosen(known: list[Cut], inputs: TrainingInputs, classifier: Classifier, di
     # From the top down, until a cut is too dear: lower ones are dearer still.
     for cut in _spread(fitting, 6)[::-1]:
         lower, upper = split(classifier.backbone, cut)
-        with torch.no_grad():
-            below = _seconds(lambda: lower(pixels)) if half is None else _seconds(lambda: _half(lower, pixels, half))
-            activations = lower(pixels)
+        below = _seconds(partial(_computed, lower, pixels, half))
+        activations = _computed(lower, pixels, None)
         above = _step_s(upper, activations, half)
         cost = views * below + epochs * above
         costs.append((cut, cost))
@@ -179,9 +179,9 @@ def _spread(found: list[Cut], count: int) -> list[Cut]:
     return found[::-1][::step][::-1]
 
 
-def _half(module: nn.Module, pixels: torch.Tensor, half: torch.dtype) -> torch.Tensor:
-    with torch.autocast(pixels.device.type, half):
-        result: torch.Tensor = module(pixels)
+def _computed(module: nn.Module, values: torch.Tensor, half: torch.dtype | None) -> torch.Tensor:
+    with torch.no_grad(), torch.autocast(values.device.type, half, enabled=half is not None):
+        result: torch.Tensor = module(values)
     return result
 
 
@@ -189,8 +189,8 @@ def _step_s(module: nn.Module, values: torch.Tensor, half: torch.dtype | None) -
     """Return the seconds of a forward and a backward pass of a batch; gradients are thrown away."""
 
     def step() -> None:
-        values_ = values.detach()
-        result = module(values_) if half is None else _half(module, values_, half)
+        with torch.autocast(values.device.type, half, enabled=half is not None):
+            result = module(values)
         result.float().sum().backward()
         module.zero_grad(set_to_none=True)
 

@@ -118,7 +118,7 @@ def find_pretrained(config: TrainConfig) -> Pretrained | str | None:
 _WORDS = {
     "quick": "logistic regression on its frozen features",
     "normal": "logistic regression on its frozen features, then fine-tuning; the better one on val is delivered",
-    "thorough": "logistic regression on its frozen features, then a long fine-tuning; the better one on val is delivered",
+    "thorough": "logistic regression on its frozen features, then long fine-tuning; the better one on val is delivered",
 }
 
 
