@@ -80,6 +80,7 @@ def write_bundle(trained: TrainedRun, results: Results) -> dict[str, Any]:
 
 
 def _provenance(trained: TrainedRun) -> dict[str, Any]:
+    distillation = trained.inputs.distillation
     facts = provenance(
         trained.config.run.seed,
         manifest_sha256=trained.manifest.sha256,
@@ -88,6 +89,7 @@ def _provenance(trained: TrainedRun) -> dict[str, Any]:
         images_per_second=round(trained.images_per_second, 1),
         baselines={baseline.name: baseline.as_dict() for baseline in trained.baselines},
         config=trained.config.to_dict(),
+        **({"teacher": distillation.provenance} if distillation else {}),
     )
     return dict(without_passwords(facts))
 

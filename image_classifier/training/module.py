@@ -16,6 +16,7 @@ from image_classifier.evaluation.metrics.compute import compute_metrics
 from image_classifier.modeling.classifier import Classifier
 from image_classifier.predictions import PredictionTable
 from image_classifier.training.datamodule import Batch
+from image_classifier.training.distillation import Teacher
 from image_classifier.training.distributed import gather_rows
 from image_classifier.training.optimizers.freezing import freeze_norm_stats
 from image_classifier.training.optimizers.groups import parameter_groups
@@ -44,6 +45,7 @@ class ClassifierModule(pl.LightningModule):
         val_criterion: nn.Module | None = None,
         layer_decay: float = 1.0,
         frozen: frozenset[str] = frozenset(),
+        teacher: Teacher | None = None,
     ) -> None:
         """The training of `classifier`.
 
@@ -60,6 +62,7 @@ class ClassifierModule(pl.LightningModule):
             layer_decay: Factor of the learning rate from each layer to the one below it.
             frozen: Names of the classifier's parameters that are not trained; modules in which all are frozen stay in
                 evaluation mode.
+            teacher: The network that this one learns from, besides the labels.
         """
         super().__init__()
         self.classifier = classifier
@@ -70,6 +73,7 @@ class ClassifierModule(pl.LightningModule):
         self.classes = classes
         self.layer_decay = layer_decay
         self.frozen = frozen
+        self.teacher = teacher  # no module: it is neither trained nor part of a checkpoint
         self.save_hyperparameters({"blueprint": blueprint}, logger=False)
         self.train_accuracy = MulticlassAccuracy(len(classes), average="micro", validate_args=False)
         self.train_loss = MeanMetric(nan_strategy="disable")
@@ -94,17 +98,19 @@ class ClassifierModule(pl.LightningModule):
         logits, loss = self._logits_and_loss(pixels, targets)
         # Of mixed images the class with the larger share counts.
         labels = targets.argmax(dim=1) if targets.is_floating_point() else targets
-        self.train_accuracy.update(logits.detach(), labels)
+        self.train_accuracy.update(_labelled(logits.detach(), targets), labels)
         self.train_loss.update(loss.detach(), len(targets))
         return loss
 
     def _logits_and_loss(self, pixels: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         if not getattr(self.criterion, "takes_embeddings", False):
             logits = self.classifier(pixels)
-            return logits, self.criterion(logits, targets)
-        embeddings = self.classifier.embed(pixels)
-        logits = self.classifier.classify(embeddings.detach() if self.criterion.head_apart else embeddings)
-        return logits, self.criterion(logits, targets, embeddings)
+            loss = self.criterion(_labelled(logits, targets), targets)
+        else:
+            embeddings = self.classifier.embed(pixels)
+            logits = self.classifier.classify(embeddings.detach() if self.criterion.head_apart else embeddings)
+            loss = self.criterion(_labelled(logits, targets), targets, _labelled(embeddings, targets))
+        return logits, self.teacher.joined(loss, logits, pixels) if self.teacher else loss
 
     def on_train_start(self) -> None:
         freeze_norm_stats(self.classifier, self.frozen)  # a run that resumes within an epoch does not start one
@@ -173,3 +179,8 @@ class ClassifierModule(pl.LightningModule):
     def optimizer_step(self, epoch: int, batch_idx: int, optimizer: Any, optimizer_closure: Any = None) -> None:
         with scaled_rates(optimizer, warmup_factor(self.trainer.global_step, self._warmup_steps)):
             super().optimizer_step(epoch, batch_idx, optimizer, optimizer_closure)
+
+
+def _labelled(values: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """Return the rows of a batch that have targets: the first ones."""
+    return values if len(values) == len(targets) else values[: len(targets)]
