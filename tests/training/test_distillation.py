@@ -16,7 +16,7 @@ from torch import nn
 from torch.nn import functional
 
 from image_classifier.bundle import BundleInfo, read_bundle, seal
-from image_classifier.dataset.pixel_cache import PixelCache
+from image_classifier.dataset.pixel_cache import CacheSettings, PixelCache
 from image_classifier.dataset.prepare import DataSettings
 from image_classifier.dataset.unlabelled import find_unlabelled, joined
 from image_classifier.errors import CheckpointError, ConfigError, DataError
@@ -195,7 +195,7 @@ def test_copies_of_held_out_images_and_damaged_files_are_left_out(
         (folder / f"{split}.png").write_bytes((tmp_path / "tree" / split / "cat" / "0.png").read_bytes())
     (folder / "broken.png").write_bytes(b"no image")
     (tmp_path / "table.csv").write_text("path\nmore/deep/0.png\nmore/gone.png\n")
-    data = DataSettings(cache=DataSettings().cache.__class__(dir=str(tmp_path / "cache")))
+    data = DataSettings(cache=CacheSettings(str(tmp_path / "cache")))
     found = find_unlabelled([str(folder), str(tmp_path / "table.csv")], data, manifest)
     assert sorted(path.rpartition("/")[2] for path in found.paths) == [f"{number}.png" for number in range(5)]
     assert "5 images; 2 images left out as in val or test" in caplog.text
@@ -305,7 +305,7 @@ def test_a_student_learns_more_from_a_teacher_than_from_a_tenth_of_the_labels(tm
     large = network(10, 8, (16, 32))
     best = fitted(large, manifest_of(whole), PixelCache(pixels, whole), tmp_path, epochs=6)
     few = np.concatenate([np.arange(num_labels), held_out])
-    alone = fitted(network(10, 8), manifest_of(few), PixelCache(pixels, few), tmp_path, epochs=60)
+    alone = fitted(network(10, 8), manifest_of(few), PixelCache(pixels, few), tmp_path, epochs=40)
     rows = np.concatenate([few, np.arange(num_labels, 1000)])
     taught = fitted(
         network(10, 8),
