@@ -35,7 +35,7 @@ from image_classifier.training.callbacks.torch_compile import TorchCompile
 from image_classifier.training.checkpoint_io import SafeCheckpointIO
 from image_classifier.training.config import AUTO, ModelConfig, Node, TrainConfig, TrainerConfig
 from image_classifier.training.datamodule import ImageDataModule
-from image_classifier.training.distillation import Distillation, Teacher, load_teacher
+from image_classifier.training.distillation import Distillation, build_teacher
 from image_classifier.training.distributed import SyncCallback, cluster_environment, is_rank_zero, rank_info, world_size
 from image_classifier.training.hardware import Hardware
 from image_classifier.training.initial_weights import build_backbone, initial_weights, pretrained_settings
@@ -136,11 +136,6 @@ def build_module(inputs: TrainingInputs) -> ClassifierModule:
     make_optimizer, scheduler = _optimizer_and_scheduler(config)
     frozen = freeze(classifier, config.model.freeze)
     log.info(describe_trained(classifier, frozen))
-    if inputs.distillation and getattr(criterion, "head_apart", False):
-        raise ConfigError(
-            "model.teacher teaches by the logits, and this loss trains only the head by them",
-            "use loss=cross_entropy, or loss=cross_entropy_supcon",
-        )
     return ClassifierModule(
         classifier,
         criterion=criterion,
@@ -151,15 +146,8 @@ def build_module(inputs: TrainingInputs) -> ClassifierModule:
         blueprint=blueprint,
         layer_decay=config.optimizer.layer_decay,
         frozen=frozen,
-        teacher=_teacher(inputs),
+        teacher=build_teacher(inputs.distillation, config.model, criterion, manifest.classes, inputs.hardware),
     )
-
-
-def _teacher(inputs: TrainingInputs) -> Teacher | None:
-    if inputs.distillation is None:
-        return None
-    teacher, hardware = inputs.distillation.teacher, inputs.hardware
-    return load_teacher(teacher, inputs.config.model, inputs.manifest.classes, hardware.channels_last)
 
 
 def check_optimisation(config: TrainConfig) -> None:

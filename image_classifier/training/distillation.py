@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 from torch.nn import functional
 
 from image_classifier.bundle import INFO_NAME, read_bundle
@@ -25,6 +26,7 @@ from image_classifier.modeling.classifier import Classifier
 from image_classifier.modeling.losses import distillation_loss
 from image_classifier.text import counted, listed
 from image_classifier.training.config import ModelConfig
+from image_classifier.training.hardware import Hardware
 
 log = logging.getLogger(__name__)
 
@@ -164,6 +166,29 @@ def find_teacher(model: ModelConfig) -> TeacherBundle | None:
         model.teacher_temperature,
     )
     return TeacherBundle(info.name, path, info.classes, info.files[_CHECKPOINT], split, accuracy)
+
+
+def build_teacher(
+    distillation: Distillation | None,
+    model: ModelConfig,
+    criterion: nn.Module,
+    classes: Sequence[str],
+    hardware: Hardware,
+) -> Teacher | None:
+    """Return the teacher of a run whose loss of labels is `criterion`; None without one.
+
+    Raises:
+        CheckpointError: The checkpoint is damaged.
+        ConfigError: The loss trains the network by its embeddings alone, so that no logits would teach it.
+    """
+    if distillation is None:
+        return None
+    if getattr(criterion, "head_apart", False):
+        raise ConfigError(
+            "model.teacher teaches by the logits, and this loss trains only the head by them",
+            "use loss=cross_entropy, or loss=cross_entropy_supcon",
+        )
+    return load_teacher(distillation.teacher, model, classes, hardware.channels_last)
 
 
 def load_teacher(bundle: TeacherBundle, model: ModelConfig, classes: Sequence[str], channels_last: bool) -> Teacher:
