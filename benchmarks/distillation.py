@@ -65,6 +65,7 @@ def train(work: Path, name: str, size: int, epochs: int, overrides: list[str]) -
         return
     line = [f"name={name}", "overwrite=true", f"data.image_size={size}", f"trainer.max_epochs={epochs}", *overrides]
     quick = ["data=folder", "data.batch_size=32", "logger=none", "plots.figures=false", "diagnostics=none"]
+    quick.append("trainer.compile=false")  # its trial takes longer than it saves here
     done = subprocess.run(
         [sys.executable, str(ROOT / "commands.py"), "train", *quick, *line],
         cwd=work,

@@ -92,8 +92,8 @@ class BalancedBatches(ShuffledBatches):
 class WithUnlabelled:
     """The batches of labelled rows, each followed by as many unlabelled rows as their share of all rows.
 
-    An epoch is one pass over the labelled rows, and about one over the unlabelled ones. A batch has a labelled row for
-    each rank at least, and an unlabelled one.
+    An epoch is one pass over the labelled rows, and about one over the unlabelled ones. Each rank has as many rows of
+    each kind in a batch as the others, and at least one.
     """
 
     def __init__(self, labelled: Callable[[int], ShuffledBatches], count: int, rows: np.ndarray, size: int) -> None:
@@ -105,9 +105,10 @@ class WithUnlabelled:
             rows: The unlabelled rows, int64 [U].
             size: Rows of a batch, both kinds together.
         """
-        share = round(size * count / (count + len(rows)))
-        self.labelled = labelled(max(world_size(), min(share, size - 1)))
-        self.rows, self.num_unlabelled = rows, max(1, size - self.labelled.batch_size)
+        ranks = world_size()
+        share = round(size * count / (count + len(rows)) / ranks)
+        self.labelled = labelled(ranks * max(1, min(share, size // ranks - 1)))
+        self.rows, self.num_unlabelled = rows, max(ranks, size - self.labelled.batch_size)
 
     def __len__(self) -> int:
         return len(self.labelled)

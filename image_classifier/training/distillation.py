@@ -24,8 +24,9 @@ from image_classifier.inference.load import pulled_checkpoint
 from image_classifier.manifest import Manifest
 from image_classifier.modeling.classifier import Classifier
 from image_classifier.modeling.losses import distillation_loss
-from image_classifier.text import counted, listed
+from image_classifier.text import listed
 from image_classifier.training.config import ModelConfig
+from image_classifier.training.distributed import world_size
 from image_classifier.training.hardware import Hardware
 
 log = logging.getLogger(__name__)
@@ -63,10 +64,11 @@ class TeacherBundle:
             return
         known = Manifest.read(path, Path())
         for split in ("val", "test"):
-            seen = int(exact_duplicates_of_train(manifest.part(split), known).sum())
+            part = manifest.part(split)
+            seen = int(exact_duplicates_of_train(part, known).sum())
             if seen:
-                said = "%s of the %s split are training images of the teacher: scores on that split are too good"
-                log.warning(said, counted(seen, "image"), split)
+                said = "%d of %d %s images are copies of training images of the teacher: their scores are too good"
+                log.warning(said, seen, len(part), split)
 
 
 @dataclass(frozen=True)
@@ -84,8 +86,11 @@ class Distillation:
     @property
     def fingerprint(self) -> Mapping[str, str]:
         """What cannot change when a run is resumed, by the key that gives it."""
-        images = {"model.unlabelled": self.unlabelled.sha256} if self.unlabelled else {}
-        return {"model.teacher": self.teacher.sha256, **images}
+        teacher = {"model.teacher": self.teacher.sha256}
+        if not self.unlabelled:
+            return teacher
+        # How many images of a batch are unlabelled depends on the number of processes.
+        return {**teacher, "model.unlabelled": self.unlabelled.sha256, "trainer.devices": str(world_size())}
 
     @property
     def provenance(self) -> dict[str, Any]:

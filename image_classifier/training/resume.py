@@ -216,7 +216,7 @@ def run_fingerprint(
     Args:
         manifest: The images.
         flat: The settings by dotted key.
-        hashes: The sha256 of what settings name, by their key.
+        hashes: What else cannot change, such as the sha256 of what a setting names, by the setting's key.
     """
     fixed = {key: value for key, value in flat.items() if key.startswith(_FIXED) and not key.startswith(_FREE)}
     return {
@@ -245,7 +245,7 @@ def _check_same(path: Path, fingerprint: Mapping[str, Any], flat: Mapping[str, A
             )
     for key, sha256 in fingerprint["hashes"].items():
         if before.get("hashes", {}).get(key) != sha256:
-            raise ConfigError(f"{key} is no longer what it was when the run began", f"restore its files, or {hint}")
+            raise ConfigError(f"{key} is not what it was when the run began", f"restore it, or {hint}")
     return _is_longer(before["length"], flat, read_part(path, "epoch"), hint)
 
 

@@ -167,7 +167,7 @@ def test_a_run_resumes_to_the_bit_and_only_with_its_own_teacher(
     # The same run in two parts.
     stopped = command("train", *SHORT, *distil, "name=cut", "trainer.max_epochs=1")
     assert stopped.code == 0, stopped.err
-    refusal = "model.teacher is no longer what it was when the run began"
+    refusal = "model.teacher is not what it was when the run began"
     write_teacher(tmp_path / "models/big", ("dog", "cat"), size=20, seed=1)
     answer = command("train", "name=cut", "resume=last", "trainer.max_epochs=2")
     assert answer.code == 2 and refusal in answer.err
@@ -328,7 +328,7 @@ def test_a_teacher_that_saw_the_images_of_val_is_named(tmp_path: Path, caplog: p
     bundle = find_teacher(ModelConfig(teacher=str(path)))
     assert bundle
     bundle.check(manifest)
-    assert "2 images of the val split are training images of the teacher" in caplog.text
+    assert "2 of 4 val images are copies of training images of the teacher" in caplog.text
     assert Distillation(bundle).fingerprint == {"model.teacher": bundle.sha256} and Distillation(bundle).paths == ()
 
 
