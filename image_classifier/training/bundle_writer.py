@@ -162,6 +162,8 @@ def model_card(info: BundleInfo, manifest: Manifest) -> str:
     counts = {split: len(manifest.indices(split)) for split in SPLITS}
     facts, size = info.provenance, info.preprocess["size"]
     corrected = f" Corrected by fix.csv: {issue_counts_text(manifest.corrected)}." if manifest.corrected else ""
+    teacher = facts.get("teacher")
+    distilled = f" Distilled from {_escaped(teacher['name'])} (sha256 `{teacher['sha256']}`)." if teacher else ""
     sections = [
         f"# {_escaped(info.name)}",
         f"An image classifier for {len(info.classes)} classes: {', '.join(map(_escaped, info.classes))}.",
@@ -182,7 +184,7 @@ def model_card(info: BundleInfo, manifest: Manifest) -> str:
         "\n".join(f"- {name}: {limit}." for name, limit in limits_in_words(info.decision).items()),
         "## Origin",
         f"Trained {facts['created']} by image_classifier {facts['version']} at commit `{facts['git']}`, "
-        f"seed {facts['seed']}, torch {facts['packages']['torch']}, Python {facts['python']}.",
+        f"seed {facts['seed']}, torch {facts['packages']['torch']}, Python {facts['python']}.{distilled}",
     ]
     return "\n\n".join(sections) + "\n"
 
