@@ -142,7 +142,8 @@ class Teacher:
         classifier = self.classifier.to(pixels.device)
         if pixels.shape[2:] != (self.image_size, self.image_size):
             pixels = functional.interpolate(pixels.float(), self.image_size, mode="bilinear", antialias=True)
-        return classifier.classify(classifier.embed(pixels))[:, self.order.to(pixels.device)]
+        self.order = self.order.to(pixels.device)
+        return classifier.classify(classifier.embed(pixels))[:, self.order]
 
 
 def find_teacher(model: ModelConfig) -> TeacherBundle | None:

@@ -135,6 +135,11 @@ def test_what_cannot_be_is_one_line(
     assert "loss=supcon" in line or not (tmp_path / "data/cache").exists() or not list(tmp_path.rglob("pixels.u8"))
 
 
+def test_no_teacher_judges_images_that_it_was_trained_on(command: Command) -> None:
+    answer = command("suspects", *SHORT, "model.teacher=big")
+    assert answer.code == 2 and "suspects takes no model.teacher" in answer.err
+
+
 def test_a_damaged_teacher_is_refused(tmp_path: Path) -> None:
     path = write_teacher(tmp_path / "big", ("a", "b"))
     (path / "model.ckpt").write_bytes(b"0" * 100)
