@@ -77,7 +77,7 @@ def train(work: Path, name: str, size: int, epochs: int, overrides: list[str]) -
 
 
 def report_latency(work: Path) -> None:
-    """Print the median latency of teacher and student, measured in turn, and its ratio with the middle 80 % of rounds."""
+    """Print the median latencies, measured in turn, and their ratio with the middle 80 % of the rounds."""
     predictors = [load_predictor(work / "models" / name, "onnx") for name in ("teacher", "student")]
     rounds = np.empty((_ROUNDS, 2))
     for row in rounds:
