@@ -173,7 +173,8 @@ def model_choice(verb: str, overrides: Sequence[str]) -> list[str]:
     values = {override.lstrip("+~").partition("=")[0]: override.partition("=")[2] for override in overrides}
     chosen = any(key in ("model", "experiment") or key.startswith(("model.backbone", "search")) for key in values)
     is_own = values.get("data") in ("folder", "table", *_HUBS.values()) and values.get("resume", "null") == "null"
-    return ["model=auto"] if verb in AUTO_VERBS and is_own and not chosen else []
+    named = not {"data.dir", "data.archive"}.isdisjoint(values)
+    return ["model=auto"] if verb in AUTO_VERBS and is_own and named and not chosen else []
 
 
 def with_recipe(recipe: Sequence[str], given_overrides: Sequence[str]) -> tuple[str, ...]:

@@ -96,7 +96,7 @@ def model_config(config: DictConfig) -> ModelConfig:
     """Return the section `model`, which the verbs `train`, `baseline` and `suspects` share."""
     plain = hydra_app.to_plain(config.model)
     known = _known(ModelConfig, plain)
-    texts = {key: str(plain[key]) for key in ("weights", "name") if plain.get(key)}
+    texts = {key: str(plain[key]) for key in ("weights", "name", "teacher") if plain.get(key)}
     bundle = str(plain["from"]) if plain.get("from") else None
     trusted = tuple(config.get("trusted_packages") or ())
     return ModelConfig(**known | texts, bundle=bundle, models_dir=str(config.models_dir), trusted_packages=trusted)

@@ -84,6 +84,7 @@ def write_bundle(trained: TrainedRun, results: Results) -> dict[str, Any]:
 
 
 def _provenance(trained: TrainedRun) -> dict[str, Any]:
+    distillation = trained.inputs.distillation
     facts = provenance(
         trained.config.run.seed,
         manifest_sha256=trained.manifest.sha256,
@@ -95,6 +96,7 @@ def _provenance(trained: TrainedRun) -> dict[str, Any]:
         learning_curve=trained.probe.curve.as_dict(trained.manifest.classes) if trained.probe else {},
         config=trained.config.to_dict(),
         initial_weights=trained.blueprint["initial_weights"],
+        **({"teacher": distillation.provenance} if distillation else {}),
     )
     return dict(without_passwords(facts))
 
@@ -167,6 +169,8 @@ def model_card(info: BundleInfo, manifest: Manifest) -> str:
     counts = {split: len(manifest.indices(split)) for split in SPLITS}
     facts, size = info.provenance, info.preprocess["size"]
     corrected = f" Corrected by fix.csv: {issue_counts_text(manifest.corrected)}." if manifest.corrected else ""
+    teacher = facts.get("teacher")
+    distilled = f" Distilled from {_escaped(teacher['name'])} (sha256 `{teacher['sha256']}`)." if teacher else ""
     sections = [
         f"# {_escaped(info.name)}",
         f"An image classifier for {len(info.classes)} classes: {', '.join(map(_escaped, info.classes))}.",
@@ -189,7 +193,7 @@ def model_card(info: BundleInfo, manifest: Manifest) -> str:
         "\n".join(f"- {name}: {limit}." for name, limit in limits_in_words(info.decision).items()),
         "## Origin",
         f"Trained {facts['created']} by image_classifier {facts['version']} at commit `{facts['git']}`, "
-        f"seed {facts['seed']}, torch {facts['packages']['torch']}, Python {facts['python']}.",
+        f"seed {facts['seed']}, torch {facts['packages']['torch']}, Python {facts['python']}.{distilled}",
     ]
     return "\n\n".join(sections) + "\n"
 

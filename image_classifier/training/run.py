@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import pytorch_lightning as pl
 
@@ -15,6 +16,7 @@ from image_classifier.atomic_io import write_text
 from image_classifier.dataset.audit.issues import issue_counts_text
 from image_classifier.dataset.pixel_cache import open_cache
 from image_classifier.dataset.run import prepare_dataset
+from image_classifier.dataset.unlabelled import find_unlabelled, joined
 from image_classifier.errors import ConfigError, DataError
 from image_classifier.manifest import SPLITS, Manifest
 from image_classifier.training.autotune import autotune, check_choices
@@ -35,6 +37,7 @@ from image_classifier.training.callbacks.preemption import SignalHandler, StopOn
 from image_classifier.training.callbacks.throughput import Throughput
 from image_classifier.training.config import AUTO, TrainConfig
 from image_classifier.training.diagnostics import run_diagnostics
+from image_classifier.training.distillation import Distillation, find_teacher
 from image_classifier.training.distributed import (
     broadcast,
     check_rank_shares,
@@ -144,12 +147,16 @@ def _train_on_this_rank(
         # Missing or damaged weights are reported before any image is read.
         found = None if resume else from_rank_zero(lambda: find_pretrained(config))
         config = _with_weights(config)
+        teacher = first_on_each_node(lambda: find_teacher(config.model))
         manifest = from_rank_zero(lambda: prepare_dataset(config.data, config.audit, config.run.trusted_packages)[0])
         if found is not None:
             config = _with_weights(config.recompose(from_rank_zero(lambda: _planned(config, found, manifest))))
         config = config.with_preprocessing(own_preprocessing(config.model))
+        if teacher:
+            teacher.check(manifest)
+        distillation = Distillation(teacher, _unlabelled(config, manifest)) if teacher else None
     _check_splits(config, manifest)
-    resume = from_rank_zero(lambda: _validated(resume, config, manifest))
+    resume = from_rank_zero(lambda: _validated(resume, config, manifest, distillation))
     default_name = f"{config.data.name or manifest.root.resolve().name}-{config.model.name}"
     notes = run_notes(resume, overrides, config.flat())
     directory = resume.directory if resume else None
@@ -158,7 +165,7 @@ def _train_on_this_rank(
         run = broadcast(claimed)
         config = config.with_values({"name": run.name, "run_dir": str(run.directory)})
         _save_config(config, run)
-        return _train_in(run, config, manifest, resume, signals)
+        return _train_in(run, config, manifest, distillation, resume, signals)
 
 
 def _with_weights(config: TrainConfig) -> TrainConfig:
@@ -187,9 +194,19 @@ def _check_splits(config: TrainConfig, manifest: Manifest) -> None:
         check_rank_shares(config.data.batch_size, num_train, num_val)
 
 
-def _validated(resume: ResumePoint | None, config: TrainConfig, manifest: Manifest) -> ResumePoint | None:
-    flat = config.flat()
-    return validate_resume(resume, run_fingerprint(manifest, flat), flat) if resume else None
+def _unlabelled(config: TrainConfig, manifest: Manifest) -> Manifest | None:
+    given = config.model.unlabelled
+    return from_rank_zero(lambda: find_unlabelled(given, config.data, manifest, sys.stderr.isatty())) if given else None
+
+
+def _validated(
+    resume: ResumePoint | None, config: TrainConfig, manifest: Manifest, distillation: Distillation | None
+) -> ResumePoint | None:
+    return validate_resume(resume, _fingerprint(config, manifest, distillation), config.flat()) if resume else None
+
+
+def _fingerprint(config: TrainConfig, manifest: Manifest, distillation: Distillation | None) -> dict[str, Any]:
+    return run_fingerprint(manifest, config.flat(), distillation.fingerprint if distillation else {})
 
 
 def _save_config(config: TrainConfig, run: RunDir) -> None:
@@ -198,14 +215,19 @@ def _save_config(config: TrainConfig, run: RunDir) -> None:
 
 
 def _train_in(
-    run: RunDir, config: TrainConfig, manifest: Manifest, resume: ResumePoint | None, signals: SignalHandler
+    run: RunDir,
+    config: TrainConfig,
+    manifest: Manifest,
+    distillation: Distillation | None,
+    resume: ResumePoint | None,
+    signals: SignalHandler,
 ) -> TrainResult | None:
     if is_rank_zero() and resume:
         prune_later_checkpoints(resume)
     pl.seed_everything(config.run.seed, workers=True, verbose=False)
 
     # What the training is made from: pixels, number format, and the values that are found by trying.
-    inputs = autotune(_inputs(config, manifest), run.plots)
+    inputs = autotune(_inputs(config, manifest, distillation), run.plots)
     config = inputs.config
     _save_config(config, run)  # with the values found, so that a resumed run need not find them again
 
@@ -223,7 +245,8 @@ def _train_in(
     seed_per_rank(config.run.seed)
     throughput = Throughput()
     history = CSVMetrics(run.directory / "metrics.csv", throughput)
-    state = ExactResume(run_fingerprint(manifest, config.flat()), resume is not None and resume.longer)
+    fingerprint = _fingerprint(config, manifest, distillation)
+    state = ExactResume(fingerprint, resume is not None and resume.longer)
     guard = NanGuard(config.trainer.on_nan, run.directory)
     trainer = build_trainer(config, inputs.hardware, throughput, history, state, StopOnSignal(signals), guard)
 
@@ -271,12 +294,14 @@ def _train_in(
         return _finish(trained, loggers)
 
 
-def _inputs(config: TrainConfig, manifest: Manifest) -> TrainingInputs:
+def _inputs(config: TrainConfig, manifest: Manifest, distillation: Distillation | None) -> TrainingInputs:
     data, hardware = config.data, choose_hardware(config.trainer.speed)
+    unlabelled = distillation.unlabelled if distillation else None
+    images = joined(manifest, unlabelled) if unlabelled else manifest
     cache = first_on_each_node(
-        lambda: open_cache(manifest, data.preprocess, data.cache, data.limits, progress=sys.stderr.isatty())
+        lambda: open_cache(images, data.preprocess, data.cache, data.limits, progress=sys.stderr.isatty())
     )
-    return TrainingInputs(config, manifest, cache, hardware)
+    return TrainingInputs(config, manifest, cache, hardware, distillation)
 
 
 @contextmanager

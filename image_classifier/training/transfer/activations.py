@@ -130,6 +130,8 @@ def _obstacle(inputs: TrainingInputs) -> str:
         return "several processes train"
     if config.views > 1 or (config.augment or {}).get("mix"):
         return "the loss compares or mixes views"
+    if inputs.distillation:
+        return "the teacher answers for pixels"
     if config.data.progressive_sizes:
         return "data.progressive_sizes changes the size of images"
     return ""
