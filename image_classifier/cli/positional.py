@@ -177,17 +177,6 @@ def model_choice(verb: str, overrides: Sequence[str]) -> list[str]:
     return ["model=auto"] if verb in AUTO_VERBS and is_own and named and not chosen else []
 
 
-def with_recipe(recipe: Sequence[str], given_overrides: Sequence[str]) -> tuple[str, ...]:
-    """Return the overrides of a recipe with those given on top: a choice of a group, or a key, that is given wins.
-
-    >>> with_recipe(["model=timm", "optimizer=adamw"], ["model=auto", "optimizer=sgd", "seed=1"])
-    ('model=timm', 'optimizer=sgd', 'seed=1')
-    """
-    kept = [override for override in given_overrides if override != "model=auto"]
-    keys = given(kept)
-    return (*(override for override in recipe if not given([override]) & keys), *kept)
-
-
 def _chooses_data(experiment: str, conf_dir: str | None) -> bool:
     folders = [CONF_DIR, own_conf(), Path(conf_dir) if conf_dir else None]
     files = [folder / "experiment" / f"{experiment}.yaml" for folder in folders if folder]

@@ -12,7 +12,7 @@ from hydra.core.global_hydra import GlobalHydra
 from omegaconf import DictConfig
 
 from image_classifier.cli import hydra_app
-from image_classifier.cli.positional import with_recipe
+from image_classifier.cli.recipes import with_recipe
 from image_classifier.dataset.audit.issues import AuditSettings
 from image_classifier.dataset.prepare import NO_WEIGHTS, DataSettings
 from image_classifier.evaluation.reliability.abstention import DEFAULTS, DecisionSettings

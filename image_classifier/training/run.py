@@ -144,14 +144,8 @@ def _train_on_this_rank(
     """Prepare the data and take a run folder, then train in it; return the result on rank 0."""
     from_rank_zero(lambda: check_name(config.run, resume.directory if resume else None))
     with buffered_log() as early:
-        # Missing or damaged weights are reported before any image is read.
-        found = None if resume else from_rank_zero(lambda: find_pretrained(config))
-        config = _with_weights(config)
         teacher = first_on_each_node(lambda: find_teacher(config.model))
-        manifest = from_rank_zero(lambda: prepare_dataset(config.data, config.audit, config.run.trusted_packages)[0])
-        if found is not None:
-            config = _with_weights(config.recompose(from_rank_zero(lambda: _planned(config, found, manifest))))
-        config = config.with_preprocessing(own_preprocessing(config.model))
+        config, manifest = settled(config, is_new=resume is None)
         if teacher:
             teacher.check(manifest)
         distillation = Distillation(teacher, _unlabelled(config, manifest)) if teacher else None
@@ -166,6 +160,25 @@ def _train_on_this_rank(
         config = config.with_values({"name": run.name, "run_dir": str(run.directory)})
         _save_config(config, run)
         return _train_in(run, config, manifest, distillation, resume, signals)
+
+
+def settled(config: TrainConfig, is_new: bool = True) -> tuple[TrainConfig, Manifest]:
+    """Return the configuration with a value in place of each choice that is left to the run, and the images.
+
+    Args:
+        config: The configuration.
+        is_new: Whether the run has not begun; one that is resumed keeps what it chose.
+
+    Raises:
+        CheckpointError: Weights are missing or damaged, which is found before any image is read.
+        DataError: Images that cannot be trained on.
+    """
+    found = from_rank_zero(lambda: find_pretrained(config)) if is_new else None
+    config = _with_weights(config)
+    manifest = from_rank_zero(lambda: prepare_dataset(config.data, config.audit, config.run.trusted_packages)[0])
+    if found is not None:
+        config = _with_weights(config.recompose(from_rank_zero(lambda: _planned(config, found, manifest))))
+    return config.with_preprocessing(own_preprocessing(config.model)), manifest
 
 
 def _with_weights(config: TrainConfig) -> TrainConfig:

@@ -20,6 +20,7 @@ _FROM_SCRATCH = "from_scratch"
 _SMALLEST, _TINY = 64, 48
 _MIN_PER_CLASS = 50  # with fewer tiny pictures a class even enlarged ones beat a network from scratch
 _SCRATCH_SIZES = (24, 64)  # sides at which the network for small images is trained
+_MAX_EPOCHS = 60
 _STEPS = {"quick": 120, "normal": 250, "thorough": 750}  # of a training from scratch, at least 8 epochs of it
 
 
@@ -128,7 +129,7 @@ def _from_scratch(facts: ImageFacts, effort: str, images: str, why: str) -> Plan
     size = min(high, max(low, 4 * round(facts.side / 4)))
     # Small sets need small batches: an epoch of at least ten steps.
     batch = min(500 if facts.num_train > 20_000 else 250, max(50, 10 * (facts.num_train // 100)))
-    epochs = max(8, round(_STEPS[effort] * batch / max(1, facts.num_train)))
+    epochs = min(_MAX_EPOCHS, max(8, round(_STEPS[effort] * batch / max(1, facts.num_train))))
     overrides = (
         f"experiment={_FROM_SCRATCH}",
         f"effort={effort}",
