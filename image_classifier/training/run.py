@@ -175,10 +175,17 @@ def settled(config: TrainConfig, is_new: bool = True) -> tuple[TrainConfig, Mani
     """
     found = from_rank_zero(lambda: find_pretrained(config)) if is_new else None
     config = _with_weights(config)
-    manifest = from_rank_zero(lambda: prepare_dataset(config.data, config.audit, config.run.trusted_packages)[0])
+    manifest = from_rank_zero(lambda: _prepared(config))
     if found is not None:
+        split = config.data.split
         config = _with_weights(config.recompose(from_rank_zero(lambda: _planned(config, found, manifest))))
+        if config.data.split != split:  # large sets need a smaller share of val
+            manifest = from_rank_zero(lambda: _prepared(config))
     return config.with_preprocessing(own_preprocessing(config.model)), manifest
+
+
+def _prepared(config: TrainConfig) -> Manifest:
+    return prepare_dataset(config.data, config.audit, config.run.trusted_packages)[0]
 
 
 def _with_weights(config: TrainConfig) -> TrainConfig:

@@ -79,7 +79,7 @@ def plan(facts: ImageFacts, found: Pretrained | str, effort: str | None, fetchin
     size = [f"data.image_size={_SMALLEST}"] if is_tiny else []
     at = f" at {_SMALLEST} px" if is_tiny else " at the size it was trained with"
     return Plan(
-        (f"experiment={RECIPES[effort]}", f"effort={effort}", *found.overrides, *size),
+        (f"experiment={RECIPES[effort]}", f"effort={effort}", *found.overrides, *size, _val_share(facts)),
         (
             images,
             f"network  {found.name}, pretrained ({found.origin}){at}",
@@ -116,6 +116,12 @@ def find_pretrained(config: TrainConfig) -> Pretrained | str | None:
     return network_of_hub(uses_gpu(config.trainer.accelerator))
 
 
+def _val_share(facts: ImageFacts) -> str:
+    """Return the override of the share of val: some hundred images are enough to choose and to calibrate by."""
+    share = 0.2 if facts.num_train < 1000 else 0.15 if facts.num_train < 3000 else 0.1
+    return f"data.split.val={share}"
+
+
 _WORDS = {
     "quick": "logistic regression on its frozen features",
     "normal": "logistic regression on its frozen features, then fine-tuning; the better one on val is delivered",
@@ -132,6 +138,7 @@ def _from_scratch(facts: ImageFacts, effort: str, images: str, why: str) -> Plan
     epochs = min(_MAX_EPOCHS, max(8, round(_STEPS[effort] * batch / max(1, facts.num_train))))
     overrides = (
         f"experiment={_FROM_SCRATCH}",
+        _val_share(facts),
         f"effort={effort}",
         f"data.image_size={size}",
         f"data.batch_size={batch}",
