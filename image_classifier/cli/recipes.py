@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import yaml
+from omegaconf import OmegaConf
 
 from image_classifier.cli.positional import given
 from image_classifier.errors import ConfigError
@@ -49,7 +49,7 @@ def _written_out(recipe: Sequence[str], conf: Path) -> Iterator[str]:
             yield override
             continue
         path = conf / "experiment" / f"{override.removeprefix(_EXPERIMENT)}.yaml"
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        content: dict[str, Any] = OmegaConf.to_container(OmegaConf.load(path))  # type: ignore[assignment]
         for item in content.pop("defaults", ()):
             if isinstance(item, Mapping):
                 ((group, choice),) = item.items()

@@ -14,6 +14,7 @@ from image_classifier.predictions import PredictionTable
 from image_classifier.training.callbacks.checkpoints import final_checkpoint
 from image_classifier.training.datamodule import ImageDataModule
 from image_classifier.training.distributed import from_rank_zero, gather_rows
+from image_classifier.training.forward import BATCH
 from image_classifier.training.module import ClassifierModule
 
 _PREFIX = "classifier."  # of the classifier's weights in a checkpoint
@@ -37,11 +38,12 @@ def predict_split(
     logits: list[torch.Tensor] = []
     scores: list[torch.Tensor] = []
     for batch, _ in datamodule.in_order(split):
-        pixels = np.ascontiguousarray(batch.numpy())
-        batch_logits, embeddings = backend.logits_and_embeddings(pixels)
-        unlike = detector.scores(embeddings, looks(pixels)) if detector else np.zeros(len(pixels), np.float32)
-        logits.append(torch.from_numpy(batch_logits))
-        scores.append(torch.from_numpy(unlike))
+        for part in batch.split(BATCH):
+            pixels = np.ascontiguousarray(part.numpy())
+            part_logits, embeddings = backend.logits_and_embeddings(pixels)
+            unlike = detector.scores(embeddings, looks(pixels)) if detector else np.zeros(len(pixels), np.float32)
+            logits.append(torch.from_numpy(part_logits))
+            scores.append(torch.from_numpy(unlike))
     all_logits, all_scores = gather_rows(logits).numpy(), gather_rows(scores).numpy()
     rows = manifest.indices(split)
     paths = tuple(manifest.paths[row] for row in rows)

@@ -21,6 +21,8 @@ from image_classifier.modeling.embeddings import Gather, finite, prefetched
 
 log = logging.getLogger(__name__)
 
+BATCH = 16  # images of a forward pass: as fast as larger ones on a processor, in a fraction of the memory
+
 
 def fast_backend(classifier: Classifier, image_size: int) -> EmbeddingBackend:
     """Return what computes logits and embeddings of pixels uint8 [N, 3, S, S] in float32.
@@ -72,6 +74,7 @@ def forward(
         TrainingError: An embedding is not finite.
     """
     for squares in prefetched(rows, gather):
-        pixels = np.ascontiguousarray(squares.transpose(0, 3, 1, 2))
-        logits, embeddings = backend.logits_and_embeddings(pixels)
-        yield pixels, logits, finite(embeddings)
+        for first in range(0, len(squares), BATCH):
+            pixels = np.ascontiguousarray(squares[first : first + BATCH].transpose(0, 3, 1, 2))
+            logits, embeddings = backend.logits_and_embeddings(pixels)
+            yield pixels, logits, finite(embeddings)

@@ -32,7 +32,7 @@ from image_classifier.training.transfer.split_network import Cut, cuts, is_exact
 log = logging.getLogger(__name__)
 
 _FILE, _NOTE = "activations.bf16", "activations.json"
-_BATCH = 32
+_BATCH = 16
 _TIMED = 1  # calls of each measurement, after one that is not counted
 _TIMED_IMAGES = 8
 _SPARE = 2.0  # the disk must have so many times the file's size free
