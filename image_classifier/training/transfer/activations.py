@@ -211,10 +211,11 @@ def _filled(
         values = np.memmap(path, dtype=np.uint16, mode="w+", shape=shape)
         start = time.perf_counter()
         compute = fast_function(_Lower(classifier, lower), inputs.config.data.image_size)
+        batches = -(-len(rows) // _BATCH)  # of a view: no two batches have the same number, so none the same augmentation
         for view in range(views):
             for first in range(0, len(rows), _BATCH):
                 chosen = rows[first : first + _BATCH]
-                number = (view * len(rows) + first) // _BATCH
+                number = view * batches + first // _BATCH
                 pixels, _ = datamodule.augmented(datamodule.batches[chosen], number, view, chosen)
                 activations = torch.from_numpy(compute(np.ascontiguousarray(pixels.numpy()))).bfloat16()
                 values[view, first : first + len(chosen)] = activations.flatten(1).view(torch.int16).numpy().view(np.uint16)
