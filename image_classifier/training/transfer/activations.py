@@ -211,7 +211,7 @@ def _filled(
         values = np.memmap(path, dtype=np.uint16, mode="w+", shape=shape)
         start = time.perf_counter()
         compute = fast_function(_Lower(classifier, lower), inputs.config.data.image_size)
-        batches = -(-len(rows) // _BATCH)  # of a view: no two batches have the same number, so none the same augmentation
+        batches = -(-len(rows) // _BATCH)  # of a view; each batch has a number, and so an augmentation, of its own
         for view in range(views):
             for first in range(0, len(rows), _BATCH):
                 chosen = rows[first : first + _BATCH]
