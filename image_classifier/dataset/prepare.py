@@ -116,7 +116,8 @@ class DataSettings:
         size, interpolation, fraction = (
             value if (given := getattr(self, name)) == AUTO else given for name, value in NO_WEIGHTS.items()
         )
-        return Preprocess(size, self.resize, interpolation, fraction, self.background, self.scaled_decoding)
+        resize = "crop" if self.resize == AUTO else self.resize
+        return Preprocess(size, resize, interpolation, fraction, self.background, self.scaled_decoding)
 
     def unique_name(self, root: Path, paths: Sequence[Path], *more: Any) -> str:
         """Return the data set's name and 8 hex digits of its folders, its tables and of `more`."""

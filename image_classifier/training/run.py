@@ -65,6 +65,7 @@ from image_classifier.training.transfer.activations import keep_activations, rem
 from image_classifier.training.transfer.candidates import PROBE, start_from_probe
 from image_classifier.training.transfer.plan import ImageFacts, find_pretrained, plan
 from image_classifier.training.transfer.pretrained import Pretrained, fetching_command
+from image_classifier.training.transfer.resize import best_resize
 
 log = logging.getLogger(__name__)
 
@@ -148,6 +149,8 @@ def _train_on_this_rank(
         if found is not None:
             config = _with_weights(config.recompose(from_rank_zero(lambda: _planned(config, found, manifest))))
         config = config.with_preprocessing(own_preprocessing(config.model))
+        if config.data.resize == AUTO:
+            config = config.with_values({"data.resize": from_rank_zero(lambda: best_resize(config, manifest))})
     _check_splits(config, manifest)
     resume = from_rank_zero(lambda: _validated(resume, config, manifest))
     default_name = f"{config.data.name or manifest.root.resolve().name}-{config.model.name}"
