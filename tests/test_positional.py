@@ -36,28 +36,29 @@ def overrides(verb: str, *words: str) -> list[str]:
 
 @pytest.mark.parametrize("verb", sorted(DATA_VERBS))
 def test_a_folder_is_the_images(verb: str) -> None:
-    assert overrides(verb, "photos/") == ["data=folder", "data.dir='photos/'"]
+    auto = ["model=auto"] if verb == "train" else []
+    assert overrides(verb, "photos/") == [*auto, "data=folder", "data.dir='photos/'"]
 
 
 @pytest.mark.parametrize(
     ("words", "line"),
     [
-        (["photos", "seed=1"], ["data=folder", "data.dir='photos'", "seed=1"]),
-        (["--seed", "1", "photos"], ["data=folder", "data.dir='photos'", "seed=1"]),
-        (["a.zip"], ["data=folder", "data.archive='a.zip'"]),
-        (["a.zip", "b.tar.gz"], ["data=folder", "data.archive=['a.zip','b.tar.gz']"]),
-        (["photos", "a.zip"], ["data=folder", "data.dir=['photos','a.zip']"]),
-        (["labels.csv"], ["data=folder", "data.dir='labels.csv'"]),
-        (["https://host/a.zip"], ["data=folder", "data.archive='https://host/a.zip'"]),
-        (["hf:owner/name"], ["data=hf", "data.dir='hf:owner/name'"]),
+        (["photos", "seed=1"], ["model=auto", "data=folder", "data.dir='photos'", "seed=1"]),
+        (["--seed", "1", "photos"], ["model=auto", "data=folder", "data.dir='photos'", "seed=1"]),
+        (["a.zip"], ["model=auto", "data=folder", "data.archive='a.zip'"]),
+        (["a.zip", "b.tar.gz"], ["model=auto", "data=folder", "data.archive=['a.zip','b.tar.gz']"]),
+        (["photos", "a.zip"], ["model=auto", "data=folder", "data.dir=['photos','a.zip']"]),
+        (["labels.csv"], ["model=auto", "data=folder", "data.dir='labels.csv'"]),
+        (["https://host/a.zip"], ["model=auto", "data=folder", "data.archive='https://host/a.zip'"]),
+        (["hf:owner/name"], ["model=auto", "data=hf", "data.dir='hf:owner/name'"]),
         (["photos", "data=flowers"], ["data.dir='photos'", "data=flowers"]),
         (["photos", "experiment=fast"], ["data.dir='photos'", "experiment=fast"]),
         (["photos", "experiment=flowers_rexnet"], ["data.dir='photos'", "experiment=flowers_rexnet"]),
         (["photos", "resume=last"], ["data.dir='photos'", "resume=last"]),
-        (["photos", "-m", "seed=1,2"], ["data=folder", "data.dir='photos'", "seed=1,2"]),
-        (["data.dir=photos"], ["data=folder", "data.dir=photos"]),
-        (["--data.dir", "photos"], ["data=folder", "data.dir='photos'"]),
-        (["data.archive=a.zip"], ["data=folder", "data.archive=a.zip"]),
+        (["photos", "-m", "seed=1,2"], ["model=auto", "data=folder", "data.dir='photos'", "seed=1,2"]),
+        (["data.dir=photos"], ["model=auto", "data=folder", "data.dir=photos"]),
+        (["--data.dir", "photos"], ["model=auto", "data=folder", "data.dir='photos'"]),
+        (["data.archive=a.zip"], ["model=auto", "data=folder", "data.archive=a.zip"]),
         (["data=digits", "data.dir=photos"], ["data=digits", "data.dir=photos"]),
         (["data.dir=photos", "--config-name", "mine"], ["data.dir=photos"]),
         (["data.dir=null"], ["data.dir=null"]),

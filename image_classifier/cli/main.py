@@ -84,6 +84,11 @@ def _unknown(verb: str) -> ConfigError:
 def _run(verb: str, arguments: list[str]) -> None:
     from image_classifier.cli.hydra_app import run_verb
 
+    if verb == "train" and {"--cfg", "-c"} & {word.partition("=")[0] for word in arguments}:
+        from image_classifier.cli.verbs.train import print_settled
+
+        if print_settled(arguments):
+            return
     run_verb(verb, arguments, _imported(verb))
 
 

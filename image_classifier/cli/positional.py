@@ -173,18 +173,8 @@ def model_choice(verb: str, overrides: Sequence[str]) -> list[str]:
     values = {override.lstrip("+~").partition("=")[0]: override.partition("=")[2] for override in overrides}
     chosen = any(key in ("model", "experiment") or key.startswith(("model.backbone", "search")) for key in values)
     is_own = values.get("data") in ("folder", "table", *_HUBS.values()) and values.get("resume", "null") == "null"
-    return ["model=auto"] if verb in AUTO_VERBS and is_own and not chosen else []
-
-
-def with_recipe(recipe: Sequence[str], given_overrides: Sequence[str]) -> tuple[str, ...]:
-    """Return the overrides of a recipe with those given on top: a choice of a group, or a key, that is given wins.
-
-    >>> with_recipe(["model=timm", "optimizer=adamw"], ["model=auto", "optimizer=sgd", "seed=1"])
-    ('model=timm', 'optimizer=sgd', 'seed=1')
-    """
-    kept = [override for override in given_overrides if override != "model=auto"]
-    keys = given(kept)
-    return (*(override for override in recipe if not given([override]) & keys), *kept)
+    named = not {"data.dir", "data.archive"}.isdisjoint(values)
+    return ["model=auto"] if verb in AUTO_VERBS and is_own and named and not chosen else []
 
 
 def _chooses_data(experiment: str, conf_dir: str | None) -> bool:

@@ -11,11 +11,10 @@ from omegaconf import DictConfig
 from image_classifier.cli import hydra_app
 from image_classifier.cli.conf_files import root_groups
 from image_classifier.cli.positional import data_choice, model_choice, word_overrides
+from image_classifier.cli.recipes import flat_values, override_value
 from image_classifier.cli.verbs.prepare import typed_settings
 from image_classifier.dataset.audit.issues import AuditSettings
 from image_classifier.dataset.prepare import DataSettings
-from image_classifier.errors import ConfigError
-from image_classifier.override_grammar import quoted
 from image_classifier.paths import CONF_DIR
 
 T = TypeVar("T")
@@ -68,31 +67,6 @@ def _line(verb: str, data: str | os.PathLike[str] | None, settings: Mapping[str,
 
 def _overrides(verb: str, settings: Mapping[str, Any]) -> Iterator[str]:
     groups = {*root_groups(CONF_DIR, verb), "experiment"}
-    for key, value in _flat(settings):
+    for key, value in flat_values(settings):
         is_choice = key in groups and isinstance(value, str)
-        yield f"{key}={value if is_choice else _value(key, value)}"
-
-
-def _flat(settings: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for key, value in settings.items():
-        if isinstance(value, Mapping):
-            yield from _flat(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", value
-
-
-def _value(key: str, value: Any) -> str:
-    """Return a value in Hydra's grammar."""
-    if value is None:
-        return "null"
-    if isinstance(value, bool):
-        return str(value).lower()
-    if isinstance(value, int | float):
-        return repr(value)
-    if isinstance(value, str | os.PathLike):
-        return quoted(os.fspath(value))
-    if isinstance(value, list | tuple):
-        return f"[{','.join(_value(key, item) for item in value)}]"
-    raise ConfigError(
-        f"{key} cannot hold a {type(value).__name__}", "use text, numbers, true or false, None, or lists of these"
-    )
+        yield f"{key}={value if is_choice else override_value(key, value)}"

@@ -12,7 +12,7 @@ from hydra.core.global_hydra import GlobalHydra
 from omegaconf import DictConfig
 
 from image_classifier.cli import hydra_app
-from image_classifier.cli.positional import with_recipe
+from image_classifier.cli.recipes import with_recipe
 from image_classifier.dataset.audit.issues import AuditSettings
 from image_classifier.dataset.prepare import NO_WEIGHTS, DataSettings
 from image_classifier.evaluation.reliability.abstention import DEFAULTS, DecisionSettings
@@ -96,7 +96,7 @@ def model_config(config: DictConfig) -> ModelConfig:
     """Return the section `model`, which the verbs `train`, `baseline` and `suspects` share."""
     plain = hydra_app.to_plain(config.model)
     known = _known(ModelConfig, plain)
-    texts = {key: str(plain[key]) for key in ("weights", "name") if plain.get(key)}
+    texts = {key: str(plain[key]) for key in ("weights", "name", "teacher") if plain.get(key)}
     bundle = str(plain["from"]) if plain.get("from") else None
     trusted = tuple(config.get("trusted_packages") or ())
     return ModelConfig(**known | texts, bundle=bundle, models_dir=str(config.models_dir), trusted_packages=trusted)

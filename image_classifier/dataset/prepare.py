@@ -95,10 +95,9 @@ class DataSettings:
             raise ConfigError(f"data.batch_size must be an int, or auto, got {self.batch_size!r}")
         if isinstance(self.batch_size, int) and self.batch_size < 1:
             raise ConfigError(f"data.batch_size must be at least 1, not {self.batch_size}")
-        for name, kind in (("image_size", int), ("crop_fraction", int | float)):
-            value = getattr(self, name)
-            if value != AUTO and (isinstance(value, bool) or not isinstance(value, kind)):
-                raise ConfigError(f"data.{name} must be {'an int' if kind is int else 'a number'}, got {value!r}")
+        for name, kind, words in (("image_size", int, "an int"), ("crop_fraction", int | float, "a number")):
+            if (value := getattr(self, name)) != AUTO and (isinstance(value, bool) or not isinstance(value, kind)):
+                raise ConfigError(f"data.{name} must be {words}, got {value!r}")
         if isinstance(self.progressive_sizes, list) and self.image_size != AUTO:
             _check_sizes(self.progressive_sizes, self.image_size)
         if isinstance(self.balance, str) and self.balance not in BALANCES:
@@ -113,9 +112,8 @@ class DataSettings:
     @property
     def preprocess(self) -> Preprocess:
         """The evaluation preprocessing of these settings, without pretrained weights; ConfigError for invalid ones."""
-        size, interpolation, fraction = (
-            value if (given := getattr(self, name)) == AUTO else given for name, value in NO_WEIGHTS.items()
-        )
+        given = {name: getattr(self, name) for name in NO_WEIGHTS}
+        size, interpolation, fraction = (NO_WEIGHTS[name] if value == AUTO else value for name, value in given.items())
         resize = "crop" if self.resize == AUTO else self.resize
         return Preprocess(size, resize, interpolation, fraction, self.background, self.scaled_decoding)
 

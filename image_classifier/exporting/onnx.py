@@ -44,9 +44,7 @@ def export_onnx(classifier: Classifier, image_size: int, metadata: Mapping[str, 
         if not _traced(classifier, image_size, path):
             _torch_export(classifier, image_size, path)
     model = onnx.load(str(path))
-    onnx.helper.set_model_props(
-        model, {key: json.dumps(value, ensure_ascii=False) for key, value in metadata.items()}
-    )
+    onnx.helper.set_model_props(model, {key: json.dumps(value, ensure_ascii=False) for key, value in metadata.items()})
     onnx.save(model, str(path))
 
 

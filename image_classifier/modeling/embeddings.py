@@ -82,9 +82,10 @@ class EmbeddingStore:
                 yield chosen, self._read(path, "embeddings")[stored]
 
     def of(self, digests: np.ndarray) -> np.ndarray:
-        """Return the embeddings float32 [N, D] of stored images."""
-        found = dict(((row, values) for rows, part in self.parts(digests) for row, values in zip(rows.tolist(), part, strict=True)))
-        return np.stack([found[row] for row in range(len(digests))])
+        """Return the embeddings float32 [N, D] of stored images, sha256 uint8 [N, 32]."""
+        parts = list(self.parts(digests))
+        rows, embeddings = (np.concatenate(column) for column in zip(*parts, strict=True))
+        return np.asarray(embeddings[np.argsort(rows)])
 
     def _files(self) -> list[Path]:
         return sorted(self.directory.glob("*.npz"))

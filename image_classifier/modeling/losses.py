@@ -195,6 +195,20 @@ def supervised_contrastive(projections: torch.Tensor, targets: torch.Tensor, tem
         return losses.sum() / (count > 0).sum().clamp_min(1)
 
 
+def distillation_loss(logits: torch.Tensor, teacher_logits: torch.Tensor, temperature: float) -> torch.Tensor:
+    """Return T^2 KL(teacher || student) of the probabilities softened by T, the mean over images; logits are [N, C].
+
+    Source: Hinton et al. (2015), section 2. The factor T^2 keeps the gradients as large as those of the labels.
+
+    >>> float(distillation_loss(torch.zeros(1, 2), torch.zeros(1, 2), temperature=2.0))
+    0.0
+    """
+    log_p, log_q = (
+        functional.log_softmax(_at_least_float32(values) / temperature, dim=1) for values in (logits, teacher_logits)
+    )
+    return temperature**2 * functional.kl_div(log_p, log_q, reduction="batchmean", log_target=True)
+
+
 def _of_all_ranks(projections: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Return projections and targets of the global batch.
 

@@ -35,6 +35,7 @@ from image_classifier.training.callbacks.torch_compile import TorchCompile
 from image_classifier.training.checkpoint_io import SafeCheckpointIO
 from image_classifier.training.config import AUTO, ModelConfig, Node, TrainConfig, TrainerConfig
 from image_classifier.training.datamodule import ImageDataModule
+from image_classifier.training.distillation import Distillation, build_teacher
 from image_classifier.training.distributed import SyncCallback, cluster_environment, is_rank_zero, rank_info, world_size
 from image_classifier.training.hardware import Hardware
 from image_classifier.training.initial_weights import build_backbone, initial_weights, pretrained_settings
@@ -70,12 +71,16 @@ class NetworkInputs:
 
 @dataclass(frozen=True)
 class TrainingInputs:
-    """What a training is built from: its configuration, the images, and what this machine is good at."""
+    """What a training is built from: its configuration, the images, and what this machine is good at.
+
+    The cache holds the images of the manifest, then the unlabelled ones of `distillation`.
+    """
 
     config: TrainConfig
     manifest: Manifest
     cache: PixelCache
     hardware: Hardware
+    distillation: Distillation | None = None
 
     @property
     def network(self) -> NetworkInputs:
@@ -103,6 +108,7 @@ def build_datamodule(inputs: TrainingInputs) -> ImageDataModule:
         balanced=config.data.balance == "sampler",
         views=config.views,
         progressive_sizes=config.data.progressive_sizes,
+        unlabelled=inputs.distillation.paths if inputs.distillation else (),
     )
 
 
@@ -141,6 +147,7 @@ def build_module(inputs: TrainingInputs) -> ClassifierModule:
         layer_decay=config.optimizer.layer_decay,
         frozen=frozen,
         keep_norm_stats=config.finetune.keep_norm_stats,
+        teacher=build_teacher(inputs.distillation, config.model, criterion, manifest.classes, inputs.hardware),
     )
 
 

@@ -40,7 +40,7 @@ from image_classifier.training.run_dir import provenance
 
 log = logging.getLogger(__name__)
 
-_NUM_PARITY_IMAGES = 64
+_NUM_PARITY_IMAGES = 32
 _NUM_GOLDEN_IMAGES = 8
 
 
@@ -84,6 +84,7 @@ def write_bundle(trained: TrainedRun, results: Results) -> dict[str, Any]:
 
 
 def _provenance(trained: TrainedRun) -> dict[str, Any]:
+    distillation = trained.inputs.distillation
     facts = provenance(
         trained.config.run.seed,
         manifest_sha256=trained.manifest.sha256,
@@ -95,6 +96,7 @@ def _provenance(trained: TrainedRun) -> dict[str, Any]:
         learning_curve=trained.probe.curve.as_dict(trained.manifest.classes) if trained.probe else {},
         config=trained.config.to_dict(),
         initial_weights=trained.blueprint["initial_weights"],
+        **({"teacher": distillation.provenance} if distillation else {}),
     )
     return dict(without_passwords(facts))
 
@@ -167,6 +169,8 @@ def model_card(info: BundleInfo, manifest: Manifest) -> str:
     counts = {split: len(manifest.indices(split)) for split in SPLITS}
     facts, size = info.provenance, info.preprocess["size"]
     corrected = f" Corrected by fix.csv: {issue_counts_text(manifest.corrected)}." if manifest.corrected else ""
+    teacher = facts.get("teacher")
+    distilled = f" Distilled from {_escaped(teacher['name'])} (sha256 `{teacher['sha256']}`)." if teacher else ""
     sections = [
         f"# {_escaped(info.name)}",
         f"An image classifier for {len(info.classes)} classes: {', '.join(map(_escaped, info.classes))}.",
@@ -184,11 +188,12 @@ def model_card(info: BundleInfo, manifest: Manifest) -> str:
         "### Baselines",
         "What simple classifiers reach on the same splits:",
         "\n".join(_baseline_rows(facts.get("baselines", {}), info.metrics)),
+        *_tried_sections(facts),
         "## When it abstains",
         "\n".join(f"- {name}: {limit}." for name, limit in limits_in_words(info.decision).items()),
         "## Origin",
         f"Trained {facts['created']} by image_classifier {facts['version']} at commit `{facts['git']}`, "
-        f"seed {facts['seed']}, torch {facts['packages']['torch']}, Python {facts['python']}.",
+        f"seed {facts['seed']}, torch {facts['packages']['torch']}, Python {facts['python']}.{distilled}",
     ]
     return "\n\n".join(sections) + "\n"
 
@@ -203,6 +208,24 @@ def _initial_weights_section(facts: Mapping[str, Any]) -> Iterator[str]:
     rows = {"page": origin.page, "sha256 of the file": origin.sha256}
     if lines := [f"- {name}: `{value.replace('`', '')}`" for name, value in rows.items() if value]:
         yield "\n".join(lines)
+
+
+def _tried_sections(facts: Mapping[str, Any]) -> Iterator[str]:
+    """Yield a table of Markdown: the models that were compared on val, where there were several."""
+    if rows := facts.get("candidates"):
+        yield "### Candidates"
+        yield "Compared on val; p is that of McNemar's paired test against the delivered one."
+        yield "\n".join(
+            [
+                "| model | val accuracy | val log loss | p | delivered |\n|---|---|---|---|---|",
+                *(
+                    f"| {row['name']}: {row['about']} | {row['val_accuracy']:.4f} | {row['val_log_loss']:.4f} "
+                    f"| {'' if row['p_value'] is None else format(row['p_value'], '.2f')} "
+                    f"| {'yes' if row['delivered'] else ''} |"
+                    for row in rows
+                ),
+            ]
+        )
 
 
 def _escaped(text: str) -> str:

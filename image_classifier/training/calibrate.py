@@ -12,8 +12,9 @@ from image_classifier.dataset.pixel_cache import PixelCache
 from image_classifier.evaluation.reliability.abstention import Decision, DecisionSettings, Evidence
 from image_classifier.evaluation.reliability.calibration import fit_temperature
 from image_classifier.evaluation.reliability.ood import Detector, looks
-from image_classifier.manifest import Manifest
 from image_classifier.inference.predictor import EmbeddingBackend
+from image_classifier.manifest import Manifest
+from image_classifier.modeling.embeddings import EmbeddingStore, prefetched
 from image_classifier.predictions import PredictionTable
 from image_classifier.training.forward import forward
 
@@ -23,17 +24,25 @@ _MAX_IMAGES = 2000  # that the detector is fitted to: with more the measured AUR
 
 
 def fit_detector(
-    backend: EmbeddingBackend, manifest: Manifest, cache: PixelCache, settings: DecisionSettings
+    backend: EmbeddingBackend,
+    manifest: Manifest,
+    cache: PixelCache,
+    settings: DecisionSettings,
+    known: EmbeddingStore | None = None,
 ) -> Detector | None:
     """Return a detector fitted to the embeddings of training images, not augmented, evenly spaced within each class.
 
-    None where `decision.ood_rate` is 0.
+    None where `decision.ood_rate` is 0. `known` holds the embeddings where they were computed already.
     """
     if settings.ood_rate == 0:
         return None
     rows = _spread(manifest.indices("train"), manifest.targets, _MAX_IMAGES)
-    parts = [(embeddings, looks(pixels)) for pixels, _, embeddings in forward(backend, rows, cache.gather)]
-    embeddings, seen = (np.concatenate(column) for column in zip(*parts, strict=True))
+    if known:
+        blocks = (squares.transpose(0, 3, 1, 2) for squares in prefetched(rows, cache.gather))
+        embeddings, seen = known.of(manifest.digests[rows]), np.concatenate([looks(pixels) for pixels in blocks])
+    else:
+        parts = [(embeddings, looks(pixels)) for pixels, _, embeddings in forward(backend, rows, cache.gather)]
+        embeddings, seen = (np.concatenate(column) for column in zip(*parts, strict=True))
     log.info(
         "out of distribution: detector fitted to %d of %d training images", len(rows), len(manifest.indices("train"))
     )

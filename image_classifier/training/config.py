@@ -38,6 +38,10 @@ class ModelConfig:
         weights: A file of weights to start from.
         bundle: A bundle or checkpoint to start from (the key `model.from`).
         freeze: What is not trained: "backbone", or beginnings of parameter names.
+        teacher: A bundle to distil into the network.
+        teacher_weight: Share of the teacher's loss, above 0 to 1; the rest is the loss of the labels.
+        teacher_temperature: Softens the probabilities of teacher and student, above 0.
+        unlabelled: A folder or a table of images without labels, or a list of them, for the teacher's loss only.
         tta: Test-time augmentation.
         models_dir: Where the bundle is looked for.
         trusted_packages: The user's own packages that a `_target_` may name.
@@ -50,9 +54,21 @@ class ModelConfig:
     weights: str | None = None
     bundle: str | None = None
     freeze: Any = None
+    teacher: str | None = None
+    teacher_weight: float = 0.9
+    teacher_temperature: float = 2.0
+    unlabelled: Any = None
     tta: str = "none"
     models_dir: str = "models"
     trusted_packages: Sequence[str] = ()
+
+    def __post_init__(self) -> None:
+        for name, highest in (("teacher_weight", 1.0), ("teacher_temperature", 1000.0)):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value <= highest:
+                raise ConfigError(f"model.{name} must be above 0 and at most {highest:g}, got {value!r}")
+        if self.unlabelled and not self.teacher:
+            raise ConfigError("model.unlabelled needs a teacher, which says what is in them", "give model.teacher=NAME")
 
 
 def has_own_preprocessing(backbone: Node | None, weights: Any, bundle: Any) -> bool:
@@ -70,8 +86,8 @@ class FinetuneSettings:
             delivered where training does not beat it on val.
         interpolate: Shares of the way from the probe's weights to the trained ones at which a model is tried too.
         keep_norm_stats: Whether batch normalisation keeps the mean and variance of the pretrained weights.
-        views: How many augmented views of each image are kept as activations below the trained layers; null: none, every
-            view is computed anew.
+        views: How many augmented views of each image are kept as activations below the trained layers; null: none,
+            every view is computed anew.
         cut: The layer below which activations are kept; null: found by measuring.
         cost: How much work a cut may make, in epochs of training all layers.
         max_gb: Limit of the kept activations on the disk, GB.
@@ -209,7 +225,10 @@ class TrainConfig:
         return self.with_values({f"model.{name}": getattr(model, name) for name in names})
 
     def with_preprocessing(self, found: Mapping[str, Any]) -> TrainConfig:
-        """Return the configuration with what the pretrained weights want in place of each `auto` of the preprocessing."""
+        """Return the configuration with what the pretrained weights want in place of each `auto` of its preprocessing.
+
+        What is not known of them is as without weights.
+        """
         wanted = {**NO_WEIGHTS, **found}
         values = {f"data.{name}": value for name, value in wanted.items() if getattr(self.data, name) == AUTO}
         return self.with_values(values) if values else self

@@ -1,4 +1,7 @@
-"""The data module: whole batches of cached pixels, shuffled by seed and epoch, augmented on the training device."""
+"""The data module: whole batches of cached pixels, shuffled by seed and epoch, augmented on the training device.
+
+A batch may hold more pixels than targets: the last images are unlabelled.
+"""
 
 from __future__ import annotations
 
@@ -26,7 +29,10 @@ Augment = Callable[..., Batch]
 
 
 class PixelBatches:
-    """Batches by row numbers: pixels uint8 [B, 3, S, S] and targets int64 [B]; the cache keeps pixels channels last."""
+    """Batches by row numbers: pixels uint8 [B, 3, S, S] and targets int64; the cache keeps pixels channels last.
+
+    Rows beyond the targets are unlabelled, and come last in a batch.
+    """
 
     def __init__(self, cache: PixelCache, targets: np.ndarray, channels_last: bool) -> None:
         self.cache, self.targets = cache, targets
@@ -34,7 +40,9 @@ class PixelBatches:
 
     def __getitem__(self, rows: np.ndarray) -> Batch:
         pixels = torch.from_numpy(self.cache.gather(rows)).permute(0, 3, 1, 2)
-        return pixels.contiguous(memory_format=self.layout), torch.from_numpy(self.targets[rows])
+        return pixels.contiguous(memory_format=self.layout), torch.from_numpy(
+            self.targets[rows[rows < len(self.targets)]]
+        )
 
 
 class ShuffledBatches:
@@ -52,10 +60,14 @@ class ShuffledBatches:
         """Return this epoch's rows, int64 [N]."""
         return np.random.default_rng((self.seed, self.epoch)).permutation(self.rows)
 
-    def __iter__(self) -> Iterator[np.ndarray]:
+    def of_all_ranks(self) -> Iterator[np.ndarray]:
+        """Yield the rows of each global batch, int64 [B]."""
         order = self.order()
         for start in range(0, len(self) * self.batch_size, self.batch_size):
-            yield rank_share(order[start : start + self.batch_size])
+            yield order[start : start + self.batch_size]
+
+    def __iter__(self) -> Iterator[np.ndarray]:
+        yield from map(rank_share, self.of_all_ranks())
 
     def set_epoch(self, epoch: int) -> None:
         """Choose the epoch; Lightning calls this at the start of each."""
@@ -77,6 +89,49 @@ class BalancedBatches(ShuffledBatches):
         return balanced_rows(self.rows, self.targets, self.seed, self.epoch)
 
 
+class WithUnlabelled:
+    """The batches of labelled rows, each followed by as many unlabelled rows as their share of all rows.
+
+    An epoch is one pass over the labelled rows, and about one over the unlabelled ones. Each rank has as many rows of
+    each kind in a batch as the others, and at least one.
+    """
+
+    def __init__(self, labelled: Callable[[int], ShuffledBatches], count: int, rows: np.ndarray, size: int) -> None:
+        """Set up the batches.
+
+        Args:
+            labelled: Makes the batches of labelled rows of a given size.
+            count: Number of labelled rows.
+            rows: The unlabelled rows, int64 [U].
+            size: Rows of a batch, both kinds together.
+        """
+        ranks = world_size()
+        share = round(size * count / (count + len(rows)) / ranks)
+        self.labelled = labelled(ranks * max(1, min(share, size // ranks - 1)))
+        self.rows, self.num_unlabelled = rows, max(ranks, size - self.labelled.batch_size)
+
+    def __len__(self) -> int:
+        return len(self.labelled)
+
+    def of_all_ranks(self) -> Iterator[np.ndarray]:
+        """Yield the rows of each global batch, int64 [B]."""
+        order = np.random.default_rng((self.labelled.seed, self.labelled.epoch, 1)).permutation(self.rows)
+        order = np.resize(order, (len(self), self.num_unlabelled))  # from the start again where they are too few
+        yield from map(np.concatenate, zip(self.labelled.of_all_ranks(), order, strict=True))
+
+    def __iter__(self) -> Iterator[np.ndarray]:
+        for rows in self.of_all_ranks():
+            parts = np.split(rows, [self.labelled.batch_size])
+            yield np.concatenate([rank_share(part) for part in parts])
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the epoch; Lightning calls this at the start of each."""
+        self.labelled.set_epoch(epoch)
+
+
+TrainBatches = ShuffledBatches | WithUnlabelled
+
+
 class BatchLoader:
     """The batches of one split, in the order of `sampler`, which gives the rows of each batch.
 
@@ -87,7 +142,7 @@ class BatchLoader:
     batch_sampler = None  # Lightning looks for one where it finds a sampler
 
     def __init__(
-        self, batches: PixelBatches, sampler: ShuffledBatches | Sequence[np.ndarray], pinned: bool = False
+        self, batches: PixelBatches, sampler: TrainBatches | Sequence[np.ndarray], pinned: bool = False
     ) -> None:
         """With `pinned`, batches are made ahead in page-locked memory, from which a GPU copies while it computes."""
         self.batches = batches
@@ -136,28 +191,30 @@ class ImageDataModule(pl.LightningDataModule):
         balanced: bool,
         views: int = 1,
         progressive_sizes: Sequence[int] | None = None,
+        unlabelled: Sequence[str] = (),
     ) -> None:
+        """Set up the batches; the cache's rows after those of the manifest are the images at the paths `unlabelled`."""
         super().__init__()
         self.batches = PixelBatches(cache, manifest.targets, channels_last)
         self.batch_size = batch_size
         self.rows = {split: manifest.indices(split) for split in SPLITS}
         self.num_classes = len(manifest.classes)
         self.augment, self.seed, self.balanced, self.views = augment, seed, balanced, views
-        self.paths = manifest.paths
+        self.paths, self.unlabelled = manifest.paths, unlabelled
         self.progressive_sizes = progressive_sizes
-        # Another loader of training batches, which are augmented already (transfer/activations.py).
-        self.train_loader: Callable[[ShuffledBatches], BatchLoader] | None = None
+        # Puts another loader in the place of one of a fit, such as one of kept activations (transfer/activations.py).
+        self.replaced: Callable[[BatchLoader], BatchLoader] | None = None
         self._steps = 0  # of the run, once known
         self._generator = torch.Generator()
         self._epoch, self._batches = -1, list[np.ndarray]()
 
     def train_dataloader(self) -> BatchLoader:
-        if self.train_loader:
-            return self.train_loader(self._train_batches())
-        return BatchLoader(self.batches, self._train_batches(), self._on_cuda())
+        loader = BatchLoader(self.batches, self._train_batches(), self._on_cuda())
+        return self.replaced(loader) if self.replaced else loader
 
     def val_dataloader(self) -> BatchLoader:
-        return self.in_order("val")
+        loader = self.in_order("val")
+        return self.replaced(loader) if self.replaced else loader
 
     def in_order(self, split: str) -> BatchLoader:
         """Return this rank's share of one split (of a single process: all rows) in manifest order."""
@@ -178,22 +235,32 @@ class ImageDataModule(pl.LightningDataModule):
         With two views, rows i and i + N/2 are one image, augmented twice.
 
         Args:
-            batch: Pixels uint8 [N, 3, S, S] and targets int64 [N].
+            batch: Pixels uint8 [N, 3, S, S] and targets int64, one each, or fewer: then the last images are unlabelled,
+                and are mixed only with one another.
             step: Its number among all batches of the run.
             epoch: Decides, with `rows`, which images an alternating flip mirrors.
             rows: The images' rows, int64 [N].
         """
-        if self.views == 2:
-            batch = torch.cat([batch[0], batch[0]]), torch.cat([batch[1], batch[1]])
-        if self.augment is None:
-            return batch
         self._generator.manual_seed(self.seed * 1_000_003 + step + rank() * 2**40)
-        if rows is None or not self.alternates:
-            return self.augment(*batch, self.num_classes, self._generator)
-        mirrored = self.mirrored(rows, epoch)
-        return self.augment(
-            *batch, self.num_classes, self._generator, torch.cat([mirrored, ~mirrored]) if self.views == 2 else mirrored
-        )
+        mirrored = self.mirrored(rows, epoch) if rows is not None and self.alternates else None
+        pixels, targets = batch
+        count = len(targets)
+        if len(pixels) == count:
+            return self._augmented(pixels, targets, mirrored)
+        first, last = (None, None) if mirrored is None else (mirrored[:count], mirrored[count:])
+        labelled, targets = self._augmented(pixels[:count], targets, first)
+        unlabelled, _ = self._augmented(pixels[count:], targets.new_zeros(len(pixels) - count, dtype=torch.long), last)
+        return torch.cat([labelled, unlabelled]), targets
+
+    def _augmented(self, pixels: torch.Tensor, targets: torch.Tensor, mirrored: torch.Tensor | None) -> Batch:
+        """Return images of one kind, labelled or not, augmented, with their targets; `mirrored` is bool [N]."""
+        if self.views == 2:
+            pixels, targets = torch.cat([pixels, pixels]), torch.cat([targets, targets])
+            mirrored = None if mirrored is None else torch.cat([mirrored, ~mirrored])
+        if self.augment is None:
+            return pixels, targets
+        extra = () if mirrored is None else (mirrored,)
+        return self.augment(pixels, targets, self.num_classes, self._generator, *extra)
 
     @property
     def alternates(self) -> bool:
@@ -206,7 +273,7 @@ class ImageDataModule(pl.LightningDataModule):
 
     @cached_property
     def _mirrored_first(self) -> np.ndarray:
-        return np.random.default_rng((self.seed, 2)).random(len(self.batches.targets)) < 0.5
+        return np.random.default_rng((self.seed, 2)).random(len(self.batches.cache.rows)) < 0.5
 
     def batch_rows(self, epoch: int, batch_idx: int) -> np.ndarray:
         """Return the manifest rows of this rank's share of one training batch, int64 [N]."""
@@ -217,7 +284,7 @@ class ImageDataModule(pl.LightningDataModule):
         return self._batches[batch_idx]
 
     def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
-        if self.trainer is None or not self.trainer.training or self.train_loader:
+        if self.trainer is None or not self.trainer.training or self.replaced:
             return batch
         loop = self.trainer.fit_loop.epoch_loop
         rows = self.batch_rows(self.trainer.current_epoch, loop.batch_idx + 1) if self.alternates else None
@@ -238,14 +305,21 @@ class ImageDataModule(pl.LightningDataModule):
         """Return the paths of one training batch, over all ranks; `epoch` and `batch_idx` count from 0."""
         sampler = self._train_batches()
         sampler.set_epoch(epoch)
-        rows = sampler.order()[batch_idx * sampler.batch_size : (batch_idx + 1) * sampler.batch_size]
-        return [self.paths[row] for row in rows]
+        rows = next(islice(sampler.of_all_ranks(), batch_idx, None)).tolist()
+        count = len(self.paths)
+        return [self.paths[row] if row < count else self.unlabelled[row - count] for row in rows]
 
-    def _train_batches(self) -> ShuffledBatches:
+    def _train_batches(self) -> TrainBatches:
+        if not self.unlabelled:
+            return self._labelled_batches(self.batch_size)
+        rows = len(self.paths) + np.arange(len(self.unlabelled))
+        return WithUnlabelled(self._labelled_batches, len(self.rows["train"]), rows, self.batch_size)
+
+    def _labelled_batches(self, size: int) -> ShuffledBatches:
         rows = self.rows["train"]
         if self.balanced:
-            return BalancedBatches(rows, self.batch_size, self.seed, self.batches.targets[rows])
-        return ShuffledBatches(rows, self.batch_size, self.seed)
+            return BalancedBatches(rows, size, self.seed, self.batches.targets[rows])
+        return ShuffledBatches(rows, size, self.seed)
 
 
 def run_length(trainer: pl.Trainer | None, who: str) -> int:

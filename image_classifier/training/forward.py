@@ -21,6 +21,7 @@ from image_classifier.modeling.embeddings import Gather, finite, prefetched
 
 log = logging.getLogger(__name__)
 
+
 def fast_backend(classifier: Classifier, image_size: int) -> EmbeddingBackend:
     """Return what computes logits and embeddings of pixels uint8 [N, 3, S, S] in float32.
 

@@ -16,6 +16,7 @@ from image_classifier.evaluation.metrics.compute import compute_metrics
 from image_classifier.modeling.classifier import Classifier
 from image_classifier.predictions import PredictionTable
 from image_classifier.training.datamodule import Batch
+from image_classifier.training.distillation import Teacher
 from image_classifier.training.distributed import gather_rows
 from image_classifier.training.optimizers.freezing import freeze_batch_norm, freeze_norm_stats, set_frozen
 from image_classifier.training.optimizers.groups import parameter_groups
@@ -45,6 +46,7 @@ class ClassifierModule(pl.LightningModule):
         layer_decay: float = 1.0,
         frozen: frozenset[str] = frozenset(),
         keep_norm_stats: bool = False,
+        teacher: Teacher | None = None,
     ) -> None:
         """The training of `classifier`.
 
@@ -62,6 +64,7 @@ class ClassifierModule(pl.LightningModule):
             frozen: Names of the classifier's parameters that are not trained; modules in which all are frozen stay in
                 evaluation mode.
             keep_norm_stats: Whether batch normalisation keeps the mean and variance that it starts with.
+            teacher: The network that this one learns from, besides the labels.
         """
         super().__init__()
         self.classifier = classifier
@@ -73,6 +76,7 @@ class ClassifierModule(pl.LightningModule):
         self.layer_decay = layer_decay
         self.frozen = frozen
         self.keep_norm_stats = keep_norm_stats
+        self.teacher = teacher  # no module: it is neither trained nor part of a checkpoint
         self.save_hyperparameters({"blueprint": blueprint}, logger=False)
         self.train_accuracy = MulticlassAccuracy(len(classes), average="micro", validate_args=False)
         self.train_loss = MeanMetric(nan_strategy="disable")
@@ -105,26 +109,27 @@ class ClassifierModule(pl.LightningModule):
         logits, loss = self._logits_and_loss(pixels, targets)
         # Of mixed images the class with the larger share counts.
         labels = targets.argmax(dim=1) if targets.is_floating_point() else targets
-        self.train_accuracy.update(logits.detach(), labels)
+        self.train_accuracy.update(_labelled(logits.detach(), targets), labels)
         self.train_loss.update(loss.detach(), len(targets))
         return loss
 
     def _logits_and_loss(self, pixels: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        embeddings = self._embed(pixels)
         if not getattr(self.criterion, "takes_embeddings", False):
-            logits = self._logits(pixels)
-            return logits, self.criterion(logits, targets)
-        embeddings = self.classifier.embed(pixels)
-        logits = self.classifier.classify(embeddings.detach() if self.criterion.head_apart else embeddings)
-        return logits, self.criterion(logits, targets, embeddings)
+            logits = self.classifier.classify(embeddings)
+            loss = self.criterion(_labelled(logits, targets), targets)
+        else:
+            logits = self.classifier.classify(embeddings.detach() if self.criterion.head_apart else embeddings)
+            loss = self.criterion(_labelled(logits, targets), targets, _labelled(embeddings, targets))
+        return logits, self.teacher.joined(loss, logits, pixels) if self.teacher else loss
 
-    def _logits(self, values: torch.Tensor) -> torch.Tensor:
-        """Return the logits of pixels uint8, or of kept activations bfloat16 (transfer/activations.py)."""
+    def _embed(self, values: torch.Tensor) -> torch.Tensor:
+        """Return the embeddings of pixels uint8, or of kept activations bfloat16 (transfer/activations.py)."""
         if self._upper is None or values.dtype == torch.uint8:
-            logits: torch.Tensor = self.classifier(values)
-            return logits
+            return self.classifier.embed(values)
         if not torch.is_autocast_enabled(values.device.type):
             values = values.float()
-        return self.classifier.classify(torch.flatten(self._upper[0](values), 1))
+        return torch.flatten(self._upper[0](values), 1)
 
     def on_train_start(self) -> None:
         self._freeze_norms()  # a run that resumes within an epoch does not start one
@@ -165,7 +170,7 @@ class ClassifierModule(pl.LightningModule):
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         pixels, targets = batch
         # One view an image, also where the finished model averages several: this is cheaper, and epochs rank the same.
-        logits = self.classifier.classify(self.classifier.embed(pixels))
+        logits = self.classifier.classify(self._embed(pixels))
         self._seen.append((logits, targets))
 
     def on_validation_epoch_end(self) -> None:
@@ -198,3 +203,8 @@ class ClassifierModule(pl.LightningModule):
     def optimizer_step(self, epoch: int, batch_idx: int, optimizer: Any, optimizer_closure: Any = None) -> None:
         with scaled_rates(optimizer, warmup_factor(self.trainer.global_step, self._warmup_steps)):
             super().optimizer_step(epoch, batch_idx, optimizer, optimizer_closure)
+
+
+def _labelled(values: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """Return the rows of a batch that have targets: the first ones."""
+    return values if len(values) == len(targets) else values[: len(targets)]

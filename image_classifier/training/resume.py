@@ -208,13 +208,22 @@ def prune_later_checkpoints(resume: ResumePoint) -> None:
         go_back_to(resume.checkpoint, read_part(resume.checkpoint, "global_step"))
 
 
-def run_fingerprint(manifest: Manifest, flat: Mapping[str, Any]) -> dict[str, Any]:
-    """Return what a resumed run and its checkpoint must share; `flat` are the settings by dotted key."""
+def run_fingerprint(
+    manifest: Manifest, flat: Mapping[str, Any], hashes: Mapping[str, str] | None = None
+) -> dict[str, Any]:
+    """Return what a resumed run and its checkpoint must share.
+
+    Args:
+        manifest: The images.
+        flat: The settings by dotted key.
+        hashes: What else cannot change, such as the sha256 of what a setting names, by the setting's key.
+    """
     fixed = {key: value for key, value in flat.items() if key.startswith(_FIXED) and not key.startswith(_FREE)}
     return {
         "manifest_sha256": manifest.sha256,
         "classes": list(manifest.classes),
         "settings": {key: json.dumps(value) for key, value in fixed.items()},
+        "hashes": dict(hashes or {}),
         "length": training_length(flat),
     }
 
@@ -234,6 +243,9 @@ def _check_same(path: Path, fingerprint: Mapping[str, Any], flat: Mapping[str, A
             raise ConfigError(
                 f"{key}={new} in a run that began with {old}", f"it cannot change within a run: leave it out, or {hint}"
             )
+    for key, sha256 in fingerprint["hashes"].items():
+        if before.get("hashes", {}).get(key) != sha256:
+            raise ConfigError(f"{key} is not what it was when the run began", f"restore it, or {hint}")
     return _is_longer(before["length"], flat, read_part(path, "epoch"), hint)
 
 

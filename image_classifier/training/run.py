@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import pytorch_lightning as pl
 
@@ -15,6 +16,7 @@ from image_classifier.atomic_io import write_text
 from image_classifier.dataset.audit.issues import issue_counts_text
 from image_classifier.dataset.pixel_cache import open_cache
 from image_classifier.dataset.run import prepare_dataset
+from image_classifier.dataset.unlabelled import find_unlabelled, joined
 from image_classifier.errors import ConfigError, DataError
 from image_classifier.manifest import SPLITS, Manifest
 from image_classifier.training.autotune import autotune, check_choices
@@ -35,6 +37,7 @@ from image_classifier.training.callbacks.preemption import SignalHandler, StopOn
 from image_classifier.training.callbacks.throughput import Throughput
 from image_classifier.training.config import AUTO, TrainConfig
 from image_classifier.training.diagnostics import run_diagnostics
+from image_classifier.training.distillation import Distillation, find_teacher
 from image_classifier.training.distributed import (
     broadcast,
     check_rank_shares,
@@ -142,17 +145,13 @@ def _train_on_this_rank(
     """Prepare the data and take a run folder, then train in it; return the result on rank 0."""
     from_rank_zero(lambda: check_name(config.run, resume.directory if resume else None))
     with buffered_log() as early:
-        # Missing or damaged weights are reported before any image is read.
-        found = None if resume else from_rank_zero(lambda: find_pretrained(config))
-        config = _with_weights(config)
-        manifest = from_rank_zero(lambda: prepare_dataset(config.data, config.audit, config.run.trusted_packages)[0])
-        if found is not None:
-            config = _with_weights(config.recompose(from_rank_zero(lambda: _planned(config, found, manifest))))
-        config = config.with_preprocessing(own_preprocessing(config.model))
-        if config.data.resize == AUTO:
-            config = config.with_values({"data.resize": from_rank_zero(lambda: best_resize(config, manifest))})
+        teacher = first_on_each_node(lambda: find_teacher(config.model))
+        config, manifest = settled(config, is_new=resume is None)
+        if teacher:
+            teacher.check(manifest)
+        distillation = Distillation(teacher, _unlabelled(config, manifest)) if teacher else None
     _check_splits(config, manifest)
-    resume = from_rank_zero(lambda: _validated(resume, config, manifest))
+    resume = from_rank_zero(lambda: _validated(resume, config, manifest, distillation))
     default_name = f"{config.data.name or manifest.root.resolve().name}-{config.model.name}"
     notes = run_notes(resume, overrides, config.flat())
     directory = resume.directory if resume else None
@@ -161,16 +160,43 @@ def _train_on_this_rank(
         run = broadcast(claimed)
         config = config.with_values({"name": run.name, "run_dir": str(run.directory)})
         _save_config(config, run)
-        return _train_in(run, config, manifest, resume, signals)
+        return _train_in(run, config, manifest, distillation, resume, signals)
+
+
+def settled(config: TrainConfig, is_new: bool = True) -> tuple[TrainConfig, Manifest]:
+    """Return the configuration with a value in place of each choice that is left to the run, and the images.
+
+    Args:
+        config: The configuration.
+        is_new: Whether the run has not begun; one that is resumed keeps what it chose.
+
+    Raises:
+        CheckpointError: Weights are missing or damaged, which is found before any image is read.
+        DataError: Images that cannot be trained on.
+    """
+    found = from_rank_zero(lambda: find_pretrained(config)) if is_new else None
+    config = _with_weights(config)
+    manifest = from_rank_zero(lambda: _prepared(config))
+    if found is not None:
+        split = config.data.split
+        config = _with_weights(config.recompose(from_rank_zero(lambda: _planned(config, found, manifest))))
+        if config.data.split != split:  # large sets need a smaller share of val
+            manifest = from_rank_zero(lambda: _prepared(config))
+    config = config.with_preprocessing(own_preprocessing(config.model))
+    if config.data.resize == AUTO:
+        config = config.with_values({"data.resize": from_rank_zero(lambda: best_resize(config, manifest))})
+    return config, manifest
+
+
+def _prepared(config: TrainConfig) -> Manifest:
+    return prepare_dataset(config.data, config.audit, config.run.trusted_packages)[0]
 
 
 def _with_weights(config: TrainConfig) -> TrainConfig:
     """Return the configuration with the network of the bundle that the run starts from, once its weights are there."""
     if config.model.backbone == AUTO and not config.model.bundle:
         return config
-    return config.with_model(
-        first_on_each_node(lambda: resolve_initial_weights(config.model, config.data.image_size))
-    )
+    return config.with_model(first_on_each_node(lambda: resolve_initial_weights(config.model, config.data.image_size)))
 
 
 def _planned(config: TrainConfig, found: Pretrained | str, manifest: Manifest) -> tuple[str, ...]:
@@ -192,9 +218,19 @@ def _check_splits(config: TrainConfig, manifest: Manifest) -> None:
         check_rank_shares(config.data.batch_size, num_train, num_val)
 
 
-def _validated(resume: ResumePoint | None, config: TrainConfig, manifest: Manifest) -> ResumePoint | None:
-    flat = config.flat()
-    return validate_resume(resume, run_fingerprint(manifest, flat), flat) if resume else None
+def _unlabelled(config: TrainConfig, manifest: Manifest) -> Manifest | None:
+    given = config.model.unlabelled
+    return from_rank_zero(lambda: find_unlabelled(given, config.data, manifest, sys.stderr.isatty())) if given else None
+
+
+def _validated(
+    resume: ResumePoint | None, config: TrainConfig, manifest: Manifest, distillation: Distillation | None
+) -> ResumePoint | None:
+    return validate_resume(resume, _fingerprint(config, manifest, distillation), config.flat()) if resume else None
+
+
+def _fingerprint(config: TrainConfig, manifest: Manifest, distillation: Distillation | None) -> dict[str, Any]:
+    return run_fingerprint(manifest, config.flat(), distillation.fingerprint if distillation else {})
 
 
 def _save_config(config: TrainConfig, run: RunDir) -> None:
@@ -203,14 +239,19 @@ def _save_config(config: TrainConfig, run: RunDir) -> None:
 
 
 def _train_in(
-    run: RunDir, config: TrainConfig, manifest: Manifest, resume: ResumePoint | None, signals: SignalHandler
+    run: RunDir,
+    config: TrainConfig,
+    manifest: Manifest,
+    distillation: Distillation | None,
+    resume: ResumePoint | None,
+    signals: SignalHandler,
 ) -> TrainResult | None:
     if is_rank_zero() and resume:
         prune_later_checkpoints(resume)
     pl.seed_everything(config.run.seed, workers=True, verbose=False)
 
     # What the training is made from: pixels, number format, and the values that are found by trying.
-    inputs = autotune(_inputs(config, manifest), run.plots)
+    inputs = autotune(_inputs(config, manifest, distillation), run.plots)
     config = inputs.config
     _save_config(config, run)  # with the values found, so that a resumed run need not find them again
 
@@ -228,7 +269,8 @@ def _train_in(
     seed_per_rank(config.run.seed)
     throughput = Throughput()
     history = CSVMetrics(run.directory / "metrics.csv", throughput)
-    state = ExactResume(run_fingerprint(manifest, config.flat()), resume is not None and resume.longer)
+    fingerprint = _fingerprint(config, manifest, distillation)
+    state = ExactResume(fingerprint, resume is not None and resume.longer)
     guard = NanGuard(config.trainer.on_nan, run.directory)
     trainer = build_trainer(config, inputs.hardware, throughput, history, state, StopOnSignal(signals), guard)
 
@@ -239,13 +281,15 @@ def _train_in(
 
         # The finished model: the best weights, detector of unlike images, predictions.
         classifier = best_classifier(trainer, module)
+        choice = probe.choose(classifier, inputs, kept) if probe else None
         if kept:
             remove_activations(run.directory)
-        choice = probe.choose(classifier, inputs) if probe else None
-        if probe and choice and choice.chosen.name != PROBE:
+        is_probe = probe is not None and choice is not None and choice.chosen.name == PROBE
+        if probe and not is_probe:
             baselines = (*baselines, probe.fitted.as_baseline())
         backend = fast_backend(classifier, config.data.image_size)
-        detector = from_rank_zero(lambda: fit_detector(backend, manifest, inputs.cache, config.decision))
+        known = probe.fitted.store if probe and is_probe else None
+        detector = from_rank_zero(lambda: fit_detector(backend, manifest, inputs.cache, config.decision, known))
         splits = _evaluated_splits(config, manifest)
         tables = {split: predict_split(backend, detector, datamodule, manifest, split) for split in splits}
         if not is_rank_zero():
@@ -274,12 +318,14 @@ def _train_in(
         return _finish(trained, loggers)
 
 
-def _inputs(config: TrainConfig, manifest: Manifest) -> TrainingInputs:
+def _inputs(config: TrainConfig, manifest: Manifest, distillation: Distillation | None) -> TrainingInputs:
     data, hardware = config.data, choose_hardware(config.trainer.speed)
+    unlabelled = distillation.unlabelled if distillation else None
+    images = joined(manifest, unlabelled) if unlabelled else manifest
     cache = first_on_each_node(
-        lambda: open_cache(manifest, data.preprocess, data.cache, data.limits, progress=sys.stderr.isatty())
+        lambda: open_cache(images, data.preprocess, data.cache, data.limits, progress=sys.stderr.isatty())
     )
-    return TrainingInputs(config, manifest, cache, hardware)
+    return TrainingInputs(config, manifest, cache, hardware, distillation)
 
 
 @contextmanager

@@ -17,6 +17,7 @@ from torch import nn
 
 from image_classifier.dataset.prepare import DataSettings
 from image_classifier.errors import ConfigError
+from image_classifier.inference.checkpoint import CheckpointBackend
 from image_classifier.manifest import Manifest
 from image_classifier.modeling.classifier import build_classifier
 from image_classifier.predictions import PredictionTable
@@ -58,7 +59,16 @@ def test_a_network_without_gradients_is_delivered_all_the_same(
     )
     run, data = SimpleNamespace(plots=tmp_path / "plots", name="run"), DataSettings(image_size=12)
     with caplog.at_level(logging.WARNING):
-        run_diagnostics(classifier, table, part, run, data, DiagnosticsSettings(explanations=2, robustness_images=4), 0)  # type: ignore[arg-type]
+        run_diagnostics(
+            classifier,
+            CheckpointBackend(classifier),
+            table,
+            part,
+            run,
+            data,
+            DiagnosticsSettings(explanations=2, robustness_images=4),
+            0,
+        )  # type: ignore[arg-type]
     assert "no explanations" in caplog.text
     assert json.loads((tmp_path / "plots/robustness.json").read_text())["about"]["images"] == 4
 
@@ -72,7 +82,7 @@ def test_an_image_that_is_gone_ends_no_training(tree: Path, tmp_path: Path, capl
     for record in part:
         part.file(record).unlink()
     run, data = SimpleNamespace(plots=tmp_path / "plots", name="run"), DataSettings(image_size=12)
-    run_diagnostics(classifier, table, part, run, data, DiagnosticsSettings(), 0)  # type: ignore[arg-type]
+    run_diagnostics(classifier, CheckpointBackend(classifier), table, part, run, data, DiagnosticsSettings(), 0)  # type: ignore[arg-type]
     assert (
         "no explanations: cannot read the image" in caplog.text
         and "no robustness: cannot read the image" in caplog.text

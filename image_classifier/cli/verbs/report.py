@@ -15,7 +15,7 @@ def report(config: Any) -> Path:
     settings = hydra_app.typed(ReportSettings, config, "")
     if settings.other is not None:
         written = write_comparison(settings, settings.other)
-        print("\n".join([*lines(written.comparison, written.names), f"page       {written.path}"]))
+        print("\n".join([*lines(written.comparison, written.names, written.costs), f"page       {written.path}"]))
         return written.path
     run, path = write_report(settings)
     accuracy = f"{run.metrics['accuracy']:.4f}"

@@ -40,6 +40,10 @@ def suspects(config: DictConfig) -> Path:
             "suspects makes all folds itself",
             "leave data.folds and data.fold out, and give their number as suspects.folds",
         )
+    if config.model.get("teacher"):
+        raise ConfigError(
+            "suspects takes no model.teacher: it may have been trained on the images to judge", "leave it out"
+        )
     settings = hydra_app.typed(SuspectSettings, config.suspects, "suspects")
     start = config.model.get("from")
     data, audit, _ = typed_settings(config)

@@ -10,7 +10,8 @@ from collections.abc import Sequence
 from omegaconf import DictConfig
 
 from image_classifier.cli import hydra_app
-from image_classifier.cli.train_config import train_config
+from image_classifier.cli.options import translate
+from image_classifier.cli.train_config import compose_train_config, train_config
 from image_classifier.program import child_command, program
 from image_classifier.training import run
 from image_classifier.training.distributed import is_rank_zero
@@ -41,6 +42,17 @@ def train(config: DictConfig) -> float:
         print("\n".join(result.summary))
         print(f"next     {program()} infer --checkpoint_name {shlex.quote(result.name)} --images PATH")
     return result.score
+
+
+def print_settled(arguments: Sequence[str]) -> bool:
+    """Print what `--cfg job` shows where the run chooses by the images: the settled values. Return whether it does."""
+    line = translate("train", arguments)
+    if line.value("--cfg") != "job" or "model=auto" not in line.overrides or line.has("--multirun"):
+        return False
+    hydra_app.configure_logging()
+    config, _ = run.settled(compose_train_config(line.overrides))
+    print(config.yaml, end="")
+    return True
 
 
 def _resumed(config: DictConfig, resume: ResumePoint, overrides: Sequence[str]) -> DictConfig:

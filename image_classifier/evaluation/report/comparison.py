@@ -24,6 +24,19 @@ _WIDTH = 360  # of the drawing of an interval, in its own units
 
 
 @dataclass(frozen=True)
+class Cost:
+    """What an answer costs: size of the model's file in MB, median ms for one image, the backend, and the processor."""
+
+    megabytes: float
+    p50_ms: float
+    backend: str
+    processor: str
+
+
+Costs = tuple[Cost, Cost]  # of A and B, on the same backend and processor
+
+
+@dataclass(frozen=True)
 class Change:
     """An image that one of the two gets right and the other wrong."""
 
@@ -75,7 +88,28 @@ def _worse_probabilities(comparison: Comparison, better: str) -> str:
     )
 
 
-def lines(comparison: Comparison, names: tuple[str, str]) -> Iterator[str]:
+def tradeoff(comparison: Comparison, names: tuple[str, str], costs: Costs) -> str:
+    """Return how much faster and how much better the second is than the first, in one sentence."""
+    accuracy = comparison.paired["accuracy"]
+    ratio, points = costs[0].p50_ms / costs[1].p50_ms, 100 * accuracy.difference
+    speed = f"{max(ratio, 1 / ratio):.1f} times {'faster' if ratio >= 1 else 'slower'}"
+    quality = f"{abs(points):.1f} points {'better' if points > 0 else 'worse'}" if points else "as accurate"
+    low, high = (100 * bound for bound in accuracy.interval)
+    first, second = (printable(name) for name in names)
+    return f"Compared with {first}, {second} is {speed} and {quality} (95 % interval {low:+.1f} to {high:+.1f})."
+
+
+def cost_lines(costs: Costs) -> Iterator[tuple[str, str]]:
+    """Yield the size and the latency of both, each with its name."""
+    first, second = costs
+    yield "size", f"A {first.megabytes:.1f} MB, B {second.megabytes:.1f} MB"
+    yield (
+        "latency",
+        f"A {first.p50_ms:.2f} ms, B {second.p50_ms:.2f} ms for one image ({first.backend}, {first.processor})",
+    )
+
+
+def lines(comparison: Comparison, names: tuple[str, str], costs: Costs | None = None) -> Iterator[str]:
     """Yield the comparison for a terminal."""
     shared = comparison.shared
     yield f"A          {printable(names[0])}"
@@ -89,6 +123,9 @@ def lines(comparison: Comparison, names: tuple[str, str]) -> Iterator[str]:
         yield f"{paired.metric:<10}  {values}  {low:+.4f} to {high:+.4f}{note}"
     only = comparison.only_right
     yield f"McNemar    only A right {only[0]}, only B right {only[1]}, p = {probability(comparison.p_value)}"
+    if costs:
+        yield from (f"{name:<9}  {text}" for name, text in cost_lines(costs))
+        yield f"tradeoff   {tradeoff(comparison, names, costs)}"
     yield f"answer     {verdict(comparison, names)}"
 
 
@@ -112,11 +149,12 @@ def page(
     root: Path | None,
     limits: DecodeLimits,
     provenance: Sequence[tuple[str, str]],
+    costs: Costs | None = None,
 ) -> str:
     """Return the page as HTML below 10 MB.
 
-    `root` is the folder that the images' paths start from, `limits` bounds their decoding, and `provenance` are the
-    lines of the footer.
+    `root` is the folder that the images' paths start from, `limits` bounds their decoding, `provenance` are the
+    lines of the footer, and `costs` are shown where both were measured.
     """
     directions = list(_directions(comparison, names, root, limits))
     return document.render(
@@ -133,6 +171,8 @@ def page(
         directions=directions,
         pictures=any(change.thumbnail.address for direction in directions for change in direction.shown),
         provenance=provenance,
+        tradeoff=plain(tradeoff(comparison, names, costs)) if costs else "",
+        costs=[(name, plain(text)) for name, text in cost_lines(costs)] if costs else [],
     )
 
 

@@ -18,6 +18,7 @@ from image_classifier.evaluation.report.locate import limits_of
 from image_classifier.evaluation.report.provenance import data_rows, exports, origin
 from image_classifier.evaluation.report.run_data import RunData
 from image_classifier.evaluation.report.sentences import limits_in_words, measured_in_words, missing, per_cent, verdict
+from image_classifier.evaluation.report.tried import tried
 from image_classifier.html import document
 from image_classifier.html.text import plain
 from image_classifier.predictions import PredictionTable
@@ -63,6 +64,7 @@ def run_page(run: RunData) -> str:
         scores=list(_scores(run)),
         baselines=_baselines(run),
         curves=list(_curves(run.curves)),
+        tried=tried(run),
         classes=_classes(run, confusion),
         labels=[plain(label) for label in table.classes],
         matrix=matrix(confusion),

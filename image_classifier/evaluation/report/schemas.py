@@ -170,6 +170,38 @@ class AuditFile(Sidecar):
     headlines: dict[str, Text] | None = None
 
 
+class CandidateRow(Sidecar):
+    """One model that a run could have delivered, in `provenance.candidates` of bundle.json."""
+
+    name: Text
+    about: Text
+    seconds: Annotated[float, Field(ge=0, le=_MAX_FIGURE, allow_inf_nan=False)]
+    val_accuracy: Share
+    val_log_loss: Figure
+    delivered: bool
+    p_value: Share | None = None
+
+
+class CurveRow(Sidecar):
+    """What more images would bring, in `provenance.learning_curve` of bundle.json."""
+
+    points: list[Annotated[list[Figure], Field(min_length=2, max_length=2)]]
+    gain: Figure
+    error: Figure
+    needy: list[Text] = []
+
+
+def checked_rows(content: Any, schema: type[Sidecar]) -> list[dict[str, Any]]:
+    """Return the objects of a list that fit a schema; bundle.json may come from anywhere."""
+    rows = []
+    for item in content if isinstance(content, list) else []:
+        try:
+            rows.append(schema.model_validate(item).model_dump())
+        except ValidationError:
+            continue
+    return rows
+
+
 def read_sidecar(path: Path, schema: type[Sidecar], hint: str, table: PredictionTable | None = None) -> dict[str, Any]:
     """Return the content of a JSON file, {} where there is none.
 

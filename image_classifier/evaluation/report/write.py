@@ -12,6 +12,7 @@ from image_classifier.evaluation.report import comparison as comparison_page
 from image_classifier.evaluation.report.locate import EvaluatedRun, evaluated_split, find_evaluated, limits_of
 from image_classifier.evaluation.report.page import run_page
 from image_classifier.evaluation.report.run_data import AUDITS, RunData, RunPaths, gather, sizes_of
+from image_classifier.evaluation.report.schemas import LatencyFile, read_sidecar
 from image_classifier.manifest import SPLITS
 
 
@@ -55,11 +56,12 @@ class ReportSettings:
 
 @dataclass(frozen=True)
 class WrittenComparison:
-    """A comparison of two runs: its result, the two names, and the path of its page."""
+    """A comparison of two runs: its result, the two names, the path of its page, and what both cost where measured."""
 
     comparison: Comparison
     names: tuple[str, str]
     path: Path
+    costs: comparison_page.Costs | None = None
 
 
 def write_report(settings: ReportSettings) -> tuple[RunData, Path]:
@@ -99,6 +101,7 @@ def write_comparison(settings: ReportSettings, other: str) -> WrittenComparison:
         raise ConfigError(f"{settings.name!r} and {other!r} are the same predictions", "name two different ones")
     comparison = compare(first.table, second.table, settings.resamples, settings.seed)
     names = (first.name, second.name)
+    costs = _costs(first, second)
     html = comparison_page.page(
         comparison,
         names,
@@ -110,8 +113,29 @@ def write_comparison(settings: ReportSettings, other: str) -> WrittenComparison:
             ("B", str(second.directory)),
             ("paired bootstrap", f"{settings.resamples} resamples, seed {settings.seed}"),
         ],
+        costs,
     )
     folder = f"compare-{first.name}-{second.name}".replace("/", "_")
     path = Path(settings.output) if settings.output else Path(settings.plots_dir) / folder / "report.html"
     write_text(path, html)
-    return WrittenComparison(comparison, names, path)
+    return WrittenComparison(comparison, names, path, costs)
+
+
+def _costs(first: EvaluatedRun, second: EvaluatedRun) -> comparison_page.Costs | None:
+    """Return what both cost; None unless both were measured on one backend and one kind of processor."""
+    measured = []
+    for run in (first, second):
+        path = RunPaths(run.directory).measured("latency.json")
+        measured.append(read_sidecar(path, LatencyFile, "measure it again with `test --latency`, or remove it"))
+    machines = [(content.get("hardware") or {}).get("processor") for content in measured]
+    backends = [content.get("backends") or {} for content in measured]
+    backend = next((name for name in ("onnx", *backends[0]) if all(name in rows for rows in backends)), None)
+    if backend is None or machines[0] is None or machines[0] != machines[1]:
+        return None
+    rows = [known[backend] for known in backends]
+    if not all(
+        isinstance(row.get(key), int | float) and row[key] > 0 for row in rows for key in ("megabytes", "p50_ms")
+    ):
+        return None
+    a, b = (comparison_page.Cost(row["megabytes"], row["p50_ms"], backend, str(machines[0])) for row in rows)
+    return a, b

@@ -51,7 +51,7 @@ class Throughput(Callback):
         if self._num_steps == self.warmup_steps + 1:
             self.images, self.seconds = self._before
         views = getattr(datamodule_of(trainer), "views", 1)  # augmented copies of each image in a batch
-        self.images += len(batch[1]) // views * world_size()
+        self.images += len(batch[0]) // views * world_size()
         self.seconds += now - self._step_start
         self._step_start = now
 

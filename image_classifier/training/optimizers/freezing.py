@@ -50,7 +50,7 @@ def freeze_norm_stats(classifier: nn.Module, frozen: Collection[str]) -> None:
 
 
 def freeze_batch_norm(network: nn.Module) -> None:
-    """Put every batch normalisation into evaluation mode: its mean and variance stay, its scale and shift are trained."""
+    """Put every batch normalisation into evaluation mode: mean and variance stay, scale and shift are trained."""
     for module in network.modules():
         if isinstance(module, nn.modules.batchnorm._BatchNorm):
             module.eval()

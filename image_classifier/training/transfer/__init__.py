@@ -1,1 +1,1 @@
-"""Transfer learning: which pretrained network to start from, the probe, kept activations, the choice among candidates."""
+"""Transfer learning: pretrained weights, the probe, kept activations, and the choice among candidates."""

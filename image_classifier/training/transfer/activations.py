@@ -12,6 +12,8 @@ import shutil
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -22,7 +24,7 @@ from image_classifier.atomic_io import write_text
 from image_classifier.modeling.classifier import Classifier, in_evaluation
 from image_classifier.training.builders import TrainingInputs
 from image_classifier.training.datamodule import Batch, BatchLoader, ImageDataModule, ShuffledBatches
-from image_classifier.training.distributed import rank_share, world_size
+from image_classifier.training.distributed import world_size
 from image_classifier.training.forward import fast_function
 from image_classifier.training.module import ClassifierModule
 from image_classifier.training.transfer.split_network import Cut, cuts, is_exact, split
@@ -37,23 +39,31 @@ _SPARE = 2.0  # the disk must have so many times the file's size free
 
 @dataclass(frozen=True)
 class KeptActivations:
-    """Activations of training images below a cut.
+    """Activations of images below a cut: augmented views of the training images, and the val images as they are.
 
     Attributes:
         cut: Where.
         upper: The layers above it: activations [N, ...] to embeddings [N, D].
-        values: bfloat16 as uint16, mapped from the disk, [V, N, numbers].
-        position: Of each manifest row among the N images, int64; -1 for others.
+        train: bfloat16 as uint16, mapped from the disk, [V, N, numbers].
+        val: The same of the val images, [1, M, numbers].
+        position: Of each manifest row among its split's images, int64; -1 for others.
     """
 
     cut: Cut
     upper: nn.Module
-    values: np.ndarray
+    train: np.ndarray
+    val: np.ndarray
     position: np.ndarray
 
-    def of(self, rows: np.ndarray, epoch: int) -> torch.Tensor:
-        """Return activations bfloat16 [n, ...] of some manifest rows: each epoch shows the next view of each image."""
-        view = self.values[epoch % len(self.values)]
+    def of_train(self, rows: np.ndarray, epoch: int) -> torch.Tensor:
+        """Return activations bfloat16 [n, ...] of training rows: each epoch shows the next view of each image."""
+        return self._read(self.train[epoch % len(self.train)], rows)
+
+    def of_val(self, rows: np.ndarray) -> torch.Tensor:
+        """Return activations bfloat16 [n, ...] of val rows."""
+        return self._read(self.val[0], rows)
+
+    def _read(self, view: np.ndarray, rows: np.ndarray) -> torch.Tensor:
         chosen = np.ascontiguousarray(view[self.position[rows]]).view(np.int16)
         activations = torch.from_numpy(chosen).view(torch.bfloat16).view(len(rows), *self.cut.shape)
         is_map = len(self.cut.shape) == 3
@@ -61,15 +71,20 @@ class KeptActivations:
 
 
 class ActivationLoader(BatchLoader):
-    """Batches of kept activations bfloat16 [B, ...] and targets int64 [B] instead of pixels."""
+    """Batches of kept activations bfloat16 [B, ...] and targets int64 [B] in place of a loader's pixels."""
 
-    def __init__(self, kept: KeptActivations, targets: np.ndarray, sampler: ShuffledBatches) -> None:
-        self.kept, self.targets, self.sampler, self.shuffled, self._first = kept, targets, sampler, sampler, 0
+    def __init__(self, kept: KeptActivations, loader: BatchLoader) -> None:
+        super().__init__(loader.batches, loader.sampler)
+        self.kept = kept
 
     def __iter__(self) -> Iterator[Batch]:
         first, self._first = self._first, 0
-        for rows in list(self.shuffled)[first:]:
-            yield self.kept.of(rows, self.shuffled.epoch), torch.from_numpy(self.targets[rows])
+        for rows in islice(iter(self.sampler), first, None):
+            if isinstance(self.sampler, ShuffledBatches):
+                activations = self.kept.of_train(rows, self.sampler.epoch)
+            else:
+                activations = self.kept.of_val(rows)
+            yield activations, torch.from_numpy(self.batches.targets[rows])
 
 
 def keep_activations(
@@ -99,7 +114,7 @@ def keep_activations(
         return None
     kept = _filled(cut, lower, upper, inputs, classifier, datamodule, directory)
     module.train_above(upper, frozenset(f"backbone.{name}" for name in cut.lower))
-    datamodule.train_loader = lambda sampler: ActivationLoader(kept, inputs.manifest.targets, sampler)
+    datamodule.replaced = lambda loader: ActivationLoader(kept, loader)
     return kept
 
 
@@ -115,6 +130,8 @@ def _obstacle(inputs: TrainingInputs) -> str:
         return "several processes train"
     if config.views > 1 or (config.augment or {}).get("mix"):
         return "the loss compares or mixes views"
+    if inputs.distillation:
+        return "the teacher answers for pixels"
     if config.data.progressive_sizes:
         return "data.progressive_sizes changes the size of images"
     return ""
@@ -127,10 +144,11 @@ def _chosen(known: list[Cut], inputs: TrainingInputs, classifier: Classifier, di
     """
     config, num_train = inputs.config, len(inputs.manifest.indices("train"))
     views, epochs = config.finetune.views or 1, config.trainer.max_epochs or 1
+    num_kept = views * num_train + len(inputs.manifest.indices("val"))
     if config.finetune.cut:
         return next((cut for cut in known if cut.name == config.finetune.cut), None)
     room = min(config.finetune.max_gb * 1e9, shutil.disk_usage(directory).free / _SPARE)
-    fitting = [cut for cut in known if 2 * cut.numbers * views * num_train <= room]
+    fitting = [cut for cut in known if 2 * cut.numbers * num_kept <= room]
     if not fitting:
         return None
     size = config.data.image_size
@@ -142,9 +160,8 @@ def _chosen(known: list[Cut], inputs: TrainingInputs, classifier: Classifier, di
     # From the top down, until a cut is too dear: lower ones are dearer still.
     for cut in _spread(fitting, 6)[::-1]:
         lower, upper = split(classifier.backbone, cut)
-        with torch.no_grad():
-            below = _seconds(lambda: lower(pixels)) if half is None else _seconds(lambda: _half(lower, pixels, half))
-            activations = lower(pixels)
+        below = _seconds(partial(_computed, lower, pixels, half))
+        activations = _computed(lower, pixels, None)
         above = _step_s(upper, activations, half)
         cost = views * below + epochs * above
         costs.append((cut, cost))
@@ -154,7 +171,7 @@ def _chosen(known: list[Cut], inputs: TrainingInputs, classifier: Classifier, di
     cut, cost = affordable[-1] if affordable else costs[0]
     log.info(
         "activations: %d views below %s are kept, %.0f MB: %.1f times the work of an epoch of all layers",
-        *(views, cut.name, 2e-6 * cut.numbers * views * num_train, cost / whole),
+        *(views, cut.name, 2e-6 * cut.numbers * num_kept, cost / whole),
     )
     return cut
 
@@ -164,9 +181,9 @@ def _spread(found: list[Cut], count: int) -> list[Cut]:
     return found[::-1][::step][::-1]
 
 
-def _half(module: nn.Module, pixels: torch.Tensor, half: torch.dtype) -> torch.Tensor:
-    with torch.autocast(pixels.device.type, half):
-        result: torch.Tensor = module(pixels)
+def _computed(module: nn.Module, values: torch.Tensor, half: torch.dtype | None) -> torch.Tensor:
+    with torch.no_grad(), torch.autocast(values.device.type, half, enabled=half is not None):
+        result: torch.Tensor = module(values)
     return result
 
 
@@ -174,8 +191,8 @@ def _step_s(module: nn.Module, values: torch.Tensor, half: torch.dtype | None) -
     """Return the seconds of a forward and a backward pass of a batch; gradients are thrown away."""
 
     def step() -> None:
-        values_ = values.detach()
-        result = module(values_) if half is None else _half(module, values_, half)
+        with torch.autocast(values.device.type, half, enabled=half is not None):
+            result = module(values)
         result.float().sum().backward()
         module.zero_grad(set_to_none=True)
 
@@ -202,28 +219,40 @@ def _filled(
     directory: Path,
 ) -> KeptActivations:
     """Return the activations, computed unless an interrupted run left them whole."""
-    rows, views = inputs.manifest.indices("train"), inputs.config.finetune.views or 1
-    position = np.full(len(inputs.manifest), -1, dtype=np.int64)
-    position[rows] = np.arange(len(rows))
-    shape, path, note = (views, len(rows), cut.numbers), directory / _FILE, directory / _NOTE
-    key = json.dumps([cut.name, shape, inputs.manifest.sha256, inputs.config.run.seed])
+    manifest, views = inputs.manifest, inputs.config.finetune.views or 1
+    rows, val_rows = manifest.indices("train"), manifest.indices("val")
+    position = np.full(len(manifest), -1, dtype=np.int64)
+    for of_split in (rows, val_rows):
+        position[of_split] = np.arange(len(of_split))
+    count, path, note = views * len(rows) + len(val_rows), directory / _FILE, directory / _NOTE
+    key = json.dumps([cut.name, count, cut.numbers, manifest.sha256, inputs.config.run.seed])
     if not (note.is_file() and note.read_text(encoding="utf-8") == key and path.is_file()):
-        values = np.memmap(path, dtype=np.uint16, mode="w+", shape=shape)
         start = time.perf_counter()
         compute = fast_function(_Lower(classifier, lower), inputs.config.data.image_size)
-        batches = -(-len(rows) // _BATCH)  # of a view; each batch has a number, and so an augmentation, of its own
-        for view in range(views):
-            for first in range(0, len(rows), _BATCH):
-                chosen = rows[first : first + _BATCH]
-                number = view * batches + first // _BATCH
-                pixels, _ = datamodule.augmented(datamodule.batches[chosen], number, view, chosen)
-                activations = torch.from_numpy(compute(np.ascontiguousarray(pixels.numpy()))).bfloat16()
-                values[view, first : first + len(chosen)] = activations.flatten(1).view(torch.int16).numpy().view(np.uint16)
+        values = np.memmap(path, dtype=np.uint16, mode="w+", shape=(count, cut.numbers))
+        at = 0
+        for pixels in _views(datamodule, rows, val_rows, views):
+            activations = torch.from_numpy(compute(np.ascontiguousarray(pixels.numpy()))).bfloat16()
+            values[at : at + len(pixels)] = activations.flatten(1).view(torch.int16).numpy().view(np.uint16)
+            at += len(pixels)
         values.flush()
         write_text(note, key)
         log.info("activations: %d views of %d images kept in %.0f s", views, len(rows), time.perf_counter() - start)
-    values = np.memmap(path, dtype=np.uint16, mode="r", shape=shape)
-    return KeptActivations(cut, upper, values, position)
+    values = np.memmap(path, dtype=np.uint16, mode="r", shape=(count, cut.numbers))
+    train, val = values[: views * len(rows)], values[views * len(rows) :]
+    return KeptActivations(cut, upper, train.reshape(views, len(rows), -1), val[None], position)
+
+
+def _views(datamodule: ImageDataModule, rows: np.ndarray, val_rows: np.ndarray, views: int) -> Iterator[torch.Tensor]:
+    """Yield pixels uint8 [n, 3, S, S]: each augmented view of all training images, then the val images as they are."""
+    number = 0
+    for view in range(views):
+        for first in range(0, len(rows), _BATCH):
+            chosen = rows[first : first + _BATCH]
+            yield datamodule.augmented(datamodule.batches[chosen], number, view, chosen)[0]
+            number += 1
+    for first in range(0, len(val_rows), _BATCH):
+        yield datamodule.batches[val_rows[first : first + _BATCH]][0]
 
 
 class _Lower(nn.Module):

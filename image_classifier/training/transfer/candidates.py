@@ -12,16 +12,18 @@ import numpy as np
 import torch
 from scipy.stats import binomtest
 
-from image_classifier.modeling.classifier import Classifier
+from image_classifier.modeling.classifier import Classifier, in_evaluation
 from image_classifier.predictions import PredictionTable
 from image_classifier.training.baseline import log_loss
 from image_classifier.training.builders import TrainingInputs
 from image_classifier.training.distributed import from_rank_zero
 from image_classifier.training.forward import fast_backend, forward
+from image_classifier.training.transfer.activations import KeptActivations
 from image_classifier.training.transfer.probe import Probe, fit_probe, install
 
 log = logging.getLogger(__name__)
 
+_BATCH = 64  # images
 PROBE = "probe"  # the candidate that is always there
 
 
@@ -51,7 +53,7 @@ class Candidate:
 
 
 @dataclass(frozen=True)
-class Choice:
+class Selection:
     """The candidates in the order they were made, and the delivered one."""
 
     candidates: tuple[Candidate, ...]
@@ -73,13 +75,13 @@ class Choice:
         ]
 
 
-def choose(candidates: Sequence[Candidate]) -> Choice:
+def choose(candidates: Sequence[Candidate]) -> Selection:
     """Return the choice: most val images right; of equals the one with the smaller log loss.
 
     The first candidate, the probe, is the fall-back: another one must not be worse on val.
     """
     best = max(candidates, key=lambda one: (one.accuracy, -one.log_loss))
-    choice = Choice(tuple(candidates), best)
+    choice = Selection(tuple(candidates), best)
     for row in choice.as_dict():
         against = "" if row["p_value"] is None else f", p {row['p_value']:.2f} against it"
         log.info(
@@ -99,9 +101,8 @@ class ProbeStart:
     weights: Mapping[str, torch.Tensor]
     started: float
 
-    def choose(self, classifier: Classifier, inputs: TrainingInputs) -> Choice:
+    def choose(self, classifier: Classifier, inputs: TrainingInputs, kept: KeptActivations | None) -> Selection:
         """Compare the probe, the trained weights and weights between them on val; load the best into `classifier`."""
-        size, rows = inputs.config.data.image_size, inputs.manifest.indices("val")
         seconds = time.perf_counter() - self.started
         trained = {name: value.detach().clone() for name, value in classifier.state_dict().items()}
         candidates = [Candidate(PROBE, self.fitted.about, self.fitted.seconds, self.fitted.tables["val"])]
@@ -111,13 +112,27 @@ class ProbeStart:
                 name = "fine-tuned" if share == 1 else f"{share:.0%} of the way"
                 weights[name] = interpolated(self.weights, trained, share)
                 classifier.load_state_dict(weights[name])
-                backend = fast_backend(classifier, size)
-                logits = np.concatenate([part for _, part, _ in forward(backend, rows, inputs.cache.gather)])
+                logits = _val_logits(classifier, inputs, kept)
                 about = "all trained weights" if share == 1 else "weights between the probe's and the trained ones"
                 candidates.append(Candidate(name, about, seconds, replace(self.fitted.tables["val"], logits=logits)))
         choice = choose(candidates)
         classifier.load_state_dict(weights[choice.chosen.name])
         return choice
+
+
+def _val_logits(classifier: Classifier, inputs: TrainingInputs, kept: KeptActivations | None) -> np.ndarray:
+    """Return the logits float32 [N, C] of the val images, from kept activations where there are any."""
+    rows = inputs.manifest.indices("val")
+    if kept is None:
+        backend = fast_backend(classifier, inputs.config.data.image_size)
+        return np.concatenate([logits for _, logits, _ in forward(backend, rows, inputs.cache.gather)])
+    device = classifier.scale.device
+    parts = []
+    with in_evaluation(classifier), torch.inference_mode():
+        for first in range(0, len(rows), _BATCH):
+            activations = kept.of_val(rows[first : first + _BATCH]).to(device).float()
+            parts.append(classifier.classify(torch.flatten(kept.upper(activations), 1)).cpu().numpy())
+    return np.concatenate(parts)
 
 
 def start_from_probe(inputs: TrainingInputs, classifier: Classifier) -> ProbeStart:

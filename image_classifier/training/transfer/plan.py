@@ -20,6 +20,7 @@ _FROM_SCRATCH = "from_scratch"
 _SMALLEST, _TINY = 64, 48
 _MIN_PER_CLASS = 50  # with fewer tiny pictures a class even enlarged ones beat a network from scratch
 _SCRATCH_SIZES = (24, 64)  # sides at which the network for small images is trained
+_MAX_EPOCHS = 60
 _STEPS = {"quick": 120, "normal": 250, "thorough": 750}  # of a training from scratch, at least 8 epochs of it
 
 
@@ -69,17 +70,21 @@ def plan(facts: ImageFacts, found: Pretrained | str, effort: str | None, fetchin
     effort = effort or "normal"
     images = f"images   {facts}"
     if isinstance(found, str):
-        why = f"network  from scratch, no pretrained weights: {found}. Expect less of photographs; to fetch weights: {fetching}"
+        why = f"network  from scratch: {found}; expect less of photographs. To fetch weights: {fetching}"
         return _from_scratch(facts, effort, images, why)
     is_tiny = facts.side < _TINY
     if is_tiny and facts.num_train >= _MIN_PER_CLASS * facts.num_classes:
-        why = f"network  from scratch at the images' own size: at {facts.side} px pretrained weights of photographs help less"
+        why = f"network  from scratch at the images' own size: weights of photographs help less at {facts.side} px"
         return _from_scratch(facts, effort, images, why)
     size = [f"data.image_size={_SMALLEST}"] if is_tiny else []
     at = f" at {_SMALLEST} px" if is_tiny else " at the size it was trained with"
     return Plan(
-        (f"experiment={RECIPES[effort]}", f"effort={effort}", *found.overrides, *size),
-        (images, f"network  {found.name}, pretrained ({found.origin}){at}", f"plan     effort={effort}: {_WORDS[effort]}"),
+        (f"experiment={RECIPES[effort]}", f"effort={effort}", *found.overrides, *size, _val_share(facts)),
+        (
+            images,
+            f"network  {found.name}, pretrained ({found.origin}){at}",
+            f"plan     effort={effort}: {_WORDS[effort]}",
+        ),
     )
 
 
@@ -111,10 +116,16 @@ def find_pretrained(config: TrainConfig) -> Pretrained | str | None:
     return network_of_hub(uses_gpu(config.trainer.accelerator))
 
 
+def _val_share(facts: ImageFacts) -> str:
+    """Return the override of the share of val: some hundred images are enough to choose and to calibrate by."""
+    share = 0.2 if facts.num_train < 1000 else 0.15 if facts.num_train < 3000 else 0.1
+    return f"data.split.val={share}"
+
+
 _WORDS = {
     "quick": "logistic regression on its frozen features",
     "normal": "logistic regression on its frozen features, then fine-tuning; the better one on val is delivered",
-    "thorough": "logistic regression on its frozen features, then a long fine-tuning; the better one on val is delivered",
+    "thorough": "logistic regression on its frozen features, then long fine-tuning; the better one on val is delivered",
 }
 
 
@@ -124,9 +135,10 @@ def _from_scratch(facts: ImageFacts, effort: str, images: str, why: str) -> Plan
     size = min(high, max(low, 4 * round(facts.side / 4)))
     # Small sets need small batches: an epoch of at least ten steps.
     batch = min(500 if facts.num_train > 20_000 else 250, max(50, 10 * (facts.num_train // 100)))
-    epochs = max(8, round(_STEPS[effort] * batch / max(1, facts.num_train)))
+    epochs = min(_MAX_EPOCHS, max(8, round(_STEPS[effort] * batch / max(1, facts.num_train))))
     overrides = (
         f"experiment={_FROM_SCRATCH}",
+        _val_share(facts),
         f"effort={effort}",
         f"data.image_size={size}",
         f"data.batch_size={batch}",
@@ -134,4 +146,6 @@ def _from_scratch(facts: ImageFacts, effort: str, images: str, why: str) -> Plan
         f"optimizer.auxiliary_lr={0.052 * batch:g}",
         f"trainer.max_epochs={epochs}",
     )
-    return Plan(overrides, (images, why, f"plan     effort={effort}: {epochs} epochs at {size} px in batches of {batch}"))
+    return Plan(
+        overrides, (images, why, f"plan     effort={effort}: {epochs} epochs at {size} px in batches of {batch}")
+    )

@@ -232,7 +232,9 @@ def _download_from_hub(name: str) -> None:
         ) from error
     except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
         reason = " ".join(str(error).split()).partition(". ")[0][:120]
-        raise SourceError(f"no network ({reason})" if isinstance(error, LocalEntryNotFoundError) else reason, hint) from error
+        raise SourceError(
+            f"no network ({reason})" if isinstance(error, LocalEntryNotFoundError) else reason, hint
+        ) from error
 
 
 def _check_reachable(url: str) -> None:

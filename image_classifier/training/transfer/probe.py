@@ -31,6 +31,7 @@ class Probe:
         strength: C of scikit-learn, chosen on val.
         tables: Predictions of val and test.
         curve: Accuracy by number of training images.
+        store: The embeddings.
         seconds: All of it took.
     """
 
@@ -38,8 +39,8 @@ class Probe:
     strength: float
     tables: dict[str, PredictionTable]
     curve: LearningCurve
+    store: EmbeddingStore
     seconds: float
-
 
     @property
     def about(self) -> str:
@@ -63,7 +64,7 @@ def fit_probe(inputs: NetworkInputs, classifier: Classifier) -> Probe:
     best = best_by_log_loss(tables)
     curve = learning_curve(*_training(store, manifest), *_validation(store, manifest), best, inputs.seed)
     log.info("probe: %s", curve.sentence(manifest.classes))
-    return Probe(models[best], best, tables[best], curve, time.perf_counter() - start)
+    return Probe(models[best], best, tables[best], curve, store, time.perf_counter() - start)
 
 
 def install(model: LinearModel, classifier: Classifier) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -51,6 +52,34 @@ def test_two_names_say_whether_the_second_is_better(plots: Path, command: Comman
     assert "Yes: second is better than first by " in answer.out and "McNemar    only A right" in answer.out
     html = (plots / "compare-first-second" / "report.html").read_text()
     assert html.count("data:image/webp") > 20 and "Is second really better than first?" in html
+
+
+def write_latency(folder: Path, p50_ms: float, megabytes: float, processor: str = "a processor") -> None:
+    row = {"p50_ms": p50_ms, "megabytes": megabytes}
+    content = {"backends": {"checkpoint": row, "onnx": row}, "hardware": {"processor": processor}}
+    (folder / "latency.json").write_text(json.dumps(content))
+
+
+def test_two_models_are_weighed_by_speed_and_accuracy(plots: Path, command: Command) -> None:
+    line = ("report", "second", "first", f"plots_dir={plots}", "models_dir=none")
+    page = plots / "compare-second-first" / "report.html"
+    assert "tradeoff" not in command(*line).out
+    write_latency(plots / "second", 34.0, 9.1)
+    assert "tradeoff" not in command(*line).out
+    write_latency(plots / "first", 10.0, 2.2, "another")
+    assert "tradeoff" not in command(*line).out and "times faster" not in page.read_text()
+    write_latency(plots / "first", 10.0, 2.2)
+    answer = command(*line)
+    assert "size       A 9.1 MB, B 2.2 MB\n" in answer.out
+    assert "latency    A 34.00 ms, B 10.00 ms for one image (onnx, a processor)\n" in answer.out
+    said = r"Compared with second, first is 3.4 times faster and [\d.]+ points worse \(95 % interval -[\d.]+ to -"
+    assert re.search(said, answer.out), answer.out
+    assert "first is 3.4 times faster" in page.read_text() and "Size: A 9.1 MB, B 2.2 MB." in page.read_text()
+    answer = command("report", "first", "second", f"plots_dir={plots}", "models_dir=none")
+    assert "second is 3.4 times slower and" in answer.out and "points better" in answer.out
+    (plots / "first" / "latency.json").write_text("{")
+    answer = command(*line)
+    assert answer.code == 2 and "latency.json" in answer.err and len(answer.err.splitlines()) == 1
 
 
 @pytest.mark.slow

@@ -57,17 +57,28 @@ def test_without_augmentation_every_view_is_what_the_lower_layers_answer(tmp_pat
     parts = made(tmp_path, CUT, "augment=none")
     kept = keep_activations(*parts, tmp_path)
     rows = parts[0].manifest.indices("train")
-    assert kept is not None and kept.values.shape == (VIEWS, len(rows), kept.cut.numbers)
+    assert kept is not None and kept.train.shape == (VIEWS, len(rows), kept.cut.numbers)
     expected = lower_answers(parts, kept, parts[2].batches[rows][0])
     for epoch in range(VIEWS):
-        found = kept.of(rows, epoch)
+        found = kept.of_train(rows, epoch)
         assert found.dtype == torch.bfloat16 and found.shape == (len(rows), *kept.cut.shape)
         torch.testing.assert_close(found.float(), expected, rtol=2**-7, atol=1e-5)
 
 
+def test_the_val_images_are_kept_as_they_are(parts: Made, kept: KeptActivations) -> None:
+    rows = parts[0].manifest.indices("val")
+    expected = lower_answers(parts, kept, parts[2].batches[rows][0])
+    torch.testing.assert_close(kept.of_val(rows).float(), expected, rtol=2**-7, atol=1e-5)
+    torch.testing.assert_close(kept.of_val(rows[[3, 1]]), kept.of_val(rows)[[3, 1]])
+    loader = parts[2].val_dataloader()
+    assert isinstance(loader, ActivationLoader)
+    values, targets = (torch.cat(column) for column in zip(*loader, strict=True))
+    assert torch.equal(values, kept.of_val(rows)) and targets.tolist() == parts[0].manifest.targets[rows].tolist()
+
+
 def test_each_epoch_shows_the_next_view_and_then_the_first_again(parts: Made, kept: KeptActivations) -> None:
     rows = parts[0].manifest.indices("train")[[5, 0, 9]]
-    views = [kept.of(rows, epoch) for epoch in range(2 * VIEWS)]
+    views = [kept.of_train(rows, epoch) for epoch in range(2 * VIEWS)]
     assert all(torch.equal(views[epoch], views[epoch + VIEWS]) for epoch in range(VIEWS))
     assert all(not torch.equal(views[one], views[other]) for one in range(VIEWS) for other in range(one))
 
@@ -77,7 +88,7 @@ def test_no_two_views_of_an_image_are_the_same(num_train: int, tmp_path: Path) -
     parts = made(tmp_path, CUT, num_train=num_train)
     kept = keep_activations(*parts, tmp_path)
     assert kept is not None
-    same = [(kept.values[one] == kept.values[other]).all(axis=1) for one in range(VIEWS) for other in range(one)]
+    same = [(kept.train[one] == kept.train[other]).all(axis=1) for one in range(VIEWS) for other in range(one)]
     assert np.mean(same) < 0.1
 
 
@@ -90,7 +101,7 @@ def test_the_batches_are_those_of_the_sampler(parts: Made, kept: KeptActivations
         batches = list(loader)
         assert len(batches) == len(order) == len(loader)
         for rows, (values, targets) in zip(order, batches, strict=True):
-            assert torch.equal(values, kept.of(rows, epoch))
+            assert torch.equal(values, kept.of_train(rows, epoch))
             assert targets.tolist() == parts[0].manifest.targets[rows].tolist()
 
 
@@ -110,7 +121,7 @@ def test_a_resumed_epoch_goes_on_with_the_next_batch(parts: Made, kept: KeptActi
 def test_whole_activations_of_an_interrupted_run_are_read_and_others_computed_anew(
     parts: Made, kept: KeptActivations, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    before = np.array(kept.values)
+    before = np.array(kept.train)
 
     def refuse(*_: object) -> None:
         raise AssertionError("computed again")
@@ -118,12 +129,12 @@ def test_whole_activations_of_an_interrupted_run_are_read_and_others_computed_an
     with monkeypatch.context() as patch:
         patch.setattr(tested, "fast_function", refuse)
         again = keep_activations(*made(tmp_path, CUT), tmp_path)
-        assert again is not None and np.array_equal(again.values, before)
+        assert again is not None and np.array_equal(again.train, before)
         (tmp_path / "activations.json").unlink()
         with pytest.raises(AssertionError, match="computed again"):
             keep_activations(*made(tmp_path, CUT), tmp_path)
     again = keep_activations(*made(tmp_path, CUT), tmp_path)
-    assert again is not None and np.array_equal(again.values, before)
+    assert again is not None and np.array_equal(again.train, before)
 
 
 def test_at_the_end_nothing_is_left(kept: KeptActivations, tmp_path: Path) -> None:
@@ -154,7 +165,7 @@ def test_layers_below_the_cut_are_frozen_and_the_logits_above_are_the_networks(
     pixels = torch.randint(0, 256, (4, 3, 16, 16), dtype=torch.uint8)
     values = lower_answers(parts, kept, pixels).bfloat16()
     with in_evaluation(module), torch.no_grad():
-        torch.testing.assert_close(module._logits(values), module._logits(pixels), rtol=0.02, atol=0.02)
+        torch.testing.assert_close(module._embed(values), module._embed(pixels), rtol=0.02, atol=0.02)
     module.train()
     module.training_step((values, torch.tensor([0, 1, 2, 0])), 0).backward()
     trained = {name for name, value in module.classifier.named_parameters() if value.grad is not None}

@@ -108,7 +108,7 @@ def test_the_classifier_ends_with_the_weights_that_were_chosen(harmful: bool, tm
         else:  # as sure of itself as can be, and right: nothing beats the log loss
             start.fitted.tables["val"].logits[:] *= -1
     trained = {name: value.clone() for name, value in classifier.state_dict().items()}
-    choice = start.choose(classifier, inputs)
+    choice = start.choose(classifier, inputs, None)
     assert [one.name for one in choice.candidates] == [PROBE, "50% of the way", "fine-tuned"]
     assert choice.chosen.accuracy >= choice.candidates[0].accuracy
     assert (choice.chosen.name == PROBE) is harmful
@@ -121,7 +121,7 @@ def test_the_classifier_ends_with_the_weights_that_were_chosen(harmful: bool, tm
 def test_without_a_training_the_probe_is_alone(tmp_path: Path) -> None:
     inputs = small_inputs(tmp_path, "finetune.interpolate=[]", "trainer.max_epochs=0", num_train=30)
     classifier = small_module(inputs).classifier
-    choice = start_from_probe(inputs, classifier).choose(classifier, inputs)
+    choice = start_from_probe(inputs, classifier).choose(classifier, inputs, None)
     assert choice.chosen is choice.candidates[0] and len(choice.candidates) == 1
     table = replace(choice.chosen.val)
     assert choice.as_dict()[0]["val_accuracy"] == float((table.logits.argmax(axis=1) == table.targets).mean())

@@ -4,14 +4,18 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
 from image_classifier.cli.options import translate
-from image_classifier.cli.positional import AUTO_VERBS, DATA_VERBS, model_choice, with_recipe
+from image_classifier.cli.positional import AUTO_VERBS, DATA_VERBS, model_choice
+from image_classifier.cli.recipes import with_recipe
 from image_classifier.cli.train_config import compose_train_config
 from image_classifier.errors import CheckpointError, ConfigError
+from image_classifier.training.builders import build_criteria
 from image_classifier.training.config import TrainConfig
+from image_classifier.training.run import check_config
 from image_classifier.training.transfer import plan as tested
 from image_classifier.training.transfer.plan import RECIPES, ImageFacts, Plan, find_pretrained, plan
 from image_classifier.training.transfer.pretrained import Pretrained
@@ -66,8 +70,8 @@ def test_without_weights_it_is_from_scratch_and_one_line_says_why() -> None:
     config = composed(made)
     assert not config.finetune.probe and config.data.image_size == 64
     assert all("\n" not in line for line in made.lines)
-    assert "no pretrained weights: huggingface.co cannot be reached." in made.lines[1]
-    assert made.lines[1].endswith("to fetch weights: program train FOLDER model=timm")
+    assert made.lines[1].startswith("network  from scratch: huggingface.co cannot be reached; ")
+    assert made.lines[1].endswith("To fetch weights: program train FOLDER model=timm")
 
 
 @pytest.mark.parametrize("count", [2, 30, 99, 100, 999, 20_001, 10**6])
@@ -98,15 +102,19 @@ def test_what_the_user_gives_wins(made: Plan) -> None:
 
 
 def test_what_the_user_gives_is_given_once() -> None:
-    recipe = ("experiment=finetune", "model=timm", "data.image_size=64")
-    line = with_recipe(recipe, ["model=auto", "data.image_size=32", "+trainer.limit_train_batches=1", "~logger"])
-    assert line == (
-        "experiment=finetune",
-        "model=timm",
-        "data.image_size=32",
-        "+trainer.limit_train_batches=1",
-        "~logger",
-    )
+    own = ["model=auto", "data.image_size=32", "+trainer.limit_train_batches=1", "~logger"]
+    line = with_recipe(("experiment=finetune", "model=timm", "data.image_size=64"), own)
+    assert "model=timm" in line and "model=auto" not in line and list(line[-3:]) == own[1:]
+    assert [word for word in line if word.startswith("data.image_size")] == ["data.image_size=32"]
+
+
+@pytest.mark.parametrize("made", [planned(PHOTOS), planned(TINY)])
+@pytest.mark.parametrize("given", [("loss=focal", "scheduler=cosine"), ("optimizer=sgd", "augment=none")])
+def test_a_choice_of_the_user_is_without_the_recipes_keys_of_that_group(made: Plan, given: tuple[str, ...]) -> None:
+    """Label smoothing, for one, is nothing that every loss knows."""
+    config = composed(made, *given)
+    check_config(config)
+    build_criteria(config.loss, np.array([0, 1]), 2)
 
 
 @pytest.mark.parametrize("data", ["folder", "table", "hf", "kaggle"])
