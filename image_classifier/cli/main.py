@@ -10,6 +10,7 @@ from typing import Any
 from image_classifier import __version__
 from image_classifier.cli.exit_codes import exit_code
 from image_classifier.cli.help_pages import overview, verb_help
+from image_classifier.cli.options import translate
 from image_classifier.errors import ConfigError
 from image_classifier.extras import missing_packages_named
 from image_classifier.paths import CONF_DIR
@@ -84,12 +85,16 @@ def _unknown(verb: str) -> ConfigError:
 def _run(verb: str, arguments: list[str]) -> None:
     from image_classifier.cli.hydra_app import run_verb
 
-    if verb == "train" and {"--cfg", "-c"} & {word.partition("=")[0] for word in arguments}:
-        from image_classifier.cli.verbs.train import print_settled
+    if verb == "train" and chooses_by_images(arguments):
+        importlib.import_module("image_classifier.cli.verbs.train").print_settled(arguments)
+    else:
+        run_verb(verb, arguments, _imported(verb))
 
-        if print_settled(arguments):
-            return
-    run_verb(verb, arguments, _imported(verb))
+
+def chooses_by_images(arguments: list[str]) -> bool:
+    """Return whether a line of `train` asks for the settings of a run that chooses them by the images."""
+    line = translate("train", arguments)
+    return line.value("--cfg") == "job" and "model=auto" in line.overrides and not line.has("--multirun")
 
 
 def _imported(verb: str) -> Callable[[Any], object]:

@@ -14,6 +14,9 @@ from image_classifier.errors import ConfigError
 from image_classifier.override_grammar import quoted
 from image_classifier.paths import CONF_DIR
 
+# Peak learning rates of optimizers that start from pretrained weights (docs/LOG.md, 2026-11-30): MobileNetV2 diverges
+# with SGD from 0.03 on, and with AdamW at 3e-3 it never comes back to the probe.
+FINETUNING_RATES = {"adamw": 1e-3, "adam": 1e-3, "sgd": 0.01, "muon": 1e-3}
 _EXPERIMENT = "experiment="
 
 
@@ -27,6 +30,10 @@ def with_recipe(recipe: Sequence[str], own: Sequence[str], conf: Path = CONF_DIR
     """
     kept = [override for override in own if override != "model=auto"]
     mine = given(kept)
+    # Another optimizer has another rate: that which was measured for it, in the place of its own for other trainings.
+    chosen = next((override.partition("=")[2] for override in kept if override.startswith("optimizer=")), "")
+    if chosen in FINETUNING_RATES and "optimizer.lr" not in mine and any("finetune" in item for item in recipe):
+        kept.append(f"optimizer.lr={FINETUNING_RATES[chosen]}")
     merged: dict[str, str] = {}
     for override in _written_out(recipe, conf):
         key = override.partition("=")[0]

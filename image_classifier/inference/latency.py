@@ -28,7 +28,7 @@ _MIN_CALLS = 10
 _MAX_CALLS = 200
 _MAX_SECONDS = 4.0  # for one measurement
 # For the measurement at the end of a training:
-_SMALL_BATCH = 16
+_SMALL_BATCH = 8
 _SHORT_SECONDS = 0.5
 
 

@@ -31,7 +31,7 @@ from image_classifier.training.config import TrainConfig
 from image_classifier.training.diagnostics import diagnose
 from image_classifier.training.loggers import RunLoggers
 from image_classifier.training.run_dir import RunDir
-from image_classifier.training.transfer.candidates import Selection
+from image_classifier.training.transfer.candidates import CandidateChoice
 from image_classifier.training.transfer.probe import Probe
 
 
@@ -67,7 +67,7 @@ class TrainedRun:
     detector: Detector | None
     baselines: Sequence[Baseline]
     probe: Probe | None
-    choice: Selection | None
+    choice: CandidateChoice | None
     history: CSVMetrics
     images_per_second: float
     epochs: int

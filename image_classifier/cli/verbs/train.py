@@ -44,15 +44,11 @@ def train(config: DictConfig) -> float:
     return result.score
 
 
-def print_settled(arguments: Sequence[str]) -> bool:
-    """Print what `--cfg job` shows where the run chooses by the images: the settled values. Return whether it does."""
-    line = translate("train", arguments)
-    if line.value("--cfg") != "job" or "model=auto" not in line.overrides or line.has("--multirun"):
-        return False
+def print_settled(arguments: Sequence[str]) -> None:
+    """Print what `--cfg job` shows where the run chooses by the images: the settled values."""
     hydra_app.configure_logging()
-    config, _ = run.settled(compose_train_config(line.overrides))
+    config, _ = run.settled(compose_train_config(translate("train", arguments).overrides))
     print(config.yaml, end="")
-    return True
 
 
 def _resumed(config: DictConfig, resume: ResumePoint, overrides: Sequence[str]) -> DictConfig:

@@ -34,6 +34,7 @@ log = logging.getLogger(__name__)
 _FILE, _NOTE = "activations.bf16", "activations.json"
 _BATCH = 32
 _TIMED = 1  # calls of each measurement, after one that is not counted
+_TIMED_IMAGES = 8
 _SPARE = 2.0  # the disk must have so many times the file's size free
 
 
@@ -152,7 +153,7 @@ def _chosen(known: list[Cut], inputs: TrainingInputs, classifier: Classifier, di
     if not fitting:
         return None
     size = config.data.image_size
-    pixels = torch.rand(_BATCH // 2, 3, size, size).contiguous(memory_format=torch.channels_last)
+    pixels = torch.rand(_TIMED_IMAGES, 3, size, size).contiguous(memory_format=torch.channels_last)
     half = torch.bfloat16 if inputs.hardware.precision == "bf16-mixed" else None
     whole = _step_s(classifier.backbone, pixels, half)
     budget = config.finetune.cost * whole

@@ -53,7 +53,7 @@ class Candidate:
 
 
 @dataclass(frozen=True)
-class Selection:
+class CandidateChoice:
     """The candidates in the order they were made, and the delivered one."""
 
     candidates: tuple[Candidate, ...]
@@ -75,13 +75,13 @@ class Selection:
         ]
 
 
-def choose(candidates: Sequence[Candidate]) -> Selection:
+def choose(candidates: Sequence[Candidate]) -> CandidateChoice:
     """Return the choice: most val images right; of equals the one with the smaller log loss.
 
     The first candidate, the probe, is the fall-back: another one must not be worse on val.
     """
     best = max(candidates, key=lambda one: (one.accuracy, -one.log_loss))
-    choice = Selection(tuple(candidates), best)
+    choice = CandidateChoice(tuple(candidates), best)
     for row in choice.as_dict():
         against = "" if row["p_value"] is None else f", p {row['p_value']:.2f} against it"
         log.info(
@@ -101,7 +101,7 @@ class ProbeStart:
     weights: Mapping[str, torch.Tensor]
     started: float
 
-    def choose(self, classifier: Classifier, inputs: TrainingInputs, kept: KeptActivations | None) -> Selection:
+    def choose(self, classifier: Classifier, inputs: TrainingInputs, kept: KeptActivations | None) -> CandidateChoice:
         """Compare the probe, the trained weights and weights between them on val; load the best into `classifier`."""
         seconds = time.perf_counter() - self.started
         trained = {name: value.detach().clone() for name, value in classifier.state_dict().items()}
