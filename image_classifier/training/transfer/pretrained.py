@@ -7,7 +7,7 @@ import re
 import socket
 from collections.abc import Iterator
 from dataclasses import dataclass
-from os.path import commonprefix
+from itertools import takewhile
 from pathlib import Path
 from urllib.parse import urlparse
 from urllib.request import getproxies
@@ -135,8 +135,10 @@ def _without_counters(tensors: Tensors) -> Tensors:
 
 def _without_prefix(tensors: Tensors) -> Tensors:
     """Return tensors without what a wrapper has put before all their names, such as `module.`."""
-    prefix = commonprefix(list(tensors)).rpartition(".")
-    return {key.removeprefix("".join(prefix[:2])): value for key, value in tensors.items()}
+    # What the first and the last name have in common in alphabetical order, all have.
+    parts = zip(min(tensors).split("."), max(tensors).split("."), strict=False)
+    prefix = "".join(f"{one}." for one, _ in takewhile(lambda pair: pair[0] == pair[1], parts))
+    return {key.removeprefix(prefix): value for key, value in tensors.items()}
 
 
 def _build(library: str, name: str) -> nn.Module:

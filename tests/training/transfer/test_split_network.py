@@ -43,7 +43,7 @@ def some(found: list[Cut]) -> list[Cut]:
 def test_at_every_cut_both_halves_are_the_whole_network(name: str) -> None:
     backbone, pixels = backbone_of(name).eval(), torch.rand(2, 3, NETWORKS[name], NETWORKS[name])
     found = cuts(backbone, pixels)
-    assert len(found) >= 3 and len({cut.name for cut in found}) == len(found)
+    assert len(found) >= 2 and len({cut.name for cut in found}) == len(found)
     with torch.no_grad():
         expected = backbone(pixels)
         for cut in some(found):
