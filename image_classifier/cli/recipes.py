@@ -18,12 +18,15 @@ from image_classifier.paths import CONF_DIR
 # with SGD from 0.03 on, and with AdamW at 3e-3 it never comes back to the probe.
 FINETUNING_RATES = {"adamw": 1e-3, "adam": 1e-3, "sgd": 0.01, "muon": 1e-3}
 _EXPERIMENT = "experiment="
+# Choices that say where the images are and what computes; a recipe's sizes and epochs are for any of them.
+_ADDED_TO = {"data", "trainer"}
 
 
 def with_recipe(recipe: Sequence[str], own: Sequence[str], conf: Path = CONF_DIR) -> tuple[str, ...]:
     """Return the overrides of a recipe with the user's own on top.
 
-    A key or choice that is the user's wins, and with a choice of a group go all of the recipe's keys of that group.
+    A key or choice that is the user's wins, and with a choice of a group go all of the recipe's keys of that group,
+    but for those of `data` and `trainer`.
 
     >>> with_recipe(["model=timm", "optimizer=adamw", "optimizer.lr=0.1"], ["model=auto", "optimizer=sgd", "seed=1"])
     ('model=timm', 'optimizer=sgd', 'seed=1')
@@ -34,10 +37,11 @@ def with_recipe(recipe: Sequence[str], own: Sequence[str], conf: Path = CONF_DIR
     chosen = next((override.partition("=")[2] for override in kept if override.startswith("optimizer=")), "")
     if chosen in FINETUNING_RATES and "optimizer.lr" not in mine and any("finetune" in item for item in recipe):
         kept.append(f"optimizer.lr={FINETUNING_RATES[chosen]}")
+    replaced = mine - _ADDED_TO
     merged: dict[str, str] = {}
     for override in _written_out(recipe, conf):
         key = override.partition("=")[0]
-        if key not in mine and key.partition(".")[0] not in mine:
+        if key not in mine and key.partition(".")[0] not in replaced:
             merged[key] = override
     return (*merged.values(), *kept)
 
@@ -49,7 +53,7 @@ def _written_out(recipe: Sequence[str], conf: Path) -> Iterator[str]:
             yield override
             continue
         path = conf / "experiment" / f"{override.removeprefix(_EXPERIMENT)}.yaml"
-        content: dict[str, Any] = OmegaConf.to_container(OmegaConf.load(path))  # type: ignore[assignment]
+        content: Any = OmegaConf.to_container(OmegaConf.load(path))  # as Hydra reads it: 1e-3 is a number
         for item in content.pop("defaults", ()):
             if isinstance(item, Mapping):
                 ((group, choice),) = item.items()

@@ -114,7 +114,8 @@ class DataSettings:
         """The evaluation preprocessing of these settings, without pretrained weights; ConfigError for invalid ones."""
         given = {name: getattr(self, name) for name in NO_WEIGHTS}
         size, interpolation, fraction = (NO_WEIGHTS[name] if value == AUTO else value for name, value in given.items())
-        return Preprocess(size, self.resize, interpolation, fraction, self.background, self.scaled_decoding)
+        resize = "crop" if self.resize == AUTO else self.resize
+        return Preprocess(size, resize, interpolation, fraction, self.background, self.scaled_decoding)
 
     def unique_name(self, root: Path, paths: Sequence[Path], *more: Any) -> str:
         """Return the data set's name and 8 hex digits of its folders, its tables and of `more`."""

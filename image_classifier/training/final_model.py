@@ -38,7 +38,7 @@ def predict_split(
     logits: list[torch.Tensor] = []
     scores: list[torch.Tensor] = []
     for batch, _ in datamodule.in_order(split):
-        for part in batch.split(BATCH):
+        for part in torch.split(batch, BATCH):
             pixels = np.ascontiguousarray(part.numpy())
             part_logits, embeddings = backend.logits_and_embeddings(pixels)
             unlike = detector.scores(embeddings, looks(pixels)) if detector else np.zeros(len(pixels), np.float32)

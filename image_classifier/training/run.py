@@ -68,6 +68,7 @@ from image_classifier.training.transfer.activations import keep_activations, rem
 from image_classifier.training.transfer.candidates import PROBE, start_from_probe
 from image_classifier.training.transfer.plan import ImageFacts, find_pretrained, plan
 from image_classifier.training.transfer.pretrained import Pretrained, fetching_command
+from image_classifier.training.transfer.resize import best_resize
 
 log = logging.getLogger(__name__)
 
@@ -181,7 +182,10 @@ def settled(config: TrainConfig, is_new: bool = True) -> tuple[TrainConfig, Mani
         config = _with_weights(config.recompose(from_rank_zero(lambda: _planned(config, found, manifest))))
         if config.data.split != split:  # large sets need a smaller share of val
             manifest = from_rank_zero(lambda: _prepared(config))
-    return config.with_preprocessing(own_preprocessing(config.model)), manifest
+    config = config.with_preprocessing(own_preprocessing(config.model))
+    if config.data.resize == AUTO:
+        config = config.with_values({"data.resize": from_rank_zero(lambda: best_resize(config, manifest))})
+    return config, manifest
 
 
 def _prepared(config: TrainConfig) -> Manifest:

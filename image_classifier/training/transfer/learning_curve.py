@@ -88,13 +88,11 @@ def learning_curve(
     points, hits = [], {}
     for share in _SHARES:
         count = max(2, round(share * len(features)))
-        repeats = 1 if share == 1 else _REPEATS
-        right = [
-            _right(features[rows], targets[rows], val_features, val_targets, strength)
-            for rows in (_subset(targets, count, generator) for _ in range(repeats))
-        ]
+        subsets = [_subset(targets, count, generator) for _ in range(1 if share == 1 else _REPEATS)]
+        right = [_right(features[rows], targets[rows], val_features, val_targets, strength) for rows in subsets]
         hits[share] = np.array(right)  # [repeats, M]
-        points.append((count, float(hits[share].mean())))
+        # More than `count` where there are many classes: each has an image in every subset.
+        points.append((round(float(np.mean([len(rows) for rows in subsets]))), float(hits[share].mean())))
     gains = hits[1.0][0].astype(float) - hits[0.5]  # [repeats, M]
     # Which images are in the half, and which are in val, are both a matter of luck.
     error = np.hypot(
@@ -119,5 +117,6 @@ def _right(
 ) -> np.ndarray:
     with warnings.catch_warnings(), threadpool_limits(1):
         warnings.simplefilter("ignore", ConvergenceWarning)
+        warnings.filterwarnings("ignore", "The number of unique classes")  # many classes of few images are fine
         fitted = LogisticRegression(C=strength, max_iter=_MAX_ITER).fit(features, targets)
     return np.asarray(fitted.predict(val_features) == val_targets)

@@ -7,6 +7,7 @@ import re
 import socket
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import takewhile
 from pathlib import Path
 from urllib.parse import urlparse
 from urllib.request import getproxies
@@ -86,7 +87,7 @@ def network_of_file(path: str) -> Pretrained:
         CheckpointError: There is no such file, or it is damaged.
         ConfigError: No network of torchvision fits.
     """
-    tensors = read_weights(Path(path).expanduser())
+    tensors = _without_prefix(read_weights(Path(path).expanduser()))
     for library, name in _candidates(Path(path)):
         if _fits(library, name, tensors):
             key = "model_name" if library == "timm" else "name"
@@ -121,12 +122,23 @@ def _fits(library: str, name: str, tensors: Tensors) -> bool:
             network = _build(library, name)
     except Exception:  # a few networks cannot be built so; they are not this one
         return False
-    expected = network.state_dict()
-    shared = [key for key in expected if key in tensors and expected[key].shape == tensors[key].shape]
-    # The classifier may have other classes, and batch counters may be missing.
-    return len(shared) >= len(expected) - 2 - sum(key.endswith("num_batches_tracked") for key in expected) and len(
-        tensors
-    ) <= len(expected)
+    expected, found = _without_counters(network.state_dict()), _without_counters(tensors)
+    shared = [key for key, value in expected.items() if key in found and value.shape == found[key].shape]
+    # The classifier, a weight and a bias, may have other classes.
+    return len(shared) >= len(expected) - 2 and len(found) <= len(expected)
+
+
+def _without_counters(tensors: Tensors) -> Tensors:
+    """Return tensors without the counters of batch normalisation, which a file may lack."""
+    return {key: value for key, value in tensors.items() if not key.endswith("num_batches_tracked")}
+
+
+def _without_prefix(tensors: Tensors) -> Tensors:
+    """Return tensors without what a wrapper has put before all their names, such as `module.`."""
+    # What the first and the last name have in common in alphabetical order, all have.
+    parts = zip(min(tensors).split("."), max(tensors).split("."), strict=False)
+    prefix = "".join(f"{one}." for one, _ in takewhile(lambda pair: pair[0] == pair[1], parts))
+    return {key.removeprefix(prefix): value for key, value in tensors.items()}
 
 
 def _build(library: str, name: str) -> nn.Module:
