@@ -31,6 +31,7 @@ from image_classifier.dataset.pixel_cache import CacheSettings
 from image_classifier.dataset.scan import FileMetadata, scan_files
 from image_classifier.dataset.select import ClassSettings, select
 from image_classifier.dataset.split import (
+    ALL_FOLDS,
     SplitSettings,
     assign_splits,
     check_folds,
@@ -86,7 +87,7 @@ class DataSettings:
     duplicates: DuplicateSettings = field(default_factory=DuplicateSettings)
     split: SplitSettings = field(default_factory=SplitSettings)
     folds: int | None = None
-    fold: int | None = None
+    fold: Any = None
     cache: CacheSettings = field(default_factory=CacheSettings)
     source: Any = None
 
@@ -203,6 +204,8 @@ def prepare(
         DataError: The images cannot be trained on.
         StorageError: The manifest cannot be written.
     """
+    if settings.fold == ALL_FOLDS:
+        raise ConfigError("data.fold=all is for the verb train", f"choose one of data.fold=0 to {settings.folds - 1}")
     scan = scan_dataset(paths, settings, audit, progress)
     unsplit = _selected(scan, settings)
     path = manifest_path(scan.tree.root, paths, settings)

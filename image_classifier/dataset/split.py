@@ -18,6 +18,7 @@ from image_classifier.text import listed
 log = logging.getLogger(__name__)
 
 _UNKNOWN = len(SPLITS)  # greater than every split, so that a minimum is the earliest known one
+ALL_FOLDS = "all"  # data.fold: train every fold
 _LISTED = 10  # classes that a message names
 
 
@@ -50,8 +51,8 @@ class SplitSettings:
             )
 
 
-def check_folds(fold: int | None, folds: int | None) -> None:
-    """Check that `data.fold` and `data.folds` name one of two or more folds; ConfigError if they do not."""
+def check_folds(fold: int | str | None, folds: int | None) -> None:
+    """Check that `data.fold` and `data.folds` name one of two or more folds, or all; ConfigError if they do not."""
     if fold is None and folds is None:
         return
     if folds is None:
@@ -60,9 +61,11 @@ def check_folds(fold: int | None, folds: int | None) -> None:
         raise ConfigError(
             f"data.folds must be at least 2, not {folds}", "data.fold=0 data.folds=5 validates on the first fifth"
         )
-    if fold is None or not 0 <= fold < folds:
+    is_number = isinstance(fold, int) and not isinstance(fold, bool)
+    if fold != ALL_FOLDS and not (is_number and 0 <= int(fold or 0) < folds):
         raise ConfigError(
-            f"data.fold must be 0 to {folds - 1} with data.folds={folds}, not {'null' if fold is None else fold}"
+            f"data.fold must be 0 to {folds - 1} or all with data.folds={folds}, not {'null' if fold is None else fold}",
+            "data.fold=0 trains one fold, data.fold=all every fold and delivers them as one model",
         )
 
 

@@ -15,6 +15,7 @@ from image_classifier.atomic_io import write_text
 from image_classifier.dataset.audit.issues import issue_counts_text
 from image_classifier.dataset.pixel_cache import open_cache
 from image_classifier.dataset.run import prepare_dataset
+from image_classifier.dataset.split import ALL_FOLDS
 from image_classifier.errors import ConfigError, DataError
 from image_classifier.manifest import SPLITS, Manifest
 from image_classifier.training.autotune import autotune, check_choices
@@ -120,7 +121,12 @@ def train(config: TrainConfig, *, resume: ResumePoint | None = None, overrides: 
     with process_group(uses_gpu(trainer.accelerator)):
         signals = SignalHandler()
         with signals.caught():
-            result = _train_on_this_rank(config, resume, overrides, signals)
+            if config.data.fold == ALL_FOLDS:
+                from image_classifier.training.cross_validation.all_folds import train_all_folds  # which imports this
+
+                result = train_all_folds(config, resume, overrides, signals)
+            else:
+                result = train_on_this_rank(config, resume, overrides, signals)
         return broadcast(result)
 
 
@@ -135,21 +141,39 @@ def check_config(config: TrainConfig) -> None:
     check_optimisation(config)
 
 
-def _train_on_this_rank(
+def train_on_this_rank(
     config: TrainConfig, resume: ResumePoint | None, overrides: Sequence[str], signals: SignalHandler
 ) -> TrainResult | None:
     """Prepare the data and take a run folder, then train in it; return the result on rank 0."""
     from_rank_zero(lambda: check_name(config.run, resume.directory if resume else None))
     with buffered_log() as early:
-        # Missing or damaged weights are reported before any image is read.
-        found = None if resume else from_rank_zero(lambda: find_pretrained(config))
-        config = _with_weights(config)
-        manifest = from_rank_zero(lambda: prepare_dataset(config.data, config.audit, config.run.trusted_packages)[0])
-        if found is not None:
-            config = _with_weights(config.recompose(from_rank_zero(lambda: _planned(config, found, manifest))))
-        config = config.with_preprocessing(own_preprocessing(config.model))
+        config, manifest = prepared(config, resume)
     _check_splits(config, manifest)
     resume = from_rank_zero(lambda: _validated(resume, config, manifest))
+    with claimed_run(config, manifest, resume, overrides, early) as (run, config):
+        return _train_in(run, config, manifest, resume, signals)
+
+
+def prepared(config: TrainConfig, resume: ResumePoint | None) -> tuple[TrainConfig, Manifest]:
+    """Return the images in their splits, and the configuration with network, recipe and preprocessing settled."""
+    # Missing or damaged weights are reported before any image is read.
+    found = None if resume else from_rank_zero(lambda: find_pretrained(config))
+    config = _with_weights(config)
+    manifest = from_rank_zero(lambda: prepare_dataset(config.data, config.audit, config.run.trusted_packages)[0])
+    if found is not None:
+        config = _with_weights(config.recompose(from_rank_zero(lambda: _planned(config, found, manifest))))
+    return config.with_preprocessing(own_preprocessing(config.model)), manifest
+
+
+@contextmanager
+def claimed_run(
+    config: TrainConfig,
+    manifest: Manifest,
+    resume: ResumePoint | None,
+    overrides: Sequence[str],
+    early: Sequence[logging.LogRecord],
+) -> Iterator[tuple[RunDir, TrainConfig]]:
+    """Take a run folder for the block; yield it, and the configuration with its name, which is saved there."""
     default_name = f"{config.data.name or manifest.root.resolve().name}-{config.model.name}"
     notes = run_notes(resume, overrides, config.flat())
     directory = resume.directory if resume else None
@@ -158,7 +182,7 @@ def _train_on_this_rank(
         run = broadcast(claimed)
         config = config.with_values({"name": run.name, "run_dir": str(run.directory)})
         _save_config(config, run)
-        return _train_in(run, config, manifest, resume, signals)
+        yield run, config
 
 
 def _with_weights(config: TrainConfig) -> TrainConfig:
@@ -207,7 +231,7 @@ def _train_in(
     pl.seed_everything(config.run.seed, workers=True, verbose=False)
 
     # What the training is made from: pixels, number format, and the values that are found by trying.
-    inputs = autotune(_inputs(config, manifest), run.plots)
+    inputs = autotune(training_inputs(config, manifest), run.plots)
     config = inputs.config
     _save_config(config, run)  # with the values found, so that a resumed run need not find them again
 
@@ -229,7 +253,7 @@ def _train_in(
     guard = NanGuard(config.trainer.on_nan, run.directory)
     trainer = build_trainer(config, inputs.hardware, throughput, history, state, StopOnSignal(signals), guard)
 
-    with _logged_run(RunLoggers(trainer.loggers), config, manifest, run) as loggers:
+    with logged_run(RunLoggers(trainer.loggers), config, manifest, run) as loggers:
         if config.trainer.max_epochs != 0:
             with signals.deferred():
                 fit(trainer, module, datamodule, resume.checkpoint if resume else None)
@@ -268,10 +292,11 @@ def _train_in(
             epochs=trainer.current_epoch,
             steps=trainer.global_step,
         )
-        return _finish(trained, loggers)
+        return finish(trained, loggers)
 
 
-def _inputs(config: TrainConfig, manifest: Manifest) -> TrainingInputs:
+def training_inputs(config: TrainConfig, manifest: Manifest) -> TrainingInputs:
+    """Return what a training is made from, its pixels decoded."""
     data, hardware = config.data, choose_hardware(config.trainer.speed)
     cache = first_on_each_node(
         lambda: open_cache(manifest, data.preprocess, data.cache, data.limits, progress=sys.stderr.isatty())
@@ -280,7 +305,7 @@ def _inputs(config: TrainConfig, manifest: Manifest) -> TrainingInputs:
 
 
 @contextmanager
-def _logged_run(loggers: RunLoggers, config: TrainConfig, manifest: Manifest, run: RunDir) -> Iterator[RunLoggers]:
+def logged_run(loggers: RunLoggers, config: TrainConfig, manifest: Manifest, run: RunDir) -> Iterator[RunLoggers]:
     """Begin the run in every logger; an error in the block ends it there as FAILED or KILLED."""
     loggers.use_run_key(run.key, run.resumed)
     tags = {"manifest_sha256": manifest.sha256, "run_folder": str(run.directory)}
@@ -298,7 +323,7 @@ def _evaluated_splits(config: TrainConfig, manifest: Manifest) -> list[str]:
     return [split for split in SPLITS[1:] if len(manifest.indices(split)) and (split == "val" or config.run.test)]
 
 
-def _finish(trained: TrainedRun, loggers: RunLoggers) -> TrainResult:
+def finish(trained: TrainedRun, loggers: RunLoggers) -> TrainResult:
     """Write metrics, figures and the bundle of a trained model, tell the loggers, and return the result."""
     run, config = trained.run, trained.config
     results = write_results(trained)
