@@ -205,7 +205,7 @@ def prepare(
         StorageError: The manifest cannot be written.
     """
     if settings.fold == ALL_FOLDS:
-        raise ConfigError("data.fold=all is for the verb train", f"choose one of data.fold=0 to {settings.folds - 1}")
+        raise ConfigError("data.fold=all is for the verb train", "choose one fold, such as data.fold=0")
     scan = scan_dataset(paths, settings, audit, progress)
     unsplit = _selected(scan, settings)
     path = manifest_path(scan.tree.root, paths, settings)

@@ -56,15 +56,16 @@ def check_folds(fold: int | str | None, folds: int | None) -> None:
     if fold is None and folds is None:
         return
     if folds is None:
-        raise ConfigError(f"data.fold={fold} needs data.folds", "data.fold=0 data.folds=5 validates on the first fifth")
+        hint = "data.fold=0 data.folds=5 validates on the first fifth"
+        raise ConfigError(f"data.fold={fold} needs data.folds", "data.folds=5 is usual" if fold == ALL_FOLDS else hint)
     if folds < 2:
         raise ConfigError(
             f"data.folds must be at least 2, not {folds}", "data.fold=0 data.folds=5 validates on the first fifth"
         )
-    is_number = isinstance(fold, int) and not isinstance(fold, bool)
-    if fold != ALL_FOLDS and not (is_number and 0 <= int(fold or 0) < folds):
+    if fold != ALL_FOLDS and fold not in range(folds):
+        given = "null" if fold is None else fold
         raise ConfigError(
-            f"data.fold must be 0 to {folds - 1} or all with data.folds={folds}, not {'null' if fold is None else fold}",
+            f"data.fold must be 0 to {folds - 1} or all with data.folds={folds}, not {given}",
             "data.fold=0 trains one fold, data.fold=all every fold and delivers them as one model",
         )
 

@@ -96,7 +96,8 @@ def _num_members(blueprint: Mapping[str, Any], weights: Mapping[str, torch.Tenso
     if count is None:
         return 1
     if not isinstance(count, int) or not 1 <= count <= len(weights):
-        raise CheckpointError(f"a checkpoint of {str(count)[:20]!r} networks is damaged", "give another, or train again")
+        fact = f"the checkpoint is damaged: it names {str(count)[:20]} networks"
+        raise CheckpointError(fact, "give another, or train again")
     return count
 
 

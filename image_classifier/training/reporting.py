@@ -22,7 +22,7 @@ from image_classifier.evaluation.reliability.ood import Detector
 from image_classifier.evaluation.reliability_results import Trust, write_trust
 from image_classifier.evaluation.results import answer_columns, class_columns, metrics_lines, scalars, write_evaluation
 from image_classifier.inference.predictor import EmbeddingBackend
-from image_classifier.manifest import SPLITS, Manifest, with_split
+from image_classifier.manifest import SPLITS, Manifest
 from image_classifier.modeling.classifier import Classifier
 from image_classifier.predictions import PredictionTable
 from image_classifier.training.builders import TrainingInputs
@@ -88,7 +88,7 @@ class TrainedRun:
     @property
     def delivered_manifest(self) -> Manifest:
         """The images as the bundle lists them: those that are predicted out of fold are training images."""
-        return with_split(self.manifest, "val", "train") if self.folds else self.manifest
+        return self.manifest.moved("val", "train") if self.folds else self.manifest
 
     @property
     def images_seen(self) -> int:
@@ -200,7 +200,10 @@ def summary_lines(trained: TrainedRun, results: Results, logged_to: Sequence[str
         has_test = bool(len(trained.manifest.indices("test")))
         hint = "test=false kept the test images for later" if has_test else "get test images with data.split.test=0.1"
         images = "training images out of fold" if trained.folds else "validation images"
-        yield f"these scores are from the {images}, which also picked the best epoch, so they are slightly too good; {hint}"
+        yield (
+            f"these scores are from the {images}, which also picked the best epoch, "
+            f"so they are slightly too good; {hint}"
+        )
     if trained.images_per_second:
         yield f"images/s {trained.images_per_second:.1f}"
     yield f"bundle   {run.bundle}"
