@@ -36,7 +36,7 @@ from image_classifier.training.calibrate import calibrate, fit_decision, fit_det
 from image_classifier.training.callbacks.csv_metrics import CSVMetrics
 from image_classifier.training.callbacks.preemption import SignalHandler
 from image_classifier.training.callbacks.throughput import Throughput
-from image_classifier.training.config import TrainConfig
+from image_classifier.training.config import AUTO, TrainConfig
 from image_classifier.training.distributed import from_rank_zero, is_rank_zero
 from image_classifier.training.forward import fast_backend, forward
 from image_classifier.training.loggers import RunLoggers
@@ -88,8 +88,10 @@ def train_all_folds(
         manifests = from_rank_zero(lambda: _manifests(config))
     config = config.with_values({"data.fold": ALL_FOLDS})
     again = ResumePoint(directory) if directory else None
+    if directory:  # other images or settings are refused before anything is written
+        from_rank_zero(lambda: [_is_finished(fold) for fold in _folds(config, directory, manifests)] and None)
     with single.claimed_run(config, manifests[0], again, overrides, early) as (run, config):
-        folds = [_fold(config, run, number, manifest) for number, manifest in enumerate(manifests)]
+        folds = _folds(config, run.directory, manifests)
         for number, fold in enumerate(folds, start=1):
             if from_rank_zero(lambda fold=fold: _is_finished(fold)):  # type: ignore[misc]
                 log.info("fold %d of %d: %s is trained", number, len(folds), fold.directory.name)
@@ -119,8 +121,12 @@ def _manifests(config: TrainConfig) -> list[Manifest]:
     return all_folds(scan_dataset(fetch_images(data, config.run.trusted_packages), data, config.audit), data)
 
 
-def _fold(config: TrainConfig, run: RunDir, number: int, manifest: Manifest) -> Fold:
-    name, parent = f"{run.name}-fold-{number}", run.directory / FOLDS
+def _folds(config: TrainConfig, directory: Path, manifests: Sequence[Manifest]) -> list[Fold]:
+    return [_fold(config, directory, number, manifest) for number, manifest in enumerate(manifests)]
+
+
+def _fold(config: TrainConfig, directory: Path, number: int, manifest: Manifest) -> Fold:
+    name, parent = f"{directory.name}-fold-{number}", directory / FOLDS
     folders = {"runs_dir": parent, "models_dir": parent / "models", "plots_dir": parent / "plots"}
     values = {
         **_SPARED,
@@ -134,16 +140,16 @@ def _fold(config: TrainConfig, run: RunDir, number: int, manifest: Manifest) -> 
     model = config.model
     if model.bundle:  # a name would be looked for among the bundles of the folds
         values["model.from"] = str(pulled_checkpoint(model.bundle, Path(model.models_dir)))
-    fold = config.with_values({**values, **_found(parent / name / "config.yaml")})
+    fold = config.with_values({**values, **_found(config, parent / name / "config.yaml")})
     return Fold(fold, manifest, parent / name, parent / "models" / name, parent / "plots" / name / "val")
 
 
-def _found(path: Path) -> dict[str, Any]:
-    """Return the values that a run found by trying, from its config.yaml; nothing where there is none."""
+def _found(config: TrainConfig, path: Path) -> dict[str, Any]:
+    """Return what a run found by trying, from its config.yaml: the values of those keys that `config` leaves open."""
     if not path.is_file():
         return {}
-    saved = flatten(yaml.safe_load(path.read_text(encoding="utf-8")))
-    return {key: saved[key] for key in _FOUND if key in saved}
+    given, saved = config.flat(), flatten(yaml.safe_load(path.read_text(encoding="utf-8")))
+    return {key: saved[key] for key in _FOUND if key in saved and given.get(key) in (AUTO, None, -1)}
 
 
 def _is_finished(fold: Fold) -> bool:
