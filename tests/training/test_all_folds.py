@@ -171,7 +171,6 @@ def test_no_training_starts_from_several_networks(command: Command, whole: Path)
         (["data.folds=5"], "data.fold must be 0 to 4 or all"),
         (["data.folds=5", "data.fold=7"], "data.fold must be 0 to 4 or all"),
         (["data.fold=all"], "data.fold=all needs data.folds"),
-        (["data.folds=1", "data.fold=all"], "at least 2"),
     ],
 )
 def test_folds_that_cannot_be_are_refused_before_images_are_read(

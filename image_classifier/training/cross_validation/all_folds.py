@@ -28,6 +28,7 @@ from image_classifier.inference.predictor import EmbeddingBackend
 from image_classifier.manifest import Manifest
 from image_classifier.mappings import flatten
 from image_classifier.modeling.ensemble import EnsembleClassifier
+from image_classifier.modeling.weight_origin import SCRATCH
 from image_classifier.predictions import PredictionTable
 from image_classifier.training import run as single
 from image_classifier.training.baseline import device_of
@@ -171,6 +172,8 @@ def _delivered(run: RunDir, config: TrainConfig, folds: Sequence[Fold]) -> singl
     bundles = [read_bundle(fold.bundle) for fold in folds]
     ensemble, blueprint = _joined(bundles, config.run.trusted_packages)
     ensemble.to(device_of(config.trainer.accelerator))
+    if blueprint["initial_weights"]["origin"] != SCRATCH:
+        log.info("the mean of the weights is not tried: no image is left to compare it on (docs/decisions/027)")
     of_training = folds[0].manifest.moved("val", "train")
     out_of_fold = of_training.moved("train", "val")
     tables = {"val": joined_tables([PredictionTable.read(fold.predictions) for fold in folds], out_of_fold)}
