@@ -31,7 +31,6 @@ from image_classifier.dataset.pixel_cache import CacheSettings
 from image_classifier.dataset.scan import FileMetadata, scan_files
 from image_classifier.dataset.select import ClassSettings, select
 from image_classifier.dataset.split import (
-    ALL_FOLDS,
     SplitSettings,
     assign_splits,
     check_folds,
@@ -204,8 +203,6 @@ def prepare(
         DataError: The images cannot be trained on.
         StorageError: The manifest cannot be written.
     """
-    if settings.fold == ALL_FOLDS:
-        raise ConfigError("data.fold=all is for the verb train", "choose one fold, such as data.fold=0")
     scan = scan_dataset(paths, settings, audit, progress)
     unsplit = _selected(scan, settings)
     path = manifest_path(scan.tree.root, paths, settings)

@@ -166,6 +166,8 @@ def assign_splits(
         DataError: A class has one distinct image only, but images of it must be held out.
     """
     check_folds(fold, folds)
+    if isinstance(fold, str):
+        raise ConfigError("data.fold=all is for the verb train", "choose one fold, such as data.fold=0")
     # 1. Which splits are not given and must be taken out of train.
     given = set(np.unique(manifest.splits).tolist())
     ratios = {TEST: settings.test, VAL: settings.val if folds is None else 0.0}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -15,7 +15,6 @@ from image_classifier.atomic_io import write_text
 from image_classifier.dataset.audit.issues import issue_counts_text
 from image_classifier.dataset.pixel_cache import open_cache
 from image_classifier.dataset.run import prepare_dataset
-from image_classifier.dataset.split import ALL_FOLDS
 from image_classifier.errors import ConfigError, DataError
 from image_classifier.manifest import SPLITS, Manifest
 from image_classifier.training.autotune import autotune, check_choices
@@ -97,13 +96,20 @@ class TrainResult:
     summary: tuple[str, ...]
 
 
-def train(config: TrainConfig, *, resume: ResumePoint | None = None, overrides: Sequence[str] = ()) -> TrainResult:
+def train(
+    config: TrainConfig,
+    *,
+    resume: ResumePoint | None = None,
+    overrides: Sequence[str] = (),
+    work: Callable[..., TrainResult | None] | None = None,
+) -> TrainResult:
     """Train, evaluate and export a classifier; on several ranks each calls this and gets the same result.
 
     Args:
         config: Everything that decides the training.
         resume: The run to resume; None: a new one.
         overrides: What the command line gives, kept in run.json so that the run is found again.
+        work: What each rank does; None: `train_on_this_rank`.
 
     Raises:
         ConfigError: Settings that contradict one another or cannot be built.
@@ -121,12 +127,7 @@ def train(config: TrainConfig, *, resume: ResumePoint | None = None, overrides: 
     with process_group(uses_gpu(trainer.accelerator)):
         signals = SignalHandler()
         with signals.caught():
-            if config.data.fold == ALL_FOLDS:
-                from image_classifier.training.cross_validation.all_folds import train_all_folds  # which imports this
-
-                result = train_all_folds(config, resume, overrides, signals)
-            else:
-                result = train_on_this_rank(config, resume, overrides, signals)
+            result = (work or train_on_this_rank)(config, resume, overrides, signals)
         return broadcast(result)
 
 
@@ -144,7 +145,7 @@ def check_config(config: TrainConfig) -> None:
 def train_on_this_rank(
     config: TrainConfig, resume: ResumePoint | None, overrides: Sequence[str], signals: SignalHandler
 ) -> TrainResult | None:
-    """Prepare the data and take a run folder, then train in it; return the result on rank 0."""
+    """Prepare the data and take a run folder, then train in it; return the result on rank 0, else None."""
     from_rank_zero(lambda: check_name(config.run, resume.directory if resume else None))
     with buffered_log() as early:
         config, manifest = prepared(config, resume)

@@ -24,7 +24,7 @@ from image_classifier.manifest import Manifest
 from image_classifier.modeling.ensemble import EnsembleClassifier
 from image_classifier.predictions import PredictionTable, softmax
 from image_classifier.training import run
-from image_classifier.training.cross_validation.all_folds import joined_tables
+from image_classifier.training.cross_validation.all_folds import joined_tables, train
 from tests.conftest import QUICK, Command, write_image
 
 FOLDS, NAME = 3, "whole"
@@ -68,7 +68,7 @@ def stopped(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(run, "calibrate", killed)
         with pytest.raises(SystemExit):
-            run.train(compose_train_config(LINE), overrides=LINE)
+            train(compose_train_config(LINE), overrides=LINE)
     yield folder
     logger.setLevel(level)
     os.chdir(before)
@@ -79,7 +79,7 @@ def whole(stopped: Path) -> Path:
     """The bundle, after the same command was started again, which leaves the first fold as it is."""
     first = stopped / "runs" / NAME / "folds" / FOLD_NAMES[0] / "checkpoints" / "last.ckpt"
     date = first.stat().st_mtime_ns
-    run.train(compose_train_config(LINE), overrides=LINE)
+    train(compose_train_config(LINE), overrides=LINE)
     assert first.stat().st_mtime_ns == date
     return stopped / "models" / NAME
 
@@ -155,7 +155,7 @@ def test_other_settings_do_not_join_trained_folds(whole: Path) -> None:
     notes.write_text(content.replace('"finished": true', '"finished": false'))
     try:
         with pytest.raises(ConfigError, match="trained with other images or settings"):
-            run.train(compose_train_config(other), overrides=other)
+            train(compose_train_config(other), overrides=other)
     finally:
         notes.write_text(content)
 

@@ -13,6 +13,7 @@ from image_classifier.cli import hydra_app
 from image_classifier.cli.train_config import train_config
 from image_classifier.program import child_command, program
 from image_classifier.training import run
+from image_classifier.training.cross_validation import all_folds
 from image_classifier.training.distributed import is_rank_zero
 from image_classifier.training.launch import needs_ranks, run_ranks
 from image_classifier.training.resume import ResumePoint, find_resume_point, new_overrides, score_if_finished
@@ -36,7 +37,7 @@ def train(config: DictConfig) -> float:
         run.check_config(typed)  # once, and not in every rank
         run_ranks(trainer.accelerator, trainer.devices, [*child_command(), *sys.argv[1:]])
         return math.nan
-    result = run.train(typed, resume=resume, overrides=overrides)
+    result = all_folds.train(typed, resume=resume, overrides=overrides)
     if is_rank_zero():
         print("\n".join(result.summary))
         print(f"next     {program()} infer --checkpoint_name {shlex.quote(result.name)} --images PATH")

@@ -71,7 +71,15 @@ class Fold:
     predictions: Path
 
 
-def train_all_folds(
+def train(
+    config: TrainConfig, *, resume: ResumePoint | None = None, overrides: Sequence[str] = ()
+) -> single.TrainResult:
+    """Train, evaluate and export a classifier as `run.train` does; with `data.fold=all` one of all folds."""
+    work = _train_all_folds if config.data.fold == ALL_FOLDS else single.train_on_this_rank
+    return single.train(config, resume=resume, overrides=overrides, work=work)
+
+
+def _train_all_folds(
     config: TrainConfig, resume: ResumePoint | None, overrides: Sequence[str], signals: SignalHandler
 ) -> single.TrainResult | None:
     """Train every fold that is not finished, deliver all as one bundle, and return its result on rank 0.
@@ -100,7 +108,11 @@ def train_all_folds(
             log.info("fold %d of %d: training %s", number, len(folds), fold.directory.name)
             stopped = ResumePoint(fold.directory) if from_rank_zero(fold.directory.exists) else None
             single.train_on_this_rank(fold.config, stopped, (), signals)
-        return _delivered(run, config, folds) if is_rank_zero() else None
+        out_of_fold = manifests[0].moved("train", "val")
+        if not config.run.test or not len(out_of_fold.indices("test")):  # the whole has seen all other images
+            config = config.with_values({"diagnostics.robustness_images": 0})
+        inputs = single.training_inputs(config, out_of_fold)
+        return _delivered(run, inputs, folds) if is_rank_zero() else None
 
 
 def _stopped(config: TrainConfig, overrides: Sequence[str]) -> Path | None:
@@ -167,24 +179,20 @@ def _is_finished(fold: Fold) -> bool:
     return True
 
 
-def _delivered(run: RunDir, config: TrainConfig, folds: Sequence[Fold]) -> single.TrainResult:
+def _delivered(run: RunDir, inputs: TrainingInputs, folds: Sequence[Fold]) -> single.TrainResult:
     """Join the networks of all folds, predict the test images with them, and write the bundle."""
+    config, out_of_fold = inputs.config, inputs.manifest
+    of_training = out_of_fold.moved("val", "train")
     bundles = [read_bundle(fold.bundle) for fold in folds]
     ensemble, blueprint = _joined(bundles, config.run.trusted_packages)
     ensemble.to(device_of(config.trainer.accelerator))
     if blueprint["initial_weights"]["origin"] != SCRATCH:
         log.info("the mean of the weights is not tried: no image is left to compare it on (docs/decisions/027)")
-    of_training = folds[0].manifest.moved("val", "train")
-    out_of_fold = of_training.moved("train", "val")
     tables = {"val": joined_tables([PredictionTable.read(fold.predictions) for fold in folds], out_of_fold)}
-    has_test = config.run.test and len(of_training.indices("test")) > 0
-    if not has_test:  # the whole has seen all other images
-        config = config.with_values({"diagnostics.robustness_images": 0})
-    inputs = single.training_inputs(config, out_of_fold)
     with single.logged_run(RunLoggers(build_loggers(config)), config, out_of_fold, run) as loggers:
         backend = fast_backend(ensemble, config.data.image_size)
         detector = fit_detector(backend, of_training, inputs.cache, config.decision)
-        if has_test:
+        if config.run.test and len(out_of_fold.indices("test")):
             tables["test"] = _predicted(backend, detector, inputs, "test")
         calibrated = calibrate(tables)
         decision = fit_decision(calibrated["val"], config.decision)
