@@ -64,7 +64,7 @@ def train(
     with missing_packages_named(), _logging_to_stderr(verbose):
         from image_classifier.cli.python_settings import train_overrides
         from image_classifier.cli.train_config import compose_train_config
-        from image_classifier.training.run import train as run_training
+        from image_classifier.training.cross_validation.all_folds import train as run_training
 
         return run_training(compose_train_config(train_overrides(data, name, settings)))
 

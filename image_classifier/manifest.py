@@ -197,6 +197,10 @@ class Manifest:
         """Return the manifest of one split."""
         return self.take(self.indices(split))
 
+    def moved(self, split: str, to: str) -> Manifest:
+        """Return the manifest with the images of one split in another."""
+        return replace(self, splits=np.where(self.splits == _SPLIT_CODES[split], _SPLIT_CODES[to], self.splits))
+
     def leaked(self, split: str) -> np.ndarray:
         """Return which records of a split, bool [M], have a duplicate or near-duplicate (their group) in train."""
         return np.isin(self.groups[self.indices(split)], self.groups[self.indices("train")])

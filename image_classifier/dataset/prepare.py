@@ -86,7 +86,7 @@ class DataSettings:
     duplicates: DuplicateSettings = field(default_factory=DuplicateSettings)
     split: SplitSettings = field(default_factory=SplitSettings)
     folds: int | None = None
-    fold: int | None = None
+    fold: Any = None
     cache: CacheSettings = field(default_factory=CacheSettings)
     source: Any = None
 

@@ -18,6 +18,7 @@ from image_classifier.text import listed
 log = logging.getLogger(__name__)
 
 _UNKNOWN = len(SPLITS)  # greater than every split, so that a minimum is the earliest known one
+ALL_FOLDS = "all"  # data.fold: train every fold
 _LISTED = 10  # classes that a message names
 
 
@@ -50,19 +51,22 @@ class SplitSettings:
             )
 
 
-def check_folds(fold: int | None, folds: int | None) -> None:
-    """Check that `data.fold` and `data.folds` name one of two or more folds; ConfigError if they do not."""
+def check_folds(fold: int | str | None, folds: int | None) -> None:
+    """Check that `data.fold` and `data.folds` name one of two or more folds, or all; ConfigError if they do not."""
     if fold is None and folds is None:
         return
     if folds is None:
-        raise ConfigError(f"data.fold={fold} needs data.folds", "data.fold=0 data.folds=5 validates on the first fifth")
+        hint = "data.fold=0 data.folds=5 validates on the first fifth"
+        raise ConfigError(f"data.fold={fold} needs data.folds", "data.folds=5 is usual" if fold == ALL_FOLDS else hint)
     if folds < 2:
         raise ConfigError(
             f"data.folds must be at least 2, not {folds}", "data.fold=0 data.folds=5 validates on the first fifth"
         )
-    if fold is None or not 0 <= fold < folds:
+    if fold != ALL_FOLDS and fold not in range(folds):
+        given = "null" if fold is None else fold
         raise ConfigError(
-            f"data.fold must be 0 to {folds - 1} with data.folds={folds}, not {'null' if fold is None else fold}"
+            f"data.fold must be 0 to {folds - 1} or all with data.folds={folds}, not {given}",
+            "data.fold=0 trains one fold, data.fold=all every fold and delivers them as one model",
         )
 
 
@@ -162,6 +166,8 @@ def assign_splits(
         DataError: A class has one distinct image only, but images of it must be held out.
     """
     check_folds(fold, folds)
+    if isinstance(fold, str):
+        raise ConfigError("data.fold=all is for the verb train", "choose one fold, such as data.fold=0")
     # 1. Which splits are not given and must be taken out of train.
     given = set(np.unique(manifest.splits).tolist())
     ratios = {TEST: settings.test, VAL: settings.val if folds is None else 0.0}

@@ -17,7 +17,7 @@ from torch import nn
 from image_classifier.atomic_io import write_bytes, write_text
 from image_classifier.errors import StorageError
 from image_classifier.exporting.parity import check_parity
-from image_classifier.inference.checkpoint import network_of
+from image_classifier.inference.checkpoint import ENSEMBLE, network_of
 from image_classifier.modeling.classifier import Classifier
 from image_classifier.modeling.weights import last_linear
 
@@ -37,7 +37,7 @@ def write_weights_file(classifier: Classifier, blueprint: Mapping[str, Any], pix
     With `config.json` the tensors have timm's names and the normalisation is in it; else they are those of the
     classifier: `backbone.*`, `head.*`, `scale` and `shift`. Test-time augmentation and temperature are in neither.
     """
-    if blueprint["backbone"].get("_target_") == "timm.create_model":
+    if blueprint["backbone"].get("_target_") == "timm.create_model" and ENSEMBLE not in blueprint:
         try:
             with _undisturbed():
                 _write_for_timm(classifier, blueprint, pixels, folder)

@@ -18,6 +18,7 @@ from torch.nn import functional
 
 from image_classifier.modeling.attribution_rules import DetachedAttention
 from image_classifier.modeling.classifier import Classifier, in_evaluation
+from image_classifier.modeling.ensemble import EnsembleClassifier
 
 _MIN_SIDE = 4  # positions a side: a coarser map does not locate anything
 _MAX_EXTRA_TOKENS = 16  # tokens before those of the image: class, distillation, registers
@@ -46,8 +47,13 @@ def attribution_map(classifier: Classifier, pixels: np.ndarray, target: int) -> 
 
     Convolutional networks: Grad-CAM (Selvaraju et al., 2017). Transformers: the relevance of each token at the input
     (Ali et al., 2022). Networks without positions: gradients of the pixels (Simonyan et al., 2014). With test-time
-    augmentation the plain view is explained. The classifier is not changed.
+    augmentation the plain view is explained. Of an ensemble it is the mean of its members' maps. The classifier is not
+    changed.
     """
+    if isinstance(classifier, EnsembleClassifier):
+        maps = [attribution_map(member, pixels, target) for member in classifier.members]
+        mean = np.mean([each.heat for each in maps], axis=0)
+        return Attribution(_scaled(torch.from_numpy(mean), pixels.shape[1:]), maps[0].method)
     with in_evaluation(classifier), torch.inference_mode(False), torch.enable_grad():
         images = torch.tensor(pixels[None], dtype=torch.float32, device=classifier.scale.device, requires_grad=True)
         layers, pixel_gradient = _gradients(classifier, images, target)

@@ -14,7 +14,9 @@ from image_classifier.errors import CheckpointError, ClassifierError
 from image_classifier.inference.backends import OpenOptions
 from image_classifier.instantiate import NETWORKS, instantiate
 from image_classifier.modeling.classifier import Classifier, build_classifier
+from image_classifier.modeling.ensemble import EnsembleClassifier
 
+ENSEMBLE = "ensemble"  # of a blueprint: how many classifiers of this network are one; missing: it is a single one
 # Arguments by which a network loads weights from elsewhere. The checkpoint's weights would replace them at once, and a
 # file must not make us load another file.
 _FETCHING = {"pretrained": False, "weights": None, "weights_backbone": None}
@@ -39,8 +41,13 @@ def load_classifier(path: Path, trusted: Sequence[str] = ()) -> tuple[Classifier
     """
     blueprint, weights, arguments = _read(path)
     try:
-        backbone = instantiate(network_of(blueprint), trusted=trusted, known=NETWORKS)
-        classifier = build_classifier(backbone, *arguments)
+        members = [
+            build_classifier(instantiate(network_of(blueprint), trusted=trusted, known=NETWORKS), *arguments)
+            for _ in range(_num_members(blueprint, weights))
+        ]
+        normalise = blueprint["normalise"]
+        is_ensemble = blueprint.get(ENSEMBLE) is not None
+        classifier = EnsembleClassifier(members, normalise["mean"], normalise["std"]) if is_ensemble else members[0]
     except ClassifierError:
         raise
     except Exception as error:  # a library may raise anything for the arguments of a strange file
@@ -81,6 +88,17 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[str, torch.Tensor], tuple[An
             "give another, or train again",
         ) from error
     return blueprint, weights, arguments
+
+
+def _num_members(blueprint: Mapping[str, Any], weights: Mapping[str, torch.Tensor]) -> int:
+    """Return how many classifiers a checkpoint holds; CheckpointError for a number that its weights cannot fill."""
+    count = blueprint.get(ENSEMBLE)
+    if count is None:
+        return 1
+    if not isinstance(count, int) or not 1 <= count <= len(weights):
+        fact = f"the checkpoint is damaged: it names {str(count)[:20]} networks"
+        raise CheckpointError(fact, "give another, or train again")
+    return count
 
 
 def network_of(blueprint: Mapping[str, Any]) -> dict[str, Any]:

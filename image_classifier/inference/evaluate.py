@@ -246,10 +246,9 @@ def _bundle_split(settings: TestSettings, path: Path) -> _LabelledImages:
     training = Manifest.read(bundle.path("manifest.csv"), root)
     images = training.part(settings.split)
     if not len(images):
-        raise DataError(
-            f"the data of {path.name!r} has no {settings.split} split",
-            "use --split val, or a labelled folder with --test_dir=PATH",
-        )
+        has_val = len(training.indices("val"))
+        hint = "use --split val, or a labelled folder with --test_dir=PATH" if has_val else _OR_A_FOLDER
+        raise DataError(f"the data of {path.name!r} has no {settings.split} split", hint)
     for record in images:
         file = images.file(record)
         if not file.is_file() and not pull_missing(file, settings.dvc):

@@ -217,7 +217,7 @@ def build_trainer(
         callbacks=everyone,
         # Without a checkpoint callback Lightning would add one of its own.
         enable_checkpointing=any(isinstance(callback, Checkpoint) for callback in everyone),
-        logger=(_build_loggers(config) or False) if is_rank_zero() else False,
+        logger=(build_loggers(config) or False) if is_rank_zero() else False,
         plugins=[SafeCheckpointIO(), cluster_environment()],
         **_scale(config.trainer),
         enable_progress_bar=has_bar,
@@ -289,7 +289,8 @@ def _some_images(cache: PixelCache, rows: np.ndarray, mean: list[float], std: li
     return (pixels - torch.tensor(mean).view(1, 3, 1, 1)) / torch.tensor(std).view(1, 3, 1, 1)
 
 
-def _build_loggers(config: TrainConfig) -> list[Logger]:
+def build_loggers(config: TrainConfig) -> list[Logger]:
+    """Return the configured loggers."""
     loggers = [config.build(node, key) for key, node in config.loggers.items()]
     return [logger for logger in loggers if logger]
 

@@ -18,7 +18,7 @@ from image_classifier.dataset.audit.issues import issue_counts_text
 from image_classifier.evaluation.reliability.ood import DETECTOR
 from image_classifier.evaluation.report.page import run_page
 from image_classifier.evaluation.report.run_data import AUDITS, RunPaths, gather, sizes_of
-from image_classifier.evaluation.report.sentences import limits_in_words
+from image_classifier.evaluation.report.sentences import limits_in_words, out_of_fold_in_words
 from image_classifier.evaluation.results import shown
 from image_classifier.exporting.onnx import export_onnx
 from image_classifier.exporting.parity import check_embeddings, check_parity
@@ -73,10 +73,10 @@ def write_bundle(trained: TrainedRun, results: Results) -> dict[str, Any]:
             measure_exports({"onnx": (onnx, files["onnx"]), "checkpoint": (checkpoint, files["checkpoint"])}, run, size)
 
         # What describes the model, and last the index that makes the folder a bundle.
-        trained.manifest.write(directory / "manifest.csv")
+        trained.delivered_manifest.write(directory / "manifest.csv")
         write_text(directory / "config.yaml", config.yaml)
         info = _info(trained, results, facts)
-        (directory / "MODEL_CARD.md").write_text(model_card(info, trained.manifest), encoding="utf-8")
+        (directory / "MODEL_CARD.md").write_text(model_card(info, trained.delivered_manifest), encoding="utf-8")
         if page := _report(info, trained, directory, results.reported_split):
             write_text(directory / "report.html", page)
         seal(directory, info)
@@ -87,7 +87,7 @@ def _provenance(trained: TrainedRun) -> dict[str, Any]:
     distillation = trained.inputs.distillation
     facts = provenance(
         trained.config.run.seed,
-        manifest_sha256=trained.manifest.sha256,
+        manifest_sha256=trained.delivered_manifest.sha256,
         corrected=dict(trained.manifest.corrected),
         data_root=str(trained.manifest.root),
         images_per_second=round(trained.images_per_second, 1),
@@ -98,6 +98,8 @@ def _provenance(trained: TrainedRun) -> dict[str, Any]:
         initial_weights=trained.blueprint["initial_weights"],
         **({"teacher": distillation.provenance} if distillation else {}),
     )
+    if trained.folds:
+        facts["out_of_fold"] = trained.folds
     return dict(without_passwords(facts))
 
 
@@ -184,6 +186,7 @@ def model_card(info: BundleInfo, manifest: Manifest) -> str:
         f"probabilities are softmax(logits / {info.temperature:.6g}), "
         f"the temperature {'fitted on val' if info.temperature != 1 else 'left at 1'}.",
         "## Results",
+        *([f"Split val: {out_of_fold_in_words(facts['out_of_fold'])}"] if facts.get("out_of_fold") else []),
         "\n".join(_result_rows(info)),
         "### Baselines",
         "What simple classifiers reach on the same splits:",

@@ -12,7 +12,7 @@ from torch import nn
 
 from image_classifier.bundle import INFO_NAME, read_bundle
 from image_classifier.errors import CheckpointError, ConfigError
-from image_classifier.inference.checkpoint import load_classifier, network_of
+from image_classifier.inference.checkpoint import ENSEMBLE, load_classifier, network_of
 from image_classifier.inference.load import pulled_checkpoint
 from image_classifier.instantiate import NETWORKS, TRUSTED, instantiate
 from image_classifier.modeling.backbones import no_pretrained, pretrained_preprocessing
@@ -146,6 +146,11 @@ def _with_network_of_bundle(model: ModelConfig, image_size: Any) -> tuple[ModelC
     """
     path = _checkpoint(model)
     source, blueprint = load_classifier(path, model.trusted_packages)
+    if ENSEMBLE in blueprint:
+        raise CheckpointError(
+            f"{str(path)!r} holds {blueprint[ENSEMBLE]} networks, and a training starts from one",
+            "start from that of one fold: model.from=runs/NAME/folds/models/NAME-fold-0",
+        )
     trained_size = blueprint["preprocess"]["size"]
     if image_size not in (trained_size, AUTO):
         # This refuses a size that the network cannot take.

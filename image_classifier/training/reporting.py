@@ -55,6 +55,7 @@ class TrainedRun:
         images_per_second: Training images.
         epochs: Epochs trained.
         steps: Optimizer steps.
+        folds: The number of folds where the model is the mean of all; val are then the training images, out of fold.
     """
 
     run: RunDir
@@ -72,6 +73,7 @@ class TrainedRun:
     images_per_second: float
     epochs: int
     steps: int
+    folds: int | None = None
 
     @property
     def config(self) -> TrainConfig:
@@ -82,6 +84,11 @@ class TrainedRun:
     def manifest(self) -> Manifest:
         """The images."""
         return self.inputs.manifest
+
+    @property
+    def delivered_manifest(self) -> Manifest:
+        """The images as the bundle lists them: those that are predicted out of fold are training images."""
+        return self.manifest.moved("val", "train") if self.folds else self.manifest
 
     @property
     def images_seen(self) -> int:
@@ -192,8 +199,9 @@ def summary_lines(trained: TrainedRun, results: Results, logged_to: Sequence[str
     if split == "val":
         has_test = bool(len(trained.manifest.indices("test")))
         hint = "test=false kept the test images for later" if has_test else "get test images with data.split.test=0.1"
+        images = "training images out of fold" if trained.folds else "validation images"
         yield (
-            "these scores are from the validation images, which also picked the best epoch, "
+            f"these scores are from the {images}, which also picked the best epoch, "
             f"so they are slightly too good; {hint}"
         )
     if trained.images_per_second:

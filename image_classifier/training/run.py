@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -15,7 +15,6 @@ import pytorch_lightning as pl
 from image_classifier.atomic_io import write_text
 from image_classifier.dataset.audit.issues import issue_counts_text
 from image_classifier.dataset.pixel_cache import open_cache
-from image_classifier.dataset.run import prepare_dataset
 from image_classifier.dataset.unlabelled import find_unlabelled, joined
 from image_classifier.errors import ConfigError, DataError
 from image_classifier.manifest import SPLITS, Manifest
@@ -51,7 +50,6 @@ from image_classifier.training.final_model import best_classifier, predict_split
 from image_classifier.training.fit import fit
 from image_classifier.training.forward import fast_backend
 from image_classifier.training.hardware import choose_hardware
-from image_classifier.training.initial_weights import own_preprocessing, resolve_initial_weights
 from image_classifier.training.launch import needs_ranks, uses_gpu
 from image_classifier.training.loggers import RunLoggers
 from image_classifier.training.reporting import TrainedRun, log_outcome, summary_lines, write_results
@@ -64,11 +62,9 @@ from image_classifier.training.resume import (
     validate_resume,
 )
 from image_classifier.training.run_dir import RunDir, acquire_run_dir, buffered_log, check_name, mark_finished
+from image_classifier.training.settle import settled
 from image_classifier.training.transfer.activations import keep_activations, remove_activations
 from image_classifier.training.transfer.candidates import PROBE, start_from_probe
-from image_classifier.training.transfer.plan import ImageFacts, find_pretrained, plan
-from image_classifier.training.transfer.pretrained import Pretrained, fetching_command
-from image_classifier.training.transfer.resize import best_resize
 
 log = logging.getLogger(__name__)
 
@@ -100,13 +96,20 @@ class TrainResult:
     summary: tuple[str, ...]
 
 
-def train(config: TrainConfig, *, resume: ResumePoint | None = None, overrides: Sequence[str] = ()) -> TrainResult:
+def train(
+    config: TrainConfig,
+    *,
+    resume: ResumePoint | None = None,
+    overrides: Sequence[str] = (),
+    work: Callable[..., TrainResult | None] | None = None,
+) -> TrainResult:
     """Train, evaluate and export a classifier; on several ranks each calls this and gets the same result.
 
     Args:
         config: Everything that decides the training.
         resume: The run to resume; None: a new one.
         overrides: What the command line gives, kept in run.json so that the run is found again.
+        work: What each rank does; None: `train_on_this_rank`.
 
     Raises:
         ConfigError: Settings that contradict one another or cannot be built.
@@ -124,7 +127,7 @@ def train(config: TrainConfig, *, resume: ResumePoint | None = None, overrides: 
     with process_group(uses_gpu(trainer.accelerator)):
         signals = SignalHandler()
         with signals.caught():
-            result = _train_on_this_rank(config, resume, overrides, signals)
+            result = (work or train_on_this_rank)(config, resume, overrides, signals)
         return broadcast(result)
 
 
@@ -139,10 +142,10 @@ def check_config(config: TrainConfig) -> None:
     check_optimisation(config)
 
 
-def _train_on_this_rank(
+def train_on_this_rank(
     config: TrainConfig, resume: ResumePoint | None, overrides: Sequence[str], signals: SignalHandler
 ) -> TrainResult | None:
-    """Prepare the data and take a run folder, then train in it; return the result on rank 0."""
+    """Prepare the data and take a run folder, then train in it; return the result on rank 0, else None."""
     from_rank_zero(lambda: check_name(config.run, resume.directory if resume else None))
     with buffered_log() as early:
         teacher = first_on_each_node(lambda: find_teacher(config.model))
@@ -152,6 +155,19 @@ def _train_on_this_rank(
         distillation = Distillation(teacher, _unlabelled(config, manifest)) if teacher else None
     _check_splits(config, manifest)
     resume = from_rank_zero(lambda: _validated(resume, config, manifest, distillation))
+    with claimed_run(config, manifest, resume, overrides, early) as (run, config):
+        return _train_in(run, config, manifest, distillation, resume, signals)
+
+
+@contextmanager
+def claimed_run(
+    config: TrainConfig,
+    manifest: Manifest,
+    resume: ResumePoint | None,
+    overrides: Sequence[str],
+    early: Sequence[logging.LogRecord],
+) -> Iterator[tuple[RunDir, TrainConfig]]:
+    """Take a run folder for the block; yield it, and the configuration with its name, which is saved there."""
     default_name = f"{config.data.name or manifest.root.resolve().name}-{config.model.name}"
     notes = run_notes(resume, overrides, config.flat())
     directory = resume.directory if resume else None
@@ -160,52 +176,7 @@ def _train_on_this_rank(
         run = broadcast(claimed)
         config = config.with_values({"name": run.name, "run_dir": str(run.directory)})
         _save_config(config, run)
-        return _train_in(run, config, manifest, distillation, resume, signals)
-
-
-def settled(config: TrainConfig, is_new: bool = True) -> tuple[TrainConfig, Manifest]:
-    """Return the configuration with a value in place of each choice that is left to the run, and the images.
-
-    Args:
-        config: The configuration.
-        is_new: Whether the run has not begun; one that is resumed keeps what it chose.
-
-    Raises:
-        CheckpointError: Weights are missing or damaged, which is found before any image is read.
-        DataError: Images that cannot be trained on.
-    """
-    found = from_rank_zero(lambda: find_pretrained(config)) if is_new else None
-    config = _with_weights(config)
-    manifest = from_rank_zero(lambda: _prepared(config))
-    if found is not None:
-        split = config.data.split
-        config = _with_weights(config.recompose(from_rank_zero(lambda: _planned(config, found, manifest))))
-        if config.data.split != split:  # large sets need a smaller share of val
-            manifest = from_rank_zero(lambda: _prepared(config))
-    config = config.with_preprocessing(own_preprocessing(config.model))
-    if config.data.resize == AUTO:
-        config = config.with_values({"data.resize": from_rank_zero(lambda: best_resize(config, manifest))})
-    return config, manifest
-
-
-def _prepared(config: TrainConfig) -> Manifest:
-    return prepare_dataset(config.data, config.audit, config.run.trusted_packages)[0]
-
-
-def _with_weights(config: TrainConfig) -> TrainConfig:
-    """Return the configuration with the network of the bundle that the run starts from, once its weights are there."""
-    if config.model.backbone == AUTO and not config.model.bundle:
-        return config
-    return config.with_model(first_on_each_node(lambda: resolve_initial_weights(config.model, config.data.image_size)))
-
-
-def _planned(config: TrainConfig, found: Pretrained | str, manifest: Manifest) -> tuple[str, ...]:
-    """Log what the run does and why in three lines; return the overrides."""
-    on_gpu = uses_gpu(config.trainer.accelerator)
-    planned = plan(ImageFacts.of(manifest), found, config.run.effort, fetching_command(on_gpu))
-    for line in planned.lines:
-        log.info("%s", line)
-    return planned.overrides
+        yield run, config
 
 
 def _check_splits(config: TrainConfig, manifest: Manifest) -> None:
@@ -251,7 +222,7 @@ def _train_in(
     pl.seed_everything(config.run.seed, workers=True, verbose=False)
 
     # What the training is made from: pixels, number format, and the values that are found by trying.
-    inputs = autotune(_inputs(config, manifest, distillation), run.plots)
+    inputs = autotune(training_inputs(config, manifest, distillation), run.plots)
     config = inputs.config
     _save_config(config, run)  # with the values found, so that a resumed run need not find them again
 
@@ -274,7 +245,7 @@ def _train_in(
     guard = NanGuard(config.trainer.on_nan, run.directory)
     trainer = build_trainer(config, inputs.hardware, throughput, history, state, StopOnSignal(signals), guard)
 
-    with _logged_run(RunLoggers(trainer.loggers), config, manifest, run) as loggers:
+    with logged_run(RunLoggers(trainer.loggers), config, manifest, run) as loggers:
         if config.trainer.max_epochs != 0:
             with signals.deferred():
                 fit(trainer, module, datamodule, resume.checkpoint if resume else None)
@@ -315,10 +286,13 @@ def _train_in(
             epochs=trainer.current_epoch,
             steps=trainer.global_step,
         )
-        return _finish(trained, loggers)
+        return finish(trained, loggers)
 
 
-def _inputs(config: TrainConfig, manifest: Manifest, distillation: Distillation | None) -> TrainingInputs:
+def training_inputs(
+    config: TrainConfig, manifest: Manifest, distillation: Distillation | None = None
+) -> TrainingInputs:
+    """Return what a training is made from, its pixels decoded."""
     data, hardware = config.data, choose_hardware(config.trainer.speed)
     unlabelled = distillation.unlabelled if distillation else None
     images = joined(manifest, unlabelled) if unlabelled else manifest
@@ -329,7 +303,7 @@ def _inputs(config: TrainConfig, manifest: Manifest, distillation: Distillation 
 
 
 @contextmanager
-def _logged_run(loggers: RunLoggers, config: TrainConfig, manifest: Manifest, run: RunDir) -> Iterator[RunLoggers]:
+def logged_run(loggers: RunLoggers, config: TrainConfig, manifest: Manifest, run: RunDir) -> Iterator[RunLoggers]:
     """Begin the run in every logger; an error in the block ends it there as FAILED or KILLED."""
     loggers.use_run_key(run.key, run.resumed)
     tags = {"manifest_sha256": manifest.sha256, "run_folder": str(run.directory)}
@@ -347,7 +321,7 @@ def _evaluated_splits(config: TrainConfig, manifest: Manifest) -> list[str]:
     return [split for split in SPLITS[1:] if len(manifest.indices(split)) and (split == "val" or config.run.test)]
 
 
-def _finish(trained: TrainedRun, loggers: RunLoggers) -> TrainResult:
+def finish(trained: TrainedRun, loggers: RunLoggers) -> TrainResult:
     """Write metrics, figures and the bundle of a trained model, tell the loggers, and return the result."""
     run, config = trained.run, trained.config
     results = write_results(trained)

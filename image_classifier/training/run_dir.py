@@ -216,7 +216,8 @@ def _old_run_aside(settings: RunSettings, resumed: Path | None) -> Iterator[None
 
 def _is_worth_keeping(directory: Path) -> bool:
     """Return whether a run that failed left something to resume from, or that shows why it failed."""
-    return any(directory.glob("checkpoints/*.ckpt")) or any(directory.glob("bad_batch*.txt"))
+    patterns = ("checkpoints/*.ckpt", "folds/*/checkpoints/*.ckpt", "bad_batch*.txt")
+    return any(any(directory.glob(pattern)) for pattern in patterns)
 
 
 def read_notes(directory: Path) -> dict[str, Any]:

@@ -14,10 +14,12 @@ from image_classifier.cli.options import translate
 from image_classifier.cli.train_config import compose_train_config, train_config
 from image_classifier.program import child_command, program
 from image_classifier.training import run
+from image_classifier.training.cross_validation import all_folds
 from image_classifier.training.distributed import is_rank_zero
 from image_classifier.training.launch import needs_ranks, run_ranks
 from image_classifier.training.resume import ResumePoint, find_resume_point, new_overrides, score_if_finished
 from image_classifier.training.run_dir import RunSettings
+from image_classifier.training.settle import settled
 
 
 def train(config: DictConfig) -> float:
@@ -37,7 +39,7 @@ def train(config: DictConfig) -> float:
         run.check_config(typed)  # once, and not in every rank
         run_ranks(trainer.accelerator, trainer.devices, [*child_command(), *sys.argv[1:]])
         return math.nan
-    result = run.train(typed, resume=resume, overrides=overrides)
+    result = all_folds.train(typed, resume=resume, overrides=overrides)
     if is_rank_zero():
         print("\n".join(result.summary))
         print(f"next     {program()} infer --checkpoint_name {shlex.quote(result.name)} --images PATH")
@@ -47,7 +49,7 @@ def train(config: DictConfig) -> float:
 def print_settled(arguments: Sequence[str]) -> None:
     """Print what `--cfg job` shows where the run chooses by the images: the settled values."""
     hydra_app.configure_logging()
-    config, _ = run.settled(compose_train_config(translate("train", arguments).overrides))
+    config, _ = settled(compose_train_config(translate("train", arguments).overrides))
     print(config.yaml, end="")
 
 

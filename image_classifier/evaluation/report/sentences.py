@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -46,7 +46,22 @@ def verdict(run: RunData, mean_confidence: float, confusions: list[Pair]) -> Ver
     right = f"Right on {per_cent(accuracy)} of {images} ({bounds})."
     beats, compared = _compared(run, accuracy, interval[0])
     mistakes = _worst_mistakes(run, confusions)
-    return Verdict((right, compared, _confidence(mean_confidence, accuracy), mistakes), beats)
+    sentences = [right, *_out_of_fold(run), compared, _confidence(mean_confidence, accuracy), mistakes]
+    return Verdict(tuple(sentences), beats)
+
+
+def _out_of_fold(run: RunData) -> Iterator[str]:
+    folds = run.info.provenance.get("out_of_fold") if run.info and run.split == "val" else None
+    if folds:
+        yield out_of_fold_in_words(int(folds))
+
+
+def out_of_fold_in_words(folds: int) -> str:
+    """Return what the scores on val mean where all folds of a training are one model."""
+    return (
+        f"These predictions are out of fold: each training image is predicted by the one of {folds} networks that was "
+        f"not trained on it; the model is the mean of all {folds}."
+    )
 
 
 def _compared(run: RunData, accuracy: float, low: float) -> tuple[bool | None, str]:
