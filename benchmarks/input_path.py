@@ -34,7 +34,8 @@ sys.path.insert(0, str(ROOT))
 
 from image_classifier.dataset.audit.checks import AuditSettings  # noqa: E402
 from image_classifier.dataset.pixel_cache import CacheSettings, PixelCache, open_cache  # noqa: E402
-from image_classifier.dataset.prepare import DataSettings, prepare  # noqa: E402
+from image_classifier.dataset.prepare import prepare  # noqa: E402
+from image_classifier.dataset.settings import DataSettings  # noqa: E402
 from image_classifier.images import Preprocess  # noqa: E402
 from image_classifier.manifest import Manifest, Record  # noqa: E402
 from image_classifier.training.datamodule import ImageDataModule  # noqa: E402

@@ -14,7 +14,7 @@ from image_classifier.cli.positional import data_choice, model_choice, word_over
 from image_classifier.cli.recipes import flat_values, override_value
 from image_classifier.cli.verbs.prepare import typed_settings
 from image_classifier.dataset.audit.issues import AuditSettings
-from image_classifier.dataset.prepare import DataSettings
+from image_classifier.dataset.settings import DataSettings
 from image_classifier.paths import CONF_DIR
 
 T = TypeVar("T")

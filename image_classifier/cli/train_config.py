@@ -14,7 +14,7 @@ from omegaconf import DictConfig
 from image_classifier.cli import hydra_app
 from image_classifier.cli.recipes import with_recipe
 from image_classifier.dataset.audit.issues import AuditSettings
-from image_classifier.dataset.prepare import NO_WEIGHTS, DataSettings
+from image_classifier.dataset.settings import NO_WEIGHTS, DataSettings
 from image_classifier.evaluation.reliability.abstention import DEFAULTS, DecisionSettings
 from image_classifier.paths import CONF_DIR
 from image_classifier.training.config import (

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import hashlib
 import logging
-import os
 from collections import Counter
-from collections.abc import Mapping, Sequence
-from dataclasses import astuple, dataclass, field, replace
+from collections.abc import Sequence
+from dataclasses import astuple, dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -20,108 +17,28 @@ from image_classifier.dataset.audit.issues import Audit, AuditSettings, issue_co
 from image_classifier.dataset.cache_dir import tag_cache
 from image_classifier.dataset.discovery import FileTree, discover, discover_test, unreadable
 from image_classifier.dataset.duplicate_cache import known_near_duplicates
-from image_classifier.dataset.duplicates import DuplicateSettings, NearDuplicates
+from image_classifier.dataset.duplicates import NearDuplicates
 from image_classifier.dataset.excluded_records import (
     excluded_records_path,
     remove_excluded,
     split_excluded,
     with_excluded,
 )
-from image_classifier.dataset.pixel_cache import CacheSettings
 from image_classifier.dataset.scan import FileMetadata, scan_files
-from image_classifier.dataset.select import ClassSettings, select
+from image_classifier.dataset.select import select
+from image_classifier.dataset.settings import DataSettings
 from image_classifier.dataset.split import (
-    SplitSettings,
     assign_splits,
-    check_folds,
     content_names,
     group_keys,
     join_groups,
 )
-from image_classifier.errors import ConfigError, DataError, UnreadableImage
-from image_classifier.images import DecodeLimits, Preprocess
+from image_classifier.errors import DataError, UnreadableImage
+from image_classifier.images import DecodeLimits
 from image_classifier.manifest import SPLITS, Manifest, Texts
-from image_classifier.sources.archive import UnpackLimits
-from image_classifier.sources.download import DownloadSettings
 from image_classifier.text import counted, listed
 
 log = logging.getLogger(__name__)
-
-BALANCES = ("none", "sampler", "weights")
-AUTO = "auto"
-NO_WEIGHTS: Mapping[str, Any] = {"image_size": 128, "interpolation": "bilinear", "crop_fraction": 1.0}
-
-
-@dataclass(frozen=True)
-class DataSettings:
-    """The config group `data`: which images, at which size, split how; `source` is the node that fetches them.
-
-    Raises:
-        ConfigError: An invalid value, named by its key.
-    """
-
-    name: str | None = None
-    dir: Any = None
-    archive: Any = None
-    sha256: Any = None
-    dvc: bool | None = None
-    image_size: Any = 64
-    batch_size: Any = 64
-    progressive_sizes: list[int] | None = None
-    resize: str = "crop"
-    interpolation: str = "bilinear"
-    crop_fraction: Any = 1.0
-    background: tuple[int, int, int] = (255, 255, 255)
-    scaled_decoding: bool = True
-    flip: bool = True
-    balance: str = "none"
-    rename: dict[str, str] = field(default_factory=dict)
-    classes: ClassSettings = field(default_factory=ClassSettings)
-    exclude_path: str | None = None
-    fix_path: str | None = None
-    manifest_path: str | None = None
-    unpack: UnpackLimits = field(default_factory=UnpackLimits)
-    download: DownloadSettings = field(default_factory=DownloadSettings)
-    limits: DecodeLimits = field(default_factory=DecodeLimits)
-    duplicates: DuplicateSettings = field(default_factory=DuplicateSettings)
-    split: SplitSettings = field(default_factory=SplitSettings)
-    folds: int | None = None
-    fold: Any = None
-    cache: CacheSettings = field(default_factory=CacheSettings)
-    source: Any = None
-
-    def __post_init__(self) -> None:
-        if self.batch_size != "auto" and (isinstance(self.batch_size, bool) or not isinstance(self.batch_size, int)):
-            raise ConfigError(f"data.batch_size must be an int, or auto, got {self.batch_size!r}")
-        if isinstance(self.batch_size, int) and self.batch_size < 1:
-            raise ConfigError(f"data.batch_size must be at least 1, not {self.batch_size}")
-        for name, kind, words in (("image_size", int, "an int"), ("crop_fraction", int | float, "a number")):
-            if (value := getattr(self, name)) != AUTO and (isinstance(value, bool) or not isinstance(value, kind)):
-                raise ConfigError(f"data.{name} must be {words}, got {value!r}")
-        if isinstance(self.progressive_sizes, list) and self.image_size != AUTO:
-            _check_sizes(self.progressive_sizes, self.image_size)
-        if isinstance(self.balance, str) and self.balance not in BALANCES:
-            raise ConfigError(f"data.balance must be one of {', '.join(BALANCES)}, not {self.balance!r}")
-        check_folds(self.fold, self.folds)
-        _ = self.preprocess
-
-    def settled(self, found: Mapping[str, Any] = NO_WEIGHTS) -> DataSettings:
-        """Return the settings with what was found in place of each `auto`: what the pretrained weights want, if any."""
-        return replace(self, **{name: value for name, value in found.items() if getattr(self, name) == AUTO})
-
-    @property
-    def preprocess(self) -> Preprocess:
-        """The evaluation preprocessing of these settings, without pretrained weights; ConfigError for invalid ones."""
-        given = {name: getattr(self, name) for name in NO_WEIGHTS}
-        size, interpolation, fraction = (NO_WEIGHTS[name] if value == AUTO else value for name, value in given.items())
-        resize = "crop" if self.resize == AUTO else self.resize
-        return Preprocess(size, resize, interpolation, fraction, self.background, self.scaled_decoding)
-
-    def unique_name(self, root: Path, paths: Sequence[Path], *more: Any) -> str:
-        """Return the data set's name and 8 hex digits of its folders, its tables and of `more`."""
-        name = (self.name or root.resolve().name or "data").replace("/", "_")
-        identity = repr(([os.path.realpath(path) for path in paths], more))
-        return f"{name}-{hashlib.sha256(identity.encode('utf-8', 'surrogateescape')).hexdigest()[:8]}"
 
 
 @dataclass(frozen=True)
@@ -136,14 +53,6 @@ class DatasetScan:
     directory: Path
     fixes: Fixes
     correction: Correction
-
-
-def _check_sizes(sizes: Sequence[int], image_size: int) -> None:
-    """Check that progressive sizes grow and end with the size that the network is validated and used at."""
-    if not sizes or min(sizes) < 1 or list(sizes) != sorted(sizes) or sizes[-1] != image_size:
-        given = ",".join(map(str, sizes))
-        fact = f"data.progressive_sizes=[{given}] must grow, and end with data.image_size, {image_size}"
-        raise ConfigError(fact, f"such as [{image_size * 3 // 4},{image_size}]")
 
 
 def manifest_path(root: Path, paths: Sequence[Path], settings: DataSettings) -> Path:

@@ -10,7 +10,8 @@ from pathlib import Path
 
 from image_classifier.dataset.audit.html_report import write_audit
 from image_classifier.dataset.audit.issues import AuditSettings
-from image_classifier.dataset.prepare import DatasetScan, DataSettings, prepare, scan_dataset
+from image_classifier.dataset.prepare import DatasetScan, prepare, scan_dataset
+from image_classifier.dataset.settings import DataSettings
 from image_classifier.dataset.sources import Folder, TorchvisionDataset
 from image_classifier.errors import DataError
 from image_classifier.instantiate import instantiate

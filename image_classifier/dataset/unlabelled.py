@@ -13,8 +13,9 @@ from typing import Any
 import numpy as np
 
 from image_classifier.dataset.discovery import FileTree, ImageFile
-from image_classifier.dataset.prepare import DataSettings, manifest_of
+from image_classifier.dataset.prepare import manifest_of
 from image_classifier.dataset.scan import scan_files
+from image_classifier.dataset.settings import DataSettings
 from image_classifier.errors import ConfigError, DataError
 from image_classifier.manifest import Manifest, Texts
 from image_classifier.sources.folders import expanded

@@ -21,8 +21,8 @@ from threadpoolctl import threadpool_limits
 
 from image_classifier.dataset.audit.issues import AuditSettings
 from image_classifier.dataset.pixel_cache import open_cache, pixels_key
-from image_classifier.dataset.prepare import DataSettings
 from image_classifier.dataset.run import prepare_dataset
+from image_classifier.dataset.settings import DataSettings
 from image_classifier.errors import DataError
 from image_classifier.evaluation.baselines import (
     LOGISTIC,

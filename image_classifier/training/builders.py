@@ -19,7 +19,7 @@ from pytorch_lightning.loggers.logger import DummyLogger, Logger
 from torch import nn
 
 from image_classifier.dataset.pixel_cache import PixelCache
-from image_classifier.dataset.prepare import DataSettings
+from image_classifier.dataset.settings import DataSettings
 from image_classifier.errors import ConfigError
 from image_classifier.instantiate import instantiate
 from image_classifier.manifest import Manifest

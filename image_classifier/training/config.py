@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from image_classifier.dataset.audit.issues import AuditSettings
-from image_classifier.dataset.prepare import NO_WEIGHTS, DataSettings
+from image_classifier.dataset.settings import NO_WEIGHTS, DataSettings
 from image_classifier.errors import ConfigError
 from image_classifier.evaluation.reliability.abstention import DecisionSettings
 from image_classifier.instantiate import instantiate

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from image_classifier.dataset.prepare import DataSettings
+from image_classifier.dataset.settings import DataSettings
 from image_classifier.errors import ClassifierError, ConfigError
 from image_classifier.inference.explain_images import explainer_with, write_explanation
 from image_classifier.inference.latency import Latency, hardware, in_this_process

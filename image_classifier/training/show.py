@@ -14,8 +14,8 @@ from PIL import Image, ImageDraw, ImageFont
 from image_classifier.atomic_io import write_bytes
 from image_classifier.dataset.audit.issues import AuditSettings
 from image_classifier.dataset.pixel_cache import open_cache
-from image_classifier.dataset.prepare import DataSettings
 from image_classifier.dataset.run import prepare_dataset
+from image_classifier.dataset.settings import DataSettings
 from image_classifier.errors import ConfigError, DataError
 from image_classifier.instantiate import instantiate
 from image_classifier.manifest import Manifest

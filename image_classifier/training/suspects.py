@@ -13,8 +13,9 @@ from image_classifier.atomic_io import write_text
 from image_classifier.bundle import INFO_NAME, find_checkpoint, read_bundle
 from image_classifier.dataset.audit.fix import Fix, Fixes, read_fixes
 from image_classifier.dataset.audit.issues import AuditSettings
-from image_classifier.dataset.prepare import DatasetScan, DataSettings, all_folds
+from image_classifier.dataset.prepare import DatasetScan, all_folds
 from image_classifier.dataset.run import prepare_dataset
+from image_classifier.dataset.settings import DataSettings
 from image_classifier.dataset.split import content_names
 from image_classifier.errors import ConfigError, DataError
 from image_classifier.evaluation.label_issues.html_report import Gallery, Row, render

@@ -12,9 +12,10 @@ from omegaconf.errors import OmegaConfBaseException
 from PIL import Image
 
 from image_classifier.dataset.audit.issues import AuditSettings
-from image_classifier.dataset.prepare import DataSettings, manifest_path
+from image_classifier.dataset.prepare import manifest_path
 from image_classifier.dataset.prepare import prepare as prepare_paths
 from image_classifier.dataset.select import ClassSettings
+from image_classifier.dataset.settings import DataSettings
 from image_classifier.dataset.split import SplitSettings
 from image_classifier.errors import ConfigError, DataError
 from image_classifier.manifest import Manifest

@@ -147,7 +147,7 @@ def test_running_out_of_gpu_memory_ends_a_trial_and_nothing_else(monkeypatch: py
 
     trials = FakeTrials(100, {})
     trials.fit = fit  # type: ignore[attr-defined]
-    from image_classifier.dataset.prepare import DataSettings
+    from image_classifier.dataset.settings import DataSettings
 
     assert autotune._speed(trials, DataSettings(batch_size=16)) is None  # type: ignore[arg-type]
 

@@ -16,7 +16,7 @@ from torch import nn
 from image_classifier.bundle import read_bundle
 from image_classifier.cli.train_config import compose_train_config
 from image_classifier.dataset.pixel_cache import CacheSettings, PixelCache
-from image_classifier.dataset.prepare import DataSettings
+from image_classifier.dataset.settings import DataSettings
 from image_classifier.manifest import Manifest, Record
 from image_classifier.modeling.classifier import Classifier
 from image_classifier.modeling.embeddings import EmbeddingStore

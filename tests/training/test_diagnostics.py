@@ -15,7 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from image_classifier.dataset.prepare import DataSettings
+from image_classifier.dataset.settings import DataSettings
 from image_classifier.errors import ConfigError
 from image_classifier.inference.checkpoint import CheckpointBackend
 from image_classifier.manifest import Manifest

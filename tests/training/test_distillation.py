@@ -17,7 +17,7 @@ from torch.nn import functional
 
 from image_classifier.bundle import BundleInfo, read_bundle, seal
 from image_classifier.dataset.pixel_cache import CacheSettings, PixelCache
-from image_classifier.dataset.prepare import DataSettings
+from image_classifier.dataset.settings import DataSettings
 from image_classifier.dataset.unlabelled import find_unlabelled, joined
 from image_classifier.errors import CheckpointError, ConfigError, DataError
 from image_classifier.manifest import Manifest, Record

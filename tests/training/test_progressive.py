@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from image_classifier.dataset.prepare import DataSettings
+from image_classifier.dataset.settings import DataSettings
 from image_classifier.errors import ConfigError
 from image_classifier.modeling.classifier import check_sizes
 from image_classifier.modeling.convnet import ConvNet

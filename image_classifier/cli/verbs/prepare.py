@@ -6,8 +6,8 @@ from typing import Any
 
 from image_classifier.cli import hydra_app
 from image_classifier.dataset.audit.issues import AuditSettings
-from image_classifier.dataset.prepare import DataSettings
 from image_classifier.dataset.run import prepare_dataset
+from image_classifier.dataset.settings import DataSettings
 
 
 def prepare(config: Any) -> None:

@@ -10,7 +10,7 @@ from omegaconf import DictConfig
 from image_classifier.cli import hydra_app
 from image_classifier.cli.options import CommandLine
 from image_classifier.cli.verbs.prepare import typed_settings
-from image_classifier.dataset.prepare import DataSettings
+from image_classifier.dataset.settings import DataSettings
 from image_classifier.errors import ConfigError
 from image_classifier.manifest import Manifest
 from image_classifier.training.cross_validation.by_training import fold_runs, predict_by_training

@@ -12,8 +12,8 @@ from image_classifier.cli import hydra_app
 from image_classifier.cli.options import TEXT_KEYS, CommandLine
 from image_classifier.cli.verbs.prepare import typed_settings
 from image_classifier.dataset.pixel_cache import open_cache
-from image_classifier.dataset.prepare import DataSettings
 from image_classifier.dataset.run import prepare_dataset
+from image_classifier.dataset.settings import DataSettings
 from image_classifier.errors import ConfigError
 from image_classifier.training.run_dir import RunSettings
 from image_classifier.training.tune import run_study

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from image_classifier.atomic_io import write_text
-from image_classifier.dataset.prepare import DataSettings
+from image_classifier.dataset.settings import DataSettings
 from image_classifier.manifest import Manifest
 from image_classifier.modeling.embeddings import EmbeddingStore
 from image_classifier.predictions import PredictionTable, softmax

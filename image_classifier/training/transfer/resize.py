@@ -14,8 +14,8 @@ from sklearn.linear_model import LogisticRegression
 from threadpoolctl import threadpool_limits
 
 from image_classifier.dataset.pixel_cache import LiveImages, PixelCache
-from image_classifier.dataset.prepare import DataSettings
 from image_classifier.dataset.reader import ImageReader
+from image_classifier.dataset.settings import DataSettings
 from image_classifier.manifest import Manifest
 from image_classifier.text import counted
 from image_classifier.training.baseline import device_of, embeddings_of
@@ -36,7 +36,7 @@ _MUCH = 0.25
 
 
 @dataclass(frozen=True)
-class Comparison:
+class ResizeScores:
     """The accuracy of each way, 0..1, and how much better than crop each other one is, with its standard error."""
 
     accuracies: Mapping[str, float]
@@ -63,7 +63,7 @@ def best_resize(config: TrainConfig, manifest: Manifest) -> str:
         log.info("resize   crop: the ways to make pictures square are compared with pretrained weights only")
         return CROP
     rows = manifest.indices("train")
-    shapes = Shapes(manifest.widths[rows], manifest.heights[rows], float(config.data.preprocess.crop_fraction))
+    shapes = PictureShapes(manifest.widths[rows], manifest.heights[rows], float(config.data.preprocess.crop_fraction))
     if shapes.all_square and shapes.crop_fraction == 1:
         log.info("resize   crop: all pictures are square")
         return CROP
@@ -82,7 +82,7 @@ def best_resize(config: TrainConfig, manifest: Manifest) -> str:
 
 
 @dataclass(frozen=True)
-class Shapes:
+class PictureShapes:
     """Widths and heights of pictures, int [N], and the fraction of the shorter side that a crop keeps."""
 
     widths: np.ndarray
@@ -110,7 +110,7 @@ class Shapes:
         }
 
 
-def lines(found: Comparison, shapes: Shapes) -> list[str]:
+def lines(found: ResizeScores, shapes: PictureShapes) -> list[str]:
     """Return what each way costs, a line each."""
     said = [f"{shapes.costs[CROP]}: {100 * found.accuracies[CROP]:.1f} % are predicted right"]
     for way, (gain, error) in found.gains.items():
@@ -119,7 +119,7 @@ def lines(found: Comparison, shapes: Shapes) -> list[str]:
     return said
 
 
-def compare(right: Mapping[str, np.ndarray], groups: np.ndarray) -> Comparison:
+def compare(right: Mapping[str, np.ndarray], groups: np.ndarray) -> ResizeScores:
     """Compare ways by whether each image is predicted right, bool [N]; images of a group, uint64 [N], are alike."""
     accuracies = {way: float(hits.mean()) for way, hits in right.items()}
     gains = {}
@@ -128,7 +128,7 @@ def compare(right: Mapping[str, np.ndarray], groups: np.ndarray) -> Comparison:
         differences = right[way].astype(float) - right[CROP]
         deviations = np.bincount(of_group, differences - differences.mean())
         gains[way] = float(differences.mean()), float(np.sqrt((deviations**2).sum()) / len(differences))
-    return Comparison(accuracies, gains)
+    return ResizeScores(accuracies, gains)
 
 
 def grouped_folds(groups: np.ndarray, targets: np.ndarray, seed: int) -> np.ndarray:

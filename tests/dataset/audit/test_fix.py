@@ -17,8 +17,9 @@ from image_classifier.dataset.audit.fix import Correction, Fix, Fixes, read_fixe
 from image_classifier.dataset.audit.issues import AuditSettings
 from image_classifier.dataset.discovery import FileTree, ImageFile
 from image_classifier.dataset.excluded_records import excluded_records_path, split_excluded, with_excluded
-from image_classifier.dataset.prepare import DatasetScan, DataSettings, all_folds, manifest_path
+from image_classifier.dataset.prepare import DatasetScan, all_folds, manifest_path
 from image_classifier.dataset.prepare import prepare as prepare_and_examine
+from image_classifier.dataset.settings import DataSettings
 from image_classifier.dataset.split import SplitSettings, assign_splits
 from image_classifier.errors import DataError
 from image_classifier.manifest import Manifest

@@ -20,8 +20,8 @@ from image_classifier.training.config import TrainConfig
 from image_classifier.training.transfer import resize as tested
 from image_classifier.training.transfer.resize import (
     CROP,
-    Comparison,
-    Shapes,
+    PictureShapes,
+    ResizeScores,
     best_resize,
     compare,
     cross_validated,
@@ -132,12 +132,12 @@ def test_a_gain_counts_a_group_once() -> None:
 def test_crop_stays_unless_another_is_better_by_more_than_its_error(
     squash: tuple[float, float], pad: tuple[float, float], best: str
 ) -> None:
-    found = Comparison({CROP: 0.5}, {"squash": squash, "pad": pad})
-    assert found.best == best and len(lines(found, Shapes(np.array([3]), np.array([2]), 1.0))) == 3
+    found = ResizeScores({CROP: 0.5}, {"squash": squash, "pad": pad})
+    assert found.best == best and len(lines(found, PictureShapes(np.array([3]), np.array([2]), 1.0))) == 3
 
 
 def test_what_each_way_costs_is_said_in_words() -> None:
-    shapes = Shapes(np.array([400, 100, 300, 200]), np.array([100, 100, 400, 250]), 1.0)
+    shapes = PictureShapes(np.array([400, 100, 300, 200]), np.array([100, 100, 400, 250]), 1.0)
     assert not shapes.all_square and list(shapes.costs.values()) == [
         "crop cuts 50% of the images by a quarter or more",
         "squash shortens 50% of the images by a quarter or more",
