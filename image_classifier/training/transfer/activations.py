@@ -21,7 +21,9 @@ import torch
 from torch import nn
 
 from image_classifier.atomic_io import write_text
+from image_classifier.errors import ConfigError
 from image_classifier.modeling.classifier import Classifier, in_evaluation
+from image_classifier.text import did_you_mean
 from image_classifier.training.builders import TrainingInputs
 from image_classifier.training.datamodule import Batch, BatchLoader, ImageDataModule, ShuffledBatches
 from image_classifier.training.distributed import world_size
@@ -147,7 +149,13 @@ def _chosen(known: list[Cut], inputs: TrainingInputs, classifier: Classifier, di
     views, epochs = config.finetune.views or 1, config.trainer.max_epochs or 1
     num_kept = views * num_train + len(inputs.manifest.indices("val"))
     if config.finetune.cut:
-        return next((cut for cut in known if cut.name == config.finetune.cut), None)
+        named = {cut.name: cut for cut in known}
+        if config.finetune.cut not in named:
+            raise ConfigError(
+                f"finetune.cut={config.finetune.cut!r} is no layer at which the network can be cut",
+                f"{did_you_mean(config.finetune.cut, named)}leave it out to have one found by measuring",
+            )
+        return named[config.finetune.cut]
     room = min(config.finetune.max_gb * 1e9, shutil.disk_usage(directory).free / _SPARE)
     fitting = [cut for cut in known if 2 * cut.numbers * num_kept <= room]
     if not fitting:
