@@ -167,7 +167,7 @@ def _chosen(known: list[Cut], inputs: TrainingInputs, classifier: Classifier, di
     budget = config.finetune.cost * whole
     costs: list[tuple[Cut, float]] = []
     # From the top down, until a cut is too dear: lower ones are dearer still.
-    for cut in _spread(fitting, 6)[::-1]:
+    for cut in _spread(fitting, 10)[::-1]:
         lower, upper = split(classifier.backbone, cut)
         below = _seconds(partial(_computed, lower, pixels, half))
         activations = _computed(lower, pixels, None)

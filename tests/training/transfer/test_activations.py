@@ -181,7 +181,6 @@ def test_layers_below_the_cut_are_frozen_and_the_logits_above_are_the_networks(
         (("augment=mix",), "compares or mixes views"),
         (("data.progressive_sizes=[8,16]",), "changes the size"),
         (("finetune.max_gb=0",), "no layer"),
-        (("finetune.cut=nothing",), "no layer"),
     ],
 )
 def test_where_none_can_be_kept_the_log_says_why(
