@@ -16,7 +16,7 @@ from image_classifier.paths import CONF_DIR
 
 # Peak learning rates of optimizers that start from pretrained weights (docs/LOG.md, 2026-11-30): MobileNetV2 diverges
 # with SGD from 0.03 on, and with AdamW at 3e-3 it never comes back to the probe.
-FINETUNING_RATES = {"adamw": 1e-3, "adam": 1e-3, "sgd": 0.01, "muon": 1e-3}
+FINETUNING_RATES = {"adamw": 6e-4, "adam": 6e-4, "sgd": 0.01, "muon": 1e-3}
 _EXPERIMENT = "experiment="
 # Choices that say where the images are and what computes; a recipe's sizes and epochs are for any of them.
 _ADDED_TO = {"data", "trainer"}
