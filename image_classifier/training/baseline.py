@@ -174,7 +174,7 @@ def embeddings_of(inputs: NetworkInputs, classifier: Classifier) -> EmbeddingSto
         if on_gpu:
             yield from embed(classifier, rows, gather, precision, inputs.hardware.channels_last)
         else:
-            backend = fast_backend(classifier, data.image_size)
+            backend = fast_backend(classifier, data.image_size, len(rows))
             yield from (embeddings for _, _, embeddings in forward(backend, rows, gather))
 
     return known_embeddings(embed_rows, inputs.manifest.digests, Path(data.cache.dir) / "embeddings" / key)

@@ -21,18 +21,22 @@ from image_classifier.modeling.embeddings import Gather, finite, prefetched
 
 log = logging.getLogger(__name__)
 
+_MIN_PIXELS = 5_000_000  # a hundred images of 224 px
 BATCH = 16  # images of a forward pass: as fast as larger ones on a processor, in a fraction of the memory
 
 
-def fast_backend(classifier: Classifier, image_size: int) -> EmbeddingBackend:
-    """Return what computes logits and embeddings of pixels uint8 [N, 3, S, S] in float32.
+def fast_backend(classifier: Classifier, image_size: int, num_images: int) -> EmbeddingBackend:
+    """Return what computes logits and embeddings of so many images, pixels uint8 [N, 3, S, S], in float32.
 
-    On a processor that is ONNX Runtime, two to three times as fast as torch (benchmarks/forward.py); on a GPU torch.
+    On a processor that is ONNX Runtime, two to three times as fast as torch (docs/decisions/025), where the images
+    repay the second that an export takes; on a GPU torch.
     """
     if classifier.scale.device.type != "cpu":
         return CheckpointBackend(classifier)
-    # A copy: the exporter wants channels first, and the training goes on with its own layout.
+    # A copy: a backend changes the mode, the exporter wants channels first, and the training goes on as it was.
     network = copy.deepcopy(classifier).to(memory_format=torch.contiguous_format)
+    if num_images * image_size**2 < _MIN_PIXELS:
+        return CheckpointBackend(network)
     try:
         with TemporaryDirectory() as directory:
             path = Path(directory) / "model.onnx"
@@ -40,7 +44,7 @@ def fast_backend(classifier: Classifier, image_size: int) -> EmbeddingBackend:
             return OnnxBackend(path)
     except Exception as error:  # of an exporter; what cannot be exported can still be computed
         log.info("forward passes by torch: the network has no ONNX form (%s)", " ".join(str(error).split())[:120])
-        return CheckpointBackend(classifier)
+        return CheckpointBackend(network)
 
 
 def fast_function(module: nn.Module, image_size: int) -> Callable[[np.ndarray], np.ndarray]:

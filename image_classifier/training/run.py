@@ -258,7 +258,7 @@ def _train_in(
         is_probe = probe is not None and choice is not None and choice.chosen.name == PROBE
         if probe and not is_probe:
             baselines = (*baselines, probe.fitted.as_baseline())
-        backend = fast_backend(classifier, config.data.image_size)
+        backend = fast_backend(classifier, config.data.image_size, len(manifest))
         known = probe.fitted.store if probe and is_probe else None
         detector = from_rank_zero(lambda: fit_detector(backend, manifest, inputs.cache, config.decision, known))
         splits = _evaluated_splits(config, manifest)

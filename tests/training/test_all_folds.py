@@ -148,6 +148,7 @@ def test_a_heat_map_is_the_mean_of_those_of_the_networks(whole: Path, images: np
     assert heat.shape == (16, 16) and heat.max() in (0, 1)
 
 
+@pytest.mark.slow
 def test_other_settings_do_not_join_trained_folds(whole: Path) -> None:
     other = [*LINE, "optimizer.lr=0.5"]
     notes = Path("runs", NAME, "run.json")

@@ -292,6 +292,7 @@ def fitted(
     return float(trainer.callback_metrics["val/accuracy"])
 
 
+@pytest.mark.slow
 def test_a_student_learns_more_from_a_teacher_than_from_a_tenth_of_the_labels(tmp_path: Path) -> None:
     digits = load_digits()
     grey = np.round(digits.images * 255 / 16).astype(np.uint8)

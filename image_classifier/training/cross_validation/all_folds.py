@@ -191,7 +191,7 @@ def _delivered(run: RunDir, inputs: TrainingInputs, folds: Sequence[Fold]) -> si
         log.info("the mean of the weights is not tried: no image is left to compare it on (docs/decisions/027)")
     tables = {"val": joined_tables([PredictionTable.read(fold.predictions) for fold in folds], out_of_fold)}
     with single.logged_run(RunLoggers(build_loggers(config)), config, out_of_fold, run) as loggers:
-        backend = fast_backend(ensemble, config.data.image_size)
+        backend = fast_backend(ensemble, config.data.image_size, len(out_of_fold))
         detector = fit_detector(backend, of_training, inputs.cache, config.decision)
         if config.run.test and len(out_of_fold.indices("test")):
             tables["test"] = _predicted(backend, detector, inputs, "test")

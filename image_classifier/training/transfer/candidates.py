@@ -124,7 +124,7 @@ def _val_logits(classifier: Classifier, inputs: TrainingInputs, kept: KeptActiva
     """Return the logits float32 [N, C] of the val images, from kept activations where there are any."""
     rows = inputs.manifest.indices("val")
     if kept is None:
-        backend = fast_backend(classifier, inputs.config.data.image_size)
+        backend = fast_backend(classifier, inputs.config.data.image_size, len(rows))
         return np.concatenate([logits for _, logits, _ in forward(backend, rows, inputs.cache.gather)])
     device = classifier.scale.device
     parts = []
