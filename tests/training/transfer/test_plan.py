@@ -44,7 +44,7 @@ def test_photographs_with_weights_are_fine_tuned_at_the_size_of_the_weights() ->
     assert "m, pretrained (w.pth) at the size it was trained with" in made.lines[1]
 
 
-@pytest.mark.parametrize(("effort", "epochs"), [("quick", 0), ("normal", 10), ("thorough", 24), (None, 10)])
+@pytest.mark.parametrize(("effort", "epochs"), [("quick", 0), ("normal", 12), ("thorough", 24), (None, 12)])
 def test_an_effort_is_a_recipe(effort: str | None, epochs: int) -> None:
     made = planned(PHOTOS, effort=effort)
     config = composed(made)
