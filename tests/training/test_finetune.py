@@ -203,7 +203,12 @@ def test_from_weights_of_a_file_a_neck_learns_that_checkpoints_keep_and_the_bund
     command: Command, digits_bundle: Path, tmp_path: Path
 ) -> None:
     answer = command(
-        "train", *SMALL, "loss=supcon", "data.balance=weights", f"model.weights={digits_bundle / 'model.ckpt'}"
+        "train",
+        *SMALL,
+        "model=convnet",
+        "loss=supcon",
+        "data.balance=weights",
+        f"model.weights={digits_bundle / 'model.ckpt'}",
     )
     assert answer.code == 0, answer.err
     assert "weights: 18 of the backbone's 18 tensors" in answer.err
