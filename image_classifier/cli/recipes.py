@@ -18,6 +18,7 @@ from image_classifier.paths import CONF_DIR
 # with SGD from 0.03 on, and with AdamW at 3e-3 it never comes back to the probe.
 FINETUNING_RATES = {"adamw": 6e-4, "adam": 6e-4, "sgd": 0.01, "muon": 1e-3}
 _EXPERIMENT = "experiment="
+_NO_WEIGHTS = "model.weights=null"
 # Choices that say where the images are and what computes; a recipe's sizes and epochs are for any of them.
 _ADDED_TO = {"data", "trainer"}
 
@@ -32,6 +33,8 @@ def with_recipe(recipe: Sequence[str], own: Sequence[str], conf: Path = CONF_DIR
     ('model=timm', 'optimizer=sgd', 'seed=1')
     """
     kept = [override for override in own if override != "model=auto"]
+    if _NO_WEIGHTS in recipe:  # a file that was offered to `model=auto`, and is of another network
+        kept = [override for override in kept if not override.startswith("model.weights=")]
     mine = given(kept)
     # Another optimizer has another rate: that which was measured for it, in the place of its own for other trainings.
     chosen = next((override.partition("=")[2] for override in kept if override.startswith("optimizer=")), "")

@@ -21,7 +21,7 @@ import torch
 from torch import nn
 
 from image_classifier.atomic_io import write_text
-from image_classifier.errors import ConfigError
+from image_classifier.errors import ConfigError, storage_errors
 from image_classifier.modeling.classifier import Classifier, in_evaluation
 from image_classifier.text import did_you_mean
 from image_classifier.training.builders import TrainingInputs
@@ -112,7 +112,7 @@ def keep_activations(
         log.info("activations: none are kept (no layer at which the network can be cut is cheap enough)")
         return None
     lower, upper = split(classifier.backbone, cut)
-    if not is_exact(classifier.backbone, lower, upper, torch.rand(2, 3, size, size)):
+    if not is_exact(classifier.backbone, lower, upper, _noise(2, size)):
         log.info("activations: none are kept (the two halves at %s do not answer as the network does)", cut.name)
         return None
     kept = _filled(cut, lower, upper, inputs, classifier, datamodule, directory)
@@ -161,7 +161,7 @@ def _chosen(known: list[Cut], inputs: TrainingInputs, classifier: Classifier, di
     if not fitting:
         return None
     size = config.data.image_size
-    pixels = torch.rand(_TIMED_IMAGES, 3, size, size).contiguous(memory_format=torch.channels_last)
+    pixels = _noise(_TIMED_IMAGES, size).contiguous(memory_format=torch.channels_last)
     half = torch.bfloat16 if inputs.hardware.precision == "bf16-mixed" else None
     whole = _step_s(classifier.backbone, pixels, half)
     budget = config.finetune.cost * whole
@@ -183,6 +183,11 @@ def _chosen(known: list[Cut], inputs: TrainingInputs, classifier: Classifier, di
         *(views, cut.name, 2e-6 * cut.numbers * num_kept, cost / whole),
     )
     return cut
+
+
+def _noise(count: int, size: int) -> torch.Tensor:
+    """Return pixels float [count, 3, S, S] that do not touch the random numbers of the run."""
+    return torch.rand(count, 3, size, size, generator=torch.Generator().manual_seed(0))
 
 
 def _spread(found: list[Cut], count: int) -> list[Cut]:
@@ -238,13 +243,11 @@ def _filled(
     if not (note.is_file() and note.read_text(encoding="utf-8") == key and path.is_file()):
         start = time.perf_counter()
         compute = fast_function(_Lower(classifier, lower), inputs.config.data.image_size)
-        values = np.memmap(path, dtype=np.uint16, mode="w+", shape=(count, cut.numbers))
-        at = 0
-        for pixels in _views(datamodule, rows, val_rows, views):
-            activations = torch.from_numpy(compute(np.ascontiguousarray(pixels.numpy()))).bfloat16()
-            values[at : at + len(pixels)] = activations.flatten(1).view(torch.int16).numpy().view(np.uint16)
-            at += len(pixels)
-        values.flush()
+        # Written, not mapped: on a full disk a write is refused, and a mapped page kills the process.
+        with storage_errors(path), path.open("wb") as file:
+            for pixels in _views(datamodule, rows, val_rows, views):
+                activations = torch.from_numpy(compute(np.ascontiguousarray(pixels.numpy()))).bfloat16()
+                file.write(activations.contiguous().view(torch.int16).numpy().tobytes())
         write_text(note, key)
         log.info("activations: %d views of %d images kept in %.0f s", views, len(rows), time.perf_counter() - start)
     values = np.memmap(path, dtype=np.uint16, mode="r", shape=(count, cut.numbers))

@@ -73,11 +73,16 @@ def plan(facts: ImageFacts, found: Pretrained | str, effort: str | None, fetchin
         why = f"network  from scratch: {found}; expect less of photographs. To fetch weights: {fetching}"
         return _from_scratch(facts, effort, images, why)
     is_tiny = facts.side < _TINY
-    if is_tiny and facts.num_train >= _MIN_PER_CLASS * facts.num_classes:
-        why = f"network  from scratch at the images' own size: weights of photographs help less at {facts.side} px"
+    # A network that the user named is used, whatever the images are.
+    is_free = bool(found.overrides)
+    if is_free and is_tiny and facts.num_train >= _MIN_PER_CLASS * facts.num_classes:
+        why = (
+            f"network  from scratch, without the weights of {found.name}: at {facts.side} px weights of photographs "
+            f"help less. To use them: {' '.join(found.overrides)}"
+        )
         return _from_scratch(facts, effort, images, why)
-    size = [f"data.image_size={_SMALLEST}"] if is_tiny else []
-    at = f" at {_SMALLEST} px" if is_tiny else " at the size it was trained with"
+    size = [f"data.image_size={_SMALLEST}"] if is_free and is_tiny else []
+    at = f" at {_SMALLEST} px" if size else " at the size it was trained with"
     return Plan(
         (f"experiment={RECIPES[effort]}", f"effort={effort}", *found.overrides, *size, _val_share(facts)),
         (
@@ -138,6 +143,7 @@ def _from_scratch(facts: ImageFacts, effort: str, images: str, why: str) -> Plan
     epochs = min(_MAX_EPOCHS, max(8, round(_STEPS[effort] * batch / max(1, facts.num_train))))
     overrides = (
         f"experiment={_FROM_SCRATCH}",
+        "model.weights=null",  # also where the user offers a file: another network is trained
         _val_share(facts),
         f"effort={effort}",
         f"data.image_size={size}",
