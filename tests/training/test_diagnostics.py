@@ -82,7 +82,8 @@ def test_an_image_that_is_gone_ends_no_training(tree: Path, tmp_path: Path, capl
     for record in part:
         part.file(record).unlink()
     run, data = SimpleNamespace(plots=tmp_path / "plots", name="run"), DataSettings(image_size=12)
-    run_diagnostics(classifier, CheckpointBackend(classifier), table, part, run, data, DiagnosticsSettings(), 0)  # type: ignore[arg-type]
+    backend, settings = CheckpointBackend(classifier), DiagnosticsSettings()
+    run_diagnostics(classifier, backend, table, part, run, data, settings, 0)  # type: ignore[arg-type]
     assert (
         "no explanations: cannot read the image" in caplog.text
         and "no robustness: cannot read the image" in caplog.text

@@ -14,7 +14,7 @@ from scipy.stats import binomtest
 
 from image_classifier.modeling.classifier import Classifier, in_evaluation
 from image_classifier.predictions import PredictionTable
-from image_classifier.training.baseline import log_loss
+from image_classifier.training.baseline import device_of, log_loss
 from image_classifier.training.builders import TrainingInputs
 from image_classifier.training.distributed import from_rank_zero
 from image_classifier.training.forward import fast_backend, forward
@@ -137,7 +137,10 @@ def _val_logits(classifier: Classifier, inputs: TrainingInputs, kept: KeptActiva
 
 def start_from_probe(inputs: TrainingInputs, classifier: Classifier) -> ProbeStart:
     """Fit the probe, write it into the classifier's last layer, and return it with the weights of this moment."""
+    before = classifier.scale.device
+    classifier.to(device_of(inputs.config.trainer.accelerator))
     fitted = from_rank_zero(lambda: fit_probe(inputs.network, classifier))
+    classifier.to(before)
     install(fitted.model, classifier)
     weights = {name: value.detach().cpu().clone() for name, value in classifier.state_dict().items()}
     return ProbeStart(fitted, weights, time.perf_counter())

@@ -59,6 +59,20 @@ def test_many_tiny_pictures_are_learned_from_scratch_at_their_own_size() -> None
     assert (config.trainer.max_epochs or 0) >= 8 and "WhitenedNet" in str((config.model.backbone or {})["_target_"])
 
 
+def test_a_file_that_the_user_offers_is_left_out_where_a_network_from_scratch_is_better() -> None:
+    made = planned(TINY)
+    config = composed(made, "model.weights=w.pth")
+    assert not config.model.weights and "WhitenedNet" in str((config.model.backbone or {})["_target_"])
+    assert "To use them: model=torchvision model.backbone.name=mobilenet_v2" in made.lines[1]
+
+
+@pytest.mark.parametrize("origin", ["a bundle", "as configured"])
+def test_a_network_that_the_user_names_is_used_whatever_the_images_are(origin: str) -> None:
+    made = planned(TINY, Pretrained((), "mine", origin))
+    assert made.overrides[0] == "experiment=finetune"
+    assert not any(override.startswith("data.image_size") for override in made.overrides)
+
+
 def test_few_tiny_pictures_are_enlarged_for_pretrained_weights() -> None:
     made = planned(ImageFacts(300, 10, 28, 28))
     config = composed(made)
