@@ -30,22 +30,16 @@ def settled(config: TrainConfig, is_new: bool = True) -> tuple[TrainConfig, Mani
     """
     found = from_rank_zero(lambda: find_pretrained(config)) if is_new else None
     config = _with_weights(config)
-    manifest = from_rank_zero(lambda: _prepared(config))
+    manifest = from_rank_zero(lambda: prepare_dataset(config.data, config.audit, config.run.trusted_packages)[0])
     if found is not None:
-        split = config.data.split
-        fold = {"data.fold": config.data.fold}  # of a run of data.fold=all
         recipe = from_rank_zero(lambda: _planned(config, found, manifest))
-        config = _with_weights(config.recompose(recipe).with_values(fold))
-        if config.data.split != split:  # large sets need a smaller share of val
-            manifest = from_rank_zero(lambda: _prepared(config))
+        # The images are split already: `baseline` and `suspects` see the same split, whatever the recipe.
+        split = {"data.split.val": config.data.split.val, "data.fold": config.data.fold}
+        config = _with_weights(config.recompose(recipe).with_values(split))
     config = config.with_preprocessing(own_preprocessing(config.model))
     if config.data.resize == AUTO:
         config = config.with_values({"data.resize": from_rank_zero(lambda: best_resize(config, manifest))})
     return config, manifest
-
-
-def _prepared(config: TrainConfig) -> Manifest:
-    return prepare_dataset(config.data, config.audit, config.run.trusted_packages)[0]
 
 
 def _with_weights(config: TrainConfig) -> TrainConfig:

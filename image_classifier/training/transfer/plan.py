@@ -20,8 +20,8 @@ _FROM_SCRATCH = "from_scratch"
 _SMALLEST, _TINY = 64, 48
 _MIN_PER_CLASS = 50  # with fewer tiny pictures a class even enlarged ones beat a network from scratch
 _SCRATCH_SIZES = (24, 64)  # sides at which the network for small images is trained
-_MAX_EPOCHS = 60
-_STEPS = {"quick": 120, "normal": 250, "thorough": 750}  # of a training from scratch, at least 8 epochs of it
+_EPOCHS = (8, 60)  # at least and at most, of a training from scratch
+_STEPS = {"quick": 120, "normal": 400, "thorough": 1000}  # of a training from scratch
 
 
 @dataclass(frozen=True)
@@ -84,7 +84,7 @@ def plan(facts: ImageFacts, found: Pretrained | str, effort: str | None, fetchin
     size = [f"data.image_size={_SMALLEST}"] if is_free and is_tiny else []
     at = f" at {_SMALLEST} px" if size else " at the size it was trained with"
     return Plan(
-        (f"experiment={RECIPES[effort]}", f"effort={effort}", *found.overrides, *size, _val_share(facts)),
+        (f"experiment={RECIPES[effort]}", f"effort={effort}", *found.overrides, *size),
         (
             images,
             f"network  {found.name}, pretrained ({found.origin}){at}",
@@ -121,12 +121,6 @@ def find_pretrained(config: TrainConfig) -> Pretrained | str | None:
     return network_of_hub(uses_gpu(config.trainer.accelerator))
 
 
-def _val_share(facts: ImageFacts) -> str:
-    """Return the override of the share of val: some hundred images are enough to choose and to calibrate by."""
-    share = 0.2 if facts.num_train < 1000 else 0.15 if facts.num_train < 3000 else 0.1
-    return f"data.split.val={share}"
-
-
 _WORDS = {
     "quick": "logistic regression on its frozen features",
     "normal": "logistic regression on its frozen features, then fine-tuning; the better one on val is delivered",
@@ -140,11 +134,11 @@ def _from_scratch(facts: ImageFacts, effort: str, images: str, why: str) -> Plan
     size = min(high, max(low, 4 * round(facts.side / 4)))
     # Small sets need small batches: an epoch of at least ten steps.
     batch = min(500 if facts.num_train > 20_000 else 250, max(50, 10 * (facts.num_train // 100)))
-    epochs = min(_MAX_EPOCHS, max(8, round(_STEPS[effort] * batch / max(1, facts.num_train))))
+    fewest, most = _EPOCHS
+    epochs = min(most, max(fewest, round(_STEPS[effort] * batch / max(1, facts.num_train))))
     overrides = (
         f"experiment={_FROM_SCRATCH}",
         "model.weights=null",  # also where the user offers a file: another network is trained
-        _val_share(facts),
         f"effort={effort}",
         f"data.image_size={size}",
         f"data.batch_size={batch}",

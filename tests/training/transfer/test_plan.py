@@ -12,7 +12,10 @@ from image_classifier.cli.options import translate
 from image_classifier.cli.positional import AUTO_VERBS, DATA_VERBS, model_choice
 from image_classifier.cli.recipes import with_recipe
 from image_classifier.cli.train_config import compose_train_config
+from image_classifier.dataset.settings import DataSettings
 from image_classifier.errors import CheckpointError, ConfigError
+from image_classifier.manifest import Manifest
+from image_classifier.training import settle
 from image_classifier.training.builders import build_criteria
 from image_classifier.training.config import TrainConfig
 from image_classifier.training.run import check_config
@@ -187,3 +190,18 @@ def test_the_facts_are_of_the_training_images(tmp_path: Path) -> None:
     facts = ImageFacts.of(manifest)
     assert facts == ImageFacts(7, 3, 40, 8) and facts.side == 8
     assert str(facts) == "7 training images of 3 classes, median 40 x 8 px"
+
+
+def test_the_split_stays_as_the_images_were_split(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """The recipe from scratch is that of `fast`, which has a share of val of its own."""
+    asked: list[float] = []
+
+    def prepared(data: DataSettings, *_: object) -> tuple[Manifest, None]:
+        asked.append(data.split.val)
+        return manifest, None
+
+    manifest = small_inputs(tmp_path).manifest
+    monkeypatch.setattr(settle, "find_pretrained", lambda config: "none")
+    monkeypatch.setattr(settle, "prepare_dataset", prepared)
+    config, _ = settle.settled(compose_train_config(AUTO))
+    assert asked == [config.data.split.val] == [0.2]
