@@ -8,7 +8,7 @@ import logging
 import sys
 import time
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -49,6 +49,7 @@ _FORMAT = 2
 _STRENGTHS = (1e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 1.0)  # C of scikit-learn, the most regularised first
 _MAX_NUMBERS = 2**28  # of training features in memory, 1 GiB
 _MAX_ITER = 300
+_NEVER = -1e4  # logit of a class that a regression was fitted to no image of
 
 
 @dataclass(frozen=True)
@@ -180,14 +181,28 @@ def embeddings_of(inputs: NetworkInputs, classifier: Classifier) -> EmbeddingSto
     return known_embeddings(embed_rows, inputs.manifest.digests, Path(data.cache.dir) / "embeddings" / key)
 
 
-def fit_logistic(store: EmbeddingStore, manifest: Manifest, seed: int) -> dict[float, LinearModel]:
-    """Return a regression for each strength C, fitted to the training embeddings, at most 1 GiB of them."""
-    rows, features = _features(store, manifest, manifest.indices("train"), seed)
+def fit_logistic(
+    store: EmbeddingStore,
+    manifest: Manifest,
+    seed: int,
+    rows: np.ndarray | None = None,
+    strengths: Sequence[float] = _STRENGTHS,
+) -> dict[float, LinearModel]:
+    """Return a regression for each strength C, fitted to the embeddings of some images, at most 1 GiB of them.
+
+    Args:
+        store: The embeddings.
+        manifest: The images.
+        seed: Chooses among more images than fit into memory.
+        rows: The images that it is fitted to, int64 [n]; None: the training images.
+        strengths: The most regularised first.
+    """
+    rows, features = _features(store, manifest, manifest.indices("train") if rows is None else rows, seed)
     mean, std = _standardise(features)
     models = {}
     # Each fit starts from the weights of the one before.
     regression = LogisticRegression(C=1.0, warm_start=True, max_iter=_MAX_ITER)
-    for strength in _STRENGTHS:
+    for strength in strengths:
         start = time.perf_counter()
         # Several threads wait for each other longer than they work: 50 times longer on a busy machine.
         with warnings.catch_warnings(), threadpool_limits(1):
@@ -195,12 +210,20 @@ def fit_logistic(store: EmbeddingStore, manifest: Manifest, seed: int) -> dict[f
             regression.set_params(C=strength).fit(features, manifest.targets[rows])
         steps, seconds = int(regression.n_iter_.max()), time.perf_counter() - start
         note = "" if steps < _MAX_ITER else ", not converged"
-        log.info("logistic regression: C=%g fitted in %.1f s (%d steps%s)", strength, seconds, steps, note)
-        weights, bias = regression.coef_.T.astype(np.float32), regression.intercept_.astype(np.float32)
-        if weights.shape[1] == 1:  # two classes: scikit-learn keeps the difference
-            weights, bias = np.hstack([0 * weights, weights]), np.append(np.float32(0), bias)
-        models[strength] = LinearModel(mean, std, weights, bias)
+        log.debug("logistic regression: C=%g fitted in %.1f s (%d steps%s)", strength, seconds, steps, note)
+        models[strength] = _linear_model(regression, mean, std, len(manifest.classes))
     return models
+
+
+def _linear_model(regression: LogisticRegression, mean: np.ndarray, std: np.ndarray, num_classes: int) -> LinearModel:
+    """Return a fitted regression for all classes; those without an image get no probability."""
+    weights, bias = regression.coef_.T.astype(np.float32), regression.intercept_.astype(np.float32)
+    if weights.shape[1] == 1:  # two classes: scikit-learn keeps the difference
+        weights, bias = np.hstack([0 * weights, weights]), np.append(np.float32(0), bias)
+    all_weights = np.zeros((len(mean), num_classes), dtype=np.float32)
+    all_bias = np.full(num_classes, _NEVER, dtype=np.float32)
+    all_weights[:, regression.classes_], all_bias[regression.classes_] = weights, bias
+    return LinearModel(mean, std, all_weights, all_bias)
 
 
 def _standardise(features: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -242,7 +265,7 @@ def tables_of(
 ) -> dict[float, dict[str, PredictionTable]]:
     """Return each regression's predictions of val and test."""
     rows = {split: manifest.indices(split) for split in SPLITS[1:] if len(manifest.indices(split))}
-    logits = {split: _logits(models, store, manifest, split_rows) for split, split_rows in rows.items()}
+    logits = {split: logits_of(models, store, manifest, split_rows) for split, split_rows in rows.items()}
     return {
         strength: {
             split: PredictionTable(
@@ -271,7 +294,7 @@ def log_loss(table: PredictionTable) -> float:
     return float(-np.log(np.maximum(likelihood, 1e-12)).mean())
 
 
-def _logits(
+def logits_of(
     models: Mapping[float, LinearModel], store: EmbeddingStore, manifest: Manifest, rows: np.ndarray
 ) -> dict[float, np.ndarray]:
     """Return each model's logits float32 [n, C] of some rows, in one pass over their embeddings."""

@@ -18,7 +18,7 @@ from image_classifier.dataset.audit.issues import issue_counts_text
 from image_classifier.evaluation.reliability.ood import DETECTOR
 from image_classifier.evaluation.report.page import run_page
 from image_classifier.evaluation.report.run_data import AUDITS, RunPaths, gather, sizes_of
-from image_classifier.evaluation.report.sentences import limits_in_words, out_of_fold_in_words
+from image_classifier.evaluation.report.sentences import limits_in_words, val_in_words
 from image_classifier.evaluation.results import shown
 from image_classifier.exporting.onnx import export_onnx
 from image_classifier.exporting.parity import check_embeddings, check_parity
@@ -100,6 +100,8 @@ def _provenance(trained: TrainedRun) -> dict[str, Any]:
     )
     if trained.folds:
         facts["out_of_fold"] = trained.folds
+    if trained.refit_folds:
+        facts["refit_folds"] = trained.refit_folds
     return dict(without_passwords(facts))
 
 
@@ -186,7 +188,7 @@ def model_card(info: BundleInfo, manifest: Manifest) -> str:
         f"probabilities are softmax(logits / {info.temperature:.6g}), "
         f"the temperature {'fitted on val' if info.temperature != 1 else 'left at 1'}.",
         "## Results",
-        *([f"Split val: {out_of_fold_in_words(facts['out_of_fold'])}"] if facts.get("out_of_fold") else []),
+        *(f"Split val: {sentence}" for sentence in val_in_words(facts)),
         "\n".join(_result_rows(info)),
         "### Baselines",
         "What simple classifiers reach on the same splits:",

@@ -56,6 +56,7 @@ class TrainedRun:
         epochs: Epochs trained.
         steps: Optimizer steps.
         folds: The number of folds where the model is the mean of all; val are then the training images, out of fold.
+        refit_folds: The number of folds behind the val scores of a probe that was fitted again to train and val.
     """
 
     run: RunDir
@@ -74,6 +75,7 @@ class TrainedRun:
     epochs: int
     steps: int
     folds: int | None = None
+    refit_folds: int | None = None
 
     @property
     def config(self) -> TrainConfig:
@@ -88,7 +90,7 @@ class TrainedRun:
     @property
     def delivered_manifest(self) -> Manifest:
         """The images as the bundle lists them: those that are predicted out of fold are training images."""
-        return self.manifest.moved("val", "train") if self.folds else self.manifest
+        return self.manifest.moved("val", "train") if self.folds or self.refit_folds else self.manifest
 
     @property
     def images_seen(self) -> int:
@@ -200,10 +202,8 @@ def summary_lines(trained: TrainedRun, results: Results, logged_to: Sequence[str
         has_test = bool(len(trained.manifest.indices("test")))
         hint = "test=false kept the test images for later" if has_test else "get test images with data.split.test=0.1"
         images = "training images out of fold" if trained.folds else "validation images"
-        yield (
-            f"these scores are from the {images}, which also picked the best epoch, "
-            f"so they are slightly too good; {hint}"
-        )
+        picked = "picked the best epoch" if trained.epochs or trained.folds else "chose the model"
+        yield f"these scores are from the {images}, which also {picked}, so they are slightly too good; {hint}"
     if trained.images_per_second:
         yield f"images/s {trained.images_per_second:.1f}"
     yield f"bundle   {run.bundle}"

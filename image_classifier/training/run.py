@@ -65,6 +65,8 @@ from image_classifier.training.run_dir import RunDir, acquire_run_dir, buffered_
 from image_classifier.training.settle import settled
 from image_classifier.training.transfer.activations import keep_activations, remove_activations
 from image_classifier.training.transfer.candidates import PROBE, start_from_probe
+from image_classifier.training.transfer.probe import install
+from image_classifier.training.transfer.refit import refit
 
 log = logging.getLogger(__name__)
 
@@ -258,11 +260,18 @@ def _train_in(
         is_probe = probe is not None and choice is not None and choice.chosen.name == PROBE
         if probe and not is_probe:
             baselines = (*baselines, probe.fitted.as_baseline())
+        fitted_again = None
+        if probe and is_probe and config.finetune.refit:
+            fitted_again = from_rank_zero(lambda: refit(probe.fitted, manifest, config.run.seed))
+            if fitted_again:
+                install(fitted_again.model, classifier)
         backend = fast_backend(classifier, config.data.image_size, len(manifest))
         known = probe.fitted.store if probe and is_probe else None
         detector = from_rank_zero(lambda: fit_detector(backend, manifest, inputs.cache, config.decision, known))
         splits = _evaluated_splits(config, manifest)
         tables = {split: predict_split(backend, detector, datamodule, manifest, split) for split in splits}
+        if fitted_again:
+            tables["val"] = replace(tables["val"], logits=fitted_again.val_logits)
         if not is_rank_zero():
             return None
 
@@ -285,6 +294,7 @@ def _train_in(
             images_per_second=throughput.images_per_second if trainer.global_step else 0.0,
             epochs=trainer.current_epoch,
             steps=trainer.global_step,
+            refit_folds=fitted_again.folds if fitted_again else None,
         )
         return finish(trained, loggers)
 

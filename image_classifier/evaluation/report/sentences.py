@@ -46,22 +46,28 @@ def verdict(run: RunData, mean_confidence: float, confusions: list[Pair]) -> Ver
     right = f"Right on {per_cent(accuracy)} of {images} ({bounds})."
     beats, compared = _compared(run, accuracy, interval[0])
     mistakes = _worst_mistakes(run, confusions)
-    sentences = [right, *_out_of_fold(run), compared, _confidence(mean_confidence, accuracy), mistakes]
+    sentences = [
+        right,
+        *(val_in_words(run.info.provenance) if run.info and run.split == "val" else ()),
+        compared,
+        _confidence(mean_confidence, accuracy),
+        mistakes,
+    ]
     return Verdict(tuple(sentences), beats)
 
 
-def _out_of_fold(run: RunData) -> Iterator[str]:
-    folds = run.info.provenance.get("out_of_fold") if run.info and run.split == "val" else None
-    if folds:
-        yield out_of_fold_in_words(int(folds))
-
-
-def out_of_fold_in_words(folds: int) -> str:
-    """Return what the scores on val mean where all folds of a training are one model."""
-    return (
-        f"These predictions are out of fold: each training image is predicted by the one of {folds} networks that was "
-        f"not trained on it; the model is the mean of all {folds}."
-    )
+def val_in_words(provenance: Mapping[str, Any]) -> Iterator[str]:
+    """Yield what the scores on val mean where val images were trained on too: `provenance` of bundle.json."""
+    if folds := provenance.get("out_of_fold"):
+        yield (
+            f"These predictions are out of fold: each training image is predicted by the one of {int(folds)} networks "
+            f"that was not trained on it; the model is the mean of all {int(folds)}."
+        )
+    if folds := provenance.get("refit_folds"):
+        yield (
+            "The model was fitted to the training and the val images together; each val image is predicted by a model "
+            f"that was fitted without it ({int(folds)} folds)."
+        )
 
 
 def _compared(run: RunData, accuracy: float, low: float) -> tuple[bool | None, str]:

@@ -11,21 +11,25 @@ import logging
 from collections.abc import Sequence
 from pathlib import Path
 
-import numpy as np
-
 from image_classifier.atomic_io import write_text
 from image_classifier.dataset.settings import DataSettings
 from image_classifier.manifest import Manifest
 from image_classifier.modeling.embeddings import EmbeddingStore
-from image_classifier.predictions import PredictionTable, softmax
-from image_classifier.training.baseline import embedding_hardware, embedding_network, embeddings_of, fit_logistic
+from image_classifier.predictions import PredictionTable
+from image_classifier.training.baseline import (
+    best_by_log_loss,
+    embedding_hardware,
+    embedding_network,
+    embeddings_of,
+    fit_logistic,
+    tables_of,
+)
 from image_classifier.training.config import ModelConfig
 from image_classifier.training.initial_weights import resolve_initial_weights
 
 log = logging.getLogger(__name__)
 
 _KEY = "answers.json"  # written last: from what the predictions in its folder were made
-_NEVER = -1e4  # logit of a class that a fold has no training images of
 
 
 def predict_by_embeddings(
@@ -77,20 +81,6 @@ def _is_predicted(path: Path, key: str) -> bool:
 
 
 def _predict(store: EmbeddingStore, fold: Manifest, seed: int) -> PredictionTable:
-    """Return the predictions for the fold's val split, at the strength with the smallest cross-entropy there."""
-    models, rows = fit_logistic(store, fold, seed), fold.indices("val")
-    trained_classes = np.unique(fold.targets[fold.indices("train")])
-    logits = {strength: np.full((len(rows), len(fold.classes)), _NEVER, np.float32) for strength in models}
-    for positions, features in store.parts(fold.digests[rows]):
-        for strength, model in models.items():
-            logits[strength][np.ix_(positions, trained_classes)] = model.logits(features)
-    targets = fold.targets[rows]
-    losses = {strength: _cross_entropy(values, targets) for strength, values in logits.items()}
-    best = min(losses, key=lambda strength: losses[strength])
-    log.info("logistic regression: C=%g, cross-entropy %.3f", best, losses[best])
-    return PredictionTable(tuple(fold.paths[row] for row in rows.tolist()), targets, logits[best], fold.classes)
-
-
-def _cross_entropy(logits: np.ndarray, targets: np.ndarray) -> float:
-    true_probabilities = softmax(logits)[np.arange(len(targets)), targets]
-    return float(-np.log(np.maximum(true_probabilities, 1e-12)).mean())
+    """Return the predictions for the fold's val split, at the strength with the smallest log loss there."""
+    tables = tables_of(fit_logistic(store, fold, seed), store, fold)
+    return tables[best_by_log_loss(tables)]["val"]

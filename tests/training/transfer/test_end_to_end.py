@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 from pathlib import Path
 
 import numpy as np
@@ -45,7 +46,14 @@ def test_photographs_and_a_file_of_weights_make_a_model_that_is_no_worse_than_it
     assert settled["resize"] in ("squash", "pad", "crop") and settled["image_size"] == 64
     assert f"resize   {settled['resize']}, by 5-fold cross-validation on 48 training images" in quick.err
 
-    normal = command(*line, "effort=normal", "trainer.max_epochs=2", "name=normal", f"data.resize={settled['resize']}")
+    normal = command(
+        *line,
+        "effort=normal",
+        "trainer.max_epochs=2",
+        "name=normal",
+        "finetune.refit=false",
+        f"data.resize={settled['resize']}",
+    )
     assert normal.code == 0, normal.err
     assert not list(Path("runs/normal").glob("activations*"))
     for name, tried in (("quick", ["probe"]), ("normal", ["probe", "50% of the way", "75% of the way", "fine-tuned"])):
@@ -54,7 +62,12 @@ def test_photographs_and_a_file_of_weights_make_a_model_that_is_no_worse_than_it
         rows = bundle.info.provenance["candidates"]
         assert [row["name"] for row in rows] == tried
         (chosen,) = (row for row in rows if row["delivered"])
-        assert bundle.info.metrics["val"]["accuracy"] == pytest.approx(chosen["val_accuracy"])
+        # The quick one is fitted again to train and val, and scored out of fold: the bundle lists no val image any more.
+        kept_val = "refit_folds" not in bundle.info.provenance
+        assert kept_val == (name == "normal")
+        assert kept_val == any(row["split"] == "val" for row in csv.DictReader(bundle.path("manifest.csv").open()))
+        if kept_val:
+            assert bundle.info.metrics["val"]["accuracy"] == pytest.approx(chosen["val_accuracy"])
         assert chosen["val_accuracy"] >= rows[0]["val_accuracy"]
         curve = bundle.info.provenance["learning_curve"]
         assert curve["points"][-1][0] == 48 and set(curve) == {"points", "gain", "error", "needy"}
