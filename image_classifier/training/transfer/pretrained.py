@@ -221,7 +221,7 @@ def _download(one: _Known) -> None:
 
 def _download_from_hub(name: str) -> None:
     from huggingface_hub import constants, hf_hub_download
-    from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, LocalEntryNotFoundError
+    from huggingface_hub.errors import GatedRepoError, HTTPError, LocalEntryNotFoundError  # type: ignore[attr-defined]
 
     _check_reachable(constants.ENDPOINT)
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # it logs each of its attempts
@@ -232,7 +232,7 @@ def _download_from_hub(name: str) -> None:
         raise SourceError(
             "they are gated", f"accept the licence at https://huggingface.co/timm/{name}, then run `hf auth login`"
         ) from error
-    except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
+    except (LocalEntryNotFoundError, HTTPError, OSError) as error:
         reason = " ".join(str(error).split()).partition(". ")[0][:120]
         raise SourceError(
             f"no network ({reason})" if isinstance(error, LocalEntryNotFoundError) else reason, hint

@@ -57,6 +57,8 @@ class Handler(BaseHTTPRequestHandler):
     def answer(self) -> bytes:
         self.close_connection = True
         self.server.asked.append(f"{self.command} {self.path} {self.headers.get('Range', '')}".strip())
+        if "/dropped" in self.path:
+            return b""  # the connection ends without an answer
         refused = next((code for code in (401, 403, 404, 500) if f"/{code}" in self.path), 0)
         if refused:
             self.send_response(refused)
@@ -65,6 +67,7 @@ class Handler(BaseHTTPRequestHandler):
             if refused == 404:
                 self.send_header("X-Error-Code", "RepoNotFound")
             self.send_header("Content-Length", "0")
+            self.send_header("Connection", "close")
             self.end_headers()
             return b""
         start = int((self.headers.get("Range") or "bytes=0-")[6:].split("-")[0])
@@ -75,6 +78,7 @@ class Handler(BaseHTTPRequestHandler):
         if start:
             self.send_header("Content-Range", f"bytes {start}-{len(CONTENT) - 1}/{len(CONTENT)}")
         self.send_header("Content-Length", str(len(CONTENT) - start))
+        self.send_header("Connection", "close")
         self.end_headers()
         return CONTENT[start:]
 
@@ -191,14 +195,15 @@ for name in sys.argv[1:]:
 def test_of_hugging_face_a_file_is_cached_and_a_refusal_is_one_line(hub: Hub, tmp_path: Path) -> None:
     own = {"HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "hf"), "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     environment = {key: value for key, value in os.environ.items() if "proxy" not in key.lower()} | own
-    words = [sys.executable, "-c", ASK, "here.in1k", "401", "403", "404"]
+    words = [sys.executable, "-c", ASK, "here.in1k", "401", "403", "404", "dropped"]
     done = subprocess.run(words, capture_output=True, text=True, timeout=120, env=environment)
     assert done.returncode == 0, done.stderr
     assert "Traceback" not in done.stderr
     found, *refused = done.stdout.splitlines()
-    assert found == "found True" and len(refused) == 3
+    assert found == "found True" and len(refused) == 4
     (path,) = (tmp_path / "hf").rglob("model.safetensors")
     assert path.read_bytes() == CONTENT and "models--timm--here.in1k" in str(path)
+    assert refused[3].startswith("the weights of dropped cannot be had: Server disconnected")
     for name, line in zip(("401", "403"), refused, strict=False):
         assert line == (
             f"the weights of {name} cannot be had: they are gated | accept the licence at "
