@@ -102,6 +102,8 @@ def _provenance(trained: TrainedRun) -> dict[str, Any]:
         facts["out_of_fold"] = trained.folds
     if trained.refit_folds:
         facts["refit_folds"] = trained.refit_folds
+    if trained.refit_epochs:
+        facts["refit_epochs"] = trained.refit_epochs
     return dict(without_passwords(facts))
 
 

@@ -106,14 +106,15 @@ class ClassifierModule(pl.LightningModule):
 
     def training_step(self, batch: Batch, batch_idx: int) -> torch.Tensor:
         pixels, targets = batch
-        logits, loss = self._logits_and_loss(pixels, targets)
+        logits, loss = self.logits_and_loss(pixels, targets)
         # Of mixed images the class with the larger share counts.
         labels = targets.argmax(dim=1) if targets.is_floating_point() else targets
         self.train_accuracy.update(_labelled(logits.detach(), targets), labels)
         self.train_loss.update(loss.detach(), len(targets))
         return loss
 
-    def _logits_and_loss(self, pixels: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def logits_and_loss(self, pixels: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the logits of a batch, float [N, C], and its loss."""
         embeddings = self._embed(pixels)
         if not getattr(self.criterion, "takes_embeddings", False):
             logits = self.classifier.classify(embeddings)
@@ -132,15 +133,16 @@ class ClassifierModule(pl.LightningModule):
         return torch.flatten(self._upper[0](values), 1)
 
     def on_train_start(self) -> None:
-        self._freeze_norms()  # a run that resumes within an epoch does not start one
+        self.freeze_norms()  # a run that resumes within an epoch does not start one
 
-    def _freeze_norms(self) -> None:
+    def freeze_norms(self) -> None:
+        """Keep the normalisation of frozen layers, and with `keep_norm_stats` of all, in evaluation mode."""
         freeze_norm_stats(self.classifier, self.frozen)
         if self.keep_norm_stats:
             freeze_batch_norm(self.classifier)
 
     def on_train_epoch_start(self) -> None:
-        self._freeze_norms()
+        self.freeze_norms()
         self.train_loss.reset()
         self.train_accuracy.reset()
 

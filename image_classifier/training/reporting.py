@@ -57,6 +57,7 @@ class TrainedRun:
         steps: Optimizer steps.
         folds: The number of folds where the model is the mean of all; val are then the training images, out of fold.
         refit_folds: The number of folds behind the val scores of a probe that was fitted again to train and val.
+        refit_epochs: The epochs that a network was trained on train and val together, after its scores on val.
     """
 
     run: RunDir
@@ -76,6 +77,7 @@ class TrainedRun:
     steps: int
     folds: int | None = None
     refit_folds: int | None = None
+    refit_epochs: int = 0
 
     @property
     def config(self) -> TrainConfig:
@@ -89,8 +91,9 @@ class TrainedRun:
 
     @property
     def delivered_manifest(self) -> Manifest:
-        """The images as the bundle lists them: those that are predicted out of fold are training images."""
-        return self.manifest.moved("val", "train") if self.folds or self.refit_folds else self.manifest
+        """The images as the bundle lists them: val images that the model was fitted to are training images."""
+        val_was_seen = self.folds or self.refit_folds or self.refit_epochs
+        return self.manifest.moved("val", "train") if val_was_seen else self.manifest
 
     @property
     def images_seen(self) -> int:

@@ -67,6 +67,7 @@ from image_classifier.training.transfer.activations import keep_activations, rem
 from image_classifier.training.transfer.candidates import PROBE, start_from_probe
 from image_classifier.training.transfer.probe import install
 from image_classifier.training.transfer.refit import refit
+from image_classifier.training.transfer.refit_network import refit_network
 
 log = logging.getLogger(__name__)
 
@@ -255,8 +256,6 @@ def _train_in(
         # The finished model: the best weights, detector of unlike images, predictions.
         classifier = best_classifier(trainer, module)
         choice = probe.choose(classifier, inputs, kept) if probe else None
-        if kept:
-            remove_activations(run.directory)
         is_probe = probe is not None and choice is not None and choice.chosen.name == PROBE
         if probe and not is_probe:
             baselines = (*baselines, probe.fitted.as_baseline())
@@ -265,6 +264,12 @@ def _train_in(
             fitted_again = from_rank_zero(lambda: refit(probe.fitted, manifest, config.run.seed))
             if fitted_again:
                 install(fitted_again.model, classifier)
+        epochs = trainer.current_epoch
+        refit_epochs = 0
+        if choice and not is_probe and config.finetune.refit:
+            refit_epochs = refit_network(module, classifier, inputs, kept, epochs, run.directory)
+        if kept:
+            remove_activations(run.directory)
         backend = fast_backend(classifier, config.data.image_size, len(manifest))
         known = probe.fitted.store if probe and is_probe else None
         detector = from_rank_zero(lambda: fit_detector(backend, manifest, inputs.cache, config.decision, known))
@@ -272,6 +277,8 @@ def _train_in(
         tables = {split: predict_split(backend, detector, datamodule, manifest, split) for split in splits}
         if fitted_again:
             tables["val"] = replace(tables["val"], logits=fitted_again.val_logits)
+        elif choice and refit_epochs:
+            tables["val"] = replace(tables["val"], logits=choice.chosen.val.logits)
         if not is_rank_zero():
             return None
 
@@ -292,9 +299,10 @@ def _train_in(
             choice=choice,
             history=history,
             images_per_second=throughput.images_per_second if trainer.global_step else 0.0,
-            epochs=trainer.current_epoch,
+            epochs=epochs,
             steps=trainer.global_step,
             refit_folds=fitted_again.folds if fitted_again else None,
+            refit_epochs=refit_epochs,
         )
         return finish(trained, loggers)
 

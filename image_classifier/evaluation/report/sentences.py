@@ -68,6 +68,11 @@ def val_in_words(provenance: Mapping[str, Any]) -> Iterator[str]:
             "The model was fitted to the training and the val images together; each val image is predicted by a model "
             f"that was fitted without it ({int(folds)} folds)."
         )
+    if epochs := provenance.get("refit_epochs"):
+        yield (
+            f"The model was then trained for {counted(int(epochs), 'epoch')} more, on the training and the val images "
+            "together; these scores on val are those it had before."
+        )
 
 
 def _compared(run: RunData, accuracy: float, low: float) -> tuple[bool | None, str]:

@@ -11,9 +11,9 @@ import logging
 import shutil
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 
 import numpy as np
@@ -33,7 +33,7 @@ from image_classifier.training.transfer.split_network import Cut, cuts, is_exact
 
 log = logging.getLogger(__name__)
 
-_FILE, _NOTE = "activations.bf16", "activations.json"
+_FILE, _NOTE, _VAL_FILE = "activations.bf16", "activations.json", "activations_of_val.bf16"
 _BATCH = 16
 _TIMED = 1  # calls of each measurement, after one that is not counted
 _TIMED_IMAGES = 8
@@ -46,29 +46,39 @@ class KeptActivations:
 
     Attributes:
         cut: Where.
-        upper: The layers above it: activations [N, ...] to embeddings [N, D].
+        lower: The layers below it: pixels uint8 [N, 3, S, S] to activations [N, ...].
+        upper: The layers above it: activations to embeddings [N, D].
         train: bfloat16 as uint16, mapped from the disk, [V, N, numbers].
-        val: The same of the val images, [1, M, numbers].
+        val: The same of the val images as they are, [M, numbers].
         position: Of each manifest row among its split's images, int64; -1 for others.
+        val_views: Augmented views of the val images, [W, M, numbers], for a training on both.
     """
 
     cut: Cut
+    lower: nn.Module
     upper: nn.Module
     train: np.ndarray
     val: np.ndarray
     position: np.ndarray
+    val_views: np.ndarray | None = None
 
     def of_train(self, rows: np.ndarray, epoch: int) -> torch.Tensor:
         """Return activations bfloat16 [n, ...] of training rows: each epoch shows the next view of each image."""
-        return self._read(self.train[epoch % len(self.train)], rows)
+        return self._tensor(self.train[epoch % len(self.train)][self.position[rows]])
 
     def of_val(self, rows: np.ndarray) -> torch.Tensor:
         """Return activations bfloat16 [n, ...] of val rows."""
-        return self._read(self.val[0], rows)
+        return self._tensor(self.val[self.position[rows]])
 
-    def _read(self, view: np.ndarray, rows: np.ndarray) -> torch.Tensor:
-        chosen = np.ascontiguousarray(view[self.position[rows]]).view(np.int16)
-        activations = torch.from_numpy(chosen).view(torch.bfloat16).view(len(rows), *self.cut.shape)
+    def of_both(self, rows: np.ndarray, epoch: int, is_val: np.ndarray) -> torch.Tensor:
+        """Return augmented views as `of_train`, of rows of both splits; `is_val` is bool, of all manifest rows."""
+        assert self.val_views is not None
+        train, val = self.train[epoch % len(self.train)], self.val_views[epoch % len(self.val_views)]
+        return self._tensor(np.stack([(val if is_val[row] else train)[self.position[row]] for row in rows.tolist()]))
+
+    def _tensor(self, numbers: np.ndarray) -> torch.Tensor:
+        values = torch.from_numpy(np.ascontiguousarray(numbers).view(np.int16)).view(torch.bfloat16)
+        activations = values.view(len(numbers), *self.cut.shape)
         is_map = len(self.cut.shape) == 3
         return activations.contiguous(memory_format=torch.channels_last) if is_map else activations
 
@@ -76,15 +86,21 @@ class KeptActivations:
 class ActivationLoader(BatchLoader):
     """Batches of kept activations bfloat16 [B, ...] and targets int64 [B] in place of a loader's pixels."""
 
-    def __init__(self, kept: KeptActivations, loader: BatchLoader) -> None:
+    def __init__(self, kept: KeptActivations, loader: BatchLoader, is_val: np.ndarray | None = None) -> None:
+        """With `is_val`, bool of all manifest rows, training batches hold rows of both splits."""
         super().__init__(loader.batches, loader.sampler)
-        self.kept = kept
+        self.kept, self.is_val = kept, is_val
 
     def __iter__(self) -> Iterator[Batch]:
         first, self._first = self._first, 0
         for rows in islice(iter(self.sampler), first, None):
             if isinstance(self.sampler, ShuffledBatches):
-                activations = self.kept.of_train(rows, self.sampler.epoch)
+                epoch = self.sampler.epoch
+                activations = (
+                    self.kept.of_train(rows, epoch)
+                    if self.is_val is None
+                    else self.kept.of_both(rows, epoch, self.is_val)
+                )
             else:
                 activations = self.kept.of_val(rows)
             yield activations, torch.from_numpy(self.batches.targets[rows])
@@ -115,15 +131,29 @@ def keep_activations(
     if not is_exact(classifier.backbone, lower, upper, _noise(2, size)):
         log.info("activations: none are kept (the two halves at %s do not answer as the network does)", cut.name)
         return None
-    kept = _filled(cut, lower, upper, inputs, classifier, datamodule, directory)
+    kept = _filled(cut, _Lower(classifier, lower), upper, inputs, datamodule, directory)
     module.train_above(upper, frozenset(f"backbone.{name}" for name in cut.lower))
     datamodule.replaced = lambda loader: ActivationLoader(kept, loader)
     return kept
 
 
+def with_val_views(
+    kept: KeptActivations, inputs: TrainingInputs, datamodule: ImageDataModule, directory: Path, views: int
+) -> KeptActivations:
+    """Return the activations with so many augmented views of the val images too.
+
+    Raises:
+        StorageError: The disk is full.
+    """
+    rows, path = inputs.manifest.indices("val"), directory / _VAL_FILE
+    _write(path, kept.lower, inputs.config.data.image_size, _augmented_views(datamodule, rows, views))
+    values = np.memmap(path, dtype=np.uint16, mode="r", shape=(views, len(rows), kept.cut.numbers))
+    return replace(kept, val_views=values)
+
+
 def remove_activations(directory: Path) -> None:
-    """Remove the file of a run that is finished."""
-    for name in (_NOTE, _FILE):
+    """Remove the files of a run that is finished."""
+    for name in (_NOTE, _FILE, _VAL_FILE):
         (directory / name).unlink(missing_ok=True)
 
 
@@ -228,7 +258,6 @@ def _filled(
     lower: nn.Module,
     upper: nn.Module,
     inputs: TrainingInputs,
-    classifier: Classifier,
     datamodule: ImageDataModule,
     directory: Path,
 ) -> KeptActivations:
@@ -242,29 +271,39 @@ def _filled(
     key = json.dumps([cut.name, count, cut.numbers, manifest.sha256, inputs.config.run.seed])
     if not (note.is_file() and note.read_text(encoding="utf-8") == key and path.is_file()):
         start = time.perf_counter()
-        compute = fast_function(_Lower(classifier, lower), inputs.config.data.image_size)
-        # Written, not mapped: on a full disk a write is refused, and a mapped page kills the process.
-        with storage_errors(path), path.open("wb") as file:
-            for pixels in _views(datamodule, rows, val_rows, views):
-                activations = torch.from_numpy(compute(np.ascontiguousarray(pixels.numpy()))).bfloat16()
-                file.write(activations.contiguous().view(torch.int16).numpy().tobytes())
+        both = chain(_augmented_views(datamodule, rows, views), _as_they_are(datamodule, val_rows))
+        _write(path, lower, inputs.config.data.image_size, both)
         write_text(note, key)
         log.info("activations: %d views of %d images kept in %.0f s", views, len(rows), time.perf_counter() - start)
     values = np.memmap(path, dtype=np.uint16, mode="r", shape=(count, cut.numbers))
     train, val = values[: views * len(rows)], values[views * len(rows) :]
-    return KeptActivations(cut, upper, train.reshape(views, len(rows), -1), val[None], position)
+    return KeptActivations(cut, lower, upper, train.reshape(views, len(rows), -1), val, position)
 
 
-def _views(datamodule: ImageDataModule, rows: np.ndarray, val_rows: np.ndarray, views: int) -> Iterator[torch.Tensor]:
-    """Yield pixels uint8 [n, 3, S, S]: each augmented view of all training images, then the val images as they are."""
+def _write(path: Path, lower: nn.Module, size: int, parts: Iterator[torch.Tensor]) -> None:
+    """Write the activations of pixels uint8 [n, 3, S, S] to a file, as bfloat16."""
+    compute = fast_function(lower, size)
+    # Written, not mapped: on a full disk a write is refused, and a mapped page kills the process.
+    with storage_errors(path), path.open("wb") as file:
+        for pixels in parts:
+            activations = torch.from_numpy(compute(np.ascontiguousarray(pixels.numpy()))).bfloat16()
+            file.write(activations.contiguous().view(torch.int16).numpy().tobytes())
+
+
+def _augmented_views(datamodule: ImageDataModule, rows: np.ndarray, views: int) -> Iterator[torch.Tensor]:
+    """Yield pixels uint8 [n, 3, S, S]: each augmented view of all rows."""
     number = 0
     for view in range(views):
         for first in range(0, len(rows), _BATCH):
             chosen = rows[first : first + _BATCH]
             yield datamodule.augmented(datamodule.batches[chosen], number, view, chosen)[0]
             number += 1
-    for first in range(0, len(val_rows), _BATCH):
-        yield datamodule.batches[val_rows[first : first + _BATCH]][0]
+
+
+def _as_they_are(datamodule: ImageDataModule, rows: np.ndarray) -> Iterator[torch.Tensor]:
+    """Yield pixels uint8 [n, 3, S, S] of all rows."""
+    for first in range(0, len(rows), _BATCH):
+        yield datamodule.batches[rows[first : first + _BATCH]][0]
 
 
 class _Lower(nn.Module):

@@ -1,0 +1,76 @@
+"""The delivered network is trained on with the val images too: from kept activations or pixels, and each time alike."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from image_classifier.training.builders import build_datamodule
+from image_classifier.training.datamodule import Batch
+from image_classifier.training.module import ClassifierModule
+from image_classifier.training.transfer import refit_network as tested
+from image_classifier.training.transfer.activations import keep_activations, remove_activations
+from image_classifier.training.transfer.refit_network import refit_network
+from tests.training.transfer.small_inputs import small_inputs, small_module
+
+CUT, VIEWS = "finetune.cut=_0_2", 3
+
+
+@pytest.mark.parametrize("keeps", [True, False])
+def test_only_trained_layers_move_and_the_same_way_each_time(keeps: bool, tmp_path: Path) -> None:
+    inputs = small_inputs(tmp_path, f"finetune.views={VIEWS}", CUT, "trainer.accelerator=cpu")
+    module = small_module(inputs)
+    kept = keep_activations(inputs, module, build_datamodule(inputs), tmp_path) if keeps else None
+    before = copy.deepcopy(module.classifier.state_dict())
+    found = []
+    for _ in range(2):
+        module.classifier.load_state_dict(before)
+        assert refit_network(module, module.classifier, inputs, kept, 6, tmp_path) == 2
+        assert not module.classifier.training
+        found.append(copy.deepcopy(module.classifier.state_dict()))
+    parameters = [name for name, _ in module.classifier.named_parameters()]
+    moved = {name for name in parameters if not torch.equal(found[0][name], before[name])}
+    trained = {name for name, _ in module.named_parameters()} - {f"classifier.{name}" for name in module.frozen}
+    assert {f"classifier.{name}" for name in moved} <= trained and len(moved) >= 4
+    assert any("backbone.0." in name for name in moved) != keeps
+    assert all(torch.equal(value, found[1][name]) for name, value in found[0].items())
+    remove_activations(tmp_path)
+    assert not list(tmp_path.glob("activations*"))
+
+
+def test_an_epoch_has_the_images_of_both_splits_with_the_activations_of_their_own_views(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    inputs = small_inputs(tmp_path, f"finetune.views={VIEWS}", CUT, "augment=none", "data.batch_size=7")
+    module, datamodule = small_module(inputs), build_datamodule(inputs)
+    kept = keep_activations(inputs, module, datamodule, tmp_path)
+    assert kept is not None
+    seen: list[Batch] = []
+    step = ClassifierModule.training_step
+    monkeypatch.setattr(
+        ClassifierModule, "training_step", lambda self, batch, idx: (seen.append(batch), step(self, batch, idx))[1]
+    )
+    assert refit_network(module, module.classifier, inputs, kept, 4, tmp_path) == 1
+    values, targets = (torch.cat(column) for column in zip(*seen, strict=True))
+    manifest = inputs.manifest
+    assert len(manifest) == len(values) == 49  # 37 of train and 12 of val, in 7 batches of 7
+    rows = np.concatenate([manifest.indices("train"), manifest.indices("val")])
+    expected = torch.cat([kept.of_train(manifest.indices("train"), 0), kept.of_val(manifest.indices("val"))])
+
+    def in_order(table: torch.Tensor, labels: np.ndarray) -> list[tuple[float, ...]]:
+        return sorted((float(label), *row) for row, label in zip(table.float().flatten(1).tolist(), labels, strict=True))
+
+    assert in_order(values, targets.numpy()) == in_order(expected, manifest.targets[rows])
+
+
+def test_several_processes_do_not_refit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tested, "world_size", lambda: 2)
+    inputs = small_inputs(tmp_path)
+    module = small_module(inputs)
+    before = copy.deepcopy(module.classifier.state_dict())
+    assert refit_network(module, module.classifier, inputs, None, 4, tmp_path) == 0
+    assert all(torch.equal(value, before[name]) for name, value in module.classifier.state_dict().items())
