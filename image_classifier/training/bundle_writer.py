@@ -100,10 +100,10 @@ def _provenance(trained: TrainedRun) -> dict[str, Any]:
     )
     if trained.folds:
         facts["out_of_fold"] = trained.folds
-    if trained.refit_folds:
-        facts["refit_folds"] = trained.refit_folds
-    if trained.refit_epochs:
-        facts["refit_epochs"] = trained.refit_epochs
+    if trained.refit and trained.refit.folds:
+        facts["refit_folds"] = trained.refit.folds
+    if trained.refit and trained.refit.epochs:
+        facts["refit_epochs"] = trained.refit.epochs
     return dict(without_passwords(facts))
 
 

@@ -33,6 +33,7 @@ from image_classifier.training.loggers import RunLoggers
 from image_classifier.training.run_dir import RunDir
 from image_classifier.training.transfer.candidates import CandidateChoice
 from image_classifier.training.transfer.probe import Probe
+from image_classifier.training.transfer.refit import Refit
 
 
 @dataclass(frozen=True)
@@ -56,8 +57,7 @@ class TrainedRun:
         epochs: Epochs trained.
         steps: Optimizer steps.
         folds: The number of folds where the model is the mean of all; val are then the training images, out of fold.
-        refit_folds: The number of folds behind the val scores of a probe that was fitted again to train and val.
-        refit_epochs: The epochs that a network was trained on train and val together, after its scores on val.
+        refit: How it was fitted again to train and val, which gave its scores on val; None: it was not.
     """
 
     run: RunDir
@@ -76,8 +76,7 @@ class TrainedRun:
     epochs: int
     steps: int
     folds: int | None = None
-    refit_folds: int | None = None
-    refit_epochs: int = 0
+    refit: Refit | None = None
 
     @property
     def config(self) -> TrainConfig:
@@ -92,8 +91,7 @@ class TrainedRun:
     @property
     def delivered_manifest(self) -> Manifest:
         """The images as the bundle lists them: val images that the model was fitted to are training images."""
-        val_was_seen = self.folds or self.refit_folds or self.refit_epochs
-        return self.manifest.moved("val", "train") if val_was_seen else self.manifest
+        return self.manifest.moved("val", "train") if self.folds or self.refit else self.manifest
 
     @property
     def images_seen(self) -> int:

@@ -65,9 +65,7 @@ from image_classifier.training.run_dir import RunDir, acquire_run_dir, buffered_
 from image_classifier.training.settle import settled
 from image_classifier.training.transfer.activations import keep_activations, remove_activations
 from image_classifier.training.transfer.candidates import PROBE, start_from_probe
-from image_classifier.training.transfer.probe import install
 from image_classifier.training.transfer.refit import refit
-from image_classifier.training.transfer.refit_network import refit_network
 
 log = logging.getLogger(__name__)
 
@@ -259,15 +257,9 @@ def _train_in(
         is_probe = probe is not None and choice is not None and choice.chosen.name == PROBE
         if probe and not is_probe:
             baselines = (*baselines, probe.fitted.as_baseline())
-        fitted_again = None
-        if probe and is_probe and config.finetune.refit:
-            fitted_again = from_rank_zero(lambda: refit(probe.fitted, manifest, config.run.seed))
-            if fitted_again:
-                install(fitted_again.model, classifier)
-        epochs = trainer.current_epoch
-        refit_epochs = 0
-        if choice and not is_probe and config.finetune.refit:
-            refit_epochs = refit_network(module, classifier, inputs, kept, epochs, run.directory)
+        epochs, fitted_again = trainer.current_epoch, None
+        if probe and choice and config.finetune.refit:
+            fitted_again = refit(probe, choice, module, classifier, inputs, kept, epochs, run.directory)
         if kept:
             remove_activations(run.directory)
         backend = fast_backend(classifier, config.data.image_size, len(manifest))
@@ -277,8 +269,6 @@ def _train_in(
         tables = {split: predict_split(backend, detector, datamodule, manifest, split) for split in splits}
         if fitted_again:
             tables["val"] = replace(tables["val"], logits=fitted_again.val_logits)
-        elif choice and refit_epochs:
-            tables["val"] = replace(tables["val"], logits=choice.chosen.val.logits)
         if not is_rank_zero():
             return None
 
@@ -301,8 +291,7 @@ def _train_in(
             images_per_second=throughput.images_per_second if trainer.global_step else 0.0,
             epochs=epochs,
             steps=trainer.global_step,
-            refit_folds=fitted_again.folds if fitted_again else None,
-            refit_epochs=refit_epochs,
+            refit=fitted_again,
         )
         return finish(trained, loggers)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -29,12 +29,16 @@ PROBE = "probe"  # the candidate that is always there
 
 @dataclass(frozen=True)
 class Candidate:
-    """One model: its name, what it is in words, the seconds it took, and its predictions of val."""
+    """One model: its name, what it is in words, the seconds it took, and its predictions of val.
+
+    `share` is how far its weights are on the way from the probe's, 0, to the trained ones, 1.
+    """
 
     name: str
     about: str
     seconds: float
     val: PredictionTable
+    share: float
 
     @property
     def right(self) -> np.ndarray:
@@ -95,29 +99,35 @@ def choose(candidates: Sequence[Candidate]) -> CandidateChoice:
 
 @dataclass
 class ProbeStart:
-    """The probe in the last layer, and all weights as they were then, for the choice at the end of the run."""
+    """The probe in the last layer, and all weights as they were then, for the choice at the end of the run.
+
+    `trained` are the weights at the end of the training, once it has ended.
+    """
 
     fitted: Probe
     weights: Mapping[str, torch.Tensor]
     started: float
+    trained: Mapping[str, torch.Tensor] = field(default_factory=dict)
 
     def choose(self, classifier: Classifier, inputs: TrainingInputs, kept: KeptActivations | None) -> CandidateChoice:
         """Compare the probe, the trained weights and weights between them on val; load the best into `classifier`."""
         seconds = time.perf_counter() - self.started
-        trained = {name: value.detach().clone() for name, value in classifier.state_dict().items()}
-        candidates = [Candidate(PROBE, self.fitted.about, self.fitted.seconds, self.fitted.tables["val"])]
-        weights = {PROBE: self.weights}
+        self.trained = {name: value.detach().clone() for name, value in classifier.state_dict().items()}
+        candidates = [Candidate(PROBE, self.fitted.about, self.fitted.seconds, self.fitted.tables["val"], 0.0)]
         if inputs.config.trainer.max_epochs != 0:
             for share in (*inputs.config.finetune.interpolate, 1.0):
                 name = "fine-tuned" if share == 1 else f"{share:.0%} of the way"
-                weights[name] = interpolated(self.weights, trained, share)
-                classifier.load_state_dict(weights[name])
-                logits = _val_logits(classifier, inputs, kept)
+                classifier.load_state_dict(self.weights_at(share))
+                table = replace(self.fitted.tables["val"], logits=_val_logits(classifier, inputs, kept))
                 about = "all trained weights" if share == 1 else "weights between the probe's and the trained ones"
-                candidates.append(Candidate(name, about, seconds, replace(self.fitted.tables["val"], logits=logits)))
+                candidates.append(Candidate(name, about, seconds, table, share))
         choice = choose(candidates)
-        classifier.load_state_dict(weights[choice.chosen.name])
+        classifier.load_state_dict(self.weights_at(choice.chosen.share))
         return choice
+
+    def weights_at(self, share: float) -> Mapping[str, torch.Tensor]:
+        """Return the weights at a share of the way from the probe's to the trained ones, 0..1."""
+        return interpolated(self.weights, self.trained, share) if share else self.weights
 
 
 def _val_logits(classifier: Classifier, inputs: TrainingInputs, kept: KeptActivations | None) -> np.ndarray:

@@ -1,17 +1,28 @@
-"""The delivered probe: fitted to train and val together, with scores on val that are out of fold."""
+"""The delivered model, fitted again to train and val together; its val scores are of models that had not seen them.
+
+A probe is fitted anew and cross-validated. A network is trained on for a few epochs; its scores are those of before.
+"""
 
 from __future__ import annotations
 
 import logging
 import warnings
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 from sklearn.model_selection import StratifiedGroupKFold
 
 from image_classifier.manifest import Manifest
+from image_classifier.modeling.classifier import Classifier
 from image_classifier.training.baseline import LinearModel, fit_logistic, logits_of
-from image_classifier.training.transfer.probe import Probe
+from image_classifier.training.builders import TrainingInputs
+from image_classifier.training.distributed import from_rank_zero, world_size
+from image_classifier.training.module import ClassifierModule
+from image_classifier.training.transfer.activations import KeptActivations
+from image_classifier.training.transfer.candidates import PROBE, CandidateChoice, ProbeStart, interpolated
+from image_classifier.training.transfer.probe import Probe, install
+from image_classifier.training.transfer.refit_network import refit_network
 
 log = logging.getLogger(__name__)
 
@@ -20,6 +31,64 @@ _FOLDS = 5
 
 @dataclass(frozen=True)
 class Refit:
+    """How a model was fitted again to train and val, and scores on val that are honest.
+
+    Attributes:
+        val_logits: Float32 [M, K] of the val images, from models that were not fitted to them.
+        folds: Of a probe: the number of regressions that predict val, each a fold that it was not fitted to.
+        epochs: Of a network: the epochs on both splits.
+    """
+
+    val_logits: np.ndarray
+    folds: int = 0
+    epochs: int = 0
+
+
+def refit(
+    start: ProbeStart,
+    choice: CandidateChoice,
+    module: ClassifierModule,
+    classifier: Classifier,
+    inputs: TrainingInputs,
+    kept: KeptActivations | None,
+    epochs: int,
+    directory: Path,
+) -> Refit | None:
+    """Fit the chosen model, which is in `classifier`, again to train and val; None where that cannot be.
+
+    Args:
+        start: Where the training began.
+        choice: The candidates, with their predictions of val.
+        module: The training.
+        classifier: Its network.
+        inputs: What the training is built from.
+        kept: Activations below the trained layers, if any.
+        epochs: That the network was trained for.
+        directory: Of the run.
+    """
+    manifest, seed, chosen = inputs.manifest, inputs.config.run.seed, choice.chosen
+    if chosen.name == PROBE:
+        found = from_rank_zero(lambda: refit_probe(start.fitted, manifest, seed))
+        if found is None:
+            return None
+        install(found.model, classifier)
+        return Refit(found.val_logits, folds=found.folds)
+    if world_size() > 1:
+        log.info("refit: none, several processes train")
+        return None
+    # All trained weights are trained on; then the chosen share of the way is gone again, from a probe of all images.
+    classifier.load_state_dict(start.trained)
+    more = refit_network(module, inputs, kept, epochs, directory)
+    if chosen.share < 1:
+        end = {name: value.clone() for name, value in classifier.state_dict().items()}
+        classifier.load_state_dict(start.weights)
+        install(_fitted(start.fitted, manifest, seed, _both(manifest)), classifier)
+        classifier.load_state_dict(interpolated(classifier.state_dict(), end, chosen.share))
+    return Refit(chosen.val.logits, epochs=more)
+
+
+@dataclass(frozen=True)
+class ProbeRefit:
     """A regression fitted to train and val.
 
     Attributes:
@@ -33,20 +102,17 @@ class Refit:
     folds: int
 
 
-def refit(probe: Probe, manifest: Manifest, seed: int) -> Refit | None:
+def refit_probe(probe: Probe, manifest: Manifest, seed: int) -> ProbeRefit | None:
     """Fit the probe to train and val at the strength that was chosen; None where they make no two folds of two classes.
 
     Images of one group (copies, near-duplicates, one patient) are in one fold.
     """
     val = manifest.indices("val")
-    rows = np.sort(np.concatenate([manifest.indices("train"), val]))
+    rows = _both(manifest)
     groups = np.unique(manifest.groups[rows], return_inverse=True)[1]
     folds = min(_FOLDS, int(groups.max()) + 1)
     if folds < 2:
         return None
-
-    def fitted(chosen: np.ndarray) -> dict[float, LinearModel]:
-        return fit_logistic(probe.store, manifest, seed, chosen, (probe.strength,))
 
     split = StratifiedGroupKFold(folds, shuffle=True, random_state=seed)
     val_logits = np.zeros((len(val), len(manifest.classes)), dtype=np.float32)
@@ -58,7 +124,18 @@ def refit(probe: Probe, manifest: Manifest, seed: int) -> Refit | None:
     for rest, held_out in parts:
         predicted = np.intersect1d(rows[held_out], val)
         if len(predicted):
-            logits = logits_of(fitted(rows[rest]), probe.store, manifest, predicted)[probe.strength]
+            models = {probe.strength: _fitted(probe, manifest, seed, rows[rest])}
+            logits = logits_of(models, probe.store, manifest, predicted)[probe.strength]
             val_logits[np.searchsorted(val, predicted)] = logits
     log.info("probe: fitted again to train and val, %d images; its val scores are of %d folds", len(rows), folds)
-    return Refit(fitted(rows)[probe.strength], val_logits, folds)
+    return ProbeRefit(_fitted(probe, manifest, seed, rows), val_logits, folds)
+
+
+def _fitted(probe: Probe, manifest: Manifest, seed: int, rows: np.ndarray) -> LinearModel:
+    """Return the regression on some images, at the strength that was chosen."""
+    return fit_logistic(probe.store, manifest, seed, rows, (probe.strength,))[probe.strength]
+
+
+def _both(manifest: Manifest) -> np.ndarray:
+    """Return the rows of train and val, int64 [N], in order."""
+    return np.sort(np.concatenate([manifest.indices("train"), manifest.indices("val")]))

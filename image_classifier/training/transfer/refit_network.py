@@ -12,11 +12,9 @@ import numpy as np
 import pytorch_lightning as pl
 import torch
 
-from image_classifier.modeling.classifier import Classifier
 from image_classifier.text import counted
 from image_classifier.training.builders import TrainingInputs, build_datamodule, build_trainer
 from image_classifier.training.callbacks.throughput import Throughput
-from image_classifier.training.distributed import world_size
 from image_classifier.training.fit import fit
 from image_classifier.training.module import ClassifierModule
 from image_classifier.training.optimizers.schedules import SchedulerSettings
@@ -30,7 +28,6 @@ _RATE = 0.5  # of the peak rate, at the start; it falls to 0
 
 def refit_network(
     module: ClassifierModule,
-    classifier: Classifier,
     inputs: TrainingInputs,
     kept: KeptActivations | None,
     epochs: int,
@@ -39,18 +36,14 @@ def refit_network(
     """Train the module's classifier on for a quarter of its epochs, on train and val; return how many these are.
 
     Args:
-        module: The training.
-        classifier: Its network, with the weights to go on from.
+        module: The training; its classifier has the weights to go on from.
         inputs: What the training is built from.
         kept: Activations below the trained layers; None: all is computed from pixels.
         epochs: That the network was trained for.
         directory: Of the run.
     """
-    if world_size() > 1:
-        log.info("refit: none, several processes train")
-        return 0
     more = math.ceil(_SHARE * epochs)
-    device = classifier.scale.device
+    device = module.classifier.scale.device
     both = inputs.manifest.moved("val", "train")
     fixed: dict[str, object] = {
         "callbacks": {},
@@ -75,7 +68,7 @@ def refit_network(
     trainer.limit_val_batches = 0
     module.train()
     fit(trainer, module, datamodule, None)
-    classifier.eval().float().to(device)
+    module.classifier.eval().float().to(device)
     rows = len(both.indices("train"))
     log.info("refit: %s more on train and val together, %d images", counted(more, "epoch"), rows)
     return more

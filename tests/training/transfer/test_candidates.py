@@ -28,7 +28,7 @@ TARGETS = np.array([0, 1, 2, 0, 1, 2])
 
 def candidate(name: str, logits: np.ndarray) -> Candidate:
     paths = tuple(f"{row}.png" for row in range(len(TARGETS)))
-    return Candidate(name, "", 1.0, PredictionTable(paths, TARGETS, logits.astype(np.float32), ("a", "b", "c")))
+    return Candidate(name, "", 1.0, PredictionTable(paths, TARGETS, logits.astype(np.float32), ("a", "b", "c")), 0.5)
 
 
 def sure(right: list[bool], margin: float) -> np.ndarray:

@@ -12,16 +12,16 @@ from image_classifier.manifest import Manifest
 from image_classifier.modeling.embeddings import EmbeddingStore
 from image_classifier.training.transfer import refit as tested
 from image_classifier.training.transfer.probe import Probe
-from image_classifier.training.transfer.refit import Refit, refit
+from image_classifier.training.transfer.refit import ProbeRefit, refit_probe
 from tests.training.transfer.small_inputs import small_inputs
 
 
-def made(folder: Path, manifest: Manifest, features: np.ndarray) -> Refit | None:
+def made(folder: Path, manifest: Manifest, features: np.ndarray) -> ProbeRefit | None:
     """The regression on these embeddings, float [N, D]."""
     store = EmbeddingStore(folder / "store")
     store.add(manifest.digests, features)
     probe = Probe(model=None, strength=1.0, tables={}, curve=None, store=store, seconds=0.0)  # type: ignore[arg-type]
-    return refit(probe, manifest, seed=0)
+    return refit_probe(probe, manifest, seed=0)
 
 
 def test_no_val_image_is_scored_by_a_regression_that_has_seen_it_or_its_copy(

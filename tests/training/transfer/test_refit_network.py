@@ -12,7 +12,6 @@ import torch
 from image_classifier.training.builders import build_datamodule
 from image_classifier.training.datamodule import Batch
 from image_classifier.training.module import ClassifierModule
-from image_classifier.training.transfer import refit_network as tested
 from image_classifier.training.transfer.activations import keep_activations, remove_activations
 from image_classifier.training.transfer.refit_network import refit_network
 from tests.training.transfer.small_inputs import small_inputs, small_module
@@ -29,7 +28,7 @@ def test_only_trained_layers_move_and_the_same_way_each_time(keeps: bool, tmp_pa
     found = []
     for _ in range(2):
         module.classifier.load_state_dict(before)
-        assert refit_network(module, module.classifier, inputs, kept, 6, tmp_path) == 2
+        assert refit_network(module, inputs, kept, 6, tmp_path) == 2
         assert not module.classifier.training
         found.append(copy.deepcopy(module.classifier.state_dict()))
     parameters = [name for name, _ in module.classifier.named_parameters()]
@@ -54,7 +53,7 @@ def test_an_epoch_has_the_images_of_both_splits_with_the_activations_of_their_ow
     monkeypatch.setattr(
         ClassifierModule, "training_step", lambda self, batch, idx: (seen.append(batch), step(self, batch, idx))[1]
     )
-    assert refit_network(module, module.classifier, inputs, kept, 4, tmp_path) == 1
+    assert refit_network(module, inputs, kept, 4, tmp_path) == 1
     values, targets = (torch.cat(column) for column in zip(*seen, strict=True))
     manifest = inputs.manifest
     assert len(manifest) == len(values) == 49  # 37 of train and 12 of val, in 7 batches of 7
@@ -62,15 +61,8 @@ def test_an_epoch_has_the_images_of_both_splits_with_the_activations_of_their_ow
     expected = torch.cat([kept.of_train(manifest.indices("train"), 0), kept.of_val(manifest.indices("val"))])
 
     def in_order(table: torch.Tensor, labels: np.ndarray) -> list[tuple[float, ...]]:
-        return sorted((float(label), *row) for row, label in zip(table.float().flatten(1).tolist(), labels, strict=True))
+        return sorted(
+            (float(label), *row) for row, label in zip(table.float().flatten(1).tolist(), labels, strict=True)
+        )
 
     assert in_order(values, targets.numpy()) == in_order(expected, manifest.targets[rows])
-
-
-def test_several_processes_do_not_refit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tested, "world_size", lambda: 2)
-    inputs = small_inputs(tmp_path)
-    module = small_module(inputs)
-    before = copy.deepcopy(module.classifier.state_dict())
-    assert refit_network(module, module.classifier, inputs, None, 4, tmp_path) == 0
-    assert all(torch.equal(value, before[name]) for name, value in module.classifier.state_dict().items())
