@@ -84,8 +84,8 @@ class FinetuneSettings:
     Attributes:
         probe: Whether the head starts as logistic regression on the frozen backbone's embeddings; that model is
             delivered where training does not beat it on val.
-        refit: Whether a probe that is delivered is fitted again to train and val together; its val scores are then out
-            of fold.
+        refit: Whether the delivered model is fitted again to train and val together: a probe anew, with val scores that
+            are out of fold; a network for half as many epochs more, with the val scores it had before.
         interpolate: Shares of the way from the probe's weights to the trained ones at which a model is tried too.
         keep_norm_stats: Whether batch normalisation keeps the mean and variance of the pretrained weights.
         views: How many augmented views of each image are kept as activations below the trained layers; null: none,

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import shutil
 import time
 from collections.abc import Callable, Iterator
@@ -24,6 +25,7 @@ from image_classifier.atomic_io import write_text
 from image_classifier.errors import ConfigError, storage_errors
 from image_classifier.modeling.classifier import Classifier, in_evaluation
 from image_classifier.text import did_you_mean
+from image_classifier.training.baseline import device_of
 from image_classifier.training.builders import TrainingInputs
 from image_classifier.training.datamodule import Batch, BatchLoader, ImageDataModule, ShuffledBatches
 from image_classifier.training.distributed import world_size
@@ -37,6 +39,7 @@ _FILE, _NOTE, _VAL_FILE = "activations.bf16", "activations.json", "activations_o
 _BATCH = 16
 _TIMED = 1  # calls of each measurement, after one that is not counted
 _TIMED_IMAGES = 8
+_REFIT_SHARE = 0.5  # of the epochs
 _SPARE = 2.0  # the disk must have so many times the file's size free
 
 
@@ -118,23 +121,33 @@ def keep_activations(
     if reason := _obstacle(inputs):
         log.info("activations: none are kept (%s)", reason)
         return None
-    size = config.data.image_size
-    example = torch.zeros(2, 3, size, size)
+    before = classifier.scale.device
+    classifier.to(device_of(config.trainer.accelerator))  # Lightning does so only when the training begins
+    kept = _kept(inputs, classifier, datamodule, directory)
+    classifier.to(before)
+    if kept:
+        module.train_above(kept.upper, frozenset(f"backbone.{name}" for name in kept.cut.lower))
+        datamodule.replaced = lambda loader: ActivationLoader(kept, loader)
+    return kept
+
+
+def _kept(
+    inputs: TrainingInputs, classifier: Classifier, datamodule: ImageDataModule, directory: Path
+) -> KeptActivations | None:
+    """Return the activations below a cut; None where none is cheap enough and exact."""
+    pixels = _noise(2, inputs.config.data.image_size).to(classifier.scale.device)
     # Measured in evaluation mode: a pass in training mode would move the statistics of batch normalisation.
     with in_evaluation(classifier):
-        known = [cut for cut in cuts(classifier.backbone, example) if cut.numbers]
+        known = [cut for cut in cuts(classifier.backbone, pixels) if cut.numbers]
         cut = _chosen(known, inputs, classifier, directory)
     if cut is None:
         log.info("activations: none are kept (no layer at which the network can be cut is cheap enough)")
         return None
     lower, upper = split(classifier.backbone, cut)
-    if not is_exact(classifier.backbone, lower, upper, _noise(2, size)):
+    if not is_exact(classifier.backbone, lower, upper, pixels):
         log.info("activations: none are kept (the two halves at %s do not answer as the network does)", cut.name)
         return None
-    kept = _filled(cut, _Lower(classifier, lower), upper, inputs, datamodule, directory)
-    module.train_above(upper, frozenset(f"backbone.{name}" for name in cut.lower))
-    datamodule.replaced = lambda loader: ActivationLoader(kept, loader)
-    return kept
+    return _filled(cut, _Lower(classifier, lower), upper, inputs, datamodule, directory)
 
 
 def with_val_views(
@@ -149,6 +162,11 @@ def with_val_views(
     _write(path, kept.lower, inputs.config.data.image_size, _augmented_views(datamodule, rows, views))
     values = np.memmap(path, dtype=np.uint16, mode="r", shape=(views, len(rows), kept.cut.numbers))
     return replace(kept, val_views=values)
+
+
+def refit_epochs(epochs: int) -> int:
+    """Return how many epochs of train and val follow so many of train."""
+    return math.ceil(_REFIT_SHARE * epochs)
 
 
 def remove_activations(directory: Path) -> None:
@@ -177,6 +195,7 @@ def _chosen(known: list[Cut], inputs: TrainingInputs, classifier: Classifier, di
     """
     config, num_train = inputs.config, len(inputs.manifest.indices("train"))
     views, epochs = config.finetune.views or 1, config.trainer.max_epochs or 1
+    epochs += refit_epochs(epochs) if config.finetune.refit else 0
     num_kept = views * num_train + len(inputs.manifest.indices("val"))
     if config.finetune.cut:
         named = {cut.name: cut for cut in known}
@@ -185,13 +204,20 @@ def _chosen(known: list[Cut], inputs: TrainingInputs, classifier: Classifier, di
                 f"finetune.cut={config.finetune.cut!r} is no layer at which the network can be cut",
                 f"{did_you_mean(config.finetune.cut, named)}leave it out to have one found by measuring",
             )
-        return named[config.finetune.cut]
+        chosen = named[config.finetune.cut]
+        if (needed := 2e-9 * chosen.numbers * num_kept) > config.finetune.max_gb:
+            raise ConfigError(
+                f"the activations at finetune.cut={chosen.name} need {needed:.1f} GB, and finetune.max_gb is "
+                f"{config.finetune.max_gb:g}",
+                "raise finetune.max_gb, lower finetune.views, or name a layer further up",
+            )
+        return chosen
     room = min(config.finetune.max_gb * 1e9, shutil.disk_usage(directory).free / _SPARE)
     fitting = [cut for cut in known if 2 * cut.numbers * num_kept <= room]
     if not fitting:
         return None
     size = config.data.image_size
-    pixels = _noise(_TIMED_IMAGES, size).contiguous(memory_format=torch.channels_last)
+    pixels = _noise(_TIMED_IMAGES, size).to(classifier.scale.device, memory_format=torch.channels_last)
     half = torch.bfloat16 if inputs.hardware.precision == "bf16-mixed" else None
     whole = _step_s(classifier.backbone, pixels, half)
     budget = config.finetune.cost * whole
@@ -244,13 +270,14 @@ def _step_s(module: nn.Module, values: torch.Tensor, half: torch.dtype | None) -
 
 
 def _seconds(call: Callable[[], object]) -> float:
-    call()
     spent = []
-    for _ in range(_TIMED):
+    for _ in range(1 + _TIMED):
         start = time.perf_counter()
         call()
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()  # calls return before a GPU has computed
         spent.append(time.perf_counter() - start)
-    return min(spent)
+    return min(spent[1:])
 
 
 def _filled(
@@ -312,8 +339,9 @@ class _Lower(nn.Module):
     def __init__(self, classifier: Classifier, lower: nn.Module) -> None:
         super().__init__()
         self.lower = lower
-        self.scale, self.shift = classifier.scale, classifier.shift
+        self._classifier = (classifier,)  # no part of this module; its normalisation moves to the GPU with it
 
     def forward(self, pixels: torch.Tensor) -> torch.Tensor:
-        activations: torch.Tensor = self.lower(torch.addcmul(self.shift, pixels.float(), self.scale))
+        (classifier,) = self._classifier
+        activations: torch.Tensor = self.lower(torch.addcmul(classifier.shift, pixels.float(), classifier.scale))
         return activations

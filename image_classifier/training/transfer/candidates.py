@@ -12,9 +12,10 @@ import numpy as np
 import torch
 from scipy.stats import binomtest
 
+from image_classifier.evaluation.reliability.calibration import fit_temperature
 from image_classifier.modeling.classifier import Classifier, in_evaluation
 from image_classifier.predictions import PredictionTable
-from image_classifier.training.baseline import device_of, log_loss
+from image_classifier.training.baseline import device_of
 from image_classifier.training.builders import TrainingInputs
 from image_classifier.training.distributed import from_rank_zero
 from image_classifier.training.forward import fast_backend, forward
@@ -52,8 +53,8 @@ class Candidate:
 
     @property
     def log_loss(self) -> float:
-        """On val before calibration, nats."""
-        return log_loss(self.val)
+        """On val, nats, at the temperature that fits it best: how sure a model is differs by how it was trained."""
+        return fit_temperature(self.val).nll_after
 
 
 @dataclass(frozen=True)
@@ -80,7 +81,7 @@ class CandidateChoice:
 
 
 def choose(candidates: Sequence[Candidate]) -> CandidateChoice:
-    """Return the choice: most val images right; of equals the one with the smaller log loss.
+    """Return the choice: most val images right; of equals the one with the smaller calibrated log loss.
 
     The first candidate, the probe, is the fall-back: another one must not be worse on val.
     """

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import math
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -18,11 +17,15 @@ from image_classifier.training.callbacks.throughput import Throughput
 from image_classifier.training.fit import fit
 from image_classifier.training.module import ClassifierModule
 from image_classifier.training.optimizers.schedules import SchedulerSettings
-from image_classifier.training.transfer.activations import ActivationLoader, KeptActivations, with_val_views
+from image_classifier.training.transfer.activations import (
+    ActivationLoader,
+    KeptActivations,
+    refit_epochs,
+    with_val_views,
+)
 
 log = logging.getLogger(__name__)
 
-_SHARE = 0.25  # of the epochs that the network was trained for
 _RATE = 0.5  # of the peak rate, at the start; it falls to 0
 
 
@@ -33,7 +36,7 @@ def refit_network(
     epochs: int,
     directory: Path,
 ) -> int:
-    """Train the module's classifier on for a quarter of its epochs, on train and val; return how many these are.
+    """Train the module's classifier on for half of its epochs, on train and val; return how many these are.
 
     Args:
         module: The training; its classifier has the weights to go on from.
@@ -42,7 +45,7 @@ def refit_network(
         epochs: That the network was trained for.
         directory: Of the run.
     """
-    more = math.ceil(_SHARE * epochs)
+    more = refit_epochs(epochs)
     device = module.classifier.scale.device
     both = inputs.manifest.moved("val", "train")
     fixed: dict[str, object] = {

@@ -229,3 +229,10 @@ def test_a_cut_that_is_none_is_refused_with_the_nearest_name(tmp_path: Path) -> 
     known = [Cut("layer3_1_relu_1", (4, 2, 2), ("a",))]
     with pytest.raises(ConfigError, match=r"no layer at which the network can be cut.*did you mean layer3_1_relu_1"):
         tested._chosen(known, inputs, nn.Identity(), tmp_path)  # type: ignore[arg-type]
+
+
+def test_a_cut_that_would_fill_the_disk_is_refused_before_anything_is_computed(tmp_path: Path) -> None:
+    parts = made(tmp_path, CUT, "finetune.max_gb=1e-6")
+    with pytest.raises(ConfigError, match=r"finetune.cut=_0_2 need .* GB, and finetune.max_gb is 1e-06"):
+        keep_activations(*parts, tmp_path)
+    assert not list(tmp_path.glob("activations*"))

@@ -49,8 +49,10 @@ def test_the_delivered_one_has_as_many_right_as_any_other(tables: list[list[int]
 
 def test_of_equals_the_one_with_the_smaller_log_loss_is_delivered() -> None:
     right = [True, True, True, False, True, False]
-    probe, trained = candidate(PROBE, sure(right, 9)), candidate("fine-tuned", sure(right, 1))
+    doubtful = np.where(np.array(right)[:, None], 3, 1) * sure(right, 1)  # less sure where it is wrong
+    probe, trained = candidate(PROBE, sure(right, 1)), candidate("fine-tuned", doubtful)
     assert probe.accuracy == trained.accuracy and choose([probe, trained]).chosen is trained
+    assert trained.log_loss == pytest.approx(candidate("more sure", 5 * doubtful).log_loss, abs=1e-3)
     assert choose([probe, candidate("fine-tuned", sure(right, 9))]).chosen is probe
 
 
