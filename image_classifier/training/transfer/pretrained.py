@@ -43,11 +43,10 @@ class Pretrained:
 
 @dataclass(frozen=True)
 class _Known:
-    """A network of timm or torchvision, with its ImageNet-1k accuracy in percent as its library states it."""
+    """A network of timm or torchvision, by its name there."""
 
     library: str
     name: str
-    accuracy: float
 
     @property
     def overrides(self) -> tuple[str, ...]:
@@ -56,24 +55,24 @@ class _Known:
         return _TORCHVISION, f"model.backbone.name={self.name}", "model.backbone.weights=DEFAULT"
 
 
-# The first that can be had is taken. On a processor a step must be cheap; on a GPU accuracy counts. All are free to use
-# (Apache-2.0 or BSD-3); what a library states about them was not measured here.
+# The first that can be had is taken. On a processor a step must be cheap; on a GPU accuracy counts, as their libraries
+# state it (it was not measured here). All are free to use (Apache-2.0 or BSD-3).
 _ON_CPU = (
-    _Known("timm", "mobilenetv3_large_100.ra_in1k", 75.8),
-    _Known("timm", "efficientnet_b0.ra_in1k", 77.7),
-    _Known("torchvision", "mobilenet_v3_large", 75.3),
-    _Known("torchvision", "mobilenet_v2", 72.2),
-    _Known("timm", "mobilenetv2_100.ra_in1k", 72.9),
-    _Known("torchvision", "efficientnet_b0", 77.7),
-    _Known("torchvision", "resnet18", 69.8),
-    _Known("timm", "resnet50.a1_in1k", 80.4),
-    _Known("torchvision", "resnet50", 80.9),
+    _Known("timm", "mobilenetv3_large_100.ra_in1k"),
+    _Known("timm", "efficientnet_b0.ra_in1k"),
+    _Known("torchvision", "mobilenet_v3_large"),
+    _Known("torchvision", "mobilenet_v2"),
+    _Known("timm", "mobilenetv2_100.ra_in1k"),
+    _Known("torchvision", "efficientnet_b0"),
+    _Known("torchvision", "resnet18"),
+    _Known("timm", "resnet50.a1_in1k"),
+    _Known("torchvision", "resnet50"),
 )
 _ON_GPU = (
-    _Known("timm", "convnext_tiny.in12k_ft_in1k", 84.2),
-    _Known("torchvision", "convnext_tiny", 82.5),
-    _Known("timm", "resnet50.a1_in1k", 80.4),
-    _Known("torchvision", "resnet50", 80.9),
+    _Known("timm", "convnext_tiny.in12k_ft_in1k"),
+    _Known("torchvision", "convnext_tiny"),
+    _Known("timm", "resnet50.a1_in1k"),
+    _Known("torchvision", "resnet50"),
     *_ON_CPU,
 )
 

@@ -144,7 +144,7 @@ def test_torchvisions_weights_are_fetched_into_its_cache_and_found_there(
     digits = hashlib.sha256(CONTENT).hexdigest()[:8]
     from_server(hub, monkeypatch, f"mobilenet_v2-{digits}.pth")
     hub.cuts = [100_000]  # the first answer breaks off
-    one = _Known("torchvision", "mobilenet_v2", 72.2)
+    one = _Known("torchvision", "mobilenet_v2")
     assert not tested._is_cached(one)
     tested._download(one)
     assert (tmp_path / f"torch/hub/checkpoints/mobilenet_v2-{digits}.pth").read_bytes() == CONTENT
@@ -161,7 +161,7 @@ def test_a_file_that_its_name_does_not_promise_is_removed(
 ) -> None:
     from_server(hub, monkeypatch, "mobilenet_v2-00000000.pth")
     with pytest.raises(CheckpointError, match="mobilenet_v2 cannot be had: .* is not the file that its name promises"):
-        tested._download(_Known("torchvision", "mobilenet_v2", 72.2))
+        tested._download(_Known("torchvision", "mobilenet_v2"))
     assert not list(tmp_path.rglob("mobilenet_v2*"))
 
 
@@ -183,7 +183,7 @@ import sys
 from image_classifier.errors import CheckpointError
 from image_classifier.training.transfer.pretrained import _Known, _download, _is_cached, _ON_CPU
 for name in sys.argv[1:]:
-    one = _Known("timm", name, 0.0)
+    one = _Known("timm", name)
     try:
         _download(one)
         print("found", _is_cached(one))
