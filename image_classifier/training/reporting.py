@@ -205,6 +205,8 @@ def summary_lines(trained: TrainedRun, results: Results, logged_to: Sequence[str
         images = "training images out of fold" if trained.folds else "validation images"
         picked = "picked the best epoch" if trained.epochs or trained.folds else "chose the model"
         yield f"these scores are from the {images}, which also {picked}, so they are slightly too good; {hint}"
+        if trained.refit:
+            yield "the delivered model was then fitted to these images too; the scores are of models before that"
     if trained.images_per_second:
         yield f"images/s {trained.images_per_second:.1f}"
     yield f"bundle   {run.bundle}"

@@ -54,6 +54,7 @@ def test_photographs_and_a_file_of_weights_make_a_model_that_is_no_worse_than_it
         f"data.resize={settled['resize']}",
     )
     assert normal.code == 0, normal.err
+    assert "the delivered model was then fitted to these images too" in normal.out
     assert not list(Path("runs/normal").glob("activations*"))
     for name, tried in (("quick", ["probe"]), ("normal", ["probe", "50% of the way", "75% of the way", "fine-tuned"])):
         bundle = read_bundle(Path("models") / name)
