@@ -70,7 +70,7 @@ def val_in_words(provenance: Mapping[str, Any]) -> Iterator[str]:
         )
     if epochs := provenance.get("refit_epochs"):
         yield (
-            f"The model was then trained for {counted(int(epochs), 'epoch')} more, on the training and the val images "
+            f"The model was then trained for {counted(int(epochs), 'more epoch')} on the training and the val images "
             "together; these scores on val are those it had before."
         )
 

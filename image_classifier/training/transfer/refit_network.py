@@ -73,5 +73,5 @@ def refit_network(
     fit(trainer, module, datamodule, None)
     module.classifier.eval().float().to(device)
     rows = len(both.indices("train"))
-    log.info("refit: %s more on train and val together, %d images", counted(more, "epoch"), rows)
+    log.info("refit: %s on train and val together, %d images", counted(more, "more epoch"), rows)
     return more
