@@ -29,6 +29,7 @@ NAME = "model.onnx"
 OPSET = 20
 _METADATA = ("classes", "preprocess", "normalise", "temperature", "decision")
 _EXPORTER_LOGGERS = ("torch.onnx", "onnxscript", "onnx_ir", "torch.export")
+_GRAPH_PRINTER = "_jit_onnx_log"
 
 
 def export_onnx(classifier: Classifier, image_size: int, metadata: Mapping[str, Any], path: Path) -> None:
@@ -130,6 +131,9 @@ class _EmbeddingAndLogits(nn.Module):
 @contextmanager
 def _quiet_exporter() -> Iterator[None]:
     """Hide the exporter's warnings about its own internals; parity is measured afterwards."""
+    # It prints the graph of a network that it refuses, whatever `verbose` says: its own switch is always on.
+    printer = getattr(torch._C, _GRAPH_PRINTER, None)
+    setattr(torch._C, _GRAPH_PRINTER, lambda *_: None)
     levels = {name: logging.getLogger(name).level for name in _EXPORTER_LOGGERS}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -138,5 +142,6 @@ def _quiet_exporter() -> Iterator[None]:
         try:
             yield
         finally:
+            setattr(torch._C, _GRAPH_PRINTER, printer)
             for name, level in levels.items():
                 logging.getLogger(name).setLevel(level)

@@ -60,7 +60,8 @@ class WhitenedNet(nn.Module):
         features = self.blocks(functional.gelu(self.whiten(images)))
         # Not amax: its gradient looks for positions that equal the maximum. Where a compiled GELU rounds differently it
         # finds none, and divides by 0.
-        return functional.max_pool2d(features, features.shape[2:]).flatten(1) * self.scale
+        height, width = map(int, features.shape[2:])  # plain numbers, which the exporter wants
+        return functional.max_pool2d(features, (height, width)).flatten(1) * self.scale
 
     @torch.no_grad()
     def fit_to(self, images: torch.Tensor) -> None:

@@ -6,8 +6,11 @@ import numpy as np
 import onnx
 import pytest
 import torch
+from torch import nn
+from torch.nn import functional
 
 from image_classifier.errors import ParityError
+from image_classifier.exporting import onnx as exporter
 from image_classifier.exporting.onnx import export_onnx
 from image_classifier.exporting.parity import check_parity
 from image_classifier.inference.checkpoint import CheckpointBackend
@@ -54,6 +57,31 @@ def test_pixels_become_floats_before_all_else(tta: str, tmp_path: Path) -> None:
     graph = onnx.load(tmp_path / "model.onnx").graph
     shapes = {"Shape"}  # of the input, which is no arithmetic
     assert {node.op_type for node in graph.node if "pixels" in node.input} - shapes == {"Cast"}
+    pixels = np.random.default_rng(0).integers(0, 256, (5, 3, 16, 16), dtype=np.uint8)
+    np.testing.assert_allclose(
+        OnnxBackend(tmp_path / "model.onnx").logits(pixels), CheckpointBackend(classifier).logits(pixels), atol=1e-5
+    )
+
+
+class PoolsByShape(nn.Module):
+    """A network that the TorchScript exporter refuses, as the size of its pooling is computed: images to embeddings."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.convolution = nn.Conv2d(3, 4, 3)
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        features = self.convolution(images)
+        return functional.max_pool2d(features, features.shape[2:]).flatten(1)
+
+
+def test_what_one_exporter_refuses_the_other_writes_and_nothing_is_printed(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    classifier = build_classifier(PoolsByShape(), 4, 16, [0.5] * 3, [0.2] * 3).eval()
+    assert not exporter._traced(classifier, 16, tmp_path / "refused.onnx")
+    export_onnx(classifier, 16, {}, tmp_path / "model.onnx")
+    assert capfd.readouterr() == ("", "")
     pixels = np.random.default_rng(0).integers(0, 256, (5, 3, 16, 16), dtype=np.uint8)
     np.testing.assert_allclose(
         OnnxBackend(tmp_path / "model.onnx").logits(pixels), CheckpointBackend(classifier).logits(pixels), atol=1e-5
