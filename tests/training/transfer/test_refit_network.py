@@ -13,6 +13,15 @@ from image_classifier.training.builders import build_datamodule
 from image_classifier.training.datamodule import Batch
 from image_classifier.training.module import ClassifierModule
 from image_classifier.training.transfer.activations import keep_activations, remove_activations
+from image_classifier.training.transfer.candidates import (
+    PROBE,
+    Candidate,
+    CandidateChoice,
+    interpolated,
+    start_from_probe,
+)
+from image_classifier.training.transfer.probe import install
+from image_classifier.training.transfer.refit import refit, refit_probe
 from image_classifier.training.transfer.refit_network import refit_network
 from tests.training.transfer.small_inputs import small_inputs, small_module
 
@@ -66,3 +75,30 @@ def test_an_epoch_has_the_images_of_both_splits_with_the_activations_of_their_ow
         )
 
     assert in_order(values, targets.numpy()) == in_order(expected, manifest.targets[rows])
+
+
+@pytest.mark.parametrize("share", [0.0, 0.5, 1.0])
+def test_the_chosen_share_of_the_way_is_gone_again_from_a_probe_of_all_images(share: float, tmp_path: Path) -> None:
+    inputs = small_inputs(tmp_path, "finetune.views=null", "trainer.accelerator=cpu")
+    module = small_module(inputs)
+    classifier = module.classifier
+    start = start_from_probe(inputs, classifier)
+    start.trained = {name: value + 0.01 * (value.dtype == torch.float32) for name, value in start.weights.items()}
+    val = start.fitted.tables["val"]
+    chosen = Candidate(PROBE if share == 0 else "fine-tuned", "", 1.0, val, share)
+    found = refit(start, CandidateChoice((chosen,), chosen), module, classifier, inputs, None, 2, tmp_path)
+    delivered = copy.deepcopy(classifier.state_dict())
+
+    probe = refit_probe(start.fitted, inputs.manifest, inputs.config.run.seed)
+    assert probe is not None and found is not None
+    classifier.load_state_dict(start.trained)
+    if share:
+        refit_network(module, inputs, None, 2, tmp_path)
+    end = copy.deepcopy(classifier.state_dict())
+    classifier.load_state_dict(start.weights)
+    install(probe.model, classifier)
+    expected = interpolated(classifier.state_dict(), end, share)
+    assert all(torch.allclose(delivered[name], value) for name, value in expected.items())
+    # Scores on val are of models that had not seen it.
+    assert (found.folds, found.epochs) == ((5, 0) if share == 0 else (0, 1))
+    assert np.array_equal(found.val_logits, val.logits if share else probe.val_logits)
