@@ -54,7 +54,8 @@ class KeptActivations:
         train: bfloat16 as uint16, mapped from the disk, [V, N, numbers].
         val: The same of the val images as they are, [M, numbers].
         position: Of each manifest row among its split's images, int64; -1 for others.
-        val_views: Augmented views of the val images, [W, M, numbers], for a training on both.
+        val_views: Augmented views of the val images, [W, M, numbers], for a training on both splits.
+        is_val: Which manifest rows are val images, bool; None: these are not trained on.
     """
 
     cut: Cut
@@ -64,20 +65,20 @@ class KeptActivations:
     val: np.ndarray
     position: np.ndarray
     val_views: np.ndarray | None = None
+    is_val: np.ndarray | None = None
 
     def of_train(self, rows: np.ndarray, epoch: int) -> torch.Tensor:
         """Return activations bfloat16 [n, ...] of training rows: each epoch shows the next view of each image."""
-        return self._tensor(self.train[epoch % len(self.train)][self.position[rows]])
+        train = self.train[epoch % len(self.train)]
+        if self.val_views is None or self.is_val is None:
+            return self._tensor(train[self.position[rows]])
+        val = self.val_views[epoch % len(self.val_views)]
+        parts = [(val if self.is_val[row] else train)[self.position[row]] for row in rows.tolist()]
+        return self._tensor(np.stack(parts))
 
     def of_val(self, rows: np.ndarray) -> torch.Tensor:
         """Return activations bfloat16 [n, ...] of val rows."""
         return self._tensor(self.val[self.position[rows]])
-
-    def of_both(self, rows: np.ndarray, epoch: int, is_val: np.ndarray) -> torch.Tensor:
-        """Return augmented views as `of_train`, of rows of both splits; `is_val` is bool, of all manifest rows."""
-        assert self.val_views is not None
-        train, val = self.train[epoch % len(self.train)], self.val_views[epoch % len(self.val_views)]
-        return self._tensor(np.stack([(val if is_val[row] else train)[self.position[row]] for row in rows.tolist()]))
 
     def _tensor(self, numbers: np.ndarray) -> torch.Tensor:
         values = torch.from_numpy(np.ascontiguousarray(numbers).view(np.int16)).view(torch.bfloat16)
@@ -89,21 +90,15 @@ class KeptActivations:
 class ActivationLoader(BatchLoader):
     """Batches of kept activations bfloat16 [B, ...] and targets int64 [B] in place of a loader's pixels."""
 
-    def __init__(self, kept: KeptActivations, loader: BatchLoader, is_val: np.ndarray | None = None) -> None:
-        """With `is_val`, bool of all manifest rows, training batches hold rows of both splits."""
+    def __init__(self, kept: KeptActivations, loader: BatchLoader) -> None:
         super().__init__(loader.batches, loader.sampler)
-        self.kept, self.is_val = kept, is_val
+        self.kept = kept
 
     def __iter__(self) -> Iterator[Batch]:
         first, self._first = self._first, 0
         for rows in islice(iter(self.sampler), first, None):
             if isinstance(self.sampler, ShuffledBatches):
-                epoch = self.sampler.epoch
-                activations = (
-                    self.kept.of_train(rows, epoch)
-                    if self.is_val is None
-                    else self.kept.of_both(rows, epoch, self.is_val)
-                )
+                activations = self.kept.of_train(rows, self.sampler.epoch)
             else:
                 activations = self.kept.of_val(rows)
             yield activations, torch.from_numpy(self.batches.targets[rows])
@@ -161,7 +156,9 @@ def with_val_views(
     rows, path = inputs.manifest.indices("val"), directory / _VAL_FILE
     _write(path, kept.lower, inputs.config.data.image_size, _augmented_views(datamodule, rows, views))
     values = np.memmap(path, dtype=np.uint16, mode="r", shape=(views, len(rows), kept.cut.numbers))
-    return replace(kept, val_views=values)
+    is_val = np.zeros(len(inputs.manifest), dtype=bool)
+    is_val[rows] = True
+    return replace(kept, val_views=values, is_val=is_val)
 
 
 def refit_epochs(epochs: int) -> int:

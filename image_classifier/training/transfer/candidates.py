@@ -119,7 +119,7 @@ class ProbeStart:
             for share in (*inputs.config.finetune.interpolate, 1.0):
                 name = "fine-tuned" if share == 1 else f"{share:.0%} of the way"
                 classifier.load_state_dict(self.weights_at(share))
-                table = replace(self.fitted.tables["val"], logits=_val_logits(classifier, inputs, kept))
+                table = replace(self.fitted.tables["val"], logits=val_logits(classifier, inputs, kept))
                 about = "all trained weights" if share == 1 else "weights between the probe's and the trained ones"
                 candidates.append(Candidate(name, about, seconds, table, share))
         choice = choose(candidates)
@@ -131,7 +131,7 @@ class ProbeStart:
         return interpolated(self.weights, self.trained, share) if share else self.weights
 
 
-def _val_logits(classifier: Classifier, inputs: TrainingInputs, kept: KeptActivations | None) -> np.ndarray:
+def val_logits(classifier: Classifier, inputs: TrainingInputs, kept: KeptActivations | None) -> np.ndarray:
     """Return the logits float32 [N, C] of the val images, from kept activations where there are any."""
     rows = inputs.manifest.indices("val")
     if kept is None:

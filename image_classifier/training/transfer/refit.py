@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import torch
 from sklearn.model_selection import StratifiedGroupKFold
 
 from image_classifier.manifest import Manifest
@@ -20,7 +21,14 @@ from image_classifier.training.builders import TrainingInputs
 from image_classifier.training.distributed import from_rank_zero, world_size
 from image_classifier.training.module import ClassifierModule
 from image_classifier.training.transfer.activations import KeptActivations
-from image_classifier.training.transfer.candidates import PROBE, CandidateChoice, ProbeStart, interpolated
+from image_classifier.training.transfer.candidates import (
+    PROBE,
+    Candidate,
+    CandidateChoice,
+    ProbeStart,
+    interpolated,
+    val_logits,
+)
 from image_classifier.training.transfer.probe import Probe, install
 from image_classifier.training.transfer.refit_network import refit_network
 
@@ -76,7 +84,8 @@ def refit(
     if world_size() > 1:
         log.info("refit: none, several processes train")
         return None
-    # All trained weights are trained on; then the chosen share of the way is gone again, from a probe of all images.
+    # The end of the training is trained further. Then it is interpolated again at the chosen share, with a probe of all
+    # images.
     classifier.load_state_dict(start.trained)
     more = refit_network(module, inputs, kept, epochs, directory)
     if chosen.share < 1:
@@ -84,7 +93,22 @@ def refit(
         classifier.load_state_dict(start.weights)
         install(_fitted(start.fitted, manifest, seed, _both(manifest)), classifier)
         classifier.load_state_dict(interpolated(classifier.state_dict(), end, chosen.share))
+    # Val is no longer held out, but a model that was fitted to these images and knows fewer of them has diverged.
+    if not _is_as_good(classifier, chosen, inputs, kept):
+        log.warning("refit: it made the model worse on val, so the one from before is delivered: lower optimizer.lr")
+        classifier.load_state_dict(start.weights_at(chosen.share))
+        return None
     return Refit(chosen.val.logits, epochs=more)
+
+
+def _is_as_good(
+    classifier: Classifier, chosen: Candidate, inputs: TrainingInputs, kept: KeptActivations | None
+) -> bool:
+    """Return whether the classifier is right on as many val images as the chosen candidate."""
+    if not all(torch.isfinite(value).all() for value in classifier.state_dict().values()):
+        return False
+    right = val_logits(classifier, inputs, kept).argmax(axis=1) == chosen.val.targets
+    return bool(right.mean() >= chosen.accuracy)
 
 
 @dataclass(frozen=True)
@@ -115,7 +139,7 @@ def refit_probe(probe: Probe, manifest: Manifest, seed: int) -> ProbeRefit | Non
         return None
 
     split = StratifiedGroupKFold(folds, shuffle=True, random_state=seed)
-    val_logits = np.zeros((len(val), len(manifest.classes)), dtype=np.float32)
+    scores = np.zeros((len(val), len(manifest.classes)), dtype=np.float32)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="The least populated class")  # its images are in fewer folds
         parts = list(split.split(rows, manifest.targets[rows], groups))
@@ -126,9 +150,9 @@ def refit_probe(probe: Probe, manifest: Manifest, seed: int) -> ProbeRefit | Non
         if len(predicted):
             models = {probe.strength: _fitted(probe, manifest, seed, rows[rest])}
             logits = logits_of(models, probe.store, manifest, predicted)[probe.strength]
-            val_logits[np.searchsorted(val, predicted)] = logits
+            scores[np.searchsorted(val, predicted)] = logits
     log.info("probe: fitted again to train and val, %d images; its val scores are of %d folds", len(rows), folds)
-    return ProbeRefit(_fitted(probe, manifest, seed, rows), val_logits, folds)
+    return ProbeRefit(_fitted(probe, manifest, seed, rows), scores, folds)
 
 
 def _fitted(probe: Probe, manifest: Manifest, seed: int, rows: np.ndarray) -> LinearModel:

@@ -7,7 +7,6 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
-import numpy as np
 import pytorch_lightning as pl
 import torch
 
@@ -59,11 +58,8 @@ def refit_network(
     config = inputs.config.with_values(fixed)
     datamodule = build_datamodule(replace(inputs, config=config, manifest=both))
     if kept:
-        views = min(more, len(kept.train))
-        known = with_val_views(kept, inputs, datamodule, directory, views)
-        is_val = np.zeros(len(both), dtype=bool)
-        is_val[inputs.manifest.indices("val")] = True
-        datamodule.replaced = lambda loader: ActivationLoader(known, loader, is_val)
+        known = with_val_views(kept, inputs, datamodule, directory, min(more, len(kept.train)))
+        datamodule.replaced = lambda loader: ActivationLoader(known, loader)
     falling = partial(torch.optim.lr_scheduler.LinearLR, start_factor=_RATE, end_factor=0.0)
     module.scheduler = SchedulerSettings(falling, interval="step", length="total_iters")
     pl.seed_everything(config.run.seed, workers=True, verbose=False)  # the same after a resumed run

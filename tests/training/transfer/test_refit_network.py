@@ -78,7 +78,7 @@ def test_an_epoch_has_the_images_of_both_splits_with_the_activations_of_their_ow
 
 
 @pytest.mark.parametrize("share", [0.0, 0.5, 1.0])
-def test_the_chosen_share_of_the_way_is_gone_again_from_a_probe_of_all_images(share: float, tmp_path: Path) -> None:
+def test_the_weights_are_interpolated_at_the_chosen_share_with_a_new_probe(share: float, tmp_path: Path) -> None:
     inputs = small_inputs(tmp_path, "finetune.views=null", "trainer.accelerator=cpu")
     module = small_module(inputs)
     classifier = module.classifier
@@ -102,3 +102,26 @@ def test_the_chosen_share_of_the_way_is_gone_again_from_a_probe_of_all_images(sh
     # Scores on val are of models that had not seen it.
     assert (found.folds, found.epochs) == ((5, 0) if share == 0 else (0, 1))
     assert np.array_equal(found.val_logits, val.logits if share else probe.val_logits)
+
+
+@pytest.mark.parametrize("ruin", [float("nan"), 5.0])
+def test_a_second_fit_that_ruins_the_network_is_not_delivered(
+    ruin: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    inputs = small_inputs(tmp_path, "finetune.views=null", "trainer.accelerator=cpu")
+    module = small_module(inputs)
+    start = start_from_probe(inputs, module.classifier)
+    start.trained = start.weights
+    chosen = Candidate("fine-tuned", "", 1.0, start.fitted.tables["val"], 1.0)
+    assert chosen.accuracy > 0.5
+
+    def ruined(module: ClassifierModule, *_: object) -> int:
+        with torch.no_grad():
+            module.classifier.head[-1].bias[0] += ruin * 1000  # one class for all images
+        return 1
+
+    monkeypatch.setattr("image_classifier.training.transfer.refit.refit_network", ruined)
+    choice = CandidateChoice((chosen,), chosen)
+    assert refit(start, choice, module, module.classifier, inputs, None, 2, tmp_path) is None
+    assert "worse on val" in caplog.text
+    assert all(torch.equal(value, start.weights[name]) for name, value in module.classifier.state_dict().items())
