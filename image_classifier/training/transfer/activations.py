@@ -192,8 +192,10 @@ def _chosen(known: list[Cut], inputs: TrainingInputs, classifier: Classifier, di
     """
     config, num_train = inputs.config, len(inputs.manifest.indices("train"))
     views, epochs = config.finetune.views or 1, config.trainer.max_epochs or 1
-    epochs += refit_epochs(epochs) if config.finetune.refit else 0
-    num_kept = views * num_train + len(inputs.manifest.indices("val"))
+    more = refit_epochs(epochs) if config.finetune.refit else 0
+    epochs += more
+    # Each view of the training images, and the val images as they are; then views of these for the epochs on both.
+    num_kept = views * num_train + (1 + min(more, views)) * len(inputs.manifest.indices("val"))
     if config.finetune.cut:
         named = {cut.name: cut for cut in known}
         if config.finetune.cut not in named:
