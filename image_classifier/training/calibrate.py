@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 
 import numpy as np
@@ -24,7 +24,7 @@ _MAX_IMAGES = 2000  # that the detector is fitted to: with more the measured AUR
 
 
 def fit_detector(
-    backend: EmbeddingBackend,
+    backend: Callable[[], EmbeddingBackend],
     manifest: Manifest,
     cache: PixelCache,
     settings: DecisionSettings,
@@ -32,21 +32,26 @@ def fit_detector(
 ) -> Detector | None:
     """Return a detector fitted to the embeddings of training images, not augmented, evenly spaced within each class.
 
-    None where `decision.ood_rate` is 0. `known` holds the embeddings where they were computed already.
+    None where `decision.ood_rate` is 0. `known` holds the embeddings where they were computed already; `backend` makes
+    what computes them otherwise.
     """
     if settings.ood_rate == 0:
         return None
     rows = _spread(manifest.indices("train"), manifest.targets, _MAX_IMAGES)
     if known:
-        blocks = (squares.transpose(0, 3, 1, 2) for squares in prefetched(rows, cache.gather))
-        embeddings, seen = known.of(manifest.digests[rows]), np.concatenate([looks(pixels) for pixels in blocks])
+        embeddings, seen = known.of(manifest.digests[rows]), looks_of(rows, cache)
     else:
-        parts = [(embeddings, looks(pixels)) for pixels, _, embeddings in forward(backend, rows, cache.gather)]
+        parts = [(embeddings, looks(pixels)) for pixels, _, embeddings in forward(backend(), rows, cache.gather)]
         embeddings, seen = (np.concatenate(column) for column in zip(*parts, strict=True))
     log.info(
         "out of distribution: detector fitted to %d of %d training images", len(rows), len(manifest.indices("train"))
     )
     return Detector.fitted(embeddings, seen, manifest.targets[rows])
+
+
+def looks_of(rows: np.ndarray, cache: PixelCache) -> np.ndarray:
+    """Return the `looks` of images, float32 [n, 11]."""
+    return np.concatenate([looks(squares.transpose(0, 3, 1, 2)) for squares in prefetched(rows, cache.gather)])
 
 
 def _spread(rows: np.ndarray, targets: np.ndarray, limit: int) -> np.ndarray:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -61,7 +61,7 @@ class DiagnosticsSettings:
 
 def run_diagnostics(
     classifier: Classifier,
-    backend: Backend,
+    backend: Callable[[], Backend],
     table: PredictionTable,
     images: Manifest,
     run: RunDir,
@@ -73,7 +73,7 @@ def run_diagnostics(
 
     Args:
         classifier: The finished model.
-        backend: The same, as fast as this machine computes it.
+        backend: Makes the same, as fast as this machine computes it.
         table: Its predictions of one split.
         images: That split, in the order of the table's rows.
         run: Where the files go.
@@ -86,7 +86,7 @@ def run_diagnostics(
         _explain(classifier, table, images, run.plots / "explain", data, settings.explanations)
     if limit := settings.max_images(images_seen):
         with _optional("robustness"):
-            predictor = Predictor(backend, table.classes, data.preprocess, limits=data.limits)
+            predictor = Predictor(backend(), table.classes, data.preprocess, limits=data.limits)
             files = [images.file(record) for record in images]
             measured = measure_robustness(predictor, files, table.targets, limit, images[0].split)
             measured.write(run.plots, f"Robustness of {run.name}")

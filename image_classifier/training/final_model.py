@@ -6,11 +6,14 @@ import numpy as np
 import pytorch_lightning as pl
 import torch
 
+from image_classifier.dataset.pixel_cache import PixelCache
 from image_classifier.evaluation.reliability.ood import Detector, looks
 from image_classifier.inference.predictor import EmbeddingBackend
 from image_classifier.manifest import Manifest
 from image_classifier.modeling.classifier import Classifier
+from image_classifier.modeling.embeddings import EmbeddingStore
 from image_classifier.predictions import PredictionTable
+from image_classifier.training.calibrate import looks_of
 from image_classifier.training.callbacks.checkpoints import final_checkpoint
 from image_classifier.training.datamodule import ImageDataModule
 from image_classifier.training.distributed import from_rank_zero, gather_rows
@@ -45,8 +48,26 @@ def predict_split(
             logits.append(torch.from_numpy(part_logits))
             scores.append(torch.from_numpy(unlike))
     all_logits, all_scores = gather_rows(logits).numpy(), gather_rows(scores).numpy()
+    return _table(manifest, split, all_logits, all_scores if detector else None)
+
+
+def predict_known(
+    classifier: Classifier,
+    known: EmbeddingStore,
+    detector: Detector | None,
+    cache: PixelCache,
+    manifest: Manifest,
+    split: str,
+) -> PredictionTable:
+    """Return what `predict_split` does, by the last layer from embeddings that the backbone computed before."""
+    rows = manifest.indices(split)
+    embeddings = known.of(manifest.digests[rows])
+    with torch.inference_mode():
+        logits = classifier.classify(torch.from_numpy(embeddings).to(classifier.scale.device)).cpu().numpy()
+    return _table(manifest, split, logits, detector.scores(embeddings, looks_of(rows, cache)) if detector else None)
+
+
+def _table(manifest: Manifest, split: str, logits: np.ndarray, ood_scores: np.ndarray | None) -> PredictionTable:
     rows = manifest.indices(split)
     paths = tuple(manifest.paths[row] for row in rows)
-    return PredictionTable(
-        paths, manifest.targets[rows], all_logits, manifest.classes, ood_scores=all_scores if detector else None
-    )
+    return PredictionTable(paths, manifest.targets[rows], logits, manifest.classes, ood_scores=ood_scores)

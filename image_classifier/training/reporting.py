@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -44,7 +44,7 @@ class TrainedRun:
         run: Name and folders.
         inputs: What it was trained from.
         classifier: The best epoch's weights.
-        backend: The same, as fast as this machine computes it.
+        backend: Makes the same, as fast as this machine computes it.
         blueprint: What a checkpoint needs to rebuild the classifier, calibration included.
         tables: Calibrated predictions by split.
         decision: When the model abstains.
@@ -63,7 +63,7 @@ class TrainedRun:
     run: RunDir
     inputs: TrainingInputs
     classifier: Classifier
-    backend: EmbeddingBackend
+    backend: Callable[[], EmbeddingBackend]
     blueprint: dict[str, Any]
     tables: Mapping[str, PredictionTable]
     decision: Decision

@@ -7,6 +7,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -46,7 +47,7 @@ from image_classifier.training.distributed import (
     process_group,
     seed_per_rank,
 )
-from image_classifier.training.final_model import best_classifier, predict_split
+from image_classifier.training.final_model import best_classifier, predict_known, predict_split
 from image_classifier.training.fit import fit
 from image_classifier.training.forward import fast_backend
 from image_classifier.training.hardware import choose_hardware
@@ -262,11 +263,15 @@ def _train_in(
             fitted_again = refit(probe, choice, module, classifier, inputs, kept, epochs, run.directory)
         if kept:
             remove_activations(run.directory)
-        backend = fast_backend(classifier, config.data.image_size, len(manifest))
-        known = probe.fitted.store if probe and is_probe else None
+        backend = cache(partial(fast_backend, classifier, config.data.image_size, len(manifest)))
+        known = probe.known_embeddings(classifier) if probe and is_probe else None
         detector = from_rank_zero(lambda: fit_detector(backend, manifest, inputs.cache, config.decision, known))
         splits = _evaluated_splits(config, manifest)
-        tables = {split: predict_split(backend, detector, datamodule, manifest, split) for split in splits}
+        if known:
+            predict = partial(predict_known, classifier, known, detector, inputs.cache, manifest)
+        else:
+            predict = partial(predict_split, backend(), detector, datamodule, manifest)
+        tables = {split: predict(split) for split in splits}
         if fitted_again:
             tables["val"] = replace(tables["val"], logits=fitted_again.val_logits)
         if not is_rank_zero():

@@ -61,7 +61,7 @@ def test_a_network_without_gradients_is_delivered_all_the_same(
     with caplog.at_level(logging.WARNING):
         run_diagnostics(
             classifier,
-            CheckpointBackend(classifier),
+            lambda: CheckpointBackend(classifier),
             table,
             part,
             run,
@@ -83,7 +83,7 @@ def test_an_image_that_is_gone_ends_no_training(tree: Path, tmp_path: Path, capl
         part.file(record).unlink()
     run, data = SimpleNamespace(plots=tmp_path / "plots", name="run"), DataSettings(image_size=12)
     backend, settings = CheckpointBackend(classifier), DiagnosticsSettings()
-    run_diagnostics(classifier, backend, table, part, run, data, settings, 0)  # type: ignore[arg-type]
+    run_diagnostics(classifier, lambda: backend, table, part, run, data, settings, 0)  # type: ignore[arg-type]
     assert (
         "no explanations: cannot read the image" in caplog.text
         and "no robustness: cannot read the image" in caplog.text

@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -191,10 +192,10 @@ def _delivered(run: RunDir, inputs: TrainingInputs, folds: Sequence[Fold]) -> si
         log.info("the mean of the weights is not tried: no image is left to compare it on (docs/decisions/027)")
     tables = {"val": joined_tables([PredictionTable.read(fold.predictions) for fold in folds], out_of_fold)}
     with single.logged_run(RunLoggers(build_loggers(config)), config, out_of_fold, run) as loggers:
-        backend = fast_backend(ensemble, config.data.image_size, len(out_of_fold))
+        backend = cache(partial(fast_backend, ensemble, config.data.image_size, len(out_of_fold)))
         detector = fit_detector(backend, of_training, inputs.cache, config.decision)
         if config.run.test and len(out_of_fold.indices("test")):
-            tables["test"] = _predicted(backend, detector, inputs, "test")
+            tables["test"] = _predicted(backend(), detector, inputs, "test")
         calibrated = calibrate(tables)
         decision = fit_decision(calibrated["val"], config.decision)
         blueprint |= {"temperature": calibrated["val"].temperature, "decision": decision.as_dict()}

@@ -9,11 +9,9 @@ from __future__ import annotations
 import json
 import logging
 import math
-import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from functools import partial
 from itertools import chain, islice
 from pathlib import Path
 
@@ -22,25 +20,22 @@ import torch
 from torch import nn
 
 from image_classifier.atomic_io import write_text
-from image_classifier.errors import ConfigError, storage_errors
+from image_classifier.errors import storage_errors
 from image_classifier.modeling.classifier import Classifier, in_evaluation
-from image_classifier.text import did_you_mean
 from image_classifier.training.baseline import device_of
 from image_classifier.training.builders import TrainingInputs
 from image_classifier.training.datamodule import Batch, BatchLoader, ImageDataModule, ShuffledBatches
 from image_classifier.training.distributed import world_size
 from image_classifier.training.forward import fast_function
 from image_classifier.training.module import ClassifierModule
+from image_classifier.training.transfer.choose_cut import CutBudget, cheapest_enough, named_cut, noise
 from image_classifier.training.transfer.split_network import Cut, cuts, is_exact, split
 
 log = logging.getLogger(__name__)
 
 _FILE, _NOTE, _VAL_FILE = "activations.bf16", "activations.json", "activations_of_val.bf16"
 _BATCH = 16
-_TIMED = 1  # calls of each measurement, after one that is not counted
-_TIMED_IMAGES = 8
 _REFIT_SHARE = 0.5  # of the epochs
-_SPARE = 2.0  # the disk must have so many times the file's size free
 
 
 @dataclass(frozen=True)
@@ -130,7 +125,7 @@ def _kept(
     inputs: TrainingInputs, classifier: Classifier, datamodule: ImageDataModule, directory: Path
 ) -> KeptActivations | None:
     """Return the activations below a cut; None where none is cheap enough and exact."""
-    pixels = _noise(2, inputs.config.data.image_size).to(classifier.scale.device)
+    pixels = noise(2, inputs.config.data.image_size).to(classifier.scale.device)
     # Measured in evaluation mode: a pass in training mode would move the statistics of batch normalisation.
     with in_evaluation(classifier):
         known = [cut for cut in cuts(classifier.backbone, pixels) if cut.numbers]
@@ -186,97 +181,17 @@ def _obstacle(inputs: TrainingInputs) -> str:
 
 
 def _chosen(known: list[Cut], inputs: TrainingInputs, classifier: Classifier, directory: Path) -> Cut | None:
-    """Return the lowest cut that is cheap enough, by the measured seconds of an image; the configured one if any.
-
-    Cheap enough: keeping and training together cost no more than `finetune.cost` epochs of training all layers.
-    """
+    """Return the cut that is configured, or the lowest one that is cheap enough."""
     config, num_train = inputs.config, len(inputs.manifest.indices("train"))
     views, epochs = config.finetune.views or 1, config.trainer.max_epochs or 1
     more = refit_epochs(epochs) if config.finetune.refit else 0
-    epochs += more
     # Each view of the training images, and the val images as they are; then views of these for the epochs on both.
     num_kept = views * num_train + (1 + min(more, views)) * len(inputs.manifest.indices("val"))
+    budget = CutBudget(views, epochs + more, num_kept, config.finetune.cost, config.finetune.max_gb)
     if config.finetune.cut:
-        named = {cut.name: cut for cut in known}
-        if config.finetune.cut not in named:
-            raise ConfigError(
-                f"finetune.cut={config.finetune.cut!r} is no layer at which the network can be cut",
-                f"{did_you_mean(config.finetune.cut, named)}leave it out to have one found by measuring",
-            )
-        chosen = named[config.finetune.cut]
-        if (needed := 2e-9 * chosen.numbers * num_kept) > config.finetune.max_gb:
-            raise ConfigError(
-                f"the activations at finetune.cut={chosen.name} need {needed:.1f} GB, and finetune.max_gb is "
-                f"{config.finetune.max_gb:g}",
-                "raise finetune.max_gb, lower finetune.views, or name a layer further up",
-            )
-        return chosen
-    room = min(config.finetune.max_gb * 1e9, shutil.disk_usage(directory).free / _SPARE)
-    fitting = [cut for cut in known if 2 * cut.numbers * num_kept <= room]
-    if not fitting:
-        return None
-    size = config.data.image_size
-    pixels = _noise(_TIMED_IMAGES, size).to(classifier.scale.device, memory_format=torch.channels_last)
+        return named_cut(known, config.finetune.cut, budget)
     half = torch.bfloat16 if inputs.hardware.precision == "bf16-mixed" else None
-    whole = _step_s(classifier.backbone, pixels, half)
-    budget = config.finetune.cost * whole
-    costs: list[tuple[Cut, float]] = []
-    # From the top down, until a cut is too dear: lower ones are dearer still.
-    for cut in _spread(fitting, 10)[::-1]:
-        lower, upper = split(classifier.backbone, cut)
-        below = _seconds(partial(_computed, lower, pixels, half))
-        activations = _computed(lower, pixels, None)
-        above = _step_s(upper, activations, half)
-        cost = views * below + epochs * above
-        costs.append((cut, cost))
-        if cost > budget:
-            break
-    affordable = [(cut, cost) for cut, cost in costs if cost <= budget]
-    cut, cost = affordable[-1] if affordable else costs[0]
-    log.info(
-        "activations: %d views below %s are kept, %.0f MB: %.1f times the work of an epoch of all layers",
-        *(views, cut.name, 2e-6 * cut.numbers * num_kept, cost / whole),
-    )
-    return cut
-
-
-def _noise(count: int, size: int) -> torch.Tensor:
-    """Return pixels float [count, 3, S, S] that do not touch the random numbers of the run."""
-    return torch.rand(count, 3, size, size, generator=torch.Generator().manual_seed(0))
-
-
-def _spread(found: list[Cut], count: int) -> list[Cut]:
-    step = max(1, len(found) // count)
-    return found[::-1][::step][::-1]
-
-
-def _computed(module: nn.Module, values: torch.Tensor, half: torch.dtype | None) -> torch.Tensor:
-    with torch.no_grad(), torch.autocast(values.device.type, half, enabled=half is not None):
-        result: torch.Tensor = module(values)
-    return result
-
-
-def _step_s(module: nn.Module, values: torch.Tensor, half: torch.dtype | None) -> float:
-    """Return the seconds of a forward and a backward pass of a batch; gradients are thrown away."""
-
-    def step() -> None:
-        with torch.autocast(values.device.type, half, enabled=half is not None):
-            result = module(values)
-        result.float().sum().backward()
-        module.zero_grad(set_to_none=True)
-
-    return _seconds(step)
-
-
-def _seconds(call: Callable[[], object]) -> float:
-    spent = []
-    for _ in range(1 + _TIMED):
-        start = time.perf_counter()
-        call()
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()  # calls return before a GPU has computed
-        spent.append(time.perf_counter() - start)
-    return min(spent[1:])
+    return cheapest_enough(known, classifier.backbone, config.data.image_size, half, budget, directory)
 
 
 def _filled(

@@ -14,10 +14,11 @@ from scipy.stats import binomtest
 
 from image_classifier.evaluation.reliability.calibration import fit_temperature
 from image_classifier.modeling.classifier import Classifier, in_evaluation
+from image_classifier.modeling.embeddings import EmbeddingStore
 from image_classifier.predictions import PredictionTable
 from image_classifier.training.baseline import device_of
 from image_classifier.training.builders import TrainingInputs
-from image_classifier.training.distributed import from_rank_zero
+from image_classifier.training.distributed import from_rank_zero, world_size
 from image_classifier.training.forward import fast_backend, forward
 from image_classifier.training.transfer.activations import KeptActivations
 from image_classifier.training.transfer.probe import Probe, fit_probe, install
@@ -125,6 +126,10 @@ class ProbeStart:
         choice = choose(candidates)
         classifier.load_state_dict(self.weights_at(choice.chosen.share))
         return choice
+
+    def known_embeddings(self, classifier: Classifier) -> EmbeddingStore | None:
+        """Return the embeddings of all images where a classifier answers by them alone, on this one machine."""
+        return self.fitted.store if classifier.tta == "none" and world_size() == 1 else None
 
     def weights_at(self, share: float) -> Mapping[str, torch.Tensor]:
         """Return the weights at a share of the way from the probe's to the trained ones, 0..1."""

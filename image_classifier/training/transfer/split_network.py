@@ -38,22 +38,22 @@ def cuts(backbone: nn.Module, pixels: torch.Tensor) -> list[Cut]:
         backbone: Pixels float [N, 3, S, S] to embeddings.
         pixels: An example.
     """
-    traced = _traced(backbone, training=False)
-    if traced is None:
+    graph = traced(backbone, training=False)
+    if graph is None:
         return []
     with torch.no_grad():
-        shapes = _Shapes(traced)
+        shapes = _Shapes(graph)
         shapes.run(pixels)
     names = dict(backbone.named_parameters())
     found: list[Cut] = []
     lower: list[str] = []
-    for node in traced.graph.nodes:
+    for node in graph.graph.nodes:
         if node.op == "call_module":
             lower += [name for name in names if name.startswith(f"{node.target}.") and name not in lower]
         if node.op == "get_attr" and node.target in names:
             lower.append(str(node.target))
         shape = shapes.found.get(node.name)
-        if shape and lower and _is_cut(node, traced.graph) and len(lower) < len(names):
+        if shape and lower and _is_cut(node, graph.graph) and len(lower) < len(names):
             cut = Cut(node.name, shape[1:], tuple(lower))
             # Of several places with the same layers below, the last one: it has the activation function behind it.
             if found and found[-1].lower == cut.lower:
@@ -67,7 +67,7 @@ def split(backbone: nn.Module, cut: Cut) -> tuple[nn.Module, nn.Module]:
 
     Both share the backbone's own layers.
     """
-    lower, upper = _traced(backbone, training=False), _traced(backbone, training=True)
+    lower, upper = traced(backbone, training=False), traced(backbone, training=True)
     if lower is None or upper is None:
         raise ValueError("this backbone cannot be cut")
     return _below(lower, cut.name), _above(upper, cut.name)
@@ -88,7 +88,7 @@ def is_exact(backbone: nn.Module, lower: nn.Module, upper: nn.Module, pixels: to
             module.training = mode
 
 
-def _traced(backbone: nn.Module, training: bool) -> fx.GraphModule | None:
+def traced(backbone: nn.Module, training: bool) -> fx.GraphModule | None:
     """Return a backbone as a graph that shares its layers; None where torch.fx cannot trace it."""
     modes = [(module, module.training) for module in backbone.modules()]
     backbone.train(training)

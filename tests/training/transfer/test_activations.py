@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -14,7 +13,6 @@ from torch import nn
 from image_classifier.errors import ConfigError
 from image_classifier.modeling.classifier import in_evaluation
 from image_classifier.training.builders import TrainingInputs, build_datamodule
-from image_classifier.training.config import FinetuneSettings
 from image_classifier.training.datamodule import ImageDataModule
 from image_classifier.training.module import ClassifierModule
 from image_classifier.training.transfer import activations as tested
@@ -24,7 +22,7 @@ from image_classifier.training.transfer.activations import (
     keep_activations,
     remove_activations,
 )
-from image_classifier.training.transfer.split_network import Cut, split
+from image_classifier.training.transfer.split_network import split
 from tests.training.transfer.small_inputs import small_inputs, small_module
 
 CUT, VIEWS = "finetune.cut=_0_2", 3
@@ -220,15 +218,6 @@ def test_the_chosen_cut_is_the_lowest_that_is_cheap_enough(tmp_path: Path, monke
         names.append(kept.cut)
         remove_activations(tmp_path)
     assert len(names[0].lower) < len(names[1].lower)
-
-
-def test_a_cut_that_is_none_is_refused_with_the_nearest_name(tmp_path: Path) -> None:
-    settings = FinetuneSettings(views=1, cut="layer3_1_relu")
-    config = SimpleNamespace(finetune=settings, trainer=SimpleNamespace(max_epochs=1))
-    inputs = SimpleNamespace(config=config, manifest=SimpleNamespace(indices=lambda split: [0]))
-    known = [Cut("layer3_1_relu_1", (4, 2, 2), ("a",))]
-    with pytest.raises(ConfigError, match=r"no layer at which the network can be cut.*did you mean layer3_1_relu_1"):
-        tested._chosen(known, inputs, nn.Identity(), tmp_path)  # type: ignore[arg-type]
 
 
 def test_a_cut_that_would_fill_the_disk_is_refused_before_anything_is_computed(tmp_path: Path) -> None:
