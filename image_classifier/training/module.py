@@ -16,6 +16,7 @@ from image_classifier.evaluation.metrics.compute import compute_metrics
 from image_classifier.modeling.classifier import Classifier
 from image_classifier.predictions import PredictionTable
 from image_classifier.training.datamodule import Batch
+from image_classifier.training.depthwise import depthwise_in_float32
 from image_classifier.training.distillation import Teacher
 from image_classifier.training.distributed import gather_rows
 from image_classifier.training.optimizers.freezing import freeze_batch_norm, freeze_norm_stats, set_frozen
@@ -126,11 +127,12 @@ class ClassifierModule(pl.LightningModule):
 
     def _embed(self, values: torch.Tensor) -> torch.Tensor:
         """Return the embeddings of pixels uint8, or of kept activations bfloat16 (transfer/activations.py)."""
-        if self._upper is None or values.dtype == torch.uint8:
-            return self.classifier.embed(values)
-        if not torch.is_autocast_enabled(values.device.type):
-            values = values.float()
-        return torch.flatten(self._upper[0](values), 1)
+        with depthwise_in_float32(values.device):
+            if self._upper is None or values.dtype == torch.uint8:
+                return self.classifier.embed(values)
+            if not torch.is_autocast_enabled(values.device.type):
+                values = values.float()
+            return torch.flatten(self._upper[0](values), 1)
 
     def on_train_start(self) -> None:
         self.freeze_norms()  # a run that resumes within an epoch does not start one

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import logging
+import math
 import shutil
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,7 @@ from torch import fx, nn
 
 from image_classifier.errors import ConfigError
 from image_classifier.text import did_you_mean
+from image_classifier.training.depthwise import depthwise_in_float32
 from image_classifier.training.transfer.split_network import Cut, traced
 
 log = logging.getLogger(__name__)
@@ -22,6 +25,8 @@ log = logging.getLogger(__name__)
 _SPARE = 2.0  # the disk must have so many times the file's size free
 _PASSES = 3  # the fastest counts: what else runs on the machine only slows a pass down
 _IMAGES = 8
+_WIDE = 2.0  # a layer with more than so many times the fewest numbers below it is the inside of a bottleneck
+_LAYERS = 4  # of a stage between two cuts that are compared
 
 
 @dataclass(frozen=True)
@@ -81,7 +86,7 @@ def cheapest_enough(
         directory: On the disk that the file goes to.
     """
     room = min(budget.max_gb, shutil.disk_usage(directory).free / _SPARE / 1e9)
-    fitting = [cut for cut in narrow(known) if budget.gigabytes(cut) <= room]
+    fitting = [cut for cut in stage_ends(known) if budget.gigabytes(cut) <= room]
     graph = traced(backbone, training=False)
     if not fitting or graph is None:
         return None
@@ -96,10 +101,19 @@ def cheapest_enough(
     return chosen
 
 
-def narrow(known: Sequence[Cut]) -> list[Cut]:
-    """Return the cuts with no more numbers than those next to them: the ends of blocks, where little is kept."""
-    sizes = [cut.numbers for cut in known]
-    return [cut for at, cut in enumerate(known) if cut.numbers <= min(sizes[max(0, at - 1) : at + 2])]
+def stage_ends(known: Sequence[Cut]) -> list[Cut]:
+    """Return the ends of a network's stages; of a stage with many layers some ends of layers too.
+
+    A stage is a run of cuts with equally many numbers; the wide inside of a bottleneck is none. Stages are few, so that
+    their costs lie apart, and a choice by the clock repeats.
+    """
+    ends: list[Cut] = []
+    fewest = math.inf
+    for numbers, run in groupby(known, key=lambda cut: cut.numbers):
+        fewest = min(fewest, numbers)
+        if numbers <= _WIDE * fewest:
+            ends += [*run][::-1][::_LAYERS][::-1]
+    return ends
 
 
 @dataclass(frozen=True)
@@ -123,7 +137,8 @@ def measured(graph: fx.GraphModule, pixels: torch.Tensor, half: torch.dtype | No
         for _ in range(1 + _PASSES):
             with torch.no_grad():
                 forward.run(pixels)
-            step.run(pixels)
+            with depthwise_in_float32(pixels.device):
+                step.run(pixels)
             graph.zero_grad(set_to_none=True)
     return LayerTimes(forward.fastest(), step.fastest())
 

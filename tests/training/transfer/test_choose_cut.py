@@ -13,7 +13,7 @@ from torch import nn
 
 from image_classifier.errors import ConfigError
 from image_classifier.training.transfer import choose_cut as tested
-from image_classifier.training.transfer.choose_cut import CutBudget, LayerTimes, cheapest_enough, measured, narrow
+from image_classifier.training.transfer.choose_cut import CutBudget, LayerTimes, cheapest_enough, measured, stage_ends
 from image_classifier.training.transfer.split_network import Cut, cuts, traced
 from tests.training.transfer.small_inputs import small_backbone
 from tests.training.transfer.test_split_network import NETWORKS, backbone_of
@@ -85,27 +85,41 @@ def test_the_higher_the_cut_the_cheaper(layers: list[tuple[float, float]], views
     assert costs[-1] == pytest.approx(views * sum(times.forward.values()) / sum(times.step.values()))
 
 
-@given(st.lists(st.integers(1, 5), min_size=1, max_size=20))
-def test_narrow_places_have_no_smaller_neighbour(sizes: list[int]) -> None:
+@given(st.lists(st.integers(1, 5), min_size=1, max_size=40))
+def test_a_stage_end_is_the_last_of_its_size_and_never_wide(sizes: list[int]) -> None:
     known = [cut(str(at), size) for at, size in enumerate(sizes)]
-    found = narrow(known)
-    assert min(sizes) in {one.numbers for one in found}
-    for at, one in enumerate(known):
-        neighbours = (*sizes[max(0, at - 1) : at], *sizes[at + 1 : at + 2])
-        assert (one in found) == all(one.numbers <= size for size in neighbours)
+    found = [int(one.name) for one in stage_ends(known)]
+    assert found == sorted(set(found)) and min(sizes) in {sizes[at] for at in found}
+    assert all(sizes[at] <= 2 * min(sizes[: at + 1]) for at in found)
+    for at in range(len(sizes) - 1):
+        if sizes[at] != sizes[at + 1] and sizes[at] <= 2 * min(sizes[: at + 1]):
+            assert at in found
 
 
-def test_in_a_network_of_inverted_bottlenecks_they_are_the_ends_of_blocks() -> None:
-    backbone = backbone_of("mobilenet_v2").eval()
-    found = {one.name for one in narrow(cuts(backbone, torch.rand(1, 3, 64, 64)))}
-    assert {"add", "add_2", "add_5", "add_7", "add_9"} <= found and "features_14_conv_0_0" not in found
+@pytest.mark.parametrize(
+    ("name", "ends"),
+    [
+        ("mobilenet_v2", ["add", "add_2", "add_5", "add_7", "add_9"]),
+        ("resnet18", ["layer1_1_relu_1", "layer2_1_relu_1", "layer3_1_relu_1"]),
+    ],
+)
+def test_the_ends_of_known_networks(name: str, ends: list[str]) -> None:
+    backbone = backbone_of(name).eval()
+    found = [one.name for one in stage_ends(cuts(backbone, torch.rand(1, 3, 64, 64)))]
+    assert [one for one in found if one in ends] == ends and len(found) <= 12
+
+
+def test_a_network_of_equal_layers_is_cut_at_some_of_them() -> None:
+    found = stage_ends([cut(str(layer), 7) for layer in range(24)])
+    assert [one.name for one in found] == ["3", "7", "11", "15", "19", "23"]
 
 
 @pytest.mark.parametrize(("cost", "chosen"), [(100.0, "low"), (9.9, "middle"), (4.0, "high"), (0.1, "high")])
 def test_the_lowest_within_the_budget_is_chosen_else_the_cheapest(
     cost: float, chosen: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    known = [cut(name, 8) for name in ("low", "middle", "high")]
+    known = [cut(name, numbers) for name, numbers in (("low", 8), ("middle", 4), ("high", 2))]
+    monkeypatch.setattr(tested, "stage_ends", list)
     times = LayerTimes({"low": 1, "middle": 1, "high": 1}, {"low": 2, "middle": 2, "high": 2})
     monkeypatch.setattr(tested, "measured", lambda *_: times)
     budget = CutBudget(views=4, epochs=18, num_kept=10, cost=cost, max_gb=1.0)
