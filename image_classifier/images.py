@@ -256,7 +256,9 @@ class Preprocess:
         if not 1 <= self.size <= 4096:
             raise ConfigError(f"data.image_size must be between 1 and 4096 pixels, not {self.size}")
         if self.mode not in _MODES:
-            raise ConfigError(f"data.resize must be one of {', '.join(_MODES)}, or auto in a training, not {self.mode!r}")
+            raise ConfigError(
+                f"data.resize must be one of {', '.join(_MODES)}, not {self.mode!r}", "a training also takes auto"
+            )
         if self.interpolation not in _RESAMPLING:
             raise ConfigError(f"data.interpolation must be one of {', '.join(_RESAMPLING)}, not {self.interpolation!r}")
         if not 0 < self.crop_fraction <= 1:

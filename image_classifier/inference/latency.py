@@ -83,13 +83,17 @@ def hardware() -> dict[str, Any]:
 
 
 def timed(
-    call: Callable[[], object], min_calls: int = _MIN_CALLS, max_calls: int = _MAX_CALLS, seconds: float = _MAX_SECONDS
+    call: Callable[[], object],
+    min_calls: int = _MIN_CALLS,
+    max_calls: int = _MAX_CALLS,
+    seconds: float = _MAX_SECONDS,
+    warm_up: int = _WARM_UP,
 ) -> np.ndarray:
-    """Return the seconds of each call, float64 [n], after a warm-up.
+    """Return the seconds of each call, float64 [n], after some that warm up.
 
     There are `max_calls`, or as many as fit into `seconds`, but at least `min_calls`.
     """
-    for _ in range(_WARM_UP):
+    for _ in range(warm_up):
         call()
     spent: list[float] = []
     while len(spent) < max_calls and (len(spent) < min_calls or sum(spent) < seconds):
@@ -103,7 +107,7 @@ def measure_backend(backend: Backend, size: int, batch_size: int, seconds: float
     """Return milliseconds for one image (median, 95th percentile) and images a second in batches, pixels to logits."""
     pixels = np.random.default_rng(0).integers(0, 256, (batch_size, 3, size, size), dtype=np.uint8)
     single = timed(lambda: backend.logits(pixels[:1]), seconds=seconds)
-    batches = timed(lambda: backend.logits(pixels), min_calls=3, seconds=seconds)
+    batches = timed(lambda: backend.logits(pixels), min_calls=3, seconds=seconds, warm_up=1)
     p50, p95 = np.percentile(1000 * single, (50, 95))
     return {
         "p50_ms": float(p50),
