@@ -93,6 +93,7 @@ def cheapest_enough(
     device = next(backbone.parameters()).device
     times = measured(graph, noise(_IMAGES, size).to(device, memory_format=torch.channels_last), half)
     costs = {cut: times.cost(cut, budget) for cut in fitting}
+    log.debug("activations: cost of each cut: %s", ", ".join(f"{cut.name} {cost:.2f}" for cut, cost in costs.items()))
     chosen = next((cut for cut in fitting if costs[cut] <= budget.cost), min(fitting, key=costs.__getitem__))
     log.info(
         "activations: %d views below %s are kept, %.0f MB: %.1f times the work of an epoch of all layers",

@@ -20,8 +20,9 @@ _FROM_SCRATCH = "from_scratch"
 _SMALLEST, _TINY = 64, 48
 _MIN_PER_CLASS = 50  # with fewer tiny pictures a class even enlarged ones beat a network from scratch
 _SCRATCH_SIZES = (24, 64)  # sides at which the network for small images is trained
-_EPOCHS = (8, 60)  # at least and at most, of a training from scratch
-_STEPS = {"quick": 120, "normal": 400, "thorough": 1000}  # of a training from scratch
+# Of a training from scratch: the fewest epochs, and how many images it sees, each counted once an epoch.
+_SCRATCH = {"quick": (5, 20_000), "normal": (8, 50_000), "thorough": (12, 250_000)}
+_MOST_EPOCHS = 60
 
 
 @dataclass(frozen=True)
@@ -134,8 +135,8 @@ def _from_scratch(facts: ImageFacts, effort: str, images: str, why: str) -> Plan
     size = min(high, max(low, 4 * round(facts.side / 4)))
     # Small sets need small batches: an epoch of at least ten steps.
     batch = min(500 if facts.num_train > 20_000 else 250, max(50, 10 * (facts.num_train // 100)))
-    fewest, most = _EPOCHS
-    epochs = min(most, max(fewest, round(_STEPS[effort] * batch / max(1, facts.num_train))))
+    fewest, seen = _SCRATCH[effort]
+    epochs = min(_MOST_EPOCHS, max(fewest, round(seen / max(1, facts.num_train))))
     overrides = (
         f"experiment={_FROM_SCRATCH}",
         "model.weights=null",  # also where the user offers a file: another network is trained

@@ -98,8 +98,15 @@ def test_a_training_from_scratch_fits_any_images(count: int, side: int, effort: 
     made = planned(ImageFacts(count, 2, side, side + 1), "none", effort)
     values = dict(word.split("=", 1) for word in made.overrides)
     size, batch, epochs = (int(values[key]) for key in ("data.image_size", "data.batch_size", "trainer.max_epochs"))
-    assert 24 <= size <= 64 and size % 4 == 0 and 50 <= batch <= 500 and epochs >= 8
+    assert 24 <= size <= 64 and size % 4 == 0 and 50 <= batch <= 500 and 5 <= epochs <= 60
     assert count < 100 or batch <= count  # an epoch has a step
+
+
+@pytest.mark.parametrize("count", [2, 450, 6400, 10**6])
+def test_more_effort_is_never_a_shorter_training_from_scratch(count: int) -> None:
+    plans = [planned(ImageFacts(count, 2, 28, 28), "none", effort) for effort in ("quick", "normal", "thorough")]
+    epochs = [int(dict(word.split("=", 1) for word in made.overrides)["trainer.max_epochs"]) for made in plans]
+    assert epochs == sorted(epochs)
 
 
 @pytest.mark.parametrize("made", [planned(PHOTOS), planned(TINY), planned(PHOTOS, effort="quick")])
