@@ -28,7 +28,8 @@ class _DepthwiseInFloat32(TorchFunctionMode):
         args: tuple[Any, ...] = (),
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
-        if func is not torch.conv2d or not _has_slow_gradient(*args, **(kwargs or {})):
+        # torch's and timm's layers give pixels and weights by position; a network that names them is left as it is.
+        if func is not torch.conv2d or len(args) < 2 or not _has_slow_gradient(*args, **(kwargs or {})):
             return func(*args, **(kwargs or {}))
         pixels, *others = args
         with torch.autocast("cpu", enabled=False):
@@ -44,6 +45,6 @@ def _has_slow_gradient(
     dilation: object = 1,
     groups: int = 1,
 ) -> bool:
-    """Return whether a convolution, given as to torch.conv2d, is depthwise and no plain 3 x 3 one."""
-    is_depthwise = groups > 1 and weight.shape[1] == 1
+    """Return whether a convolution, given as to torch.conv2d, is depthwise, in float32, and no plain 3 x 3 one."""
+    is_depthwise = groups > 1 and weight.shape[1] == 1 and weight.dtype == torch.float32
     return is_depthwise and (max(weight.shape[2:]) > 3 or stride not in (1, [1, 1], (1, 1)))

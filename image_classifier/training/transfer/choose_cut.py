@@ -24,7 +24,7 @@ log = logging.getLogger(__name__)
 
 _SPARE = 2.0  # the disk must have so many times the file's size free
 _PASSES = 2  # the fastest counts: what else runs on the machine only slows a pass down
-_IMAGES = 8
+_IMAGES = 8  # with fewer the fixed costs of small layers count too much
 _WIDE = 2.0  # a layer with more than so many times the fewest numbers below it is the inside of a bottleneck
 _LAYERS = 4  # of a stage between two cuts that are compared
 
