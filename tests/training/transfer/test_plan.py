@@ -125,6 +125,13 @@ def test_what_the_user_gives_wins(made: Plan) -> None:
     assert {key: found[key] for key in given} == given
 
 
+@pytest.mark.parametrize(("effort", "fraction"), [("quick", "auto"), ("normal", 1.0), ("thorough", 1.0)])
+def test_fine_tuning_keeps_the_whole_shorter_side(effort: str, fraction: object) -> None:
+    made = planned(PHOTOS, effort=effort)
+    assert composed(made).data.crop_fraction == fraction
+    assert composed(made, "data.crop_fraction=auto").data.crop_fraction == "auto"
+
+
 def test_what_the_user_gives_is_given_once() -> None:
     own = ["model=auto", "data.image_size=32", "+trainer.limit_train_batches=1", "~logger"]
     line = with_recipe(("experiment=finetune", "model=timm", "data.image_size=64"), own)
