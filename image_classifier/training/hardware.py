@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -61,6 +62,10 @@ class SpeedSettings:
         for key, value in (("compile", self.compile), ("channels_last", self.channels_last)):
             if value not in ("auto", True, False):
                 raise ConfigError(f"trainer.{key}={value!r} is unknown", "use auto, true or false")
+        # Lightning takes a negative number for no clipping, and one that is not finite makes every gradient so.
+        clip = self.gradient_clip_val
+        if clip is not None and not 0 <= clip < math.inf:
+            raise ConfigError(f"trainer.gradient_clip_val must be 0 or more, not {clip}", "use null for no clipping")
 
 
 def choose_hardware(settings: SpeedSettings) -> Hardware:

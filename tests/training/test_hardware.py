@@ -63,6 +63,13 @@ def test_clipping_in_mixed_precision_takes_no_fused_optimizer(monkeypatch: pytes
     assert choose_hardware(SpeedSettings(gradient_clip_val=1.0)).fused
 
 
+@pytest.mark.parametrize("wrong", [-1.0, float("inf"), float("nan")])
+def test_gradients_are_clipped_at_a_finite_positive_number(wrong: float) -> None:
+    with pytest.raises(ConfigError, match="must be 0 or more"):
+        SpeedSettings(gradient_clip_val=wrong)
+    SpeedSettings(gradient_clip_val=0.0)
+
+
 def test_half_precision_takes_no_fused_optimizer() -> None:
     assert not choose_hardware(
         SpeedSettings(precision="16-mixed")
