@@ -124,14 +124,13 @@ def keep_activations(
 def _kept(
     inputs: TrainingInputs, classifier: Classifier, datamodule: ImageDataModule, directory: Path
 ) -> KeptActivations | None:
-    """Return the activations below a cut; None where none is cheap enough and exact."""
+    """Return the activations below a cut; None where there is none, or its halves are not exact."""
     pixels = noise(2, inputs.config.data.image_size).to(classifier.scale.device)
     # Measured in evaluation mode: a pass in training mode would move the statistics of batch normalisation.
     with in_evaluation(classifier):
         known = [cut for cut in cuts(classifier.backbone, pixels) if cut.numbers]
         cut = _chosen(known, inputs, classifier, directory)
     if cut is None:
-        log.info("activations: none are kept (no layer at which the network can be cut is cheap enough)")
         return None
     lower, upper = split(classifier.backbone, cut)
     if not is_exact(classifier.backbone, lower, upper, pixels):

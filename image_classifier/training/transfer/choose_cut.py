@@ -75,7 +75,7 @@ def named_cut(known: Sequence[Cut], name: str, budget: CutBudget) -> Cut:
 def cheapest_enough(
     known: Sequence[Cut], backbone: nn.Module, size: int, half: torch.dtype | None, budget: CutBudget, directory: Path
 ) -> Cut | None:
-    """Return the lowest cut within the budget, else the cheapest one; None where the disk has no room for any.
+    """Return the lowest cut within the budget, else the cheapest one; None where the disk has no room for any, or the network cannot be traced; the log says which.
 
     Args:
         known: Cuts of the backbone, the lowest first.
@@ -85,10 +85,19 @@ def cheapest_enough(
         budget: What it may cost.
         directory: On the disk that the file goes to.
     """
-    room = min(budget.max_gb, shutil.disk_usage(directory).free / _SPARE / 1e9)
-    fitting = [cut for cut in stage_ends(known) if budget.gigabytes(cut) <= room]
     graph = traced(backbone, training=False)
-    if not fitting or graph is None:
+    if not known or graph is None:
+        log.info("activations: none are kept (torch.fx cannot trace the network)")
+        return None
+    ends = stage_ends(known)
+    room = min(budget.max_gb, shutil.disk_usage(directory).free / _SPARE / 1e9)
+    fitting = [cut for cut in ends if budget.gigabytes(cut) <= room]
+    if not fitting:
+        log.warning(
+            "activations: none are kept, so all layers are trained, which takes longer: they need %.2g GB, and the "
+            "smaller of finetune.max_gb and half of the free disk is %.2g GB; free some space, or raise the limit",
+            *(min(map(budget.gigabytes, ends)), room),
+        )
         return None
     device = next(backbone.parameters()).device
     times = measured(graph, noise(_IMAGES, size).to(device, memory_format=torch.channels_last), half)

@@ -178,7 +178,7 @@ def test_layers_below_the_cut_are_frozen_and_the_logits_above_are_the_networks(
     [
         (("augment=mix",), "compares or mixes views"),
         (("data.progressive_sizes=[8,16]",), "changes the size"),
-        (("finetune.max_gb=0",), "no layer"),
+        (("finetune.max_gb=0",), "is 0 GB; free some space, or raise the limit"),
     ],
 )
 def test_where_none_can_be_kept_the_log_says_why(
@@ -192,7 +192,7 @@ def test_where_none_can_be_kept_the_log_says_why(
     assert not isinstance(parts[2].train_dataloader(), ActivationLoader)
 
 
-def test_none_are_kept_of_a_network_that_cannot_be_traced(tmp_path: Path) -> None:
+def test_none_are_kept_of_a_network_that_cannot_be_traced(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     class Branching(nn.Module):
         def __init__(self, whole: nn.Module) -> None:
             super().__init__()
@@ -203,7 +203,9 @@ def test_none_are_kept_of_a_network_that_cannot_be_traced(tmp_path: Path) -> Non
 
     inputs, module, datamodule = made(tmp_path)
     module.classifier.backbone = Branching(module.classifier.backbone)
-    assert keep_activations(inputs, module, datamodule, tmp_path) is None
+    with caplog.at_level("INFO"):
+        assert keep_activations(inputs, module, datamodule, tmp_path) is None
+    assert "cannot trace the network" in caplog.text
 
 
 def test_the_chosen_cut_is_the_lowest_that_is_cheap_enough(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -127,12 +127,15 @@ def test_the_lowest_within_the_budget_is_chosen_else_the_cheapest(
     assert found is not None and found.name == chosen
 
 
-def test_without_room_on_the_disk_there_is_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_room_on_the_disk_there_is_none_and_the_log_says_what_is_missing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     backbone = small_backbone().eval()
     known = cuts(backbone, torch.rand(1, 3, 16, 16))
     assert cheapest_enough(known, backbone, 16, None, PLENTY, tmp_path)
     monkeypatch.setattr(tested.shutil, "disk_usage", lambda _: type("Usage", (), {"free": 100})())
     assert cheapest_enough(known, backbone, 16, None, PLENTY, tmp_path) is None
+    assert caplog.messages[-1].endswith("is 5e-08 GB; free some space, or raise the limit")
 
 
 def test_a_name_that_is_no_cut_is_refused_with_the_nearest_one() -> None:
