@@ -75,7 +75,9 @@ def named_cut(known: Sequence[Cut], name: str, budget: CutBudget) -> Cut:
 def cheapest_enough(
     known: Sequence[Cut], backbone: nn.Module, size: int, half: torch.dtype | None, budget: CutBudget, directory: Path
 ) -> Cut | None:
-    """Return the lowest cut within the budget, else the cheapest one; None where the disk has no room for any, or the network cannot be traced; the log says which.
+    """Return the lowest cut within the budget, else the cheapest one.
+
+    None where the disk has no room for any, or the network cannot be traced; the log says which.
 
     Args:
         known: Cuts of the backbone, the lowest first.
