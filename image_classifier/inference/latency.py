@@ -29,7 +29,7 @@ _MAX_CALLS = 200
 _MAX_SECONDS = 4.0  # for one measurement
 # For the measurement at the end of a training:
 _SMALL_BATCH = 8
-_SHORT_SECONDS = 0.5
+_SHORT_SECONDS = 0.25
 
 
 @dataclass(frozen=True)
@@ -151,7 +151,7 @@ def _in_a_process(path: Path, backend: str, batch_size: int, trusted: Sequence[s
 
 
 def in_this_process(backend: Backend, file: Path, size: int) -> dict[str, Any]:
-    """Return the figures of one backend, measured in this process in a second or two: for the end of a training."""
+    """Return the figures of one backend, measured in this process in about a second: for the end of a training."""
     return _row(measure_backend(backend, size, _SMALL_BATCH, _SHORT_SECONDS), _SMALL_BATCH, file)
 
 
