@@ -42,7 +42,9 @@ def main() -> None:
         optimizer = torch.optim.AdamW(backbone.parameters(), 1e-6, fused=True)
         seconds = [math.inf, math.inf]
         for _ in range(1 + options.rounds):
-            seconds = [min(old, _step(way, values, optimizer)) for old, way in zip(seconds, (apart, joined), strict=True)]
+            seconds = [
+                min(old, _step(way, values, optimizer)) for old, way in zip(seconds, (apart, joined), strict=True)
+            ]
         rates = [options.batch / value for value in seconds]
         print(f"{word:<32}{rates[0]:>8.0f}{rates[1]:>8.0f}{rates[1] / rates[0]:>7.2f}", flush=True)
 

@@ -23,8 +23,9 @@ def fold_norms(module: fx.GraphModule) -> fx.GraphModule:
             continue
         conv, norm = module.get_submodule(str(before.target)), module.get_submodule(str(node.target))
         # Subclasses compute something else; a layer that is called twice has two inputs.
-        is_pair = type(conv) is nn.Conv2d and type(norm) is nn.BatchNorm2d and norm.track_running_stats
-        if not is_pair or calls.count(before.target) > 1 or calls.count(node.target) > 1:
+        if type(conv) is not nn.Conv2d or type(norm) is not nn.BatchNorm2d or not norm.track_running_stats:
+            continue
+        if calls.count(before.target) > 1 or calls.count(node.target) > 1:
             continue
         name = f"{str(before.target).replace('.', '_')}_with_norm"
         module.add_submodule(name, ConvWithNorm(conv, norm))
@@ -58,4 +59,5 @@ class ConvWithNorm(nn.Module):
         bias = -mean * scale if conv.bias is None else (conv.bias - mean) * scale
         if norm.bias is not None:
             bias = bias + norm.bias
-        return conv._conv_forward(images, conv.weight * scale.view(-1, 1, 1, 1), bias)
+        answer: torch.Tensor = conv._conv_forward(images, conv.weight * scale.view(-1, 1, 1, 1), bias)
+        return answer
