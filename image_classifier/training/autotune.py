@@ -6,109 +6,39 @@ a run that found a value is the same to the last bit as one that was given it.
 
 from __future__ import annotations
 
-import csv
-import gc
-import io
 import logging
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import pytorch_lightning as pl
 import torch
 from pytorch_lightning.callbacks.timer import Timer
-from pytorch_lightning.utilities.exceptions import MisconfigurationException, SIGTERMException
+from pytorch_lightning.utilities.exceptions import MisconfigurationException
 
-from image_classifier.atomic_io import write_text
-from image_classifier.errors import ConfigError, TrainingError
-from image_classifier.evaluation.plots.learning_curves import plot_learning_rate_finder
+from image_classifier.errors import ConfigError
 from image_classifier.modeling.classifier import TTA
-from image_classifier.training.builders import TrainingInputs, build_datamodule, build_module, build_trainer
-from image_classifier.training.callbacks.exact_resume import random_state, set_random_state
-from image_classifier.training.callbacks.lr_sweep import LearningRateSweep, StepTimer
-from image_classifier.training.callbacks.throughput import Throughput
+from image_classifier.training.builders import TrainingInputs, build_datamodule
+from image_classifier.training.callbacks.lr_sweep import StepTimer
 from image_classifier.training.callbacks.torch_compile import break_even_s
 from image_classifier.training.config import AUTO, TrainConfig
-from image_classifier.training.distributed import broadcast, is_rank_zero, world_size
+from image_classifier.training.distributed import broadcast, world_size
 from image_classifier.training.hardware import Hardware
-from image_classifier.training.launch import device_count, uses_gpu
+from image_classifier.training.launch import device_count
+from image_classifier.training.learning_rate_finder import find_learning_rate, suggest
 from image_classifier.training.lightning_compat import time_limit_s
 from image_classifier.training.memory import free_memory, memory_used, reset_peak
+from image_classifier.training.trial_trainer import UNSCHEDULED, TrialTrainer, Values
 
 log = logging.getLogger(__name__)
 
-_SWEEP_STEPS, _LOWEST_RATE, _HIGHEST_RATE = 100, 1e-6, 10.0
 _SMALLEST_BATCH = 16
 _MIN_STEPS = 10  # an epoch: a batch holds at most a tenth of the training images
 _MIN_GAIN = 1.03  # each doubling of the batch must make training 3 % faster
 _TIMED_STEPS, _TIMED_S, _WARMUP = 20, 2.0, 3
-_UNSCHEDULED = {"scheduler.build": None, "scheduler.warmup": 0.0}
 _SHARE_PLANNED = 0.9  # of the time; the rest is for checkpoints, plots, and a machine that others use too
-
-Values = Mapping[str, Any]  # of the configuration, by dotted key
-
-
-@dataclass(frozen=True)
-class TrialTrainer:
-    """Trains throw-away networks on everything that the run itself will be made of."""
-
-    inputs: TrainingInputs
-
-    @property
-    def config(self) -> TrainConfig:
-        """The configuration of the run."""
-        return self.inputs.config
-
-    @property
-    def num_train(self) -> int:
-        """Training images."""
-        return len(self.inputs.manifest.indices("train"))
-
-    @property
-    def on_gpu(self) -> bool:
-        """Whether steps run on a GPU, whose memory counts then."""
-        return uses_gpu(self.config.trainer.accelerator)
-
-    def fit(self, values: Values, *callbacks: pl.Callback, hardware: Hardware | None = None) -> None:
-        """Train a fresh network with these values in the configuration, and forget it."""
-        fixed: Values = {
-            "callbacks": {},
-            "logger": None,
-            "trainer.max_time": None,
-            "trainer.check_val_every_n_epoch": 1,
-        }
-        config = self.config.with_values({**fixed, **values})
-        inputs = replace(self.inputs, config=config, hardware=hardware or self.inputs.hardware)
-        with _without_trace():
-            datamodule = build_datamodule(inputs)
-            module = build_module(inputs)
-            trainer = build_trainer(config, inputs.hardware, Throughput(), *callbacks)
-            try:
-                trainer.fit(module, datamodule=datamodule)
-            except SIGTERMException:
-                raise SystemExit(143) from None
-            if trainer.interrupted:
-                raise KeyboardInterrupt
-
-
-@contextmanager
-def _without_trace() -> Iterator[None]:
-    """Put every random state back at the end of the block, and log only warnings in it."""
-    logger = logging.getLogger("image_classifier")
-    level, state = logger.level, random_state()
-    logger.setLevel(logging.WARNING)
-    try:
-        yield
-    finally:
-        set_random_state(state)
-        logger.setLevel(level)
-        gc.collect()
-        torch.cuda.empty_cache()
 
 
 def check_choices(config: TrainConfig) -> None:
@@ -155,14 +85,16 @@ def _check_length(config: TrainConfig) -> None:
 def autotune(inputs: TrainingInputs, plots: Path) -> TrainingInputs:
     """Return the inputs with a number wherever the configuration has auto: batch size, then learning rate, then steps.
 
+    The learning rate of a fine-tuning from a probe is left to `learning_rate_finder.with_finetuning_rate`.
+
     Raises:
         ConfigError: Not even the smallest batch fits, or `trainer.max_time` is too short.
         TrainingError: The loss falls at no learning rate.
     """
     if inputs.config.data.batch_size == AUTO:
         inputs = _with_values(inputs, {"data.batch_size": find_batch_size(TrialTrainer(inputs))})
-    if inputs.config.optimizer.lr == AUTO:
-        inputs = _with_values(inputs, {"optimizer.lr": find_learning_rate(TrialTrainer(inputs), plots)})
+    if inputs.config.optimizer.lr == AUTO and not inputs.config.finetune.probe:
+        inputs = _with_values(inputs, {"optimizer.lr": find_learning_rate(TrialTrainer(inputs), plots, suggest)})
     trainer = inputs.config.trainer
     if trainer.max_time is not None and trainer.max_epochs is None and not trainer.has_max_steps:
         hardware, steps = plan_steps(TrialTrainer(inputs))
@@ -173,52 +105,6 @@ def autotune(inputs: TrainingInputs, plots: Path) -> TrainingInputs:
 
 def _with_values(inputs: TrainingInputs, values: Values) -> TrainingInputs:
     return replace(inputs, config=inputs.config.with_values(values))
-
-
-def find_learning_rate(trials: TrialTrainer, plots: Path) -> float:
-    """Return the rate at which the loss falls fastest in a sweep with rising rates (Smith, 2017, section 3.3)."""
-    sweep = LearningRateSweep(_LOWEST_RATE, _HIGHEST_RATE, _SWEEP_STEPS)
-    steps = {"trainer.max_steps": _SWEEP_STEPS, "trainer.max_epochs": -1, "trainer.limit_val_batches": 0}
-    fixed = {"data.progressive_sizes": None, "optimizer.lr": _LOWEST_RATE}
-    trials.fit({**steps, **_UNSCHEDULED, **fixed}, sweep)
-    rates, losses = np.array(sweep.rates), np.array(sweep.losses)
-    smooth = smoothed(losses)
-    rate: float | None = broadcast(suggest(rates, smooth) if is_rank_zero() else None)
-    figure = plots / "learning_rate_finder.png"
-    if is_rank_zero():
-        plot_learning_rate_finder(rates, losses, smooth, rate, figure)
-        rows = zip(rates, losses, smooth, strict=True)
-        write_text(figure.with_suffix(".csv"), _table(["learning_rate", "loss", "smoothed_loss"], rows))
-    if rate is None:
-        raise TrainingError("the loss falls at no learning rate", f"look at {figure}, and give optimizer.lr")
-    log.info("optimizer.lr: %.2g (found: the loss falls fastest there; %s)", rate, figure)
-    return rate
-
-
-def smoothed(losses: np.ndarray, width: float = 3.0) -> np.ndarray:
-    """Return losses [S] averaged with Gaussian weights of `width` steps; unlike a running mean this has no lag.
-
-    >>> smoothed(np.array([1.0, 1.0, 1.0])).round(6).tolist()
-    [1.0, 1.0, 1.0]
-    """
-    steps = np.arange(len(losses))
-    weights = np.exp(-0.5 * ((steps[:, None] - steps) / width) ** 2)  # [S, S]
-    return np.asarray(weights @ losses / weights.sum(axis=1))
-
-
-def suggest(rates: np.ndarray, losses: np.ndarray) -> float | None:
-    """Return the rate where smoothed losses [S] fall fastest along log(rate); None where they never fall.
-
-    Only rates below that of the smallest loss count.
-
-    >>> suggest(np.array([0.001, 0.01, 0.1, 1.0]), np.array([2.0, 1.9, 1.0, 0.9]))
-    0.01
-    """
-    lowest = int(losses.argmin())
-    if lowest < 2:
-        return None
-    slopes = np.gradient(losses, np.log(rates))[: lowest + 1]
-    return float(f"{rates[int(slopes.argmin())]:.2g}") if slopes.min() < 0 else None
 
 
 def find_batch_size(trials: TrialTrainer) -> int:
@@ -272,7 +158,7 @@ def _speed(trials: TrialTrainer, batch_size: int) -> tuple[float, float] | None:
     }
     reset_peak(trials.on_gpu)
     try:
-        trials.fit({**values, **_UNSCHEDULED}, timer)
+        trials.fit({**values, **UNSCHEDULED}, timer)
     except torch.OutOfMemoryError:
         return None
     return batch_size / timer.step_s(), memory_used(trials.on_gpu)
@@ -358,10 +244,3 @@ def seconds_of(max_time: Any) -> float:
             f"trainer.max_time={max_time} is not a time", 'write "days:hours:minutes:seconds", such as "00:00:30:00"'
         ) from error
     return float(duration or 0)
-
-
-def _table(header: Sequence[str], rows: Iterable[Sequence[float]]) -> str:
-    text = io.StringIO()
-    numbers = ([f"{float(value):.6g}" for value in row] for row in rows)
-    csv.writer(text, lineterminator="\n").writerows([header, *numbers])
-    return text.getvalue()

@@ -151,6 +151,12 @@ def build_module(inputs: TrainingInputs) -> ClassifierModule:
     )
 
 
+def rebuild_optimizer(module: ClassifierModule, inputs: TrainingInputs) -> None:
+    """Give a module that has not been trained yet the optimizer and the schedule of other settings."""
+    make_optimizer, module.scheduler = _optimizer_and_scheduler(inputs.config)
+    module.make_optimizer = as_fast_as(inputs.hardware, make_optimizer)
+
+
 def check_optimisation(config: TrainConfig) -> None:
     """Check optimizer, scheduler and averaging before any data is read, by building them for a small network.
 

@@ -27,6 +27,7 @@ from image_classifier.training.builders import (
     build_module,
     build_trainer,
     check_optimisation,
+    rebuild_optimizer,
 )
 from image_classifier.training.bundle_writer import write_bundle
 from image_classifier.training.calibrate import calibrate, fit_decision, fit_detector
@@ -36,6 +37,7 @@ from image_classifier.training.callbacks.nan_guard import NanGuard, check_on_nan
 from image_classifier.training.callbacks.preemption import SignalHandler, StopOnSignal
 from image_classifier.training.callbacks.throughput import Throughput
 from image_classifier.training.config import AUTO, TrainConfig
+from image_classifier.training.datamodule import ImageDataModule
 from image_classifier.training.diagnostics import run_diagnostics
 from image_classifier.training.distillation import Distillation, find_teacher
 from image_classifier.training.distributed import (
@@ -52,7 +54,9 @@ from image_classifier.training.fit import fit
 from image_classifier.training.forward import fast_backend
 from image_classifier.training.hardware import choose_hardware
 from image_classifier.training.launch import needs_ranks, uses_gpu
+from image_classifier.training.learning_rate_finder import with_finetuning_rate
 from image_classifier.training.loggers import RunLoggers
+from image_classifier.training.module import ClassifierModule
 from image_classifier.training.reporting import TrainedRun, log_outcome, summary_lines, write_results
 from image_classifier.training.resume import (
     ResumePoint,
@@ -64,7 +68,7 @@ from image_classifier.training.resume import (
 )
 from image_classifier.training.run_dir import RunDir, acquire_run_dir, buffered_log, check_name, mark_finished
 from image_classifier.training.settle import settled
-from image_classifier.training.transfer.activations import keep_activations, remove_activations
+from image_classifier.training.transfer.activations import KeptActivations, keep_activations, remove_activations
 from image_classifier.training.transfer.candidates import PROBE, start_from_probe
 from image_classifier.training.transfer.refit import refit
 
@@ -233,12 +237,9 @@ def _train_in(
     module = build_module(inputs)
     baselines = from_rank_zero(lambda: baselines_of_run(inputs, module.classifier, run))
     probe = start_from_probe(inputs, module.classifier) if config.finetune.probe else None
-    kept = None
-    if config.finetune.views and config.trainer.max_epochs != 0:
-        kept = keep_activations(inputs, module, datamodule, run.directory)
-        config = config.with_values({"finetune.cut": kept.cut.name if kept else None})
-        inputs = replace(inputs, config=config)
-        _save_config(config, run)
+    inputs, kept = _finetuning(inputs, module, datamodule, run) if config.trainer.max_epochs != 0 else (inputs, None)
+    config = inputs.config
+    _save_config(config, run)
     seed_per_rank(config.run.seed)
     throughput = Throughput()
     history = CSVMetrics(run.directory / "metrics.csv", throughput)
@@ -299,6 +300,21 @@ def _train_in(
             refit=fitted_again,
         )
         return finish(trained, loggers)
+
+
+def _finetuning(
+    inputs: TrainingInputs, module: ClassifierModule, datamodule: ImageDataModule, run: RunDir
+) -> tuple[TrainingInputs, KeptActivations | None]:
+    """Keep activations, find a learning rate above them where it is auto, and return the inputs with what was found."""
+    kept = None
+    if inputs.config.finetune.views:
+        kept = keep_activations(inputs, module, datamodule, run.directory)
+        cut = {"finetune.cut": kept.cut.name if kept else None}
+        inputs = replace(inputs, config=inputs.config.with_values(cut))
+    if inputs.config.optimizer.lr == AUTO:
+        inputs = with_finetuning_rate(inputs, run.plots, kept)
+        rebuild_optimizer(module, inputs)
+    return inputs, kept
 
 
 def training_inputs(

@@ -18,9 +18,11 @@ from hypothesis import strategies as st
 
 from image_classifier.errors import ConfigError
 from image_classifier.training import autotune
-from image_classifier.training.autotune import find_batch_size, seconds_of, smoothed, suggest
+from image_classifier.training.autotune import find_batch_size, seconds_of
 from image_classifier.training.callbacks.lr_sweep import LearningRateSweep, StepTimer
+from image_classifier.training.learning_rate_finder import lowest, smoothed, suggest
 from image_classifier.training.memory import _container_free, free_memory, memory_used
+from image_classifier.training.trial_trainer import without_trace
 from tests.conftest import QUICK, Command, MakeTree
 from tests.training.small_fits import fit, small_module
 
@@ -61,6 +63,7 @@ def test_the_steepest_descent_is_found_through_noise(steepest: float, noise: flo
 
 def test_a_loss_that_only_rises_gives_no_rate() -> None:
     assert suggest(RATES, np.linspace(1, 9, 100)) is None
+    assert lowest(RATES, np.linspace(1, 9, 100)) is None
 
 
 def test_smoothing_keeps_a_straight_line_and_does_not_lag() -> None:
@@ -203,7 +206,7 @@ def test_trials_leave_every_random_state_as_it_was() -> None:
     expected = (random.random(), np.random.random(), torch.rand(3))  # noqa: NPY002
     random.seed(5), np.random.seed(5), torch.manual_seed(5)  # noqa: NPY002
     level = logging.getLogger("image_classifier").level
-    with pytest.raises(KeyError), autotune._without_trace():
+    with pytest.raises(KeyError), without_trace():
         random.random(), np.random.random(9), torch.rand(7)  # noqa: NPY002
         raise KeyError
     assert logging.getLogger("image_classifier").level == level

@@ -116,9 +116,19 @@ def keep_activations(
     kept = _kept(inputs, classifier, datamodule, directory)
     classifier.to(before)
     if kept:
-        module.train_above(kept.upper, frozenset(f"backbone.{name}" for name in kept.cut.lower))
-        datamodule.replaced = lambda loader: ActivationLoader(kept, loader)
+        train_above_cut(kept, module, datamodule)
     return kept
+
+
+def train_above_cut(kept: KeptActivations, module: ClassifierModule, datamodule: ImageDataModule) -> None:
+    """Freeze the layers below the cut, and train those above it on kept activations."""
+    module.train_above(kept.upper, frozenset(f"backbone.{name}" for name in kept.cut.lower))
+    datamodule.replaced = lambda loader: ActivationLoader(kept, loader)
+
+
+def for_network(kept: KeptActivations, classifier: Classifier) -> KeptActivations:
+    """Return the activations with the upper layers of another classifier, which has the same weights below the cut."""
+    return replace(kept, upper=split(classifier.backbone, kept.cut)[1])
 
 
 def _kept(

@@ -74,3 +74,24 @@ def test_photographs_and_a_file_of_weights_make_a_model_that_is_no_worse_than_it
         assert curve["points"][-1][0] == 48 and set(curve) == {"points", "gain", "error", "needy"}
         assert bundle.info.provenance["initial_weights"]["name"] == weights
     assert command("verify", "normal").code == 0
+
+
+@pytest.mark.slow
+def test_a_fine_tuning_that_found_its_rate_is_the_one_that_was_given_it(command: Command, weights: str) -> None:
+    line = ("train", "photos", f"model.weights={weights}", "data.image_size=64", "trainer.max_epochs=2", *QUICK)
+    found = command(*line, "optimizer.lr=auto", "name=found")
+    assert found.code == 0 and "(found: the loss is lowest there; plots/found/learning_rate_finder.png)" in found.err
+    rate = yaml.safe_load(Path("runs/found/config.yaml").read_text())["optimizer"]["lr"]
+    assert 1e-6 <= rate <= 10
+    given = command(*line, f"optimizer.lr={rate}", "name=given")
+    assert given.code == 0, given.err
+    first, second = (
+        torch.load(f"models/{name}/model.ckpt", weights_only=True)["state_dict"] for name in ("found", "given")
+    )
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_quick_has_no_rate_to_find(command: Command, weights: str) -> None:
+    line = ("train", "photos", f"model.weights={weights}", "data.image_size=64", *QUICK)
+    answer = command(*line, "effort=quick", "optimizer.lr=auto", "name=quick")
+    assert answer.code == 0 and "found: the loss" not in answer.err
