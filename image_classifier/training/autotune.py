@@ -147,14 +147,12 @@ def find_batch_size(trials: TrialTrainer) -> int:
 def _speed(trials: TrialTrainer, batch_size: int) -> tuple[float, float] | None:
     """Return images/s and peak memory in bytes of real training steps; None where the device has too little memory."""
     timer = StepTimer(_WARMUP, _TIMED_S)
-    lr = trials.config.optimizer.lr
     values = {
         "data.batch_size": batch_size,
         "data.progressive_sizes": None,  # the last, largest size decides
         "trainer.max_epochs": -1,
         "trainer.max_steps": _WARMUP + _TIMED_STEPS,
         "trainer.limit_val_batches": 0,
-        "optimizer.lr": 1e-4 if lr == AUTO else lr,
     }
     reset_peak(trials.on_gpu)
     try:

@@ -16,11 +16,12 @@ from pytorch_lightning.utilities.exceptions import SIGTERMException
 from image_classifier.training.builders import TrainingInputs, build_datamodule, build_module, build_trainer
 from image_classifier.training.callbacks.exact_resume import random_state, set_random_state
 from image_classifier.training.callbacks.throughput import Throughput
-from image_classifier.training.config import TrainConfig
+from image_classifier.training.config import AUTO, TrainConfig
 from image_classifier.training.hardware import Hardware
 from image_classifier.training.launch import uses_gpu
 from image_classifier.training.transfer.activations import KeptActivations, for_network, train_above_cut
 
+_RATE = 1e-4
 UNSCHEDULED = {"scheduler.build": None, "scheduler.warmup": 0.0}
 
 Values = Mapping[str, Any]  # of the configuration, by dotted key
@@ -55,7 +56,9 @@ class TrialTrainer:
 
     def fit(self, values: Values, *callbacks: pl.Callback, hardware: Hardware | None = None) -> None:
         """Train a fresh network with these values in the configuration, and forget it."""
+        is_auto = self.config.optimizer.lr == AUTO  # it is found after what this trial finds
         fixed: Values = {
+            **({"optimizer.lr": _RATE} if is_auto else {}),
             "callbacks": {},
             "logger": None,
             "trainer.max_time": None,

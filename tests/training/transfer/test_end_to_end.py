@@ -95,3 +95,19 @@ def test_quick_has_no_rate_to_find(command: Command, weights: str) -> None:
     line = ("train", "photos", f"model.weights={weights}", "data.image_size=64", *QUICK)
     answer = command(*line, "effort=quick", "optimizer.lr=auto", "name=quick")
     assert answer.code == 0 and "found: the loss" not in answer.err
+
+
+@pytest.mark.slow
+def test_rate_batch_size_and_steps_of_a_fine_tuning_can_all_be_found(command: Command, weights: str) -> None:
+    line = ("train", "photos", f"model.weights={weights}", "data.image_size=64", *QUICK)
+    answer = command(
+        *line,
+        "optimizer.lr=auto",
+        "data.batch_size=auto",
+        "trainer.max_epochs=null",
+        "trainer.max_time=00:00:00:06",
+        "name=found",
+    )
+    assert answer.code == 0, answer.err
+    for key in ("data.batch_size", "trainer.max_steps", "optimizer.lr"):
+        assert f"{key}: " in answer.err
