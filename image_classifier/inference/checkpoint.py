@@ -150,8 +150,6 @@ class CheckpointBackend:
 
     def __init__(self, classifier: Classifier) -> None:
         self.classifier = classifier.eval()
-        if classifier.scale.device.type == "cpu":  # convolutions are up to 1.5 times as fast this way
-            classifier.to(memory_format=torch.channels_last)
 
     def logits(self, pixels: np.ndarray) -> np.ndarray:
         return self.logits_and_embeddings(pixels)[0]

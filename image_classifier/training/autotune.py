@@ -83,7 +83,7 @@ def _check_length(config: TrainConfig) -> None:
 
 
 def autotune(inputs: TrainingInputs, plots: Path) -> TrainingInputs:
-    """Return the inputs with a number wherever the configuration has auto: batch size, then learning rate, then steps.
+    """Return the inputs with a number wherever the configuration has auto: batch size, learning rate, steps, in order.
 
     The learning rate of a fine-tuning from a probe is left to `learning_rate_finder.with_finetuning_rate`.
 

@@ -32,7 +32,7 @@ def with_finetuning_rate(inputs: TrainingInputs, plots: Path, kept: KeptActivati
     Raises:
         TrainingError: The loss falls at no learning rate.
     """
-    rate = find_learning_rate(TrialTrainer(inputs, kept), plots, lowest)
+    rate = find_learning_rate(TrialTrainer(inputs, kept), plots, lowest if kept else suggest)
     return replace(inputs, config=inputs.config.with_values({"optimizer.lr": rate}))
 
 
@@ -86,10 +86,10 @@ def suggest(rates: np.ndarray, losses: np.ndarray) -> float | None:
     >>> suggest(np.array([0.001, 0.01, 0.1, 1.0]), np.array([2.0, 1.9, 1.0, 0.9]))
     0.01
     """
-    lowest = int(losses.argmin())
-    if lowest < 2:
+    bottom = int(losses.argmin())
+    if bottom < 2:
         return None
-    slopes = np.gradient(losses, np.log(rates))[: lowest + 1]
+    slopes = np.gradient(losses, np.log(rates))[: bottom + 1]
     return float(f"{rates[int(slopes.argmin())]:.2g}") if slopes.min() < 0 else None
 
 

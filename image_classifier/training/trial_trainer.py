@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -67,17 +67,21 @@ class TrialTrainer:
         config = self.config.with_values({**fixed, **values})
         inputs = replace(self.inputs, config=config, hardware=hardware or self.inputs.hardware)
         with without_trace():
-            datamodule = build_datamodule(inputs)
-            module = build_module(inputs)
-            if self.kept:
-                train_above_cut(for_network(self.kept, module.classifier), module, datamodule)
-            trainer = build_trainer(config, inputs.hardware, Throughput(), *callbacks)
-            try:
-                trainer.fit(module, datamodule=datamodule)
-            except SIGTERMException:
-                raise SystemExit(143) from None
-            if trainer.interrupted:
-                raise KeyboardInterrupt
+            self._train(inputs, callbacks)
+
+    def _train(self, inputs: TrainingInputs, callbacks: Sequence[pl.Callback]) -> None:
+        """Train; in a method of its own, so that the network is gone before memory is counted again."""
+        datamodule = build_datamodule(inputs)
+        module = build_module(inputs)
+        if self.kept:
+            train_above_cut(for_network(self.kept, module.classifier), module, datamodule)
+        trainer = build_trainer(inputs.config, inputs.hardware, Throughput(), *callbacks)
+        try:
+            trainer.fit(module, datamodule=datamodule)
+        except SIGTERMException:
+            raise SystemExit(143) from None
+        if trainer.interrupted:
+            raise KeyboardInterrupt
 
 
 @contextmanager
