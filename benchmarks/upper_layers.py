@@ -1,4 +1,4 @@
-"""A training step above a cut, with kept statistics: batch normalisation by itself, and joined with its convolution.
+"""A training step above a cut, with kept statistics: batch normalisation by itself, and fused with its convolution.
 
 python benchmarks/upper_layers.py [NETWORK:CUT ...] [--batch 32] [--size 224] [--rounds 15]
 
@@ -29,7 +29,7 @@ def main() -> None:
     parser.add_argument("--size", type=int, default=224)
     parser.add_argument("--rounds", type=int, default=15)
     options = parser.parse_args()
-    print(f"{'network and cut':<32}{'apart':>8}{'joined':>8}{'ratio':>7}")
+    print(f"{'network and cut':<32}{'apart':>8}{'fused':>8}{'ratio':>7}")
     for word in options.cuts:
         name, _, cut_name = word.partition(":")
         backbone = torchvision_backbone(name).eval().to(memory_format=torch.channels_last)
@@ -37,13 +37,13 @@ def main() -> None:
         cut = found[cut_name]
         graph = split_network.traced(backbone, training=True)
         assert graph is not None
-        apart, (_, joined) = split_network._above(graph, cut_name), split_network.split(backbone, cut)
+        apart, (_, fused) = split_network._above(graph, cut_name), split_network.split(backbone, cut)
         values = torch.rand(options.batch, *cut.shape).contiguous(memory_format=torch.channels_last).bfloat16()
         optimizer = torch.optim.AdamW(backbone.parameters(), 1e-6, fused=True)
         seconds = [math.inf, math.inf]
         for _ in range(1 + options.rounds):
             seconds = [
-                min(old, _step(way, values, optimizer)) for old, way in zip(seconds, (apart, joined), strict=True)
+                min(old, _step(way, values, optimizer)) for old, way in zip(seconds, (apart, fused), strict=True)
             ]
         rates = [options.batch / value for value in seconds]
         print(f"{word:<32}{rates[0]:>8.0f}{rates[1]:>8.0f}{rates[1] / rates[0]:>7.2f}", flush=True)

@@ -21,7 +21,7 @@ from image_classifier.training.hardware import Hardware
 from image_classifier.training.launch import uses_gpu
 from image_classifier.training.transfer.activations import KeptActivations, for_network, train_above_cut
 
-_RATE = 1e-4
+_RATE = 1e-4  # where none is found yet; any will do, since such a trial measures time and memory
 UNSCHEDULED = {"scheduler.build": None, "scheduler.warmup": 0.0}
 
 Values = Mapping[str, Any]  # of the configuration, by dotted key

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import fx, nn
 
-from image_classifier.training.transfer.fold_norms import fold_norms
+from image_classifier.training.transfer.fuse_norms import fuse_norms
 
 _TOLERANCE = 1e-3
 
@@ -67,12 +67,12 @@ def cuts(backbone: nn.Module, pixels: torch.Tensor) -> list[Cut]:
 def split(backbone: nn.Module, cut: Cut) -> tuple[nn.Module, nn.Module]:
     """Return the backbone below a cut, traced for evaluation, and above it, traced for training.
 
-    Both share the backbone's own layers, convolutions joined with their normalisation.
+    Both share the backbone's own layers, convolutions fused with their normalisation.
     """
     lower, upper = traced(backbone, training=False), traced(backbone, training=True)
     if lower is None or upper is None:
         raise ValueError("this backbone cannot be cut")
-    return fold_norms(_below(lower, cut.name)), fold_norms(_above(upper, cut.name))
+    return fuse_norms(_below(lower, cut.name)), fuse_norms(_above(upper, cut.name))
 
 
 def is_exact(backbone: nn.Module, lower: nn.Module, upper: nn.Module, pixels: torch.Tensor) -> bool:

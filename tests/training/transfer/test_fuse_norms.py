@@ -1,4 +1,4 @@
-"""A convolution joined with the normalisation behind it: the same answers, the same gradients."""
+"""A convolution fused with the normalisation behind it: the same answers, the same gradients."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import fx, nn
 
-from image_classifier.training.transfer.fold_norms import ConvWithNorm, fold_norms
+from image_classifier.training.transfer.fuse_norms import ConvWithNorm, fuse_norms
 
 
 def pair(bias: bool = False, affine: bool = True, padding_mode: str = "zeros") -> nn.Sequential:
@@ -23,19 +23,19 @@ def pair(bias: bool = False, affine: bool = True, padding_mode: str = "zeros") -
     return nn.Sequential(conv, norm)
 
 
-def folded(network: nn.Module) -> fx.GraphModule:
-    return fold_norms(fx.symbolic_trace(network))
+def fused_graph(network: nn.Module) -> fx.GraphModule:
+    return fuse_norms(fx.symbolic_trace(network))
 
 
-def joined(graph: fx.GraphModule) -> list[str]:
+def fused(graph: fx.GraphModule) -> list[str]:
     return [node.target for node in graph.graph.nodes if node.op == "call_module" and "with_norm" in node.target]
 
 
 @pytest.mark.parametrize("options", [{}, {"bias": True}, {"affine": False}, {"padding_mode": "reflect"}])
 def test_answers_and_gradients_are_those_of_the_two_layers(options: dict[str, object]) -> None:
     network = pair(**options).eval()
-    other = folded(copy.deepcopy(network))
-    assert len(joined(other)) == 1
+    other = fused_graph(copy.deepcopy(network))
+    assert len(fused(other)) == 1
     images = torch.randn(2, 4, 8, 8, requires_grad=True)
     results = []
     for module in (network, other):
@@ -49,7 +49,7 @@ def test_answers_and_gradients_are_those_of_the_two_layers(options: dict[str, ob
 
 def test_what_is_learned_goes_to_the_networks_own_layers() -> None:
     network = pair().eval()
-    graph = folded(network)
+    graph = fused_graph(network)
     optimizer = torch.optim.SGD(network.parameters(), lr=0.1)
     images = torch.randn(2, 4, 8, 8)
     before = network(images)
@@ -61,7 +61,7 @@ def test_what_is_learned_goes_to_the_networks_own_layers() -> None:
 
 def test_normalisation_in_training_mode_still_uses_the_batch_and_moves_its_statistics() -> None:
     network = pair().train()
-    graph, images, mean = folded(network).train(), torch.randn(8, 4, 8, 8), network[1].running_mean.clone()
+    graph, images, mean = fused_graph(network).train(), torch.randn(8, 4, 8, 8), network[1].running_mean.clone()
     torch.testing.assert_close(graph(images), copy.deepcopy(network)(images))
     assert not torch.equal(network[1].running_mean, mean)
 
@@ -80,7 +80,7 @@ def test_weights_that_outnumber_the_pixels_are_not_scaled(monkeypatch: pytest.Mo
 
 
 class Shared(nn.Module):
-    """Layers that must not be joined: an output that is used twice, and a convolution that is called twice."""
+    """Layers that must not be fused: an output that is used twice, and a convolution that is called twice."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -107,8 +107,8 @@ class Subclass(nn.BatchNorm2d):
     ],
 )
 def test_other_layers_are_left_alone(network: nn.Module) -> None:
-    graph = folded(network.eval())
-    assert not joined(graph)
+    graph = fused_graph(network.eval())
+    assert not fused(graph)
     images = torch.randn(2, 3, 4, 4)
     torch.testing.assert_close(graph(images), network(images))
 
@@ -117,8 +117,8 @@ def test_a_subclass_of_batch_normalisation_keeps_what_it_adds() -> None:
     network = nn.Sequential(nn.Conv2d(3, 3, 1), Subclass(3)).eval()
     tracer = fx.Tracer()
     tracer.is_leaf_module = lambda module, name: bool(name)
-    graph = fold_norms(fx.GraphModule(network, tracer.trace(network)))
-    assert not joined(graph) and bool((graph(torch.randn(2, 3, 4, 4)) >= 0).all())
+    graph = fuse_norms(fx.GraphModule(network, tracer.trace(network)))
+    assert not fused(graph) and bool((graph(torch.randn(2, 3, 4, 4)) >= 0).all())
 
 
 def test_in_bfloat16_weights_are_scaled_before_they_are_rounded() -> None:

@@ -10,8 +10,8 @@ import torch
 from torch import fx, nn
 
 
-def fold_norms(module: fx.GraphModule) -> fx.GraphModule:
-    """Join each convolution of a graph with the batch normalisation that alone uses its output; return the same module.
+def fuse_norms(module: fx.GraphModule) -> fx.GraphModule:
+    """Fuse each convolution of a graph with the batch normalisation that alone uses its output; return the same module.
 
     The layers stay those of the network: what is learned goes to their own parameters, and one whose normalisation is
     in training mode answers as before.
@@ -31,8 +31,8 @@ def fold_norms(module: fx.GraphModule) -> fx.GraphModule:
         name = f"{str(before.target).replace('.', '_')}_with_norm"
         module.add_submodule(name, ConvWithNorm(conv, norm))
         with module.graph.inserting_before(before):
-            joined = module.graph.call_module(name, before.args)
-        node.replace_all_uses_with(joined)
+            fused = module.graph.call_module(name, before.args)
+        node.replace_all_uses_with(fused)
         module.graph.erase_node(node)
         module.graph.erase_node(before)
     module.recompile()
