@@ -218,6 +218,11 @@ class TrainConfig:
 
     def with_values(self, values: Mapping[str, Any]) -> TrainConfig:
         """Return the configuration with other values at these dotted keys; keys that refer to them follow."""
+        if "optimizer.lr" in values:
+            # The configuration of a run that was killed before its rate was found has `auto` in place of the reference.
+            build = self.scheduler.build or {}
+            rates = {f"scheduler.build.{key}": values["optimizer.lr"] for key, value in build.items() if value == AUTO}
+            values = {**rates, **values}
         return self.change(values)
 
     def with_model(self, model: ModelConfig) -> TrainConfig:
