@@ -26,6 +26,15 @@ def test_new_values_give_a_new_configuration_and_references_follow() -> None:
         after.run = before.run  # type: ignore[misc]
 
 
+def test_a_rate_that_is_found_reaches_the_schedule_of_a_saved_configuration_too() -> None:
+    """A saved configuration has values where the first one had references: a run killed before has auto twice."""
+    saved = compose_train_config(["optimizer.lr=auto", "scheduler=one_cycle", "scheduler.build.max_lr=auto"])
+    found = saved.with_values({"optimizer.lr": 0.25})
+    assert found.scheduler.build["max_lr"] == 0.25
+    fixed = compose_train_config(["scheduler=one_cycle", "scheduler.build.max_lr=0.5"])
+    assert fixed.with_values({"optimizer.lr": 0.25}).scheduler.build["max_lr"] == 0.5
+
+
 def test_what_is_saved_is_every_key_with_its_value() -> None:
     config = compose_train_config(
         ["logger.tracking_uri=https://me:secret@host/", f"data.name={quoted('${x}')}", "+model.mine=1"]
